@@ -1,0 +1,33 @@
+"""The axis vocabulary, and the array types made of it.
+
+One name an axis, everywhere: in datasets, tables, docstrings and error messages.
+
+    batch     rows of a run                     neuron    hidden units of an MLP
+    pos       token positions                   vocab     tokens of the vocabulary
+    q_pos     positions that attend             feature   entries of a dictionary
+    k_pos     positions attended to             group     groups of examples or texts
+    layer     blocks, from 0                    example   items of a data set
+    head      query heads                       rank      ordered components (experts by slot, singular vectors)
+    kv_head   key/value heads                   expert    experts of a mixture
+    d_model   the residual stream               d_head    one head
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+AXES: tuple[str, ...] = (
+    "batch", "pos", "q_pos", "k_pos", "layer", "head", "kv_head", "d_model", "d_head",
+    "neuron", "vocab", "feature", "group", "example", "rank", "expert",
+)  # fmt: skip
+
+Tokens: TypeAlias = Int[Tensor, "batch pos"]
+Mask: TypeAlias = Bool[Tensor, "batch pos"]
+Residual: TypeAlias = Float[Tensor, "batch pos d_model"]
+Neurons: TypeAlias = Float[Tensor, "batch pos neuron"]
+Heads: TypeAlias = Float[Tensor, "batch pos head d_head"]
+Pattern: TypeAlias = Float[Tensor, "batch head q_pos k_pos"]
+Logits: TypeAlias = Float[Tensor, "batch pos vocab"]

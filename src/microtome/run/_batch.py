@@ -1,0 +1,140 @@
+"""Prompts become a batch: tokens, mask and positions, padded on either side without changing any row's result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from microtome.errors import PromptError, SiteError, error
+from microtome.model import Rule, Selection
+
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens [batch, pos] with, for every row, how many are real and how many pads precede them."""
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    pads: tuple[int, ...]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row is shorter than the batch is wide."""
+        return any(n != self.tokens.shape[1] for n in self.lengths)
+
+    @property
+    def mask(self) -> Tensor:
+        """[batch, pos] True at real tokens."""
+        column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        start = torch.tensor(self.pads, device=self.tokens.device).unsqueeze(1)
+        length = torch.tensor(self.lengths, device=self.tokens.device).unsqueeze(1)
+        return (column >= start) & (column < start + length)
+
+    def inputs(self, takes_positions: bool) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward. Nothing but the tokens where nothing is padded."""
+        if not self.padded:
+            return {"input_ids": self.tokens}
+        inputs = {"input_ids": self.tokens, "attention_mask": self.mask.long()}
+        if takes_positions and any(self.pads):
+            inputs["position_ids"] = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+        return inputs
+
+    def columns(self, positions: Selection | Rule) -> Tensor | None:
+        """Columns [batch, n] of the selected positions of each row, counted over its real tokens; None for all.
+
+        Raises:
+            SiteError: a position lies beyond a row, or the rule selects nothing in a run.
+        """
+        if positions == "prompt" or (isinstance(positions, Selection) and positions.is_all):
+            return None
+        if positions == "generated":
+            raise error(SiteError, '"@generated" selects nothing in a run', do="use it with generate, or name positions")
+        rows: list[list[int]] = []
+        for row, (length, pad) in enumerate(zip(self.lengths, self.pads, strict=True)):
+            chosen = [length - 1] if isinstance(positions, str) else positions.resolve(length)
+            if chosen is None:
+                raise error(
+                    SiteError,
+                    f"no positions @{positions} in row {row}",
+                    allowed=f"0 to {length - 1}, or -{length} to -1",
+                    do="choose positions inside the prompt",
+                )
+            rows.append([pad + p for p in chosen])
+        if len({len(r) for r in rows}) > 1:
+            raise error(
+                SiteError,
+                f"@{positions} selects different numbers of positions in different rows",
+                got=str([len(r) for r in rows]),
+                do="count from one end, or run rows of one length",
+            )
+        return torch.tensor(rows, device=self.tokens.device)
+
+
+def to_batch(
+    prompt: Prompt, tokenizer: Any, *, n_vocab: int, n_ctx: int, side: Literal["left", "right"], device: torch.device
+) -> Batch:
+    """Tokens of a prompt: a text, a list of texts, token ids, a list of lists of ids, or an integer tensor.
+
+    Raises:
+        PromptError: the prompt is empty, longer than the context, holds ids outside the vocabulary, or is text while
+            the model has no tokenizer.
+    """
+    rows = _rows(prompt, tokenizer)
+    for i, row in enumerate(rows):
+        if not row:
+            raise error(PromptError, f"row {i} of the prompt is empty" if len(rows) > 1 else "the prompt is empty",
+                        do="give at least one token")  # fmt: skip
+        if len(row) > n_ctx:
+            raise error(
+                PromptError,
+                f"row {i} of the prompt is longer than the model's context",
+                got=f"{len(row)} tokens",
+                allowed=f"at most {n_ctx}",
+                do="shorten it, or split it",
+            )
+        bad = next((t for t in row if not 0 <= t < n_vocab), None)
+        if bad is not None:
+            raise error(PromptError, "a token id lies outside the vocabulary", got=str(bad),
+                        allowed=f"0 to {n_vocab - 1}", do="tokenise with this model's tokenizer")  # fmt: skip
+    width = max(len(row) for row in rows)
+    pad = _pad_id(tokenizer)
+    pads = tuple(width - len(row) if side == "left" else 0 for row in rows)
+    filled = [[pad] * p + row + [pad] * (width - len(row) - p) for row, p in zip(rows, pads, strict=True)]
+    return Batch(torch.tensor(filled, device=device), tuple(len(row) for row in rows), pads)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
+    if isinstance(prompt, Tensor):
+        if prompt.dtype.is_floating_point or prompt.dim() not in (1, 2):
+            raise error(PromptError, "a prompt tensor must hold integer token ids", got=f"{prompt.dtype} {list(prompt.shape)}",
+                        allowed="[pos] or [batch, pos] of an integer type", do="pass token ids")  # fmt: skip
+        tokens: list[Any] = prompt.tolist()
+        return tokens if prompt.dim() == 2 else [tokens]
+    items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not items:
+        raise error(PromptError, "the prompt is empty", do="give at least one token")
+    if all(isinstance(item, int) for item in items):
+        return [items]
+    if all(isinstance(item, str) for item in items):
+        if tokenizer is None:
+            raise error(PromptError, "this model was opened without a tokenizer, so it cannot read text",
+                        do="pass token ids, or open it with tokenizer=")  # fmt: skip
+        return [list(tokenizer(item)["input_ids"]) for item in items]
+    if all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
+        return [[int(t) for t in item] for item in items]
+    raise error(PromptError, "cannot read the prompt", got=type(prompt).__name__,
+                allowed="text, texts, token ids, lists of token ids, or an integer tensor", do="pass one of these")  # fmt: skip

@@ -1,0 +1,471 @@
+"""Edits: what is done to a run, as values.
+
+A site edit names an address and says what becomes of the tensor there. The tensor it sees is ``[batch, pos, unit, ...]``
+cut to the rows, positions and units that were named (attention scores and patterns as ``[batch, q_pos, head, k_pos]``),
+and a value must broadcast against that. Edits are frozen, compare and hash by content, print shortly, and are saved as
+safetensors. They never change what they are given, and a model is itself again as soon as the run is over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from microtome.errors import DataError, EditError, error
+from microtome.model import Address, Site, parse, parse_selection
+
+Values = Tensor | float | int
+
+
+class Source(Protocol):
+    """Something that holds the tensors of another run, such as a `Run`."""
+
+    def whole(self, site: Site) -> Tensor:
+        """All of a site: [batch, pos, ...]."""
+        ...
+
+
+def _digest(value: object) -> bytes:
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous()
+        return f"{flat.dtype}{tuple(flat.shape)}".encode() + flat.reshape(-1).view(torch.uint8).numpy().tobytes()
+    if callable(value):
+        return f"{id(value)}".encode()
+    return repr(value).encode()
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"Tensor{list(value.shape)}"
+    return repr(value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit:
+    """The base of all edits."""
+
+    def digest(self) -> str:
+        """A hash of the kind of edit and all it holds."""
+        parts = [type(self).__name__.encode()] + [f.name.encode() + _digest(getattr(self, f.name)) for f in fields(self)]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Edit) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return int(self.digest()[:15], 16)
+
+    def __repr__(self) -> str:
+        shown = [
+            _short(getattr(self, f.name)) if i == 0 else f"{f.name}={_short(getattr(self, f.name))}"
+            for i, f in enumerate(fields(self))
+            if getattr(self, f.name) is not f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SiteEdit(Edit):
+    """An edit of one site.
+
+    Attributes:
+        site: address, with the units and positions to change.
+        rows: rows of the batch to change; all by default.
+    """
+
+    site: str
+    rows: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        parse(self.site)
+        if self.rows is not None:
+            object.__setattr__(self, "rows", tuple(self.rows))
+
+    @property
+    def address(self) -> Address:
+        """The parsed address."""
+        return parse(self.site)
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """What becomes of the selected part x [batch, pos, unit, ...]."""
+        raise TypeError(f"{type(self).__name__} is not an edit that can be applied")
+
+
+@dataclass(frozen=True)
+class Where:
+    """What an edit may need to know of the place it changes: the site, and the rows, columns and units selected."""
+
+    site: Site
+    rows: Tensor | None
+    columns: Tensor | None
+    units: Tensor | None
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The same selection of another tensor [batch, pos, unit, ...]; a batch of one serves all rows."""
+        if self.columns is not None:
+            columns = self.columns if x.shape[0] != 1 else self.columns[:1]
+            x = x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), columns]
+        if self.rows is not None and x.shape[0] != 1:
+            x = x[self.rows]
+        return x if self.units is None else x[:, :, self.units]
+
+
+def _fits(value: Values, x: Tensor, where: Where) -> Values:
+    if not isinstance(value, Tensor):
+        return value
+    try:
+        torch.broadcast_to(value, x.shape)
+    except RuntimeError:
+        raise error(
+            EditError,
+            f"a value does not fit {where.site}",
+            got=f"shape {list(value.shape)}",
+            allowed=f"what broadcasts to {list(x.shape)} [batch, pos, unit, ...]",
+            do="change the value's shape, or the units and positions of the address",
+        ) from None
+    return value.to(device=x.device, dtype=x.dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Set(SiteEdit):
+    """Put a value in place: x becomes `value`."""
+
+    value: Values = 0.0
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """Value, broadcast to x."""
+        value = _fits(self.value, x, where)
+        return value.expand_as(x) if isinstance(value, Tensor) else torch.full_like(x, float(value))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(SiteEdit):
+    """Add a value: x + strength * value."""
+
+    value: Values = 0.0
+    strength: float = 1.0
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """The sum."""
+        return x + self.strength * _fits(self.value, x, where)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scale(SiteEdit):
+    """Multiply by a factor."""
+
+    factor: Values = 1.0
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """The product."""
+        return x * _fits(self.factor, x, where)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Zero(SiteEdit):
+    """Put zeros in place."""
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """Zeros like x."""
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mean(SiteEdit):
+    """Put a mean in place: the one given, or that of the selected rows and positions of this very run."""
+
+    mean: Tensor | None = None
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """The mean, the same for every row and position."""
+        if self.mean is None:
+            return x.mean(dim=(0, 1), keepdim=True).expand_as(x)
+        value = _fits(self.mean, x, where)
+        assert isinstance(value, Tensor)
+        return value.expand_as(x)
+
+
+def _check_width(name: str, width: int, x: Tensor, where: Where) -> None:
+    if width != x.shape[-1]:
+        raise error(
+            EditError,
+            f"{name} does not fit {where.site}",
+            got=f"last axis of {width}",
+            allowed=f"{x.shape[-1]}",
+            do="use vectors of the site's own width",
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Project(SiteEdit):
+    """Project out of a subspace, or onto it.
+
+    Attributes:
+        basis: [rank, d] or [d]; need not be orthonormal, and is not changed.
+        onto: keep only the part inside the subspace, instead of removing it.
+    """
+
+    basis: Tensor | None = None
+    onto: bool = False
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """x minus its part in the span of the basis, or that part."""
+        if self.basis is None:
+            raise error(EditError, f"Project on {where.site} has no basis", do="give basis= [rank, d]")
+        basis = self.basis.reshape(-1, self.basis.shape[-1])
+        _check_width("a basis", basis.shape[-1], x, where)
+        q: Tensor = torch.linalg.qr(basis.to(device=x.device, dtype=torch.float32).T)[0]
+        q = q.to(x.dtype)
+        inside = (x @ q) @ q.T
+        return inside if self.onto else x - inside
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rotate(SiteEdit):
+    """Multiply each vector by a matrix: x @ matrix.T, for a rotation [d, d]."""
+
+    matrix: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        matrix = self.matrix
+        if matrix is None or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            got = "nothing" if matrix is None else str(list(matrix.shape))
+            raise error(EditError, f"Rotate on {self.site} needs a square matrix", got=got, do="give matrix= [d, d]")
+        eye = torch.eye(matrix.shape[0], dtype=torch.float64, device=matrix.device)
+        gap = float((matrix.double() @ matrix.double().T - eye).abs().max())
+        if gap > 1e-3:
+            raise error(EditError, f"the matrix of Rotate on {self.site} is not a rotation",
+                        got=f"|M Mᵀ - 1| up to {gap:.3g}", allowed="1e-3", do="use Map for other maps")  # fmt: skip
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """The rotated vectors."""
+        assert self.matrix is not None
+        _check_width("a rotation", self.matrix.shape[-1], x, where)
+        return x @ self.matrix.to(device=x.device, dtype=x.dtype).T
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clamp(SiteEdit):
+    """Keep values between two bounds."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """x, clamped."""
+        return x if self.low is None and self.high is None else x.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Map(SiteEdit):
+    """Apply a function of your own to the selected part. It cannot be saved."""
+
+    function: Callable[[Tensor], Tensor] | None = None
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """What the function returns; it must keep the shape."""
+        if self.function is None:
+            raise error(EditError, f"Map on {where.site} has no function", do="give function=")
+        new = self.function(x.clone())
+        if new.shape != x.shape:
+            raise error(EditError, f"the function of Map on {where.site} changed the shape",
+                        got=str(list(new.shape)), allowed=str(list(x.shape)), do="return a tensor like the one given")  # fmt: skip
+        return new
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SwapFrom(SiteEdit):
+    """Put in place what another run had at the same site, rows, positions and units.
+
+    Attributes:
+        source: the other run, which must have captured the whole site, or a mapping from sites to such tensors. One
+            row there serves all rows here.
+    """
+
+    source: Source | Mapping[str, Tensor] | None = None
+
+    def _of(self, site: Site) -> Tensor:
+        if isinstance(self.source, Mapping):
+            if str(site) not in self.source:
+                raise error(EditError, f"the source of SwapFrom has no {site}", got=", ".join(self.source),
+                            do="capture that site whole")  # fmt: skip
+            return self.source[str(site)]
+        if self.source is None:
+            raise error(EditError, f"SwapFrom on {site} has no source", do="give source= a run or a mapping")
+        return self.source.whole(site)
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """The other run's values."""
+        value = where.cut(canonical(self._of(where.site), where.site).to(device=x.device, dtype=x.dtype))
+        fitted = _fits(value, x, where)
+        assert isinstance(fitted, Tensor)
+        return fitted.expand_as(x)
+
+    def digest(self) -> str:
+        """A hash of the address and of the other run's tensors."""
+        held = self.source if isinstance(self.source, Mapping) else getattr(self.source, "captured", {})
+        parts = [str(k).encode() + _digest(v) for k, v in sorted(held.items(), key=lambda kv: str(kv[0]))]
+        return hashlib.sha256(b"\0".join([b"SwapFrom", self.site.encode(), repr(self.rows).encode(), *parts])).hexdigest()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class KnockOut(SiteEdit):
+    """Cut attention from some queries to some keys: those scores become minus infinity before the softmax.
+
+    The site is ``<layers>.attn.scores[<heads>]@<queries>``; a query with no key left attends to nothing.
+
+    Attributes:
+        keys: the positions that can no longer be attended to, as a selection ("0-3", "*").
+    """
+
+    keys: str = "*"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.address.name != "attn.scores":
+            raise error(EditError, "KnockOut acts on attention scores", got=f'"{self.site}"',
+                        do='write "<layers>.attn.scores[<heads>]@<queries>"')  # fmt: skip
+        parse_selection(self.keys, "keys")
+
+    def change(self, x: Tensor, where: Where) -> Tensor:
+        """Scores [batch, q_pos, head, k_pos] with the keys masked."""
+        chosen = parse_selection(self.keys, "keys").resolve(x.shape[-1])
+        if chosen is None:
+            raise error(EditError, f"no keys {self.keys} at {where.site}", allowed=f"0 to {x.shape[-1] - 1}",
+                        do="choose positions inside the prompt")  # fmt: skip
+        keep = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
+        keep[chosen] = False
+        allowed = (x > torch.finfo(x.dtype).min / 2) & keep
+        new = x.masked_fill(~keep, float("-inf"))
+        return new.masked_fill(~allowed.any(-1, keepdim=True), float("-inf"))
+
+
+def canonical(x: Tensor, site: Site) -> Tensor:
+    """A site's tensor as [batch, pos, unit, ...]: scores and patterns have their head axis moved behind q_pos."""
+    return x.transpose(1, 2) if site.spec.dims[1] == "head" else x
+
+
+def apply(edit: SiteEdit, x: Tensor, where: Where) -> Tensor:
+    """The whole tensor of a site, x in its own axes, with one edit applied. x itself is not changed."""
+    full = canonical(x, where.site)
+    if where.rows is None and where.columns is None and where.units is None:
+        return canonical(edit.change(full, where), where.site)
+    new = edit.change(where.cut(full), where)
+    rows = torch.arange(full.shape[0], device=x.device) if where.rows is None else where.rows
+    columns = where.columns
+    if columns is None:
+        columns = torch.arange(full.shape[1], device=x.device).expand(full.shape[0], -1)
+    result = full.clone()
+    index: tuple[Tensor, ...] = (rows.unsqueeze(1), columns[rows])
+    if where.units is not None:
+        index = (rows[:, None, None], columns[rows].unsqueeze(2), where.units)
+    result[index] = new
+    return canonical(result, where.site)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Skip(Edit):
+    """Leave out whole blocks: what enters layer l leaves it unchanged. Costs nothing where it skips."""
+
+    layers: str | int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Repeat(Edit):
+    """Run blocks several times in a row, each on its own output."""
+
+    layers: str | int
+    times: int = 2
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ScaleBlock(Edit):
+    """Scale what blocks add: resid_post = resid_pre + factor * (resid_post - resid_pre)."""
+
+    layers: str | int
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Freeze(Edit):
+    """Hold non-linear parts constant for gradients; values stay the same to the bit.
+
+    Attributes:
+        norms: the divisor of every norm.
+        patterns: attention patterns.
+        activations: the gate of a gated MLP; in a plain MLP the ratio of activation to pre-activation.
+        mlps: whole MLP outputs.
+
+    With norms, patterns and activations frozen, a model without biases is linear in its embeddings.
+    """
+
+    norms: bool = True
+    patterns: bool = True
+    activations: bool = True
+    mlps: bool = False
+
+
+def save_edits(path: str | Path, edits: list[Edit]) -> None:
+    """Write edits to one safetensors file.
+
+    Raises:
+        EditError: a `Map`, whose function cannot be saved, or a `SwapFrom`, which holds a run: use `Set`.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    listing: list[dict[str, Any]] = []
+    for i, edit in enumerate(edits):
+        if isinstance(edit, Map | SwapFrom):
+            why = "it holds a function" if isinstance(edit, Map) else "it holds a run"
+            raise error(EditError, f"{edit!r} cannot be saved: {why}", do="use Set with the values instead")
+        entry: dict[str, Any] = {"kind": type(edit).__name__}
+        for f in fields(edit):
+            value = getattr(edit, f.name)
+            if isinstance(value, Tensor):
+                tensors[f"{i}.{f.name}"] = value.detach().cpu().contiguous()
+            else:
+                entry[f.name] = value
+        listing.append(entry)
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    save_file(tensors, partial, metadata={"edits": json.dumps(listing)})
+    partial.replace(path)
+
+
+KINDS: dict[str, type[Edit]] = {
+    kind.__name__: kind
+    for kind in (Set, Add, Scale, Zero, Mean, Project, Rotate, Clamp, KnockOut, Skip, Repeat, ScaleBlock, Freeze)
+}
+
+
+def load_edits(path: str | Path) -> list[Edit]:
+    """Read edits that `save_edits` wrote.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds no edits.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            listing: list[dict[str, Any]] = json.loads((file.metadata() or {})["edits"])
+            edits: list[Edit] = []
+            names = list(file.keys())
+            for i, entry in enumerate(listing):
+                held = {n.split(".", 1)[1]: file.get_tensor(n) for n in names if n.startswith(f"{i}.")}
+                kind = KINDS[entry.pop("kind")]
+                if isinstance(entry.get("rows"), list):
+                    entry["rows"] = tuple(entry["rows"])
+                edits.append(kind(**entry, **held))
+            return edits
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as problem:
+        raise error(DataError, f"cannot read edits from {path}", got=str(problem), do="save them again") from problem

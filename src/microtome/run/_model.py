@@ -1,0 +1,279 @@
+"""An open model: run it, edit it, generate with it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from microtome.errors import PromptError, SiteError, error
+from microtome.model import Address, Anatomy, LayerWeights, NormWeights, Weights, parse
+from microtome.run._batch import Batch, Prompt, to_batch
+from microtome.run._edits import Edit, SiteEdit
+from microtome.run._hooks import Rig
+from microtome.run._plan import Plan, plan_of, refuse_if_over
+from microtome.run._result import Run
+from microtome.run._session import Live, Observer, OneRun, Session, Stop
+
+if TYPE_CHECKING:
+    from microtome.run._proof import Check
+
+Capture = str | Address | Sequence[str | Address]
+
+
+class Model:
+    """A model that is open: its map is proven, its weights are untouched.
+
+    Attributes:
+        hf: the `PreTrainedModel` itself.
+        tokenizer: its tokenizer, or None.
+        anatomy: sizes, and where every site is.
+        proof: the identities that were checked when it was opened.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, anatomy: Anatomy) -> None:
+        self.hf, self.tokenizer, self.anatomy = hf, tokenizer, anatomy
+        self.proof: list[Check] = []
+        self._weights = Weights(hf, anatomy)
+        self._flops_per_second = 2e10
+        self._takes_positions = "position_ids" in signature(type(hf).forward).parameters
+
+    def __repr__(self) -> str:
+        a = self.anatomy
+        return f"Model({a.name}: {a.n_layers} layers, {a.n_heads} heads, {a.d_mlp} neurons, d_model {a.d_model})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are made of."""
+        return self.hf.dtype
+
+    @property
+    def layers(self) -> tuple[LayerWeights, ...]:
+        """The weights of each layer, by the field's names, as views."""
+        return self._weights.layers
+
+    @property
+    def W_E(self) -> Tensor:
+        """Token embedding [vocab, d_model]."""
+        return self._weights.W_E
+
+    @property
+    def W_U(self) -> Tensor:
+        """Unembedding [d_model, vocab]."""
+        return self._weights.W_U
+
+    @property
+    def b_U(self) -> Tensor | None:
+        """Bias of the unembedding [vocab], or None."""
+        return self._weights.b_U
+
+    @property
+    def final_norm(self) -> NormWeights | None:
+        """The norm before the unembedding."""
+        return self._weights.final_norm
+
+    @property
+    def n_parameters(self) -> int:
+        """How many parameters the model has; tied ones count once."""
+        return sum(p.numel() for p in self.hf.parameters())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of a hash over the configuration, and names, shapes and 64 samples of every parameter."""
+        digest = hashlib.sha256(self.hf.config.to_json_string(use_diff=False).encode())
+        for name, parameter in self.hf.named_parameters():
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What every result records: model, fingerprint, dtype and versions."""
+        return {
+            "model": self.anatomy.name,
+            "fingerprint": self.fingerprint,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "microtome": version("microtome"),
+            "transformers": version("transformers"),
+            "torch": torch.__version__,
+        }
+
+    def to_batch(self, prompt: Prompt, padding: Literal["left", "right"] = "right") -> Batch:
+        """Tokens, mask and lengths of a prompt.
+
+        Raises:
+            PromptError: it is empty, too long, or not of this vocabulary.
+        """
+        a = self.anatomy
+        return to_batch(prompt, self.tokenizer, n_vocab=a.d_vocab, n_ctx=a.n_ctx, side=padding, device=self.device)
+
+    def to_tokens(self, prompt: Prompt) -> Tensor:
+        """Token ids [batch, pos] of a prompt, padded on the right."""
+        return self.to_batch(prompt).tokens
+
+    def to_words(self, tokens: Tensor | Sequence[int]) -> list[str]:
+        """The text of each token of one row, or its number where there is no tokenizer."""
+        ids: list[int] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        return [str(i) if self.tokenizer is None else self.tokenizer.decode([i]) for i in ids]
+
+    def plan(self, prompt: Prompt, capture: Capture = (), *, logits: bool = True, grad: bool = False) -> Plan:
+        """What a run would keep and take, before it runs: bytes by site, operations, and seconds by the last run's pace."""
+        batch = self.to_batch(prompt)
+        return plan_of(self, batch, _addresses(capture), logits=logits, grad=grad, pace=self._flops_per_second)
+
+    def run(
+        self,
+        prompt: Prompt,
+        capture: Capture = (),
+        edits: Sequence[Edit] = (),
+        *,
+        stop_at: int | None = None,
+        logits: bool = True,
+        grad: bool = False,
+        padding: Literal["left", "right"] = "right",
+        observe: Mapping[str, Observer] | None = None,
+        budget: int | None = None,
+    ) -> Run:
+        """Run the model once, keep what is named, and change what the edits say.
+
+        Args:
+            prompt: text, texts, token ids, lists of token ids, or an integer tensor [pos] or [batch, pos].
+            capture: addresses of what to keep, such as ``"*.mlp.post"`` or ``["3.attn.pattern", "final@-1"]``.
+            edits: what to change, in order.
+            stop_at: end before this layer runs; there are no logits then.
+            logits: whether to compute logits; without them the unembedding is not run.
+            grad: keep a graph, so that `Run.grad` gives gradients at every captured site.
+            padding: the side on which shorter rows are padded.
+            observe: functions called with (site, tensor) as the forward reaches an address; nothing is kept.
+            budget: bytes that the captures and logits may take; 80 % of the free memory by default.
+
+        Returns:
+            A `Run`: ``run.logits``, ``run["12.mlp.post"]``, ``run.dataset()``.
+
+        Raises:
+            SiteError: an address matches nothing.
+            PromptError: the prompt cannot be read.
+            EditError: an edit does not fit its site.
+            BudgetError: what is named would not fit in memory.
+        """
+        batch = self.to_batch(prompt, padding)
+        captures = _addresses(capture)
+        wants_logits = logits and stop_at is None
+        refuse_if_over(
+            plan_of(self, batch, captures, logits=wants_logits, grad=grad, pace=self._flops_per_second), budget, self.device
+        )
+        watchers = {parse(a): f for a, f in (observe or {}).items()}
+        flow = OneRun(batch)
+        session = Session(
+            self.hf, self.anatomy, flow, edits=edits, captures=captures, observers=watchers, grad=grad
+        )
+        for address in captures:
+            flow.columns(address.positions)
+        self._stop_at(session.rig, stop_at, wants_logits)
+        output = self._forward(session.rig, batch, grad)
+        return Run(
+            self.anatomy, batch, None if output is None else output.logits, session.captured, session.nodes,
+            [self.to_words(row) for row in batch.tokens] if batch.tokens.numel() <= 65_536 else [], self.provenance,
+        )  # fmt: skip
+
+    def _stop_at(self, rig: Rig, stop_at: int | None, logits: bool) -> None:
+        def stop(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise Stop
+
+        if stop_at is not None:
+            if not 0 <= stop_at < self.anatomy.n_layers:
+                raise error(SiteError, f"cannot stop at layer {stop_at} of {self.anatomy.name}",
+                            allowed=f"0 to {self.anatomy.n_layers - 1}", do="choose a layer of the model")  # fmt: skip
+            rig.before(self.anatomy.parts.layers[stop_at].block, stop)
+        elif not logits:
+            rig.before(self.anatomy.parts.unembedding, stop)
+
+    def _forward(self, rig: Rig, batch: Batch, grad: bool) -> Any:
+        started = time.perf_counter()
+        inputs = batch.inputs(self._takes_positions)
+        with torch.set_grad_enabled(grad), rig:
+            try:
+                output = self.hf(**inputs, use_cache=False) if self.anatomy.causal else self.hf(**inputs)
+            except Stop:
+                return None
+        flops = plan_of(self, batch, [], logits=True, grad=False, pace=1.0).flops
+        self._flops_per_second = flops / (time.perf_counter() - started)
+        return output
+
+    @contextmanager
+    def editing(self, *edits: Edit) -> Iterator[Model]:
+        """Apply edits to every call inside the block, also to `generate` with its key/value cache.
+
+        In a generation, positions mean those of the prompt; ``@last`` is the newest token at every step, ``@prompt``
+        and ``@generated`` are what they say, and no positions means all. The edits are gone when the block is left, also
+        by an exception or Ctrl-C. An edit that never applied is warned of.
+
+        >>> with model.editing(Add("12.resid_post@last", direction, strength=4.0)):
+        ...     print(model.generate("I think"))
+        """
+        flow = Live()
+        session = Session(self.hf, self.anatomy, flow, edits=edits)
+        calls = 0
+
+        def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal calls
+            calls += 1
+            flow.begin(args, kwargs)
+
+        session.rig.before("", begin)
+        with session.rig:
+            yield self
+        idle = [e for e in edits if isinstance(e, SiteEdit) and id(e) not in session.fired]
+        if calls and idle:
+            warnings.warn(f"these edits never applied: {idle}", stacklevel=3)
+
+    def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, **options: Any) -> str | list[str]:
+        """Continue a text, or several; greedy unless told otherwise.
+
+        Args:
+            prompt: one text or several.
+            max_new_tokens: how many tokens to add at most.
+            options: what the `generate` of `transformers` takes, such as ``do_sample=True``.
+
+        Returns:
+            What was added: a text for a text, a list for a list.
+
+        Raises:
+            PromptError: the model has no tokenizer, or the prompt is empty or leaves no room in the context.
+        """
+        if self.tokenizer is None:
+            raise error(PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids")
+        batch = self.to_batch(prompt, "left")
+        room = self.anatomy.n_ctx - batch.tokens.shape[1]
+        if max_new_tokens > room:
+            raise error(PromptError, "the prompt leaves too little room in the model's context",
+                        got=f"{max_new_tokens} new tokens", allowed=f"{room}", do="shorten the prompt")  # fmt: skip
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        pad = pad if pad is not None else self.tokenizer.eos_token_id
+        options = {"do_sample": False, "pad_token_id": pad} | options
+        with torch.no_grad():
+            out = self.hf.generate(
+                input_ids=batch.tokens, attention_mask=batch.mask.long(), max_new_tokens=max_new_tokens, **options
+            )
+        texts = [self.tokenizer.decode(row[batch.tokens.shape[1] :], skip_special_tokens=True) for row in out]
+        return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
+
+
+def _addresses(capture: Capture) -> list[Address]:
+    items = [capture] if isinstance(capture, str | Address) else list(capture)
+    return [parse(item) for item in items]

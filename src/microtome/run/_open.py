@@ -1,0 +1,84 @@
+"""Open a model: load it, map it, prove the map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from microtome.errors import ModelUnsupported, error
+from microtome.model import anatomy_of, load
+from microtome.run._model import Model
+from microtome.run._proof import prove, require
+
+
+def open(  # noqa: A001 - the name a user expects: mt.open(...)
+    name_or_path: Any = None,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Open a language model and prove the map of its inside.
+
+    Args:
+        name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel`, or nothing for the default
+            model (SmolLM2-135M-Instruct).
+        tokenizer: for an already loaded model; without one it takes token ids.
+        dtype: of the weights of a model that is loaded here; float32 by default, so that identities are tight.
+        device: where to put a model that is loaded here; the accelerator if there is one.
+        revision: of a hub model.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Returns:
+        A `Model`, on whose map all seven identities hold (see ``model.proof``).
+
+    Raises:
+        ModelError: it is not found, damaged, or not a language model.
+        ProofError: its map fails an identity; `map` and `check` show the whole proof.
+    """
+    model = map(
+        name_or_path, tokenizer=tokenizer, dtype=dtype, device=device, revision=revision,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    model.proof = prove(model)
+    require(model, model.proof)
+    return model
+
+
+def map(  # noqa: A001 - the step of opening that comes before the proof
+    name_or_path: Any = None,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load and map a model without proving the map, for looking at why a proof fails. Arguments as for `open`."""
+    if name_or_path is None or isinstance(name_or_path, str | Path):
+        hf, found, name = load(
+            name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
+        target = device if device is not None else _accelerator()
+        hf = hf if target is None else hf.to(target)
+        return Model(hf, tokenizer or found, anatomy_of(hf, name))
+    if not hasattr(name_or_path, "get_output_embeddings") or not hasattr(name_or_path, "config"):
+        raise error(
+            ModelUnsupported,
+            "cannot open this object as a model",
+            got=type(name_or_path).__name__,
+            allowed="a name, a folder, a GGUF file, or a transformers PreTrainedModel",
+            do="load it with transformers first",
+        )
+    hf = name_or_path
+    hf.eval()
+    name = Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name
+    return Model(hf, tokenizer, anatomy_of(hf, name))
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

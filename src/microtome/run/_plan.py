@@ -1,0 +1,106 @@
+"""What a run would keep and take, known before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from microtome.errors import BudgetError, error
+from microtome.model import Address, Selection, Site
+from microtome.run._batch import Batch
+
+if TYPE_CHECKING:
+    from microtome.run._model import Model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run.
+
+    Attributes:
+        bytes_by_address: what each address would keep.
+        logits_bytes: what the logits take.
+        flops: floating-point operations of the forward, two a weight and token, plus attention's.
+        seconds: at the pace of this model's last run; a first guess before any.
+    """
+
+    bytes_by_address: dict[str, int]
+    logits_bytes: int
+    flops: float
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """All that is kept."""
+        return sum(self.bytes_by_address.values()) + self.logits_bytes
+
+    def __str__(self) -> str:
+        lines = [f"{name:32} {size / 2**20:10.1f} MiB" for name, size in self.bytes_by_address.items()]
+        lines.append(f"{'logits':32} {self.logits_bytes / 2**20:10.1f} MiB")
+        lines.append(f"{'together':32} {self.bytes / 2**20:10.1f} MiB, about {self.seconds:.2g} s")
+        return "\n".join(lines)
+
+
+def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: bool, grad: bool, pace: float) -> Plan:
+    """The plan of a run over a batch."""
+    a, (rows, width) = model.anatomy, batch.tokens.shape
+    size = torch.finfo(model.dtype).bits // 8
+    kept: dict[str, int] = {}
+    for address in captures:
+        sites = a.sites(address)
+        one = _elements(model, batch, address, sites[0])
+        kept[str(address)] = one * len(sites) * size * (2 if grad else 1)
+    tokens = rows * width
+    weights = model.n_parameters - model.W_E.numel()
+    weights -= 0 if model.W_U.data_ptr() == model.W_E.data_ptr() else model.W_U.numel()
+    flops = 2.0 * tokens * weights + 4.0 * rows * width * width * a.n_heads * a.d_head * a.n_layers
+    flops += 2.0 * tokens * a.d_model * a.d_vocab if logits else 0.0
+    return Plan(kept, tokens * a.d_vocab * size if logits else 0, flops, flops * (3 if grad else 1) / pace)
+
+
+def _elements(model: Model, batch: Batch, address: Address, site: Site) -> int:
+    a, (rows, width) = model.anatomy, batch.tokens.shape
+    sizes = {"batch": rows, "pos": width, "q_pos": width, "k_pos": width, "head": a.n_heads, "kv_head": a.n_kv_heads,
+             "d_model": a.d_model, "d_head": a.d_head, "neuron": a.d_mlp, "vocab": a.d_vocab,
+             "expert": a.n_experts, "rank": a.n_experts}  # fmt: skip
+    if not address.units.is_all:
+        sizes[address.spec.unit] = len(address.units.resolve(a.units(site)) or ())
+    if isinstance(address.positions, str):
+        sizes[address.spec.pos] = 1 if address.positions == "last" else width
+    elif isinstance(address.positions, Selection) and not address.positions.is_all:
+        sizes[address.spec.pos] = len(address.positions.resolve(min(batch.lengths)) or ())
+    count = 1
+    for dim in site.spec.dims:
+        count *= sizes[dim]
+    return count
+
+
+def refuse_if_over(plan: Plan, budget: int | None, device: torch.device) -> None:
+    """Refuse a run that would keep more than it may.
+
+    Raises:
+        BudgetError: says by how much, and which address takes most.
+    """
+    allowed = int(0.8 * free_memory(device)) if budget is None else budget
+    if plan.bytes <= allowed:
+        return
+    most = max([*plan.bytes_by_address, "logits"], key=lambda n: plan.bytes_by_address.get(n, plan.logits_bytes))
+    raise error(
+        BudgetError,
+        f"this run would keep more than memory allows, most of it {most}",
+        got=f"{plan.bytes / 2**20:,.0f} MiB",
+        allowed=f"{allowed / 2**20:,.0f} MiB, which is {(plan.bytes - allowed) / 2**20:,.0f} MiB less",
+        do="name fewer sites, units or positions, use smaller batches, pass logits=False, or raise budget=",
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a device."""
+    if device.type == torch.device("meta").type or device.index is None:
+        return psutil.virtual_memory().available
+    free, _ = torch.accelerator.get_memory_info(device)
+    return int(free)

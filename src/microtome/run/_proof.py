@@ -1,0 +1,240 @@
+"""The proof of a map: identities that hold if, and only if, every site is what its name says.
+
+    1 inert       logits with every site watched equal plain logits, bit for bit
+    2 residual    resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out (or the block's own form)
+    3 heads       the heads' results and the bias sum to what attention writes
+    4 neurons     activations times W_out (or expert outputs) and the bias sum to what the MLP writes
+    5 attention   pattern @ v = z, and rows of the pattern sum to one
+    6 unembed     norm(last resid_post) = final, and final through W_U gives the logits
+    7 weights     every weight view maps what was read to what was seen
+
+Each is checked in every layer, on one probe batch, to a tolerance relative to the largest value compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from microtome.errors import ProofError
+from microtome.model import Address, Site, parse
+from microtome.run._model import Model
+from microtome.run._result import Run
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One identity at one place: its gap relative to the largest value, or why it does not apply."""
+
+    identity: str
+    where: str
+    status: Literal["holds", "fails", "does not apply"]
+    gap: float
+    tolerance: float
+    note: str = ""
+
+
+class _Prover:
+    def __init__(self, model: Model, run: Run, plain: Tensor) -> None:
+        self.model, self.run, self.plain = model, run, plain
+        self.a, self.parts = model.anatomy, model.anatomy.parts
+        self.tolerance = TOLERANCE.get(model.dtype, 5e-2)
+        self.checks: list[Check] = []
+
+    def at(self, name: str, layer: int | None = None) -> Tensor:
+        return self.run[str(Site(name, layer))]
+
+    def has(self, name: str, layer: int) -> bool:
+        return Site(name, layer) in self.a.taps
+
+    def same(self, identity: str, where: str, got: Tensor, expected: Tensor, factor: float = 1.0) -> None:
+        if got.shape != expected.shape:
+            note = f"got shape {list(got.shape)}, expected {list(expected.shape)}"
+            self.checks.append(Check(identity, where, "fails", float("inf"), self.tolerance, note))
+            return
+        size = max(float(expected.float().abs().max()), 1e-6)
+        gap = float((got.float() - expected.float()).abs().max()) / size
+        status = "holds" if gap <= self.tolerance * factor else "fails"
+        self.checks.append(Check(identity, where, status, gap, self.tolerance * factor))
+
+    def skip(self, identity: str, where: str, why: str) -> None:
+        self.checks.append(Check(identity, where, "does not apply", 0.0, self.tolerance, why))
+
+    def module(self, path: str | None) -> Callable[[Tensor], Tensor]:
+        return (lambda x: x) if path is None else self.model.hf.get_submodule(path)
+
+    def inert(self) -> None:
+        equal = torch.equal(self.run.logits, self.plain)
+        gap = float((self.run.logits - self.plain).abs().max())
+        self.checks.append(Check("1 inert", "logits", "holds" if equal else "fails", gap, 0.0))
+
+    def residual(self, i: int) -> None:
+        pre, post = self.at("resid_pre", i), self.at("resid_post", i)
+        attn, mlp = self.at("attn_out", i), self.at("mlp_out", i)
+        layer, where = self.parts.layers[i], f"{i}.resid_post"
+        if self.parts.form == "parallel":
+            self.same("2 residual", where, post, pre + attn + mlp)
+            return
+        after_attn = self.module(layer.attn_post_norm) if self.parts.form == "post_norm" else self.module(None)
+        after_mlp = self.module(layer.mlp_post_norm) if self.parts.form == "post_norm" else self.module(None)
+        mid = self.at("resid_mid", i)
+        self.same("2 residual", f"{i}.resid_mid", mid, after_attn(pre + attn))
+        self.same("2 residual", where, post, after_mlp(mid + mlp))
+
+    def written(self, raw: Tensor, path: str | None, i: int, name: str) -> Tensor:
+        path = path if self.parts.form == "sequential" else None
+        return self.module(path)(raw) * self.a.taps[Site(name, i)].scale
+
+    def heads(self, i: int) -> None:
+        total = self.at("attn.result", i).sum(2)
+        bias = self.model.layers[i].b_O
+        total = total if bias is None else total + bias
+        expected = self.written(total, self.parts.layers[i].attn_post_norm, i, "attn_out")
+        self.same("3 heads", f"{i}.attn.result", self.at("attn_out", i), expected)
+
+    def neurons(self, i: int) -> None:
+        layer, weights = self.parts.layers[i], self.model.layers[i]
+        if layer.experts is not None:
+            total = self.at("mlp.experts", i).sum(2)
+            shared = getattr(self.model.hf.get_submodule(layer.mlp or ""), "shared_experts", None)
+            total = total if shared is None else total + shared(self.at("mlp.in", i))
+        else:
+            total = self.at("mlp.post", i) @ weights.W_out
+            total = total if weights.b_out is None else total + weights.b_out
+        expected = self.written(total, layer.mlp_post_norm, i, "mlp_out")
+        where = f"{i}.mlp.experts" if layer.experts else f"{i}.mlp.post"
+        self.same("4 neurons", where, self.at("mlp_out", i), expected)
+
+    def attention(self, i: int) -> None:
+        missing = [s for s in ("q", "k", "v", "scores", "pattern") if parse(f"{i}.attn.{s}") not in self.run.captured]
+        if missing:
+            self.skip("5 attention", f"{i}.attn", f"not seen in this family: {', '.join(missing)}")
+            return
+        pattern, v = self.at("attn.pattern", i), self.at("attn.v", i)
+        v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v)
+        self.same("5 attention", f"{i}.attn.z", self.at("attn.z", i), z, factor=3.0)
+        sums = pattern.float().sum(-1)
+        if hasattr(self.model.hf.get_submodule(self.parts.layers[i].attn), "sinks"):
+            self.same("5 attention", f"{i}.attn.pattern", sums.clamp(max=1.0), sums)
+        else:
+            self.same("5 attention", f"{i}.attn.pattern", sums, torch.ones_like(sums))
+
+    def unembed(self) -> None:
+        a, final = self.a, self.at("final")
+        last = self.at("resid_post", a.n_layers - 1)
+        norm = self.model.final_norm
+        trunk = self.parts.layers[0].block.rpartition(".")[0].rpartition(".")[0]
+        if norm is None:
+            self.skip("6 unembed", "final", "the head has a transform of its own, or no norm stands before it")
+        elif final.shape[-1] != last.shape[-1]:
+            self.skip("6 unembed", "final", f"{trunk} projects the stream to another width before the unembedding")
+        else:
+            self.same("6 unembed", "final", final, norm.apply(last))
+        logits = final @ self.model.W_U
+        logits = logits if self.model.b_U is None else logits + self.model.b_U
+        logits = logits * a.logit_scale
+        if a.logit_softcap is not None:
+            logits = torch.tanh(logits / a.logit_softcap) * a.logit_softcap
+        self.same("6 unembed", "logits", self.run.logits, logits)
+
+    def mlp_weights(self, i: int) -> None:
+        weights, where = self.model.layers[i], f"{i}.mlp"
+        if self.parts.layers[i].experts is not None:
+            self.skip("7 weights", where, "the layer is a mixture: experts are checked by identity 4")
+            return
+        x = self.at("mlp.in", i)
+        views = {"mlp.gate": ("W_gate", "b_gate"), "mlp.up": ("W_in", "b_in"), "mlp.pre": ("W_in", "b_in")}
+        for name, (matrix, offset) in views.items():
+            if self.has(name, i):
+                expected = x @ getattr(weights, matrix)
+                bias = getattr(weights, offset)
+                self.same("7 weights", f"{i}.{matrix}", self.at(name, i), expected if bias is None else expected + bias)
+        act = self.parts.layers[i].act
+        if act is None:
+            self.skip("7 weights", where, "the activation is not a module of its own")
+            return
+        gated = self.has("mlp.gate", i)
+        post = self.module(act)(self.at("mlp.gate" if gated else "mlp.pre", i))
+        self.same("7 weights", f"{i}.mlp.post", self.at("mlp.post", i), post * self.at("mlp.up", i) if gated else post)
+
+    def attn_weights(self, i: int) -> None:
+        layer, weights, x = self.parts.layers[i], self.model.layers[i], self.at("attn.in", i)
+        if layer.qkv is None and layer.v is None:
+            self.skip("7 weights", f"{i}.attn", "latent attention: keys and values have no weights of their own")
+            return
+        module: Any = self.model.hf.get_submodule(layer.attn)
+        config = self.model.hf.config.get_text_config()
+        clip = getattr(config, "clip_qkv", None) or getattr(getattr(config, "attn_config", None), "clip_qkv", None)
+        normed = any("norm" in name for name, _ in module.named_children())
+        for name, matrix, bias in (("v", "W_V", "b_V"), ("q", "W_Q", "b_Q"), ("k", "W_K", "b_K")):
+            where = f"{i}.{matrix}"
+            if f"{i}.attn.{name}" not in self.run:
+                self.skip("7 weights", where, "not seen in this family")
+                continue
+            seen = self.at(f"attn.{name}", i)
+            expected = torch.einsum("bpd,hdk->bphk", x, getattr(weights, matrix))
+            offset = getattr(weights, bias)
+            expected = expected if offset is None else expected + offset
+            expected = expected if clip is None else expected.clamp(-clip, clip)
+            expected = expected.repeat_interleave(seen.shape[2] // expected.shape[2], dim=2)
+            if name == "v":
+                self.same("7 weights", where, seen, expected)
+            elif normed:
+                self.skip("7 weights", where, "queries and keys are normalised before use")
+            else:
+                self.aligned(where, seen[:, 0], expected[:, 0])
+
+    def aligned(self, where: str, seen: Tensor, expected: Tensor) -> None:
+        """At position 0 a rotation is the identity, so that queries and keys are the projection times one factor."""
+        factor = (seen * expected).sum() / expected.pow(2).sum()
+        self.same("7 weights", where, seen, expected * factor)
+
+
+def prove(model: Model) -> list[Check]:
+    """Check the seven identities of a model on a probe batch of two rows of eight tokens.
+
+    Returns:
+        A check for every identity and place.
+    """
+    a = model.anatomy
+    tokens = (torch.arange(16) * 7919 % (a.d_vocab - a.d_vocab // 4) + a.d_vocab // 4).reshape(2, 8)
+    tokens = tokens.to(model.device)
+    with torch.no_grad():
+        plain = model.hf(input_ids=tokens, use_cache=False).logits if a.causal else model.hf(input_ids=tokens).logits
+        sites = [parse(str(s)) for s in a.taps if s.name != "logits"]
+        run = model.run(tokens, capture=[Address(s.name, s.layers) for s in sites])
+        prover = _Prover(model, run, plain)
+        prover.inert()
+        for i in range(a.n_layers):
+            prover.residual(i)
+            prover.heads(i)
+            prover.neurons(i)
+            prover.attention(i)
+            prover.mlp_weights(i)
+            prover.attn_weights(i)
+        prover.unembed()
+    return prover.checks
+
+
+def require(model: Model, checks: list[Check]) -> None:
+    """Refuse a model whose proof fails.
+
+    Raises:
+        ProofError: names the identity, the place, the gap and what to declare.
+    """
+    failed = [c for c in checks if c.status == "fails"]
+    if failed:
+        c = failed[0]
+        more = f" {len(failed) - 1} more checks fail." if len(failed) > 1 else ""
+        raise ProofError(
+            f'the map of {model.anatomy.name} ({model.anatomy.model_type}) fails "{c.identity}" at {c.where}: '
+            f"gap {c.gap:.3g}, allowed {c.tolerance:.3g}. {c.note}{more} "
+            f"To do: declare how the family differs in a Family record, or look with `microtome check`."
+        )

@@ -1,0 +1,187 @@
+"""What a run gives back: logits, and the tensors that were asked for, by address and with their axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from microtome.errors import SiteError, error
+from microtome.model import Address, Anatomy, Site, parse
+from microtome.run._batch import Batch
+from microtome.run._edits import Where, canonical
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class Run:
+    """One run of a model.
+
+    Attributes:
+        tokens: [batch, pos].
+        mask: [batch, pos], True at real tokens.
+        captured: the tensors that were asked for, by address, one layer each.
+        words: the text of every token, or its number where there is no tokenizer.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        batch: Batch,
+        logits: Tensor | None,
+        captured: Mapping[Address, Tensor],
+        nodes: Mapping[Site, Tensor],
+        words: list[list[str]],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        self.anatomy, self.batch, self.captured, self.words = anatomy, batch, dict(captured), words
+        self.provenance = dict(provenance)
+        self._logits, self._nodes = logits, dict(nodes)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Token ids [batch, pos]."""
+        return self.batch.tokens
+
+    @property
+    def mask(self) -> Tensor:
+        """[batch, pos], True at real tokens."""
+        return self.batch.mask
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits [batch, pos, vocab].
+
+        Raises:
+            SiteError: the run was asked not to compute them.
+        """
+        if self._logits is None:
+            raise error(SiteError, "this run has no logits", do="run without stop_at and with logits=True")
+        return self._logits
+
+    def __contains__(self, address: str) -> bool:
+        try:
+            self[address]
+        except SiteError:
+            return False
+        return True
+
+    def __getitem__(self, address: str | Address) -> Tensor:
+        """The tensor of an address; several layers are stacked along a first axis.
+
+        Raises:
+            SiteError: it was not captured; says what was.
+        """
+        parsed = parse(address)
+        if parsed.name == "logits" and parsed not in self.captured and self._logits is not None:
+            return self._cut(self._logits, Site("logits"), parsed)
+        sites = self.anatomy.sites(parsed)
+        tensors = [self._one(site, parsed.at(site.layer)) for site in sites]
+        one = parsed.layers is None or parsed.layers.is_one
+        return tensors[0] if one else torch.stack(tensors)
+
+    def _one(self, site: Site, address: Address) -> Tensor:
+        if address in self.captured:
+            return self.captured[address]
+        whole = Address(address.name, address.layers)
+        if whole in self.captured:
+            return self._cut(self.captured[whole], site, address)
+        held = ", ".join(str(a) for a in list(self.captured)[:8]) + (", ..." if len(self.captured) > 8 else "")
+        raise error(SiteError, f'"{address}" was not captured', got=held or "nothing captured",
+                    do=f'run with capture="{address}"')  # fmt: skip
+
+    def whole(self, site: Site) -> Tensor:
+        """All of one captured site."""
+        return self._one(site, Address(site.name, parse(str(site)).layers))
+
+    def _cut(self, x: Tensor, site: Site, address: Address) -> Tensor:
+        if address.whole:
+            return x
+        full = canonical(x, site)
+        units = None
+        if not address.units.is_all:
+            chosen = address.units.resolve(full.shape[2])
+            if chosen is None:
+                raise error(SiteError, f"no units [{address.units}] at {site}", allowed=f"0 to {full.shape[2] - 1}",
+                            do="choose units that exist")  # fmt: skip
+            units = torch.tensor(chosen, device=x.device)
+        return canonical(Where(site, None, self.batch.columns(address.positions), units).cut(full), site)
+
+    def dims(self, address: str | Address) -> tuple[str, ...]:
+        """The names of the axes of ``run[address]``."""
+        parsed = parse(address)
+        return ("layer", *parsed.spec.dims) if self[parsed].dim() > len(parsed.spec.dims) else parsed.spec.dims
+
+    def dataset(self, *addresses: str) -> xr.Dataset:
+        """Captured sites as an `xarray.Dataset`: a variable a site name, with its axes, coordinates and provenance.
+
+        Args:
+            addresses: what to include; everything captured by default.
+
+        Returns:
+            float32 copies on the CPU. Layers are stacked; coordinates are layer numbers, unit numbers and positions,
+            and `token` [batch, pos] holds the text of the tokens.
+        """
+        import xarray as xr
+
+        named = [parse(a) for a in addresses] or _grouped(self.captured)
+        variables: dict[str, xr.DataArray] = {}
+        for address in named:
+            sites = self.anatomy.sites(address)
+            x = torch.stack([self._one(site, address.at(site.layer)) for site in sites]).detach().float().cpu()
+            dims = ("layer", *address.spec.dims)
+            coords: dict[str, Any] = {"layer": [-1 if s.layer is None else s.layer for s in sites]}
+            unit = address.spec.unit
+            if unit != "batch":
+                coords[unit] = address.units.resolve(self.anatomy.units(sites[0])) if not address.units.is_all else None
+                coords[unit] = coords[unit] or list(range(x.shape[dims.index(unit)]))
+            columns = self.batch.columns(address.positions)
+            if columns is not None and bool((columns == columns[:1]).all()):
+                coords[address.spec.pos] = columns[0].tolist()
+            elif columns is None:
+                coords[address.spec.pos] = list(range(x.shape[dims.index(address.spec.pos)]))
+            array = xr.DataArray(x.numpy(), dims=dims, coords=coords)
+            array.attrs["address"], array.attrs["meaning"] = str(address), address.spec.meaning
+            name = address.name if address.name not in variables else str(address)
+            variables[name] = array.squeeze("layer", drop=True) if address.layers is None else array
+        data = xr.Dataset(variables, attrs=self.provenance)
+        return data.assign_coords(token=(("batch", "pos"), self.words)) if _same_pos(data, self.tokens) else data
+
+    def grad(self, of: Tensor) -> dict[str, Tensor]:
+        """Gradients of a scalar with respect to every captured site of a run with `grad=True`.
+
+        Args:
+            of: a scalar computed from this run's logits or captures.
+
+        Returns:
+            Gradients by address, each with the axes of the site; zeros where `of` does not depend on it. The
+            parameters of the model get no gradient.
+        """
+        if not self._nodes:
+            raise error(SiteError, "this run keeps no gradients", do="run with grad=True and name what to capture")
+        found = torch.autograd.grad(of, list(self._nodes.values()), retain_graph=True, allow_unused=True)
+        full = {s: g if g is not None else torch.zeros_like(self._nodes[s])
+                for s, g in zip(self._nodes, found, strict=True)}  # fmt: skip
+        wanted = [a for a in self.captured if Site(a.name, _layer(a)) in full]
+        return {str(a): self._cut(full[Site(a.name, _layer(a))], Site(a.name, _layer(a)), a) for a in wanted}
+
+
+def _layer(address: Address) -> int | None:
+    return None if address.layers is None or address.layers.ranges is None else address.layers.ranges[0][0]
+
+
+def _same_pos(data: xr.Dataset, tokens: Tensor) -> bool:
+    return dict(data.sizes).get("pos") == tokens.shape[1] and "batch" in data.sizes
+
+
+def _grouped(captured: Mapping[Address, Tensor]) -> list[Address]:
+    groups: dict[Address, list[int]] = {}
+    for address in captured:
+        groups.setdefault(address.at(None), []).append(-1 if _layer(address) is None else _layer(address) or 0)
+    return [
+        group if layers == [-1] else parse(f"{','.join(map(str, sorted(layers)))}.{group}")
+        for group, layers in groups.items()
+    ]

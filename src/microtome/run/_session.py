@@ -1,0 +1,218 @@
+"""A session: edits and captures, compiled against an anatomy into a rig.
+
+Order is the model's: sites are visited as the forward reaches them, and at one site edits come before captures, in the
+order they were given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from microtome.errors import EditError, SiteError, error
+from microtome.model import SITES, Address, Anatomy, Rule, Selection, Site
+from microtome.run._batch import Batch
+from microtome.run._edits import Edit, Freeze, Repeat, ScaleBlock, SiteEdit, Skip, Where, apply, canonical
+from microtome.run._hooks import Rig
+from microtome.run._layers import freeze, layer_paths
+from microtome.run._taps import install
+
+_ORDER = {name: i for i, name in enumerate(SITES)}
+Observer = Callable[[Site, Tensor], None]
+
+
+class Stop(Exception):
+    """Raised inside a forward to end it where nothing more is wanted; caught by the run."""
+
+
+class Flow(Protocol):
+    """Knows the forward that is under way: its shape, and which columns a position names."""
+
+    def shape(self) -> tuple[int, int]:
+        """Batch and width."""
+        ...
+
+    def columns(self, positions: Selection | Rule) -> tuple[bool, Tensor | None]:
+        """Whether the positions occur in this forward, and their columns [batch, n] (None: all)."""
+        ...
+
+
+class OneRun:
+    """The flow of a single forward over a known batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._known: dict[Selection | Rule, Tensor | None] = {}
+
+    def shape(self) -> tuple[int, int]:
+        """Batch and width."""
+        rows, width = self.batch.tokens.shape
+        return rows, width
+
+    def columns(self, positions: Selection | Rule) -> tuple[bool, Tensor | None]:
+        """The columns of the positions, found once."""
+        if positions not in self._known:
+            self._known[positions] = self.batch.columns(positions)
+        return True, self._known[positions]
+
+
+class Live:
+    """The flow of calls that are not ours, such as generation with a key/value cache.
+
+    In the first forward (the prompt) positions mean what they mean in a run. In later ones, which only add tokens,
+    `last`, `generated` and `*` name the new tokens, and everything else names nothing.
+    """
+
+    def __init__(self) -> None:
+        self._shape, self._offset = (0, 0), 0
+        self._batch: Batch | None = None
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the arguments of the model's forward."""
+        tokens = kwargs.get("input_ids")
+        tokens = tokens if tokens is not None else (args[0] if args else kwargs.get("inputs_embeds"))
+        assert tokens is not None
+        cache = kwargs.get("past_key_values")
+        self._shape = (int(tokens.shape[0]), int(tokens.shape[1]))
+        self._offset = 0 if cache is None else int(cache.get_seq_length())
+        if self._offset == 0:
+            mask = kwargs.get("attention_mask")
+            if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
+                mask = torch.ones(self._shape, device=tokens.device)
+            first = mask.int().argmax(1).tolist()
+            self._batch = Batch(tokens, tuple(mask.int().sum(1).tolist()), tuple(first))
+
+    def shape(self) -> tuple[int, int]:
+        """Batch and width of the forward under way."""
+        return self._shape
+
+    def columns(self, positions: Selection | Rule) -> tuple[bool, Tensor | None]:
+        """Columns of this forward; False if the positions do not occur in it."""
+        everything = isinstance(positions, Selection) and positions.is_all
+        if self._offset == 0 and self._batch is not None:
+            return (False, None) if positions == "generated" else (True, self._batch.columns(positions))
+        if positions == "last":
+            return True, torch.full((self._shape[0], 1), self._shape[1] - 1, device=self._device())
+        return positions == "generated" or everything, None
+
+    def _device(self) -> torch.device | None:
+        return None if self._batch is None else self._batch.tokens.device
+
+
+@dataclass
+class _Visitor:
+    """What happens at one site."""
+
+    session: Session
+    site: Site
+    edits: list[tuple[SiteEdit, Address]]
+    captures: list[Address]
+    observers: list[Observer]
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        own = x
+        for edit, address in self.edits:
+            where = self.session.where(self.site, address, edit.rows, x)
+            if where is not None:
+                self.session.fired.add(id(edit))
+                x = apply(edit, x, where)
+        if self.session.grad and (self.captures or self.site.name == "embed"):
+            x = self._node(x, own)
+        for address in self.captures:
+            self.session.captured[address] = self.session.cut(x, self.site, address)
+        for observe in self.observers:
+            observe(self.site, x)
+        return None if x is own else x
+
+    def _node(self, x: Tensor, own: Tensor) -> Tensor:
+        # A fresh node of the graph, through which all later computation passes, so that it has a gradient.
+        x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
+        self.session.nodes[self.site] = x
+        return x
+
+
+class Session:
+    """Edits and captures bound to one model, with what they gathered."""
+
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        flow: Flow,
+        *,
+        edits: Sequence[Edit] = (),
+        captures: Sequence[Address] = (),
+        observers: Mapping[Address, Observer] | None = None,
+        grad: bool = False,
+    ) -> None:
+        self.model, self.anatomy, self.flow, self.grad = model, anatomy, flow, grad
+        self.captured: dict[Address, Tensor] = {}
+        self.nodes: dict[Site, Tensor] = {}
+        self.fired: set[int] = set()
+        self.rig = Rig(model, anatomy.attention, anatomy.n_heads)
+        self.site_edits = [edit for edit in edits if isinstance(edit, SiteEdit)]
+        for edit in edits:
+            self._install_other(edit)
+        visitors: dict[Site, _Visitor] = {}
+        for edit in self.site_edits:
+            for site in anatomy.sites(edit.address):
+                self._visitor(visitors, site).edits.append((edit, edit.address))
+        for address in captures:
+            for site in anatomy.sites(address):
+                self._visitor(visitors, site).captures.append(address.at(site.layer))
+        for address, observe in (observers or {}).items():
+            for site in anatomy.sites(address):
+                self._visitor(visitors, site).observers.append(observe)
+        if grad:
+            self._visitor(visitors, Site("embed"))
+        order = sorted(visitors, key=lambda s: (-1 if s.layer is None else s.layer, _ORDER[s.name]))
+        for site in order:
+            visitor = visitors[site]
+            changes = bool(visitor.edits) or grad
+            install(self.rig, model, site, anatomy.taps[site], visitor, flow.shape, changes)
+
+    def _visitor(self, visitors: dict[Site, _Visitor], site: Site) -> _Visitor:
+        return visitors.setdefault(site, _Visitor(self, site, [], [], []))
+
+    def _install_other(self, edit: Edit) -> None:
+        if isinstance(edit, Skip | Repeat | ScaleBlock):
+            layer_paths(self.rig, self.anatomy, edit)
+        elif isinstance(edit, Freeze):
+            freeze(self.rig, self.model, self.anatomy, edit, self.flow.shape)
+        elif not isinstance(edit, SiteEdit):
+            raise error(EditError, "not an edit", got=repr(edit), allowed="the edits of microtome", do="pass an edit")
+
+    def units(self, address: Address, x: Tensor, site: Site) -> Tensor | None:
+        """The selected units of a tensor in the site's own axes, or None for all."""
+        if address.units.is_all:
+            return None
+        size = canonical(x, site).shape[2]
+        chosen = address.units.resolve(size)
+        if chosen is None:
+            raise error(SiteError, f"no units [{address.units}] at {site}", allowed=f"0 to {size - 1}",
+                        do="choose units that exist")  # fmt: skip
+        return torch.tensor(chosen, device=x.device)
+
+    def where(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> Where | None:
+        """Where an edit applies in the forward under way, or None if nowhere."""
+        fires, columns = self.flow.columns(address.positions)
+        if not fires:
+            return None
+        batch = x.shape[0]
+        if rows is not None and not all(0 <= r < batch for r in rows):
+            raise error(EditError, f"no rows {rows} at {site}", allowed=f"0 to {batch - 1}", do="choose rows of the batch")
+        chosen = None if rows is None else torch.tensor(rows, device=x.device)
+        return Where(site, chosen, columns, self.units(address, x, site))
+
+    def cut(self, x: Tensor, site: Site, address: Address) -> Tensor:
+        """The part of a tensor that an address names; the tensor itself where it names all."""
+        if address.whole:
+            return x
+        where = self.where(site, address, None, x)
+        if where is None:
+            return x[:0]
+        return canonical(where.cut(canonical(x, site)), site)

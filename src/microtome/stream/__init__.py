@@ -1,0 +1,35 @@
+"""Text in, statistics out: corpora, batches of tokens, and accumulators that merge.
+
+    corpus      `standard_library_text`, `standard_library_code`, `read_text`, `joined`, `Corpus.of`
+    batches     `TokenBatches` yields `TokenBatch`
+    statistics  `Moments`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`, `Covariance`, `Histogram`, `Quantiles`
+
+Every statistic is an `Accumulator`: `update(values, ...)`, `merge(other)`, `result()`, `state()`, `save`, `load`.
+"""
+
+from microtome.stream._accumulator import Accumulator as Accumulator
+from microtome.stream._accumulator import merged as merged
+from microtome.stream._batches import TokenBatch as TokenBatch
+from microtome.stream._batches import TokenBatches as TokenBatches
+from microtome.stream._batches import Tokenizer as Tokenizer
+from microtome.stream._corpus import Corpus as Corpus
+from microtome.stream._corpus import joined as joined
+from microtome.stream._corpus import read_text as read_text
+from microtome.stream._corpus import standard_library_code as standard_library_code
+from microtome.stream._corpus import standard_library_text as standard_library_text
+from microtome.stream._covariance import Covariance as Covariance
+from microtome.stream._covariance import CovarianceResult as CovarianceResult
+from microtome.stream._firing import Cooccurrence as Cooccurrence
+from microtome.stream._firing import CooccurrenceResult as CooccurrenceResult
+from microtome.stream._firing import Counter as Counter
+from microtome.stream._firing import CounterResult as CounterResult
+from microtome.stream._firing import Firing as Firing
+from microtome.stream._firing import FiringResult as FiringResult
+from microtome.stream._histogram import Histogram as Histogram
+from microtome.stream._histogram import HistogramResult as HistogramResult
+from microtome.stream._histogram import Quantiles as Quantiles
+from microtome.stream._histogram import QuantilesResult as QuantilesResult
+from microtome.stream._moments import Moments as Moments
+from microtome.stream._moments import MomentsResult as MomentsResult
+from microtome.stream._topk import TopExamples as TopExamples
+from microtome.stream._topk import TopResult as TopResult

@@ -1,0 +1,156 @@
+"""Documents as batches of token rows, in a fixed order.
+
+Formula:  flat = d_0, sep, d_1, sep, ... cut to `tokens`; row r is flat[r length : (r + 1) length].
+Cost:     tokenises documents only until there are enough tokens, and of a long document only as much as is needed.
+Check:    rows concatenated give `flat`; the same tokens as tokenising everything first (tests/unit).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from microtome.axes import Tokens
+from microtome.errors import DataError, error
+from microtome.stream._corpus import Corpus
+
+_CHARACTERS = 8  # a token of text is rarely longer, so this many characters a token nearly always give enough
+_MARGIN = 64  # tokens kept away from a cut in a document, which may tokenise otherwise than the whole
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer: `tokenizer(text, add_special_tokens=False)["input_ids"]`, as Hugging Face's do."""
+
+    def __call__(self, text: str, /, *, add_special_tokens: bool) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Rows of tokens, and where they are from; all int64.
+
+    `tokens` [batch, pos]; `start` [batch], the global index of each row's first token; `document` [batch, pos], the
+    number of the document that each token is from, where a separator counts to the document before it.
+    """
+
+    tokens: Tokens
+    start: Tensor
+    document: Tensor
+
+
+class TokenBatches:
+    """A corpus as batches of rows of tokens.
+
+    Documents are joined into one list, `flat`, with the tokenizer's end-of-text token between them (its
+    beginning-of-text token when it has no other, nothing when it has neither). Rows are cut from it one after another,
+    so that a row may begin inside a document. What is left over and does not fill a row is dropped, unless it would be
+    the only row; so `flat` has at most `tokens` tokens, and every token in it is in exactly one row.
+
+    Args:
+        corpus: the documents.
+        tokenizer: called as `tokenizer(text, add_special_tokens=False)["input_ids"]`.
+        length: tokens a row.
+        rows: rows a batch; the last batch may have fewer.
+        tokens: how many tokens to take from the corpus, all of them by default.
+
+    Attributes:
+        flat: every token, in order; the token at position p of a row is `flat[start + p]`.
+        ranges: the first index and the one after the last of each document that was reached, in `flat`.
+        short: whether the corpus has fewer tokens than were asked for.
+        dropped: how many tokens were left over.
+
+    Raises:
+        DataError: when a number is too small, or the corpus gives fewer than 2 tokens.
+    """
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, *, length: int = 256, rows: int = 8, tokens: int | None = None
+    ) -> None:
+        for name, value, least in (("length", length, 2), ("rows", rows, 1), ("tokens", tokens, 2)):
+            if value is not None and value < least:
+                raise error(DataError, f"TokenBatches: {name} is too small", got=value, allowed=f"{least} or more")
+        self.corpus, self.length, self.rows = corpus, length, rows
+        flat, ranges = _tokenise(corpus, tokenizer, tokens)
+        if len(flat) < 2:
+            what = f'corpus "{corpus.name}" gives too few tokens'
+            raise error(DataError, what, got=len(flat), allowed="2 or more", do="give it more text")
+        self.short = tokens is not None and len(flat) < tokens
+        kept = len(flat) // length * length or len(flat)
+        self.dropped = len(flat) - kept
+        self.flat = flat[:kept]
+        self.ranges = [(min(first, kept), min(end, kept)) for first, end in ranges if first < kept]
+        self._table = torch.tensor(self.flat, dtype=torch.int64).reshape(-1, min(length, kept))
+
+    def __len__(self) -> int:
+        """How many batches."""
+        return -(-self._table.shape[0] // self.rows)
+
+    def __getitem__(self, number: int) -> TokenBatch:
+        """Batch by number; negative numbers count from the end."""
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"no batch {number}: there are {len(self)}")
+        first = number % len(self) * self.rows
+        tokens = self._table[first : first + self.rows].clone()
+        start = torch.arange(first, first + tokens.shape[0]) * tokens.shape[1]
+        index = start[:, None] + torch.arange(tokens.shape[1])
+        return TokenBatch(tokens, start, torch.searchsorted(self._firsts, index, right=True) - 1)
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        return (self[number] for number in range(len(self)))
+
+    def document_of(self, index: int) -> int:
+        """The number of the document that the token at a global index is from."""
+        if not 0 <= index < len(self.flat):
+            raise error(DataError, f"no token {index}", allowed=f"0 to {len(self.flat) - 1}")
+        return bisect_right([first for first, _ in self.ranges], index) - 1
+
+    def group_of(self, index: int) -> str:
+        """The group of the document that the token at a global index is from."""
+        return self.corpus.group_of(self.document_of(index))
+
+    @property
+    def _firsts(self) -> Tensor:
+        return torch.tensor([first for first, _ in self.ranges], dtype=torch.int64)
+
+
+def _tokenise(corpus: Corpus, tokenizer: Tokenizer, tokens: int | None) -> tuple[list[int], list[tuple[int, int]]]:
+    """The first `tokens` tokens of a corpus, and the range of each document reached."""
+    separator = getattr(tokenizer, "eos_token_id", None)
+    separator = getattr(tokenizer, "bos_token_id", None) if separator is None else separator
+    between = [] if separator is None else [int(separator)]
+    flat: list[int] = []
+    ranges: list[tuple[int, int]] = []
+    for text in corpus:
+        if tokens is not None and len(flat) >= tokens:
+            break
+        if flat and ranges[-1][0] < ranges[-1][1]:  # a document without tokens gets no separator
+            flat += between
+        first = len(flat)
+        flat += _start_of(text, tokenizer, None if tokens is None else tokens - first)
+        ranges.append((first, len(flat)))
+    if tokens is not None:
+        ranges = [(min(first, tokens), min(end, tokens)) for first, end in ranges]
+    return flat[:tokens], ranges
+
+
+def _start_of(text: str, tokenizer: Tokenizer, needed: int | None) -> list[int]:
+    """The first `needed` tokens of a text or more, without tokenising much more of it than that."""
+    characters = len(text) if needed is None else max(needed, 0) * _CHARACTERS + 1024
+    while needed is not None and characters < len(text):
+        cut = text.rfind("\n", characters // 2, characters)
+        cut = cut if cut > 0 else characters
+        ids = _ids(tokenizer, text[:cut])
+        if len(ids) >= needed + _MARGIN:
+            return ids[:needed]
+        characters *= 2
+    return _ids(tokenizer, text)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text, without special tokens."""
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]] if text else []

@@ -1,0 +1,194 @@
+"""Tables and texts as the data files of an atlas's pages.
+
+A page opened from disk may not fetch, so a data file is a script that hands one JSON value to the pages:
+
+    atlas.receive("neurons/12", {"rows": 1536, "types": {"max": "float"}, "columns": {"max": [3.21, null]}});
+
+The JSON is pure ASCII and holds no `<`, so no token can end a script or a line early. Floats are rounded to a few
+significant digits; what is null, NaN or infinite becomes null, which the pages show as a dash.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from microtome.errors import DataError, error
+
+TOKEN_COLUMNS = ("promoted", "suppressed")
+"""Columns of the neuron table that hold lists of vocabulary ids."""
+
+LISTED = ("promoted",)
+"""List columns that a list of neurons needs; the other list columns are only needed by the page of one neuron."""
+
+
+def script(name: str, value: str) -> str:
+    """The text of the data file `name`, from the JSON of its value."""
+    return f"atlas.receive({literal(name)}, {value});\n"
+
+
+def literal(value: object) -> str:
+    """JSON in ASCII without `<`, safe in any script; numbers that are not finite become null, other types text."""
+    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=str)
+    return text.replace("<", "\\u003c")
+
+
+def encode(table: pa.Table, digits: int, names: Sequence[str] | None = None) -> str:
+    """The JSON of some columns of a table: its rows, the type of each column, and the columns as arrays."""
+    names = table.column_names if names is None else names
+    types = {name: _kind(table.schema.field(name).type) for name in names}
+    columns = ",".join(f"{literal(name)}:{_encode_column(table.column(name), digits)}" for name in names)
+    return f'{{"rows":{table.num_rows},"types":{literal(types)},"columns":{{{columns}}}}}'
+
+
+def by_layer(table: pa.Table, unit: str) -> Iterator[tuple[int, pa.Table]]:
+    """Each layer of a table with its rows, in the order of layers and units."""
+    table = table.sort_by([("layer", "ascending"), (unit, "ascending")])
+    layers, starts = np.unique(table.column("layer").to_numpy(), return_index=True)
+    ends = [*starts.tolist(), table.num_rows][1:]
+    for layer, start, end in zip(layers.tolist(), starts.tolist(), ends, strict=True):
+        yield layer, table.slice(start, end - start)
+
+
+def split_columns(table: pa.Table) -> tuple[list[str], list[str]]:
+    """The columns that a list of neurons needs, and those that only the page of one neuron needs."""
+    listed = [f.name for f in table.schema if f.name in LISTED or not _is_list(f.type)]
+    return listed, [name for name in table.column_names if name not in listed]
+
+
+def reindex_vocab(neurons: pa.Table, vocab: Sequence[str]) -> tuple[pa.Table, list[str]]:
+    """Replace vocabulary ids by places in a list of only the strings that are used, and return both."""
+    present = [name for name in TOKEN_COLUMNS if name in neurons.column_names]
+    flat: dict[str, np.ndarray] = {}
+    for name in present:
+        problem = f'column "{name}" of the neuron table leaves the vocabulary'
+        flat[name] = _check_places(neurons.column(name), problem, len(vocab))
+    used = np.unique(np.concatenate(list(flat.values()))) if flat else np.empty(0, dtype=np.int64)
+    for name, ids in flat.items():
+        lists = _replace_values(neurons.column(name), pa.array(np.searchsorted(used, ids).astype(np.int32)))
+        neurons = neurons.set_column(neurons.column_names.index(name), name, lists)
+    return neurons, [vocab[i] for i in used.tolist()]
+
+
+def pack_tokens(tokens: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The distinct strings of a text in order of appearance, and for each token the place of its string."""
+    places: dict[str, int] = {}
+    ids = [places.setdefault(token, len(places)) for token in tokens]
+    return list(places), ids
+
+
+def count_firing(neurons: pa.Table, bins: int = 20) -> dict[str, Any] | None:
+    """How many neurons of each layer fire how often: the edges of bins over 0 to 1, and counts by layer.
+
+    A neuron that never fires is counted apart, because it differs in kind from one that fires rarely.
+    """
+    if "firing_rate" not in neurons.column_names:
+        return None
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    layers = neurons.column("layer").to_numpy()
+    rates = neurons.column("firing_rate").to_numpy().astype(np.float64)
+    found: dict[str, Any] = {"edges": edges.round(6).tolist(), "layers": [], "never": [], "counts": []}
+    for layer in np.unique(layers):
+        rate = rates[layers == layer]
+        found["layers"].append(int(layer))
+        found["never"].append(int((rate == 0).sum()))
+        found["counts"].append(np.histogram(rate[rate > 0], bins=edges)[0].tolist())
+    return found
+
+
+def check_examples(neurons: pa.Table, tokens: int) -> None:
+    """Raise DataError where an example points outside the text."""
+    for name in ("example_index", "example_start"):
+        if name not in neurons.column_names:
+            continue
+        _check_places(neurons.column(name), f'column "{name}" of the neuron table leaves the text', tokens)
+
+
+def _finite(value: object) -> object:
+    """The same value with null in place of every float that JSON cannot hold."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, np.generic):
+        return _finite(value.item())
+    return value
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _kind(kind: pa.DataType) -> str:
+    """The pages' name for a column type, by which they format and sort it."""
+    if _is_list(kind):
+        return "list"
+    if pa.types.is_boolean(kind):
+        return "bool"
+    if pa.types.is_integer(kind):
+        return "int"
+    return "float" if pa.types.is_floating(kind) else "text"
+
+
+def _encode_column(column: pa.ChunkedArray, digits: int) -> str:
+    kind = column.type
+    if not _is_list(kind):
+        return f"[{','.join(_encode_values(column, digits))}]"
+    lists = _as_lists(column)
+    values = _encode_values(lists.flatten(), digits)
+    rows: list[str] = []
+    start = 0
+    for length in lists.value_lengths().to_pylist():
+        if length is None:
+            rows.append("null")
+            continue
+        rows.append(f"[{','.join(values[start : start + length])}]")
+        start += length
+    return f"[{','.join(rows)}]"
+
+
+def _encode_values(values: pa.Array | pa.ChunkedArray, digits: int) -> list[str]:
+    """Each value as JSON. Floats are formatted all at once: a neuron table holds millions."""
+    kind = values.type
+    if pa.types.is_floating(kind):
+        numbers = np.array(values, dtype=np.float64)
+        numbers = np.where(np.isfinite(numbers), numbers, np.nan)
+        text = ",".join([f"%.{digits}g"] * len(numbers)) % tuple(numbers.tolist())
+        return text.replace("nan", "null").split(",") if text else []
+    if pa.types.is_integer(kind):
+        return ["null" if value is None else str(value) for value in values.to_pylist()]
+    if pa.types.is_boolean(kind):
+        return [literal(value) for value in values.to_pylist()]
+    return [literal(None if value is None else str(value)) for value in values.to_pylist()]
+
+
+def _as_lists(column: pa.ChunkedArray) -> pa.ListArray:
+    """A column of lists of any kind as one array of lists."""
+    lists = column.combine_chunks()
+    return lists.cast(pa.list_(lists.type.value_type))
+
+
+def _check_places(column: pa.ChunkedArray, problem: str, size: int) -> np.ndarray:
+    """The flat values of a list column of places in a list of `size`, or DataError if one is outside or missing."""
+    flat = _as_lists(column).flatten()
+    allowed = f"0 to {size - 1}" if size else "none, for it is empty"
+    if flat.null_count:
+        raise error(DataError, problem, got="null", allowed=allowed)
+    places = np.array(flat, dtype=np.int64)
+    if len(places) and not 0 <= places.min() <= places.max() < size:
+        raise error(DataError, problem, got=f"{places.min()} to {places.max()}", allowed=allowed)
+    return places
+
+
+def _replace_values(column: pa.ChunkedArray, values: pa.Array) -> pa.Array:
+    """Lists of the same lengths and nulls as those of `column`, with other values."""
+    lengths = _as_lists(column).value_lengths()
+    offsets = np.concatenate([[0], np.cumsum(np.array(lengths.fill_null(0)))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=lengths.is_null())

@@ -1,0 +1,166 @@
+"""The pages of an atlas: one page with hash routes, its scripts, and its data as scripts.
+
+    index.html              opens from disk; everything else is loaded by it, when it is needed
+    assets/*.js, *.css      the pages themselves, copied from `static/`
+    assets/data/model.js    the manifest, the layer and head tables, and what the overview shows of the neurons
+    assets/data/neurons/    one file a layer: the numbers and promoted tokens of its neurons, for lists
+    assets/data/details/    one file a layer: examples and token values of its neurons, for the page of a neuron
+    assets/data/vocab.js    the vocabulary strings that neurons promote or suppress
+    assets/data/text.js     the distinct strings of the text; `assets/data/text/` holds its tokens in chunks
+
+Nothing is loaded from a network. A page opened from disk may not fetch, which is why the data are scripts too.
+"""
+
+from __future__ import annotations
+
+import html
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pyarrow as pa
+
+from microtome.errors import DataError, OutputError, error
+from microtome.view._page_data import (
+    by_layer,
+    check_examples,
+    count_firing,
+    encode,
+    literal,
+    pack_tokens,
+    reindex_vocab,
+    script,
+    split_columns,
+)
+
+SCRIPTS = ("dom.js", "data.js", "chart.js", "list.js", "overview.js", "units.js", "atlas.js")
+STYLES = ("atlas.css",)
+
+DIGITS = 6
+"""Significant digits of the layer and head tables."""
+
+NEURON_DIGITS = 4
+"""Significant digits of the neuron table, which is large."""
+
+CHUNK = 65536
+"""Tokens of the text in one data file."""
+
+
+def write_pages(
+    folder: Path,
+    manifest: dict[str, Any],
+    layers: pa.Table,
+    heads: pa.Table,
+    neurons: pa.Table,
+    tokens: list[str],
+    vocab: list[str],
+) -> Path:
+    """Write the pages of an atlas into a folder, to be opened from disk without a network.
+
+    Writes straight into `folder`; a caller that wants all or nothing gives a temporary folder and renames it.
+
+    Args:
+        folder: where to write; made if it is not there.
+        manifest: what was measured, on which model and text, at which cost; `manifest["tables"]` gives each column's
+            unit and meaning, which the pages show.
+        layers: one row a layer, with a column `layer`.
+        heads: one row an attention head, with columns `layer` and `head`.
+        neurons: one row a neuron, with columns `layer` and `neuron`; the list columns `promoted` and `suppressed` hold
+            vocabulary ids, `example_index` and `example_start` places in `tokens`.
+        tokens: every token of the text, in order.
+        vocab: every string of the vocabulary; only those in use are written.
+
+    Columns beyond those named are shown too: floats, integers, booleans, text, and lists of numbers. `X_lo` and `X_hi`
+    are the ends of the 95 % interval of `X`.
+
+    Returns:
+        The path of `index.html`.
+
+    Raises:
+        DataError: a table lacks a column it must have, or points outside the text or the vocabulary.
+        OutputError: the folder cannot be written.
+    """
+    for name, table, needed in (
+        ("layers", layers, ("layer",)),
+        ("heads", heads, ("layer", "head")),
+        ("neurons", neurons, ("layer", "neuron")),
+    ):
+        _require(name, table, needed)
+    check_examples(neurons, len(tokens))
+    neurons, strings = reindex_vocab(neurons, vocab)
+    try:
+        return _write(Path(folder), manifest, layers, heads, neurons, tokens, strings)
+    except OSError as problem:
+        raise error(OutputError, f"the pages cannot be written to {folder}", got=str(problem)) from problem
+
+
+def _write(
+    folder: Path,
+    manifest: dict[str, Any],
+    layers: pa.Table,
+    heads: pa.Table,
+    neurons: pa.Table,
+    tokens: list[str],
+    strings: list[str],
+) -> Path:
+    """Write every file; `strings` is what the token columns of `neurons` point into."""
+    data = folder / "assets" / "data"
+    for room in ("neurons", "details", "text"):
+        (data / room).mkdir(parents=True, exist_ok=True)
+    counts = _write_neurons(data, neurons)
+    _save(data, "vocab", literal(strings))
+    _write_text(data, tokens)
+    model = {
+        "manifest": literal(manifest),
+        "layers": encode(layers.sort_by("layer"), DIGITS),
+        "heads": encode(heads.sort_by([("layer", "ascending"), ("head", "ascending")]), DIGITS),
+        "firing": literal(count_firing(neurons)),
+        "neurons": literal(counts),
+    }
+    _save(data, "model", "{" + ",\n".join(f"{literal(key)}:{value}" for key, value in model.items()) + "}")
+    return _write_static(folder, str(manifest.get("model", {}).get("name", "a model")))
+
+
+def _write_neurons(data: Path, neurons: pa.Table) -> list[dict[str, int]]:
+    """Write the neurons layer by layer, and return the layers with their number of neurons."""
+    listed, details = split_columns(neurons)
+    counts: list[dict[str, int]] = []
+    for layer, table in by_layer(neurons, "neuron"):
+        _save(data, f"neurons/{layer}", encode(table, NEURON_DIGITS, listed))
+        _save(data, f"details/{layer}", encode(table, NEURON_DIGITS, details))
+        counts.append({"layer": layer, "rows": table.num_rows})
+    return counts
+
+
+def _write_text(data: Path, tokens: list[str]) -> None:
+    """Write the text as distinct strings, and as chunks of places in them that load on demand."""
+    strings, ids = pack_tokens(tokens)
+    _save(data, "text", literal({"tokens": len(ids), "chunk": CHUNK, "strings": strings}))
+    for number, start in enumerate(range(0, len(ids), CHUNK)):
+        _save(data, f"text/{number}", literal(ids[start : start + CHUNK]))
+
+
+def _write_static(folder: Path, name: str) -> Path:
+    """Copy the scripts and styles, and write index.html around them."""
+    static = files("microtome.view") / "static"
+    for asset in SCRIPTS + STYLES:
+        (folder / "assets" / asset).write_bytes((static / asset).read_bytes())
+    page = Template((static / "index.html").read_text(encoding="utf-8")).substitute(
+        name=html.escape(name),
+        styles="\n".join(f'<link rel="stylesheet" href="assets/{style}">' for style in STYLES),
+        scripts="\n".join(f'<script defer src="assets/{part}"></script>' for part in SCRIPTS),
+    )
+    path = folder / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _save(data: Path, name: str, value: str) -> None:
+    (data / f"{name}.js").write_text(script(name, value), encoding="ascii")
+
+
+def _require(name: str, table: pa.Table, needed: tuple[str, ...]) -> None:
+    missing = [column for column in needed if column not in table.column_names]
+    if missing:
+        raise error(DataError, f'the table "{name}" lacks {", ".join(missing)}', got=", ".join(table.column_names))

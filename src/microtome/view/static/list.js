@@ -1,0 +1,199 @@
+/* A list of the rows of a table: filtered, sorted, paged. Its state is in the address, so a view of it is a link. */
+"use strict";
+
+(function (atlas) {
+  const { h, number, count, plural, measured, token, alone, href, Problem } = atlas;
+  const ROWS = 50;
+  const TOKENS = 6; // promoted tokens in a row
+
+  /**
+   * Columns in groups that share their first words, for headings of two rows:
+   * resid_pre_norm, resid_mid_norm, entropy -> resid (pre norm, mid norm), entropy.
+   */
+  function groups(names) {
+    const found = [];
+    for (let i = 0; i < names.length; ) {
+      const words = names[i].split("_");
+      let [shared, end] = [0, i + 1];
+      while (end < names.length && words.length > 1 && names[end].startsWith(`${words[0]}_`)) end++;
+      const run = names.slice(i, end).map((name) => name.split("_"));
+      const fits = (depth) => run.every((other) => other.length > depth + 1 && other[depth] === words[depth]);
+      if (run.length > 1) while (fits(shared)) shared++;
+      const members = run.map((other) => ({ name: other.join("_"), label: other.slice(shared).join(" ") }));
+      found.push({ label: words.slice(0, shared).join(" "), members });
+      i = end;
+    }
+    return found;
+  }
+
+  const COMPARE = {
+    "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b, "=": (a, b) => a === b,
+  };
+
+  /** The test of one term of a query, as a function of the row. */
+  function test(table, term, vocab) {
+    const { layer: layers } = table.columns;
+    const units = table.columns[table.keys[1]];
+    const comparison = /^([a-z]\w*)(<=|>=|<|>|=)(-?\d*\.?\d+(?:e[+-]?\d+)?)$/i.exec(term);
+    if (comparison) {
+      const [, name, sign, limit] = comparison;
+      if (!table.has(name) || table.types[name] === "list") {
+        throw new Problem(`No column "${name}" here. Columns: ${[...table.keys, ...table.names].join(", ")}.`);
+      }
+      const values = table.columns[name];
+      return (row) => values[row] !== null && COMPARE[sign](values[row], Number(limit));
+    }
+    const site = /^(\d+)\.(?:(\d+)|[a-z_.]+\[(\d+)\]|\*?)$/i.exec(term);
+    if (site || (!units && /^\d+$/.test(term))) {
+      const layer = parseInt(term, 10);
+      const unit = site ? site[2] ?? site[3] : undefined;
+      return (row) => layers[row] === layer && (unit === undefined || !units || units[row] === Number(unit));
+    }
+    const text = term.toLowerCase();
+    const named = table.names.filter((name) => table.types[name] === "text");
+    const matching = new Set();
+    (vocab || []).forEach((string, id) => string.toLowerCase().includes(text) && matching.add(id));
+    const promoted = table.columns.promoted;
+    return (row) =>
+      Boolean(promoted?.[row]?.some((id) => matching.has(id))) ||
+      named.some((name) => table.columns[name][row]?.toLowerCase().includes(text));
+  }
+
+  /** The rows that pass every term: an address (12.431, 12.*), a comparison (max>5), or text in a token or a name. */
+  function search(table, query, vocab) {
+    const tests = query.trim().split(/\s+/).filter(Boolean).map((term) => test(table, term, vocab));
+    return table.rows((row) => tests.every((passes) => passes(row)));
+  }
+
+  const firstHeading = (table) => (table.kind === "layers" ? "layer" : table.keys.join("."));
+
+  /** The headings, each a link that sorts by its column: largest first, and the other way when it is already so. */
+  function headings(list, names, view) {
+    const heading = (name, label, meaning, attributes) => {
+      const here = view.sort === name;
+      const first = name === "address" ? "0" : "1";
+      const desc = here ? (view.descending ? "0" : "1") : first;
+      return h("th", { ...attributes, scope: "col", "aria-sort": here ? (view.descending ? "descending" : "ascending") : null },
+        h("a", { href: list.link({ sort: name, desc, page: null }), id: `${list.prefix}by-${name}`, title: meaning, class: here ? "here" : null },
+          label, here && h("span", { class: "arrow", "aria-hidden": "true" }, view.descending ? "▾" : "▴")));
+    };
+    const { table } = list;
+    const grouped = groups(names);
+    const top = grouped.flatMap(({ label, members }) => label
+      ? [h("th", { colspan: members.length, class: "group", scope: "colgroup" }, label)]
+      : members.map(({ name, label: own }) => heading(name, own, table.meaning(name), { rowspan: 2 })));
+    const below = grouped.filter(({ label }) => label)
+      .flatMap(({ members }) => members.map(({ name, label }, i) => heading(name, label, table.meaning(name), { class: i ? null : "first" })));
+    return h("thead", {},
+      h("tr", {},
+        heading("address", firstHeading(table), "where it is in the model", { rowspan: 2, class: "address" }), top,
+        list.vocab && table.has("promoted") && h("th", { rowspan: 2, class: "tokens", scope: "col", title: table.meaning("promoted") }, "promotes")),
+      h("tr", {}, below));
+  }
+
+  function line(list, names, row) {
+    const { table, vocab } = list;
+    const promoted = vocab && table.has("promoted");
+    return h("tr", { class: list.here === row ? "here" : null },
+      h("th", { scope: "row", class: "address" }, h("a", { href: href(table.path(row)) }, table.address(row))),
+      names.map((name) => h("td", { class: table.types[name] }, measured(table.value(name, row), table.types[name], table.bounds(name, row)))),
+      promoted && h("td", { class: "tokens" }, (table.value("promoted", row) || []).slice(0, TOKENS).map((id) => [token(vocab[id]), " "])));
+  }
+
+  /** The state of a list, from the address. */
+  function read(list, params) {
+    const get = (key) => params.get(list.prefix + key);
+    const sort = get("sort") ?? list.sort;
+    const known = sort === "address" || (list.table.has(sort) && list.table.types[sort] !== "list");
+    return {
+      query: get("q") ?? "",
+      sort: known ? sort : "address",
+      descending: get("sort") === null ? list.descending : get("desc") === "1",
+      page: Math.max(1, parseInt(get("page"), 10) || 1),
+      complaint: known ? null : `There is no column "${sort}" to sort by.`,
+    };
+  }
+
+  function pager(list, page, pages) {
+    if (pages < 2) return null;
+    const near = [...new Set([1, page - 2, page - 1, page, page + 1, page + 2, pages])].filter((p) => p >= 1 && p <= pages);
+    const step = (to, label, name) => to >= 1 && to <= pages
+      ? h("a", { href: list.link({ page: to }), id: list.prefix + name, rel: name }, label) : h("span", { class: "off" }, label);
+    return h("nav", { class: "pager", "aria-label": "Pages of the list" },
+      step(page - 1, "‹ previous", "prev"),
+      near.map((p, i) => [
+        i > 0 && p > near[i - 1] + 1 && h("span", {}, "…"),
+        p === page ? h("b", { "aria-current": "page" }, count(p)) : h("a", { href: list.link({ page: p }) }, count(p)),
+      ]),
+      step(page + 1, "next ›", "next"));
+  }
+
+  /** The part of a list that changes as it is filtered. */
+  function body(list, names) {
+    const view = read(list, list.route.params);
+    let rows = [];
+    let complaint = view.complaint;
+    try {
+      rows = search(list.table, view.query, list.vocab);
+    } catch (problem) {
+      if (!(problem instanceof Problem)) throw problem;
+      complaint = problem.message;
+    }
+    if (view.sort !== "address") rows = list.table.sorted(rows, view.sort, view.descending);
+    else if (view.descending) rows.reverse();
+    const pages = Math.max(1, Math.ceil(rows.length / ROWS));
+    const page = Math.min(view.page, pages);
+    const shown = rows.slice((page - 1) * ROWS, page * ROWS);
+    const whole = plural(list.table.length, list.table.unit);
+    const wide = names.length > 12 ? "wide" : null;
+    return [
+      h("div", { class: "tally" },
+        list.filter && h("span", { role: "status" }, view.query ? `${count(rows.length)} of ${whole}` : whole),
+        complaint && h("span", { class: "complaint", role: "alert" }, complaint),
+        pager(list, page, pages)),
+      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `List of ${list.table.kind}` },
+        h("table", { class: wide }, headings(list, names, view), h("tbody", {}, shown.map((row) => line(list, names, row)))),
+        !rows.length && h("p", { class: "note" }, "Nothing here passes this filter.")),
+    ];
+  }
+
+  /** What the columns mean, for those who cannot hover. */
+  function glossary(table, names) {
+    const told = [...table.keys, ...names, ...table.lists].filter((name) => table.described[name]);
+    if (!told.length) return null;
+    return h("details", { class: "glossary" }, h("summary", {}, "What the columns mean"),
+      h("dl", {}, told.map((name) => [h("dt", {}, h("code", {}, name)), h("dd", {}, table.meaning(name))])));
+  }
+
+  /**
+   * A list of a table.
+   *   route       the page it is on, whose address keeps its state        prefix  of its parameters there
+   *   sort, descending  the order when the address names none             vocab   strings of promoted tokens
+   *   here        the row of the page's own unit                          filter  whether there is a filter box
+   */
+  function list({ table, route, prefix = "", sort = "address", descending = true, vocab = null, here = null, filter = true }) {
+    const own = { table, route, prefix, sort, descending: sort !== "address" && descending, vocab, here, filter };
+    own.link = (changes) => {
+      const params = new URLSearchParams(route.params);
+      for (const [key, value] of Object.entries(changes)) {
+        if (value === null || value === "") params.delete(prefix + key);
+        else params.set(prefix + key, value);
+      }
+      return href(route.path, params);
+    };
+    const { names } = table;
+    const part = h("div", { class: "rows" }, body(own, names));
+    const example = table.kind === "neurons" ? "Paris   12.431   12.*   max>5   firing_rate<0.01" : table.kind === "heads" ? "12.3   12.*   induction>0.3" : "12   mlp_share>0.5";
+    const type = (event) => {
+      const address = own.link({ q: event.target.value, page: null });
+      history.replaceState(null, "", address); // no entry in the history for every letter
+      route.params = new URLSearchParams(address.split("?")[1] || "");
+      part.replaceChildren(...body(own, names).filter(Boolean));
+    };
+    const box = filter && h("label", { class: "filter" }, "Filter ",
+      h("input", { type: "search", id: `${prefix}filter`, value: read(own, route.params).query, placeholder: example, input: type, spellcheck: "false", autocomplete: "off" }));
+    return h("section", { class: "list" }, box, part, glossary(table, names));
+  }
+
+  Object.assign(atlas, { list, groups });
+})(window.atlas);

@@ -1,0 +1,180 @@
+/* The pages of one layer, one head, one neuron. */
+"use strict";
+
+(function (atlas) {
+  const { h, number, count, plural, measured, token, alone, inText, href, paths, chart, Problem } = atlas;
+  const BEFORE = 24; // tokens of context before the peak of an example
+  const AFTER = 12;
+
+  /** Title, address, and the neighbours of a unit; j and k follow the neighbours. */
+  function top(title, site, previous, next, ...links) {
+    const step = (path, label, rel) => path
+      ? h("a", { href: href(path), rel, id: `step-${rel}` }, label) : h("span", { class: "off" }, label);
+    return h("div", { class: "top-line" },
+      h("h1", { tabindex: -1 }, title), site && h("code", { class: "site" }, site),
+      h("span", { class: "links" }, links),
+      h("nav", { class: "steps", "aria-label": "Neighbours" }, step(previous, "‹ previous", "prev"), step(next, "next ›", "next")));
+  }
+
+  /** The share of known values below one, ties counted half, in per cent. */
+  function percentile(values, value) {
+    const known = values.filter((v) => v !== null);
+    if (value === null || !known.length) return null;
+    let [below, equal] = [0, 0];
+    for (const v of known) {
+      if (v < value) below++;
+      else if (v === value) equal++;
+    }
+    return (100 * (below + equal / 2)) / known.length;
+  }
+
+  /** Every column of one row, with where it stands among the others: `stand(name)` draws that, `rank(name)` says it. */
+  function standing(table, row, headingsOfStanding, stand, rank, explain = false) {
+    const told = explain && table.names.some((name) => table.described[name]);
+    const cells = (name) => [
+      h("td", { class: "stand" }, table.isQuantity(name) && stand(name)),
+      h("td", { class: "float" }, table.isQuantity(name) && rank(name)),
+      told && h("td", { class: "meaning" }, table.described[name] && table.meaning(name)),
+    ];
+    return h("table", { class: "standing" },
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "measure"), h("th", { scope: "col", class: "float" }, "value"),
+        headingsOfStanding.map((text, i) => h("th", { scope: "col", class: i ? "float" : null }, text)),
+        told && h("th", { scope: "col", class: "meaning" }, "meaning"))),
+      h("tbody", {}, table.names.map((name) => h("tr", {},
+        h("th", { scope: "row", title: table.meaning(name) }, name.replaceAll("_", " ")),
+        h("td", { class: table.types[name] }, measured(table.value(name, row), table.types[name], table.bounds(name, row))),
+        cells(name)))));
+  }
+
+  const percent = (value) => (value === null ? "–" : value.toFixed(1));
+
+  function rankOf(values, value) {
+    if (value === null) return "–";
+    const known = values.filter((v) => v !== null);
+    return `${1 + known.filter((v) => v > value).length} of ${known.length}`;
+  }
+
+  function missing(unit, address, what) {
+    return new Problem(`This atlas has no ${unit} ${address}: ${what}.`);
+  }
+
+  const span = (values) => (values.length ? `${Math.min(...values)} to ${values.reduce((a, b) => Math.max(a, b))}` : "none");
+
+  async function layerPage(route) {
+    const { tables, neurons: counts } = await atlas.data.model();
+    const { layers, heads } = tables;
+    const layer = Number(route.parts[1]);
+    const row = layers.find(layer);
+    if (row < 0) throw missing("layer", route.parts[1], `its layers are ${span(layers.columns.layer)}`);
+    const measuredHere = counts.find((part) => part.layer === layer);
+    const own = heads.rows((r) => heads.columns.layer[r] === layer);
+    const [neurons, vocab] = measuredHere ? await Promise.all([atlas.data.neurons(layer), atlas.data.vocab()]) : [null, null];
+    return {
+      title: `Layer ${layer}`,
+      content: [
+        top(`Layer ${layer}`, null, row > 0 && layers.path(row - 1), row + 1 < layers.length && layers.path(row + 1),
+          h("a", { href: href("/layers") }, "all layers")),
+        h("div", { class: "beside" },
+          h("section", {}, h("h2", {}, "The layer among the layers"),
+            standing(layers, row, ["across the layers", "rank"], (name) => chart.spark(layers.columns[name], row),
+              (name) => rankOf(layers.columns[name], layers.value(name, row)))),
+          own.length > 0 && h("section", {}, h("h2", {}, plural(own.length, "head")),
+            atlas.list({ table: part(heads, own), route, prefix: "heads-", filter: false }))),
+        neurons && h("section", {}, h("h2", {}, plural(neurons.length, "neuron")),
+          atlas.list({ table: neurons, route, sort: neurons.has("max") ? "max" : "address", vocab })),
+      ],
+    };
+  }
+
+  /** A table of some rows of another. */
+  function part(table, rows) {
+    const columns = Object.fromEntries(Object.entries(table.columns).map(([name, values]) => [name, rows.map((row) => values[row])]));
+    return new atlas.Table(table.kind, { rows: rows.length, types: table.types, columns }, table.described);
+  }
+
+  async function headPage(route) {
+    const { heads } = (await atlas.data.model()).tables;
+    const [layer, head] = route.parts[1].split(".").map(Number);
+    const row = heads.find(layer, head);
+    if (row < 0) throw missing("head", route.parts[1], `its heads are ${span(heads.columns.head)} in layers ${span(heads.columns.layer)}`);
+    const siblings = heads.rows((r) => heads.columns.layer[r] === layer);
+    const sharing = (r) => heads.has("kv_head") && heads.value("kv_head", r) === heads.value("kv_head", row);
+    return {
+      title: `Head ${layer}.${head}`,
+      content: [
+        top(`Head ${layer}.${head}`, `${layer}.attn.z[${head}]`, row > 0 && heads.path(row - 1), row + 1 < heads.length && heads.path(row + 1),
+          h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`), h("a", { href: href("/heads") }, "all heads")),
+        h("section", {}, h("h2", {}, `The head among the ${count(heads.length)} heads of the model`),
+          standing(heads, row, ["among all heads", "percentile"], (name) => chart.strip(heads.columns[name], heads.value(name, row)),
+            (name) => percent(percentile(heads.columns[name], heads.value(name, row))), true)),
+        h("section", {}, h("h2", {}, `The heads of layer ${layer}`),
+          siblings.some((r) => r !== row && sharing(r)) && h("p", { class: "note" }, "Shares its keys and values with ",
+            siblings.filter((r) => r !== row && sharing(r)).flatMap((r, i) => [i ? ", " : "", h("a", { href: href(heads.path(r)) }, heads.address(r))]), "."),
+          atlas.list({ table: part(heads, siblings), route, here: siblings.indexOf(row), filter: false })),
+      ],
+    };
+  }
+
+  /** Tokens with the size of their effect, as bars. */
+  function effects(title, meaning, ids, logits, vocab) {
+    if (!ids?.length) return null;
+    const most = Math.max(...(logits || []).map((value) => Math.abs(value ?? 0))) || 1;
+    return h("div", {}, h("h2", { title: meaning }, title),
+      h("ol", { class: "effects" }, ids.map((id, i) => h("li", {},
+        token(vocab[id]), h("span", { class: "amount" }, number(logits?.[i] ?? null)),
+        h("span", { class: "bar", style: `width:${((100 * Math.abs(logits?.[i] ?? 0)) / most).toFixed(1)}%` })))));
+  }
+
+  /** One example: the tokens around its peak, never beyond its sequence. */
+  async function example(place, value, start, length) {
+    const from = Math.max(start ?? place, place - BEFORE);
+    const end = length && start !== null ? start + length : place + 1; // where the sequence ends is not known without its length
+    const words = await atlas.data.text(from, Math.min(end, place + AFTER + 1));
+    return h("li", {}, h("span", { class: "amount", title: `token ${place} of the text` }, number(value)),
+      h("p", { class: "context" }, from > (start ?? place) && h("span", { class: "mark" }, "… "), words.map((word, i) =>
+        from + i === place ? h("mark", { title: `${JSON.stringify(word)}: ${number(value)}` }, /^\s*$/.test(word) ? alone(word) : inText(word)) : inText(word))));
+  }
+
+  async function examples(columns, row, length) {
+    const places = columns.example_index?.[row];
+    if (!places?.length) return h("p", { class: "note" }, "No examples were kept for this neuron.");
+    const items = places.map((place, i) =>
+      example(place, columns.example_value?.[row]?.[i] ?? null, columns.example_start?.[row]?.[i] ?? null, length));
+    return h("ol", { class: "examples" }, await Promise.all(items));
+  }
+
+  const KNOWN_LISTS = ["promoted", "promoted_logit", "suppressed", "suppressed_logit", "example_index", "example_value", "example_start"];
+
+  async function neuronPage(route) {
+    const { manifest, neurons: counts } = await atlas.data.model();
+    const [layer, neuron] = route.parts[1].split(".").map(Number);
+    if (!counts.some((part) => part.layer === layer)) throw missing("neuron", route.parts[1], `layers with neurons are ${span(counts.map((part) => part.layer))}`);
+    const [table, columns, vocab] = await Promise.all([atlas.data.neurons(layer), atlas.data.details(layer), atlas.data.vocab()]);
+    const row = table.find(layer, neuron);
+    if (row < 0) throw missing("neuron", route.parts[1], `the neurons of layer ${layer} are ${span(table.columns.neuron)}`);
+    const here = counts.findIndex((part) => part.layer === layer);
+    const across = (step) => counts[here + step] && paths.layer(counts[here + step].layer);
+    const told = manifest.tables?.neurons?.columns || {};
+    const further = Object.keys(columns).filter((name) => !KNOWN_LISTS.includes(name) && columns[name][row]);
+    return {
+      title: `Neuron ${layer}.${neuron}`,
+      content: [
+        top(`Neuron ${layer}.${neuron}`, `${layer}.mlp.post[${neuron}]`,
+          row > 0 ? table.path(row - 1) : across(-1), row + 1 < table.length ? table.path(row + 1) : across(1),
+          h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`), h("a", { href: href("/neurons") }, "all neurons")),
+        h("div", { class: "beside neuron" },
+          h("section", {}, h("h2", {}, `The neuron among the ${count(table.length)} of its layer`),
+            standing(table, row, ["among the layer", "percentile"], (name) => chart.strip(table.columns[name], table.value(name, row)),
+              (name) => percent(percentile(table.columns[name], table.value(name, row))))),
+          h("section", { class: "pair" },
+            effects("Promotes", told.promoted?.meaning, table.value("promoted", row), columns.promoted_logit?.[row], vocab),
+            effects("Suppresses", told.suppressed?.meaning, columns.suppressed?.[row], columns.suppressed_logit?.[row], vocab))),
+        h("section", {}, h("h2", { title: told.example_value?.meaning }, "Where it is strongest"), await examples(columns, row, manifest.text?.length)),
+        further.length > 0 && h("section", {}, h("h2", {}, "Further"), h("dl", { class: "facts" }, further.map((name) => [
+          h("dt", { title: told[name]?.meaning }, name.replaceAll("_", " ")), h("dd", {}, number(columns[name][row]))]))),
+      ],
+    };
+  }
+
+  Object.assign(atlas, { layerPage, headPage, neuronPage });
+})(window.atlas);
