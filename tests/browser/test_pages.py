@@ -124,6 +124,7 @@ def test_list_filters_by_permalink(page: Path, dom: Reader, query: str, expected
     document = dom(page, f"#/neurons?q={query}")
     assert addresses(document, "neuron") == expected
     assert f"{len(expected)} of 210 neurons" in document
+    assert document.count("token hit") == (1 if "paris" in query.lower() else 0), "what was searched for is marked"
 
 
 def test_lists_filter_by_layer_number_and_name(page: Path, dom: Reader, fake: dict[str, Any]) -> None:

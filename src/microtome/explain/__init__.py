@@ -1,0 +1,5 @@
+"""Why a model said what it said: lenses and exact decompositions."""
+
+from microtome.explain._contributions import contributions as contributions
+from microtome.explain._contributions import one_token as one_token
+from microtome.explain._lens import logit_lens as logit_lens

@@ -86,6 +86,27 @@ class Model:
         """The norm before the unembedding."""
         return self._weights.final_norm
 
+    def unembed(self, resid: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Logits [..., vocab] that the residual stream resid [..., d_model] would give if the model ended there.
+
+        Args:
+            resid: residual stream before the final norm.
+            scale: [...] divisor of the final norm, to hold it fixed; its own by default.
+
+        Raises:
+            SiteError: no final norm of a known form stands before the unembedding (encoders, for one).
+        """
+        norm = self.final_norm
+        if norm is None or self.W_U.shape[0] != self.anatomy.d_model:
+            raise error(SiteError, f"the residual stream of {self.anatomy.name} cannot be read as logits",
+                        got="a head with a transform of its own between the stream and the unembedding",
+                        do="use a causal model with a final norm")  # fmt: skip
+        logits = norm.apply(resid, scale) @ self.W_U
+        logits = logits if self.b_U is None else logits + self.b_U
+        logits = logits * self.anatomy.logit_scale if self.anatomy.logit_scale != 1.0 else logits
+        cap = self.anatomy.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     @property
     def n_parameters(self) -> int:
         """How many parameters the model has; tied ones count once."""

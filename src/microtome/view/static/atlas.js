@@ -21,7 +21,8 @@
     let options = {};
     let table;
     if (kind === "neurons") {
-      const progress = (done, all) => shownPath !== route.path && busy(`Reading the neurons of layer ${done} of ${all} …`);
+      const progress = (done, all) =>
+        shownPath !== route.path && busy(`Reading the neurons of layer ${done} of ${all} …`);
       const [all, vocab] = await Promise.all([data.allNeurons(progress), data.vocab()]);
       table = all;
       options = { vocab };
@@ -34,7 +35,10 @@
   const unit = (pattern, page) => ({ fits: ({ parts }) => parts.length === 2 && pattern.test(parts.join("/")), page });
   const ROUTES = [
     { fits: ({ path }) => path === "/", page: atlas.overview },
-    ...["layers", "heads", "neurons"].map((kind) => ({ fits: ({ path }) => path === `/${kind}`, page: (route) => listPage(kind, route) })),
+    ...["layers", "heads", "neurons"].map((kind) => ({
+      fits: ({ path }) => path === `/${kind}`,
+      page: (route) => listPage(kind, route),
+    })),
     unit(/^layer\/\d+$/, atlas.layerPage),
     unit(/^head\/\d+\.\d+$/, atlas.headPage),
     unit(/^neuron\/\d+\.\d+$/, atlas.neuronPage),
@@ -48,8 +52,21 @@
     return {
       title: "Not here",
       content: [
-        h("h1", { tabindex: -1 }, "Not here"), h("p", { class: "complaint", role: "alert" }, text),
-        h("p", {}, "Go to the ", link("/", "overview"), ", the ", link("/layers", "layers"), ", the ", link("/heads", "heads"), " or the ", link("/neurons", "neurons"), "."),
+        h("h1", { tabindex: -1 }, "Not here"),
+        h("p", { class: "complaint", role: "alert" }, text),
+        h(
+          "p",
+          {},
+          "Go to the ",
+          link("/", "overview"),
+          ", the ",
+          link("/layers", "layers"),
+          ", the ",
+          link("/heads", "heads"),
+          " or the ",
+          link("/neurons", "neurons"),
+          ".",
+        ),
       ],
     };
   }
@@ -58,7 +75,10 @@
     try {
       const found = ROUTES.find(({ fits }) => fits(route));
       if (!found) {
-        throw new Problem(`There is no page "${route.path}". Pages are /, /layers, /heads, /neurons, /layer/12, /head/12.3 and /neuron/12.431.`);
+        throw new Problem(
+          `There is no page "${route.path}". ` +
+            "Pages are /, /layers, /heads, /neurons, /layer/12, /head/12.3 and /neuron/12.431.",
+        );
       }
       return await found.page(route);
     } catch (problem) {
@@ -96,7 +116,8 @@
 
   /* "/" goes to the filter; j and k to the next and previous unit, or page of a list. */
   function press(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName)) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName))
+      return;
     const target = { "/": "input[type=search]", j: "a[rel=next]", k: "a[rel=prev]" }[event.key];
     const found = target && main.querySelector(target);
     if (!found) return;

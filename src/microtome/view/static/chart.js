@@ -10,7 +10,8 @@
     const power = 10 ** Math.floor(Math.log10(raw));
     const step = [1, 2, 5, 10].map((m) => m * power).find((candidate) => candidate >= raw);
     const found = [];
-    for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(Number((k * step).toPrecision(12)));
+    for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++)
+      found.push(Number((k * step).toPrecision(12)));
     return found;
   }
 
@@ -21,15 +22,19 @@
     const wide = Math.log10(high / low);
     const found = [];
     for (let power = from; power <= to; power += every) {
-      for (const m of wide <= 1.7 ? [1, 2, 5] : wide <= 2.7 ? [1, 3] : [1]) found.push(Number((m * 10 ** power).toPrecision(6)));
+      for (const m of wide <= 1.7 ? [1, 2, 5] : wide <= 2.7 ? [1, 3] : [1])
+        found.push(Number((m * 10 ** power).toPrecision(6)));
     }
     return found.filter((value) => value >= low * 0.999 && value <= high * 1.001);
   }
 
-  const short = (value) => (value !== 0 && (Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3)
-    ? value.toExponential(0).replace("e+", "e") : String(value)).replaceAll("-", "\u2212");
+  const short = (value) =>
+    (value !== 0 && (Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3)
+      ? value.toExponential(0).replace("e+", "e")
+      : String(value)
+    ).replaceAll("-", "\u2212");
 
-  /** The vertical scale of some values: logarithmic if that is wanted and they are positive, or if nothing else would show them. */
+  /** The vertical scale of some values: logarithmic if all are positive and that is wanted or nothing else shows them. */
   function scale(values, top, bottom, wantLog = false) {
     let [low, high] = [Math.min(...values), Math.max(...values)];
     const log = low > 0 && high > low && (wantLog || high / low > 1e4);
@@ -48,37 +53,66 @@
   /** The points of a line, with a break wherever a value is missing. */
   function path(values, x, y) {
     let pen = "M";
-    return values.map((value, i) => {
-      if (value === null) return (pen = "M"), "";
-      const point = `${pen}${x(i).toFixed(1)} ${y(value).toFixed(1)}`;
-      pen = "L";
-      return point;
-    }).join("");
+    return values
+      .map((value, i) => {
+        if (value === null) return ((pen = "M"), "");
+        const point = `${pen}${x(i).toFixed(1)} ${y(value).toFixed(1)}`;
+        pen = "L";
+        return point;
+      })
+      .join("");
   }
 
   /** The area between two lines, in runs without missing ends. */
   function band(lo, hi, x, y) {
     const runs = [[]];
     lo.forEach((value, i) => (value === null || hi[i] === null ? runs.push([]) : runs.at(-1).push(i)));
-    return runs.filter((run) => run.length).map((run) => {
-      const there = run.map((i) => `${x(i).toFixed(1)} ${y(hi[i]).toFixed(1)}`);
-      const back = [...run].reverse().map((i) => `${x(i).toFixed(1)} ${y(lo[i]).toFixed(1)}`);
-      return `M${[...there, ...back].join("L")}Z`;
-    }).join("");
+    return runs
+      .filter((run) => run.length)
+      .map((run) => {
+        const there = run.map((i) => `${x(i).toFixed(1)} ${y(hi[i]).toFixed(1)}`);
+        const back = [...run].reverse().map((i) => `${x(i).toFixed(1)} ${y(lo[i]).toFixed(1)}`);
+        return `M${[...there, ...back].join("L")}Z`;
+      })
+      .join("");
+  }
+
+  /** A line, with dots for the points that have no neighbour to draw it to. */
+  function curve(values, k, x, y) {
+    const known = (i) => (values[i] ?? null) !== null;
+    const alone = (i) => known(i) && !known(i - 1) && !known(i + 1);
+    return [
+      s("path", { class: `line c${k}`, d: path(values, x, y) }),
+      values.map((value, i) => alone(i) && s("circle", { class: `dot c${k}`, cx: x(i), cy: y(value), r: 2 })),
+    ];
+  }
+
+  function axes({ levels, layers, x, y, left, right, height }) {
+    const every = Math.ceil(layers.length / 12);
+    const below = { class: "tick", y: height - 6, "text-anchor": "middle" };
+    return [
+      levels.map((level) => [
+        s("line", { class: "grid", x1: left, x2: right, y1: y(level), y2: y(level) }),
+        s("text", { class: "tick", x: left - 6, y: y(level) + 4, "text-anchor": "end" }, short(level)),
+      ]),
+      layers.map((layer, i) => i % every === 0 && s("text", { ...below, x: x(i) }, String(layer))),
+    ];
   }
 
   /**
-   * Lines over layers. The legend reads out the values under the pointer; with the arrow keys it can be read without one.
+   * Lines over layers. The legend reads out the values under the pointer, or where the arrow keys are.
    *   layers  the layer of each point           series  [{ name, title, values, lo, hi }], lo and hi may be null
    *   log     whether ratios matter             open    what a click on a layer does
    */
   function lines({ title, layers, series, log: wantLog, open }) {
     const [width, height, left, right, top, bottom] = [420, 190, 44, 412, 8, 168];
-    const known = series.flatMap(({ values, lo, hi }) => [...values, ...(lo || []), ...(hi || [])]).filter((v) => v !== null);
-    if (!known.length) return h("figure", {}, h("figcaption", {}, h("b", {}, title)), h("p", { class: "note" }, "not measured"));
+    const known = series
+      .flatMap(({ values, lo, hi }) => [...values, ...(lo || []), ...(hi || [])])
+      .filter((v) => v !== null);
+    if (!known.length)
+      return h("figure", {}, h("figcaption", {}, h("b", {}, title)), h("p", { class: "note" }, "not measured"));
     const { y, log, ticks: levels } = scale(known, top, bottom, wantLog);
     const x = (i) => left + (layers.length > 1 ? (i / (layers.length - 1)) * (right - left) : (right - left) / 2);
-    const every = Math.ceil(layers.length / 12);
     const guide = s("line", { class: "guide", y1: top, y2: bottom, visibility: "hidden" });
     const where = h("span", { class: "where" }, log ? "log scale" : "");
     const readings = series.map(() => h("output", {}));
@@ -90,7 +124,8 @@
       where.textContent = i === null ? (log ? "log scale" : "") : `layer ${layers[i]}`;
       if (i !== null) for (const end of ["x1", "x2"]) guide.setAttribute(end, x(i));
       series.forEach(({ values, lo, hi }, k) => {
-        const ends = i !== null && lo && lo[i] !== null && hi[i] !== null ? ` [${number(lo[i])}, ${number(hi[i])}]` : "";
+        const ends =
+          i !== null && lo && lo[i] !== null && hi[i] !== null ? ` [${number(lo[i])}, ${number(hi[i])}]` : "";
         readings[k].textContent = i === null ? "" : number(values[i]) + ends;
       });
     }
@@ -110,27 +145,30 @@
       } else if (event.key === "Enter" && current !== null) open(layers[current]);
     }
 
-    const svg = s("svg", {
-      viewBox: `0 0 ${width} ${height}`, class: "lines", role: "img", tabindex: 0,
-      "aria-label": `${title} by layer; left and right arrows read values`,
-      pointermove: (event) => point(nearest(event)), pointerleave: () => point(null), blur: () => point(null),
-      click: (event) => open(layers[nearest(event)]), keydown: press,
-    },
-    levels.map((level) => [
-      s("line", { class: "grid", x1: left, x2: right, y1: y(level), y2: y(level) }),
-      s("text", { class: "tick", x: left - 6, y: y(level) + 4, "text-anchor": "end" }, short(level)),
-    ]),
-    layers.map((layer, i) => i % every === 0 && s("text", { class: "tick", x: x(i), y: height - 6, "text-anchor": "middle" }, String(layer))),
-    series.map(({ lo, hi }, k) => lo && hi && s("path", { class: `band c${k}`, d: band(lo, hi, x, y) })),
-    guide,
-    series.map(({ values }, k) => s("path", { class: `line c${k}`, d: path(values, x, y) })),
-    series.map(({ values }, k) => values.map((value, i) => alone(values, i) && s("circle", { class: `dot c${k}`, cx: x(i), cy: y(value), r: 2 }))));
-    const legend = series.map(({ name, title: meaning }, k) => h("span", { class: `key c${k}`, title: meaning }, name, readings[k]));
+    const svg = s(
+      "svg",
+      {
+        viewBox: `0 0 ${width} ${height}`,
+        class: "lines",
+        role: "img",
+        tabindex: 0,
+        "aria-label": `${title} by layer; left and right arrows read values`,
+        pointermove: (event) => point(nearest(event)),
+        pointerleave: () => point(null),
+        blur: () => point(null),
+        click: (event) => open(layers[nearest(event)]),
+        keydown: press,
+      },
+      axes({ levels, layers, x, y, left, right, height }),
+      series.map(({ lo, hi }, k) => lo && hi && s("path", { class: `band c${k}`, d: band(lo, hi, x, y) })),
+      guide,
+      series.map(({ values }, k) => curve(values, k, x, y)),
+    );
+    const legend = series.map(({ name, title: meaning }, k) =>
+      h("span", { class: `key c${k}`, title: meaning }, name, readings[k]),
+    );
     return h("figure", {}, h("figcaption", {}, h("b", {}, title), where, h("span", { class: "legend" }, legend)), svg);
   }
-
-  /** Whether a point has no neighbour to draw a line to. */
-  const alone = (values, i) => values[i] !== null && (values[i - 1] ?? null) === null && (values[i + 1] ?? null) === null;
 
   /**
    * A heat map, layers from left to right. `cell(column, row)` gives { value, text, href } or null for a blank.
@@ -148,21 +186,50 @@
     const draw = ({ i, j, value, text, href }) => {
       if (text === undefined) return null;
       const place = { x: left + i * size, y: top + j * tall, width: size - 1, height: tall - 1 };
-      const box = value === null ? s("rect", { ...place, class: "blank" })
-        : s("rect", { ...place, class: value < 0 ? "cold" : "hot", "fill-opacity": (0.04 + 0.96 * Math.abs(value) / most).toFixed(3) });
+      const box =
+        value === null
+          ? s("rect", { ...place, class: "blank" })
+          : s("rect", {
+              ...place,
+              class: value < 0 ? "cold" : "hot",
+              "fill-opacity": (0.04 + (0.96 * Math.abs(value)) / most).toFixed(3),
+            });
       const show = { pointerenter: () => (reading.textContent = text), focus: () => (reading.textContent = text) };
       return s("a", { href, tabindex: -1, "aria-label": text, ...show }, box);
     };
     const [xEvery, yEvery] = [Math.ceil(22 / size), Math.ceil(13 / tall)];
-    const svg = s("svg", {
-      viewBox: `0 0 ${width} ${height}`, class: "heat", role: "group", "aria-label": `${title}: ${across} by ${down}`,
-      pointerleave: () => (reading.textContent = rest),
-    },
-    columns.map((column, i) => i % xEvery === 0 && s("text", { class: "tick", x: left + (i + 0.5) * size, y: height - 6, "text-anchor": "middle" }, String(column))),
-    rows.map((row, j) => j % yEvery === 0 && s("text", { class: "tick", x: left - 6, y: top + (j + 0.5) * tall + 4, "text-anchor": "end" }, String(row))),
-    cells.map(draw));
+    const svg = s(
+      "svg",
+      {
+        viewBox: `0 0 ${width} ${height}`,
+        class: "heat",
+        role: "group",
+        "aria-label": `${title}: ${across} by ${down}`,
+        pointerleave: () => (reading.textContent = rest),
+      },
+      columns.map(
+        (column, i) =>
+          i % xEvery === 0 &&
+          s(
+            "text",
+            { class: "tick", x: left + (i + 0.5) * size, y: height - 6, "text-anchor": "middle" },
+            String(column),
+          ),
+      ),
+      rows.map(
+        (row, j) =>
+          j % yEvery === 0 &&
+          s("text", { class: "tick", x: left - 6, y: top + (j + 0.5) * tall + 4, "text-anchor": "end" }, String(row)),
+      ),
+      cells.map(draw),
+    );
     const where = h("span", { class: "where" }, `${across} → · ${down} ↓`);
-    return h("figure", { style: `max-width:${width}px` }, h("figcaption", {}, h("b", { title: meaning }, title), where, reading), svg);
+    return h(
+      "figure",
+      { style: `max-width:${width}px` },
+      h("figcaption", {}, h("b", { title: meaning }, title), where, reading),
+      svg,
+    );
   }
 
   /** A histogram of values in a line of text, with a mark at one of them. */
@@ -175,10 +242,18 @@
     const counts = new Array(bins).fill(0);
     for (const v of known) counts[Math.min(bins - 1, Math.floor(place(v) * bins))]++;
     const most = Math.max(...counts);
-    return s("svg", { viewBox: "0 0 164 18", class: "strip", role: "img", "aria-label": `from ${number(low)} to ${number(high)}` },
+    return s(
+      "svg",
+      { viewBox: "0 0 164 18", class: "strip", role: "img", "aria-label": `from ${number(low)} to ${number(high)}` },
       s("title", {}, `${number(low)} to ${number(high)}`),
-      counts.map((n, k) => n > 0 && s("rect", { x: 2 + k * 4, width: 3.4, y: 17 - 15 * Math.sqrt(n / most), height: 15 * Math.sqrt(n / most) })),
-      value !== null && s("line", { class: "mark", x1: 2 + place(value) * 160, x2: 2 + place(value) * 160, y1: 0, y2: 18 }));
+      counts.map(
+        (n, k) =>
+          n > 0 &&
+          s("rect", { x: 2 + k * 4, width: 3.4, y: 17 - 15 * Math.sqrt(n / most), height: 15 * Math.sqrt(n / most) }),
+      ),
+      value !== null &&
+        s("line", { class: "mark", x1: 2 + place(value) * 160, x2: 2 + place(value) * 160, y1: 0, y2: 18 }),
+    );
   }
 
   /** A line over layers in a line of text, with a mark at one of them. */
@@ -187,9 +262,12 @@
     if (!known.length) return null;
     const { y } = scale(known, 2, 16);
     const x = (i) => 3 + (values.length > 1 ? (i / (values.length - 1)) * 158 : 79);
-    return s("svg", { viewBox: "0 0 164 18", class: "spark", role: "img", "aria-label": "all layers, this one marked" },
+    return s(
+      "svg",
+      { viewBox: "0 0 164 18", class: "spark", role: "img", "aria-label": "all layers, this one marked" },
       s("path", { d: path(values, x, y) }),
-      values[at] !== null && s("circle", { cx: x(at), cy: y(values[at]), r: 2.6 }));
+      values[at] !== null && s("circle", { cx: x(at), cy: y(values[at]), r: 2.6 }),
+    );
   }
 
   Object.assign(atlas, { chart: { lines, heat, strip, spark } });

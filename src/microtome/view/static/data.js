@@ -63,7 +63,7 @@
       return name in this.types;
     }
 
-    /** Whether a column is an amount that can be ranked and drawn; whole numbers here are names: a dimension, a head. */
+    /** Whether a column is an amount that can be ranked and drawn; whole numbers are names: a dimension. */
     isQuantity(name) {
       return this.types[name] === "float";
     }

@@ -30,12 +30,13 @@ window.atlas = window.atlas || {};
   const NONE = "–";
   const minus = (text) => text.replaceAll("-", "\u2212");
 
-  /** A value as text: three significant digits and at most four decimals for floats, a dash for what was not measured. */
+  /** A value as text: floats with three digits and at most four decimals, a dash for what was not measured. */
   function number(value, type = "float") {
     if (value === null || value === undefined) return NONE;
     if (typeof value === "boolean") return value ? "yes" : "no";
     if (typeof value === "string") return value;
-    if (Array.isArray(value)) return value.map((inner) => number(inner, Number.isInteger(inner) ? "int" : "float")).join(", ");
+    if (Array.isArray(value))
+      return value.map((inner) => number(inner, Number.isInteger(inner) ? "int" : "float")).join(", ");
     if (type === "int" || value === 0) return minus(String(value));
     const size = Math.abs(value);
     if (size >= 1e5 || size < 1e-3) return minus(value.toExponential(size < 1 ? 1 : 2).replace("e+", "e"));
@@ -53,7 +54,8 @@ window.atlas = window.atlas || {};
   function measured(value, type, bounds) {
     if (!bounds || value === null || bounds.lo === null || bounds.hi === null) return number(value, type);
     return [
-      number(value, type), " ",
+      number(value, type),
+      " ",
       h("span", { class: "interval", title: "95 % interval" }, `[${number(bounds.lo)}, ${number(bounds.hi)}]`),
     ];
   }
@@ -72,7 +74,7 @@ window.atlas = window.atlas || {};
   }
 
   /** A token by itself, as a chip. */
-  const token = (text) => h("code", { class: "token", title: JSON.stringify(text) }, alone(text));
+  const token = (text, kind = "token") => h("code", { class: kind, title: JSON.stringify(text) }, alone(text));
 
   /** The address of a page of the atlas, with the state of its lists. */
   function href(path, params) {

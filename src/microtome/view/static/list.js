@@ -2,7 +2,7 @@
 "use strict";
 
 (function (atlas) {
-  const { h, number, count, plural, measured, token, alone, href, Problem } = atlas;
+  const { h, count, plural, measured, token, href, Problem } = atlas;
   const ROWS = 50;
   const TOKENS = 6; // promoted tokens in a row
 
@@ -12,7 +12,7 @@
    */
   function groups(names) {
     const found = [];
-    for (let i = 0; i < names.length; ) {
+    for (let i = 0; i < names.length;) {
       const words = names[i].split("_");
       let [shared, end] = [0, i + 1];
       while (end < names.length && words.length > 1 && names[end].startsWith(`${words[0]}_`)) end++;
@@ -27,11 +27,15 @@
   }
 
   const COMPARE = {
-    "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b, "=": (a, b) => a === b,
+    "<": (a, b) => a < b,
+    "<=": (a, b) => a <= b,
+    ">": (a, b) => a > b,
+    ">=": (a, b) => a >= b,
+    "=": (a, b) => a === b,
   };
 
-  /** The test of one term of a query, as a function of the row. */
-  function test(table, term, vocab) {
+  /** The test of one term of a query, as a function of the row; `found` gathers the tokens that the term names. */
+  function test(table, term, vocab, found) {
     const { layer: layers } = table.columns;
     const units = table.columns[table.keys[1]];
     const comparison = /^([a-z]\w*)(<=|>=|<|>|=)(-?\d*\.?\d+(?:e[+-]?\d+)?)$/i.exec(term);
@@ -46,13 +50,14 @@
     const site = /^(\d+)\.(?:(\d+)|[a-z_.]+\[(\d+)\]|\*?)$/i.exec(term);
     if (site || (!units && /^\d+$/.test(term))) {
       const layer = parseInt(term, 10);
-      const unit = site ? site[2] ?? site[3] : undefined;
+      const unit = site ? (site[2] ?? site[3]) : undefined;
       return (row) => layers[row] === layer && (unit === undefined || !units || units[row] === Number(unit));
     }
     const text = term.toLowerCase();
     const named = table.names.filter((name) => table.types[name] === "text");
     const matching = new Set();
     (vocab || []).forEach((string, id) => string.toLowerCase().includes(text) && matching.add(id));
+    for (const id of matching) found.add(id);
     const promoted = table.columns.promoted;
     return (row) =>
       Boolean(promoted?.[row]?.some((id) => matching.has(id))) ||
@@ -60,8 +65,12 @@
   }
 
   /** The rows that pass every term: an address (12.431, 12.*), a comparison (max>5), or text in a token or a name. */
-  function search(table, query, vocab) {
-    const tests = query.trim().split(/\s+/).filter(Boolean).map((term) => test(table, term, vocab));
+  function search(table, query, vocab, found) {
+    const tests = query
+      .trim()
+      .split(/\s+/)
+      .filter(Boolean)
+      .map((term) => test(table, term, vocab, found));
     return table.rows((row) => tests.every((passes) => passes(row)));
   }
 
@@ -73,31 +82,72 @@
       const here = view.sort === name;
       const first = name === "address" ? "0" : "1";
       const desc = here ? (view.descending ? "0" : "1") : first;
-      return h("th", { ...attributes, scope: "col", "aria-sort": here ? (view.descending ? "descending" : "ascending") : null },
-        h("a", { href: list.link({ sort: name, desc, page: null }), id: `${list.prefix}by-${name}`, title: meaning, class: here ? "here" : null },
-          label, here && h("span", { class: "arrow", "aria-hidden": "true" }, view.descending ? "▾" : "▴")));
+      return h(
+        "th",
+        { ...attributes, scope: "col", "aria-sort": here ? (view.descending ? "descending" : "ascending") : null },
+        h(
+          "a",
+          {
+            href: list.link({ sort: name, desc, page: null }),
+            id: `${list.prefix}by-${name}`,
+            title: meaning,
+            class: here ? "here" : null,
+          },
+          label,
+          here && h("span", { class: "arrow", "aria-hidden": "true" }, view.descending ? "▾" : "▴"),
+        ),
+      );
     };
     const { table } = list;
     const grouped = groups(names);
-    const top = grouped.flatMap(({ label, members }) => label
-      ? [h("th", { colspan: members.length, class: "group", scope: "colgroup" }, label)]
-      : members.map(({ name, label: own }) => heading(name, own, table.meaning(name), { rowspan: 2 })));
-    const below = grouped.filter(({ label }) => label)
-      .flatMap(({ members }) => members.map(({ name, label }, i) => heading(name, label, table.meaning(name), { class: i ? null : "first" })));
-    return h("thead", {},
-      h("tr", {},
-        heading("address", firstHeading(table), "where it is in the model", { rowspan: 2, class: "address" }), top,
-        list.vocab && table.has("promoted") && h("th", { rowspan: 2, class: "tokens", scope: "col", title: table.meaning("promoted") }, "promotes")),
-      h("tr", {}, below));
+    const top = grouped.flatMap(({ label, members }) =>
+      label
+        ? [h("th", { colspan: members.length, class: "group", scope: "colgroup" }, label)]
+        : members.map(({ name, label: own }) => heading(name, own, table.meaning(name), { rowspan: 2 })),
+    );
+    const below = grouped
+      .filter(({ label }) => label)
+      .flatMap(({ members }) =>
+        members.map(({ name, label }, i) => heading(name, label, table.meaning(name), { class: i ? null : "first" })),
+      );
+    return h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        heading("address", firstHeading(table), "where it is in the model", { rowspan: 2, class: "address" }),
+        top,
+        list.vocab &&
+          table.has("promoted") &&
+          h("th", { rowspan: 2, class: "tokens", scope: "col", title: table.meaning("promoted") }, "promotes"),
+      ),
+      h("tr", {}, below),
+    );
   }
 
-  function line(list, names, row) {
+  /** The first tokens that a neuron promotes, before them those that were searched for. */
+  function tokens({ table, vocab }, row, found) {
+    const ids = table.value("promoted", row) || [];
+    const first = [...ids.filter((id) => found.has(id)), ...ids.filter((id) => !found.has(id))].slice(0, TOKENS);
+    return first.map((id) => [token(vocab[id], found.has(id) ? "token hit" : "token"), " "]);
+  }
+
+  function line(list, names, row, found) {
     const { table, vocab } = list;
-    const promoted = vocab && table.has("promoted");
-    return h("tr", { class: list.here === row ? "here" : null },
+    return h(
+      "tr",
+      { class: list.here === row ? "here" : null },
       h("th", { scope: "row", class: "address" }, h("a", { href: href(table.path(row)) }, table.address(row))),
-      names.map((name) => h("td", { class: table.types[name] }, measured(table.value(name, row), table.types[name], table.bounds(name, row)))),
-      promoted && h("td", { class: "tokens" }, (table.value("promoted", row) || []).slice(0, TOKENS).map((id) => [token(vocab[id]), " "])));
+      names.map((name) =>
+        h(
+          "td",
+          { class: table.types[name] },
+          measured(table.value(name, row), table.types[name], table.bounds(name, row)),
+        ),
+      ),
+      vocab && table.has("promoted") && h("td", { class: "tokens" }, tokens(list, row, found)),
+    );
   }
 
   /** The state of a list, from the address. */
@@ -116,25 +166,33 @@
 
   function pager(list, page, pages) {
     if (pages < 2) return null;
-    const near = [...new Set([1, page - 2, page - 1, page, page + 1, page + 2, pages])].filter((p) => p >= 1 && p <= pages);
-    const step = (to, label, name) => to >= 1 && to <= pages
-      ? h("a", { href: list.link({ page: to }), id: list.prefix + name, rel: name }, label) : h("span", { class: "off" }, label);
-    return h("nav", { class: "pager", "aria-label": "Pages of the list" },
+    const near = [...new Set([1, page - 2, page - 1, page, page + 1, page + 2, pages])].filter(
+      (p) => p >= 1 && p <= pages,
+    );
+    const step = (to, label, name) =>
+      to >= 1 && to <= pages
+        ? h("a", { href: list.link({ page: to }), id: list.prefix + name, rel: name }, label)
+        : h("span", { class: "off" }, label);
+    return h(
+      "nav",
+      { class: "pager", "aria-label": "Pages of the list" },
       step(page - 1, "‹ previous", "prev"),
       near.map((p, i) => [
         i > 0 && p > near[i - 1] + 1 && h("span", {}, "…"),
         p === page ? h("b", { "aria-current": "page" }, count(p)) : h("a", { href: list.link({ page: p }) }, count(p)),
       ]),
-      step(page + 1, "next ›", "next"));
+      step(page + 1, "next ›", "next"),
+    );
   }
 
   /** The part of a list that changes as it is filtered. */
   function body(list, names) {
     const view = read(list, list.route.params);
+    const found = new Set(); // tokens that the filter names
     let rows = [];
     let complaint = view.complaint;
     try {
-      rows = search(list.table, view.query, list.vocab);
+      rows = search(list.table, view.query, list.vocab, found);
     } catch (problem) {
       if (!(problem instanceof Problem)) throw problem;
       complaint = problem.message;
@@ -147,13 +205,28 @@
     const whole = plural(list.table.length, list.table.unit);
     const wide = names.length > 12 ? "wide" : null;
     return [
-      h("div", { class: "tally" },
+      h(
+        "div",
+        { class: "tally" },
         list.filter && h("span", { role: "status" }, view.query ? `${count(rows.length)} of ${whole}` : whole),
         complaint && h("span", { class: "complaint", role: "alert" }, complaint),
-        pager(list, page, pages)),
-      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `List of ${list.table.kind}` },
-        h("table", { class: wide }, headings(list, names, view), h("tbody", {}, shown.map((row) => line(list, names, row)))),
-        !rows.length && h("p", { class: "note" }, "Nothing here passes this filter.")),
+        pager(list, page, pages),
+      ),
+      h(
+        "div",
+        { class: "scroll", tabindex: 0, role: "region", "aria-label": `List of ${list.table.kind}` },
+        h(
+          "table",
+          { class: wide },
+          headings(list, names, view),
+          h(
+            "tbody",
+            {},
+            shown.map((row) => line(list, names, row, found)),
+          ),
+        ),
+        !rows.length && h("p", { class: "note" }, "Nothing here passes this filter."),
+      ),
     ];
   }
 
@@ -161,8 +234,16 @@
   function glossary(table, names) {
     const told = [...table.keys, ...names, ...table.lists].filter((name) => table.described[name]);
     if (!told.length) return null;
-    return h("details", { class: "glossary" }, h("summary", {}, "What the columns mean"),
-      h("dl", {}, told.map((name) => [h("dt", {}, h("code", {}, name)), h("dd", {}, table.meaning(name))])));
+    return h(
+      "details",
+      { class: "glossary" },
+      h("summary", {}, "What the columns mean"),
+      h(
+        "dl",
+        {},
+        told.map((name) => [h("dt", {}, h("code", {}, name)), h("dd", {}, table.meaning(name))]),
+      ),
+    );
   }
 
   /**
@@ -171,7 +252,16 @@
    *   sort, descending  the order when the address names none             vocab   strings of promoted tokens
    *   here        the row of the page's own unit                          filter  whether there is a filter box
    */
-  function list({ table, route, prefix = "", sort = "address", descending = true, vocab = null, here = null, filter = true }) {
+  function list({
+    table,
+    route,
+    prefix = "",
+    sort = "address",
+    descending = true,
+    vocab = null,
+    here = null,
+    filter = true,
+  }) {
     const own = { table, route, prefix, sort, descending: sort !== "address" && descending, vocab, here, filter };
     own.link = (changes) => {
       const params = new URLSearchParams(route.params);
@@ -183,15 +273,34 @@
     };
     const { names } = table;
     const part = h("div", { class: "rows" }, body(own, names));
-    const example = table.kind === "neurons" ? "Paris   12.431   12.*   max>5   firing_rate<0.01" : table.kind === "heads" ? "12.3   12.*   induction>0.3" : "12   mlp_share>0.5";
+    const example =
+      table.kind === "neurons"
+        ? "Paris   12.431   12.*   max>5   firing_rate<0.01"
+        : table.kind === "heads"
+          ? "12.3   12.*   induction>0.3"
+          : "12   mlp_share>0.5";
     const type = (event) => {
       const address = own.link({ q: event.target.value, page: null });
       history.replaceState(null, "", address); // no entry in the history for every letter
       route.params = new URLSearchParams(address.split("?")[1] || "");
       part.replaceChildren(...body(own, names).filter(Boolean));
     };
-    const box = filter && h("label", { class: "filter" }, "Filter ",
-      h("input", { type: "search", id: `${prefix}filter`, value: read(own, route.params).query, placeholder: example, input: type, spellcheck: "false", autocomplete: "off" }));
+    const box =
+      filter &&
+      h(
+        "label",
+        { class: "filter" },
+        "Filter ",
+        h("input", {
+          type: "search",
+          id: `${prefix}filter`,
+          value: read(own, route.params).query,
+          placeholder: example,
+          input: type,
+          spellcheck: "false",
+          autocomplete: "off",
+        }),
+      );
     return h("section", { class: "list" }, box, part, glossary(table, names));
   }
 

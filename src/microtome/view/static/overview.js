@@ -2,11 +2,15 @@
 "use strict";
 
 (function (atlas) {
-  const { h, s, number, count, plural, measured, href, paths, chart } = atlas;
+  const { h, number, count, plural, measured, href, paths, chart } = atlas;
 
   /* Columns that are read together. A column of the layer table that is named nowhere here gets a chart of its own. */
   const CHARTS = [
-    { title: "Residual stream norm", columns: ["resid_pre_norm", "resid_mid_norm", "resid_post_norm", "resid_post_norm_first"], log: true },
+    {
+      title: "Residual stream norm",
+      columns: ["resid_pre_norm", "resid_mid_norm", "resid_post_norm", "resid_post_norm_first"],
+      log: true,
+    },
     { title: "Loss when a part is skipped", columns: ["loss_skip_attn", "loss_skip_mlp", "loss_skip_block"] },
     { title: "Share of the update", columns: ["attn_share", "mlp_share"] },
     { title: "Cosine with the residual stream", columns: ["attn_cos", "mlp_cos", "block_cos"] },
@@ -18,15 +22,15 @@
     const taken = new Set(CHARTS.flatMap(({ columns }) => columns));
     const rest = table.names.filter((name) => table.isQuantity(name) && !taken.has(name));
     const own = rest.map((name) => ({ title: name.replaceAll("_", " "), columns: [name] }));
-    const labels = (names) => Object.fromEntries(
-      atlas.groups(names).flatMap(({ members }) => members.map(({ name, label }) => [name, label])),
-    );
+    const labels = (names) =>
+      Object.fromEntries(atlas.groups(names).flatMap(({ members }) => members.map(({ name, label }) => [name, label])));
     return [...CHARTS, ...own].map(({ title, columns, log }) => {
       const names = columns.filter(there);
       if (!names.length) return null;
       const label = labels(names);
       return chart.lines({
-        title, log,
+        title,
+        log,
         layers: table.columns.layer,
         open: (layer) => (location.hash = href(paths.layer(layer))),
         series: names.map((name) => ({
@@ -47,26 +51,55 @@
     const distinct = (name) => [...new Set(table.columns[name])].sort((a, b) => a - b);
     const [columns, rows] = [distinct("layer"), distinct("head")];
     const rowOf = new Map(table.rows().map((row) => [table.address(row), row]));
-    return scores(table).map((name) => chart.heat({
-      title: name.replaceAll("_", " "), meaning: table.meaning(name), columns, rows, across: "layer", down: "head",
-      cell(layer, head) {
-        const row = rowOf.get(`${layer}.${head}`);
-        if (row === undefined) return {};
-        const value = table.value(name, row);
-        const ends = table.bounds(name, row);
-        const interval = ends && ends.lo !== null && ends.hi !== null ? ` [${number(ends.lo)}, ${number(ends.hi)}]` : "";
-        return { value, text: `${layer}.${head}: ${number(value)}${interval}`, href: href(table.path(row)) };
-      },
-    }));
+    return scores(table).map((name) =>
+      chart.heat({
+        title: name.replaceAll("_", " "),
+        meaning: table.meaning(name),
+        columns,
+        rows,
+        across: "layer",
+        down: "head",
+        cell(layer, head) {
+          const row = rowOf.get(`${layer}.${head}`);
+          if (row === undefined) return {};
+          const value = table.value(name, row);
+          const ends = table.bounds(name, row);
+          const interval =
+            ends && ends.lo !== null && ends.hi !== null ? ` [${number(ends.lo)}, ${number(ends.hi)}]` : "";
+          return { value, text: `${layer}.${head}: ${number(value)}${interval}`, href: href(table.path(row)) };
+        },
+      }),
+    );
   }
 
   function topHeads(table) {
     return scores(table).map((name) => {
-      const best = table.sorted(table.rows((row) => table.value(name, row) !== null), name, true).slice(0, 6);
+      const best = table
+        .sorted(
+          table.rows((row) => table.value(name, row) !== null),
+          name,
+          true,
+        )
+        .slice(0, 6);
       const all = href("/heads", new URLSearchParams({ sort: name, desc: "1" }));
-      return h("div", {}, h("h3", {}, h("a", { href: all, title: table.meaning(name) }, name.replaceAll("_", " "))),
-        h("ol", { class: "top" }, best.map((row) => h("li", {}, h("a", { href: href(table.path(row)) }, table.address(row)), " ",
-          measured(table.value(name, row), "float", table.bounds(name, row))))));
+      return h(
+        "div",
+        {},
+        h("h3", {}, h("a", { href: all, title: table.meaning(name) }, name.replaceAll("_", " "))),
+        h(
+          "ol",
+          { class: "top" },
+          best.map((row) =>
+            h(
+              "li",
+              {},
+              h("a", { href: href(table.path(row)) }, table.address(row)),
+              " ",
+              measured(table.value(name, row), "float", table.bounds(name, row)),
+            ),
+          ),
+        ),
+      );
     });
   }
 
@@ -75,57 +108,27 @@
     const total = layers.map((_, i) => never[i] + counts[i].reduce((sum, n) => sum + n, 0));
     const span = (bin) => `${number(edges[bin])} to ${number(edges[bin + 1])}`;
     return chart.heat({
-      title: "Firing rate", meaning: "neurons of each layer by the share of tokens on which they fire",
-      columns: layers, rows: [...bins.map((bin) => edges[bin]), "never"], across: "layer", down: "share of tokens",
+      title: "Firing rate",
+      meaning: "neurons of each layer by the share of tokens on which they fire",
+      columns: layers,
+      rows: [...bins.map((bin) => edges[bin]), "never"],
+      across: "layer",
+      down: "share of tokens",
       cell(layer, row) {
         const i = layers.indexOf(layer);
         const bin = edges.indexOf(row);
         const n = row === "never" ? never[i] : counts[i][bin];
-        const query = row === "never" ? "firing_rate=0" : `firing_rate>=${edges[bin]} firing_rate<${bin === bins.length - 1 ? 1.001 : edges[bin + 1]} firing_rate>0`;
+        const last = bin === bins.length - 1; // the last bin holds its upper edge too
+        const range = `firing_rate>0 firing_rate>=${edges[bin]} firing_rate${last ? "<=" : "<"}${edges[bin + 1]}`;
+        const query = row === "never" ? "firing_rate=0" : range;
+        const what = row === "never" ? "never fire" : `fire on ${span(bin)}`;
         return {
           value: n,
-          text: `layer ${layer}: ${count(n)} of ${count(total[i])} ${row === "never" ? "never fire" : `fire on ${span(bin)}`}`,
+          text: `layer ${layer}: ${count(n)} of ${count(total[i])} ${what}`,
           href: href(paths.layer(layer), new URLSearchParams({ q: query })),
         };
       },
     });
-  }
-
-  /** The model as a drawing: a residual stream that attention and MLP read from and add to. */
-  function diagram(model) {
-    const [stream, top, low] = [96, 16, 122];
-    const size = (value) => count(value);
-    const box = (x, y, width, height, name, ...notes) => [
-      s("rect", { class: "part", x, y, width, height, rx: 3 }),
-      s("text", { class: "part-name", x: x + width / 2, y: y + height / 2 - 7 * notes.length + 4, "text-anchor": "middle" }, name),
-      notes.map((note, i) => s("text", { class: "part-note", x: x + width / 2, y: y + height / 2 - 7 * notes.length + 20 + 15 * i, "text-anchor": "middle" }, note)),
-    ];
-    const branch = (x, y, width, name, ...notes) => {
-      const edge = y < stream ? y + 52 : y;
-      return [
-        s("path", { class: "wire", d: `M${x + 16} ${stream}V${edge}`, "marker-end": "url(#tip)" }),
-        s("path", { class: "wire", d: `M${x + width - 16} ${edge}V${stream + (y < stream ? -9 : 9)}`, "marker-end": "url(#tip)" }),
-        s("circle", { class: "sum", cx: x + width - 16, cy: stream, r: 7 }),
-        s("path", { class: "wire", d: `M${x + width - 20} ${stream}h8m-4 -4v8` }),
-        box(x, y, width, 52, name, ...notes),
-      ];
-    };
-    const grouped = model.n_kv_heads && model.n_kv_heads !== model.n_heads;
-    const heads = `${size(model.n_heads)} heads of ${size(model.d_head)}${grouped ? `, ${size(model.n_kv_heads)} key/value` : ""}`;
-    return s("svg", { viewBox: "0 0 1080 190", class: "diagram", role: "img",
-      "aria-label": `${model.name}: embedding, ${model.n_layers} blocks of attention and MLP, norm, unembedding` },
-    s("defs", {}, s("marker", { id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 6, markerHeight: 6, orient: "auto" }, s("path", { class: "tip", d: "M0 0L8 4L0 8Z" }))),
-    s("rect", { class: "blocks", x: 246, y: 4, width: 510, height: 182, rx: 5 }),
-    s("text", { class: "part-name", x: 744, y: 24, "text-anchor": "end" }, `× ${size(model.n_layers)} blocks`),
-    s("path", { class: "stream", d: `M48 ${stream}H1070` }), s("path", { class: "stream-tip", d: `M1066 ${stream - 6}l12 6l-12 6z` }),
-    s("text", { class: "part-note", x: 0, y: stream + 4 }, "tokens"),
-    box(72, stream - 28, 130, 56, "embedding", `${size(model.d_vocab)} × ${size(model.d_model)}`),
-    branch(270, top, 210, "attention", heads),
-    branch(model.parallel ? 270 : 500, low, 210, model.gated ? "gated MLP" : "MLP", `${size(model.d_model)} → ${size(model.d_mlp)} → ${size(model.d_model)}`),
-    s("text", { class: "part-note", x: 488, y: stream - 8 }, `residual stream, ${size(model.d_model)}`),
-    box(776, stream - 28, 70, 56, "norm"),
-    box(880, stream - 28, 130, 56, "unembedding", `${size(model.d_model)} × ${size(model.d_vocab)}`),
-    s("text", { class: "part-note", x: 1076, y: stream - 10, "text-anchor": "end" }, "logits"));
   }
 
   function duration(seconds) {
@@ -145,7 +148,8 @@
   function entry(name, value) {
     if (/(^|_)seconds$/.test(name)) return duration(value);
     if (/(^|_)bytes$/.test(name)) return bytes(value);
-    if (typeof value === "number") return Number.isInteger(value) ? (name === "seed" ? String(value) : count(value)) : number(value);
+    if (typeof value === "number")
+      return Number.isInteger(value) ? (name === "seed" ? String(value) : count(value)) : number(value);
     if (/^[0-9a-f]{24,}$/i.test(value)) return h("code", { title: value }, `${value.slice(0, 16)}…`);
     return typeof value === "object" && value !== null ? JSON.stringify(value) : number(value);
   }
@@ -153,17 +157,38 @@
   function facts(title, values) {
     const known = Object.entries(values || {});
     if (!known.length) return null;
-    return h("div", {}, h("h3", {}, title), h("dl", { class: "facts" }, known.map(([name, value]) => [
-      h("dt", {}, name.replace(/_(bytes|seconds)$/, "").replaceAll("_", " ")), h("dd", {}, entry(name, value))])));
+    return h(
+      "div",
+      {},
+      h("h3", {}, title),
+      h(
+        "dl",
+        { class: "facts" },
+        known.map(([name, value]) => [
+          h("dt", {}, name.replace(/_(bytes|seconds)$/, "").replaceAll("_", " ")),
+          h("dd", {}, entry(name, value)),
+        ]),
+      ),
+    );
   }
 
   /** What was run, from the manifest: everything in it but the descriptions of columns. */
   function provenance(manifest) {
     const { model, text, versions, cost, tables, ...run } = manifest;
     const flat = Object.entries(run).filter(([, value]) => typeof value !== "object" || value === null);
-    const rest = Object.entries(run).filter(([, value]) => typeof value === "object" && value !== null && !Array.isArray(value));
-    return h("div", { class: "columns" }, facts("Model", model), facts("Text", text), facts("Run", Object.fromEntries(flat)),
-      facts("Cost", cost), facts("Versions", versions), rest.map(([name, value]) => facts(name, value)));
+    const rest = Object.entries(run).filter(
+      ([, value]) => typeof value === "object" && value !== null && !Array.isArray(value),
+    );
+    return h(
+      "div",
+      { class: "columns" },
+      facts("Model", model),
+      facts("Text", text),
+      facts("Run", Object.fromEntries(flat)),
+      facts("Cost", cost),
+      facts("Versions", versions),
+      rest.map(([name, value]) => facts(name, value)),
+    );
   }
 
   async function overview() {
@@ -175,20 +200,52 @@
       title: null,
       content: [
         h("h1", { tabindex: -1 }, model.name || "A model"),
-        h("p", { class: "lede" }, [
-          model.parameters && `${count(model.parameters)} parameters`, link("/layers", plural(layers.rows, "layer")),
-          link("/heads", plural(heads.rows, "head")), link("/neurons", plural(total, "neuron")),
-          manifest.text?.tokens && `measured on ${plural(manifest.text.tokens, "token")}`,
-          manifest.loss !== undefined && `loss ${number(manifest.loss)} nats per token`,
-        ].filter(Boolean).flatMap((part, i) => (i ? [h("span", { class: "dot" }, " · "), part] : [part]))),
-        diagram(model),
-        h("section", {}, h("h2", {}, "Across the layers"), h("div", { class: "charts" }, layerCharts(tables.layers)),
-          h("p", { class: "note" }, "Shaded bands are 95 % intervals. A click opens the layer. ", link("/layers", "The same as a list"), ".")),
-        heads.rows > 0 && h("section", {}, h("h2", {}, "Heads"), h("div", { class: "maps" }, headMaps(tables.heads)),
-          h("p", { class: "note" }, "A click opens the head. ", link("/heads", "The same as a list"), "."),
-          h("div", { class: "columns" }, topHeads(tables.heads))),
-        firing && firing.layers.length > 0 && h("section", {}, h("h2", {}, "Neurons"), h("div", { class: "maps" }, firingMap(firing)),
-          h("p", { class: "note" }, "A click opens those neurons. ", link("/neurons", "All neurons as a list"), ".")),
+        h(
+          "p",
+          { class: "lede" },
+          [
+            model.parameters && `${count(model.parameters)} parameters`,
+            link("/layers", plural(layers.rows, "layer")),
+            link("/heads", plural(heads.rows, "head")),
+            link("/neurons", plural(total, "neuron")),
+            manifest.text?.tokens && `measured on ${plural(manifest.text.tokens, "token")}`,
+            manifest.loss !== undefined && `loss ${number(manifest.loss)} nats per token`,
+          ]
+            .filter(Boolean)
+            .flatMap((part, i) => (i ? [h("span", { class: "dot" }, " · "), part] : [part])),
+        ),
+        atlas.diagram(model),
+        h(
+          "section",
+          {},
+          h("h2", {}, "Across the layers"),
+          h("div", { class: "charts" }, layerCharts(tables.layers)),
+          h(
+            "p",
+            { class: "note" },
+            "Shaded bands are 95 % intervals. A click opens the layer. ",
+            link("/layers", "The same as a list"),
+            ".",
+          ),
+        ),
+        heads.rows > 0 &&
+          h(
+            "section",
+            {},
+            h("h2", {}, "Heads"),
+            h("div", { class: "maps" }, headMaps(tables.heads)),
+            h("p", { class: "note" }, "A click opens the head. ", link("/heads", "The same as a list"), "."),
+            h("div", { class: "columns" }, topHeads(tables.heads)),
+          ),
+        firing &&
+          firing.layers.length > 0 &&
+          h(
+            "section",
+            {},
+            h("h2", {}, "Neurons"),
+            h("div", { class: "maps" }, firingMap(firing)),
+            h("p", { class: "note" }, "A click opens those neurons. ", link("/neurons", "All neurons as a list"), "."),
+          ),
         h("section", {}, h("h2", {}, "What was run"), provenance(manifest)),
       ],
     };

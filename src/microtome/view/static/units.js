@@ -8,12 +8,21 @@
 
   /** Title, address, and the neighbours of a unit; j and k follow the neighbours. */
   function top(title, site, previous, next, ...links) {
-    const step = (path, label, rel) => path
-      ? h("a", { href: href(path), rel, id: `step-${rel}` }, label) : h("span", { class: "off" }, label);
-    return h("div", { class: "top-line" },
-      h("h1", { tabindex: -1 }, title), site && h("code", { class: "site" }, site),
+    const step = (path, label, rel) =>
+      path ? h("a", { href: href(path), rel, id: `step-${rel}` }, label) : h("span", { class: "off" }, label);
+    return h(
+      "div",
+      { class: "top-line" },
+      h("h1", { tabindex: -1 }, title),
+      site && h("code", { class: "site" }, site),
       h("span", { class: "links" }, links),
-      h("nav", { class: "steps", "aria-label": "Neighbours" }, step(previous, "‹ previous", "prev"), step(next, "next ›", "next")));
+      h(
+        "nav",
+        { class: "steps", "aria-label": "Neighbours" },
+        step(previous, "‹ previous", "prev"),
+        step(next, "next ›", "next"),
+      ),
+    );
   }
 
   /** The share of known values below one, ties counted half, in per cent. */
@@ -36,14 +45,39 @@
       h("td", { class: "float" }, table.isQuantity(name) && rank(name)),
       told && h("td", { class: "meaning" }, table.described[name] && table.meaning(name)),
     ];
-    return h("table", { class: "standing" },
-      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "measure"), h("th", { scope: "col", class: "float" }, "value"),
-        headingsOfStanding.map((text, i) => h("th", { scope: "col", class: i ? "float" : null }, text)),
-        told && h("th", { scope: "col", class: "meaning" }, "meaning"))),
-      h("tbody", {}, table.names.map((name) => h("tr", {},
-        h("th", { scope: "row", title: table.meaning(name) }, name.replaceAll("_", " ")),
-        h("td", { class: table.types[name] }, measured(table.value(name, row), table.types[name], table.bounds(name, row))),
-        cells(name)))));
+    return h(
+      "table",
+      { class: "standing" },
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          h("th", { scope: "col" }, "measure"),
+          h("th", { scope: "col", class: "float" }, "value"),
+          headingsOfStanding.map((text, i) => h("th", { scope: "col", class: i ? "float" : null }, text)),
+          told && h("th", { scope: "col", class: "meaning" }, "meaning"),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        table.names.map((name) =>
+          h(
+            "tr",
+            {},
+            h("th", { scope: "row", title: table.meaning(name) }, name.replaceAll("_", " ")),
+            h(
+              "td",
+              { class: table.types[name] },
+              measured(table.value(name, row), table.types[name], table.bounds(name, row)),
+            ),
+            cells(name),
+          ),
+        ),
+      ),
+    );
   }
 
   const percent = (value) => (value === null ? "–" : value.toFixed(1));
@@ -58,7 +92,8 @@
     return new Problem(`This atlas has no ${unit} ${address}: ${what}.`);
   }
 
-  const span = (values) => (values.length ? `${Math.min(...values)} to ${values.reduce((a, b) => Math.max(a, b))}` : "none");
+  const span = (values) =>
+    values.length ? `${Math.min(...values)} to ${values.reduce((a, b) => Math.max(a, b))}` : "none";
 
   async function layerPage(route) {
     const { tables, neurons: counts } = await atlas.data.model();
@@ -68,27 +103,58 @@
     if (row < 0) throw missing("layer", route.parts[1], `its layers are ${span(layers.columns.layer)}`);
     const measuredHere = counts.find((part) => part.layer === layer);
     const own = heads.rows((r) => heads.columns.layer[r] === layer);
-    const [neurons, vocab] = measuredHere ? await Promise.all([atlas.data.neurons(layer), atlas.data.vocab()]) : [null, null];
+    const [neurons, vocab] = measuredHere
+      ? await Promise.all([atlas.data.neurons(layer), atlas.data.vocab()])
+      : [null, null];
     return {
       title: `Layer ${layer}`,
       content: [
-        top(`Layer ${layer}`, null, row > 0 && layers.path(row - 1), row + 1 < layers.length && layers.path(row + 1),
-          h("a", { href: href("/layers") }, "all layers")),
-        h("div", { class: "beside" },
-          h("section", {}, h("h2", {}, "The layer among the layers"),
-            standing(layers, row, ["across the layers", "rank"], (name) => chart.spark(layers.columns[name], row),
-              (name) => rankOf(layers.columns[name], layers.value(name, row)))),
-          own.length > 0 && h("section", {}, h("h2", {}, plural(own.length, "head")),
-            atlas.list({ table: part(heads, own), route, prefix: "heads-", filter: false }))),
-        neurons && h("section", {}, h("h2", {}, plural(neurons.length, "neuron")),
-          atlas.list({ table: neurons, route, sort: neurons.has("max") ? "max" : "address", vocab })),
+        top(
+          `Layer ${layer}`,
+          null,
+          row > 0 && layers.path(row - 1),
+          row + 1 < layers.length && layers.path(row + 1),
+          h("a", { href: href("/layers") }, "all layers"),
+        ),
+        h(
+          "div",
+          { class: "beside" },
+          h(
+            "section",
+            {},
+            h("h2", {}, "The layer among the layers"),
+            standing(
+              layers,
+              row,
+              ["across the layers", "rank"],
+              (name) => chart.spark(layers.columns[name], row),
+              (name) => rankOf(layers.columns[name], layers.value(name, row)),
+            ),
+          ),
+          own.length > 0 &&
+            h(
+              "section",
+              {},
+              h("h2", {}, plural(own.length, "head")),
+              atlas.list({ table: part(heads, own), route, prefix: "heads-", filter: false }),
+            ),
+        ),
+        neurons &&
+          h(
+            "section",
+            {},
+            h("h2", {}, plural(neurons.length, "neuron")),
+            atlas.list({ table: neurons, route, sort: neurons.has("max") ? "max" : "address", vocab }),
+          ),
       ],
     };
   }
 
   /** A table of some rows of another. */
   function part(table, rows) {
-    const columns = Object.fromEntries(Object.entries(table.columns).map(([name, values]) => [name, rows.map((row) => values[row])]));
+    const columns = Object.fromEntries(
+      Object.entries(table.columns).map(([name, values]) => [name, rows.map((row) => values[row])]),
+    );
     return new atlas.Table(table.kind, { rows: rows.length, types: table.types, columns }, table.described);
   }
 
@@ -96,21 +162,54 @@
     const { heads } = (await atlas.data.model()).tables;
     const [layer, head] = route.parts[1].split(".").map(Number);
     const row = heads.find(layer, head);
-    if (row < 0) throw missing("head", route.parts[1], `its heads are ${span(heads.columns.head)} in layers ${span(heads.columns.layer)}`);
+    if (row < 0)
+      throw missing(
+        "head",
+        route.parts[1],
+        `its heads are ${span(heads.columns.head)} in layers ${span(heads.columns.layer)}`,
+      );
     const siblings = heads.rows((r) => heads.columns.layer[r] === layer);
     const sharing = (r) => heads.has("kv_head") && heads.value("kv_head", r) === heads.value("kv_head", row);
     return {
       title: `Head ${layer}.${head}`,
       content: [
-        top(`Head ${layer}.${head}`, `${layer}.attn.z[${head}]`, row > 0 && heads.path(row - 1), row + 1 < heads.length && heads.path(row + 1),
-          h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`), h("a", { href: href("/heads") }, "all heads")),
-        h("section", {}, h("h2", {}, `The head among the ${count(heads.length)} heads of the model`),
-          standing(heads, row, ["among all heads", "percentile"], (name) => chart.strip(heads.columns[name], heads.value(name, row)),
-            (name) => percent(percentile(heads.columns[name], heads.value(name, row))), true)),
-        h("section", {}, h("h2", {}, `The heads of layer ${layer}`),
-          siblings.some((r) => r !== row && sharing(r)) && h("p", { class: "note" }, "Shares its keys and values with ",
-            siblings.filter((r) => r !== row && sharing(r)).flatMap((r, i) => [i ? ", " : "", h("a", { href: href(heads.path(r)) }, heads.address(r))]), "."),
-          atlas.list({ table: part(heads, siblings), route, here: siblings.indexOf(row), filter: false })),
+        top(
+          `Head ${layer}.${head}`,
+          `${layer}.attn.z[${head}]`,
+          row > 0 && heads.path(row - 1),
+          row + 1 < heads.length && heads.path(row + 1),
+          h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`),
+          h("a", { href: href("/heads") }, "all heads"),
+        ),
+        h(
+          "section",
+          {},
+          h("h2", {}, `The head among the ${count(heads.length)} heads of the model`),
+          standing(
+            heads,
+            row,
+            ["among all heads", "percentile"],
+            (name) => chart.strip(heads.columns[name], heads.value(name, row)),
+            (name) => percent(percentile(heads.columns[name], heads.value(name, row))),
+            true,
+          ),
+        ),
+        h(
+          "section",
+          {},
+          h("h2", {}, `The heads of layer ${layer}`),
+          siblings.some((r) => r !== row && sharing(r)) &&
+            h(
+              "p",
+              { class: "note" },
+              "Shares its keys and values with ",
+              siblings
+                .filter((r) => r !== row && sharing(r))
+                .flatMap((r, i) => [i ? ", " : "", h("a", { href: href(heads.path(r)) }, heads.address(r))]),
+              ".",
+            ),
+          atlas.list({ table: part(heads, siblings), route, here: siblings.indexOf(row), filter: false }),
+        ),
       ],
     };
   }
@@ -119,59 +218,144 @@
   function effects(title, meaning, ids, logits, vocab) {
     if (!ids?.length) return null;
     const most = Math.max(...(logits || []).map((value) => Math.abs(value ?? 0))) || 1;
-    return h("div", {}, h("h2", { title: meaning }, title),
-      h("ol", { class: "effects" }, ids.map((id, i) => h("li", {},
-        token(vocab[id]), h("span", { class: "amount" }, number(logits?.[i] ?? null)),
-        h("span", { class: "bar", style: `width:${((100 * Math.abs(logits?.[i] ?? 0)) / most).toFixed(1)}%` })))));
+    return h(
+      "div",
+      {},
+      h("h2", { title: meaning }, title),
+      h(
+        "ol",
+        { class: "effects" },
+        ids.map((id, i) =>
+          h(
+            "li",
+            {},
+            token(vocab[id]),
+            h("span", { class: "amount" }, number(logits?.[i] ?? null)),
+            h("span", { class: "bar", style: `width:${((100 * Math.abs(logits?.[i] ?? 0)) / most).toFixed(1)}%` }),
+          ),
+        ),
+      ),
+    );
   }
 
   /** One example: the tokens around its peak, never beyond its sequence. */
   async function example(place, value, start, length) {
     const from = Math.max(start ?? place, place - BEFORE);
-    const end = length && start !== null ? start + length : place + 1; // where the sequence ends is not known without its length
+    const end = length && start !== null ? start + length : place + 1; // without a length, nothing after the peak
     const words = await atlas.data.text(from, Math.min(end, place + AFTER + 1));
-    return h("li", {}, h("span", { class: "amount", title: `token ${place} of the text` }, number(value)),
-      h("p", { class: "context" }, from > (start ?? place) && h("span", { class: "mark" }, "… "), words.map((word, i) =>
-        from + i === place ? h("mark", { title: `${JSON.stringify(word)}: ${number(value)}` }, /^\s*$/.test(word) ? alone(word) : inText(word)) : inText(word))));
+    return h(
+      "li",
+      {},
+      h("span", { class: "amount", title: `token ${place} of the text` }, number(value)),
+      h(
+        "p",
+        { class: "context" },
+        from > (start ?? place) && h("span", { class: "mark" }, "… "),
+        words.map((word, i) =>
+          from + i === place
+            ? h(
+                "mark",
+                { title: `${JSON.stringify(word)}: ${number(value)}` },
+                /^\s*$/.test(word) ? alone(word) : inText(word),
+              )
+            : inText(word),
+        ),
+      ),
+    );
   }
 
   async function examples(columns, row, length) {
     const places = columns.example_index?.[row];
     if (!places?.length) return h("p", { class: "note" }, "No examples were kept for this neuron.");
     const items = places.map((place, i) =>
-      example(place, columns.example_value?.[row]?.[i] ?? null, columns.example_start?.[row]?.[i] ?? null, length));
+      example(place, columns.example_value?.[row]?.[i] ?? null, columns.example_start?.[row]?.[i] ?? null, length),
+    );
     return h("ol", { class: "examples" }, await Promise.all(items));
   }
 
-  const KNOWN_LISTS = ["promoted", "promoted_logit", "suppressed", "suppressed_logit", "example_index", "example_value", "example_start"];
+  const KNOWN_LISTS = [
+    "promoted",
+    "promoted_logit",
+    "suppressed",
+    "suppressed_logit",
+    "example_index",
+    "example_value",
+    "example_start",
+  ];
+
+  /** The tokens that a neuron promotes and suppresses. */
+  function directions(table, row, columns, vocab) {
+    const meaning = (name) => table.described[name]?.meaning;
+    const { suppressed, promoted_logit: up, suppressed_logit: down } = columns;
+    return h(
+      "section",
+      { class: "pair" },
+      effects("Promotes", meaning("promoted"), table.value("promoted", row), up?.[row], vocab),
+      effects("Suppresses", meaning("suppressed"), suppressed?.[row], down?.[row], vocab),
+    );
+  }
+
+  /** The lists of values that no other part of the page shows. */
+  function furtherLists(table, row, columns) {
+    const names = Object.keys(columns).filter((name) => !KNOWN_LISTS.includes(name) && columns[name][row]);
+    if (!names.length) return null;
+    const told = names.map((name) => [
+      h("dt", { title: table.meaning(name) }, name.replaceAll("_", " ")),
+      h("dd", {}, number(columns[name][row])),
+    ]);
+    return h("section", {}, h("h2", {}, "Further"), h("dl", { class: "facts" }, told));
+  }
 
   async function neuronPage(route) {
     const { manifest, neurons: counts } = await atlas.data.model();
     const [layer, neuron] = route.parts[1].split(".").map(Number);
-    if (!counts.some((part) => part.layer === layer)) throw missing("neuron", route.parts[1], `layers with neurons are ${span(counts.map((part) => part.layer))}`);
-    const [table, columns, vocab] = await Promise.all([atlas.data.neurons(layer), atlas.data.details(layer), atlas.data.vocab()]);
+    if (!counts.some((part) => part.layer === layer))
+      throw missing("neuron", route.parts[1], `layers with neurons are ${span(counts.map((part) => part.layer))}`);
+    const [table, columns, vocab] = await Promise.all([
+      atlas.data.neurons(layer),
+      atlas.data.details(layer),
+      atlas.data.vocab(),
+    ]);
     const row = table.find(layer, neuron);
-    if (row < 0) throw missing("neuron", route.parts[1], `the neurons of layer ${layer} are ${span(table.columns.neuron)}`);
+    if (row < 0)
+      throw missing("neuron", route.parts[1], `the neurons of layer ${layer} are ${span(table.columns.neuron)}`);
     const here = counts.findIndex((part) => part.layer === layer);
     const across = (step) => counts[here + step] && paths.layer(counts[here + step].layer);
-    const told = manifest.tables?.neurons?.columns || {};
-    const further = Object.keys(columns).filter((name) => !KNOWN_LISTS.includes(name) && columns[name][row]);
     return {
       title: `Neuron ${layer}.${neuron}`,
       content: [
-        top(`Neuron ${layer}.${neuron}`, `${layer}.mlp.post[${neuron}]`,
-          row > 0 ? table.path(row - 1) : across(-1), row + 1 < table.length ? table.path(row + 1) : across(1),
-          h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`), h("a", { href: href("/neurons") }, "all neurons")),
-        h("div", { class: "beside neuron" },
-          h("section", {}, h("h2", {}, `The neuron among the ${count(table.length)} of its layer`),
-            standing(table, row, ["among the layer", "percentile"], (name) => chart.strip(table.columns[name], table.value(name, row)),
-              (name) => percent(percentile(table.columns[name], table.value(name, row))))),
-          h("section", { class: "pair" },
-            effects("Promotes", told.promoted?.meaning, table.value("promoted", row), columns.promoted_logit?.[row], vocab),
-            effects("Suppresses", told.suppressed?.meaning, columns.suppressed?.[row], columns.suppressed_logit?.[row], vocab))),
-        h("section", {}, h("h2", { title: told.example_value?.meaning }, "Where it is strongest"), await examples(columns, row, manifest.text?.length)),
-        further.length > 0 && h("section", {}, h("h2", {}, "Further"), h("dl", { class: "facts" }, further.map((name) => [
-          h("dt", { title: told[name]?.meaning }, name.replaceAll("_", " ")), h("dd", {}, number(columns[name][row]))]))),
+        top(
+          `Neuron ${layer}.${neuron}`,
+          `${layer}.mlp.post[${neuron}]`,
+          row > 0 ? table.path(row - 1) : across(-1),
+          row + 1 < table.length ? table.path(row + 1) : across(1),
+          h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`),
+          h("a", { href: href("/neurons") }, "all neurons"),
+        ),
+        h(
+          "div",
+          { class: "beside neuron" },
+          h(
+            "section",
+            {},
+            h("h2", {}, `The neuron among the ${count(table.length)} of its layer`),
+            standing(
+              table,
+              row,
+              ["among the layer", "percentile"],
+              (name) => chart.strip(table.columns[name], table.value(name, row)),
+              (name) => percent(percentile(table.columns[name], table.value(name, row))),
+            ),
+          ),
+          directions(table, row, columns, vocab),
+        ),
+        h(
+          "section",
+          {},
+          h("h2", { title: table.described.example_value?.meaning }, "Where it is strongest"),
+          await examples(columns, row, manifest.text?.length),
+        ),
+        furtherLists(table, row, columns),
       ],
     };
   }
