@@ -96,7 +96,7 @@ class TopExamples(Accumulator):
 
     def _keep(self, values: Tensor, index: Tensor, start: Tensor) -> None:
         """Keep the k best of what is held and the candidates [unit, candidate]."""
-        pool: list[Tensor] = [torch.cat((self._values, values + 0.0), dim=1)]  # + 0.0 makes -0.0 and 0.0 one number
+        pool: list[Tensor] = [torch.cat((self._values, values), dim=1)]
         pool += [torch.cat((self._index, index), dim=1), torch.cat((self._start, start), dim=1)]
         for key, descending in ((2, False), (1, False), (0, True)):  # stable: the last sort rules
             order = pool[key].argsort(dim=1, descending=descending, stable=True)

@@ -34,7 +34,7 @@
       : String(value)
     ).replaceAll("-", "\u2212");
 
-  /** The vertical scale of some values: logarithmic if all are positive and that is wanted or nothing else shows them. */
+  /** The vertical scale of some values: logarithmic if positive, and wanted or the only way. */
   function scale(values, top, bottom, wantLog = false) {
     let [low, high] = [Math.min(...values), Math.max(...values)];
     const log = low > 0 && high > low && (wantLog || high / low > 1e4);

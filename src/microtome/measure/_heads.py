@@ -1,0 +1,105 @@
+"""What attention heads do on random tokens that repeat.
+
+Formula:  tokens r_0..r_{T-1} r_0..r_{T-1};  A the pattern of a head, q over the second half unless said otherwise:
+          induction       mean A[q, q - T + 1]      the token after the earlier occurrence
+          duplicate       mean A[q, q - T]          the earlier occurrence itself
+          previous_token  mean A[q, q - 1]          q >= 1, both halves
+          first_token     mean A[q, 0]              q >= 2, both halves: the sink
+          entropy         mean -sum_k A log A       both halves, in nats
+          induction_control  mean A[q, q - T + 1 + d]  over d in -8..8 without -1, 0, 1: keys as far away, but wrong
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from microtome.errors import DataError, error
+from microtome.measure._interval import mean_interval
+from microtome.model import Site
+from microtome.run import Model
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+SCORES = ("previous_token", "duplicate", "induction", "first_token", "induction_control", "entropy")
+
+
+def repeated_tokens(model: Model, sequences: int, length: int, seed: int) -> Tensor:
+    """Random tokens repeated once [sequence, 2 * length], drawn evenly from the vocabulary without special tokens."""
+    special = set(getattr(model.tokenizer, "all_special_ids", None) or ())
+    allowed = torch.tensor([t for t in range(model.anatomy.d_vocab) if t not in special])
+    generator = torch.Generator().manual_seed(seed)
+    half = allowed[torch.randint(len(allowed), (sequences, length), generator=generator)]
+    return torch.cat([half, half], dim=1).to(model.device)
+
+
+def head_scores(model: Model, *, sequences: int = 16, length: int = 50, seed: int = 0) -> xr.Dataset:
+    """Previous-token, duplicate, induction and first-token scores of every head, with intervals and a control.
+
+    Formula:  see the head of this file.
+    Source:   Olsson et al., "In-context Learning and Induction Heads", 2022 (random repeated tokens); duplicate-token
+              heads after Wang et al., "Interpretability in the Wild", 2022 (arXiv 2211.00593). Departs: an explicit
+              control at wrong offsets.
+    Cost:     one forward of sequences x 2 length tokens, patterns formed in every layer but not kept.
+    Check:    a hand-made pattern of each kind scores 1 and the others 0; tests/laws/test_measure.py.
+
+    Args:
+        model: an open model whose attention patterns can be seen.
+        sequences: how many random sequences.
+        length: tokens before the repeat.
+        seed: of the tokens.
+
+    Returns:
+        Dataset over (layer, head): each score as a share of attention (0 to 1; `entropy` in nats), with `_lo` and `_hi`,
+        the ends of the 95 % bootstrap interval over sequences.
+
+    Raises:
+        DataError: the repeat would be longer than the model's context, or too short for the control.
+    """
+    import xarray as xr
+
+    if length < 12 or 2 * length > model.anatomy.n_ctx:
+        raise error(DataError, "head_scores cannot use this length", got=str(length),
+                    allowed=f"12 to {model.anatomy.n_ctx // 2}", do="choose another")  # fmt: skip
+    tokens = repeated_tokens(model, sequences, length, seed)
+    found: dict[int, dict[str, Tensor]] = {}
+
+    def score(site: Site, pattern: Tensor) -> None:
+        found[site.layer or 0] = pattern_scores(pattern, length)
+
+    with torch.no_grad():
+        model.run(tokens, logits=False, observe={"*.attn.pattern": score})
+    variables: dict[str, tuple[tuple[str, str], object, dict[str, str]]] = {}
+    for name in SCORES:
+        values = torch.stack([found[i][name] for i in sorted(found)], dim=1).cpu()
+        unit = {"unit": "nats" if name == "entropy" else "share of attention"}
+        for suffix, x in zip(("", "_lo", "_hi"), mean_interval(values, seed=seed), strict=True):
+            variables[name + suffix] = (("layer", "head"), x.numpy(), unit)
+    return xr.Dataset(
+        variables,  # pyright: ignore[reportArgumentType]
+        coords={"layer": sorted(found), "head": list(range(model.anatomy.n_heads))},
+        attrs=model.provenance
+        | {"method": "scores on repeated random tokens", "sequences": sequences, "length": length, "seed": seed},
+    )
+
+
+def pattern_scores(pattern: Tensor, length: int) -> dict[str, Tensor]:
+    """The scores of patterns [batch, head, q_pos, k_pos] on tokens that repeat after `length`, each [batch, head]."""
+    a = pattern.double()
+
+    def diagonal(offset: int, first: int) -> Tensor:
+        """Mean of A[q, q - offset] over q >= first."""
+        return a.diagonal(-offset, dim1=2, dim2=3)[..., first - offset :].mean(-1)
+
+    wrong = [diagonal(length - 1 - d, length) for d in range(-8, 9) if abs(d) > 1]
+    return {
+        "previous_token": diagonal(1, 1),
+        "duplicate": diagonal(length, length),
+        "induction": diagonal(length - 1, length),
+        "first_token": a[:, :, 2:, 0].mean(-1),
+        "induction_control": torch.stack(wrong).mean(0),
+        "entropy": -torch.special.xlogy(a, a).sum(-1).mean(-1),
+    }
