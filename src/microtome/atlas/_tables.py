@@ -58,9 +58,7 @@ def _table(columns: dict[str, Any], meanings: dict[str, tuple[str, str]]) -> pa.
     order = {name: i for i, name in enumerate(meanings)}
     names = sorted(columns, key=lambda n: (order[n.removesuffix("_lo").removesuffix("_hi")], n))
     arrays = {name: _array(columns[name]) for name in names}
-    fields = [
-        pa.field(name, arrays[name].type, metadata={k: v for k, v in meaning(meanings, name).items()}) for name in names
-    ]
+    fields = [pa.field(name, arrays[name].type, metadata=dict(meaning(meanings, name))) for name in names]
     return pa.table(list(arrays.values()), schema=pa.schema(fields))
 
 

@@ -68,17 +68,19 @@ def write_atlas(
     out = Path(out)
     check_out(out)
     length = min(length, model.anatomy.n_ctx)
-    batches = TokenBatches(
-        corpus or standard_library_text(), model.tokenizer, length=length, rows=rows, tokens=tokens
-    )
+    batches = TokenBatches(corpus or standard_library_text(), model.tokenizer, length=length, rows=rows, tokens=tokens)
     partial = out.parent / f".{out.name}.{os.getpid()}.part"
     try:
         partial.mkdir(parents=True)
         _make(model, batches, partial, seed, progress or (lambda stage, done, all: None))
         _put(partial, out)
     except OSError as problem:
-        raise error(OutputError, f"cannot write the atlas to {out}", got=str(problem),
-                    do="check the folder and the free space of its disk") from problem  # fmt: skip
+        raise error(
+            OutputError,
+            f"cannot write the atlas to {out}",
+            got=str(problem),
+            do="check the folder and the free space of its disk",
+        ) from problem
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out / "index.html"
@@ -93,9 +95,13 @@ def check_out(out: Path) -> None:
     if out.is_file():
         raise error(OutputError, f"{out} is a file", allowed="a folder", do="name another place with -o")
     if out.is_dir() and any(out.iterdir()) and not is_atlas(out):
-        raise error(OutputError, f"the folder {out} exists and holds something that is not an atlas",
-                    got=", ".join(sorted(p.name for p in out.iterdir())[:5]),
-                    allowed="a new folder, an empty one, or an earlier atlas", do="name another folder with -o")  # fmt: skip
+        raise error(
+            OutputError,
+            f"the folder {out} exists and holds something that is not an atlas",
+            got=", ".join(sorted(p.name for p in out.iterdir())[:5]),
+            allowed="a new folder, an empty one, or an earlier atlas",
+            do="name another folder with -o",
+        )
 
 
 def is_atlas(folder: Path) -> bool:

@@ -62,12 +62,22 @@ def contributions(
 
     a = model.anatomy
     if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
-        raise error(SiteError, f"the logits of {a.name} are not a sum over its parts",
-                    got="norms on the residual stream itself, or a head with a transform of its own",
-                    do="use a causal model with norms before its branches")  # fmt: skip
+        raise error(
+            SiteError,
+            f"the logits of {a.name} are not a sum over its parts",
+            got="norms on the residual stream itself, or a head with a transform of its own",
+            do="use a causal model with norms before its branches",
+        )
     at = f"@{position}"
-    wanted = [f"embed{at}", f"*.attn.z{at}", f"*.attn_out{at}", f"*.mlp_out{at}", f"final.scale{at}",
-              f"{a.n_layers - 1}.resid_post{at}", f"logits{at}"]  # fmt: skip
+    wanted = [
+        f"embed{at}",
+        f"*.attn.z{at}",
+        f"*.attn_out{at}",
+        f"*.mlp_out{at}",
+        f"final.scale{at}",
+        f"{a.n_layers - 1}.resid_post{at}",
+        f"logits{at}",
+    ]
     if "neuron" in detail:
         wanted.append(f"*.mlp.post{at}")
     if "source" in detail:
@@ -85,15 +95,20 @@ def contributions(
     whole = whole + data["attn_bias"].sum("layer") + data["mlp"].sum("layer")
     data["gap"] = data["logit"] - whole
     words = run.words if len({len(w) for w in run.words}) == 1 else None
-    data = data.assign_coords(layer=list(range(a.n_layers)), head=list(range(a.n_heads)),
-                              answer=("batch", model.to_words(reader.answers)))  # fmt: skip
+    data = data.assign_coords(
+        layer=list(range(a.n_layers)), head=list(range(a.n_heads)), answer=("batch", model.to_words(reader.answers))
+    )
     if reader.foils is not None:
         data = data.assign_coords(foil=("batch", model.to_words(reader.foils)))
     if words is not None and "attn_source" in data:
         data = data.assign_coords(source=(("batch", "k_pos"), words))
     return data.assign_attrs(
         model.provenance
-        | {"method": "direct logit attribution", "position": position, "final_norm": "scale held at its value in this run"}
+        | {
+            "method": "direct logit attribution",
+            "position": position,
+            "final_norm": "scale held at its value in this run",
+        }
     )
 
 
@@ -107,8 +122,13 @@ def one_token(model: Model, text: str | int) -> int:
         return text
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"] if model.tokenizer is not None else []
     if len(ids) != 1:
-        raise error(PromptError, f'"{text}" is not one token', got=str(model.to_words(ids)) if ids else "no tokenizer",
-                    allowed="one token, usually with its leading space", do="choose another word, or pass a token id")  # fmt: skip
+        raise error(
+            PromptError,
+            f'"{text}" is not one token',
+            got=str(model.to_words(ids)) if ids else "no tokenizer",
+            allowed="one token, usually with its leading space",
+            do="choose another word, or pass a token id",
+        )
     return int(ids[0])
 
 

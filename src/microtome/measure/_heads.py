@@ -29,7 +29,7 @@ SCORES = ("previous_token", "duplicate", "induction", "first_token", "induction_
 
 def repeated_tokens(model: Model, sequences: int, length: int, seed: int) -> Tensor:
     """Random tokens repeated once [sequence, 2 * length], drawn evenly from the vocabulary without special tokens."""
-    special = set(getattr(model.tokenizer, "all_special_ids", None) or ())
+    special: set[int] = set(getattr(model.tokenizer, "all_special_ids", None) or ())
     allowed = torch.tensor([t for t in range(model.anatomy.d_vocab) if t not in special])
     generator = torch.Generator().manual_seed(seed)
     half = allowed[torch.randint(len(allowed), (sequences, length), generator=generator)]
@@ -53,8 +53,8 @@ def head_scores(model: Model, *, sequences: int = 16, length: int = 50, seed: in
         seed: of the tokens.
 
     Returns:
-        Dataset over (layer, head): each score as a share of attention (0 to 1; `entropy` in nats), with `_lo` and `_hi`,
-        the ends of the 95 % bootstrap interval over sequences.
+        Dataset over (layer, head): each score as a share of attention (0 to 1; `entropy` in nats), with `_lo` and
+        `_hi`, the ends of the 95 % bootstrap interval over sequences.
 
     Raises:
         DataError: the repeat would be longer than the model's context, or too short for the control.
@@ -62,8 +62,13 @@ def head_scores(model: Model, *, sequences: int = 16, length: int = 50, seed: in
     import xarray as xr
 
     if length < 12 or 2 * length > model.anatomy.n_ctx:
-        raise error(DataError, "head_scores cannot use this length", got=str(length),
-                    allowed=f"12 to {model.anatomy.n_ctx // 2}", do="choose another")  # fmt: skip
+        raise error(
+            DataError,
+            "head_scores cannot use this length",
+            got=str(length),
+            allowed=f"12 to {model.anatomy.n_ctx // 2}",
+            do="choose another",
+        )
     tokens = repeated_tokens(model, sequences, length, seed)
     found: dict[int, dict[str, Tensor]] = {}
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def mean_interval(values: Tensor, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def mean_interval(
+    values: Tensor, *, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over examples with a percentile bootstrap interval.
 
     Formula:  quantiles (1 - level)/2 and (1 + level)/2 of mean(values[resample]), examples drawn with replacement.
@@ -31,7 +33,9 @@ def mean_interval(values: Tensor, *, level: float = 0.95, draws: int = 1000, see
         return mean.reshape(values.shape[1:]), nothing.reshape(values.shape[1:]), nothing.reshape(values.shape[1:])
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(n, (draws, n), generator=generator)
-    counts = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, picks, torch.ones(draws, n, dtype=torch.float64))
+    counts = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(
+        1, picks, torch.ones(draws, n, dtype=torch.float64)
+    )
     means = (counts.to(flat.device) / n) @ flat
     edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=flat.device)
     low, high = torch.quantile(means, edges, dim=0)

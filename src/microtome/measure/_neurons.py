@@ -39,9 +39,7 @@ def neuron_directions(model: Model, layer: int) -> dict[str, Tensor]:
     return found
 
 
-def neuron_weights(
-    model: Model, *, top: int = 5, progress: Callable[[int, int], None] | None = None
-) -> xr.Dataset:
+def neuron_weights(model: Model, *, top: int = 5, progress: Callable[[int, int], None] | None = None) -> xr.Dataset:
     """Norms and cosines of every neuron's weights, and the tokens that its output promotes and suppresses.
 
     Formula:  see the head of this file.

@@ -61,7 +61,9 @@ def loss_without(
     done = 0
     for i in range(n):
         # What comes before layer i is the same with and without it: start from what it read.
-        start: Sequence[Edit] = [] if i == 0 else [Skip(f"0-{i - 1}"), Set(f"{i}.resid_pre", value=base[f"{i}.resid_pre"])]
+        start: Sequence[Edit] = (
+            [] if i == 0 else [Skip(f"0-{i - 1}"), Set(f"{i}.resid_pre", value=base[f"{i}.resid_pre"])]
+        )
         for name, edit in branches.items():
             run = model.run(tokens, edits=[*start, edit(i)])
             found[name].append(token_loss(run.logits, tokens).double().mean(1) - whole)
@@ -74,6 +76,4 @@ def loss_without(
             variables[f"loss_skip_{name}{suffix}"] = ("layer", x.numpy(), {"unit": "nats per token"})
     data = xr.Dataset(variables, coords={"layer": list(range(n))})  # pyright: ignore[reportArgumentType]
     data["loss"] = float(whole.mean())
-    return data.assign_attrs(
-        model.provenance | {"method": "loss without", "tokens": int(tokens.numel()), "seed": seed}
-    )
+    return data.assign_attrs(model.provenance | {"method": "loss without", "tokens": int(tokens.numel()), "seed": seed})

@@ -12,7 +12,7 @@ Formula:  over all tokens but the first of each row (which attention sinks infla
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 TOKEN_METRICS = (
-    "resid_pre_norm", "resid_mid_norm", "resid_post_norm", "attn_share", "mlp_share", "attn_cos", "mlp_cos", "block_cos",
+    "resid_pre_norm", "resid_mid_norm", "resid_post_norm", "attn_share", "mlp_share", "attn_cos", "mlp_cos",
+    "block_cos",
 )  # fmt: skip
 
 
@@ -175,5 +176,5 @@ class TextStatistics:
         variables |= {k: ((*flat, "rank"), torch.stack(v).numpy()) for k, v in many.items() if v}
         return xr.Dataset(variables, coords={"layer": layers}, attrs=self._attrs("neurons"))
 
-    def _attrs(self, what: str) -> dict[str, object]:
+    def _attrs(self, what: str) -> dict[str, Any]:
         return self.model.provenance | {"method": f"text statistics: {what}", "tokens": self._loss.result().count}

@@ -6,6 +6,9 @@ from microtome.model._anatomy import Tap as Tap
 from microtome.model._anatomy import anatomy_of as anatomy_of
 from microtome.model._discover import Norm as Norm
 from microtome.model._discover import norm_of as norm_of
+from microtome.model._load import cache_dir as cache_dir
+from microtome.model._load import default_folder as default_folder
+from microtome.model._load import load as load
 from microtome.model._sites import ALL as ALL
 from microtome.model._sites import SITES as SITES
 from microtome.model._sites import Address as Address
@@ -17,6 +20,3 @@ from microtome.model._sites import parse_selection as parse_selection
 from microtome.model._weights import LayerWeights as LayerWeights
 from microtome.model._weights import NormWeights as NormWeights
 from microtome.model._weights import Weights as Weights
-from microtome.model._load import cache_dir as cache_dir
-from microtome.model._load import default_folder as default_folder
-from microtome.model._load import load as load

@@ -303,8 +303,8 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
         name=name,
         model_type=config.model_type,
         attention="interface" if source else "inline",
-        causal=bool(getattr(model.get_submodule(first.attn), "is_causal", True))
-        and parts.form != "post_norm" or getattr(config, "do_layer_norm_before", True) is False,
+        causal=(bool(getattr(model.get_submodule(first.attn), "is_causal", True)) and parts.form != "post_norm")
+        or getattr(config, "do_layer_norm_before", True) is False,
         n_layers=len(parts.layers),
         n_heads=n_heads,
         n_kv_heads=_kv_heads(model, config, first, n_heads),

@@ -129,7 +129,9 @@ def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
     with torch.no_grad():
         got: Tensor = module(x)
     bias = getattr(module, "bias", None)
-    eps = next((float(v) for n in ("variance_epsilon", "eps") if isinstance(v := getattr(module, n, None), float)), 1e-6)
+    eps = next(
+        (float(v) for n in ("variance_epsilon", "eps") if isinstance(v := getattr(module, n, None), float)), 1e-6
+    )
     for centred in (False, True):
         for offset in (0.0, 1.0):
             y = x.float() - x.float().mean(-1, keepdim=True) * centred
@@ -218,7 +220,12 @@ def _block(block: nn.Module, path: str, form: Form, d_model: int) -> LayerParts:
             do="rename the module, or open a model of a known family",
         )
     return LayerParts(
-        block=path, attn_norm=attn_norm, mlp_norm=mlp_norm, attn_post_norm=after_attention, mlp_post_norm=after_mlp, **parts  # pyright: ignore[reportArgumentType]
+        block=path,
+        attn_norm=attn_norm,
+        mlp_norm=mlp_norm,
+        attn_post_norm=after_attention,
+        mlp_post_norm=after_mlp,
+        **parts,  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -49,7 +49,9 @@ FAMILIES: Mapping[str, Family] = {
     "cohere2": Family(logit_multiply="logit_scale"),
     "falcon": Family(fused_qkv="grouped", sums_in_place=True),
     "gpt_neox": Family(fused_qkv="per_head"),
-    "gpt_oss": Family(experts="interleaved", says="each head has a learned sink: rows of the pattern sum to less than 1"),
+    "gpt_oss": Family(
+        experts="interleaved", says="each head has a learned sink: rows of the pattern sum to less than 1"
+    ),
     "granite": Family(logit_divide="logits_scaling"),
     "mpt": Family(says="ALiBi: keys and queries carry no position"),
     "persimmon": Family(fused_qkv="per_head"),

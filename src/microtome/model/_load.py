@@ -65,8 +65,11 @@ def load(
         options["gguf_file"], source = path.name, str(path.parent)
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise error(ModelNotFound, f"the folder {source} holds no model: it has no config.json",
-                        do="name the folder that save_pretrained wrote")  # fmt: skip
+            raise error(
+                ModelNotFound,
+                f"the folder {source} holds no model: it has no config.json",
+                do="name the folder that save_pretrained wrote",
+            )
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise error(ModelNotFound, f"no model folder {source}", do="check the path, or name a model of the hub")
     if revision is not None:
@@ -136,11 +139,19 @@ def _translate(problem: Exception, source: str, short: str) -> Exception:
     if isinstance(problem, ImportError):
         return error(ModelUnsupported, f"{short} needs a package that is not installed", got=text, do="install it")
     if "trust_remote_code" in text:
-        return error(ModelUnsupported, f"{short} comes with code of its own", do="pass trust_remote_code=True if you trust it")
+        return error(
+            ModelUnsupported, f"{short} comes with code of its own", do="pass trust_remote_code=True if you trust it"
+        )
     if "model type" in text.lower() or "Unrecognized" in text:
-        return error(ModelUnsupported, f"{short} is not a model that transformers knows", got=text, do="check config.json")
-    return error(ModelBroken, f"the files of {short} cannot be read", got=f"{type(problem).__name__}: {text}",
-                 do="copy or download the model again")  # fmt: skip
+        return error(
+            ModelUnsupported, f"{short} is not a model that transformers knows", got=text, do="check config.json"
+        )
+    return error(
+        ModelBroken,
+        f"the files of {short} cannot be read",
+        got=f"{type(problem).__name__}: {text}",
+        do="copy or download the model again",
+    )
 
 
 def default_folder() -> Path | None:
@@ -164,8 +175,12 @@ def default_folder() -> Path | None:
         _dequantise(files[0], partial)
         _move(partial, folder)
     except OSError as problem:
-        raise error(OutputError, f"cannot write the default model to {folder}", got=str(problem),
-                    do="free some space, or set MICROTOME_CACHE to another folder") from problem  # fmt: skip
+        raise error(
+            OutputError,
+            f"cannot write the default model to {folder}",
+            got=str(problem),
+            do="free some space, or set MICROTOME_CACHE to another folder",
+        ) from problem
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

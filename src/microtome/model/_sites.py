@@ -205,6 +205,13 @@ def parse_selection(text: str | int | list[int], what: str = "a selection") -> S
     return _selection(text, what, text)
 
 
+def _positions(text: str, whole: str) -> Selection | Rule:
+    for rule in RULES:
+        if rule == text:
+            return rule
+    return _selection(text, "positions", whole)
+
+
 def parse(text: str | Address) -> Address:
     """Read an address.
 
@@ -226,7 +233,9 @@ def parse(text: str | Address) -> Address:
         )
     name = match["name"]
     if name not in SITES:
-        raise SiteError(f'no site is called "{name}" in "{text}".{nearest(name, list(SITES))} Sites: {", ".join(SITES)}.')
+        raise SiteError(
+            f'no site is called "{name}" in "{text}".{nearest(name, list(SITES))} Sites: {", ".join(SITES)}.'
+        )
     spec = SITES[name]
     if spec.scope == "layer" and match["layers"] is None:
         raise error(SiteError, f'"{text}" names no layer', do=f'write "*.{name}" for all layers or "0.{name}" for one')
@@ -236,6 +245,5 @@ def parse(text: str | Address) -> Address:
     units = ALL if match["units"] is None else _selection(match["units"], "units", text)
     positions: Selection | Rule = ALL
     if match["positions"] is not None:
-        rule = next((r for r in RULES if r == match["positions"].strip()), None)
-        positions = rule or _selection(match["positions"], "positions", text)
+        positions = _positions(match["positions"].strip(), text)
     return Address(name, layers, units, positions)

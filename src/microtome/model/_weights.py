@@ -224,9 +224,7 @@ class Weights:
 
     def __init__(self, model: Any, anatomy: Anatomy) -> None:
         self._model, self._anatomy = model, anatomy
-        self.layers: tuple[LayerWeights, ...] = tuple(
-            LayerWeights(model, anatomy, i) for i in range(anatomy.n_layers)
-        )
+        self.layers: tuple[LayerWeights, ...] = tuple(LayerWeights(model, anatomy, i) for i in range(anatomy.n_layers))
 
     @property
     def W_E(self) -> Tensor:

@@ -19,8 +19,6 @@ from microtome.run._edits import SiteEdit as SiteEdit
 from microtome.run._edits import Skip as Skip
 from microtome.run._edits import SwapFrom as SwapFrom
 from microtome.run._edits import Zero as Zero
-from microtome.run._edits import load_edits as load_edits
-from microtome.run._edits import save_edits as save_edits
 from microtome.run._model import Model as Model
 from microtome.run._open import map as map
 from microtome.run._open import open as open
@@ -28,3 +26,5 @@ from microtome.run._plan import Plan as Plan
 from microtome.run._proof import Check as Check
 from microtome.run._proof import prove as prove
 from microtome.run._result import Run as Run
+from microtome.run._saved import load_edits as load_edits
+from microtome.run._saved import save_edits as save_edits

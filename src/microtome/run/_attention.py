@@ -37,7 +37,7 @@ class Watch:
         frozen: hold the pattern constant for gradients, by detaching queries and keys.
     """
 
-    visits: dict[str, list[Visit]] = field(default_factory=lambda: {})
+    visits: dict[str, list[Visit]] = field(default_factory=dict)
     edits_pattern: bool = False
     frozen: bool = False
 
@@ -213,16 +213,20 @@ class InlineAttention(TorchFunctionMode):
 
     def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         q, k, v = (self.watch.visit_heads(s, given[n]) for s, n in zip("qkv", names[:3], strict=True))
         if self.watch.frozen:
             q, k = q.detach(), k.detach()
-        mask, extra = given.get("attn_mask"), {"is_causal": given.get("is_causal", False), "scaling": given.get("scale")}
+        mask, extra = (
+            given.get("attn_mask"),
+            {"is_causal": given.get("is_causal", False), "scaling": given.get("scale")},
+        )
         if self.watch.wants_pattern:
             pattern = _form_pattern(nn.Module(), [self.watch], q, k, mask, extra)
             if self.watch.edits_pattern:
                 return pattern @ _repeat(v, q)
-        return nn.functional.scaled_dot_product_attention(**given | {"query": q, "key": k, "value": v})
+        given |= {"query": q, "key": k, "value": v}
+        return nn.functional.scaled_dot_product_attention(**given)
 
     def _visit(self, slot: str, x: Tensor) -> Tensor:
         """Visit a tensor of shape [batch * head, pos, d_head] or [batch, head, pos, d_head]."""

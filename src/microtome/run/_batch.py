@@ -54,7 +54,9 @@ class Batch:
         if positions == "prompt" or (isinstance(positions, Selection) and positions.is_all):
             return None
         if positions == "generated":
-            raise error(SiteError, '"@generated" selects nothing in a run', do="use it with generate, or name positions")
+            raise error(
+                SiteError, '"@generated" selects nothing in a run', do="use it with generate, or name positions"
+            )
         rows: list[list[int]] = []
         for row, (length, pad) in enumerate(zip(self.lengths, self.pads, strict=True)):
             chosen = [length - 1] if isinstance(positions, str) else positions.resolve(length)
@@ -88,8 +90,11 @@ def to_batch(
     rows = _rows(prompt, tokenizer)
     for i, row in enumerate(rows):
         if not row:
-            raise error(PromptError, f"row {i} of the prompt is empty" if len(rows) > 1 else "the prompt is empty",
-                        do="give at least one token")  # fmt: skip
+            raise error(
+                PromptError,
+                f"row {i} of the prompt is empty" if len(rows) > 1 else "the prompt is empty",
+                do="give at least one token",
+            )
         if len(row) > n_ctx:
             raise error(
                 PromptError,
@@ -100,8 +105,13 @@ def to_batch(
             )
         bad = next((t for t in row if not 0 <= t < n_vocab), None)
         if bad is not None:
-            raise error(PromptError, "a token id lies outside the vocabulary", got=str(bad),
-                        allowed=f"0 to {n_vocab - 1}", do="tokenise with this model's tokenizer")  # fmt: skip
+            raise error(
+                PromptError,
+                "a token id lies outside the vocabulary",
+                got=str(bad),
+                allowed=f"0 to {n_vocab - 1}",
+                do="tokenise with this model's tokenizer",
+            )
     width = max(len(row) for row in rows)
     pad = _pad_id(tokenizer)
     pads = tuple(width - len(row) if side == "left" else 0 for row in rows)
@@ -120,8 +130,13 @@ def _pad_id(tokenizer: Any) -> int:
 def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
     if isinstance(prompt, Tensor):
         if prompt.dtype.is_floating_point or prompt.dim() not in (1, 2):
-            raise error(PromptError, "a prompt tensor must hold integer token ids", got=f"{prompt.dtype} {list(prompt.shape)}",
-                        allowed="[pos] or [batch, pos] of an integer type", do="pass token ids")  # fmt: skip
+            raise error(
+                PromptError,
+                "a prompt tensor must hold integer token ids",
+                got=f"{prompt.dtype} {list(prompt.shape)}",
+                allowed="[pos] or [batch, pos] of an integer type",
+                do="pass token ids",
+            )
         tokens: list[Any] = prompt.tolist()
         return tokens if prompt.dim() == 2 else [tokens]
     items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -131,10 +146,18 @@ def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
         return [items]
     if all(isinstance(item, str) for item in items):
         if tokenizer is None:
-            raise error(PromptError, "this model was opened without a tokenizer, so it cannot read text",
-                        do="pass token ids, or open it with tokenizer=")  # fmt: skip
+            raise error(
+                PromptError,
+                "this model was opened without a tokenizer, so it cannot read text",
+                do="pass token ids, or open it with tokenizer=",
+            )
         return [list(tokenizer(item)["input_ids"]) for item in items]
     if all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
         return [[int(t) for t in item] for item in items]
-    raise error(PromptError, "cannot read the prompt", got=type(prompt).__name__,
-                allowed="text, texts, token ids, lists of token ids, or an integer tensor", do="pass one of these")  # fmt: skip
+    raise error(
+        PromptError,
+        "cannot read the prompt",
+        got=type(prompt).__name__,
+        allowed="text, texts, token ids, lists of token ids, or an integer tensor",
+        do="pass one of these",
+    )

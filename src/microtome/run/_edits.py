@@ -1,24 +1,23 @@
 """Edits: what is done to a run, as values.
 
-A site edit names an address and says what becomes of the tensor there. The tensor it sees is ``[batch, pos, unit, ...]``
-cut to the rows, positions and units that were named (attention scores and patterns as ``[batch, q_pos, head, k_pos]``),
-and a value must broadcast against that. Edits are frozen, compare and hash by content, print shortly, and are saved as
-safetensors. They never change what they are given, and a model is itself again as soon as the run is over.
+A site edit names an address and says what becomes of the tensor there. The tensor that it sees is
+``[batch, pos, unit, ...]``, cut to the rows, positions and units that were named (attention scores and patterns as
+``[batch, q_pos, head, k_pos]``), and a value must broadcast against that. Edits are frozen, compare and hash by
+content, print shortly, and are saved as safetensors. They never change what they are given, and a model is itself again
+as soon as the run is over.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from microtome.errors import DataError, EditError, error
+from microtome.errors import EditError, error
 from microtome.model import Address, Site, parse, parse_selection
 
 Values = Tensor | float | int
@@ -53,7 +52,9 @@ class Edit:
 
     def digest(self) -> str:
         """A hash of the kind of edit and all it holds."""
-        parts = [type(self).__name__.encode()] + [f.name.encode() + _digest(getattr(self, f.name)) for f in fields(self)]
+        parts = [type(self).__name__.encode()] + [
+            f.name.encode() + _digest(getattr(self, f.name)) for f in fields(self)
+        ]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -242,8 +243,13 @@ class Rotate(SiteEdit):
         eye = torch.eye(matrix.shape[0], dtype=torch.float64, device=matrix.device)
         gap = float((matrix.double() @ matrix.double().T - eye).abs().max())
         if gap > 1e-3:
-            raise error(EditError, f"the matrix of Rotate on {self.site} is not a rotation",
-                        got=f"|M Mᵀ - 1| up to {gap:.3g}", allowed="1e-3", do="use Map for other maps")  # fmt: skip
+            raise error(
+                EditError,
+                f"the matrix of Rotate on {self.site} is not a rotation",
+                got=f"|M Mᵀ - 1| up to {gap:.3g}",
+                allowed="1e-3",
+                do="use Map for other maps",
+            )
 
     def change(self, x: Tensor, where: Where) -> Tensor:
         """The rotated vectors."""
@@ -276,8 +282,13 @@ class Map(SiteEdit):
             raise error(EditError, f"Map on {where.site} has no function", do="give function=")
         new = self.function(x.clone())
         if new.shape != x.shape:
-            raise error(EditError, f"the function of Map on {where.site} changed the shape",
-                        got=str(list(new.shape)), allowed=str(list(x.shape)), do="return a tensor like the one given")  # fmt: skip
+            raise error(
+                EditError,
+                f"the function of Map on {where.site} changed the shape",
+                got=str(list(new.shape)),
+                allowed=str(list(x.shape)),
+                do="return a tensor like the one given",
+            )
         return new
 
 
@@ -295,8 +306,12 @@ class SwapFrom(SiteEdit):
     def _of(self, site: Site) -> Tensor:
         if isinstance(self.source, Mapping):
             if str(site) not in self.source:
-                raise error(EditError, f"the source of SwapFrom has no {site}", got=", ".join(self.source),
-                            do="capture that site whole")  # fmt: skip
+                raise error(
+                    EditError,
+                    f"the source of SwapFrom has no {site}",
+                    got=", ".join(self.source),
+                    do="capture that site whole",
+                )
             return self.source[str(site)]
         if self.source is None:
             raise error(EditError, f"SwapFrom on {site} has no source", do="give source= a run or a mapping")
@@ -313,7 +328,9 @@ class SwapFrom(SiteEdit):
         """A hash of the address and of the other run's tensors."""
         held = self.source if isinstance(self.source, Mapping) else getattr(self.source, "captured", {})
         parts = [str(k).encode() + _digest(v) for k, v in sorted(held.items(), key=lambda kv: str(kv[0]))]
-        return hashlib.sha256(b"\0".join([b"SwapFrom", self.site.encode(), repr(self.rows).encode(), *parts])).hexdigest()
+        return hashlib.sha256(
+            b"\0".join([b"SwapFrom", self.site.encode(), repr(self.rows).encode(), *parts])
+        ).hexdigest()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -331,16 +348,24 @@ class KnockOut(SiteEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.address.name != "attn.scores":
-            raise error(EditError, "KnockOut acts on attention scores", got=f'"{self.site}"',
-                        do='write "<layers>.attn.scores[<heads>]@<queries>"')  # fmt: skip
+            raise error(
+                EditError,
+                "KnockOut acts on attention scores",
+                got=f'"{self.site}"',
+                do='write "<layers>.attn.scores[<heads>]@<queries>"',
+            )
         parse_selection(self.keys, "keys")
 
     def change(self, x: Tensor, where: Where) -> Tensor:
         """Scores [batch, q_pos, head, k_pos] with the keys masked."""
         chosen = parse_selection(self.keys, "keys").resolve(x.shape[-1])
         if chosen is None:
-            raise error(EditError, f"no keys {self.keys} at {where.site}", allowed=f"0 to {x.shape[-1] - 1}",
-                        do="choose positions inside the prompt")  # fmt: skip
+            raise error(
+                EditError,
+                f"no keys {self.keys} at {where.site}",
+                allowed=f"0 to {x.shape[-1] - 1}",
+                do="choose positions inside the prompt",
+            )
         keep = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
         keep[chosen] = False
         allowed = (x > torch.finfo(x.dtype).min / 2) & keep
@@ -411,61 +436,3 @@ class Freeze(Edit):
     patterns: bool = True
     activations: bool = True
     mlps: bool = False
-
-
-def save_edits(path: str | Path, edits: list[Edit]) -> None:
-    """Write edits to one safetensors file.
-
-    Raises:
-        EditError: a `Map`, whose function cannot be saved, or a `SwapFrom`, which holds a run: use `Set`.
-    """
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    listing: list[dict[str, Any]] = []
-    for i, edit in enumerate(edits):
-        if isinstance(edit, Map | SwapFrom):
-            why = "it holds a function" if isinstance(edit, Map) else "it holds a run"
-            raise error(EditError, f"{edit!r} cannot be saved: {why}", do="use Set with the values instead")
-        entry: dict[str, Any] = {"kind": type(edit).__name__}
-        for f in fields(edit):
-            value = getattr(edit, f.name)
-            if isinstance(value, Tensor):
-                tensors[f"{i}.{f.name}"] = value.detach().cpu().contiguous()
-            else:
-                entry[f.name] = value
-        listing.append(entry)
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial, metadata={"edits": json.dumps(listing)})
-    partial.replace(path)
-
-
-KINDS: dict[str, type[Edit]] = {
-    kind.__name__: kind
-    for kind in (Set, Add, Scale, Zero, Mean, Project, Rotate, Clamp, KnockOut, Skip, Repeat, ScaleBlock, Freeze)
-}
-
-
-def load_edits(path: str | Path) -> list[Edit]:
-    """Read edits that `save_edits` wrote.
-
-    Raises:
-        DataError: the file is missing, damaged, or holds no edits.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "pt") as file:
-            listing: list[dict[str, Any]] = json.loads((file.metadata() or {})["edits"])
-            edits: list[Edit] = []
-            names = list(file.keys())
-            for i, entry in enumerate(listing):
-                held = {n.split(".", 1)[1]: file.get_tensor(n) for n in names if n.startswith(f"{i}.")}
-                kind = KINDS[entry.pop("kind")]
-                if isinstance(entry.get("rows"), list):
-                    entry["rows"] = tuple(entry["rows"])
-                edits.append(kind(**entry, **held))
-            return edits
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as problem:
-        raise error(DataError, f"cannot read edits from {path}", got=str(problem), do="save them again") from problem

@@ -18,8 +18,12 @@ def layer_paths(rig: Rig, anatomy: Anatomy, edit: Skip | Repeat | ScaleBlock) ->
     """Install a `Skip`, `Repeat` or `ScaleBlock` around the blocks it names."""
     layers = parse_selection(edit.layers, "layers").resolve(anatomy.n_layers)
     if layers is None:
-        raise error(SiteError, f"no layers {edit.layers} for {edit!r} in {anatomy.name}",
-                    allowed=f"layers 0 to {anatomy.n_layers - 1}", do="choose layers of the model")  # fmt: skip
+        raise error(
+            SiteError,
+            f"no layers {edit.layers} for {edit!r} in {anatomy.name}",
+            allowed=f"layers 0 to {anatomy.n_layers - 1}",
+            do="choose layers of the model",
+        )
     if isinstance(edit, Repeat) and edit.times < 1:
         raise error(EditError, f"{edit!r} cannot run a block {edit.times} times", allowed="1 or more", do="use Skip")
     for layer in layers:
@@ -39,8 +43,11 @@ def _cached(kwargs: dict[str, Any]) -> bool:
 def _skip(layer: int, tuples: bool) -> Any:
     def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if layer == 0 and _cached(kwargs):
-            raise error(EditError, "layer 0 cannot be skipped while a key/value cache counts positions by it",
-                        do="pass use_cache=False")  # fmt: skip
+            raise error(
+                EditError,
+                "layer 0 cannot be skipped while a key/value cache counts positions by it",
+                do="pass use_cache=False",
+            )
         hidden = input_of(args, kwargs)
         # Blocks whose attention is their own still return a tuple; those that use the interface return the tensor.
         return (hidden, None) if tuples else hidden
@@ -51,8 +58,9 @@ def _skip(layer: int, tuples: bool) -> Any:
 def _repeat(times: int) -> Any:
     def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _cached(kwargs):
-            raise error(EditError, "a block cannot be repeated while its keys and values are cached",
-                        do="pass use_cache=False")  # fmt: skip
+            raise error(
+                EditError, "a block cannot be repeated while its keys and values are cached", do="pass use_cache=False"
+            )
         output = forward(*args, **kwargs)
         for _ in range(times - 1):
             args, kwargs = with_input(args, kwargs, output_of(output))
@@ -81,16 +89,22 @@ def freeze(rig: Rig, model: Any, anatomy: Anatomy, edit: Freeze, shape: Shape) -
         for path in _norm_paths(anatomy):
             norm = norm_of(model.get_submodule(path), path, anatomy.d_model)
             if norm is None:
-                raise error(EditError, f"the norm {path} has no known form, so it cannot be frozen",
-                            do="use Freeze(norms=False)")  # fmt: skip
+                raise error(
+                    EditError,
+                    f"the norm {path} has no known form, so it cannot be frozen",
+                    do="use Freeze(norms=False)",
+                )
             rig.after(path, _frozen_norm(NormWeights(model.get_submodule(path), norm)))
     for i, layer in enumerate(anatomy.parts.layers):
         if edit.patterns:
             rig.attention(layer.attn).frozen = True
         if edit.activations:
             if layer.act is None:
-                raise error(EditError, f"layer {i} has no activation module of its own, so it cannot be frozen",
-                            do="use Freeze(activations=False)")  # fmt: skip
+                raise error(
+                    EditError,
+                    f"layer {i} has no activation module of its own, so it cannot be frozen",
+                    do="use Freeze(activations=False)",
+                )
             rig.after(layer.act, _frozen_gate if layer.gate or layer.gate_up else _frozen_ratio)
         if edit.mlps:
             site = Site("mlp_out", i)

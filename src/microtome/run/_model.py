@@ -98,9 +98,12 @@ class Model:
         """
         norm = self.final_norm
         if norm is None or self.W_U.shape[0] != self.anatomy.d_model:
-            raise error(SiteError, f"the residual stream of {self.anatomy.name} cannot be read as logits",
-                        got="a head with a transform of its own between the stream and the unembedding",
-                        do="use a causal model with a final norm")  # fmt: skip
+            raise error(
+                SiteError,
+                f"the residual stream of {self.anatomy.name} cannot be read as logits",
+                got="a head with a transform of its own between the stream and the unembedding",
+                do="use a causal model with a final norm",
+            )
         logits = norm.apply(resid, scale) @ self.W_U
         logits = logits if self.b_U is None else logits + self.b_U
         logits = logits * self.anatomy.logit_scale if self.anatomy.logit_scale != 1.0 else logits
@@ -153,7 +156,7 @@ class Model:
         return [str(i) if self.tokenizer is None else self.tokenizer.decode([i]) for i in ids]
 
     def plan(self, prompt: Prompt, capture: Capture = (), *, logits: bool = True, grad: bool = False) -> Plan:
-        """What a run would keep and take, before it runs: bytes by site, operations, and seconds by the last run's pace."""
+        """What a run would keep and take, before it runs: bytes by site, operations, seconds at the last run's pace."""
         batch = self.to_batch(prompt)
         return plan_of(self, batch, _addresses(capture), logits=logits, grad=grad, pace=self._flops_per_second)
 
@@ -196,13 +199,13 @@ class Model:
         captures = _addresses(capture)
         wants_logits = logits and stop_at is None
         refuse_if_over(
-            plan_of(self, batch, captures, logits=wants_logits, grad=grad, pace=self._flops_per_second), budget, self.device
+            plan_of(self, batch, captures, logits=wants_logits, grad=grad, pace=self._flops_per_second),
+            budget,
+            self.device,
         )
         watchers = {parse(a): f for a, f in (observe or {}).items()}
         flow = OneRun(batch)
-        session = Session(
-            self.hf, self.anatomy, flow, edits=edits, captures=captures, observers=watchers, grad=grad
-        )
+        session = Session(self.hf, self.anatomy, flow, edits=edits, captures=captures, observers=watchers, grad=grad)
         for address in captures:
             flow.columns(address.positions)
         self._stop_at(session.rig, stop_at, wants_logits)
@@ -218,8 +221,12 @@ class Model:
 
         if stop_at is not None:
             if not 0 <= stop_at < self.anatomy.n_layers:
-                raise error(SiteError, f"cannot stop at layer {stop_at} of {self.anatomy.name}",
-                            allowed=f"0 to {self.anatomy.n_layers - 1}", do="choose a layer of the model")  # fmt: skip
+                raise error(
+                    SiteError,
+                    f"cannot stop at layer {stop_at} of {self.anatomy.name}",
+                    allowed=f"0 to {self.anatomy.n_layers - 1}",
+                    do="choose a layer of the model",
+                )
             rig.before(self.anatomy.parts.layers[stop_at].block, stop)
         elif not logits:
             rig.before(self.anatomy.parts.unembedding, stop)
@@ -241,8 +248,8 @@ class Model:
         """Apply edits to every call inside the block, also to `generate` with its key/value cache.
 
         In a generation, positions mean those of the prompt; ``@last`` is the newest token at every step, ``@prompt``
-        and ``@generated`` are what they say, and no positions means all. The edits are gone when the block is left, also
-        by an exception or Ctrl-C. An edit that never applied is warned of.
+        and ``@generated`` are what they say, and no positions means all. The edits are gone when the block is left,
+        also by an exception or Ctrl-C. An edit that never applied is warned of.
 
         >>> with model.editing(Add("12.resid_post@last", direction, strength=4.0)):
         ...     print(model.generate("I think"))
@@ -278,12 +285,19 @@ class Model:
             PromptError: the model has no tokenizer, or the prompt is empty or leaves no room in the context.
         """
         if self.tokenizer is None:
-            raise error(PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids")
+            raise error(
+                PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids"
+            )
         batch = self.to_batch(prompt, "left")
         room = self.anatomy.n_ctx - batch.tokens.shape[1]
         if max_new_tokens > room:
-            raise error(PromptError, "the prompt leaves too little room in the model's context",
-                        got=f"{max_new_tokens} new tokens", allowed=f"{room}", do="shorten the prompt")  # fmt: skip
+            raise error(
+                PromptError,
+                "the prompt leaves too little room in the model's context",
+                got=f"{max_new_tokens} new tokens",
+                allowed=f"{room}",
+                do="shorten the prompt",
+            )
         pad = getattr(self.tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else self.tokenizer.eos_token_id
         options = {"do_sample": False, "pad_token_id": pad} | options

@@ -13,7 +13,7 @@ from microtome.run._model import Model
 from microtome.run._proof import prove, require
 
 
-def open(  # noqa: A001 - the name a user expects: mt.open(...)
+def open(
     name_or_path: Any = None,
     *,
     tokenizer: Any = None,
@@ -49,7 +49,7 @@ def open(  # noqa: A001 - the name a user expects: mt.open(...)
     return model
 
 
-def map(  # noqa: A001 - the step of opening that comes before the proof
+def map(
     name_or_path: Any = None,
     *,
     tokenizer: Any = None,
@@ -60,9 +60,7 @@ def map(  # noqa: A001 - the step of opening that comes before the proof
 ) -> Model:
     """Load and map a model without proving the map, for looking at why a proof fails. Arguments as for `open`."""
     if name_or_path is None or isinstance(name_or_path, str | Path):
-        hf, found, name = load(
-            name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-        )
+        hf, found, name = load(name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
         target = device if device is not None else _accelerator()
         hf = hf if target is None else hf.to(target)
         return Model(hf, tokenizer or found, anatomy_of(hf, name))

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from microtome.errors import BudgetError, error
-from microtome.model import Address, Selection, Site
+from microtome.model import Address, Site
 from microtome.run._batch import Batch
 
 if TYPE_CHECKING:
@@ -64,14 +64,25 @@ def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: 
 
 def _elements(model: Model, batch: Batch, address: Address, site: Site) -> int:
     a, (rows, width) = model.anatomy, batch.tokens.shape
-    sizes = {"batch": rows, "pos": width, "q_pos": width, "k_pos": width, "head": a.n_heads, "kv_head": a.n_kv_heads,
-             "d_model": a.d_model, "d_head": a.d_head, "neuron": a.d_mlp, "vocab": a.d_vocab,
-             "expert": a.n_experts, "rank": a.n_experts}  # fmt: skip
+    sizes = {
+        "batch": rows,
+        "pos": width,
+        "q_pos": width,
+        "k_pos": width,
+        "head": a.n_heads,
+        "kv_head": a.n_kv_heads,
+        "d_model": a.d_model,
+        "d_head": a.d_head,
+        "neuron": a.d_mlp,
+        "vocab": a.d_vocab,
+        "expert": a.n_experts,
+        "rank": a.n_experts,
+    }
     if not address.units.is_all:
         sizes[address.spec.unit] = len(address.units.resolve(a.units(site)) or ())
     if isinstance(address.positions, str):
         sizes[address.spec.pos] = 1 if address.positions == "last" else width
-    elif isinstance(address.positions, Selection) and not address.positions.is_all:
+    elif not address.positions.is_all:
         sizes[address.spec.pos] = len(address.positions.resolve(min(batch.lengths)) or ())
     count = 1
     for dim in site.spec.dims:
@@ -100,7 +111,6 @@ def refuse_if_over(plan: Plan, budget: int | None, device: torch.device) -> None
 
 def free_memory(device: torch.device) -> int:
     """Free bytes of a device."""
-    if device.type == torch.device("meta").type or device.index is None:
-        return psutil.virtual_memory().available
-    free, _ = torch.accelerator.get_memory_info(device)
-    return int(free)
+    if torch.accelerator.is_available() and device == torch.accelerator.current_accelerator():
+        return int(torch.accelerator.get_memory_info(device)[0])
+    return psutil.virtual_memory().available

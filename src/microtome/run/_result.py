@@ -90,8 +90,12 @@ class Run:
         if whole in self.captured:
             return self._cut(self.captured[whole], site, address)
         held = ", ".join(str(a) for a in list(self.captured)[:8]) + (", ..." if len(self.captured) > 8 else "")
-        raise error(SiteError, f'"{address}" was not captured', got=held or "nothing captured",
-                    do=f'run with capture="{address}"')  # fmt: skip
+        raise error(
+            SiteError,
+            f'"{address}" was not captured',
+            got=held or "nothing captured",
+            do=f'run with capture="{address}"',
+        )
 
     def whole(self, site: Site) -> Tensor:
         """All of one captured site."""
@@ -105,8 +109,12 @@ class Run:
         if not address.units.is_all:
             chosen = address.units.resolve(full.shape[2])
             if chosen is None:
-                raise error(SiteError, f"no units [{address.units}] at {site}", allowed=f"0 to {full.shape[2] - 1}",
-                            do="choose units that exist")  # fmt: skip
+                raise error(
+                    SiteError,
+                    f"no units [{address.units}] at {site}",
+                    allowed=f"0 to {full.shape[2] - 1}",
+                    do="choose units that exist",
+                )
             units = torch.tensor(chosen, device=x.device)
         return canonical(Where(site, None, self.batch.columns(address.positions), units).cut(full), site)
 
@@ -162,9 +170,8 @@ class Run:
         """
         if not self._nodes:
             raise error(SiteError, "this run keeps no gradients", do="run with grad=True and name what to capture")
-        found = torch.autograd.grad(of, list(self._nodes.values()), retain_graph=True, allow_unused=True)
-        full = {s: g if g is not None else torch.zeros_like(self._nodes[s])
-                for s, g in zip(self._nodes, found, strict=True)}  # fmt: skip
+        found = torch.autograd.grad(of, list(self._nodes.values()), retain_graph=True, materialize_grads=True)
+        full = dict(zip(self._nodes, found, strict=True))
         wanted = [a for a in self.captured if Site(a.name, _layer(a)) in full]
         return {str(a): self._cut(full[Site(a.name, _layer(a))], Site(a.name, _layer(a)), a) for a in wanted}
 

@@ -193,8 +193,12 @@ class Session:
         size = canonical(x, site).shape[2]
         chosen = address.units.resolve(size)
         if chosen is None:
-            raise error(SiteError, f"no units [{address.units}] at {site}", allowed=f"0 to {size - 1}",
-                        do="choose units that exist")  # fmt: skip
+            raise error(
+                SiteError,
+                f"no units [{address.units}] at {site}",
+                allowed=f"0 to {size - 1}",
+                do="choose units that exist",
+            )
         return torch.tensor(chosen, device=x.device)
 
     def where(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> Where | None:
@@ -204,7 +208,9 @@ class Session:
             return None
         batch = x.shape[0]
         if rows is not None and not all(0 <= r < batch for r in rows):
-            raise error(EditError, f"no rows {rows} at {site}", allowed=f"0 to {batch - 1}", do="choose rows of the batch")
+            raise error(
+                EditError, f"no rows {rows} at {site}", allowed=f"0 to {batch - 1}", do="choose rows of the batch"
+            )
         chosen = None if rows is None else torch.tensor(rows, device=x.device)
         return Where(site, chosen, columns, self.units(address, x, site))
 

@@ -147,9 +147,7 @@ def _router(visit: Visit, shape: Shape) -> Any:
 def _experts(experts: Any, visit: Visit, shape: Shape) -> Any:
     def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         hidden, chosen, weights = args
-        slots = [
-            experts.forward(hidden, chosen[:, i : i + 1], weights[:, i : i + 1]) for i in range(chosen.shape[1])
-        ]
+        slots = [experts.forward(hidden, chosen[:, i : i + 1], weights[:, i : i + 1]) for i in range(chosen.shape[1])]
         own = torch.stack(slots, dim=1)
         new = visit(own.unflatten(0, shape()))
         return None if new is None else output + (new.flatten(0, 1) - own).sum(1)

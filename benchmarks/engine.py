@@ -1,0 +1,164 @@
+"""What Microtome costs beside the plain model, as ratios measured within one run.
+
+    python benchmarks/engine.py [--model MODEL] [--repeats 7] [--out results.json]
+
+Each figure alternates the plain call and ours, and takes the median of the ratios of neighbouring pairs, so that a slow
+moment of the machine falls on both. Peers run in environments of their own: see benchmarks/peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import microtome as mt
+from microtome.measure import TextStatistics
+from microtome.stream import TokenBatches, standard_library_text
+
+TARGETS = {
+    "capture_all": 1.05, "capture_one": 1.02, "steered_generation": 1.10, "atlas_pass": 1.35,
+    "import_seconds": 0.6, "open_seconds": 4.0,
+}  # fmt: skip
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def paired(plain: Callable[[], object], ours: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Median ratio of neighbouring calls, with the medians of both in seconds."""
+    plain(), ours()
+    pairs = []
+    for i in range(repeats):
+        if i % 2:
+            b, a = seconds(ours), seconds(plain)
+        else:
+            a, b = seconds(plain), seconds(ours)
+        pairs.append((a, b))
+    return {
+        "ratio": statistics.median(b / a for a, b in pairs),
+        "plain_seconds": statistics.median(a for a, _ in pairs),
+        "seconds": statistics.median(b for _, b in pairs),
+    }
+
+
+def hooked(model: mt.Model, tokens: torch.Tensor) -> None:
+    """Plain hooks that keep the same tensors, written by hand."""
+    kept: list[torch.Tensor] = []
+    parts = model.anatomy.parts.layers
+    handles = [
+        model.hf.get_submodule(p.down).register_forward_pre_hook(lambda m, a: kept.append(a[0]))
+        for p in parts
+        if p.down
+    ]
+    handles += [model.hf.get_submodule(p.block).register_forward_hook(lambda m, a, o: kept.append(o)) for p in parts]
+    with torch.no_grad():
+        model.hf(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+
+def forwards(model: mt.Model, repeats: int) -> dict[str, dict[str, float]]:
+    """Capture of everything, of one site, and plain hooks, beside the plain forward on 8 x 256 tokens."""
+    batches = TokenBatches(standard_library_text(), model.tokenizer, length=256, rows=8, tokens=2048)
+    tokens = batches[0].tokens
+
+    def plain() -> None:
+        with torch.no_grad():
+            model.hf(input_ids=tokens, use_cache=False)
+
+    last = model.anatomy.n_layers // 2
+    return {
+        "capture_all": paired(plain, lambda: model.run(tokens, capture=["*.mlp.post", "*.resid_post"]), repeats),
+        "plain_hooks_all": paired(plain, lambda: hooked(model, tokens), repeats),
+        "capture_one": paired(plain, lambda: model.run(tokens, capture=f"{last}.mlp.post"), repeats),
+    }
+
+
+def generation(model: mt.Model, repeats: int) -> dict[str, float]:
+    """Steered generation of 32 tokens beside plain generation."""
+    direction = torch.randn(model.anatomy.d_model, generator=torch.Generator().manual_seed(0)) * 0.01
+    edit = mt.Add(f"{model.anatomy.n_layers // 2}.resid_post", value=direction)
+    options: dict[str, Any] = {"max_new_tokens": 32, "min_new_tokens": 32}
+
+    def steered() -> None:
+        with model.editing(edit):
+            model.generate("The history of science", **options)
+
+    return paired(lambda: model.generate("The history of science", **options), steered, repeats)
+
+
+def atlas_pass(model: mt.Model, repeats: int) -> dict[str, float]:
+    """The statistics of the atlas beside plain forwards with logits over the same tokens."""
+    batches = TokenBatches(standard_library_text(), model.tokenizer, length=256, rows=4, tokens=2048)
+
+    def plain() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                model.hf(input_ids=batch.tokens, use_cache=False)
+
+    def ours() -> None:
+        statistics_ = TextStatistics(model)
+        for batch in batches:
+            statistics_.update(batch)
+
+    return paired(plain, ours, max(3, repeats // 2))
+
+
+def fresh(code: str, repeats: int) -> float:
+    """Best time that a fresh interpreter reports for a piece of code."""
+    script = f"import time\nt = time.perf_counter()\n{code}\nprint(time.perf_counter() - t)"
+    times = []
+    for _ in range(repeats):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        times.append(float(done.stdout.split()[-1]))
+    return min(times)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", default="benchmarks/results/engine.json")
+    options = parser.parse_args()
+    model = mt.open(options.model)
+    found: dict[str, Any] = forwards(model, options.repeats)
+    found["steered_generation"] = generation(model, options.repeats)
+    found["atlas_pass"] = atlas_pass(model, options.repeats)
+    found["import_seconds"] = {"seconds": fresh("import microtome", 5)}
+    found["open_seconds"] = {
+        "seconds": fresh("import microtome as mt, transformers, torch\nt = time.perf_counter()\nmt.open()", 3)
+    }
+    for name, row in found.items():
+        value = row.get("ratio", row["seconds"])
+        target = TARGETS.get(name)
+        verdict = "" if target is None else f"  target {target:g}  {'reached' if value <= target else 'MISSED'}"
+        print(f"{name:20} {value:7.3f}{verdict}")
+    report = {
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                    "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "provenance": model.provenance, "repeats": options.repeats, "figures": found, "targets": TARGETS,
+    }  # fmt: skip
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
