@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def load(
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if name is None:
-        folder = default_folder()
+        with _quiet():
+            folder = default_folder()
         source, short = (str(folder), DEFAULT_NAME) if folder else (DEFAULT_HUB_ID, DEFAULT_NAME)
     else:
         source = str(name)
@@ -74,8 +77,23 @@ def load(
         raise error(ModelNotFound, f"no model folder {source}", do="check the path, or name a model of the hub")
     if revision is not None:
         options["revision"] = revision
-    model = _load_model(source, short, options, dtype or torch.float32)
-    return model, _load_tokenizer(source, options), short
+    with _quiet():
+        model = _load_model(source, short, options, dtype or torch.float32)
+        return model, _load_tokenizer(source, options), short
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the progress bars of `transformers`: loading takes seconds, and stdout belongs to the caller."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_model(source: str, short: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
