@@ -74,6 +74,7 @@ class Anatomy:
     d_mlp: int
     d_vocab: int
     n_ctx: int
+    first_position: int
     n_experts: int
     gated: bool
     parts: Parts
@@ -81,6 +82,10 @@ class Anatomy:
     missing: Mapping[Site, str]
     logit_scale: float
     logit_softcap: float | None
+
+    def order(self, site: Site) -> tuple[int, int]:
+        """A key that sorts sites as a forward reaches them within each layer, the model's own sites first."""
+        return (-1 if site.layer is None else site.layer, list(SITES).index(site.name))
 
     def units(self, site: Site) -> int:
         """How many units `[units]` of a site can select from."""
@@ -299,6 +304,8 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
     experts = next((layer.router for layer in parts.layers if layer.router), None)
     router: Any = model.get_submodule(experts) if experts else None
     source = _module_source(model.get_submodule(first.attn))
+    start = _first_position(model)
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2048
     return Anatomy(
         name=name,
         model_type=config.model_type,
@@ -312,7 +319,8 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
         d_head=in_features(o) // n_heads,
         d_mlp=_neurons(model, config, parts.layers),
         d_vocab=int(model.get_output_embeddings().weight.shape[0]),
-        n_ctx=int(getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2048),
+        n_ctx=int(longest) - start,
+        first_position=start,
         n_experts=int(router.weight.shape[0]) if router is not None else 0,
         gated=any(layer.gate or layer.gate_up or layer.experts for layer in parts.layers),
         parts=parts,
@@ -321,6 +329,14 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
         logit_scale=(multiply or 1.0) / (divide or 1.0),
         logit_softcap=number(config, family.logit_softcap),
     )
+
+
+def _first_position(model: nn.Module) -> int:
+    """The index of the first token's position: RoBERTa and its line keep those up to the padding's for the padding."""
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def _module_source(attn: nn.Module) -> bool:

@@ -36,13 +36,13 @@ class Batch:
         length = torch.tensor(self.lengths, device=self.tokens.device).unsqueeze(1)
         return (column >= start) & (column < start + length)
 
-    def inputs(self, takes_positions: bool) -> dict[str, Tensor]:
+    def inputs(self, takes_positions: bool, first_position: int = 0) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward. Nothing but the tokens where nothing is padded."""
         if not self.padded:
             return {"input_ids": self.tokens}
         inputs = {"input_ids": self.tokens, "attention_mask": self.mask.long()}
         if takes_positions and any(self.pads):
-            inputs["position_ids"] = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+            inputs["position_ids"] = (self.mask.long().cumsum(1) - 1).clamp(min=0) + first_position
         return inputs
 
     def columns(self, positions: Selection | Rule) -> Tensor | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from microtome.model import Address, Site, parse, parse_selection
 Values = Tensor | float | int
 
 
+@runtime_checkable
 class Source(Protocol):
     """Something that holds the tensors of another run, such as a `Run`."""
 
@@ -101,12 +102,24 @@ class SiteEdit(Edit):
 
 @dataclass(frozen=True)
 class Where:
-    """What an edit may need to know of the place it changes: the site, and the rows, columns and units selected."""
+    """What an edit may need to know of the place it changes: the site, and the rows, columns and units selected.
+
+    In a sweep the tensor at hand may be one row of a batch, without its first columns: `row` and `offset` say which row
+    of another run's tensor it corresponds to, and at which column it begins.
+    """
 
     site: Site
     rows: Tensor | None
     columns: Tensor | None
     units: Tensor | None
+    row: int | None = None
+    offset: int = 0
+
+    def cut_source(self, x: Tensor) -> Tensor:
+        """The corresponding selection of a whole tensor of another run [batch, pos, unit, ...]."""
+        if self.row is not None and x.shape[0] != 1:
+            x = x[self.row : self.row + 1]
+        return self.cut(x[:, self.offset :])
 
     def cut(self, x: Tensor) -> Tensor:
         """The same selection of another tensor [batch, pos, unit, ...]; a batch of one serves all rows."""
@@ -319,7 +332,7 @@ class SwapFrom(SiteEdit):
 
     def change(self, x: Tensor, where: Where) -> Tensor:
         """The other run's values."""
-        value = where.cut(canonical(self._of(where.site), where.site).to(device=x.device, dtype=x.dtype))
+        value = where.cut_source(canonical(self._of(where.site), where.site)).to(device=x.device, dtype=x.dtype)
         fitted = _fits(value, x, where)
         assert isinstance(fitted, Tensor)
         return fitted.expand_as(x)

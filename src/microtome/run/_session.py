@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from microtome.errors import EditError, SiteError, error
-from microtome.model import SITES, Address, Anatomy, Rule, Selection, Site
+from microtome.model import Address, Anatomy, Rule, Selection, Site
 from microtome.run._batch import Batch
 from microtome.run._edits import Edit, Freeze, Repeat, ScaleBlock, SiteEdit, Skip, Where, apply, canonical
 from microtome.run._hooks import Rig
 from microtome.run._layers import freeze, layer_paths
 from microtome.run._taps import install
 
-_ORDER = {name: i for i, name in enumerate(SITES)}
 Observer = Callable[[Site, Tensor], None]
 
 
@@ -29,6 +28,7 @@ class Stop(Exception):
     """Raised inside a forward to end it where nothing more is wanted; caught by the run."""
 
 
+@runtime_checkable
 class Flow(Protocol):
     """Knows the forward that is under way: its shape, and which columns a position names."""
 
@@ -169,8 +169,7 @@ class Session:
                 self._visitor(visitors, site).observers.append(observe)
         if grad:
             self._visitor(visitors, Site("embed"))
-        order = sorted(visitors, key=lambda s: (-1 if s.layer is None else s.layer, _ORDER[s.name]))
-        for site in order:
+        for site in sorted(visitors, key=anatomy.order):
             visitor = visitors[site]
             changes = bool(visitor.edits) or grad
             install(self.rig, model, site, anatomy.taps[site], visitor, flow.shape, changes)

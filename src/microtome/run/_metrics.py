@@ -1,0 +1,172 @@
+"""What is read off a run: one number a prompt, from logits at the positions that matter.
+
+Formula:  logit difference  z[answer] - z[foil];     probability  softmax(z)[answer];     log-probability of it;
+          rank of the answer (0 is first);   KL(base || row) = sum p_base (log p_base - log p_row), in nats;
+          loss over a span = -mean log p(next token), in nats.
+Check:    against plain torch on random logits; tests/unit/test_metrics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from microtome.errors import EditError, error
+
+
+class Metric(Protocol):
+    """Reads logits at some columns of each prompt."""
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of a prompt of some length that it reads."""
+        ...
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """Values [row, ...] from logits [row, read, vocab] of rows that belong to prompts [row]."""
+        ...
+
+
+def _ids(tokens: int | Sequence[int] | Tensor) -> tuple[int, ...]:
+    if isinstance(tokens, int):
+        return (tokens,)
+    return tuple(int(t) for t in (tokens.tolist() if isinstance(tokens, Tensor) else tokens))
+
+
+def _pick(ids: tuple[int, ...], prompts: Tensor) -> Tensor:
+    """The id of each row's prompt; one id serves all prompts."""
+    table = torch.tensor(ids, device=prompts.device)
+    return table[prompts] if len(ids) > 1 else table.expand(len(prompts))
+
+
+@dataclass(frozen=True)
+class _AtOne:
+    """Reads one position of each prompt.
+
+    Attributes:
+        answer: token id, or one a prompt.
+        position: where, counted from the end if negative.
+    """
+
+    answer: int | Sequence[int] | Tensor
+    position: int = -1
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The one column."""
+        at = self.position + length if self.position < 0 else self.position
+        if not 0 <= at < length:
+            raise error(EditError, f"a metric reads position {self.position} of prompt {prompt}",
+                        allowed=f"-{length} to {length - 1}", do="choose a position inside the prompt")
+        return [at]
+
+    def _answer(self, values: Tensor, prompts: Tensor) -> Tensor:
+        return values[:, 0].gather(-1, _pick(_ids(self.answer), prompts).unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class LogitDifference(_AtOne):
+    """Logit of the answer minus logit of the foil."""
+
+    foil: int | Sequence[int] | Tensor = 0
+
+    def __post_init__(self) -> None:
+        answers, foils = _ids(self.answer), _ids(self.foil)
+        pairs = zip(answers, foils, strict=False) if len(answers) == len(foils) else [(a, f) for a in answers for f in foils]
+        if any(a == f for a, f in pairs):
+            raise error(EditError, "the foil equals the answer", got=f"token {answers[0]}", do="choose another foil")
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], in logits."""
+        foil = logits[:, 0].gather(-1, _pick(_ids(self.foil), prompts).unsqueeze(-1)).squeeze(-1)
+        return self._answer(logits, prompts) - foil
+
+
+@dataclass(frozen=True)
+class Probability(_AtOne):
+    """Probability of the answer."""
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], 0 to 1."""
+        return self._answer(logits.float().softmax(-1), prompts)
+
+
+@dataclass(frozen=True)
+class LogProbability(_AtOne):
+    """Log-probability of the answer."""
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], in nats, at most 0."""
+        return self._answer(logits.float().log_softmax(-1), prompts)
+
+
+@dataclass(frozen=True)
+class Rank(_AtOne):
+    """How many tokens outrank the answer."""
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], 0 for the first."""
+        own = self._answer(logits, prompts).unsqueeze(-1)
+        return (logits[:, 0] > own).sum(-1).float()
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL from the base run's distribution to the row's, summed over positions.
+
+    Attributes:
+        base: log-probabilities [prompt, read, vocab] of the unedited prompts.
+        positions: which positions are read.
+    """
+
+    base: Tensor
+    positions: tuple[int, ...] = (-1,)
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of the positions."""
+        return [p + length if p < 0 else p for p in self.positions]
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], in nats, at least 0."""
+        base = self.base.to(logits.device)[prompts]
+        return (base.exp() * (base - logits.float().log_softmax(-1))).sum((-1, -2))
+
+
+@dataclass(frozen=True)
+class SpanLoss:
+    """Mean loss of known tokens over a span.
+
+    Attributes:
+        targets: [prompt, span] the tokens to be predicted.
+        positions: where each is predicted from, one a target.
+    """
+
+    targets: Tensor
+    positions: tuple[int, ...]
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of the positions."""
+        return [p + length if p < 0 else p for p in self.positions]
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], in nats."""
+        targets = self.targets.to(logits.device)[prompts].unsqueeze(-1)
+        return -logits.float().log_softmax(-1).gather(-1, targets).squeeze(-1).mean(-1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A metric of your own: a function of logits [row, read, vocab] and prompts [row]."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    positions: tuple[int, ...] = (-1,)
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of the positions."""
+        return [p + length if p < 0 else p for p in self.positions]
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """What the function returns, [row, ...]."""
+        return self.function(logits, prompts)
