@@ -29,22 +29,33 @@ if TYPE_CHECKING:
     from microtome.run import Add as Add
     from microtome.run import Check as Check
     from microtome.run import Clamp as Clamp
+    from microtome.run import Divergence as Divergence
     from microtome.run import Edit as Edit
     from microtome.run import Freeze as Freeze
     from microtome.run import KnockOut as KnockOut
+    from microtome.run import LogitDifference as LogitDifference
+    from microtome.run import LogProbability as LogProbability
     from microtome.run import Map as Map
     from microtome.run import Mean as Mean
+    from microtome.run import Metric as Metric
     from microtome.run import Model as Model
     from microtome.run import Plan as Plan
+    from microtome.run import Probability as Probability
     from microtome.run import Project as Project
+    from microtome.run import Rank as Rank
+    from microtome.run import Reading as Reading
     from microtome.run import Repeat as Repeat
     from microtome.run import Rotate as Rotate
     from microtome.run import Run as Run
     from microtome.run import Scale as Scale
     from microtome.run import ScaleBlock as ScaleBlock
     from microtome.run import Set as Set
+    from microtome.run import SiteEdit as SiteEdit
     from microtome.run import Skip as Skip
+    from microtome.run import SpanLoss as SpanLoss
     from microtome.run import SwapFrom as SwapFrom
+    from microtome.run import Sweep as Sweep
+    from microtome.run import SweepPlan as SweepPlan
     from microtome.run import Zero as Zero
     from microtome.run import load_edits as load_edits
     from microtome.run import map as map
@@ -55,9 +66,10 @@ if TYPE_CHECKING:
 _HOME = {
     "microtome.model": ("Address", "Anatomy", "Site", "parse"),
     "microtome.run": (
-        "Add", "Check", "Clamp", "Edit", "Freeze", "KnockOut", "Map", "Mean", "Model", "Plan", "Project", "Repeat",
-        "Rotate", "Run", "Scale", "ScaleBlock", "Set", "Skip", "SwapFrom", "Zero", "load_edits", "map", "open",
-        "prove", "save_edits",
+        "Add", "Check", "Clamp", "Divergence", "Edit", "Freeze", "KnockOut", "load_edits", "LogitDifference",
+        "LogProbability", "Map", "map", "Mean", "Metric", "Model", "open", "Plan", "Probability", "Project",
+        "prove", "Rank", "Reading", "Repeat", "Rotate", "Run", "save_edits", "Scale", "ScaleBlock", "Set",
+        "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
     "microtome.explain": ("contributions", "logit_lens"),
     "microtome.atlas": ("write_atlas",),

@@ -2,6 +2,8 @@
 
 from microtome.run._batch import Batch as Batch
 from microtome.run._batch import Prompt as Prompt
+from microtome.run._cells import Sweep as Sweep
+from microtome.run._cells import SweepPlan as SweepPlan
 from microtome.run._edits import Add as Add
 from microtome.run._edits import Clamp as Clamp
 from microtome.run._edits import Edit as Edit
@@ -19,6 +21,14 @@ from microtome.run._edits import SiteEdit as SiteEdit
 from microtome.run._edits import Skip as Skip
 from microtome.run._edits import SwapFrom as SwapFrom
 from microtome.run._edits import Zero as Zero
+from microtome.run._metrics import Divergence as Divergence
+from microtome.run._metrics import LogitDifference as LogitDifference
+from microtome.run._metrics import LogProbability as LogProbability
+from microtome.run._metrics import Metric as Metric
+from microtome.run._metrics import Probability as Probability
+from microtome.run._metrics import Rank as Rank
+from microtome.run._metrics import Reading as Reading
+from microtome.run._metrics import SpanLoss as SpanLoss
 from microtome.run._model import Model as Model
 from microtome.run._open import map as map
 from microtome.run._open import open as open

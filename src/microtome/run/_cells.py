@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from microtome.run._metrics import Metric
     from microtome.run._model import Model
 
-SMALL = 4
-"""A group of fewer rows joins the group before it: a walk costs about as much as a few rows."""
+FIXED = 32
+"""What a layer costs before its first token, in tokens: reading its weights takes as long as computing so many."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class SweepPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.cells} cells in {self.walks} walks, sharing {self.shares}: the cost of {self.forwards:.1f} forwards, "
-            f"{self.bytes / 2**20:.0f} MiB at a time"
+            f"{self.cells} cells in {self.walks} walks, sharing {self.shares}: "
+            f"the cost of {self.forwards:.1f} forwards, {self.bytes / 2**20:.0f} MiB at a time"
         )
 
 
@@ -98,7 +98,6 @@ def sweep(
     base_values: list[Tensor | None] = [None] * len(batch.lengths)
     done = 0
     base: Base | None = None
-    current: _Group | None = None
     try:
         for group in groups:
             base = base_of(model, group.batch, group.prompts, group.read, cached=model.anatomy.causal)
@@ -116,7 +115,8 @@ def sweep(
     except KeyboardInterrupt:
         if values is None:
             raise
-    bases = torch.stack([torch.full_like(read[0], torch.nan) if v is None else v for v in base_values]).cpu()
+    known = next(v for v in base_values if v is not None)
+    bases = torch.stack([torch.full_like(known, torch.nan) if v is None else v for v in base_values]).cpu()
     if values is None:
         values = torch.empty((0, *bases.shape[1:]))
     return Sweep(values, bases, values - bases[torch.tensor(which, dtype=torch.long)], plan, done)
@@ -127,7 +127,7 @@ def _check(batch: Batch, cells: Sequence[Cell], prompts: Sequence[int]) -> None:
     if len(prompts) != len(cells):
         raise error(EditError, "a sweep needs one prompt number a cell", got=f"{len(prompts)} for {len(cells)} cells")
     if any(not 0 <= p < n for p in prompts):
-        raise error(EditError, "a cell names a prompt that is not there", got=str(max(prompts)), allowed=f"0 to {n - 1}")
+        raise error(EditError, "a cell names a prompt that is not there", got=max(prompts), allowed=f"0 to {n - 1}")
 
 
 def _by_length(model: Model, batch: Batch, metric: Metric) -> list[_Group]:
@@ -144,22 +144,44 @@ def _by_length(model: Model, batch: Batch, metric: Metric) -> list[_Group]:
 
 
 def _walks(model: Model, group: _Group, rows: Sequence[Row], room: int) -> Iterator[tuple[int, list[Row]]]:
-    """The rows of a group by first column, small groups joined to the one before, cut to what memory allows."""
+    """The rows of a group, cut into walks by first column and by what memory allows."""
     mine = [r for r in rows if r.prompt in set(group.prompts)]
     by_first: dict[int, list[Row]] = {}
     for row in mine:
         by_first.setdefault(row.first if model.anatomy.causal else 0, []).append(row)
-    waiting: list[Row] = []
-    firsts = sorted(by_first, reverse=True)
-    for first in firsts:
-        waiting = waiting + by_first[first]
-        if len(waiting) < SMALL and first != firsts[-1]:
-            continue
-        step = max(1, room // _row_bytes(model, group.batch.tokens.shape[1], group.read.shape[1]))
-        waiting.sort(key=lambda r: r.entry)
-        for at in range(0, len(waiting), step):
-            yield first, waiting[at : at + step]
-        waiting = []
+    length = group.batch.tokens.shape[1]
+    step = max(1, room // _row_bytes(model, length, group.read.shape[1]))
+    for first, together in _joined(by_first, length, model.anatomy.n_layers):
+        together.sort(key=lambda r: r.entry)
+        for at in range(0, len(together), step):
+            yield first, together[at : at + step]
+
+
+def _joined(by_first: dict[int, list[Row]], length: int, n_layers: int) -> list[tuple[int, list[Row]]]:
+    """Join neighbouring groups where one walk over more columns is cheaper than two walks.
+
+    The cost of a walk is, summed over the layers it computes, FIXED plus rows times columns; the best cut of the
+    groups, sorted by first column, into runs of neighbours is found by dynamic programming.
+    """
+    firsts = sorted(by_first)
+    entries = [torch.bincount(torch.tensor([r.entry for r in by_first[f]]), minlength=n_layers) for f in firsts]
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for stop in range(1, len(firsts) + 1):
+        options: list[tuple[float, int]] = []
+        joined = torch.zeros(n_layers, dtype=torch.long)
+        for start in range(stop - 1, -1, -1):
+            joined = joined + entries[start]
+            active = joined.cumsum(0)
+            cost = FIXED * int((active > 0).sum()) + int(active.sum()) * (length - firsts[start])
+            options.append((best[start][0] + cost, start))
+        best.append(min(options))
+    runs: list[tuple[int, list[Row]]] = []
+    stop = len(firsts)
+    while stop:
+        start = best[stop][1]
+        runs.append((firsts[start], [row for f in firsts[start:stop] for row in by_first[f]]))
+        stop = start
+    return runs
 
 
 def _row_bytes(model: Model, length: int, read: int) -> int:

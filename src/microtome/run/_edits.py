@@ -24,6 +24,7 @@ Values = Tensor | float | int
 
 
 @runtime_checkable
+@runtime_checkable
 class Source(Protocol):
     """Something that holds the tensors of another run, such as a `Run`."""
 

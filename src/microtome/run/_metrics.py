@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from microtome.errors import EditError, error
 
 
+@runtime_checkable
 class Metric(Protocol):
     """Reads logits at some columns of each prompt."""
 
@@ -58,8 +59,12 @@ class _AtOne:
         """The one column."""
         at = self.position + length if self.position < 0 else self.position
         if not 0 <= at < length:
-            raise error(EditError, f"a metric reads position {self.position} of prompt {prompt}",
-                        allowed=f"-{length} to {length - 1}", do="choose a position inside the prompt")
+            raise error(
+                EditError,
+                f"a metric reads position {self.position} of prompt {prompt}",
+                allowed=f"-{length} to {length - 1}",
+                do="choose a position inside the prompt",
+            )
         return [at]
 
     def _answer(self, values: Tensor, prompts: Tensor) -> Tensor:
@@ -74,7 +79,8 @@ class LogitDifference(_AtOne):
 
     def __post_init__(self) -> None:
         answers, foils = _ids(self.answer), _ids(self.foil)
-        pairs = zip(answers, foils, strict=False) if len(answers) == len(foils) else [(a, f) for a in answers for f in foils]
+        n = max(len(answers), len(foils))
+        pairs = zip(answers * (n // len(answers)), foils * (n // len(foils)), strict=True)
         if any(a == f for a, f in pairs):
             raise error(EditError, "the foil equals the answer", got=f"token {answers[0]}", do="choose another foil")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -18,11 +18,14 @@ from torch import Tensor
 from microtome.errors import PromptError, SiteError, error
 from microtome.model import Address, Anatomy, LayerWeights, NormWeights, Weights, parse
 from microtome.run._batch import Batch, Prompt, to_batch
+from microtome.run._cells import Sweep, sweep
 from microtome.run._edits import Edit, SiteEdit
 from microtome.run._hooks import Rig
+from microtome.run._metrics import Metric
 from microtome.run._plan import Plan, plan_of, refuse_if_over
 from microtome.run._result import Run
 from microtome.run._session import Live, Observer, OneRun, Session, Stop
+from microtome.run._sweep import Cell
 
 if TYPE_CHECKING:
     from microtome.run._proof import Check
@@ -214,6 +217,39 @@ class Model:
             self.anatomy, batch, None if output is None else output.logits, session.captured, session.nodes,
             [self.to_words(row) for row in batch.tokens] if batch.tokens.numel() <= 65_536 else [], self.provenance,
         )  # fmt: skip
+
+    def sweep(
+        self,
+        prompt: Prompt,
+        cells: Sequence[Cell],
+        metric: Metric,
+        *,
+        prompts: Sequence[int] | None = None,
+        budget: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Sweep:
+        """Run many edited copies of prompts and read each with a metric: exact, and many times faster than one by one.
+
+        Args:
+            prompt: one prompt or several, of any lengths.
+            cells: each an edit, or a list of edits, of one copy of one prompt; positions are that prompt's own.
+            metric: what to read, such as `LogitDifference`.
+            prompts: the number of each cell's prompt; the first by default.
+            budget: bytes that one walk may hold; half of the free memory, at most 2 GiB, by default.
+            progress: called with (done, all) cells.
+
+        Returns:
+            A `Sweep`: values and effects by cell, values of the unedited prompts, and the plan. Stopped with Ctrl-C it
+            keeps the cells that were reached.
+
+        Raises:
+            SiteError: an address matches nothing, lies outside the layers, or beyond its prompt.
+            EditError: a cell is empty, or the metric does not fit.
+
+        >>> cells = [SwapFrom(f"{layer}.resid_pre@{pos}", source=corrupt) for layer in range(30) for pos in range(13)]
+        >>> effects = model.sweep(clean, cells, LogitDifference(answer=paris, foil=rome)).effects.reshape(30, 13)
+        """
+        return sweep(self, prompt, cells, metric, prompts=prompts, budget=budget, progress=progress)
 
     def _stop_at(self, rig: Rig, stop_at: int | None, logits: bool) -> None:
         def stop(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ class Stop(Exception):
 
 
 @runtime_checkable
+@runtime_checkable
 class Flow(Protocol):
     """Knows the forward that is under way: its shape, and which columns a position names."""
 

@@ -89,13 +89,13 @@ class _Prefix(DynamicLayer):
 
     def __init__(self, walk: Walk, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self.walk, self.keys, self.values = walk, keys, values
+        self.walk, self.prefix = walk, (keys, values)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The base's prefix for each row, followed by the row's own."""
         rows = self.walk.bases
-        keys, values = (x.narrow(-2, 0, self.walk.first)[rows] for x in (self.keys, self.values))
+        keys, values = (x.narrow(-2, 0, self.walk.first)[rows] for x in self.prefix)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def get_seq_length(self) -> int:
@@ -131,7 +131,7 @@ class Walk:
         inputs: dict[str, Any] = {"input_ids": self.base.tokens[:1, self.first :]}
         if self.first:
             cache = DynamicCache()
-            cache.layers = [_Prefix(self, k, v) for k, v in zip(self.base.keys, self.base.values, strict=True)]
+            cache.layers.extend(_Prefix(self, k, v) for k, v in zip(self.base.keys, self.base.values, strict=True))
             inputs |= {"past_key_values": cache, "use_cache": True}
         elif model.anatomy.causal:
             inputs["use_cache"] = False
@@ -214,8 +214,9 @@ def _widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[st
         return tuple(widen(v) for v in value) if isinstance(value, tuple) else value
 
     wide = {k: v if k == "hidden_states" else widen(v) for k, v in kwargs.items()}
-    if isinstance(wide.get("alibi"), Tensor) and wide["alibi"].dim() == 3:  # a position bias whose first axis is batch times head
-        wide["alibi"] = wide["alibi"].repeat(rows, 1, 1)
+    bias = wide.get("alibi")
+    if isinstance(bias, Tensor) and bias.dim() == 3:  # its first axis is batch times head
+        wide["alibi"] = bias.repeat(rows, 1, 1)
     return ((args[0], *map(widen, args[1:])) if args else args), wide
 
 
@@ -270,7 +271,7 @@ def rows_of(model: Model, batch: Batch, cells: Sequence[Cell], prompts: Sequence
         acts: list[_Act] = []
         for edit in edits:
             if edit.rows is not None:
-                raise error(EditError, f"{edit!r} names rows, but a cell is one row", do="name the prompt with prompts=")
+                raise error(EditError, f"{edit!r} names rows, but a cell is one row", do="give prompts= instead")
             columns = _columns(edit, batch.lengths[prompt], prompt)
             acts += [_act(edit, site, columns, n) for site in model.anatomy.sites(edit.address)]
         entry = min(_entry(act.site) for act in acts)

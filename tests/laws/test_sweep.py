@@ -1,0 +1,121 @@
+"""A sweep is equal to one literal forward a cell: every family, every site, several positions and lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests import families
+
+import microtome as mt
+
+SKIPPED = ("attn.scale", "mlp.scale", "mlp.router")
+READ = mt.Reading(lambda logits, prompts: logits.flatten(1), positions=(-1, 5))
+
+
+def tokens(seed: int, length: int = 9) -> torch.Tensor:
+    return torch.randint(5, 100, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+def literal(model: mt.Model, row: torch.Tensor, edits: list[mt.Edit]) -> torch.Tensor:
+    return model.run(row.unsqueeze(0), edits=edits).logits[0, [-1, 5]].flatten()
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_equals_one_forward_a_cell(name: str) -> None:
+    model = mt.map(families.build(name))
+    clean, corrupt = tokens(0), tokens(1)
+    sites = [s for s in model.anatomy.taps if s.layer in (0, 2) and s.name not in SKIPPED]
+    source = model.run(corrupt, capture=[str(s) for s in sites])
+    places = ("@0", "@4", "@2-5", "")
+    cells: list[mt.SiteEdit] = [mt.SwapFrom(f"{s}{places[i % 4]}", source=source) for i, s in enumerate(sites)]
+    cells += [mt.Zero(f"{s}[0]@3") for s in sites]
+    result = model.sweep(clean, cells, READ, prompts=[i % 2 for i in range(len(cells))])
+    assert result.done == len(cells) == len(result.values)
+    for i, cell in enumerate(cells):
+        row = i % 2
+        edit: mt.Edit = cell
+        if isinstance(cell, mt.SwapFrom):
+            edit = mt.SwapFrom(cell.site, source={str(s): source[str(s)][row : row + 1] for s in sites})
+        expected = literal(model, clean[row], [edit])
+        gap = (result.values[i] - expected).abs().max()
+        assert gap < 1e-4, (cell, float(gap))
+
+
+def test_prompts_of_several_lengths_and_cells_of_several_edits() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    rows = [tokens(2, n)[0].tolist() for n in (7, 11, 7)]
+    cells = [
+        [mt.Zero("0.attn.z[1]@2"), mt.Scale("2.mlp_out@3", factor=2.0)],
+        mt.Zero("1.resid_mid@-1"),
+        mt.Zero("*.attn_out"),
+    ]
+    prompts = [1, 2, 0]
+    result = model.sweep(rows, cells, READ, prompts=prompts)
+    for i, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
+        edits = cell if isinstance(cell, list) else [cell]
+        expected = literal(model, torch.tensor(rows[prompt]), list(edits))
+        assert (result.values[i] - expected).abs().max() < 1e-4
+        assert (result.effects[i] - (result.values[i] - result.base[prompt])).abs().max() == 0
+    for prompt in range(3):
+        assert (result.base[prompt] - literal(model, torch.tensor(rows[prompt]), [])).abs().max() < 1e-4
+
+
+def test_a_cell_behind_what_is_read_changes_nothing() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    metric = mt.Reading(lambda logits, prompts: logits.flatten(1), positions=(3,))
+    result = model.sweep(tokens(0)[:1], [mt.Zero("0.resid_pre@6")], metric)
+    assert result.effects.abs().max() == 0
+
+
+def test_a_small_budget_gives_the_same_in_more_walks() -> None:
+    model = mt.map(families.build("gpt2"))
+    cells = [mt.Zero(f"{layer}.resid_pre@{pos}") for layer in range(3) for pos in range(9)]
+    whole = model.sweep(tokens(0)[:1], cells, READ)
+    cut = model.sweep(tokens(0)[:1], cells, READ, budget=1)
+    assert cut.plan.walks == len(cells) > whole.plan.walks
+    assert (whole.values - cut.values).abs().max() < 1e-4
+
+
+def test_layers_before_a_cell_are_not_computed() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    calls = [0, 0, 0]
+    for i, block in enumerate(model.hf.model.layers):
+        inner = block.mlp.forward
+
+        def counted(x: torch.Tensor, i: int = i, inner=inner) -> torch.Tensor:
+            calls[i] += x.shape[0] * x.shape[1]
+            return inner(x)
+
+        block.mlp.forward = counted
+    model.sweep(tokens(0)[:1], [mt.Zero("2.resid_pre@6")], READ)
+    base = 9
+    assert calls == [base, base, base + 3]  # layer 2 alone, from column 6 on
+
+
+def test_stopped_it_keeps_what_it_has() -> None:
+    model = mt.map(families.build("llama-gqa"))
+
+    def stop(done: int, everything: int) -> None:
+        raise KeyboardInterrupt
+
+    cells = [mt.Zero(f"{layer}.resid_pre@{pos}") for layer in range(3) for pos in range(9)]
+    result = model.sweep(tokens(0)[:1], cells, READ, budget=1, progress=stop)
+    assert result.done == 1
+    assert result.values.isfinite().all(dim=1).sum() == 1
+    assert not any(m._forward_pre_hooks for m in model.hf.modules())
+
+
+@pytest.mark.parametrize(
+    ("cells", "text"),
+    [
+        ([mt.Zero("0.resid_pre@9")], "no positions @9 in prompt 0"),
+        ([mt.Zero("logits")], "a sweep acts inside the layers, not at logits"),
+        ([mt.Zero("0.resid_pre", rows=(0,))], "names rows, but a cell is one row"),
+        ([[]], "cell 0 of the sweep holds no edit"),
+        ([mt.Zero("7.resid_pre")], "no layers 7"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(cells: list[mt.SiteEdit], text: str) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    with pytest.raises(mt.errors.MicrotomeError, match=text):
+        model.sweep(tokens(0)[:1], cells, READ)
