@@ -67,7 +67,7 @@ def hooked(model: mt.Model, tokens: torch.Tensor) -> None:
     ]
     handles += [model.hf.get_submodule(p.block).register_forward_hook(lambda m, a, o: kept.append(o)) for p in parts]
     with torch.no_grad():
-        model.hf(input_ids=tokens, use_cache=False)
+        model.hf(input_ids=tokens)
     for handle in handles:
         handle.remove()
 
@@ -79,7 +79,7 @@ def forwards(model: mt.Model, repeats: int) -> dict[str, dict[str, float]]:
 
     def plain() -> None:
         with torch.no_grad():
-            model.hf(input_ids=tokens, use_cache=False)
+            model.hf(input_ids=tokens)
 
     last = model.anatomy.n_layers // 2
     return {
@@ -109,7 +109,7 @@ def atlas_pass(model: mt.Model, repeats: int) -> dict[str, float]:
     def plain() -> None:
         with torch.no_grad():
             for batch in batches:
-                model.hf(input_ids=batch.tokens, use_cache=False)
+                model.hf(input_ids=batch.tokens)
 
     def ours() -> None:
         statistics_ = TextStatistics(model)

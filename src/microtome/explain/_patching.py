@@ -40,11 +40,11 @@ def activation_patching(
 
     Formula:  see the head of this file; m is the logit difference of answer and foil, or the answer's log-probability.
     Source:   causal mediation as in Meng et al., "Locating and Editing Factual Associations in GPT", 2022 (arXiv
-              2202.05262), and Wang et al., 2022 (arXiv 2211.00593); both directions after Heimersheim and Nanda, "How to
-              use and interpret activation patching", 2024 (arXiv 2404.15255). Departs: every cell is measured, none
+              2202.05262), and Wang et al., 2022 (arXiv 2211.00593); both directions after Heimersheim and Nanda, "How
+              to use and interpret activation patching", 2024 (arXiv 2404.15255). Departs: every cell is measured, none
               approximated.
     Cost:     two forwards and one sweep: a cell of layer l and position p costs (L - l)/L (T - p)/T of a forward.
-    Check:    all of resid_pre at layer 0 gives exactly 1; a cell equals its literal forward; tests/laws/test_patching.py.
+    Check:    all of the stream gives exactly 1; a cell equals its literal forward; tests/laws/test_patching.py.
 
     Args:
         model: an open model.
@@ -79,8 +79,12 @@ def activation_patching(
     reached = float(metric.read(last, torch.zeros(1, dtype=torch.long, device=last.device))[0])
     began = float(swept.base[0])
     if abs(reached - began) < 1e-9:
-        raise error(SiteError, "both prompts give the same metric, so that there is no gap to explain",
-                    got=f"{began:.4g}", do="choose prompts that are answered differently")  # fmt: skip
+        raise error(
+            SiteError,
+            "both prompts give the same metric, so that there is no gap to explain",
+            got=f"{began:.4g}",
+            do="choose prompts that are answered differently",
+        )
     shares = swept.effects / (reached - began)
     data = xr.Dataset(attrs=model.provenance | {"method": "activation patching", "direction": direction})
     at = 0
@@ -107,8 +111,9 @@ def _layout(model: Model, site: str, length: int) -> _Layout:
     name, by_head = site.removesuffix("[head]"), site.endswith("[head]")
     n = model.anatomy.n_layers
     if name not in BY_POSITION or (by_head and not name.startswith("attn.")):
-        raise error(SiteError, f'cannot patch "{site}" by layer', allowed=", ".join(BY_POSITION) + "; heads of attn sites",
-                    do="name one of these")  # fmt: skip
+        raise error(
+            SiteError, f'cannot patch "{site}" by layer', allowed=", ".join(BY_POSITION), do="name one of these"
+        )
     absent = next((i for i in range(n) if Site(name, i) not in model.anatomy.taps), None)
     if absent is not None:
         raise error(SiteError, f"no {name} in layer {absent}", got=model.anatomy.missing.get(Site(name, absent)))

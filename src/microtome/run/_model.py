@@ -19,7 +19,7 @@ from microtome.errors import PromptError, SiteError, error
 from microtome.model import Address, Anatomy, LayerWeights, NormWeights, Weights, parse
 from microtome.run._batch import Batch, Prompt, to_batch
 from microtome.run._cells import Sweep, sweep
-from microtome.run._edits import Edit, SiteEdit
+from microtome.run._edits import Edit, Repeat, SiteEdit, Skip
 from microtome.run._hooks import Rig
 from microtome.run._metrics import Metric
 from microtome.run._plan import Plan, plan_of, refuse_if_over
@@ -212,7 +212,9 @@ class Model:
         for address in captures:
             flow.columns(address.positions)
         self._stop_at(session.rig, stop_at, wants_logits)
-        output = self._forward(session.rig, batch, grad)
+        # Skipped and repeated blocks would leave holes in a cache; otherwise the model runs as it does for anyone.
+        cached = not any(isinstance(edit, Skip | Repeat) for edit in edits)
+        output = self._forward(session.rig, batch, grad, cached)
         return Run(
             self.anatomy, batch, None if output is None else output.logits, session.captured, session.nodes,
             [self.to_words(row) for row in batch.tokens] if batch.tokens.numel() <= 65_536 else [], self.provenance,
@@ -267,12 +269,14 @@ class Model:
         elif not logits:
             rig.before(self.anatomy.parts.unembedding, stop)
 
-    def _forward(self, rig: Rig, batch: Batch, grad: bool) -> Any:
+    def _forward(self, rig: Rig, batch: Batch, grad: bool, cached: bool) -> Any:
         started = time.perf_counter()
-        inputs = batch.inputs(self._takes_positions)
+        inputs: dict[str, Any] = dict(batch.inputs(self._takes_positions))
+        if not cached and self.anatomy.causal:
+            inputs["use_cache"] = False
         with torch.set_grad_enabled(grad), rig:
             try:
-                output = self.hf(**inputs, use_cache=False) if self.anatomy.causal else self.hf(**inputs)
+                output = self.hf(**inputs)
             except Stop:
                 return None
         flops = plan_of(self, batch, [], logits=True, grad=False, pace=1.0).flops

@@ -207,7 +207,7 @@ def prove(model: Model) -> list[Check]:
     tokens = (torch.arange(16) * 7919 % (a.d_vocab - a.d_vocab // 4) + a.d_vocab // 4).reshape(2, 8)
     tokens = tokens.to(model.device)
     with torch.no_grad():
-        plain = model.hf(input_ids=tokens, use_cache=False).logits if a.causal else model.hf(input_ids=tokens).logits
+        plain = model.hf(input_ids=tokens).logits
         sites = [parse(str(s)) for s in a.taps if s.name != "logits"]
         run = model.run(tokens, capture=[Address(s.name, s.layers) for s in sites])
         prover = _Prover(model, run, plain)

@@ -1,0 +1,68 @@
+"""Activation patching: its ends are exactly 0 and 1, and every cell is its literal forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests import families
+
+import microtome as mt
+
+CLEAN, CORRUPT = [7, 20, 33, 41, 52], [7, 20, 64, 41, 52]
+
+
+@pytest.fixture(scope="module")
+def model() -> mt.Model:
+    return mt.open(families.build("llama-gqa"))
+
+
+def difference(logits: torch.Tensor) -> float:
+    return float(logits[0, -1, 11] - logits[0, -1, 13])
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_the_stream_where_the_prompts_differ_carries_everything(model: mt.Model, direction: str) -> None:
+    data = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction)
+    stream = torch.from_numpy(data["resid_pre"].values)
+    assert abs(stream[0, 2] - 1) < 1e-4
+    assert stream[0, [0, 1, 3, 4]].abs().max() < 1e-4
+    assert stream[:, :2].abs().max() < 1e-4  # nothing flows back to earlier positions
+
+
+def test_cells_equal_literal_forwards(model: mt.Model) -> None:
+    data = mt.activation_patching(
+        model, CLEAN, CORRUPT, answer=11, foil=13, sites=["mlp_out", "attn.z[head]", "attn.v[head]"]
+    )
+    source = model.run(CLEAN, capture=["*.mlp_out", "*.attn.z", "*.attn.v"])
+    low, high = difference(model.run(CORRUPT).logits), difference(source.logits)
+    assert float(data["clean"]) == pytest.approx(high, abs=1e-5)
+    assert float(data["corrupt"]) == pytest.approx(low, abs=1e-5)
+    assert data["attn.v[head]"].dims == ("layer", "kv_head")
+    for site, value in (
+        ("1.mlp_out@3", data["mlp_out"][1, 3]),
+        ("2.attn.z[3]", data["attn.z[head]"][2, 3]),
+        ("0.attn.v[1]", data["attn.v[head]"][0, 1]),
+    ):
+        got = difference(model.run(CORRUPT, edits=[mt.SwapFrom(site, source=source)]).logits)
+        assert float(value) == pytest.approx((got - low) / (high - low), abs=1e-4)
+
+
+def test_without_a_foil_the_log_probability_is_read(model: mt.Model) -> None:
+    data = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, sites=["resid_post"])
+    assert float(data["clean"]) == pytest.approx(float(model.run(CLEAN).logits[0, -1].log_softmax(-1)[11]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"corrupt": [7, 20, 64, 41]}, "differ first at token 2; got 5 and 4 tokens"),
+        ({"foil": 11}, "the foil equals the answer"),
+        ({"corrupt": CLEAN}, "both prompts give the same metric"),
+        ({"sites": ["logits"]}, 'cannot patch "logits" by layer'),
+        ({"answer": " Paris", "foil": None}, "is not one token"),
+    ],
+)
+def test_what_cannot_be_patched_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
+    arguments = {"clean": CLEAN, "corrupt": CORRUPT, "answer": 11, "foil": 13} | change
+    with pytest.raises(mt.errors.MicrotomeError, match=text):
+        mt.activation_patching(model, **arguments)
