@@ -78,7 +78,7 @@ def activation_patching(
     last = source.logits[:, metric.columns(0, tokens.shape[1])]
     reached = float(metric.read(last, torch.zeros(1, dtype=torch.long, device=last.device))[0])
     began = float(swept.base[0])
-    if abs(reached - began) < 1e-9:
+    if abs(reached - began) < 1e-4:  # less than rounding leaves of it
         raise error(
             SiteError,
             "both prompts give the same metric, so that there is no gap to explain",
