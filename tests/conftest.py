@@ -23,7 +23,9 @@ _CHECKER = """beartype.beartype(conf=beartype.BeartypeConf(
     is_pep484_tower=True,
     hint_overrides=beartype.FrozenDict({beartype.typing.Self: beartype.typing.Any}),
 ))"""
-install_import_hook("microtome", _CHECKER)
+# The command line is left out: its annotations are Typer's, and Typer checks them.
+ROOMS = ("errors", "axes", "model", "run", "stream", "measure", "explain", "view", "atlas")
+install_import_hook([f"microtome.{room}" for room in ROOMS], _CHECKER)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from microtome.atlas._columns import HEADS, LAYERS, NEURONS, meaning
@@ -62,7 +63,7 @@ def _table(columns: dict[str, Any], meanings: dict[str, tuple[str, str]]) -> pa.
     return pa.table(list(arrays.values()), schema=pa.schema(fields))
 
 
-def _array(values: np.ndarray[Any, Any]) -> pa.Array:
+def _array(values: npt.NDArray[Any]) -> pa.Array:
     flat = pa.array(values.reshape(-1))
     if values.dtype.kind == "f":
         finite = np.isfinite(values.reshape(-1))

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from microtome.atlas._columns import HEADS, LAYERS, NEURONS, meaning
 from microtome.atlas._tables import head_table, layer_table, neuron_table
-from microtome.errors import OutputError, error
+from microtome.errors import ModelUnsupported, OutputError, error
 from microtome.measure import TextStatistics, head_scores, loss_without, neuron_weights
 from microtome.run import Model
 from microtome.stream import Corpus, TokenBatches, standard_library_text
@@ -64,9 +64,11 @@ def write_atlas(
     Raises:
         OutputError: the folder holds something else, or cannot be written.
         DataError: the text has too few tokens.
+        ModelUnsupported: the model is not causal, or was opened without a tokenizer.
     """
     out = Path(out)
     check_out(out)
+    _check_model(model)
     length = min(length, model.anatomy.n_ctx)
     batches = TokenBatches(corpus or standard_library_text(), model.tokenizer, length=length, rows=rows, tokens=tokens)
     partial = out.parent / f".{out.name}.{os.getpid()}.part"
@@ -84,6 +86,15 @@ def write_atlas(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out / "index.html"
+
+
+def _check_model(model: Model) -> None:
+    if not model.anatomy.causal:
+        raise error(ModelUnsupported, f"{model.anatomy.name} has no next token, so it has no loss to measure",
+                    got="attention that sees both ways", allowed="causal models", do="choose a causal model")  # fmt: skip
+    if model.tokenizer is None:
+        raise error(ModelUnsupported, f"{model.anatomy.name} was opened without a tokenizer",
+                    do="open it with tokenizer=, or from a folder that has one")  # fmt: skip
 
 
 def check_out(out: Path) -> None:

@@ -82,6 +82,8 @@ def run(arguments: list[str] | None = None) -> int:
         _hush()
     try:
         code = app(given, standalone_mode=False)
+        if code == STOPPED:  # Typer turns Ctrl-C into this code by itself, in silence
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except MicrotomeError as problem:
         if debug:

@@ -152,13 +152,14 @@ class TextStatistics:
         """Dataset over (layer, neuron): firing rate and moments; over (layer, neuron, rank): the top examples.
 
         `example_index` is the global index of the peak token, `example_start` that of the first token of its row,
-        `example_value` the activation there; -1 and -inf where there are fewer examples.
+        `example_value` the activation there. There are as many as asked for, or as rows were read if those are fewer.
         """
         import xarray as xr
 
         layers = self._neural
         moments = [self._moments[i].result() for i in layers]
         tops = [self._top[i].result() for i in layers]
+        filled = min((self._top[i].rows for i in layers), default=0)
         flat = ("layer", "neuron")
         one = {
             "firing_rate": [self._firing[i].result().rate for i in layers],
@@ -168,9 +169,9 @@ class TextStatistics:
             "min": [m.min for m in moments],
         }
         many = {
-            "example_value": [t.values for t in tops],
-            "example_index": [t.index for t in tops],
-            "example_start": [t.start for t in tops],
+            "example_value": [t.values[:, :filled] for t in tops],
+            "example_index": [t.index[:, :filled] for t in tops],
+            "example_start": [t.start[:, :filled] for t in tops],
         }
         variables = {k: (flat, torch.stack(v).numpy()) for k, v in one.items() if v}
         variables |= {k: ((*flat, "rank"), torch.stack(v).numpy()) for k, v in many.items() if v}

@@ -1,0 +1,118 @@
+"""Each command does its work on a tiny saved model, and says it to a person and to a script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+from tests import families
+
+Cli = Callable[..., object]
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    code = "from microtome.cli import main; import sys; sys.argv = ['microtome', '--help']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for command in ("check", "sites", "atlas", "lens", "contributions", "run", "cache"):
+        assert command in done.stdout
+    loaded = "from microtome.cli import _app; import sys; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
+
+
+def test_check_prints_the_proof(cli: Cli, saved: Path) -> None:
+    done = cli("check", saved)
+    assert done.code == 0
+    assert "The map is proven." in done.out
+    assert "7 weights" in done.out
+    told = json.loads(cli("check", saved, "--json").out)
+    assert told["proven"] is True
+    assert {c["status"] for c in told["checks"]} == {"holds"}
+
+
+def test_check_of_a_false_map_exits_with_4(cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from microtome.run import _proof
+
+    monkeypatch.setitem(_proof.TOLERANCE, __import__("torch").float32, -1.0)
+    done = cli("check", saved)
+    assert done.code == 4
+    assert "the map is not proven" in done.out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "falcon-gqa", "deepseek_v3-qlora"])
+def test_sites_say_why_some_are_missing(cli: Cli, name: str, tmp_path: Path) -> None:
+    families.build(name).save_pretrained(tmp_path / name)
+    rows = {row["site"]: row for row in json.loads(cli("sites", tmp_path / name, "--json").out)["sites"]}
+    assert rows["attn.z"]["layers"] == [0, 1, 2]
+    for row in rows.values():
+        assert row["layers"] or row["why_not"], row
+    assert "attn.z" in cli("sites", tmp_path / name).out
+
+
+def test_lens_and_contributions(cli: Cli, saved: Path) -> None:
+    table = cli("lens", "the cat sat on the", "-m", saved)
+    assert table.code == 0
+    assert "layer" in table.out
+    lens = json.loads(cli("lens", "the cat sat on the", "-m", saved, "--json").out)
+    assert len(lens["word"]) == families.N_LAYERS + 1
+    assert lens["answer_rank"][-1] == [0] * 5
+    for flags in ((), ("--source",), ("--neurons",)):
+        told = json.loads(cli("contributions", "the cat sat", "-m", saved, "--json", *flags).out)
+        assert abs(sum(p["logits"] for p in told["parts"]) - told["logit"]) < 1e-4
+        assert abs(told["gap"]) < 1e-4
+        assert "sum" in cli("contributions", "the cat sat", "-m", saved, *flags).out
+
+
+def test_run_writes_captures_with_their_axes(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    done = cli("run", "the cat sat", "-m", saved, "-c", "*.mlp.post", "-c", "1.attn.z[2]@-1", "-o", file)
+    assert done.code == 0
+    with safe_open(file, "pt") as held:
+        assert held.get_tensor("0.mlp.post").shape == (1, 3, families.D_MLP)
+        assert held.get_tensor("1.attn.z[2]@-1").shape[:3] == (1, 1, 1)
+        assert json.loads(held.metadata()["axes"])["0.mlp.post"] == ["batch", "pos", "neuron"]
+        assert json.loads(held.metadata()["fingerprint"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.safetensors"]
+    plan = json.loads(cli("run", "the cat sat", "-m", saved, "-c", "*.mlp.post", "--plan", "--json").out)
+    assert plan["bytes"]["*.mlp.post"] == 3 * 3 * families.D_MLP * 4
+
+
+def test_atlas_writes_tables_pages_and_manifest(cli: Cli, saved: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "atlas"
+    done = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert Path(told["index"]).is_file()
+    rows = {"layers": families.N_LAYERS, "heads": families.N_LAYERS * 4, "neurons": families.N_LAYERS * families.D_MLP}
+    for name, path in told["tables"].items():
+        table = pq.read_table(path)
+        assert table.num_rows == rows[name]
+        assert all(field.metadata and field.metadata[b"meaning"] for field in table.schema)
+    manifest = json.loads(Path(told["manifest"]).read_text())
+    assert manifest["text"]["tokens"] == 256
+    assert manifest["model"]["fingerprint"]
+    again = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out)
+    assert again.code == 0
+    assert "index.html" in again.out
+    assert [p.name for p in tmp_path.iterdir()] == ["atlas"]
+
+
+def test_cache_is_shown_and_cleared(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROTOME_CACHE", str(tmp_path))
+    assert "empty" in cli("cache", "show").out
+    (tmp_path / "models" / "x").mkdir(parents=True)
+    (tmp_path / "models" / "x" / "file").write_bytes(b"0" * 2048)
+    assert json.loads(cli("cache", "show", "--json").out)["entries"] == {"models/x": 2048}
+    assert cli("cache", "clear", "--yes").code == 0
+    assert not (tmp_path / "models" / "x").exists()
+    assert "nothing to clear" in cli("cache", "clear", "--yes").out
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out.startswith("microtome ")
