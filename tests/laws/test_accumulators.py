@@ -1,4 +1,4 @@
-"""Laws of the accumulators: however the data is split and in whatever order the parts are merged, the answer is the same."""
+"""Laws of the accumulators: however data is split, and in whatever order parts are merged, the answer is one."""
 
 from __future__ import annotations
 

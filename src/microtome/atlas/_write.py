@@ -90,11 +90,19 @@ def write_atlas(
 
 def _check_model(model: Model) -> None:
     if not model.anatomy.causal:
-        raise error(ModelUnsupported, f"{model.anatomy.name} has no next token, so it has no loss to measure",
-                    got="attention that sees both ways", allowed="causal models", do="choose a causal model")  # fmt: skip
+        raise error(
+            ModelUnsupported,
+            f"{model.anatomy.name} has no next token, so it has no loss to measure",
+            got="attention that sees both ways",
+            allowed="causal models",
+            do="choose a causal model",
+        )
     if model.tokenizer is None:
-        raise error(ModelUnsupported, f"{model.anatomy.name} was opened without a tokenizer",
-                    do="open it with tokenizer=, or from a folder that has one")  # fmt: skip
+        raise error(
+            ModelUnsupported,
+            f"{model.anatomy.name} was opened without a tokenizer",
+            do="open it with tokenizer=, or from a folder that has one",
+        )
 
 
 def check_out(out: Path) -> None:

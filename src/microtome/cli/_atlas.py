@@ -44,8 +44,15 @@ def atlas(
     manifest = json.loads((output / "manifest.json").read_text())
     tables = {name: str(output / f"{name}.parquet") for name in manifest["tables"]}
     if as_json:
-        print_json({"index": str(index), "manifest": str(output / "manifest.json"), "tables": tables,
-                    "seconds": manifest["cost"]["seconds"], "loss": manifest["loss"]})  # fmt: skip
+        print_json(
+            {
+                "index": str(index),
+                "manifest": str(output / "manifest.json"),
+                "tables": tables,
+                "seconds": manifest["cost"]["seconds"],
+                "loss": manifest["loss"],
+            }
+        )
         return
     read, cost = manifest["text"]["tokens"], manifest["cost"]
     out.print(f"pages   {index}", markup=False)

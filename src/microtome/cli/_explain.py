@@ -45,8 +45,14 @@ def lens(
     data = logit_lens(Opening(model, device, dtype, revision, trust).open(), prompt, top=top).isel(batch=0)
     if as_json:
         names = ("word", "probability", "answer_probability", "answer_rank", "entropy")
-        print_json({"prompt": data["prompt"].values.tolist(), "answer": data["answer"].values.tolist(),
-                    **{n: data[n].values.tolist() for n in names}, "provenance": data.attrs})  # fmt: skip
+        print_json(
+            {
+                "prompt": data["prompt"].values.tolist(),
+                "answer": data["answer"].values.tolist(),
+                **{n: data[n].values.tolist() for n in names},
+                "provenance": data.attrs,
+            }
+        )
         return
     out.print(_lens_table(data, every))
 
@@ -98,8 +104,16 @@ def contributions(
     parts = sorted(_parts(data, neurons), key=lambda part: -abs(part[1]))
     told, logit, gap = str(data["answer"].values), float(data["logit"]), float(data["gap"])
     if as_json:
-        print_json({"answer": told, "foil": foil, "logit": logit, "gap": gap, "provenance": data.attrs,
-                    "parts": [{"part": n, "logits": v, "reads": r} for n, v, r in parts]})  # fmt: skip
+        print_json(
+            {
+                "answer": told,
+                "foil": foil,
+                "logit": logit,
+                "gap": gap,
+                "provenance": data.attrs,
+                "parts": [{"part": n, "logits": v, "reads": r} for n, v, r in parts],
+            }
+        )
         return
     of = f"logit of {visible(told)!r}" + (f" minus {visible(foil)!r}" if foil else "")
     table = Table("part", "logits", "", *(["reads from"] if source else []), box=None, pad_edge=False)

@@ -48,8 +48,14 @@ def run(
     if plan:
         planned = opened.plan(prompt, capture)
         if as_json:
-            print_json({"bytes": planned.bytes_by_address, "logits_bytes": planned.logits_bytes,
-                        "flops": planned.flops, "seconds": planned.seconds})  # fmt: skip
+            print_json(
+                {
+                    "bytes": planned.bytes_by_address,
+                    "logits_bytes": planned.logits_bytes,
+                    "flops": planned.flops,
+                    "seconds": planned.seconds,
+                }
+            )
         else:
             out.print(str(planned), markup=False)
         return
@@ -77,8 +83,13 @@ def _check_output(output: Path | None, force: bool) -> None:
     if output is None:
         raise error(OutputError, "no file to write to", do="name one with -o, or pass --plan")
     if output.suffix not in ENDINGS:
-        raise error(OutputError, f"cannot write {output.name}", got=output.suffix or "no ending",
-                    allowed=" or ".join(ENDINGS), do="choose one of these endings")  # fmt: skip
+        raise error(
+            OutputError,
+            f"cannot write {output.name}",
+            got=output.suffix or "no ending",
+            allowed=" or ".join(ENDINGS),
+            do="choose one of these endings",
+        )
     if output.exists() and not force:
         raise error(OutputError, f"{output} exists", do="name another file, or pass --force")
     if not output.parent.is_dir():

@@ -205,7 +205,9 @@ class InlineAttention(TorchFunctionMode):
         if name == "softmax" and not self.softmaxed:
             self.softmaxed = True
             scores = self.watch.visit("scores", args[0])
-            return self.watch.visit("pattern", func(scores, *args[1:], **kwargs))
+            pattern = func(scores, *args[1:], **kwargs)
+            pattern = pattern.nan_to_num() if self.watch.edits_pattern else pattern  # a row with no key left
+            return self.watch.visit("pattern", pattern)
         if name in self.PRODUCTS and not self.done and _batched(args, kwargs):
             self.done = self.softmaxed
             return self._values(func, args, kwargs) if self.softmaxed else self._scores(func, args, kwargs)

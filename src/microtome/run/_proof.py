@@ -6,7 +6,7 @@
     4 neurons     activations times W_out (or expert outputs) and the bias sum to what the MLP writes
     5 attention   pattern @ v = z, and rows of the pattern sum to one
     6 unembed     norm(last resid_post) = final, and final through W_U gives the logits
-    7 weights     every weight view maps what was read to what was seen
+    7 weights     every weight view, norms included, maps what was read to what was seen
 
 Each is checked in every layer, on one probe batch, to a tolerance relative to the largest value compared.
 """
@@ -92,8 +92,10 @@ class _Prover:
         return self.module(path)(raw) * self.a.taps[Site(name, i)].scale
 
     def heads(self, i: int) -> None:
-        total = self.at("attn.result", i).sum(2)
-        bias = self.model.layers[i].b_O
+        result = self.at("attn.result", i)
+        seen = torch.einsum("bphd,hdm->bphm", self.at("attn.z", i), self.model.layers[i].W_O)
+        self.same("3 heads", f"{i}.W_O", result, seen)
+        total, bias = result.sum(2), self.model.layers[i].b_O
         total = total if bias is None else total + bias
         expected = self.written(total, self.parts.layers[i].attn_post_norm, i, "attn_out")
         self.same("3 heads", f"{i}.attn.result", self.at("attn_out", i), expected)
@@ -143,6 +145,18 @@ class _Prover:
         if a.logit_softcap is not None:
             logits = torch.tanh(logits / a.logit_softcap) * a.logit_softcap
         self.same("6 unembed", "logits", self.run.logits, logits)
+
+    def reads(self, i: int) -> None:
+        """What a branch reads is the norm of the stream before it."""
+        weights = self.model.layers[i]
+        before = self.at("resid_mid", i) if self.has("resid_mid", i) else self.at("resid_pre", i)
+        if self.parts.form == "parallel":
+            before = self.at("resid_pre", i)
+        for name, norm, x in (
+            ("attn.in", weights.attn_norm, self.at("resid_pre", i)),
+            ("mlp.in", weights.mlp_norm, before),
+        ):
+            self.same("7 weights", f"{i}.{name}", self.at(name, i), x if norm is None else norm.apply(x))
 
     def mlp_weights(self, i: int) -> None:
         weights, where = self.model.layers[i], f"{i}.mlp"
@@ -217,6 +231,7 @@ def prove(model: Model) -> list[Check]:
             prover.heads(i)
             prover.neurons(i)
             prover.attention(i)
+            prover.reads(i)
             prover.mlp_weights(i)
             prover.attn_weights(i)
         prover.unembed()

@@ -105,7 +105,9 @@ def _after(tap: Tap, visit: Visit, shape: Shape) -> Any:
         raw = output_of(output)
         value = read(tap, raw, shape())
         new = visit(value.clone() if tap.clone else value)
-        return None if new is None else with_output(output, write(tap, raw, new))
+        if new is None:
+            return None
+        return with_output(output, write(tap, raw, new.clone() if tap.clone else new))
 
     return after
 

@@ -1,0 +1,151 @@
+"""What is captured is what the model computed: against transformers' own outputs, hand-made hooks, and itself cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests import families
+from torch import Tensor
+
+import microtome as mt
+
+CAUSAL = [n for n in families.NAMES if families.KIND[n] == "causal"]
+EAGER = ["gpt2", "llama-gqa", "qwen3", "phi", "opt-prenorm", "gemma3", "stablelm-parallel"]
+
+
+def ids(rows: int = 2, length: int = 9, seed: int = 3) -> Tensor:
+    return torch.randint(5, families.VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_the_stream_is_what_transformers_reports(name: str) -> None:
+    model = mt.map(families.build(name))
+    with torch.no_grad():
+        states = model.hf(input_ids=ids(), output_hidden_states=True).hidden_states
+    run = model.run(ids(), capture="*.resid_pre")
+    for layer in range(model.anatomy.n_layers):
+        assert torch.equal(run[f"{layer}.resid_pre"], states[layer])
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_patterns_are_those_of_eager_attention(name: str) -> None:
+    model = mt.map(families.build(name))
+    run = model.run(ids(), capture="*.attn.pattern")
+    eager = families.build(name)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = eager(input_ids=ids(), output_attentions=True).attentions
+    for layer, pattern in enumerate(expected):
+        assert (run[f"{layer}.attn.pattern"] - pattern).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "falcon-gqa", "bloom", "phi3", "mixtral"])
+def test_a_cut_address_is_the_cut_of_the_whole(name: str) -> None:
+    model = mt.map(families.build(name))
+    sites = [s for s in model.anatomy.taps if s.layer == 1 and s.spec.unit != "batch"]
+    cut = [f"{s}[0]@2-4,-1" for s in sites]
+    whole = model.run(ids(), capture=[str(s) for s in sites])
+    part = model.run(ids(), capture=cut)
+    assert {str(a) for a in part.captured} == set(cut)
+    for site, address in zip(sites, cut, strict=True):
+        pos = site.spec.dims.index(site.spec.pos)
+        unit = site.spec.dims.index(site.spec.unit)
+        x = whole[str(site)].index_select(pos, torch.tensor([2, 3, 4, 8])).narrow(unit, 0, 1)
+        assert torch.equal(part[address], x), address
+        assert torch.equal(whole[address], x), address
+
+
+def test_layers_stack_and_negative_layers_count_from_the_end() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    run = model.run(ids(), capture="*.mlp.post")
+    assert run["*.mlp.post"].shape == (3, 2, 9, families.D_MLP)
+    assert torch.equal(run["1-2.mlp.post"][1], run["-1.mlp.post"])
+    assert run.dims("*.mlp.post") == ("layer", "batch", "pos", "neuron")
+    with pytest.raises(mt.errors.SiteError, match=r'"0\.resid_pre" was not captured; got'):
+        run["0.resid_pre"]
+
+
+def test_what_is_not_wanted_is_not_computed() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    seen: list[int] = []
+    for i, block in enumerate(model.hf.model.layers):
+        block.register_forward_hook(lambda m, a, o, i=i: seen.append(i))
+    model.hf.lm_head.register_forward_hook(lambda m, a, o: seen.append(99))
+    whole = model.run(ids(), capture="2.resid_pre")
+    assert seen == [0, 1, 2, 99]
+    seen.clear()
+    stopped = model.run(ids(), capture="2.resid_pre", stop_at=2)
+    assert seen == [0, 1]
+    assert torch.equal(whole["2.resid_pre"], stopped["2.resid_pre"])
+    with pytest.raises(mt.errors.SiteError, match="this run has no logits"):
+        _ = stopped.logits
+    seen.clear()
+    model.run(ids(), logits=False, capture="final")
+    assert 99 not in seen
+    with pytest.raises(mt.errors.SiteError, match="cannot stop at layer 3"):
+        model.run(ids(), stop_at=3)
+
+
+def test_observers_see_what_captures_keep() -> None:
+    model = mt.map(families.build("gpt2"))
+    seen: dict[str, Tensor] = {}
+    run = model.run(ids(), capture="*.mlp.post", observe={"*.mlp.post": lambda site, x: seen.update({str(site): x})})
+    assert all(torch.equal(run[name], x) for name, x in seen.items())
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "deepseek_v3-qlora"])
+def test_the_plan_is_what_is_kept(name: str) -> None:
+    model = mt.map(families.build(name))
+    for address in ("*.resid_post", "1.attn.pattern[2]@-1", "*.mlp_out[0-4]@2-5", "1.attn.z@last"):
+        plan = model.plan(ids(), address)
+        run = model.run(ids(), capture=address)
+        kept = sum(x.numel() * x.element_size() for x in run.captured.values())
+        assert plan.bytes_by_address[address] == kept
+        assert plan.logits_bytes == run.logits.nbytes
+    with pytest.raises(
+        mt.errors.BudgetError, match=r"most of it logits; got 0 MiB; allowed: 0 MiB, which is 0 MiB less"
+    ):
+        model.run(ids(), budget=10)
+
+
+def test_a_dataset_has_axes_coordinates_and_provenance() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    data = model.run(ids(), capture=["*.attn.z[1,3]", "*.mlp.post"]).dataset()
+    assert data["attn.z"].dims == ("layer", "batch", "pos", "head", "d_head")
+    assert data["head"].values.tolist() == [1, 3]
+    assert data.attrs["fingerprint"] == model.fingerprint
+    assert data["mlp.post"].attrs["meaning"].startswith("neuron activations")
+
+
+def test_nothing_given_is_changed() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    tokens = ids()
+    before = tokens.clone()
+    first = model.run(tokens, capture="*.mlp.post").logits
+    assert torch.equal(tokens, before)
+    assert torch.equal(first, model.run(tokens).logits)
+
+
+# ------------------------------------------------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_padding_changes_no_row(name: str, side: str) -> None:
+    model = mt.map(families.build(name))
+    rows = [ids(1, n, seed=n)[0].tolist() for n in (5, 9, 7)]
+    together = model.run(rows, capture=["2.resid_post@-1", "1.attn.z@0", "0.mlp_out"], padding=side)
+    for i, row in enumerate(rows):
+        alone = model.run([row], capture=["2.resid_post@-1", "1.attn.z@0", "0.mlp_out"])
+        real = together.mask[i]
+        assert (together.logits[i, real] - alone.logits[0]).abs().max() < 1e-4
+        assert (together["2.resid_post@-1"][i] - alone["2.resid_post@-1"][0]).abs().max() < 1e-4
+        assert (together["1.attn.z@0"][i] - alone["1.attn.z@0"][0]).abs().max() < 1e-4
+        assert (together["0.mlp_out"][i, real] - alone["0.mlp_out"][0]).abs().max() < 1e-4
+
+
+def test_positions_beyond_the_shortest_row_are_refused() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    with pytest.raises(mt.errors.SiteError, match="no positions @6 in row 0; allowed: 0 to 2"):
+        model.run([[5, 6, 7], [5, 6, 7, 8, 9, 10, 11]], capture="0.resid_pre@6")

@@ -1,0 +1,311 @@
+"""Edits do what they say, to what they name, and to nothing else: over every family and site."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import families
+from torch import Tensor
+
+import microtome as mt
+
+CAUSAL = [n for n in families.NAMES if families.KIND[n] == "causal"]
+READ_ONLY_ROUNDING = 2e-4
+SEQUENTIAL = ["gpt2", "llama-gqa", "gemma2", "olmo2", "opt-prenorm", "bloom", "mpt", "granite"]
+
+
+def ids(rows: int = 2, length: int = 8, seed: int = 3) -> Tensor:
+    return torch.randint(5, families.VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model() -> mt.Model:
+    return mt.map(families.build("llama-gqa"))
+
+
+# ------------------------------------------------------------------ every family, every site
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_putting_back_what_was_there_changes_nothing(name: str) -> None:
+    model = mt.map(families.build(name))
+    sites = [str(s) for s in model.anatomy.taps if s.layer in (None, 1)]
+    base = model.run(ids(), capture=sites)
+    for site in sites:
+        run = model.run(ids(), edits=[mt.SwapFrom(site, base)])
+        assert (run.logits - base.logits).abs().max() < READ_ONLY_ROUNDING, site
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_site_can_be_changed_and_the_change_is_seen(name: str) -> None:
+    model = mt.map(families.build(name))
+    for site in [s for s in model.anatomy.taps if s.layer in (None, 1)]:
+        base = model.run(ids(), capture=str(site))
+        run = model.run(ids(), capture=str(site), edits=[mt.Scale(str(site), 0.5)])
+        assert torch.allclose(run[str(site)], base[str(site)] * 0.5, atol=1e-5), site
+        if site.name not in ("attn.scores", "attn.k", "attn.q", "mlp.router"):
+            assert not torch.equal(run.logits, base.logits), site
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_the_whole_stream_from_another_prompt_gives_its_logits(name: str) -> None:
+    model = mt.map(families.build(name))
+    other = model.run(ids(seed=9), capture=["embed", "2.resid_pre"])
+    for site in ("embed", "2.resid_pre"):
+        run = model.run(ids(), edits=[mt.SwapFrom(site, other)])
+        assert (run.logits - other.logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_resid_mid_has_two_readers(name: str) -> None:
+    model = mt.map(families.build(name))
+    put = torch.randn(model.anatomy.d_model, generator=torch.Generator().manual_seed(0))
+    run = model.run(ids(), capture=["1.mlp.in", "1.mlp_out", "1.resid_post"], edits=[mt.Set("1.resid_mid@3", put)])
+    norm = model.layers[1].mlp_norm
+    read = put if norm is None else norm.apply(put)
+    assert (run["1.mlp.in"][:, 3] - read).abs().max() < 1e-4
+    assert (run["1.resid_post"][:, 3] - put - run["1.mlp_out"][:, 3]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_knocked_out_keys_get_nothing_and_the_rest_takes_it(name: str) -> None:
+    model = mt.map(families.build(name))
+    base = model.run(ids(), capture="1.attn.pattern")["1.attn.pattern"]
+    edit = mt.KnockOut("1.attn.scores[2]@4-6", keys="0,3")
+    cut = model.run(ids(), capture="1.attn.pattern", edits=[edit])["1.attn.pattern"]
+    assert cut[:, 2, 4:7, [0, 3]].abs().max() == 0
+    kept = [k for k in range(8) if k not in (0, 3)]
+    lost = base[:, 2, 4:7, [0, 3]].sum(-1, keepdim=True)
+    assert (cut[:, 2, 4:7][..., kept] * (1 - lost) - base[:, 2, 4:7][..., kept]).abs().max() < 1e-4
+    others = [h for h in range(4) if h != 2]
+    assert torch.allclose(cut[:, others], base[:, others], atol=1e-6)
+    blind = model.run(ids(), capture=["1.attn.pattern", "1.attn.z"], edits=[mt.KnockOut("1.attn.scores[0]", keys="*")])
+    assert blind["1.attn.pattern"][:, 0].abs().max() == 0
+    assert blind["1.attn.z"][:, :, 0].abs().max() == 0
+
+
+# ------------------------------------------------------------------------ what each one does
+
+
+def test_the_algebra_of_projections_and_rotations(model: mt.Model) -> None:
+    generator = torch.Generator().manual_seed(1)
+    basis = torch.randn(3, 40, generator=generator)
+    turn = torch.linalg.qr(torch.randn(40, 40, generator=generator))[0]
+    kept = basis.clone()
+    base = model.run(ids(), capture="1.resid_pre")["1.resid_pre"]
+
+    def after(*edits: mt.Edit) -> Tensor:
+        return model.run(ids(), capture="1.resid_pre", edits=list(edits))["1.resid_pre"]
+
+    out, onto = after(mt.Project("1.resid_pre", basis)), after(mt.Project("1.resid_pre", basis, onto=True))
+    assert (out @ basis.T).abs().max() < 1e-4
+    assert (out + onto - base).abs().max() < 1e-4
+    assert (after(mt.Project("1.resid_pre", basis), mt.Project("1.resid_pre", basis)) - out).abs().max() < 1e-5
+    assert (after(mt.Rotate("1.resid_pre", turn), mt.Rotate("1.resid_pre", turn.T)) - base).abs().max() < 1e-4
+    assert torch.equal(basis, kept)
+    clamped = after(mt.Clamp("1.resid_pre", -0.1, 0.2))
+    assert clamped.min() >= -0.1
+    assert clamped.max() <= 0.2
+    assert torch.equal(after(mt.Map("1.resid_pre", lambda x: x.mul_(2))), base * 2)
+    mean = after(mt.Mean("1.resid_pre"))
+    assert torch.allclose(mean, base.mean((0, 1)).expand_as(base), atol=1e-6)
+    added = after(mt.Add("1.resid_pre", basis[0], strength=2.0))
+    assert torch.allclose(added, base + 2 * basis[0], atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(units=st.sets(st.integers(0, 3), min_size=1), at=st.sets(st.integers(0, 7), min_size=1), row=st.integers(0, 1))
+def test_only_what_is_named_is_touched(units: set[int], at: set[int], row: int) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    site = f"1.attn.z[{','.join(map(str, units))}]@{','.join(map(str, at))}"
+    base = model.run(ids(), capture="1.attn.z")["1.attn.z"]
+    run = model.run(ids(), capture="1.attn.z", edits=[mt.Zero(site, rows=(row,))])["1.attn.z"]
+    named = torch.zeros(2, 8, 4, 1, dtype=torch.bool)
+    for position in at:
+        named[row, position, list(units)] = True
+    assert torch.equal(run, base.masked_fill(named, 0.0))
+
+
+def test_scales_taken_from_another_run_freeze_the_norm(model: mt.Model) -> None:
+    base = model.run(ids(), capture=["final.scale", "2.resid_post"])
+    half = [mt.Scale("2.resid_post", 0.5)]
+    frozen = model.run(ids(), edits=[*half, mt.SwapFrom("final.scale", base)])
+    assert (frozen.logits - 0.5 * base.logits).abs().max() < 1e-4
+    assert (model.run(ids(), edits=half).logits - base.logits).abs().max() < 1e-4
+
+
+def test_edits_are_values(tmp_path: Path) -> None:
+    edits: list[mt.Edit] = [
+        mt.Set("1.resid_post[3]@-1", torch.ones(1)), mt.Add("0.mlp_out", torch.arange(40.0), 2.0, rows=(0, 1)),
+        mt.Zero("*.attn.z[1]"), mt.KnockOut("0-1.attn.scores", keys="0-2"), mt.Skip("1-2"), mt.Freeze(mlps=True),
+        mt.Project("1.resid_pre", torch.eye(40)[:2], onto=True), mt.Repeat(1, 3), mt.ScaleBlock(2, 0.5),
+    ]  # fmt: skip
+    mt.save_edits(tmp_path / "e.safetensors", edits)
+    assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+    again = mt.load_edits(tmp_path / "e.safetensors")
+    assert again == edits
+    assert len({*again, *edits}) == len(edits)
+    assert mt.Zero("1.mlp_out") != mt.Zero("2.mlp_out")
+    assert repr(edits[0]) == "Set('1.resid_post[3]@-1', value=Tensor[1])"
+    with pytest.raises(mt.errors.EditError, match="cannot be saved: it holds a function"):
+        mt.save_edits(tmp_path / "x", [mt.Map("1.mlp_out", abs)])
+    (tmp_path / "bad").write_bytes(b"no")
+    with pytest.raises(mt.errors.DataError, match="cannot read edits"):
+        mt.load_edits(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda: mt.Set("1.resid_post", torch.zeros(3)), r"does not fit 1\.resid_post; got shape \[3\]; allowed"),
+        (lambda: mt.Rotate("1.resid_post", torch.ones(40, 40)), "is not a rotation"),
+        (lambda: mt.Project("1.resid_post", torch.ones(2, 7)), "a basis does not fit"),
+        (lambda: mt.Map("1.resid_post", lambda x: x[:1]), "changed the shape"),
+        (lambda: mt.KnockOut("1.attn.pattern", keys="0"), "acts on attention scores"),
+        (lambda: mt.Zero("1.resid_post", rows=(5,)), r"no rows \(5,\)"),
+        (lambda: mt.Skip("9"), "no layers 9"),
+        (lambda: mt.Repeat(1, 0), "cannot run a block 0 times"),
+        (lambda: mt.Zero("1.resid_post@generated"), "selects nothing in a run"),
+    ],
+)
+def test_edits_that_do_not_fit_are_refused(model: mt.Model, edit: object, text: str) -> None:
+    with pytest.raises(mt.errors.MicrotomeError, match=text):
+        model.run(ids(), edits=[edit()])  # type: ignore[operator]
+
+
+# --------------------------------------------------------------- layers, gradients, freezing
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_layer_paths(name: str) -> None:
+    model = mt.map(families.build(name))
+    base = model.run(ids(), capture="*.resid_pre")
+    last = f"{model.anatomy.n_layers - 1}.resid_post"
+    skipped = model.run(ids(), capture="2.resid_pre", edits=[mt.Skip(1)])
+    assert (skipped["2.resid_pre"] - base["1.resid_pre"]).abs().max() < 1e-4
+    same = model.run(ids(), edits=[mt.ScaleBlock("*", 1.0), mt.Repeat(1, 1)]).logits
+    assert (same - base.logits).abs().max() < 1e-4
+    assert (model.run(ids(), edits=[mt.ScaleBlock(1, 0.0)]).logits - skipped.logits).abs().max() < 1e-4
+    once = model.run(ids(), capture="1.resid_post")["1.resid_post"]
+    twice = model.run(ids(), capture="1.resid_post", edits=[mt.Set("1.resid_pre", once)])["1.resid_post"]
+    repeated = model.run(ids(), capture=["2.resid_pre", last], edits=[mt.Repeat(1, 2)])["2.resid_pre"]
+    assert (repeated - twice).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bloom", "falcon-gqa", "gemma2", "gpt_neox-parallel"])
+def test_gradients_are_finite_differences(name: str) -> None:
+    # In float64, though some norms compute in float32 whatever they get: that bounds the step.
+    model = mt.map(families.build(name).double())
+    sites = ["1.attn.z", "1.mlp.post", "1.resid_pre", "0.attn.pattern", "1.attn.q", "embed", "0.mlp_out"]
+    run = model.run(ids(1), capture=sites, grad=True)
+    grads = run.grad(run.logits[0, -1, 7])
+    assert all(p.grad is None for p in model.hf.parameters())
+    for site in sites:
+        x = run[site].detach()
+        step = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=x.dtype) * 1e-3
+        ends = [
+            model.run(ids(1), edits=[mt.SwapFrom(site, {site: x + sign * step})]).logits[0, -1, 7] for sign in (1, -1)
+        ]
+        slope = float(ends[0] - ends[1]) / 2
+        assert float((grads[site] * step).sum()) == pytest.approx(slope, rel=2e-2, abs=2e-6), site
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "qwen3", "gemma2", "phi3"])
+def test_a_frozen_model_without_biases_is_linear_in_its_embeddings(name: str) -> None:
+    hf = families.build(name)
+    for parameter_name, parameter in hf.named_parameters():
+        if parameter_name.endswith("bias"):
+            parameter.data.zero_()
+    if name == "gemma2":
+        hf.config.final_logit_softcapping = None
+    model = mt.map(hf)
+    plain = model.run(ids(1)).logits
+    run = model.run(ids(1), capture="embed", grad=True, edits=[mt.Freeze()])
+    assert torch.equal(run.logits, plain)
+    logit = run.logits[0, -1, 7]
+    total = float((run.grad(logit)["embed"] * run["embed"].detach()).sum())
+    assert total == pytest.approx(float(logit.detach()), rel=1e-4)
+    loose = model.run(ids(1), capture="embed", grad=True, edits=[mt.Freeze(activations=False)])
+    assert float((loose.grad(loose.logits[0, -1, 7])["embed"] * loose["embed"].detach()).sum()) != pytest.approx(total, rel=1e-3)
+
+
+# -------------------------------------------------------------------------------- generation
+
+
+def greedy(model: mt.Model, prompt: Tensor, n: int, edits: list[mt.Edit]) -> list[int]:
+    """The literal loop: a whole run a token, edited at the prompt's own positions."""
+    tokens = prompt.tolist()
+    for _ in range(n):
+        tokens.append(int(model.run([tokens], edits=edits).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def generated(model: mt.Model, prompt: Tensor, n: int, **options: object) -> list[int]:
+    out = model.hf.generate(
+        prompt.unsqueeze(0), max_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None, **options
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-gqa", "bloom", "gemma2", "mixtral", "gpt_neo"])
+def test_generation_under_edits_is_the_loop_of_runs(name: str) -> None:
+    model = mt.map(families.build(name))
+    prompt = ids(1)[0]
+    push = torch.randn(40, generator=torch.Generator().manual_seed(2)) * 3
+    for edit in (mt.Add("1.resid_post", push), mt.Zero("0.attn.z[1]"), mt.Add("1.mlp_out@2", push)):
+        expected = greedy(model, prompt, 5, [edit])
+        with model.editing(edit):
+            assert generated(model, prompt, 5) == expected, edit
+            assert generated(model, prompt, 5, use_cache=False)[:1] == expected[:1]
+    assert generated(model, prompt, 5) == greedy(model, prompt, 5, [])
+
+
+def test_position_rules_of_a_generation(model: mt.Model) -> None:
+    prompt = ids(1)[0]
+    seen: dict[str, list[int]] = {"last": [], "prompt": [], "generated": [], "*": []}
+
+    def watch(rule: str) -> mt.Edit:
+        return mt.Map(f"1.resid_post@{rule}", lambda x: (seen[rule].append(x.shape[1]), x)[1])
+
+    with model.editing(*[watch(rule) for rule in seen]):
+        generated(model, prompt, 4)
+    assert seen == {"last": [1, 1, 1, 1], "prompt": [8], "generated": [1, 1, 1], "*": [8, 1, 1, 1]}
+
+
+def test_rows_of_a_batch_can_be_steered_apart(model: mt.Model) -> None:
+    prompt = ids(1)[0]
+    push = torch.randn(40, generator=torch.Generator().manual_seed(2)) * 5
+    edit = mt.Add("1.resid_post", push)
+    with model.editing(mt.Add("1.resid_post", push, rows=(1,))):
+        both = model.hf.generate(
+            prompt.repeat(2, 1), max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+    assert both[0, 8:].tolist() == greedy(model, prompt, 5, [])
+    assert both[1, 8:].tolist() == greedy(model, prompt, 5, [edit])
+
+
+def test_edits_that_never_apply_are_warned_of_and_caches_are_guarded(model: mt.Model) -> None:
+    with pytest.warns(UserWarning, match="these edits never applied"), model.editing(mt.Zero("1.mlp_out@generated")):
+        generated(model, ids(1)[0], 1)
+    with pytest.raises(mt.errors.EditError, match="use_cache=False"), model.editing(mt.Skip(0)):
+        generated(model, ids(1)[0], 2)
+    with model.editing(mt.Skip(0)):
+        skipped = generated(model, ids(1)[0], 3, use_cache=False)
+    assert skipped == greedy(model, ids(1)[0], 3, [mt.Skip(0)])
+    with model.editing(mt.Skip(1)):
+        assert generated(model, ids(1)[0], 3) == greedy(model, ids(1)[0], 3, [mt.Skip(1)])
+
+
+def test_editing_nests(model: mt.Model) -> None:
+    one, two = mt.Scale("1.mlp_out", 0.5), mt.Scale("1.attn.pattern", 0.5)
+    both = model.run(ids(), edits=[one, two]).logits
+    with model.editing(one), model.editing(two):
+        assert torch.equal(model.hf(input_ids=ids()).logits, both)
+    with model.editing(one):
+        assert torch.equal(model.run(ids(), edits=[two]).logits, both)
+    assert not math.isclose(float(both[0, 0, 0]), float(model.run(ids()).logits[0, 0, 0]))
