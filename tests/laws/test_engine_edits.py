@@ -231,7 +231,9 @@ def test_a_frozen_model_without_biases_is_linear_in_its_embeddings(name: str) ->
     total = float((run.grad(logit)["embed"] * run["embed"].detach()).sum())
     assert total == pytest.approx(float(logit.detach()), rel=1e-4)
     loose = model.run(ids(1), capture="embed", grad=True, edits=[mt.Freeze(activations=False)])
-    assert float((loose.grad(loose.logits[0, -1, 7])["embed"] * loose["embed"].detach()).sum()) != pytest.approx(total, rel=1e-3)
+    assert float((loose.grad(loose.logits[0, -1, 7])["embed"] * loose["embed"].detach()).sum()) != pytest.approx(
+        total, rel=1e-3
+    )
 
 
 # -------------------------------------------------------------------------------- generation

@@ -97,7 +97,7 @@ def pattern_scores(pattern: Tensor, length: int) -> dict[str, Tensor]:
 
     def diagonal(offset: int, first: int) -> Tensor:
         """Mean of A[q, q - offset] over q >= first."""
-        return a.diagonal(-offset, dim1=2, dim2=3)[..., first - offset :].mean(-1)
+        return a.diagonal(-offset, dim1=2, dim2=3)[..., max(0, first - offset) :].mean(-1)
 
     wrong = [diagonal(length - 1 - d, length) for d in range(-8, 9) if abs(d) > 1]
     return {

@@ -10,6 +10,7 @@ from microtome.model._load import cache_dir as cache_dir
 from microtome.model._load import default_folder as default_folder
 from microtome.model._load import load as load
 from microtome.model._sites import ALL as ALL
+from microtome.model._sites import RULES as RULES
 from microtome.model._sites import SITES as SITES
 from microtome.model._sites import Address as Address
 from microtome.model._sites import Rule as Rule

@@ -1,0 +1,98 @@
+"""Contributions sum to the logit and predict the ablation they stand for; the lens ends at the model's own output."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests import families
+from torch import Tensor
+
+import microtome as mt
+
+ON_THE_STREAM = {"opt-postnorm", "opt-proj", "bert", "roberta"}
+READABLE = [n for n in families.NAMES if n not in ON_THE_STREAM]
+
+
+def ids(rows: int = 2, length: int = 8, seed: int = 3) -> Tensor:
+    return torch.randint(5, families.VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_the_parts_sum_to_the_logit_and_the_details_to_the_parts(name: str) -> None:
+    model = mt.map(families.build(name))
+    mixture = any(part.experts for part in model.anatomy.parts.layers)
+    detail = ("source",) if mixture else ("source", "neuron")
+    logits = model.run(ids()).logits[:, -2]
+    for foil in (None, 13):
+        data = mt.contributions(model, ids(), answer=11, foil=foil, position=-2, detail=detail)
+        assert abs(data["gap"]).max() < 1e-4
+        if model.anatomy.logit_softcap is None:
+            expected = logits[:, 11] - (0 if foil is None else logits[:, 13])
+            assert abs(torch.from_numpy(data["logit"].values) - expected).max() < 1e-4
+        assert abs(data["attn_source"].sum("k_pos") - data["attn"]).max() < 1e-4
+        if not mixture:
+            assert abs(data["mlp_neuron"].sum("neuron") + data["mlp_bias"] - data["mlp"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gemma2", "granite", "cohere", "bloom"])
+def test_a_contribution_is_what_its_removal_takes_away(name: str) -> None:
+    """In the last layer, with the norms held, zeroing a head's result takes away exactly its contribution."""
+    model = mt.map(families.build(name))
+    data = mt.contributions(model, ids(1), answer=11)
+    base = model.run(ids(1), capture=["final.scale", "2.mlp_out", "2.attn_out", "2.attn.result"])
+    result = base["2.attn.result"][:, :, 1]
+    path = model.anatomy.parts.layers[2].attn_post_norm
+    if path is None:
+        removed = result * model.anatomy.taps[mt.Site("attn_out", 2)].scale
+    else:  # the norm behind the branch is held too, so that the head's share of it is linear
+        module = model.hf.get_submodule(path)
+        whole = base["2.attn.result"].sum(2)
+        removed = result * (module(whole) / whole)
+    edits = [mt.Set("2.attn_out", base["2.attn_out"] - removed), mt.SwapFrom("2.mlp_out", base)]
+    logits = model.run(ids(1), edits=[*edits, mt.SwapFrom("final.scale", base)]).logits[0, -1, 11]
+    if model.anatomy.logit_softcap is not None:
+        logits = torch.atanh(logits / model.anatomy.logit_softcap) * model.anatomy.logit_softcap
+    taken = float(data["logit"][0]) - float(logits)
+    assert taken == pytest.approx(float(data["attn"][0, 2, 1]), abs=1e-4)
+
+
+def test_each_prompt_of_a_batch_is_explained_alone() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    together = mt.contributions(model, ids())
+    for i in range(2):
+        alone = mt.contributions(model, ids()[i : i + 1])
+        assert abs(together["attn"][i] - alone["attn"][0]).max() < 1e-5
+        answer = int(model.run(ids()[i : i + 1]).logits[0, -1].argmax())
+        assert str(alone["answer"].values[0]) == str(answer)
+
+
+@pytest.mark.parametrize("name", sorted(ON_THE_STREAM))
+def test_norms_on_the_stream_itself_are_refused(name: str) -> None:
+    model = mt.map(families.build(name))
+    with pytest.raises(mt.errors.SiteError, match="are not a sum over its parts"):
+        mt.contributions(model, ids())
+    with pytest.raises(mt.errors.SiteError, match="cannot be read as logits"):
+        mt.logit_lens(model, ids())
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_the_lens_ends_at_the_model_and_begins_at_the_embedding(name: str) -> None:
+    model = mt.map(families.build(name))
+    run = model.run(ids(), capture="embed")
+    data = mt.logit_lens(model, ids(), top=4)
+    final = run.logits.softmax(-1).topk(4)
+    assert abs(torch.from_numpy(data["probability"].values[-1]) - final.values).max() < 1e-4
+    first = model.unembed(run["embed"]).softmax(-1).topk(4).values
+    assert abs(torch.from_numpy(data["probability"].values[0]) - first).max() < 1e-5
+    assert (data["answer_rank"][-1] == 0).all()
+    assert data["entropy"].min() >= 0
+    assert data["entropy"].max() <= math.log(model.anatomy.d_vocab)
+    assert (data["probability"].diff("rank") <= 0).all()
+
+
+def test_rows_of_several_lengths_are_refused() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    with pytest.raises(mt.errors.SiteError, match="rows of one length"):
+        mt.logit_lens(model, [[5, 6], [5, 6, 7]])

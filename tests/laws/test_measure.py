@@ -1,0 +1,178 @@
+"""Measures against closed forms, hand-made inputs and the same numbers computed plainly."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tests import families
+from torch import Tensor
+
+import microtome as mt
+from microtome.measure import (
+    TextStatistics,
+    head_scores,
+    loss_without,
+    mean_interval,
+    neuron_directions,
+    neuron_weights,
+    pattern_scores,
+    token_loss,
+)
+from microtome.stream import TokenBatch
+
+T = 20
+
+
+def ids(rows: int = 4, length: int = 12, seed: int = 3) -> Tensor:
+    return torch.randint(5, families.VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def pattern(*offset: int, first: bool = False) -> Tensor:
+    """Attention of one head that looks `offset` back, or else at the first token."""
+    a = torch.zeros(1, 1, 2 * T, 2 * T)
+    for q in range(2 * T):
+        k = 0 if first or q < offset[0] else q - offset[0]
+        a[0, 0, q, k] = 1
+    return a
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (pattern(1), "previous_token"),
+        (pattern(T), "duplicate"),
+        (pattern(T - 1), "induction"),
+        (pattern(0, first=True), "first_token"),
+    ],
+)
+def test_a_pattern_of_one_kind_scores_one_there_and_nothing_elsewhere(made: Tensor, name: str) -> None:
+    scores = pattern_scores(made, T)
+    assert float(scores[name]) == pytest.approx(1.0)
+    for other in {"previous_token", "duplicate", "induction", "induction_control"} - {name}:
+        assert float(scores[other]) < 0.1, other
+    assert float(scores["entropy"]) == 0
+
+
+def test_uniform_attention_has_its_closed_form() -> None:
+    a = torch.tril(torch.ones(2 * T, 2 * T))
+    scores = pattern_scores((a / a.sum(1, keepdim=True))[None, None], T)
+    rows = range(1, 2 * T + 1)
+    assert float(scores["previous_token"]) == pytest.approx(np.mean([1 / n for n in rows if n > 1]))
+    assert float(scores["duplicate"]) == pytest.approx(np.mean([1 / n for n in rows if n > T]))
+    assert float(scores["first_token"]) == pytest.approx(np.mean([1 / n for n in rows if n > 2]))
+    assert float(scores["entropy"]) == pytest.approx(np.mean([math.log(n) for n in rows]))
+
+
+def test_the_control_looks_at_wrong_offsets_only() -> None:
+    a = torch.rand(1, 1, 2 * T, 2 * T, generator=torch.Generator().manual_seed(0)).tril()
+    wrong = (
+        [np.mean([float(a[0, 0, q, q - T + 1 + d]) for q in range(T, 2 * T)]) for d in range(-8, 9) if abs(d) > 1]
+        if False
+        else []
+    )
+    for d in range(-8, 9):
+        if abs(d) > 1:
+            keys = [(q, q - (T - 1 - d)) for q in range(max(T, T - 1 - d), 2 * T) if q - (T - 1 - d) >= 0]
+            wrong.append(np.mean([float(a[0, 0, q, k]) for q, k in keys]))
+    assert float(pattern_scores(a, T)["induction_control"]) == pytest.approx(np.mean(wrong))
+
+
+def test_head_scores_depend_on_the_seed_alone() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    one, two, other = (head_scores(model, sequences=3, length=12, seed=s) for s in (0, 0, 1))
+    assert one.identical(two)
+    assert not one.equals(other)
+    assert (one["induction_lo"] <= one["induction"] + 1e-12).all()
+    with pytest.raises(mt.errors.DataError, match="allowed: 12 to 32"):
+        head_scores(model, length=50)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox-parallel", "opt-postnorm", "gemma2", "falcon-gqa"])
+def test_losses_without_a_part_are_those_of_literal_runs(name: str) -> None:
+    model = mt.map(families.build(name))
+    data = loss_without(model, ids())
+    whole = token_loss(model.run(ids()).logits, ids()).mean()
+    flat = torch.nn.functional.cross_entropy(model.run(ids()).logits[:, :-1].flatten(0, 1), ids()[:, 1:].flatten())
+    assert float(whole) == pytest.approx(float(flat), abs=1e-5)
+    for layer in range(3):
+        for part, edit in (
+            ("attn", mt.Zero(f"{layer}.attn_out")),
+            ("mlp", mt.Zero(f"{layer}.mlp_out")),
+            ("block", mt.Skip(layer)),
+        ):
+            literal = token_loss(model.run(ids(), edits=[edit]).logits, ids()).mean() - whole
+            assert float(data[f"loss_skip_{part}"][layer]) == pytest.approx(float(literal), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox-parallel", "mixtral", "qwen3_moe"])
+def test_text_statistics_are_the_plain_numbers_however_the_text_is_cut(name: str) -> None:
+    model = mt.map(families.build(name))
+    tokens, start = ids(), torch.arange(4) * 12
+    whole, parts = TextStatistics(model, 3), TextStatistics(model, 3)
+    whole.update(TokenBatch(tokens, start, torch.zeros_like(tokens)))
+    for i in (0, 2):
+        parts.update(TokenBatch(tokens[i : i + 2], start[i : i + 2], torch.zeros_like(tokens[:2])))
+    for a, b in ((whole.layers(), parts.layers()), (whole.heads(), parts.heads()), (whole.neurons(), parts.neurons())):
+        for key in set(a.data_vars) - {"median_abs"}:
+            assert np.allclose(a[key], b[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
+    neural = [s.layer for s in model.anatomy.taps if s.name == "mlp.post"]
+    gate = "mlp.gate" if model.anatomy.gated else "mlp.pre"
+    wanted = ["*.resid_pre", "*.resid_post", "*.attn_out", "*.attn.result"] + (
+        ["*.mlp.post", f"*.{gate}"] if neural else []
+    )
+    run = model.run(tokens, capture=wanted)
+    layers = whole.layers()
+    for i in range(3):
+        pre, post, out = (run[f"{i}.{s}"][:, 1:].double() for s in ("resid_pre", "resid_post", "attn_out"))
+        assert float(layers["attn_share"][i]) == pytest.approx(
+            float((out.norm(dim=-1) / pre.norm(dim=-1)).mean()), rel=1e-4
+        )
+        cosine = torch.cosine_similarity(pre, post, dim=-1).mean()
+        assert float(layers["block_influence"][i]) == pytest.approx(1 - float(cosine), abs=1e-5)
+        assert float(layers["max_abs"][i]) == pytest.approx(float(run[f"{i}.resid_post"].abs().max()), rel=1e-5)
+        heads = run[f"{i}.attn.result"][:, 1:].norm(dim=-1).mean((0, 1))
+        assert np.allclose(whole.heads()["out_norm"][i], heads, rtol=1e-4)
+    neurons = whole.neurons()
+    for at, i in enumerate(neural):
+        post = run[f"{i}.mlp.post"]
+        assert np.allclose(neurons["firing_rate"][at], (run[f"{i}.{gate}"] > 0).double().mean((0, 1)))
+        assert np.allclose(neurons["std"][at], post.double().std((0, 1), correction=0), rtol=1e-5)
+        peaks = post.amax(1).sort(0, descending=True).values[:3].T
+        assert np.allclose(neurons["example_value"][at], peaks)
+        best = neurons["example_index"].values[at, 5, 0]
+        assert float(post.flatten(0, 1)[best, 5]) == pytest.approx(float(post[..., 5].max()))
+    assert whole.loss == pytest.approx(float(token_loss(model.run(tokens).logits, tokens).mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "granite"])
+def test_neuron_weights_are_the_dense_products(name: str) -> None:
+    model = mt.map(families.build(name))
+    data = neuron_weights(model, top=3)
+    norm = model.final_norm
+    assert norm is not None
+    for layer in range(3):
+        w = neuron_directions(model, layer)
+        logits = (norm.centre(w["w_out"]) * norm.gain) @ model.W_U * model.anatomy.logit_scale
+        logits = logits - logits.mean(-1, keepdim=True)
+        assert np.allclose(data["promoted_logit"][layer], logits.topk(3).values.detach(), atol=1e-4)
+        assert np.allclose(data["suppressed_logit"][layer], logits.topk(3, largest=False).values.detach(), atol=1e-4)
+        expected = torch.cosine_similarity(w["w_in"], w["w_out"], dim=-1).detach()
+        assert np.allclose(data["cos_in_out"][layer], expected, atol=1e-5)
+        assert bool(np.isnan(data["cos_gate_in"][layer]).all()) == (not model.anatomy.gated)
+        model.layers[layer].W_out.data.neg_()
+    turned = neuron_weights(model, top=3)
+    assert (turned["promoted"].values == data["suppressed"].values).all()
+    assert np.allclose(turned["cos_in_out"], -data["cos_in_out"], atol=1e-6)
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    draws = torch.randn(40, 400, generator=torch.Generator().manual_seed(0)) + 3
+    mean, low, high = mean_interval(draws)
+    covered = float(((low <= 3) & (high >= 3)).double().mean())
+    assert 0.90 <= covered <= 0.98
+    assert torch.allclose(mean, draws.double().mean(0))
+    assert all(abs(float(x) - 2) < 1e-12 for x in mean_interval(torch.full((9, 1), 2.0)))
+    assert mean_interval(torch.ones(1, 2))[1].isnan().all()
