@@ -169,7 +169,7 @@ def _documents(path: Path, field: str, paragraphs: bool) -> Iterable[str]:
     text = _decode(path.read_bytes(), f'"{path}"').replace("\r\n", "\n")
     if not paragraphs:
         return (text,)
-    return tuple(part.strip("\n") for part in re.split(r"\n[ \t]*(?:\n[ \t]*)+", text) if part.strip())
+    return tuple(part.strip("\n") for part in re.split(r"\n(?:[ \t]*\n)+", text) if part.strip())
 
 
 @dataclass(frozen=True)

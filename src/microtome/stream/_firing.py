@@ -40,7 +40,7 @@ class FiringResult:
     @property
     def rate(self) -> Tensor:
         """Share of rows in which each unit fires (float64); NaN when no row was counted."""
-        return self.count.double() / self.total if self.total else torch.full_like(self.count, torch.nan).double()
+        return self.count.double() / self.total
 
 
 class Firing(Accumulator):
