@@ -80,7 +80,7 @@ def test_the_parts_of_an_answer_sum(model: mt.Model) -> None:
     head = data["attn"].isel(batch=0)
     best = head.argmax(("layer", "head"))
     source = data["attn_source"].isel(batch=0, **best)
-    assert str(data["source"].isel(batch=0).values[int(source.argmax())]) == " France"
+    assert str(data["source"].isel(batch=0).values[int(source.values.argmax())]) == " France"
 
 
 def test_induction_heads_stand_out_from_their_control(model: mt.Model) -> None:
