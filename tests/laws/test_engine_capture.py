@@ -118,6 +118,14 @@ def test_a_dataset_has_axes_coordinates_and_provenance() -> None:
     assert data["mlp.post"].attrs["meaning"].startswith("neuron activations")
 
 
+def test_captures_that_select_differently_do_not_share_a_dataset() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    run = model.run(ids(), capture=["0.mlp.post@-1", "0.resid_pre"])
+    with pytest.raises(mt.errors.SiteError, match="select differently along pos"):
+        run.dataset()
+    assert run.dataset("0.mlp.post@-1")["pos"].values.tolist() == [8]
+
+
 def test_nothing_given_is_changed() -> None:
     model = mt.map(families.build("llama-gqa"))
     tokens = ids()

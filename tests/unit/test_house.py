@@ -321,10 +321,11 @@ def test_shapes_are_checked_in_tests(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "    def link(self) -> Self:\n"
         "        return self\n"
     )
-    package = importlib.import_module(PACKAGE)
+    room = f"{PACKAGE}.run"
+    package = importlib.import_module(room)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-    probe = importlib.import_module(f"{PACKAGE}.shape_probe")
-    monkeypatch.delitem(sys.modules, f"{PACKAGE}.shape_probe")
+    probe = importlib.import_module(f"{room}.shape_probe")
+    monkeypatch.delitem(sys.modules, f"{room}.shape_probe")
 
     assert probe.write(torch.ones(2, 3), torch.ones(3, 4), 2).shape == (2, 4)
     assert isinstance(probe.Chain().link(), probe.Chain)

@@ -58,8 +58,6 @@ def contributions(
         SiteError: the model adds to a stream in a way that has no such sum (norms on the stream itself).
         PromptError: the answer or the foil is not one token.
     """
-    import xarray as xr
-
     a = model.anatomy
     if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
         raise error(
@@ -69,47 +67,36 @@ def contributions(
             do="use a causal model with norms before its branches",
         )
     at = f"@{position}"
-    wanted = [
-        f"embed{at}",
-        f"*.attn.z{at}",
-        f"*.attn_out{at}",
-        f"*.mlp_out{at}",
-        f"final.scale{at}",
-        f"{a.n_layers - 1}.resid_post{at}",
-        f"logits{at}",
-    ]
-    if "neuron" in detail:
-        wanted.append(f"*.mlp.post{at}")
-    if "source" in detail:
-        wanted += [f"*.attn.pattern{at}", "*.attn.v"]
+    wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"logits{at}"]
+    wanted += [f"*.mlp.post{at}"] if "neuron" in detail else []
+    wanted += [f"*.attn.pattern{at}", "*.attn.v"] if "source" in detail else []
     run = model.run(prompt, capture=wanted)
     with torch.no_grad():
         reader = _Reader(model, run, at, answer, foil)
-        parts = reader.parts(detail)
+        return _dataset(reader, reader.parts(detail)).assign_attrs(position=position)
+
+
+def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
+    """The parts with their axes, the gap that they leave, and the words that they are about."""
+    import xarray as xr
+
+    model, run = reader.model, reader.run
     dims = {
         "embed": (), "constant": (), "logit": (), "attn": ("layer", "head"), "attn_bias": ("layer",), "mlp": ("layer",),
         "attn_source": ("layer", "head", "k_pos"), "mlp_neuron": ("layer", "neuron"), "mlp_bias": ("layer",),
     }  # fmt: skip
     data = xr.Dataset({k: (("batch", *dims[k]), v.cpu().numpy(), {"unit": "logits"}) for k, v in parts.items()})
     whole = data["embed"] + data["constant"] + data["attn"].sum(("layer", "head"))
-    whole = whole + data["attn_bias"].sum("layer") + data["mlp"].sum("layer")
-    data["gap"] = data["logit"] - whole
-    words = run.words if len({len(w) for w in run.words}) == 1 else None
-    data = data.assign_coords(
-        layer=list(range(a.n_layers)), head=list(range(a.n_heads)), answer=("batch", model.to_words(reader.answers))
-    )
+    data["gap"] = data["logit"] - whole - data["attn_bias"].sum("layer") - data["mlp"].sum("layer")
+    labels = {"layer": range(model.anatomy.n_layers), "head": range(model.anatomy.n_heads)}
+    data = data.assign_coords({k: list(v) for k, v in labels.items()})
+    data = data.assign_coords(answer=("batch", model.to_words(reader.answers)))
     if reader.foils is not None:
         data = data.assign_coords(foil=("batch", model.to_words(reader.foils)))
-    if words is not None and "attn_source" in data:
-        data = data.assign_coords(source=(("batch", "k_pos"), words))
-    return data.assign_attrs(
-        model.provenance
-        | {
-            "method": "direct logit attribution",
-            "position": position,
-            "final_norm": "scale held at its value in this run",
-        }
-    )
+    if "attn_source" in data:
+        data = data.assign_coords(source=(("batch", "k_pos"), run.words))
+    held = "scale held at its value in this run"
+    return data.assign_attrs(model.provenance | {"method": "direct logit attribution", "final_norm": held})
 
 
 def one_token(model: Model, text: str | int) -> int:

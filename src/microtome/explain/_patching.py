@@ -65,14 +65,11 @@ def activation_patching(
             not one token.
         SiteError: a site cannot be patched this way, or both prompts give the same metric.
     """
-    import xarray as xr
-
     tokens = aligned(model, clean, corrupt)
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
     metric = answer_metric(model, answer, foil)
     layouts = {site: _layout(model, site, tokens.shape[1]) for site in sites}
-    wanted = sorted({f"*.{site.removesuffix('[head]')}" for site in sites})
-    source = model.run(goal, capture=wanted)
+    source = model.run(goal, capture=sorted({f"*.{site.removesuffix('[head]')}" for site in sites}))
     cells = [SwapFrom(address, source=source) for layout in layouts.values() for address in layout.addresses]
     swept = model.sweep(start, cells, metric, progress=progress)
     last = source.logits[:, metric.columns(0, tokens.shape[1])]
@@ -85,19 +82,23 @@ def activation_patching(
             got=f"{began:.4g}",
             do="choose prompts that are answered differently",
         )
-    shares = swept.effects / (reached - began)
-    data = xr.Dataset(attrs=model.provenance | {"method": "activation patching", "direction": direction})
-    at = 0
-    for site, layout in layouts.items():
-        values = shares[at : at + len(layout.addresses)].reshape(layout.shape)
-        at += len(layout.addresses)
-        data[site] = (layout.dims, values.numpy(), {"unit": "share of the gap"})
-    ends = (reached, began) if direction == "denoise" else (began, reached)
-    data["clean"], data["corrupt"] = ends
+    data = _dataset(layouts, swept.effects / (reached - began))
+    data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
     words = [model.to_words(row) for row in tokens]
-    return data.assign_coords(
-        layer=list(range(model.anatomy.n_layers)), clean_token=("pos", words[0]), corrupt_token=("pos", words[1])
-    )
+    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
+    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction})
+
+
+def _dataset(layouts: dict[str, _Layout], shares: Tensor) -> xr.Dataset:
+    """The cells of all sites, cut apart and given their axes."""
+    import xarray as xr
+
+    variables: dict[str, tuple[tuple[str, str], object, dict[str, str]]] = {}
+    parts = shares.split([len(layout.addresses) for layout in layouts.values()])
+    for (site, layout), part in zip(layouts.items(), parts, strict=True):
+        variables[site] = (layout.dims, part.reshape(layout.shape).numpy(), {"unit": "share of the gap"})
+    data = xr.Dataset(variables)  # pyright: ignore[reportArgumentType]
+    return data.assign_coords(layer=list(range(data.sizes["layer"])))
 
 
 class _Layout:

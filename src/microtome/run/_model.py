@@ -217,7 +217,7 @@ class Model:
         output = self._forward(session.rig, batch, grad, cached)
         return Run(
             self.anatomy, batch, None if output is None else output.logits, session.captured, session.nodes,
-            [self.to_words(row) for row in batch.tokens] if batch.tokens.numel() <= 65_536 else [], self.provenance,
+            self.to_words, self.provenance,
         )  # fmt: skip
 
     def sweep(
@@ -271,7 +271,7 @@ class Model:
 
     def _forward(self, rig: Rig, batch: Batch, grad: bool, cached: bool) -> Any:
         started = time.perf_counter()
-        inputs: dict[str, Any] = dict(batch.inputs(self._takes_positions))
+        inputs: dict[str, Any] = dict(batch.inputs(self._takes_positions, self.anatomy.first_position))
         if not cached and self.anatomy.causal:
             inputs["use_cache"] = False
         with torch.set_grad_enabled(grad), rig:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,6 @@ class Run:
         tokens: [batch, pos].
         mask: [batch, pos], True at real tokens.
         captured: the tensors that were asked for, by address, one layer each.
-        words: the text of every token, or its number where there is no tokenizer.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class Run:
         logits: Tensor | None,
         captured: Mapping[Address, Tensor],
         nodes: Mapping[Site, Tensor],
-        words: list[list[str]],
+        to_words: Callable[[Tensor], list[str]],
         provenance: Mapping[str, Any],
     ) -> None:
-        self.anatomy, self.batch, self.captured, self.words = anatomy, batch, dict(captured), words
+        self.anatomy, self.batch, self.captured, self._to_words = anatomy, batch, dict(captured), to_words
         self.provenance = dict(provenance)
         self._logits, self._nodes = logits, dict(nodes)
 
@@ -50,6 +50,11 @@ class Run:
     def mask(self) -> Tensor:
         """[batch, pos], True at real tokens."""
         return self.batch.mask
+
+    @cached_property
+    def words(self) -> list[list[str]]:
+        """The text of every token [batch][pos], or its number where there is no tokenizer."""
+        return [self._to_words(row) for row in self.tokens]
 
     @property
     def logits(self) -> Tensor:
@@ -155,6 +160,7 @@ class Run:
             array.attrs["address"], array.attrs["meaning"] = str(address), address.spec.meaning
             name = address.name if address.name not in variables else str(address)
             variables[name] = array.squeeze("layer", drop=True) if address.layers is None else array
+        _check_coords(variables)
         data = xr.Dataset(variables, attrs=self.provenance)
         return data.assign_coords(token=(("batch", "pos"), self.words)) if _same_pos(data, self.tokens) else data
 
@@ -174,6 +180,21 @@ class Run:
         full = dict(zip(self._nodes, found, strict=True))
         wanted = [a for a in self.captured if Site(a.name, _layer(a)) in full]
         return {str(a): self._cut(full[Site(a.name, _layer(a))], Site(a.name, _layer(a)), a) for a in wanted}
+
+
+def _check_coords(variables: Mapping[str, xr.DataArray]) -> None:
+    """Refuse variables that name different units or positions of one axis: joined, they would be padded with NaN."""
+    seen: dict[str, tuple[str, list[Any]]] = {}
+    for name, array in variables.items():
+        for dim in array.dims:
+            labels = array[dim].values.tolist()
+            first, known = seen.setdefault(str(dim), (name, labels))
+            if known != labels:
+                raise error(
+                    SiteError,
+                    f"{first} and {name} select differently along {dim}, so that they cannot share one dataset",
+                    do='ask for one at a time: run.dataset("address")',
+                )
 
 
 def _layer(address: Address) -> int | None:
