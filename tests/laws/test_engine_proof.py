@@ -96,10 +96,6 @@ def test_logits_with_every_site_captured_are_those_of_transformers(name: str) ->
     assert len(run.captured) == len(model.anatomy.taps)
     assert torch.equal(run["logits"], expected)
     assert torch.equal(plain(model.hf, tokens), expected)
-    with torch.no_grad():
-        assert torch.equal(model.run(tokens, capture=everything(model), grad=True).logits.detach(), expected) or (
-            (model.run(tokens, capture=everything(model), grad=True).logits - expected).abs().max() < 1e-4
-        )
 
 
 @pytest.mark.parametrize("name", families.NAMES)
@@ -343,11 +339,12 @@ def test_forward_that_the_user_replaced_is_put_back() -> None:
     handle.remove()
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", [*FORMS, "deepseek_v3-qlora", "gpt_oss", "phi3", "roberta"])
 def test_opening_and_running_change_no_parameter(name: str) -> None:
     hf, fresh = families.build(name), families.build(name)
     model = mt.open(hf)
-    model.run(ids(), **_busy(model), grad=True)
+    run = model.run(ids(), **_busy(model), grad=True)
+    run.grad(run.logits.square().mean())
     for (key, a), (_, b) in zip(hf.state_dict().items(), fresh.state_dict().items(), strict=True):
         assert torch.equal(a, b), key
     assert all(p.grad is None and p.requires_grad for p in hf.parameters())

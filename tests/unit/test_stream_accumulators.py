@@ -259,6 +259,11 @@ def test_what_is_given_is_not_changed_and_what_is_returned_is_a_copy() -> None:
     before = values.detach().clone()
     for accumulator in every_kind(values):
         kept = accumulator.state()
+        given = accumulator.state()
+        restored = type(accumulator).from_state(given)
+        for tensor in given.values():
+            tensor.fill_(1)
+        assert_equal(restored, accumulator)
         for tensor in [*accumulator.state().values(), *vars(accumulator.result()).values()]:
             if isinstance(tensor, torch.Tensor):
                 assert not tensor.requires_grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -96,6 +97,21 @@ def test_only_what_is_needed_is_tokenised() -> None:
     batches = TokenBatches(Corpus.of("one", [text]), whole, length=100, tokens=5_000)
     assert batches.flat == ids(text)[:5_000]
     assert whole.characters < 0.2 * len(text)
+
+
+def test_documents_beyond_the_last_token_are_not_even_read() -> None:
+    class Pages:
+        read = 0
+
+        def __iter__(self) -> Iterator[str]:
+            for self.read in range(1, 100):
+                yield "a b c"
+
+    pages = Pages()
+    batches = TokenBatches(Corpus("long", pages, ("g",), "0" * 64), Words(), length=4, tokens=8)
+    assert len(batches.flat) == 8
+    assert batches.ranges == [(0, 3), (4, 7)]
+    assert pages.read == 3
 
 
 def test_a_long_document_of_long_words_is_still_read_far_enough() -> None:

@@ -71,11 +71,12 @@ def write_atlas(
     _check_model(model)
     length = min(length, model.anatomy.n_ctx)
     batches = TokenBatches(corpus or standard_library_text(), model.tokenizer, length=length, rows=rows, tokens=tokens)
-    partial = out.parent / f".{out.name}.{os.getpid()}.part"
+    place = out.resolve()
+    partial = place.parent / f".{place.name}.{os.getpid()}.part"
     try:
         partial.mkdir(parents=True)
         _make(model, batches, partial, seed, progress or (lambda stage, done, all: None))
-        _put(partial, out)
+        put_in_place(partial, place)
     except OSError as problem:
         raise error(
             OutputError,
@@ -109,15 +110,20 @@ def check_out(out: Path) -> None:
     """Refuse a folder that must not be written to.
 
     Raises:
-        OutputError: it is a file, or holds something that is not an atlas.
+        OutputError: it is a file, or holds something that is not an atlas, alone or beside one.
     """
     if out.is_file():
         raise error(OutputError, f"{out} is a file", allowed="a folder", do="name another place with -o")
-    if out.is_dir() and any(out.iterdir()) and not is_atlas(out):
+    try:
+        held = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    except OSError as problem:
+        raise error(OutputError, f"cannot read the folder {out}", got=str(problem), do="check its rights") from problem
+    foreign = [name for name in held if name not in _names(out)]
+    if foreign:
         raise error(
             OutputError,
             f"the folder {out} exists and holds something that is not an atlas",
-            got=", ".join(sorted(p.name for p in out.iterdir())[:5]),
+            got=", ".join(foreign[:5]),
             allowed="a new folder, an empty one, or an earlier atlas",
             do="name another folder with -o",
         )
@@ -125,16 +131,31 @@ def check_out(out: Path) -> None:
 
 def is_atlas(folder: Path) -> bool:
     """Whether a folder holds an atlas."""
+    return bool(_names(folder))
+
+
+def _names(folder: Path) -> set[str]:
+    """The names at the top of the atlas in a folder; none if there is no atlas."""
     try:
-        return json.loads((folder / "manifest.json").read_text()).get("kind") == KIND
-    except (OSError, ValueError, AttributeError):
-        return False
+        manifest = json.loads((folder / "manifest.json").read_text())
+        tables = {f"{name}.parquet" for name in manifest["tables"]} if manifest["kind"] == KIND else set[str]()
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+    return tables | {"manifest.json", "index.html", "assets"} if tables else tables
 
 
-def _put(partial: Path, out: Path) -> None:
-    if out.is_dir():
-        shutil.rmtree(out)
-    partial.replace(out)
+def put_in_place(made: Path, place: Path) -> None:
+    """Move a folder to its place; what stood there is deleted only when the new one stands, else put back."""
+    old = place.with_name(f".{place.name}.{os.getpid()}.old")
+    try:
+        if place.exists():
+            place.replace(old)
+        made.replace(place)
+    finally:
+        if old.exists() and not place.exists():
+            old.replace(place)
+        elif old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _make(model: Model, batches: TokenBatches, folder: Path, seed: int, progress: Progress) -> None:

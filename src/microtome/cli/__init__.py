@@ -5,6 +5,10 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from microtome.cli._app import run
+    try:
+        from microtome.cli._app import run
 
-    raise SystemExit(run())
+        code = run()
+    except KeyboardInterrupt:  # while the command line itself is being imported
+        code = 130
+    raise SystemExit(code)

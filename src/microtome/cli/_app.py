@@ -1,26 +1,33 @@
 """The application: its commands, what goes to which stream, and how errors leave it.
 
 Results go to stdout, progress to stderr. An error of Microtome's own is one line and the exit code of its class;
-anything else is one line too, with a traceback under ``--debug``.
+anything else is one line too; ``--debug`` puts the traceback before it.
 
     0  done            3  a model            6  a prompt        9  output
     1  other errors    4  a proof fails      7  an edit        10  data
-    2  wrong usage     5  a site             8  memory         70  a defect of Microtome;  130  stopped by Ctrl-C
+    2  wrong usage     5  a site             8  memory         70  a defect of Microtome
+                                                              130  stopped by Ctrl-C;  143  told to end
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
+import signal
 import sys
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from microtome.cli import _atlas, _cache, _check, _explain, _run
-from microtome.errors import MicrotomeError
+from microtome.cli import _atlas, _cache, _check, _explain, _model, _run
+from microtome.errors import BudgetError, MicrotomeError, OutputError, error
 
 app = typer.Typer(
     name="microtome",
@@ -29,9 +36,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 errors = Console(stderr=True, highlight=False)
-DEFECT, STOPPED = 70, 130
+DEFECT, STOPPED, ENDED = 70, 130, 143
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # Typer carries its own copy of click or uses the installed one, by version: the class is the parent of what it exports.
 Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -46,28 +55,18 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Options before the command."""
-    context.obj = {"debug": debug, "quiet": quiet}
+    """These options may stand before or after the command."""
+    _model.notes.quiet = quiet
 
 
 for register in (_check.register, _atlas.register, _explain.register, _run.register, _cache.register):
     register(app)
-
-
-def _hush() -> None:
-    """Silence what libraries say about themselves: stdout belongs to results, stderr to our own words."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -76,20 +75,20 @@ def run(arguments: list[str] | None = None) -> int:
     Args:
         arguments: those of the command line by default.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in given
+    given = _global_options_first(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given[: given.index("--") if "--" in given else None]
     if not debug:
         _hush()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a token still shows the others
     try:
-        code = app(given, standalone_mode=False)
+        with _ended_by_signal():
+            code = app(given, standalone_mode=False)
+            sys.stdout.flush()
         if code == STOPPED:  # Typer turns Ctrl-C into this code by itself, in silence
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except MicrotomeError as problem:
-        if debug:
-            raise
-        _say(f"microtome: {type(problem).__name__}: {problem}")
-        return problem.exit_code
     except Usage as problem:
         problem.show()
         return problem.exit_code
@@ -97,12 +96,77 @@ def run(arguments: list[str] | None = None) -> int:
         _say("microtome: stopped; nothing is left half-written.")
         return STOPPED
     except BrokenPipeError:
+        _drop_stdout()
         return 0
-    except Exception as problem:
+    except Exception as problem:  # noqa: BLE001 (the last resort of the application)
         if debug:
-            raise
-        _say(f"microtome: unexpected {type(problem).__name__}: {problem}. To do: run with --debug, and report it.")
-        return DEFECT
+            traceback.print_exc()
+        return _tell(_translated(problem))
+
+
+def _global_options_first(given: list[str]) -> list[str]:
+    """Arguments with the options of the application before the command, wherever they were written."""
+    end = given.index("--") if "--" in given else len(given)
+    anywhere = ("--debug", "--quiet", "-q")
+    return [a for a in given[:end] if a in anywhere] + [a for a in given[:end] if a not in anywhere] + given[end:]
+
+
+def _hush() -> None:
+    """Silence what libraries say about themselves: stdout belongs to results, stderr to our own words."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("transformers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Let a request to end unwind as Ctrl-C does, so that nothing is left half-written."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(ENDED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread: whoever runs it handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _translated(problem: Exception) -> Exception:
+    """What the machine, and not Microtome, could not do, as an error of our own."""
+    text = str(problem)
+    if isinstance(problem, MemoryError) or "OutOfMemory" in type(problem).__name__ or "can't allocate memory" in text:
+        do = "use a smaller model, prompt or --dtype, or a machine with more"
+        return error(BudgetError, "there is not enough memory", got=text.splitlines()[0] if text else None, do=do)
+    if isinstance(problem, OSError) and problem.errno in FULL:
+        _drop_stdout()
+        return error(OutputError, "cannot write", got=text, do="free some space, or write elsewhere")
+    return problem
+
+
+def _tell(problem: Exception) -> int:
+    text = " ".join(str(problem).split("\n")).strip()
+    if isinstance(problem, MicrotomeError):
+        _say(f"microtome: {type(problem).__name__}: {text}")
+        return problem.exit_code
+    _say(f"microtome: unexpected {type(problem).__name__}: {text}. To do: run with --debug, and report it.")
+    return DEFECT
+
+
+def _drop_stdout() -> None:
+    """Send what is still to be written nowhere, so that Python does not fail again at its end."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return
 
 
 def _say(text: str) -> None:

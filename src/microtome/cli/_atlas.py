@@ -17,7 +17,6 @@ def register(app: typer.Typer) -> None:
 
 
 def atlas(
-    context: typer.Context,
     model: ModelArgument = None,
     text: Annotated[
         Path | None, typer.Option(help="Text, JSONL or Parquet file; the standard library's text without it.")
@@ -39,7 +38,7 @@ def atlas(
     check_out(output)
     corpus = None if text is None else read_text(text)
     opened = Opening(model, device, dtype, revision, trust).open()
-    with progress(context) as report:
+    with progress() as report:
         index = write_atlas(opened, output, corpus=corpus, tokens=tokens, length=length, seed=seed, progress=report)
     manifest = json.loads((output / "manifest.json").read_text())
     tables = {name: str(output / f"{name}.parquet") for name in manifest["tables"]}

@@ -9,24 +9,33 @@ from typing import Annotated
 import typer
 
 from microtome.cli._model import Json, out, print_json
+from microtome.errors import OutputError, error
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    cache = typer.Typer(help="Show or clear what Microtome keeps on this machine.", no_args_is_help=True)
+    cache = typer.Typer(help="Show what Microtome keeps on this machine, or clear it.")
+    cache.callback(invoke_without_command=True)(bare)
     cache.command("show")(show)
     cache.command("clear")(clear)
     app.add_typer(cache, name="cache")
 
 
 def _entries(folder: Path) -> dict[str, int]:
-    if not folder.is_dir():
-        return {}
-    things = [thing for kind in folder.iterdir() if kind.is_dir() for thing in kind.iterdir()]
+    """Models that Microtome made in its cache, with their sizes; nothing else that may lie there."""
+    models = folder / "models"
+    made = [m for m in models.iterdir() if (m / "config.json").is_file()] if models.is_dir() else []
     return {
-        str(thing.relative_to(folder)): sum(f.stat().st_size for f in thing.rglob("*") if f.is_file())
-        for thing in things
+        m.relative_to(folder).as_posix(): sum(f.stat().st_size for f in m.rglob("*") if f.is_file())
+        for m in sorted(made)
+        if not m.is_symlink()
     }
+
+
+def bare(context: typer.Context, as_json: Json = False) -> None:
+    """Show what Microtome keeps on this machine, or clear it."""
+    if context.invoked_subcommand is None:
+        show(as_json)
 
 
 def show(as_json: Json = False) -> None:
@@ -38,9 +47,9 @@ def show(as_json: Json = False) -> None:
     if as_json:
         print_json({"folder": str(folder), "entries": entries})
         return
-    out.print(str(folder), markup=False)
-    for name, size in sorted(entries.items()):
-        out.print(f"{size / 2**20:10.1f} MiB  {name}", markup=False)
+    out.print(str(folder), markup=False, soft_wrap=True)
+    for name, size in entries.items():
+        out.print(f"{size / 2**20:10.1f} MiB  {name}", markup=False, soft_wrap=True)
     out.print(f"{sum(entries.values()) / 2**20:10.1f} MiB  together" if entries else "empty")
 
 
@@ -51,11 +60,17 @@ def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] 
     folder = cache_dir()
     entries = _entries(folder)
     if not entries:
-        out.print(f"nothing to clear in {folder}", markup=False)
+        out.print(f"nothing to clear in {folder}", markup=False, soft_wrap=True)
         return
     size = sum(entries.values()) / 2**20
-    if not yes and not typer.confirm(f"Delete {len(entries)} entries ({size:.0f} MiB) in {folder}?"):
+    one = "1 model" if len(entries) == 1 else f"{len(entries)} models"
+    if not yes and not typer.confirm(f"Delete {one} ({size:,.0f} MiB) in {folder}?", err=True):
         return
     for name in entries:
-        shutil.rmtree(folder / name)
-    out.print(f"cleared {size:.0f} MiB")
+        try:
+            shutil.rmtree(folder / name)
+        except OSError as problem:
+            raise error(
+                OutputError, f"cannot delete {folder / name}", got=str(problem), do="check its rights"
+            ) from problem
+    out.print(f"cleared {size:,.0f} MiB")

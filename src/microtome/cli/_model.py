@@ -1,8 +1,9 @@
-"""What every command that opens a model shares: its options, and opening."""
+"""What every command that opens a model shares: its options, opening, and what is said meanwhile."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from microtome.errors import ModelUnsupported, error
+from microtome.errors import nearest
 
 if TYPE_CHECKING:
     from microtome.run import Model
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+out = Console(highlight=False)
+notes = Console(stderr=True, highlight=False)  # progress: silent under --quiet, and where stderr is no terminal
+
+
+def _dtype(value: str) -> str:
+    if value not in DTYPES:
+        raise typer.BadParameter(f"got {value!r}; allowed: {', '.join(DTYPES)}.{nearest(value, list(DTYPES))}")
+    return value
+
 
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or GGUF file; the default model without it.")
@@ -24,13 +36,12 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Hub id, folder or GGUF file; the default model without it.")
 ]
 Device = Annotated[str | None, typer.Option(help="Where to put the model; the accelerator if there is one.")]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, float64, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(callback=_dtype, help="Type of the weights: float32, float64, bfloat16 or float16.")
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead.")]
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-out = Console(highlight=False)
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,6 @@ class Opening:
         """Keyword arguments of `microtome.open`."""
         import torch
 
-        if self.dtype not in DTYPES:
-            raise error(ModelUnsupported, "unknown --dtype", got=self.dtype, allowed=", ".join(DTYPES), do="choose one")
         return {
             "dtype": getattr(torch, self.dtype),
             "device": self.device,
@@ -60,29 +69,56 @@ class Opening:
         """The opened model, its map proven."""
         import microtome as mt
 
-        return mt.open(self.name, **self.arguments())
+        with self._said():
+            return mt.open(self.name, **self.arguments())
 
     def map(self) -> Model:
         """The model with its map unproven."""
         import microtome as mt
 
-        return mt.map(self.name, **self.arguments())
+        with self._said():
+            return mt.map(self.name, **self.arguments())
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        with working("opening " + (self.name or "the default model")):
+            yield
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on stdout."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    """One line of compact JSON on stdout; numbers that JSON does not have become null."""
+    typer.echo(json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
-def progress(context: typer.Context) -> Iterator[Any]:
+def working(text: str) -> Iterator[None]:
+    """Say on a terminal's stderr what is being done, until it is done."""
+    if notes.quiet or not notes.is_terminal:
+        yield
+        return
+    from rich.markup import escape
+
+    with notes.status(escape(text)):
+        yield
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
     """A function (stage, done, all) that draws bars on stderr, with the time left; silent if told, or in a pipe."""
-    console = Console(stderr=True)
-    if (context.obj or {}).get("quiet") or not console.is_terminal:
+    if notes.quiet or not notes.is_terminal:
         yield lambda stage, done, everything: None
         return
-    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=False) as bars:
+    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), left)
+    with Progress(*columns, console=notes) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, everything: int) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from microtome.cli._model import Device, Dtype, Json, ModelOption, Opening, Revision, Trust, out, print_json
-from microtome.errors import OutputError, error
+from microtome.cli._model import Device, Dtype, Json, ModelOption, Opening, Revision, Trust, out, print_json, working
+from microtome.errors import OutputError, SiteError, error
 
 if TYPE_CHECKING:
-    from microtome.run import Run
+    import xarray as xr
+
+    from microtome.run import Model, Plan, Run
 
 ENDINGS = (".safetensors", ".zarr")
 
@@ -29,6 +31,7 @@ def run(
         list[str], typer.Option("--capture", "-c", help='Address to keep, such as "*.mlp.post"; repeatable.')
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write: .safetensors or .zarr.")] = None,
+    edits: Annotated[Path | None, typer.Option(help="File of edits to run under, from `save_edits`.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would keep and take, and do not run.")] = False,
     budget: Annotated[
@@ -42,44 +45,65 @@ def run(
     trust: Trust = False,
 ) -> None:
     """Run a prompt, keep what is named, and write it to a file with its axes and provenance."""
-    if not plan:
-        _check_output(output, force)
-    opened = Opening(model, device, dtype, revision, trust).open()
+    opening = Opening(model, device, dtype, revision, trust)
     if plan:
-        planned = opened.plan(prompt, capture)
-        if as_json:
-            print_json(
-                {
-                    "bytes": planned.bytes_by_address,
-                    "logits_bytes": planned.logits_bytes,
-                    "flops": planned.flops,
-                    "seconds": planned.seconds,
-                }
-            )
-        else:
-            out.print(str(planned), markup=False)
+        _show_plan(opening.open().plan(prompt, capture), as_json)
         return
-    result = opened.run(prompt, capture=capture, budget=budget)
-    assert output is not None
-    _write(result, output)
-    best = result.logits[0, -1].float().softmax(-1).topk(5)
-    answers = dict(zip(opened.to_words(best.indices), [round(p, 4) for p in best.values.tolist()], strict=True))
-    kept = [(str(a), list(result.dims(a)), list(x.shape), x.nbytes) for a, x in result.captured.items()]
+    file = _checked(output, force)
+    from microtome.run import load_edits
+
+    changes = [] if edits is None else load_edits(edits)
+    opened = opening.open()
+    with working("running the prompt"):
+        result = opened.run(prompt, capture=capture, edits=changes, budget=budget)
+        _write(result, file)
+    _show(result, _next(opened, result), file, as_json)
+
+
+def _show_plan(planned: Plan, as_json: bool) -> None:
+    if not as_json:
+        out.print(str(planned), markup=False)
+        return
+    kept = {"bytes": planned.bytes_by_address, "logits_bytes": planned.logits_bytes}
+    print_json(kept | {"flops": planned.flops, "seconds": planned.seconds})
+
+
+def _next(model: Model, result: Run) -> list[tuple[str, float]]:
+    """The five likeliest next tokens; none where a model has no next token."""
+    if not model.anatomy.causal:
+        return []
+    best = result.logits[0, -1].float().softmax(-1).topk(min(5, model.anatomy.d_vocab))
+    return list(zip(model.to_words(best.indices), best.values.tolist(), strict=True))
+
+
+def _show(result: Run, following: list[tuple[str, float]], file: Path, as_json: bool) -> None:
+    kept: list[dict[str, Any]] = [
+        {"address": str(a), "axes": list(result.dims(a)), "shape": list(x.shape), "bytes": x.nbytes}
+        for a, x in result.captured.items()
+    ]
     if as_json:
-        rows = [{"address": a, "axes": d, "shape": s, "bytes": b} for a, d, s, b in kept]
-        print_json({"file": str(output), "next": answers, "captured": rows})
+        words = [{"word": word, "probability": p} for word, p in following]
+        print_json({"file": str(file), "next": words, "captured": kept})
         return
-    table = Table("site", "axes", "shape", "KiB", box=None, pad_edge=False)
-    for address, dims, shape, size in kept[:20]:
-        table.add_row(address, " ".join(dims), " x ".join(map(str, shape)), f"{size / 1024:,.1f}")
-    out.print(table)
-    if len(kept) > 20:
-        out.print(f"and {len(kept) - 20} more")
-    out.print("next: " + ", ".join(f"{word!r} {p:.3f}" for word, p in answers.items()), markup=False)
-    out.print(f"written to {output}", markup=False)
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in kept:
+        layer, _, rest = row["address"].partition(".")
+        name = f"*.{rest}" if layer.isdigit() else row["address"]
+        shape = " x ".join(map(str, row["shape"]))
+        groups.setdefault((name, " ".join(row["axes"]), shape), []).append(row)
+    table = Table("site", "axes", "shape", "sites", "KiB", box=None, pad_edge=False)
+    for (name, axes, shape), rows in groups.items():
+        size = sum(row["bytes"] for row in rows) / 1024
+        table.add_row(name if len(rows) > 1 else rows[0]["address"], axes, shape, str(len(rows)), f"{size:,.1f}")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    out.print(table, markup=False)
+    if following:
+        out.print("next: " + ", ".join(f"{word!r} {p:.3f}" for word, p in following), markup=False)
+    out.print(f"written to {file}", markup=False, soft_wrap=True)
 
 
-def _check_output(output: Path | None, force: bool) -> None:
+def _checked(output: Path | None, force: bool) -> Path:
     if output is None:
         raise error(OutputError, "no file to write to", do="name one with -o, or pass --plan")
     if output.suffix not in ENDINGS:
@@ -90,31 +114,51 @@ def _check_output(output: Path | None, force: bool) -> None:
             allowed=" or ".join(ENDINGS),
             do="choose one of these endings",
         )
+    if output.suffix == ".zarr":
+        from importlib.util import find_spec
+
+        if find_spec("zarr") is None:
+            do = "pip install zarr, or write .safetensors"
+            raise error(OutputError, "writing .zarr needs the package zarr", do=do)
     if output.exists() and not force:
         raise error(OutputError, f"{output} exists", do="name another file, or pass --force")
+    if output.exists() and not _ours(output):
+        raise error(OutputError, f"{output} is not a {output.suffix} to replace", do="name another file")
     if not output.parent.is_dir():
         raise error(OutputError, f"no folder {output.parent}", do="make it first")
+    return output
+
+
+def _ours(output: Path) -> bool:
+    """Whether what stands at a place is of the kind that would replace it."""
+    if output.suffix == ".safetensors":
+        return output.is_file()
+    return any((output / name).is_file() for name in ("zarr.json", ".zgroup"))
 
 
 def _write(result: Run, output: Path) -> None:
+    import os
     import shutil
 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = output.with_name(f".{output.name}.part")
+    from microtome.atlas import put_in_place
+
+    place = output.resolve()
+    partial = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
         if output.suffix == ".zarr":
-            _write_zarr(result, partial)
-            shutil.rmtree(output, ignore_errors=True)
+            _dataset(result).to_zarr(partial, mode="w")
+            put_in_place(partial, place)
         else:
             tensors = {str(a): x.detach().cpu().contiguous() for a, x in result.captured.items()} | {
                 "tokens": result.tokens
             }
             axes = {str(a): list(result.dims(a)) for a in result.captured}
-            notes = {k: json.dumps(v) for k, v in (result.provenance | {"axes": axes, "words": result.words}).items()}
-            save_file(tensors, partial, metadata=notes)
-        partial.replace(output)
+            told = {k: json.dumps(v) for k, v in (result.provenance | {"axes": axes, "words": result.words}).items()}
+            save_file(tensors, partial, metadata=told)
+            partial.replace(place)
     except (OSError, SafetensorError) as problem:
         raise error(
             OutputError, f"cannot write {output}", got=str(problem), do="check the folder and its space"
@@ -126,9 +170,10 @@ def _write(result: Run, output: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _write_zarr(result: Run, folder: Path) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("zarr") is None:
-        raise error(OutputError, "writing .zarr needs the package zarr", do="pip install zarr, or write .safetensors")
-    result.dataset().to_zarr(folder, mode="w")
+def _dataset(result: Run) -> xr.Dataset:
+    try:
+        return result.dataset()
+    except SiteError as problem:
+        named = ", ".join(map(str, result.captured))
+        do = "write .safetensors, or run once for each --capture"
+        raise error(SiteError, "these captures do not fit into one .zarr", got=named, do=do) from problem

@@ -27,7 +27,7 @@ def logit_lens(model: Model, prompt: Prompt, *, top: int = 5) -> xr.Dataset:
     Args:
         model: an open model with a final norm.
         prompt: what to run; one row or several of one length.
-        top: how many tokens to keep at each place.
+        top: how many tokens to keep at each place; the whole vocabulary at most.
 
     Returns:
         Dataset over (layer 0..L, batch, pos, rank): `token` ids, `word`, `probability`; and over (layer, batch, pos):
@@ -49,7 +49,7 @@ def logit_lens(model: Model, prompt: Prompt, *, top: int = 5) -> xr.Dataset:
         for i in range(n + 1):
             resid = run[f"{i}.resid_pre"] if i < n else run[f"{n - 1}.resid_post"]
             logp = model.unembed(resid).float().log_softmax(-1)
-            best = logp.topk(top, dim=-1)
+            best = logp.topk(min(top, logp.shape[-1]), dim=-1)
             own = logp.gather(-1, answer)
             rows["token"].append(best.indices)
             rows["probability"].append(best.values.exp())

@@ -43,7 +43,8 @@ class Tap:
         module: path of the module whose input or output holds the tensor.
         side: which tensor of it, and how an edit is written back.
         split: the part of a fused last axis.
-        heads: the last axis holds this many heads.
+        heads: the last axis holds this many heads; for keys and values, how many the model has.
+        sizes: axes that are of another length here than the model's own numbers say.
         scale: the site's value is this many times the tensor.
         norm: for `side="norm"`, the norm whose divisor is the value.
         clone: the model changes this tensor later, so a reader needs its own copy.
@@ -56,6 +57,7 @@ class Tap:
     scale: float = 1.0
     norm: Norm | None = None
     clone: bool = False
+    sizes: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,15 @@ class Anatomy:
 
     def units(self, site: Site) -> int:
         """How many units `[units]` of a site can select from."""
+        return 1 if site.spec.unit == "batch" else self.size(site, site.spec.unit)
+
+    def size(self, site: Site, axis: str) -> int:
+        """The length of one of a site's own axes: all but the batch and the positions."""
         sizes = {
-            "head": self.n_heads, "kv_head": self.n_kv_heads, "d_model": self.d_model, "neuron": self.d_mlp,
-            "vocab": self.d_vocab, "expert": self.n_experts, "rank": self.n_experts, "batch": 1,
+            "head": self.n_heads, "kv_head": self.n_kv_heads, "d_head": self.d_head, "d_model": self.d_model,
+            "neuron": self.d_mlp, "vocab": self.d_vocab, "expert": self.n_experts,
         }  # fmt: skip
-        return sizes[site.spec.unit]
+        return dict(self.taps[site].sizes).get(axis) or sizes[axis]
 
     def sites(self, address: Address) -> list[Site]:
         """The sites that an address selects, in model order.
@@ -121,7 +127,7 @@ class Anatomy:
             near = sorted({s.name for s in self.taps if s.layer == absent[0].layer}, key=list(SITES).index)
             reason = self.missing.get(absent[0], "it does not apply to this model")
             raise SiteError(f"no site {absent[0]} in {self.name}: {reason}. Its sites there: {', '.join(near)}.")
-        size = self.units(present[0])
+        size = min(self.units(site) for site in present)
         if address.spec.unit == "batch" and not address.units.is_all:
             raise error(SiteError, f"{where} has no units to choose from", do=f'drop "[{address.units}]"')
         if not address.units.is_all and address.units.resolve(size) is None:
@@ -204,8 +210,9 @@ def _neurons(model: nn.Module, config: Any, layers: tuple[LayerParts, ...]) -> i
 class _Taps:
     """Collects the taps of one model, and the reasons for what it lacks."""
 
-    def __init__(self, model: nn.Module, parts: Parts, n_heads: int, branch_scale: float) -> None:
-        self.model, self.parts, self.n_heads, self.branch_scale = model, parts, n_heads, branch_scale
+    def __init__(self, model: nn.Module, parts: Parts, n_heads: int, n_kv_heads: int, branch_scale: float) -> None:
+        self.model, self.parts, self.branch_scale = model, parts, branch_scale
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.taps: dict[Site, Tap] = {}
         self.missing: dict[Site, str] = {}
 
@@ -233,7 +240,13 @@ class _Taps:
     def attention(self, i: int, layer: LayerParts) -> None:
         self.norm(Site("attn.scale", i), layer.attn_norm)
         self.taps[Site("attn.in", i)] = Tap(layer.attn, "input")
-        for slot in ("q", "k", "v", "scores", "pattern"):
+        # In latent attention queries and keys are wider than values.
+        width = out_features(self.model.get_submodule(layer.q)) // self.n_heads if layer.q is not None else 0
+        wide = (("d_head", width),) if width else ()
+        self.taps[Site("attn.q", i)] = Tap(layer.attn, "attention", sizes=wide)
+        self.taps[Site("attn.k", i)] = Tap(layer.attn, "attention", heads=self.n_kv_heads, sizes=wide)
+        self.taps[Site("attn.v", i)] = Tap(layer.attn, "attention", heads=self.n_kv_heads)
+        for slot in ("scores", "pattern"):
             self.taps[Site(f"attn.{slot}", i)] = Tap(layer.attn, "attention")
         self.taps[Site("attn.z", i)] = Tap(layer.o, "input", heads=self.n_heads)
         self.taps[Site("attn.result", i)] = Tap(layer.o, "result", heads=self.n_heads)
@@ -247,7 +260,8 @@ class _Taps:
             self.taps[Site("mlp.in", i)] = Tap(reads, "input")
         if layer.experts is not None and layer.router is not None and layer.mlp is not None:
             self.taps[Site("mlp.router", i)] = Tap(layer.router, "router")
-            self.taps[Site("mlp.experts", i)] = Tap(layer.experts, "experts")
+            router: Any = self.model.get_submodule(layer.router)
+            self.taps[Site("mlp.experts", i)] = Tap(layer.experts, "experts", sizes=(("rank", int(router.top_k)),))
             for name in ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post"):
                 self.missing[Site(name, i)] = "the layer is a mixture: see mlp.router and mlp.experts"
         else:
@@ -263,16 +277,18 @@ class _Taps:
     def neurons(self, i: int, layer: LayerParts) -> None:
         down, up = layer.down, layer.up
         assert down is not None
-        self.taps[Site("mlp.post", i)] = Tap(down, "input")
+        width = in_features(self.model.get_submodule(down))
+        sizes = (("neuron", width),)
+        self.taps[Site("mlp.post", i)] = Tap(down, "input", sizes=sizes)
         if layer.gate_up is not None:
-            width = in_features(self.model.get_submodule(down))
             for k, name in enumerate(("mlp.gate", "mlp.up")):
-                self.taps[Site(name, i)] = Tap(layer.gate_up, "output", split=Split(1, 2, width, k, k + 1))
+                split = Split(1, 2, width, k, k + 1)
+                self.taps[Site(name, i)] = Tap(layer.gate_up, "output", split=split, sizes=sizes)
         elif layer.gate is not None and up is not None:
-            self.taps[Site("mlp.gate", i)] = Tap(layer.gate, "output")
-            self.taps[Site("mlp.up", i)] = Tap(up, "output")
+            self.taps[Site("mlp.gate", i)] = Tap(layer.gate, "output", sizes=sizes)
+            self.taps[Site("mlp.up", i)] = Tap(up, "output", sizes=sizes)
         elif up is not None:
-            self.taps[Site("mlp.pre", i)] = Tap(up, "output")
+            self.taps[Site("mlp.pre", i)] = Tap(up, "output", sizes=sizes)
             for name in ("mlp.gate", "mlp.up"):
                 self.missing[Site(name, i)] = "the MLP is not gated: see mlp.pre"
             return
@@ -292,14 +308,16 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
     o = model.get_submodule(first.o)
     family = parts.family
     multiply, divide = number(config, family.logit_multiply), number(config, family.logit_divide)
-    taps = _Taps(model, parts, n_heads, number(config, family.branch_scale) or 1.0)
+    n_kv_heads = _kv_heads(model, config, first, n_heads)
+    taps = _Taps(model, parts, n_heads, n_kv_heads, number(config, family.branch_scale) or 1.0)
     taps.taps[Site("embed")] = Tap(first.block, "input")
     for i, layer in enumerate(parts.layers):
         taps.residual(i, layer)
         taps.attention(i, layer)
         taps.mlp(i, layer)
     taps.norm(Site("final.scale"), parts.final_norm)
-    taps.taps[Site("final")] = Tap(parts.unembedding, "input")
+    read = in_features(model.get_submodule(parts.unembedding))
+    taps.taps[Site("final")] = Tap(parts.unembedding, "input", sizes=(("d_model", read),))
     taps.taps[Site("logits")] = Tap("", "logits")
     experts = next((layer.router for layer in parts.layers if layer.router), None)
     router: Any = model.get_submodule(experts) if experts else None
@@ -314,7 +332,7 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
         or getattr(config, "do_layer_norm_before", True) is False,
         n_layers=len(parts.layers),
         n_heads=n_heads,
-        n_kv_heads=_kv_heads(model, config, first, n_heads),
+        n_kv_heads=n_kv_heads,
         d_model=out_features(o),
         d_head=in_features(o) // n_heads,
         d_mlp=_neurons(model, config, parts.layers),

@@ -76,6 +76,9 @@ def load(
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise error(ModelNotFound, f"no model folder {source}", do="check the path, or name a model of the hub")
     if revision is not None:
+        if Path(source).is_dir():
+            do = "leave the revision out, or name a model of the hub"
+            raise error(ModelNotFound, f"{source} is on this machine and has no revisions", got=revision, do=do)
         options["revision"] = revision
     with _quiet():
         model = _load_model(source, short, options, dtype or torch.float32)

@@ -104,6 +104,11 @@ class Selection:
         """Whether it was written as one integer."""
         return self.ranges is not None and len(self.ranges) == 1 and self.ranges[0][0] == self.ranges[0][1]
 
+    @property
+    def from_end(self) -> bool:
+        """Whether any integer counts from the end."""
+        return self.ranges is not None and any(a < 0 or b < 0 for a, b in self.ranges)
+
     def resolve(self, size: int) -> list[int] | None:
         """The chosen indices of an axis of length `size`, or None if one lies outside or a range runs backwards."""
         if self.ranges is None:

@@ -29,6 +29,11 @@ class Batch:
         return any(n != self.tokens.shape[1] for n in self.lengths)
 
     @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The first column and the number of the real tokens of every row."""
+        return tuple(zip(self.pads, self.lengths, strict=True))
+
+    @property
     def mask(self) -> Tensor:
         """[batch, pos] True at real tokens."""
         column = torch.arange(self.tokens.shape[1], device=self.tokens.device)

@@ -24,7 +24,6 @@ Values = Tensor | float | int
 
 
 @runtime_checkable
-@runtime_checkable
 class Source(Protocol):
     """Something that holds the tensors of another run, such as a `Run`."""
 
@@ -105,8 +104,10 @@ class SiteEdit(Edit):
 class Where:
     """What an edit may need to know of the place it changes: the site, and the rows, columns and units selected.
 
-    In a sweep the tensor at hand may be one row of a batch, without its first columns: `row` and `offset` say which row
-    of another run's tensor it corresponds to, and at which column it begins.
+    In a sweep or a generation the tensor at hand may be one row of a batch, or lack the first columns: `row` and
+    `offset` say which row of another run's tensor it corresponds to, and at which column it begins. `tokens` are the
+    first column and the number of the real tokens of every row, and `end` is where the columns end; without them every
+    column is real.
     """
 
     site: Site
@@ -115,6 +116,8 @@ class Where:
     units: Tensor | None
     row: int | None = None
     offset: int = 0
+    tokens: tuple[tuple[int, int], ...] | None = None
+    end: int = 0
 
     def cut_source(self, x: Tensor) -> Tensor:
         """The corresponding selection of a whole tensor of another run [batch, pos, unit, ...]."""
@@ -333,10 +336,42 @@ class SwapFrom(SiteEdit):
 
     def change(self, x: Tensor, where: Where) -> Tensor:
         """The other run's values."""
-        value = where.cut_source(canonical(self._of(where.site), where.site)).to(device=x.device, dtype=x.dtype)
+        self._same_positions(where)
+        source = canonical(self._of(where.site), where.site)
+        try:
+            value = where.cut_source(source).to(device=x.device, dtype=x.dtype)
+        except IndexError:
+            raise error(
+                EditError,
+                f"the source of SwapFrom lacks rows or positions of {self.site}",
+                got=f"{source.shape[0]} rows of {source.shape[1]} positions",
+                do="run the other prompts in a batch of the same rows and length, or name positions that both have",
+            ) from None
         fitted = _fits(value, x, where)
         assert isinstance(fitted, Tensor)
         return fitted.expand_as(x)
+
+    def _same_positions(self, where: Where) -> None:
+        """Refuse a source whose tokens stand elsewhere, so that one position would be another there."""
+        there, here = getattr(self.source, "batch", None), where.tokens
+        if there is None or here is None:
+            return
+        rows = list(zip(there.pads, there.lengths, strict=True))
+        if where.row is not None and len(rows) > 1:
+            rows = rows[where.row : where.row + 1]
+        if len(rows) not in (1, len(here)):
+            return  # refused for its shape
+        rows = rows * len(here) if len(rows) == 1 else rows
+        positions = self.address.positions
+        from_end = positions == "last" if isinstance(positions, str) else positions.from_end
+        if any(a[0] != b[0] or (from_end and a[1] != b[1]) for a, b in zip(rows, here, strict=True)):
+            raise error(
+                EditError,
+                f"{self.site} names other columns in the source of SwapFrom: its tokens stand elsewhere",
+                got=f"rows of (pads, tokens) {rows}",
+                allowed=f"{list(here)}",
+                do="pad both runs alike, and count positions from the start where lengths differ",
+            )
 
     def digest(self) -> str:
         """A hash of the address and of the other run's tensors."""
@@ -354,7 +389,8 @@ class KnockOut(SiteEdit):
     The site is ``<layers>.attn.scores[<heads>]@<queries>``; a query with no key left attends to nothing.
 
     Attributes:
-        keys: the positions that can no longer be attended to, as a selection ("0-3", "*").
+        keys: the positions that can no longer be attended to, as a selection ("0-3", "*"), counted like those of an
+            address: over the real tokens of each row, in a generation those of the prompt.
     """
 
     keys: str = "*"
@@ -372,19 +408,31 @@ class KnockOut(SiteEdit):
 
     def change(self, x: Tensor, where: Where) -> Tensor:
         """Scores [batch, q_pos, head, k_pos] with the keys masked."""
-        chosen = parse_selection(self.keys, "keys").resolve(x.shape[-1])
-        if chosen is None:
-            raise error(
-                EditError,
-                f"no keys {self.keys} at {where.site}",
-                allowed=f"0 to {x.shape[-1] - 1}",
-                do="choose positions inside the prompt",
-            )
-        keep = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
-        keep[chosen] = False
+        keep = self._keep(x, where)
         allowed = (x > torch.finfo(x.dtype).min / 2) & keep
         new = x.masked_fill(~keep, float("-inf"))
         return new.masked_fill(~allowed.any(-1, keepdim=True), float("-inf"))
+
+    def _keep(self, x: Tensor, where: Where) -> Tensor:
+        """[batch or 1, 1, 1, k_pos] False at the keys to cut."""
+        selection, width = parse_selection(self.keys, "keys"), x.shape[-1]
+        if selection.is_all:
+            return torch.zeros(1, 1, 1, width, dtype=torch.bool, device=x.device)
+        tokens = where.tokens or ((0, width),)
+        tokens = tokens if where.rows is None else [tokens[int(row)] for row in where.rows]
+        before = max(where.end - width, 0)  # columns that a cache has dropped
+        keep = torch.ones(len(tokens), 1, 1, width, dtype=torch.bool, device=x.device)
+        for row, (first, length) in enumerate(tokens):
+            chosen = selection.resolve(length)
+            if chosen is None:
+                raise error(
+                    EditError,
+                    f"no keys {self.keys} in row {row} at {where.site}",
+                    allowed=f"0 to {length - 1}, or -{length} to -1",
+                    do="choose positions inside the prompt",
+                )
+            keep[row, ..., [first + c - before for c in chosen if first + c >= before]] = False
+        return keep
 
 
 def canonical(x: Tensor, site: Site) -> Tensor:

@@ -29,7 +29,7 @@ class Rig:
         self._model, self._attention_kind, self._n_heads = model, attention, n_heads
         self._before: dict[str, list[Before]] = {}
         self._after: dict[str, list[After]] = {}
-        self._around: dict[str, list[Around]] = {}
+        self._around: dict[tuple[str, str], list[Around]] = {}
         self._watches: dict[str, Watch] = {}
         self._stack = ExitStack()
 
@@ -41,9 +41,9 @@ class Rig:
         """Run a function on the arguments and output of a module; what it returns replaces the output."""
         self._after.setdefault(path, []).append(function)
 
-    def around(self, path: str, function: Around) -> None:
-        """Run a function in place of a module's forward, which it gets."""
-        self._around.setdefault(path, []).append(function)
+    def around(self, path: str, function: Around, method: str = "forward") -> None:
+        """Run a function in place of a module's forward, or of another method, which it gets."""
+        self._around.setdefault((path, method), []).append(function)
 
     def attention(self, path: str) -> Watch:
         """What to do inside one attention module."""
@@ -65,9 +65,9 @@ class Rig:
             self._keep(self._module(path).register_forward_pre_hook(_pre_hook(before), with_kwargs=True))
         for path, after in self._after.items():
             self._keep(self._module(path).register_forward_hook(_post_hook(after), with_kwargs=True))
-        for path, around in self._around.items():
+        for (path, method), around in self._around.items():
             for function in around:
-                self._wrap(self._module(path), function)
+                self._wrap(self._module(path), function, method)
         if self._watches:
             self._install_attention()
 
@@ -77,21 +77,21 @@ class Rig:
     def _keep(self, handle: RemovableHandle) -> None:
         self._stack.callback(handle.remove)
 
-    def _wrap(self, module: nn.Module, function: Around) -> None:
-        had = module.__dict__.get("forward")
-        inner = module.forward
+    def _wrap(self, module: nn.Module, function: Around, method: str = "forward") -> None:
+        had = module.__dict__.get(method)
+        inner = getattr(module, method)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return function(inner, args, kwargs)
 
         def restore() -> None:
             if had is None:
-                module.__dict__.pop("forward", None)
+                module.__dict__.pop(method, None)
             else:
-                module.__dict__["forward"] = had
+                module.__dict__[method] = had
 
         self._stack.callback(restore)
-        module.__dict__["forward"] = wrapped
+        module.__dict__[method] = wrapped
 
     def _install_attention(self) -> None:
         for path, watch in self._watches.items():

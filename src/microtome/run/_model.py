@@ -303,7 +303,13 @@ class Model:
             calls += 1
             flow.begin(args, kwargs)
 
+        def generate(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with flow.generating():
+                return own(*args, **kwargs)
+
         session.rig.before("", begin)
+        if hasattr(self.hf, "generate"):
+            session.rig.around("", generate, "generate")
         with session.rig:
             yield self
         idle = [e for e in edits if isinstance(e, SiteEdit) and id(e) not in session.fired]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from microtome.errors import ModelUnsupported, error
+from microtome.errors import ModelError, ModelUnsupported, error
 from microtome.model import anatomy_of, load
 from microtome.run._model import Model
 from microtome.run._proof import prove, require
@@ -60,8 +60,8 @@ def map(
 ) -> Model:
     """Load and map a model without proving the map, for looking at why a proof fails. Arguments as for `open`."""
     if name_or_path is None or isinstance(name_or_path, str | Path):
+        target = _accelerator() if device is None else _usable(device)
         hf, found, name = load(name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-        target = device if device is not None else _accelerator()
         hf = hf if target is None else hf.to(target)
         return Model(hf, tokenizer or found, anatomy_of(hf, name))
     if not hasattr(name_or_path, "get_output_embeddings") or not hasattr(name_or_path, "config"):
@@ -76,6 +76,25 @@ def map(
     hf.eval()
     name = Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name
     return Model(hf, tokenizer, anatomy_of(hf, name))
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """A device that a tensor can be made on.
+
+    Raises:
+        ModelError: there is no such device here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        here = dict.fromkeys(str(d) for d in (_accelerator(), torch.get_default_device()) if d is not None)
+        raise error(
+            ModelError,
+            "cannot put a model on this device",
+            got=str(device),
+            allowed=", ".join(here),
+            do="name one of these",
+        ) from problem
 
 
 def _accelerator() -> torch.device | None:

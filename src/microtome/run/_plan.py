@@ -51,9 +51,10 @@ def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: 
     size = torch.finfo(model.dtype).bits // 8
     kept: dict[str, int] = {}
     for address in captures:
-        sites = a.sites(address)
-        one = _elements(model, batch, address, sites[0])
-        kept[str(address)] = one * len(sites) * size * (2 if grad else 1)
+        # Scales are kept in float32 whatever the model's own type.
+        each = 4 if address.name.endswith(".scale") else size
+        held = sum(_elements(model, batch, address, site) for site in a.sites(address))
+        kept[str(address)] = held * each * (2 if grad else 1)
     tokens = rows * width
     weights = model.n_parameters - model.W_E.numel()
     weights -= 0 if model.W_U.data_ptr() == model.W_E.data_ptr() else model.W_U.numel()
@@ -64,20 +65,8 @@ def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: 
 
 def _elements(model: Model, batch: Batch, address: Address, site: Site) -> int:
     a, (rows, width) = model.anatomy, batch.tokens.shape
-    sizes = {
-        "batch": rows,
-        "pos": width,
-        "q_pos": width,
-        "k_pos": width,
-        "head": a.n_heads,
-        "kv_head": a.n_kv_heads,
-        "d_model": a.d_model,
-        "d_head": a.d_head,
-        "neuron": a.d_mlp,
-        "vocab": a.d_vocab,
-        "expert": a.n_experts,
-        "rank": a.n_experts,
-    }
+    sizes = {"batch": rows, "pos": width, "q_pos": width, "k_pos": width}
+    sizes |= {axis: a.size(site, axis) for axis in site.spec.dims if axis not in sizes}
     if not address.units.is_all:
         sizes[address.spec.unit] = len(address.units.resolve(a.units(site)) or ())
     if isinstance(address.positions, str):

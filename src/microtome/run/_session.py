@@ -6,7 +6,8 @@ order they were given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,7 +30,6 @@ class Stop(Exception):
 
 
 @runtime_checkable
-@runtime_checkable
 class Flow(Protocol):
     """Knows the forward that is under way: its shape, and which columns a position names."""
 
@@ -37,8 +37,16 @@ class Flow(Protocol):
         """Batch and width."""
         ...
 
-    def columns(self, positions: Selection | Rule) -> tuple[bool, Tensor | None]:
-        """Whether the positions occur in this forward, and their columns [batch, n] (None: all)."""
+    def columns(self, positions: Selection | Rule) -> Tensor | None:
+        """The columns [batch, n] of positions, counted from the first token ever seen (None: all there are)."""
+        ...
+
+    def tokens(self) -> tuple[tuple[int, int], ...]:
+        """The first column and the number of tokens of every row of the prompt."""
+        ...
+
+    def end(self) -> int:
+        """How many columns there are, those of earlier forwards included."""
         ...
 
 
@@ -54,23 +62,43 @@ class OneRun:
         rows, width = self.batch.tokens.shape
         return rows, width
 
-    def columns(self, positions: Selection | Rule) -> tuple[bool, Tensor | None]:
+    def columns(self, positions: Selection | Rule) -> Tensor | None:
         """The columns of the positions, found once."""
         if positions not in self._known:
             self._known[positions] = self.batch.columns(positions)
-        return True, self._known[positions]
+        return self._known[positions]
+
+    def tokens(self) -> tuple[tuple[int, int], ...]:
+        """Pads and lengths."""
+        return self.batch.spans
+
+    def end(self) -> int:
+        """The width."""
+        return self.batch.tokens.shape[1]
 
 
 class Live:
-    """The flow of calls that are not ours, such as generation with a key/value cache.
+    """The flow of calls that are not ours, such as generation, with a key/value cache or without.
 
-    In the first forward (the prompt) positions mean what they mean in a run. In later ones, which only add tokens,
-    `last`, `generated` and `*` name the new tokens, and everything else names nothing.
+    The first forward of a generation reads the prompt, and positions mean the prompt's ever after. `generated` names
+    what came after it; `last` names every token that was the newest when it was computed: the prompt's last one, and
+    all that came after it. A forward outside of `generate` that has no cache is a prompt of its own.
     """
 
     def __init__(self) -> None:
-        self._shape, self._offset = (0, 0), 0
-        self._batch: Batch | None = None
+        self._shape, self._end = (0, 0), 0
+        self._prompt: Batch | None = None
+        self._generating = False
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Take the forwards of this block for those of one generation."""
+        outer = self._generating, self._prompt
+        self._generating, self._prompt = True, None
+        try:
+            yield
+        finally:
+            self._generating, self._prompt = outer
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the arguments of the model's forward."""
@@ -78,30 +106,41 @@ class Live:
         tokens = tokens if tokens is not None else (args[0] if args else kwargs.get("inputs_embeds"))
         assert tokens is not None
         cache = kwargs.get("past_key_values")
+        before = 0 if cache is None else int(cache.get_seq_length())
         self._shape = (int(tokens.shape[0]), int(tokens.shape[1]))
-        self._offset = 0 if cache is None else int(cache.get_seq_length())
-        if self._offset == 0:
+        self._end = before + self._shape[1]
+        if self._prompt is None or not (before or self._generating):
             mask = kwargs.get("attention_mask")
-            if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
-                mask = torch.ones(self._shape, device=tokens.device)
+            if not isinstance(mask, Tensor) or mask.shape != (self._shape[0], self._end):
+                mask = torch.ones(self._shape[0], self._end, device=tokens.device)
             first = mask.int().argmax(1).tolist()
-            self._batch = Batch(tokens, tuple(mask.int().sum(1).tolist()), tuple(first))
+            shown = torch.zeros(mask.shape, dtype=torch.long, device=tokens.device)
+            self._prompt = Batch(shown, tuple(mask.int().sum(1).tolist()), tuple(first))
 
     def shape(self) -> tuple[int, int]:
         """Batch and width of the forward under way."""
         return self._shape
 
-    def columns(self, positions: Selection | Rule) -> tuple[bool, Tensor | None]:
-        """Columns of this forward; False if the positions do not occur in it."""
-        everything = isinstance(positions, Selection) and positions.is_all
-        if self._offset == 0 and self._batch is not None:
-            return (False, None) if positions == "generated" else (True, self._batch.columns(positions))
-        if positions == "last":
-            return True, torch.full((self._shape[0], 1), self._shape[1] - 1, device=self._device())
-        return positions == "generated" or everything, None
+    def tokens(self) -> tuple[tuple[int, int], ...]:
+        """Pads and lengths of the prompt."""
+        return () if self._prompt is None else self._prompt.spans
 
-    def _device(self) -> torch.device | None:
-        return None if self._batch is None else self._batch.tokens.device
+    def end(self) -> int:
+        """The width of all that was seen."""
+        return self._end
+
+    def columns(self, positions: Selection | Rule) -> Tensor | None:
+        """Columns of all that was seen."""
+        assert self._prompt is not None
+        shown = self._prompt.tokens
+        rows, width = shown.shape
+        added = torch.arange(width, self._end, device=shown.device).expand(rows, -1)
+        if positions == "generated":
+            return added
+        if positions == "prompt":
+            return torch.arange(width, device=shown.device).expand(rows, -1)
+        columns = self._prompt.columns(positions)
+        return torch.cat([columns, added], dim=1) if positions == "last" and columns is not None else columns
 
 
 @dataclass
@@ -203,16 +242,21 @@ class Session:
 
     def where(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> Where | None:
         """Where an edit applies in the forward under way, or None if nowhere."""
-        fires, columns = self.flow.columns(address.positions)
-        if not fires:
-            return None
-        batch = x.shape[0]
+        batch, width = canonical(x, site).shape[:2]
         if rows is not None and not all(0 <= r < batch for r in rows):
             raise error(
                 EditError, f"no rows {rows} at {site}", allowed=f"0 to {batch - 1}", do="choose rows of the batch"
             )
         chosen = None if rows is None else torch.tensor(rows, device=x.device)
-        return Where(site, chosen, columns, self.units(address, x, site))
+        columns, offset = self.flow.columns(address.positions), self.flow.end() - width
+        if columns is not None and offset:
+            # This tensor begins later: a cache holds the columns before it, or only the last logits are computed.
+            seen = (columns >= offset).all(0)
+            columns = columns[:, seen] - offset
+        if columns is not None and columns.shape[1] == 0:
+            return None
+        units = self.units(address, x, site)
+        return Where(site, chosen, columns, units, None, offset, self.flow.tokens(), self.flow.end())
 
     def cut(self, x: Tensor, site: Site, address: Address) -> Tensor:
         """The part of a tensor that an address names; the tensor itself where it names all."""

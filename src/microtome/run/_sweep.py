@@ -202,7 +202,9 @@ class Walk:
         chosen = None
         if not units.is_all:
             chosen = torch.tensor(units.resolve(canonical(x, site).shape[2]), device=x.device)
-        return Where(act.named, None, columns, chosen, self.rows[number].prompt, offset)
+        return Where(
+            act.named, None, columns, chosen, self.rows[number].prompt, offset, ((0, self._width),), self._width
+        )
 
 
 def _widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[str, Any]]:

@@ -19,7 +19,8 @@ Shape = Callable[[], tuple[int, int]]
 def install(rig: Rig, model: Any, site: Site, tap: Tap, visit: Visit, shape: Shape, edits: bool) -> None:
     """Show the tensor of a site to `visit` in every forward of a rig, and put in place what it returns."""
     if tap.side == "attention":
-        rig.attention(tap.module).add(site.name.removeprefix("attn."), visit, edits)
+        watch = rig.attention(tap.module)
+        watch.add(site.name.removeprefix("attn."), visit if tap.heads is None else _shared(visit, tap.heads), edits)
     elif tap.side in ("input", "inplace"):
         rig.before(tap.module, _before(tap, visit, shape))
     elif tap.side == "output":
@@ -136,12 +137,33 @@ def _result(o: Any, tap: Tap, visit: Visit) -> Any:
     return after
 
 
+def _shared(visit: Visit, heads: int) -> Visit:
+    """Keys or values once each, also in models that repeat them for every query head before they are seen."""
+
+    def shared(x: Tensor) -> Tensor | None:
+        times = x.shape[2] // heads
+        if times == 1:
+            return visit(x)
+        new = visit(x[:, :, ::times])
+        return None if new is None else new.repeat_interleave(times, dim=2)
+
+    return shared
+
+
 def _router(visit: Visit, shape: Shape) -> Any:
     def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         logits, weights, chosen = output
         dense = torch.zeros(*logits.shape, dtype=weights.dtype, device=weights.device).scatter(-1, chosen, weights)
         new = visit(dense.unflatten(0, shape()))
-        return None if new is None else (logits, new.flatten(0, 1).gather(-1, chosen), chosen)
+        if new is None:
+            return None
+        new = new.flatten(0, 1)
+        unused = torch.ones_like(new, dtype=torch.bool).scatter(-1, chosen, value=False)
+        if bool((new.detach()[unused] != 0).any()):
+            # Experts are used that the router did not choose: each token gets all that have a weight.
+            most = int((new.detach() != 0).sum(-1).max())
+            chosen = new.detach().abs().topk(max(most, chosen.shape[-1]), dim=-1).indices
+        return logits, new.gather(-1, chosen), chosen
 
     return after
 

@@ -126,13 +126,13 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, tokens: int | None) -> tuple
     flat: list[int] = []
     ranges: list[tuple[int, int]] = []
     for text in corpus:
-        if tokens is not None and len(flat) >= tokens:
-            break
         if flat and ranges[-1][0] < ranges[-1][1]:  # a document without tokens gets no separator
             flat += between
         first = len(flat)
         flat += _start_of(text, tokenizer, None if tokens is None else tokens - first)
         ranges.append((first, len(flat)))
+        if tokens is not None and len(flat) >= tokens:
+            break
     if tokens is not None:
         ranges = [(min(first, tokens), min(end, tokens)) for first, end in ranges]
     return flat[:tokens], ranges

@@ -1,5 +1,13 @@
-"""What a reader sees: the pages of an atlas, which open from disk without a network."""
+"""What a reader sees: the pages of an atlas, which open from disk without a network, and tables in a terminal."""
 
 from __future__ import annotations
 
 from microtome.view._pages import write_pages as write_pages
+from microtome.view._terminal import Part as Part
+from microtome.view._terminal import contributions_table as contributions_table
+from microtome.view._terminal import failed_lines as failed_lines
+from microtome.view._terminal import lens_table as lens_table
+from microtome.view._terminal import parts_of as parts_of
+from microtome.view._terminal import proof_table as proof_table
+from microtome.view._terminal import sites_table as sites_table
+from microtome.view._terminal import visible as visible

@@ -1,0 +1,147 @@
+"""Padding changes no row: every site of every family, padded on either side, is that of the row run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import pytest
+import torch
+from tests import families
+from torch import Tensor
+
+import microtome as mt
+
+CAUSAL = [n for n in families.NAMES if families.KIND[n] == "causal"]
+LENGTHS = (5, 9, 7)
+NEAR = {"rtol": 1e-4, "atol": 2e-5}
+Side = Literal["left", "right"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def row(n: int) -> list[int]:
+    return torch.randint(5, families.VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+
+
+ROWS = [row(n) for n in LENGTHS]
+
+
+def real(x: Tensor, site: str, mask: Tensor) -> Tensor:
+    """A row of a captured tensor at its real tokens only."""
+    for axis, dim in enumerate(mt.parse(site).spec.dims[1:]):
+        if dim in ("pos", "q_pos", "k_pos"):
+            x = x.index_select(axis, mask.nonzero().squeeze(1))
+    return x
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_site_of_a_padded_row_is_that_of_the_row_alone(name: str) -> None:
+    model = mt.map(families.build(name))
+    sites = [str(site) for site in model.anatomy.taps if site.layer in (None, 1)]
+    alone = [model.run([tokens], capture=sites) for tokens in ROWS[:2]]
+    for side, pads in (("left", (4, 0)), ("right", (0, 0))):
+        together = model.run(ROWS[:2], capture=sites, padding=side)
+        assert together.batch.pads == pads
+        for i, one in enumerate(alone):
+            mask = together.mask[i]
+            for site in sites:
+                got, expected = real(together[site][i], site, mask), one[site][0]
+                if site == "1.attn.scores":  # what a mask forbids is some number near the lowest
+                    got, expected = got.clamp(min=-1e4), expected.clamp(min=-1e4)
+                    if name == "mpt":  # whose position bias counts from the end of the batch: a constant a row
+                        got, expected = got - got.amax(-1, keepdim=True), expected - expected.amax(-1, keepdim=True)
+                        got, expected = got.clamp(min=-1e3), expected.clamp(min=-1e3)
+                torch.testing.assert_close(got, expected, **NEAR, msg=lambda text, at=(side, site): f"{at}: {text}")
+            pattern = together["1.attn.pattern"][i][:, mask]
+            assert pattern[..., ~mask].abs().sum() == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bert", "mixtral", "bloom"])
+def test_the_order_of_rows_changes_nothing(name: str, side: Side) -> None:
+    model = mt.map(families.build(name))
+    one = model.run(ROWS, capture="*.resid_post@-1", padding=side)
+    other = model.run([ROWS[i] for i in (2, 0, 1)], capture="*.resid_post@-1", padding=side)
+    for k, i in enumerate((2, 0, 1)):
+        torch.testing.assert_close(other.logits[k][other.mask[k]], one.logits[i][one.mask[i]], **NEAR)
+        torch.testing.assert_close(other["*.resid_post@-1"][:, k], one["*.resid_post@-1"][:, i], **NEAR)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt-prenorm", "roberta", "bert"])
+def test_positions_count_the_tokens_of_each_row(name: str, side: Side) -> None:
+    model = mt.map(families.build(name))
+    run = model.run(ROWS, capture=["1.resid_post", "1.attn.pattern"], padding=side)
+    for i, n in enumerate(LENGTHS):
+        first = run.batch.pads[i]
+        for position, column in ((0, first), (4, first + 4), (-1, first + n - 1), (-5, first + n - 5)):
+            assert torch.equal(run[f"1.resid_post@{position}"][i, 0], run["1.resid_post"][i, column])
+            assert torch.equal(run[f"1.attn.pattern@{position}"][i, :, 0], run["1.attn.pattern"][i, :, column])
+        assert torch.equal(run["1.resid_post@last"][i, 0], run["1.resid_post"][i, first + n - 1])
+
+
+EDITS: list[mt.Edit] = [
+    mt.Scale("1.resid_post@-1", 2.0),
+    mt.Zero("0.attn.z[1]@0"),
+    mt.Add("1.mlp_out@1,-2", torch.linspace(-1, 1, families.D_MODEL)),
+    mt.KnockOut("1.attn.scores[0,2]@-1", keys="0"),
+    mt.KnockOut("1.attn.scores@-2--1", keys="-3,1"),
+    mt.KnockOut("*.attn.scores[3]", keys="*"),
+    mt.Scale("1.attn.pattern[1]@2", 0.5),
+    mt.Scale("1.attn.scale@3", 0.5),
+]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-mqa", "gpt_neo", "bloom", "mistral"])
+def test_an_edit_of_a_padded_batch_is_the_edit_of_each_row(name: str, side: Side) -> None:
+    model = mt.map(families.build(name))
+    plain = model.run(ROWS, padding=side)
+    for edit in EDITS:
+        together = model.run(ROWS, edits=[edit], padding=side)
+        for i, tokens in enumerate(ROWS):
+            alone = model.run([tokens], edits=[edit])
+            got = together.logits[i][together.mask[i]]
+            torch.testing.assert_close(got, alone.logits[0], **NEAR, msg=lambda text, e=edit: f"{e}: {text}")
+            if name not in ("gpt_neo", "mistral"):  # whose windows do not reach all keys that are cut
+                assert not torch.allclose(got, plain.logits[i][plain.mask[i]], atol=1e-4)
+
+
+def test_a_key_outside_a_row_is_refused() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    with pytest.raises(mt.errors.EditError, match=r"no keys 6 in row 0 at 1\.attn\.scores; allowed: 0 to 4"):
+        model.run(ROWS, edits=[mt.KnockOut("1.attn.scores", keys="6")], padding="left")
+
+
+def test_a_source_padded_otherwise_is_refused() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    left, right = (model.run(ROWS, capture="1.resid_post", padding=side) for side in ("left", "right"))
+    with pytest.raises(mt.errors.EditError, match=r"names other columns in the source.*pad both runs alike"):
+        model.run(ROWS, edits=[mt.SwapFrom("1.resid_post@0", left)])
+    same = model.run(ROWS, edits=[mt.SwapFrom("1.resid_post@0,-1", right)])
+    torch.testing.assert_close(same.logits, right.logits, **NEAR)
+    longer = model.run([row(9)], capture="1.resid_post")
+    with pytest.raises(mt.errors.EditError, match="names other columns in the source"):
+        model.run([row(7)], edits=[mt.SwapFrom("1.resid_post@-1", longer)])
+    run = model.run([row(7)], capture="1.resid_post", edits=[mt.SwapFrom("1.resid_post@3", longer)])
+    assert torch.equal(run["1.resid_post@3"], longer["1.resid_post@3"])
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_generation_of_padded_rows_is_that_of_each_row(name: str) -> None:
+    model = mt.map(families.build(name))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    edit = mt.Add("1.resid_post@-2", torch.linspace(-2, 2, model.anatomy.d_model))
+    batch = model.to_batch(ROWS, "left")
+    with model.editing(edit):
+        together = model.hf.generate(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
+        for i, tokens in enumerate(ROWS):
+            alone = model.hf.generate(input_ids=torch.tensor([tokens]), **options)
+            assert together[i, max(LENGTHS) :].tolist() == alone[0, len(tokens) :].tolist()
