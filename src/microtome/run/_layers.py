@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Anatomy, NormWeights, Site, norm_of, parse_selection
-from microtome.run._edits import Freeze, Repeat, ScaleBlock, Skip
+from microtome.run._edits import Edit
 from microtome.run._hooks import Rig
-from microtome.run._taps import Shape, input_of, install, output_of, with_input, with_output
+from microtome.run._taps import Shape, divided, divisor, input_of, install, output_of, with_input, with_output
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Skip(Edit):
+    """Leave out whole blocks: what enters layer l leaves it unchanged. Costs nothing where it skips."""
+
+    layers: str | int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Repeat(Edit):
+    """Run blocks several times in a row, each on its own output."""
+
+    layers: str | int
+    times: int = 2
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ScaleBlock(Edit):
+    """Scale what blocks add: resid_post = resid_pre + factor * (resid_post - resid_pre)."""
+
+    layers: str | int
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Freeze(Edit):
+    """Hold non-linear parts constant for gradients; values stay the same to the bit.
+
+    Attributes:
+        norms: the divisor of every norm.
+        patterns: attention patterns.
+        activations: the gate of a gated MLP; in a plain MLP the ratio of activation to pre-activation.
+        mlps: whole MLP outputs.
+
+    With norms, patterns and activations frozen, a model without biases is linear in its embeddings.
+    """
+
+    norms: bool = True
+    patterns: bool = True
+    activations: bool = True
+    mlps: bool = False
 
 
 def layer_paths(rig: Rig, anatomy: Anatomy, edit: Skip | Repeat | ScaleBlock) -> None:
@@ -121,7 +164,8 @@ def _norm_paths(anatomy: Anatomy) -> list[str]:
 def _frozen_norm(norm: NormWeights) -> Any:
     def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = input_of(args, kwargs)
-        return _tie(output, norm.apply(x, norm.scale(x).detach()))
+        held = divisor(output, norm, x).detach()
+        return divided(_tie(output, norm.apply(x, held)), held)
 
     return after
 

@@ -12,24 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from microtome.errors import DataError, EditError, OutputError, error
-from microtome.run._edits import (
-    Add,
-    Clamp,
-    Edit,
-    Freeze,
-    KnockOut,
-    Map,
-    Mean,
-    Project,
-    Repeat,
-    Rotate,
-    Scale,
-    ScaleBlock,
-    Set,
-    Skip,
-    SwapFrom,
-    Zero,
-)
+from microtome.run._edits import Add, Clamp, Edit, Map, Mean, Project, Rotate, Scale, Set, SwapFrom, Zero
+from microtome.run._knockout import KnockOut
+from microtome.run._layers import Freeze, Repeat, ScaleBlock, Skip
 
 KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind

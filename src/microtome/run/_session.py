@@ -17,9 +17,9 @@ from torch import Tensor
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Address, Anatomy, Rule, Selection, Site
 from microtome.run._batch import Batch
-from microtome.run._edits import Edit, Freeze, Repeat, ScaleBlock, SiteEdit, Skip, Where, apply, canonical
+from microtome.run._edits import Edit, SiteEdit, Where, apply, canonical
 from microtome.run._hooks import Rig
-from microtome.run._layers import freeze, layer_paths
+from microtome.run._layers import Freeze, Repeat, ScaleBlock, Skip, freeze, layer_paths
 from microtome.run._taps import install
 
 Observer = Callable[[Site, Tensor], None]
@@ -49,6 +49,10 @@ class Flow(Protocol):
         """How many columns there are, those of earlier forwards included."""
         ...
 
+    def prompt(self) -> int:
+        """How many of them are the prompt's."""
+        ...
+
 
 class OneRun:
     """The flow of a single forward over a known batch."""
@@ -73,6 +77,10 @@ class OneRun:
         return self.batch.spans
 
     def end(self) -> int:
+        """The width."""
+        return self.batch.tokens.shape[1]
+
+    def prompt(self) -> int:
         """The width."""
         return self.batch.tokens.shape[1]
 
@@ -129,6 +137,10 @@ class Live:
         """The width of all that was seen."""
         return self._end
 
+    def prompt(self) -> int:
+        """The width of the first forward."""
+        return 0 if self._prompt is None else self._prompt.tokens.shape[1]
+
     def columns(self, positions: Selection | Rule) -> Tensor | None:
         """Columns of all that was seen."""
         assert self._prompt is not None
@@ -156,7 +168,8 @@ class _Visitor:
     def __call__(self, x: Tensor) -> Tensor | None:
         own = x
         for edit, address in self.edits:
-            where = self.session.where(self.site, address, edit.rows, x)
+            named = Site(address.name, self.site.layer)
+            where = self.session.where(named, address, edit.rows, x)
             if where is not None:
                 self.session.fired.add(id(edit))
                 x = apply(edit, x, where)
@@ -171,7 +184,8 @@ class _Visitor:
     def _node(self, x: Tensor, own: Tensor) -> Tensor:
         # A fresh node of the graph, through which all later computation passes, so that it has a gradient.
         x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
-        self.session.nodes[self.site] = x
+        for name in {self.site.name, *(address.name for address in self.captures)}:
+            self.session.nodes[Site(name, self.site.layer)] = x
         return x
 
 
@@ -215,6 +229,9 @@ class Session:
             install(self.rig, model, site, anatomy.taps[site], visitor, flow.shape, changes)
 
     def _visitor(self, visitors: dict[Site, _Visitor], site: Site) -> _Visitor:
+        first = Site("attn.scale", site.layer)
+        if site.name == "mlp.scale" and self.anatomy.taps.get(first) == self.anatomy.taps[site]:
+            site = first  # one norm serves both branches: its divisor is one site by two names
         return visitors.setdefault(site, _Visitor(self, site, [], [], []))
 
     def _install_other(self, edit: Edit) -> None:
@@ -256,7 +273,8 @@ class Session:
         if columns is not None and columns.shape[1] == 0:
             return None
         units = self.units(address, x, site)
-        return Where(site, chosen, columns, units, None, offset, self.flow.tokens(), self.flow.end())
+        flow = self.flow
+        return Where(site, chosen, columns, units, None, offset, flow.tokens(), flow.end(), flow.prompt())
 
     def cut(self, x: Tensor, site: Site, address: Address) -> Tensor:
         """The part of a tensor that an address names; the tensor itself where it names all."""
