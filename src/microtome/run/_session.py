@@ -96,17 +96,18 @@ class Live:
     def __init__(self) -> None:
         self._shape, self._end = (0, 0), 0
         self._prompt: Batch | None = None
+        self._mask: Tensor | None = None
         self._generating = False
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Take the forwards of this block for those of one generation."""
-        outer = self._generating, self._prompt
-        self._generating, self._prompt = True, None
+    def generating(self, mask: Tensor | None) -> Iterator[None]:
+        """Take the forwards of this block for those of one generation, whose prompt has this mask [batch, pos]."""
+        outer = self._generating, self._prompt, self._mask
+        self._generating, self._prompt, self._mask = True, None, mask
         try:
             yield
         finally:
-            self._generating, self._prompt = outer
+            self._generating, self._prompt, self._mask = outer
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the arguments of the model's forward."""
@@ -118,12 +119,21 @@ class Live:
         self._shape = (int(tokens.shape[0]), int(tokens.shape[1]))
         self._end = before + self._shape[1]
         if self._prompt is None or not (before or self._generating):
-            mask = kwargs.get("attention_mask")
-            if not isinstance(mask, Tensor) or mask.shape != (self._shape[0], self._end):
-                mask = torch.ones(self._shape[0], self._end, device=tokens.device)
+            mask = self._mask_of(kwargs.get("attention_mask"))
+            mask = torch.ones(self._shape[0], self._end, device=tokens.device) if mask is None else mask
             first = mask.int().argmax(1).tolist()
             shown = torch.zeros(mask.shape, dtype=torch.long, device=tokens.device)
             self._prompt = Batch(shown, tuple(mask.int().sum(1).tolist()), tuple(first))
+
+    def _mask_of(self, mask: object) -> Tensor | None:
+        """[batch, pos] True at real tokens: a forward's, or the call's where a static cache gave it another form."""
+        rows, end = self._shape[0], self._end
+        if isinstance(mask, Tensor) and mask.shape == (rows, end):
+            return mask
+        given = self._mask
+        if given is None or given.dim() != 2 or given.shape[1] != end or rows % given.shape[0]:
+            return None
+        return given.repeat_interleave(rows // given.shape[0], dim=0)  # each prompt has as many rows as it has beams
 
     def shape(self) -> tuple[int, int]:
         """Batch and width of the forward under way."""
@@ -169,8 +179,7 @@ class _Visitor:
         own = x
         for edit, address in self.edits:
             named = Site(address.name, self.site.layer)
-            where = self.session.where(named, address, edit.rows, x)
-            if where is not None:
+            for where in self.session.places(named, address, edit.rows, x):
                 self.session.fired.add(id(edit))
                 x = apply(edit, x, where)
         if self.session.grad and (self.captures or self.site.name == "embed"):
@@ -257,30 +266,43 @@ class Session:
             )
         return torch.tensor(chosen, device=x.device)
 
-    def where(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> Where | None:
-        """Where an edit applies in the forward under way, or None if nowhere."""
+    def places(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> list[Where]:
+        """Where an edit applies in the forward under way; nowhere, and it is an empty list.
+
+        One place serves all rows, unless a cache has dropped what is named of some rows and not of others.
+        """
         batch, width = canonical(x, site).shape[:2]
         if rows is not None and not all(0 <= r < batch for r in rows):
             raise error(
                 EditError, f"no rows {rows} at {site}", allowed=f"0 to {batch - 1}", do="choose rows of the batch"
             )
         chosen = None if rows is None else torch.tensor(rows, device=x.device)
-        columns, offset = self.flow.columns(address.positions), self.flow.end() - width
-        if columns is not None and offset:
-            # This tensor begins later: a cache holds the columns before it, or only the last logits are computed.
-            seen = (columns >= offset).all(0)
-            columns = columns[:, seen] - offset
-        if columns is not None and columns.shape[1] == 0:
-            return None
-        units = self.units(address, x, site)
+        # A static cache holds columns that are not there yet; nothing begins before the first.
         flow = self.flow
-        return Where(site, chosen, columns, units, None, offset, flow.tokens(), flow.end(), flow.prompt())
+        columns, offset = flow.columns(address.positions), max(flow.end() - width, 0)
+        units = self.units(address, x, site)
+
+        def place(of: Tensor | None, at: Tensor | None) -> Where:
+            return Where(site, of, at, units, None, offset, flow.tokens(), flow.end(), flow.prompt())
+
+        if columns is None or columns.shape[1] == 0:
+            return [place(chosen, None)] if columns is None else []
+        if offset == 0:
+            return [place(chosen, columns)]
+        # This tensor may begin later: a cache holds the columns before it, or only the last logits are computed.
+        columns = columns - offset
+        kinds, of_row = (columns >= 0).unique(dim=0, return_inverse=True)
+        if len(kinds) == 1:
+            columns = columns[:, kinds[0]]
+            return [place(chosen, columns)] if columns.shape[1] else []
+        every = torch.arange(batch, device=x.device) if chosen is None else chosen
+        parts = [(every[of_row[every] == k], columns[:, kind].clamp(min=0)) for k, kind in enumerate(kinds)]
+        return [place(of, at) for of, at in parts if len(of) and at.shape[1]]
 
     def cut(self, x: Tensor, site: Site, address: Address) -> Tensor:
         """The part of a tensor that an address names; the tensor itself where it names all."""
         if address.whole:
             return x
-        where = self.where(site, address, None, x)
-        if where is None:
-            return x[:0]
-        return canonical(where.cut(canonical(x, site)), site)
+        for where in self.places(site, address, None, x):
+            return canonical(where.cut(canonical(x, site)), site)
+        return x[:0]
