@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from microtome.run import Mean as Mean
     from microtome.run import Metric as Metric
     from microtome.run import Model as Model
+    from microtome.run import Noise as Noise
     from microtome.run import Plan as Plan
     from microtome.run import Probability as Probability
     from microtome.run import Project as Project
@@ -68,7 +69,7 @@ _HOME = {
     "microtome.model": ("Address", "Anatomy", "Site", "parse"),
     "microtome.run": (
         "Add", "Check", "Clamp", "Divergence", "Edit", "Freeze", "KnockOut", "load_edits", "LogitDifference",
-        "LogProbability", "Map", "map", "Mean", "Metric", "Model", "open", "Plan", "Probability", "Project",
+        "LogProbability", "Map", "map", "Mean", "Metric", "Model", "Noise", "open", "Plan", "Probability", "Project",
         "prove", "Rank", "Reading", "Repeat", "Rotate", "Run", "save_edits", "Scale", "ScaleBlock", "Set",
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
