@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from microtome import stream as stream
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
+    from microtome.explain import attention_knockout as attention_knockout
     from microtome.explain import causal_trace as causal_trace
     from microtome.explain import contributions as contributions
     from microtome.explain import logit_lens as logit_lens
@@ -74,7 +75,7 @@ _HOME = {
         "prove", "Rank", "Reading", "Repeat", "Rotate", "Run", "save_edits", "Scale", "ScaleBlock", "Set",
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
-    "microtome.explain": ("activation_patching", "causal_trace", "contributions", "logit_lens"),
+    "microtome.explain": ("activation_patching", "attention_knockout", "causal_trace", "contributions", "logit_lens"),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
 _ROOMS = ("atlas", "errors", "explain", "measure", "stream")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from tests import families
 
 import microtome as mt
@@ -116,8 +115,8 @@ def test_another_subject_instead_of_noise(model: mt.Model) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"subject": (4, 9)}, r"the subject lies outside the prompt; got \(4, 9\); allowed: .* <= 6"),
-        ({"subject": "Rome"}, "the subject is text, but the model has no tokenizer"),
+        ({"subject": (4, 9)}, r"the prompt has no such subject; got \(4, 9\); allowed: .* <= 6"),
+        ({"subject": "Rome"}, "subject given as text, but the model has no tokenizer"),
         ({"corrupt": PROMPT}, "the corrupt prompt is the prompt itself"),
         ({"corrupt": OTHER[:4]}, "differ first at token 2; got 6 and 4 tokens"),
         ({"samples": 0}, "causal tracing needs another samples; got 0"),

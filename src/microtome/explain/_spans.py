@@ -34,7 +34,7 @@ def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str 
     if not 0 <= first < end <= n:
         raise error(
             PromptError,
-            f"the {what} lies outside the prompt",
+            f"the prompt has no such {what}",
             got=str(span if isinstance(span, int) else tuple(span)),
             allowed=f"(first, end) with 0 <= first < end <= {n}",
             do="count tokens, with the end left out",
@@ -44,7 +44,7 @@ def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str 
 
 def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, int]:
     if model.tokenizer is None:
-        raise error(PromptError, f"the {what} is text, but the model has no tokenizer", do="give it as (first, end)")
+        raise error(PromptError, f"{what} given as text, but the model has no tokenizer", do="give (first, end)")
     # The text of growing beginnings, because single tokens may lose the space before them.
     ends = [len(model.tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
     whole, wanted = model.tokenizer.decode(ids), text.strip()
@@ -52,12 +52,23 @@ def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, i
     if start < 0:
         raise error(
             PromptError,
-            f'the {what} "{text}" is not in the prompt',
+            f'the prompt has no {what} "{text}"',
             got=f'"{whole}"',
             do="write it as it stands there, or give its tokens as (first, end)",
         )
     first = next(i for i, end in enumerate(ends) if end > start)
     return first, next(i for i, end in enumerate(ends) if end >= start + len(wanted)) + 1
+
+
+def one_row(tokens: Tensor) -> Tensor:
+    """The tokens [pos] of one prompt [1, pos].
+
+    Raises:
+        PromptError: there are several.
+    """
+    if tokens.shape[0] != 1:
+        raise error(PromptError, "one prompt at a time", got=f"{tokens.shape[0]}", do="call it once a prompt")
+    return tokens[0]
 
 
 def at(first: int, end: int) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._patching import aligned
-from microtome.explain._spans import Span, at, layers_at, span_of, window_of
+from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
 from microtome.measure import mean_interval
 from microtome.run import Edit, Model, Noise, Probability, Prompt, Run, SiteEdit, SwapFrom
 
@@ -139,17 +139,6 @@ def _check(kinds: Sequence[str], window: int, samples: int, noise: float) -> Non
     for name, value, least in (("window", window, 1), ("samples", samples, 1), ("noise", noise, 0)):
         if not value >= least:
             raise error(SiteError, f"causal tracing needs another {name}", got=value, allowed=f"{least} or more")
-
-
-def one_row(tokens: Tensor) -> Tensor:
-    """The tokens [pos] of one prompt [1, pos].
-
-    Raises:
-        PromptError: there are several.
-    """
-    if tokens.shape[0] != 1:
-        raise error(PromptError, "one prompt at a time", got=f"{tokens.shape[0]}", do="call it once a prompt")
-    return tokens[0]
 
 
 def _spread(model: Model, tokens: Tensor, span: tuple[int, int], subjects: Sequence[str]) -> float:
