@@ -58,14 +58,7 @@ def contributions(
         SiteError: the model adds to a stream in a way that has no such sum (norms on the stream itself).
         PromptError: the answer or the foil is not one token.
     """
-    a = model.anatomy
-    if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
-        raise error(
-            SiteError,
-            f"the logits of {a.name} are not a sum over its parts",
-            got="norms on the residual stream itself, or a head with a transform of its own",
-            do="use a causal model with norms before its branches",
-        )
+    refuse_unless_sum(model)
     at = f"@{position}"
     wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"logits{at}"]
     wanted += [f"*.mlp.post{at}"] if "neuron" in detail else []
@@ -74,6 +67,22 @@ def contributions(
     with torch.no_grad():
         reader = _Reader(model, run, at, answer, foil)
         return _dataset(reader, reader.parts(detail)).assign_attrs(position=position)
+
+
+def refuse_unless_sum(model: Model) -> None:
+    """Refuse a model whose logits are not a sum over what its parts add.
+
+    Raises:
+        SiteError: there are norms on the residual stream itself, or a head with a transform of its own.
+    """
+    a = model.anatomy
+    if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
+        raise error(
+            SiteError,
+            f"the logits of {a.name} are not a sum over its parts",
+            got="norms on the residual stream itself, or a head with a transform of its own",
+            do="use a causal model with norms before its branches",
+        )
 
 
 def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
