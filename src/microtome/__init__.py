@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from microtome.explain import component_effects as component_effects
     from microtome.explain import contributions as contributions
     from microtome.explain import logit_lens as logit_lens
+    from microtome.explain import patch_pairs as patch_pairs
     from microtome.model import Address as Address
     from microtome.model import Anatomy as Anatomy
     from microtome.model import Site as Site
@@ -78,7 +79,7 @@ _HOME = {
     ),
     "microtome.explain": (
         "activation_patching", "attention_knockout", "causal_trace", "component_effects", "contributions",
-        "logit_lens",
+        "logit_lens", "patch_pairs",
     ),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip

@@ -123,7 +123,7 @@ def one_token(model: Model, text: str | int) -> int:
             f'"{text}" is not one token',
             got=str(model.to_words(ids)) if ids else "no tokenizer",
             allowed="one token, usually with its leading space",
-            do="choose another word, or pass a token id",
+            do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
         )
     return int(ids[0])
 
