@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from microtome.run import Check as Check
     from microtome.run import Clamp as Clamp
     from microtome.run import Divergence as Divergence
+    from microtome.run import Edge as Edge
     from microtome.run import Edit as Edit
     from microtome.run import Freeze as Freeze
     from microtome.run import KnockOut as KnockOut
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
 _HOME = {
     "microtome.model": ("Address", "Anatomy", "Site", "parse"),
     "microtome.run": (
-        "Add", "Check", "Clamp", "Divergence", "Edit", "Freeze", "KnockOut", "load_edits", "LogitDifference",
+        "Add", "Check", "Clamp", "Divergence", "Edge", "Edit", "Freeze", "KnockOut", "load_edits", "LogitDifference",
         "LogProbability", "Map", "map", "Mean", "Metric", "Model", "open", "Plan", "Probability", "Project",
         "prove", "Rank", "Reading", "Repeat", "Rotate", "Run", "save_edits", "Scale", "ScaleBlock", "Set",
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",

@@ -4,6 +4,9 @@ from microtome.run._batch import Batch as Batch
 from microtome.run._batch import Prompt as Prompt
 from microtome.run._cells import Sweep as Sweep
 from microtome.run._cells import SweepPlan as SweepPlan
+from microtome.run._edges import RECEIVERS as RECEIVERS
+from microtome.run._edges import SENDERS as SENDERS
+from microtome.run._edges import Edge as Edge
 from microtome.run._edits import Add as Add
 from microtome.run._edits import Clamp as Clamp
 from microtome.run._edits import Edit as Edit

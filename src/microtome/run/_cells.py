@@ -11,6 +11,8 @@ from torch import Tensor
 
 from microtome.errors import BudgetError, EditError, error
 from microtome.run._batch import Batch, Prompt
+from microtome.run._edges import Edge, Edges
+from microtome.run._edits import Zero
 from microtome.run._metrics import Metric, Narrow
 from microtome.run._plan import free_memory, plan_of
 from microtome.run._sweep import Base, Cell, Row, Walk, base_of, rows_of
@@ -94,27 +96,52 @@ class _Ready:
 def plan_sweep(
     model: Model,
     prompt: Prompt,
-    cells: Sequence[Cell],
+    cells: Sequence[Cell | Edge],
     metric: Metric,
     *,
     prompts: Sequence[int] | None,
     budget: int | None,
 ) -> SweepPlan:
     """The plan of a sweep; see `Model.plan_sweep`."""
-    return _prepare(model, prompt, cells, metric, prompts, budget).plan
+    stand_ins = [_stand_in(model, cell) if isinstance(cell, Edge) else cell for cell in cells]
+    batch = model.to_batch(prompt)
+    _check(batch, cells, prompts)
+    return _prepare(model, batch, stand_ins, metric, prompts, budget).plan
+
+
+def _stand_in(model: Model, edge: Edge) -> Zero:
+    """A cell that costs what an edge does at most: it acts in the same layer, from the first position on."""
+    layer = model.anatomy.n_layers - 1 if edge.layer is None else edge.layer
+    return Zero(f"{layer}.resid_pre")
+
+
+def _without_edges(
+    model: Model, batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None
+) -> list[Cell]:
+    """The cells, edges made into ordinary ones."""
+    found = [cell for cell in cells if not isinstance(cell, Edge)]
+    if len(found) == len(cells):
+        return found
+    by_prompt: dict[int, list[tuple[int, Edge]]] = {}
+    for place, cell in enumerate(cells):
+        if isinstance(cell, Edge):
+            by_prompt.setdefault(0 if prompts is None else prompts[place], []).append((place, cell))
+    made: dict[int, Cell] = {}
+    for prompt, edges in by_prompt.items():
+        tokens = batch.tokens[prompt : prompt + 1, : batch.lengths[prompt]]
+        made |= dict(zip([place for place, _ in edges], Edges(model, tokens).cells([e for _, e in edges]), strict=True))
+    return [made[place] if isinstance(cell, Edge) else cell for place, cell in enumerate(cells)]
 
 
 def _prepare(
     model: Model,
-    prompt: Prompt,
+    batch: Batch,
     cells: Sequence[Cell],
     metric: Metric,
     prompts: Sequence[int] | None,
     budget: int | None,
 ) -> _Ready:
-    batch = model.to_batch(prompt)
     which = [0] * len(cells) if prompts is None else list(prompts)
-    _check(batch, cells, which)
     rows = rows_of(model, batch, cells, which)
     groups = _by_length(model, batch, metric)
     ids, metric = _narrowed(model, metric)
@@ -133,7 +160,7 @@ def _prepare(
 def sweep(
     model: Model,
     prompt: Prompt,
-    cells: Sequence[Cell],
+    cells: Sequence[Cell | Edge],
     metric: Metric,
     *,
     prompts: Sequence[int] | None = None,
@@ -141,7 +168,9 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Run many edited copies of prompts, exactly, sharing all that no edit touches; see `Model.sweep`."""
-    ready = _prepare(model, prompt, cells, metric, prompts, budget)
+    batch = model.to_batch(prompt)
+    _check(batch, cells, prompts)
+    ready = _prepare(model, batch, _without_edges(model, batch, cells, prompts), metric, prompts, budget)
     values: Tensor | None = None
     base_values: list[Tensor | None] = [None] * sum(len(group.prompts) for group in ready.groups)
     done = 0
@@ -178,8 +207,10 @@ def _narrowed(model: Model, metric: Metric) -> tuple[Tensor | None, Metric]:
     return torch.tensor(ids, device=model.device), over
 
 
-def _check(batch: Batch, cells: Sequence[Cell], prompts: Sequence[int]) -> None:
+def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None) -> None:
     n = len(batch.lengths)
+    if prompts is None:
+        return
     if len(prompts) != len(cells):
         raise error(EditError, "a sweep needs one prompt number a cell", got=f"{len(prompts)} for {len(cells)} cells")
     if any(not 0 <= p < n for p in prompts):

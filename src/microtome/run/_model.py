@@ -19,6 +19,7 @@ from microtome.errors import PromptError, SiteError, error
 from microtome.model import Address, Anatomy, LayerWeights, NormWeights, Weights, parse
 from microtome.run._batch import Batch, Prompt, to_batch
 from microtome.run._cells import Sweep, SweepPlan, plan_sweep, sweep
+from microtome.run._edges import Edge
 from microtome.run._edits import Edit, Repeat, SiteEdit, Skip
 from microtome.run._hooks import Rig
 from microtome.run._metrics import Metric
@@ -224,7 +225,7 @@ class Model:
     def sweep(
         self,
         prompt: Prompt,
-        cells: Sequence[Cell],
+        cells: Sequence[Cell | Edge],
         metric: Metric,
         *,
         prompts: Sequence[int] | None = None,
@@ -235,7 +236,7 @@ class Model:
 
         Args:
             prompt: one prompt or several, of any lengths.
-            cells: each an edit, or a list of edits, of one copy of one prompt; positions are that prompt's own.
+            cells: each an edit, a list of edits, or an `Edge`, of one copy of one prompt; positions are that prompt's.
             metric: what to read, such as `LogitDifference`.
             prompts: the number of each cell's prompt; the first by default.
             budget: bytes that one walk may hold; half of the free memory, at most 2 GiB, by default.
@@ -258,7 +259,7 @@ class Model:
     def plan_sweep(
         self,
         prompt: Prompt,
-        cells: Sequence[Cell],
+        cells: Sequence[Cell | Edge],
         metric: Metric,
         *,
         prompts: Sequence[int] | None = None,
