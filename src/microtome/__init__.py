@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from microtome import stream as stream
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
+    from microtome.explain import attention_knockout as attention_knockout
+    from microtome.explain import causal_trace as causal_trace
     from microtome.explain import contributions as contributions
     from microtome.explain import logit_lens as logit_lens
     from microtome.model import Address as Address
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from microtome.run import Mean as Mean
     from microtome.run import Metric as Metric
     from microtome.run import Model as Model
+    from microtome.run import Noise as Noise
     from microtome.run import Plan as Plan
     from microtome.run import Probability as Probability
     from microtome.run import Project as Project
@@ -69,11 +72,11 @@ _HOME = {
     "microtome.model": ("Address", "Anatomy", "Site", "parse"),
     "microtome.run": (
         "Add", "Check", "Clamp", "Divergence", "Edge", "Edit", "Freeze", "KnockOut", "load_edits", "LogitDifference",
-        "LogProbability", "Map", "map", "Mean", "Metric", "Model", "open", "Plan", "Probability", "Project",
+        "LogProbability", "Map", "map", "Mean", "Metric", "Model", "Noise", "open", "Plan", "Probability", "Project",
         "prove", "Rank", "Reading", "Repeat", "Rotate", "Run", "save_edits", "Scale", "ScaleBlock", "Set",
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
-    "microtome.explain": ("activation_patching", "contributions", "logit_lens"),
+    "microtome.explain": ("activation_patching", "attention_knockout", "causal_trace", "contributions", "logit_lens"),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
 _ROOMS = ("atlas", "errors", "explain", "measure", "stream")

@@ -2,6 +2,10 @@
 
 from microtome.run._batch import Batch as Batch
 from microtome.run._batch import Prompt as Prompt
+from microtome.run._block_edits import Freeze as Freeze
+from microtome.run._block_edits import Repeat as Repeat
+from microtome.run._block_edits import ScaleBlock as ScaleBlock
+from microtome.run._block_edits import Skip as Skip
 from microtome.run._cells import Sweep as Sweep
 from microtome.run._cells import SweepPlan as SweepPlan
 from microtome.run._edges import RECEIVERS as RECEIVERS
@@ -10,18 +14,14 @@ from microtome.run._edges import Edge as Edge
 from microtome.run._edits import Add as Add
 from microtome.run._edits import Clamp as Clamp
 from microtome.run._edits import Edit as Edit
-from microtome.run._edits import Freeze as Freeze
 from microtome.run._edits import KnockOut as KnockOut
 from microtome.run._edits import Map as Map
 from microtome.run._edits import Mean as Mean
 from microtome.run._edits import Project as Project
-from microtome.run._edits import Repeat as Repeat
 from microtome.run._edits import Rotate as Rotate
 from microtome.run._edits import Scale as Scale
-from microtome.run._edits import ScaleBlock as ScaleBlock
 from microtome.run._edits import Set as Set
 from microtome.run._edits import SiteEdit as SiteEdit
-from microtome.run._edits import Skip as Skip
 from microtome.run._edits import SwapFrom as SwapFrom
 from microtome.run._edits import Zero as Zero
 from microtome.run._metrics import Divergence as Divergence
@@ -33,6 +33,7 @@ from microtome.run._metrics import Rank as Rank
 from microtome.run._metrics import Reading as Reading
 from microtome.run._metrics import SpanLoss as SpanLoss
 from microtome.run._model import Model as Model
+from microtome.run._noise import Noise as Noise
 from microtome.run._open import map as map
 from microtome.run._open import open as open
 from microtome.run._plan import Plan as Plan

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Address, NormWeights, Site, parse
-from microtome.run._edits import Add, Edit, Set, SiteEdit, Skip, Source
+from microtome.run._block_edits import Skip
+from microtome.run._edits import Add, Edit, Set, SiteEdit, Source
 
 if TYPE_CHECKING:
     from microtome.run._model import Model

@@ -18,9 +18,10 @@ from torch import Tensor
 from microtome.errors import PromptError, SiteError, error
 from microtome.model import Address, Anatomy, LayerWeights, NormWeights, Weights, parse
 from microtome.run._batch import Batch, Prompt, to_batch
+from microtome.run._block_edits import Repeat, Skip
 from microtome.run._cells import Sweep, SweepPlan, plan_sweep, sweep
 from microtome.run._edges import Edge
-from microtome.run._edits import Edit, Repeat, SiteEdit, Skip
+from microtome.run._edits import Edit, SiteEdit
 from microtome.run._hooks import Rig
 from microtome.run._metrics import Metric
 from microtome.run._plan import Plan, plan_of, refuse_if_over
