@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import EditError, error
+from microtome.model import Site
 from microtome.run._batch import Batch, Prompt
 from microtome.run._plan import free_memory
 from microtome.run._sweep import Base, Cell, Row, Walk, base_of, rows_of
@@ -187,7 +188,12 @@ def _joined(by_first: dict[int, list[Row]], length: int, n_layers: int) -> list[
 def _row_bytes(model: Model, length: int, read: int) -> int:
     a = model.anatomy
     kv = 4 * a.n_heads * a.d_head * length
-    return 4 * (length * (6 * a.d_model + 3 * a.d_mlp) + kv + a.n_heads * length * length + 3 * read * a.d_vocab)
+    return 4 * (
+        length * (6 * a.d_model + 3 * a.d_mlp)
+        + kv
+        + a.n_heads * length * length
+        + 3 * read * a.size(Site("logits"), "vocab")
+    )
 
 
 def _plan(model: Model, batch: Batch, rows: Sequence[Row], walks: Sequence[tuple[Any, int, list[Row]]]) -> SweepPlan:
