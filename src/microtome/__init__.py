@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from microtome import errors as errors
     from microtome import explain as explain
     from microtome import measure as measure
+    from microtome import planted as planted
     from microtome import stream as stream
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
@@ -79,7 +80,7 @@ _HOME = {
     "microtome.explain": ("activation_patching", "attention_knockout", "causal_trace", "contributions", "logit_lens"),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
-_ROOMS = ("atlas", "errors", "explain", "measure", "stream")
+_ROOMS = ("atlas", "errors", "explain", "measure", "planted", "stream")
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_WHERE, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]

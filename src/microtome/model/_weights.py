@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from microtome.errors import SiteError
@@ -56,6 +57,8 @@ class NormWeights:
 
     def scale(self, x: Tensor) -> Tensor:
         """What the norm divides by, [...] in float32, for x [..., d_model]."""
+        if self.norm.identity:
+            return x.new_ones(x.shape[:-1], dtype=torch.float32)
         return (self.centre(x.float()).pow(2).mean(-1) + self.norm.eps).sqrt()
 
     def apply(self, x: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import BudgetError, EditError, error
+from microtome.model import Site
 from microtome.run._batch import Batch, Prompt
 from microtome.run._edges import Edge, Edges
 from microtome.run._edits import Zero
@@ -146,7 +147,7 @@ def _prepare(
     groups = _by_length(model, batch, metric)
     ids, metric = _narrowed(model, metric)
     room = budget if budget is not None else min(int(0.5 * free_memory(model.device)), 2 * 2**30)
-    vocab = model.anatomy.d_vocab if ids is None else len(ids)
+    vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)
     walks: list[tuple[_Group, int, list[Row]]] = []
     most = 0
     for group in groups:
