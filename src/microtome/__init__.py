@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from microtome import errors as errors
     from microtome import explain as explain
     from microtome import measure as measure
+    from microtome import planted as planted
     from microtome import stream as stream
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from microtome.run import Check as Check
     from microtome.run import Clamp as Clamp
     from microtome.run import Divergence as Divergence
+    from microtome.run import Edge as Edge
     from microtome.run import Edit as Edit
     from microtome.run import Freeze as Freeze
     from microtome.run import KnockOut as KnockOut
@@ -72,7 +74,7 @@ if TYPE_CHECKING:
 _HOME = {
     "microtome.model": ("Address", "Anatomy", "Site", "parse"),
     "microtome.run": (
-        "Add", "Check", "Clamp", "Divergence", "Edit", "Freeze", "KnockOut", "load_edits", "LogitDifference",
+        "Add", "Check", "Clamp", "Divergence", "Edge", "Edit", "Freeze", "KnockOut", "load_edits", "LogitDifference",
         "LogProbability", "Map", "map", "Mean", "Metric", "Model", "Noise", "open", "Plan", "Probability", "Project",
         "prove", "Rank", "Reading", "Repeat", "Rotate", "Run", "save_edits", "Scale", "ScaleBlock", "Set",
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
@@ -83,7 +85,7 @@ _HOME = {
     ),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
-_ROOMS = ("atlas", "errors", "explain", "measure", "stream")
+_ROOMS = ("atlas", "errors", "explain", "measure", "planted", "stream")
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_WHERE, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]

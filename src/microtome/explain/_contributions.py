@@ -60,7 +60,8 @@ def contributions(
     """
     refuse_unless_sum(model)
     at = f"@{position}"
-    wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"logits{at}"]
+    said = "logits" if a.logit_softcap is None else "final"
+    wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{said}{at}"]
     wanted += [f"*.mlp.post{at}"] if "neuron" in detail else []
     wanted += [f"*.attn.pattern{at}", "*.attn.v"] if "source" in detail else []
     run = model.run(prompt, capture=wanted)
@@ -137,7 +138,7 @@ class _Reader:
         norm = model.final_norm
         assert norm is not None
         batch = run.tokens.shape[0]
-        logits = run[f"logits{at}"][:, 0]
+        logits = self._before_cap()
         self.answers: Tensor = logits.argmax(-1) if answer is None else torch.full((batch,), one_token(model, answer))
         self.answers = self.answers.to(run.tokens.device)
         self.foils = None if foil is None else torch.full_like(self.answers, one_token(model, foil))
@@ -156,9 +157,18 @@ class _Reader:
             self.constant = self.constant - (0.0 if self.foils is None else bias[self.foils])
         self.logit = self._logit(logits.double())
 
+    def _before_cap(self) -> Tensor:
+        """Logits [batch, vocab] as the model gave them; under a cap, as they enter it.
+
+        A cap cannot be undone: far beyond it every logit is the cap itself. So they are formed anew from what the
+        unembedding reads.
+        """
+        if self.a.logit_softcap is None:
+            return self.run[f"logits{self.at}"][:, 0]
+        logits = self.run[f"final{self.at}"][:, 0] @ self.model.W_U
+        return (logits if self.model.b_U is None else logits + self.model.b_U) * self.a.logit_scale
+
     def _logit(self, logits: Tensor) -> Tensor:
-        cap = self.a.logit_softcap
-        logits = logits if cap is None else torch.atanh(logits / cap) * cap
         own = logits.gather(1, self.answers.unsqueeze(1)).squeeze(1)
         return own if self.foils is None else own - logits.gather(1, self.foils.unsqueeze(1)).squeeze(1)
 

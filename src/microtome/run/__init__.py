@@ -8,6 +8,9 @@ from microtome.run._block_edits import ScaleBlock as ScaleBlock
 from microtome.run._block_edits import Skip as Skip
 from microtome.run._cells import Sweep as Sweep
 from microtome.run._cells import SweepPlan as SweepPlan
+from microtome.run._edges import RECEIVERS as RECEIVERS
+from microtome.run._edges import SENDERS as SENDERS
+from microtome.run._edges import Edge as Edge
 from microtome.run._edits import Add as Add
 from microtome.run._edits import Clamp as Clamp
 from microtome.run._edits import Edit as Edit
