@@ -92,9 +92,10 @@ def activation_patching(
     data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
     words = [model.to_words(row) for row in tokens]
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    told = {"method": "activation patching", "direction": direction, "answer": _word(model, answer)}
-    told |= {} if foil is None else {"foil": _word(model, foil)}
-    return data.assign_attrs(model.provenance | told)
+    words_of = {"answer": answer, "foil": foil}
+    said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
+    told = {"method": "activation patching", "direction": direction, "metric": type(metric).__name__}
+    return data.assign_attrs(model.provenance | told | said)
 
 
 def _word(model: Model, token: str | int) -> str:

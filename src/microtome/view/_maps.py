@@ -84,7 +84,9 @@ def maps_of(data: xr.Dataset) -> list[HeatMap]:
     names = [str(n) for n, v in data.data_vars.items() if v.ndim == 2 and n not in ends and v.dtype.kind in "fiub"]
     if not names:
         held = ", ".join(f"{n} over ({', '.join(map(str, v.dims))})" for n, v in data.data_vars.items())
-        raise error(DataError, "nothing to draw as a heat map", got=held or "no variable", allowed="numbers on two axes")
+        raise error(
+            DataError, "nothing to draw as a heat map", got=held or "no variable", allowed="numbers on two axes"
+        )
     return [_map(data, name) for name in names]
 
 
