@@ -71,6 +71,7 @@ def activation_patching(
     """
     tokens = aligned(model, clean, corrupt)
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
+    own = {} if metric is None else {"metric": type(metric).__name__}
     metric = answer_metric(model, answer, foil) if metric is None else metric
     _refuse_blind(model, metric, tokens)
     places = [(p, p + 1) for p in range(tokens.shape[1])]
@@ -94,8 +95,8 @@ def activation_patching(
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
     words_of = {"answer": answer, "foil": foil}
     said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
-    told = {"method": "activation patching", "direction": direction, "metric": type(metric).__name__}
-    return data.assign_attrs(model.provenance | told | said)
+    told = {"method": "activation patching", "direction": direction}
+    return data.assign_attrs(model.provenance | told | said | own)
 
 
 def _word(model: Model, token: str | int) -> str:
