@@ -95,8 +95,7 @@ def activation_patching(
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
     words_of = {"answer": answer, "foil": foil}
     said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
-    told = {"method": "activation patching", "direction": direction}
-    return data.assign_attrs(model.provenance | told | said | own)
+    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
 
 
 def _word(model: Model, token: str | int) -> str:
