@@ -86,7 +86,13 @@ def activation_patching(
     data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
     words = [model.to_words(row) for row in tokens]
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction})
+    told = {"method": "activation patching", "direction": direction, "answer": _word(model, answer)}
+    told |= {} if foil is None else {"foil": _word(model, foil)}
+    return data.assign_attrs(model.provenance | told)
+
+
+def _word(model: Model, token: str | int) -> str:
+    return token if isinstance(token, str) else model.to_words([token])[0]
 
 
 def _dataset(layouts: dict[str, _Layout], shares: Tensor) -> xr.Dataset:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from microtome.errors import SiteError, error
@@ -32,15 +33,15 @@ def _bias(module: Any) -> Tensor | None:
 
 
 class NormWeights:
-    """Gain and bias of a norm: ``gain * centred(x) / scale + bias``."""
+    """Gain and bias of a norm, ``gain * centred(x) / scale + bias``, and the module that computes it."""
 
     def __init__(self, module: nn.Module, norm: Norm) -> None:
-        self._module, self.norm = module, norm
+        self.module, self.norm = module, norm
 
     @property
     def gain(self) -> Tensor | float:
         """[d_model], or 1.0 for a norm without weights."""
-        weight = getattr(self._module, "weight", None)
+        weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor):
             return 1.0
         return weight + self.norm.offset if self.norm.offset else weight
@@ -48,7 +49,7 @@ class NormWeights:
     @property
     def bias(self) -> Tensor | None:
         """[d_model], or None."""
-        return _bias(self._module)
+        return _bias(self.module)
 
     def centre(self, x: Tensor) -> Tensor:
         """x [..., d_model], minus its mean where the norm is a layer norm."""
@@ -56,6 +57,8 @@ class NormWeights:
 
     def scale(self, x: Tensor) -> Tensor:
         """What the norm divides by, [...] in float32, for x [..., d_model]."""
+        if self.norm.identity:
+            return x.new_ones(x.shape[:-1], dtype=torch.float32)
         return (self.centre(x.float()).pow(2).mean(-1) + self.norm.eps).sqrt()
 
     def apply(self, x: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -210,6 +210,14 @@ class Mean(SiteEdit):
         return value.expand_as(x)
 
 
+def orthonormal(basis: Tensor) -> Tensor:
+    """Columns [d, rank] that span the rows of a basis [n, d] or [d], of which some may depend on others."""
+    rows = basis.detach().reshape(-1, basis.shape[-1])
+    _, size, directions = torch.linalg.svd(rows.double(), full_matrices=False)
+    eps = torch.finfo(rows.dtype).eps if rows.dtype.is_floating_point else 0.0
+    return directions[size > size.max() * eps * max(rows.shape)].T
+
+
 def _check_width(name: str, width: int, x: Tensor, where: Where) -> None:
     if width != x.shape[-1]:
         raise error(
@@ -237,10 +245,8 @@ class Project(SiteEdit):
         """x minus its part in the span of the basis, or that part."""
         if self.basis is None:
             raise error(EditError, f"Project on {where.site} has no basis", do="give basis= [rank, d]")
-        basis = self.basis.reshape(-1, self.basis.shape[-1])
-        _check_width("a basis", basis.shape[-1], x, where)
-        q: Tensor = torch.linalg.qr(basis.to(device=x.device, dtype=torch.float32).T)[0]
-        q = q.to(x.dtype)
+        _check_width("a basis", self.basis.shape[-1], x, where)
+        q = orthonormal(self.basis).to(device=x.device, dtype=x.dtype)
         inside = (x @ q) @ q.T
         return inside if self.onto else x - inside
 
@@ -311,14 +317,17 @@ class Map(SiteEdit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SwapFrom(SiteEdit):
-    """Put in place what another run had at the same site, rows, positions and units.
+    """Put in place what another run had at the same site, rows, positions and units, or its part inside a subspace.
 
     Attributes:
         source: the other run, which must have captured the whole site, or a mapping from sites to such tensors. One
             row there serves all rows here.
+        basis: [rank, d] or [d] along the site's last axis: swap only what lies in its span, x + (source - x) Q Qᵀ. It
+            need not be orthonormal or independent.
     """
 
     source: Source | Mapping[str, Tensor] | None = None
+    basis: Tensor | None = None
 
     def _of(self, site: Site) -> Tensor:
         if isinstance(self.source, Mapping):
@@ -349,7 +358,11 @@ class SwapFrom(SiteEdit):
             ) from None
         fitted = _fits(value, x, where)
         assert isinstance(fitted, Tensor)
-        return fitted.expand_as(x)
+        if self.basis is None:
+            return fitted.expand_as(x)
+        _check_width("a basis", self.basis.shape[-1], x, where)
+        q = orthonormal(self.basis).to(device=x.device, dtype=x.dtype)
+        return x + (fitted - x) @ q @ q.T
 
     def _same_positions(self, where: Where) -> None:
         """Refuse a source whose tokens stand elsewhere, so that one position would be another there."""
@@ -378,7 +391,7 @@ class SwapFrom(SiteEdit):
         held = self.source if isinstance(self.source, Mapping) else getattr(self.source, "captured", {})
         parts = [str(k).encode() + _digest(v) for k, v in sorted(held.items(), key=lambda kv: str(kv[0]))]
         return hashlib.sha256(
-            b"\0".join([b"SwapFrom", self.site.encode(), repr(self.rows).encode(), *parts])
+            b"\0".join([b"SwapFrom", self.site.encode(), repr(self.rows).encode(), _digest(self.basis), *parts])
         ).hexdigest()
 
 
@@ -456,45 +469,3 @@ def apply(edit: SiteEdit, x: Tensor, where: Where) -> Tensor:
         index = (rows[:, None, None], columns[rows].unsqueeze(2), where.units)
     result[index] = new
     return canonical(result, where.site)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Skip(Edit):
-    """Leave out whole blocks: what enters layer l leaves it unchanged. Costs nothing where it skips."""
-
-    layers: str | int
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Repeat(Edit):
-    """Run blocks several times in a row, each on its own output."""
-
-    layers: str | int
-    times: int = 2
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ScaleBlock(Edit):
-    """Scale what blocks add: resid_post = resid_pre + factor * (resid_post - resid_pre)."""
-
-    layers: str | int
-    factor: float = 1.0
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Freeze(Edit):
-    """Hold non-linear parts constant for gradients; values stay the same to the bit.
-
-    Attributes:
-        norms: the divisor of every norm.
-        patterns: attention patterns.
-        activations: the gate of a gated MLP; in a plain MLP the ratio of activation to pre-activation.
-        mlps: whole MLP outputs.
-
-    With norms, patterns and activations frozen, a model without biases is linear in its embeddings.
-    """
-
-    norms: bool = True
-    patterns: bool = True
-    activations: bool = True
-    mlps: bool = False

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Anatomy, NormWeights, Site, norm_of, parse_selection
-from microtome.run._edits import Freeze, Repeat, ScaleBlock, Skip
+from microtome.run._block_edits import Freeze, Repeat, ScaleBlock, Skip
 from microtome.run._hooks import Rig
 from microtome.run._taps import Shape, input_of, install, output_of, with_input, with_output
 

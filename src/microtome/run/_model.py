@@ -18,8 +18,10 @@ from torch import Tensor
 from microtome.errors import PromptError, SiteError, error
 from microtome.model import Address, Anatomy, LayerWeights, NormWeights, Weights, parse
 from microtome.run._batch import Batch, Prompt, to_batch
-from microtome.run._cells import Sweep, sweep
-from microtome.run._edits import Edit, Repeat, SiteEdit, Skip
+from microtome.run._block_edits import Repeat, Skip
+from microtome.run._cells import Sweep, SweepPlan, plan_sweep, sweep
+from microtome.run._edges import Edge
+from microtome.run._edits import Edit, SiteEdit
 from microtome.run._hooks import Rig
 from microtome.run._metrics import Metric
 from microtome.run._plan import Plan, plan_of, refuse_if_over
@@ -41,13 +43,14 @@ class Model:
         tokenizer: its tokenizer, or None.
         anatomy: sizes, and where every site is.
         proof: the identities that were checked when it was opened.
+        pace: floating-point operations a second, of its last run.
     """
 
     def __init__(self, hf: Any, tokenizer: Any, anatomy: Anatomy) -> None:
         self.hf, self.tokenizer, self.anatomy = hf, tokenizer, anatomy
         self.proof: list[Check] = []
         self._weights = Weights(hf, anatomy)
-        self._flops_per_second = 2e10
+        self.pace = 2e10
         self._takes_positions = "position_ids" in signature(type(hf).forward).parameters
 
     def __repr__(self) -> str:
@@ -161,7 +164,7 @@ class Model:
     def plan(self, prompt: Prompt, capture: Capture = (), *, logits: bool = True, grad: bool = False) -> Plan:
         """What a run would keep and take, before it runs: bytes by site, operations, seconds at the last run's pace."""
         batch = self.to_batch(prompt)
-        return plan_of(self, batch, _addresses(capture), logits=logits, grad=grad, pace=self._flops_per_second)
+        return plan_of(self, batch, _addresses(capture), logits=logits, grad=grad, pace=self.pace)
 
     def run(
         self,
@@ -202,7 +205,7 @@ class Model:
         captures = _addresses(capture)
         wants_logits = logits and stop_at is None
         refuse_if_over(
-            plan_of(self, batch, captures, logits=wants_logits, grad=grad, pace=self._flops_per_second),
+            plan_of(self, batch, captures, logits=wants_logits, grad=grad, pace=self.pace),
             budget,
             self.device,
         )
@@ -223,7 +226,7 @@ class Model:
     def sweep(
         self,
         prompt: Prompt,
-        cells: Sequence[Cell],
+        cells: Sequence[Cell | Edge],
         metric: Metric,
         *,
         prompts: Sequence[int] | None = None,
@@ -234,7 +237,7 @@ class Model:
 
         Args:
             prompt: one prompt or several, of any lengths.
-            cells: each an edit, or a list of edits, of one copy of one prompt; positions are that prompt's own.
+            cells: each an edit, a list of edits, or an `Edge`, of one copy of one prompt; positions are that prompt's.
             metric: what to read, such as `LogitDifference`.
             prompts: the number of each cell's prompt; the first by default.
             budget: bytes that one walk may hold; half of the free memory, at most 2 GiB, by default.
@@ -247,11 +250,28 @@ class Model:
         Raises:
             SiteError: an address matches nothing, lies outside the layers, or beyond its prompt.
             EditError: a cell is empty, or the metric does not fit.
+            BudgetError: not even one cell fits.
 
         >>> cells = [SwapFrom(f"{layer}.resid_pre@{pos}", source=corrupt) for layer in range(30) for pos in range(13)]
         >>> effects = model.sweep(clean, cells, LogitDifference(answer=paris, foil=rome)).effects.reshape(30, 13)
         """
         return sweep(self, prompt, cells, metric, prompts=prompts, budget=budget, progress=progress)
+
+    def plan_sweep(
+        self,
+        prompt: Prompt,
+        cells: Sequence[Cell | Edge],
+        metric: Metric,
+        *,
+        prompts: Sequence[int] | None = None,
+        budget: int | None = None,
+    ) -> SweepPlan:
+        """What a sweep would take, before it runs: walks, forwards, operations, bytes, and seconds; see `sweep`.
+
+        Raises:
+            BudgetError: not even one cell fits.
+        """
+        return plan_sweep(self, prompt, cells, metric, prompts=prompts, budget=budget)
 
     def _stop_at(self, rig: Rig, stop_at: int | None, logits: bool) -> None:
         def stop(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -280,7 +300,7 @@ class Model:
             except Stop:
                 return None
         flops = plan_of(self, batch, [], logits=True, grad=False, pace=1.0).flops
-        self._flops_per_second = flops / (time.perf_counter() - started)
+        self.pace = flops / (time.perf_counter() - started)
         return output
 
     @contextmanager

@@ -59,8 +59,9 @@ def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: 
     weights = model.n_parameters - model.W_E.numel()
     weights -= 0 if model.W_U.data_ptr() == model.W_E.data_ptr() else model.W_U.numel()
     flops = 2.0 * tokens * weights + 4.0 * rows * width * width * a.n_heads * a.d_head * a.n_layers
-    flops += 2.0 * tokens * a.d_model * a.d_vocab if logits else 0.0
-    return Plan(kept, tokens * a.d_vocab * size if logits else 0, flops, flops * (3 if grad else 1) / pace)
+    written = a.size(Site("logits"), "vocab")
+    flops += 2.0 * tokens * a.d_model * written if logits else 0.0
+    return Plan(kept, tokens * written * size if logits else 0, flops, flops * (3 if grad else 1) / pace)
 
 
 def _elements(model: Model, batch: Batch, address: Address, site: Site) -> int:

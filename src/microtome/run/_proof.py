@@ -212,14 +212,14 @@ class _Prover:
 
 
 def prove(model: Model) -> list[Check]:
-    """Check the seven identities of a model on a probe batch of two rows of eight tokens.
+    """Check the seven identities of a model on a probe batch of two rows of eight tokens, or as many as it takes.
 
     Returns:
         A check for every identity and place.
     """
     a = model.anatomy
     tokens = (torch.arange(16) * 7919 % (a.d_vocab - a.d_vocab // 4) + a.d_vocab // 4).reshape(2, 8)
-    tokens = tokens.to(model.device)
+    tokens = tokens[:, : a.n_ctx].to(model.device)
     with torch.no_grad():
         plain = model.hf(input_ids=tokens).logits
         sites = [parse(str(s)) for s in a.taps if s.name != "logits"]

@@ -12,28 +12,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from microtome.errors import DataError, EditError, OutputError, error
+from microtome.run._block_edits import Freeze, Repeat, ScaleBlock, Skip
 from microtome.run._edits import (
     Add,
     Clamp,
     Edit,
-    Freeze,
     KnockOut,
     Map,
     Mean,
     Project,
-    Repeat,
     Rotate,
     Scale,
-    ScaleBlock,
     Set,
-    Skip,
     SwapFrom,
     Zero,
 )
+from microtome.run._noise import Noise
 
 KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind
-    for kind in (Set, Add, Scale, Zero, Mean, Project, Rotate, Clamp, KnockOut, Skip, Repeat, ScaleBlock, Freeze)
+    for kind in (Set, Add, Scale, Zero, Mean, Project, Rotate, Clamp, Noise, KnockOut, Skip, Repeat, ScaleBlock, Freeze)
 }
 
 

@@ -1,0 +1,289 @@
+"""Edges: what one component writes, changed in what one input alone reads.
+
+    1 the change that a sender makes is what it writes in the source minus what it writes in the base run;
+    2 it is added to the stream that the receiver's norm reads, and the branch of that layer runs on the sum: for q, k
+      and v with the other two inputs as in the base run;
+    3 of what comes out only the receiver is kept: one head's z, the MLP's output, or the last stream itself;
+    4 that becomes an ordinary cell of a sweep, which runs the layers behind it.
+
+So an edge into one head's keys changes them for that query head alone, also where heads share keys and values.
+
+Formula:  x_v = stream_v(base) + (write_u(source) - write_u(base)) at the receiver v; all else reads the base's own.
+Cost:     a layer's attention runs three times a sender and its MLP once; then a cell of the receiver's layer an edge.
+Check:    equal to plain hooks on the same model with keys and values of its own for every head;
+          tests/laws/test_edges.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from microtome.errors import EditError, SiteError, error
+from microtome.model import Address, NormWeights, Site, parse
+from microtome.run._block_edits import Skip
+from microtome.run._edits import Add, Edit, Set, SiteEdit, Source
+
+if TYPE_CHECKING:
+    from microtome.run._model import Model
+    from microtome.run._result import Run
+
+SENDERS = ("embed", "attn.z", "mlp_out")
+INPUTS = ("attn.q", "attn.k", "attn.v")
+RECEIVERS = (*INPUTS, "mlp.in", "final")
+BRANCH_ROWS = 256
+"""How many rows one run of a branch holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """A cell of a sweep: one sender's change, read by one receiver alone.
+
+    Attributes:
+        sender: `embed`, one head ``"3.attn.z[5]"`` or one MLP ``"7.mlp_out"``; with positions, what it writes there.
+        receiver: one head's input ``"9.attn.q[2]"``, `k` or `v` (by query head), an MLP ``"9.mlp.in"``, or the logits
+            `final`.
+        source: a run that captured the sender's site whole, or a mapping from sites to such tensors.
+        change: [pos, d_model], instead of a source, what the sender writes more than in the base run.
+    """
+
+    sender: str
+    receiver: str
+    source: Source | Mapping[str, Tensor] | None = None
+    change: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        sender, receiver = parse(self.sender), parse(self.receiver)
+        if sender.name not in SENDERS or (sender.name == "attn.z") != sender.units.is_one or not _one_layer(sender):
+            raise error(
+                EditError,
+                f'"{self.sender}" cannot send',
+                allowed='embed, one head ("3.attn.z[5]"), one MLP ("7.mlp_out")',
+                do="name one of these",
+            )
+        if (
+            receiver.name not in RECEIVERS
+            or (receiver.name in INPUTS) != receiver.units.is_one
+            or not _one_layer(receiver)
+        ):
+            raise error(
+                EditError,
+                f'"{self.receiver}" cannot receive',
+                allowed='one head\'s input ("9.attn.q[2]", k or v), one MLP ("9.mlp.in"), or final',
+                do="name one of these",
+            )
+        if (self.source is None) == (self.change is None):
+            raise error(EditError, f"the edge {self.sender} -> {self.receiver} needs a source or a change, not both")
+        if not _before(sender, receiver):
+            raise error(
+                EditError,
+                f"{self.sender} does not come before {self.receiver}",
+                do="name a sender whose output the receiver reads",
+            )
+
+    @property
+    def layer(self) -> int | None:
+        """The receiver's layer, None for the logits."""
+        return _layer(parse(self.receiver))
+
+    @property
+    def origin(self) -> tuple[str, int]:
+        """What names the change that it makes: edges of one sender and one source share it."""
+        return self.sender, id(self.source if self.change is None else self.change)
+
+
+def _one_layer(address: Address) -> bool:
+    return address.layers is None or (address.layers.is_one and not address.layers.from_end)
+
+
+def _layer(address: Address) -> int | None:
+    return None if address.layers is None or address.layers.ranges is None else address.layers.ranges[0][0]
+
+
+def _before(sender: Address, receiver: Address) -> bool:
+    written, read = _layer(sender), _layer(receiver)
+    if written is None or read is None:
+        return True
+    same = sender.name == "attn.z" and receiver.name == "mlp.in"
+    return written < read or (written == read and same)
+
+
+def _from_first(differs: Tensor) -> tuple[str, int]:
+    """The positions from the first one on where anything differs, and that one."""
+    first = int(differs.flatten(1).any(1).int().argmax())
+    return f"@{first}-{len(differs) - 1}", first
+
+
+def _set(site: str, new: Tensor, own: Tensor) -> SiteEdit:
+    """The edit that puts `new` in place of `own`, from the first position on where they differ."""
+    where, first = _from_first(new != own)
+    return Set(site + where, value=new[first:])
+
+
+class Edges:
+    """Turns edges over one prompt into ordinary cells."""
+
+    def __init__(self, model: Model, tokens: Tensor) -> None:
+        """Run the prompt, tokens [1, pos], and keep what every sender writes and every branch reads."""
+        a = model.anatomy
+        if a.parts.form == "post_norm":
+            raise error(
+                SiteError,
+                f"the stream of {a.name} is not a sum over its parts, so that it has no edges",
+                got="norms on the residual stream itself",
+                do="use a model with norms before its branches",
+            )
+        self.model, self.tokens, self.parallel = model, tokens, a.parts.form == "parallel"
+        names = ["resid_pre", "attn.q", "attn.k", "attn.v", "attn.z", "attn_out", "mlp_out"]
+        names += [] if self.parallel else ["resid_mid"]
+        with torch.no_grad():
+            self.base: Run = model.run(tokens, capture=["embed", *(f"*.{name}" for name in names)], logits=False)
+        self._changes: dict[tuple[str, int], Tensor] = {}
+
+    def cells(self, edges: Sequence[Edge]) -> list[SiteEdit]:
+        """An ordinary edit for every edge, in their order.
+
+        Raises:
+            SiteError: a sender, receiver or source has no such site.
+            EditError: in a parallel block an MLP does not read its own layer's attention.
+        """
+        found: list[SiteEdit | None] = [None] * len(edges)
+        by_branch: dict[tuple[int | None, str], list[int]] = {}
+        for place, edge in enumerate(edges):
+            self._check(edge)
+            by_branch.setdefault((edge.layer, parse(edge.receiver).name), []).append(place)
+        with torch.no_grad():
+            for (layer, name), places in by_branch.items():
+                mine = [edges[place] for place in places]
+                if layer is None:
+                    cells = self._into_logits(mine)
+                elif name == "mlp.in":
+                    cells = self._into_mlp(mine, layer)
+                else:
+                    cells = self._into_heads(mine, layer, name)
+                for place, cell in zip(places, cells, strict=True):
+                    found[place] = cell
+        return [cell for cell in found if cell is not None]
+
+    def _check(self, edge: Edge) -> None:
+        a, sender, receiver = self.model.anatomy, parse(edge.sender), parse(edge.receiver)
+        a.sites(sender)
+        whole = Address(receiver.name, receiver.layers) if receiver.name in INPUTS else receiver
+        a.sites(whole)
+        if receiver.name in INPUTS and receiver.units.resolve(a.n_heads) is None:
+            allowed = f"heads 0 to {a.n_heads - 1}"
+            raise error(SiteError, f"no head [{receiver.units}] to receive in {a.name}", allowed=allowed)
+        if self.parallel and receiver.name == "mlp.in" and sender.name == "attn.z" and _layer(sender) == edge.layer:
+            raise error(
+                EditError,
+                f"{edge.sender} does not come before {edge.receiver} in a parallel block",
+                do="name a sender of an earlier layer",
+            )
+
+    def change(self, edge: Edge) -> Tensor:
+        """[pos, d_model] What the sender adds to the stream in the source, minus what it adds in the base run."""
+        if edge.origin not in self._changes:
+            self._changes[edge.origin] = self._change(edge)
+        return self._changes[edge.origin]
+
+    def _change(self, edge: Edge) -> Tensor:
+        sender = parse(edge.sender)
+        site = Site(sender.name, _layer(sender))
+        here = self.base[str(site)][0]
+        if edge.change is not None:
+            new = edge.change.to(device=here.device, dtype=here.dtype)
+            if new.shape != (len(here), self.model.anatomy.d_model):
+                raise error(
+                    EditError,
+                    f"the change of {edge.sender} does not fit",
+                    got=f"shape {list(new.shape)}",
+                    allowed=f"[{len(here)}, {self.model.anatomy.d_model}] [pos, d_model]",
+                )
+        else:
+            there = self._of(edge, site, here).to(device=here.device, dtype=here.dtype)
+            new = self._written(site, here, there, int((sender.units.resolve(here.shape[1]) or [0])[0]))
+        columns = self.base.batch.columns(sender.positions)
+        if columns is None:
+            return new
+        return torch.zeros_like(new).index_copy(0, columns[0], new[columns[0]])
+
+    def _of(self, edge: Edge, site: Site, here: Tensor) -> Tensor:
+        if isinstance(edge.source, Mapping):
+            if str(site) not in edge.source:
+                raise error(EditError, f"the source of an edge has no {site}", do="capture that site whole")
+            there = edge.source[str(site)]
+        else:
+            assert edge.source is not None
+            there = edge.source.whole(site)
+        if there.shape != (1, *here.shape):
+            raise error(
+                EditError,
+                f"the source of {edge.sender} does not fit",
+                got=f"shape {list(there.shape)}",
+                allowed=str([1, *here.shape]),
+                do="run one other prompt of the same number of tokens",
+            )
+        return there[0]
+
+    def _written(self, site: Site, here: Tensor, there: Tensor, head: int) -> Tensor:
+        if site.name != "attn.z":
+            return there - here
+        layer = site.layer or 0
+        weights, path = self.model.layers[layer], self.model.anatomy.parts.layers[layer].attn_post_norm
+        added = (there[:, head] - here[:, head]) @ weights.W_O[head]
+        tap = self.model.anatomy.taps[Site("attn_out", layer)]
+        if path is None:
+            return added * tap.scale
+        # A norm behind the branch: what it gives when this head alone has changed.
+        raw = torch.einsum("phd,hdm->pm", here, weights.W_O)
+        raw = raw if weights.b_O is None else raw + weights.b_O
+        norm = self.model.hf.get_submodule(path)
+        return (norm(raw + added) - norm(raw)) * tap.scale
+
+    def _into_logits(self, edges: Sequence[Edge]) -> list[SiteEdit]:
+        site = f"{self.model.anatomy.n_layers - 1}.resid_post"
+        changes = [self.change(edge) for edge in edges]
+        return [Add(site + _from_first(change != 0)[0], change[_from_first(change != 0)[1] :]) for change in changes]
+
+    def _into_mlp(self, edges: Sequence[Edge], layer: int) -> list[SiteEdit]:
+        stream = self.base[f"{layer}.resid_pre" if self.parallel else f"{layer}.resid_mid"][0]
+        read = self._normed(self.model.layers[layer].mlp_norm, [stream + self.change(edge) for edge in edges])
+        outs: list[Tensor] = []
+        for part in read.split(BRANCH_ROWS):
+            outs += self._branch(layer, [Set(f"{layer}.mlp.in", value=part)], "mlp_out", len(part))
+        return [_set(f"{layer}.mlp_out", out, self.base[f"{layer}.mlp_out"][0]) for out in outs]
+
+    def _into_heads(self, edges: Sequence[Edge], layer: int, name: str) -> list[SiteEdit]:
+        """Every sender's change runs through the attention once, for all of its heads."""
+        senders = {edge.origin: edge for edge in edges}
+        stream, own = self.base[f"{layer}.resid_pre"][0], self.base[f"{layer}.attn.z"][0]
+        changed = [stream + self.change(edge) for edge in senders.values()]
+        z: list[Tensor] = []
+        for part in self._normed(self.model.layers[layer].attn_norm, changed).split(BRANCH_ROWS):
+            held = [Set(f"{layer}.{n}", value=self.base[f"{layer}.{n}"]) for n in INPUTS if n != name]
+            z += self._branch(layer, [Set(f"{layer}.attn.in", value=part), *held], "attn.z", len(part))
+        found = dict(zip(senders, z, strict=True))
+        cells: list[SiteEdit] = []
+        for edge in edges:
+            head = (parse(edge.receiver).units.resolve(self.model.anatomy.n_heads) or [0])[0]
+            new = found[edge.origin][:, head : head + 1]
+            cells.append(_set(f"{layer}.attn.z[{head}]", new, own[:, head : head + 1]))
+        return cells
+
+    def _normed(self, norm: NormWeights | None, streams: Sequence[Tensor]) -> Tensor:
+        """[row, pos, d_model] What a branch would read: the model's own norm of each stream."""
+        stacked = torch.stack(list(streams))
+        return stacked if norm is None else norm.module(stacked)
+
+    def _branch(self, layer: int, edits: Sequence[Edit], site: str, rows: int) -> list[Tensor]:
+        """A site of each row when one layer runs on the base run's stream, with edits; nothing behind it runs."""
+        before: list[Edit] = [] if layer == 0 else [Skip(f"0-{layer - 1}")]
+        before.append(Set(f"{layer}.resid_pre", value=self.base[f"{layer}.resid_pre"]))
+        stop = layer + 1 if layer + 1 < self.model.anatomy.n_layers else None
+        tokens = self.tokens.expand(rows, -1)
+        run = self.model.run(tokens, capture=f"{layer}.{site}", edits=[*before, *edits], stop_at=stop, logits=False)
+        return list(run[f"{layer}.{site}"])

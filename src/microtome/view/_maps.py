@@ -1,0 +1,149 @@
+"""Heat maps of a causal result: what a terminal and a page draw alike.
+
+A dataset of effects holds one variable a site over (layer, pos), (layer, head) or another two axes. Here each becomes a
+map with the names of its rows and columns; maps of one unit share one scale, symmetric about zero, so that colours can
+be compared between them. What was not measured is NaN and stays missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from microtome.errors import DataError, error
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+TITLES = {
+    "resid": "residual stream",
+    "resid_pre": "residual stream before the block",
+    "resid_mid": "residual stream between the branches",
+    "resid_post": "residual stream after the block",
+    "attn": "attention output",
+    "attn_out": "attention output",
+    "mlp": "MLP output",
+    "mlp_out": "MLP output",
+    "attn.q": "queries",
+    "attn.k": "keys",
+    "attn.v": "values",
+    "attn.z": "attention mix (z)",
+    "attn.q[head]": "queries by head",
+    "attn.k[head]": "keys by head",
+    "attn.v[head]": "values by head",
+    "attn.z[head]": "heads",
+}
+BOUNDS = ("_lo", "_hi")
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One map: layers from left to right where the variable has layers, what else it has from top to bottom.
+
+    Attributes:
+        name: of the variable.
+        values: [row, column], float64; NaN where nothing was measured.
+        bounds: the ends of the 95 % interval, each like `values`; none where the variable has no interval.
+        across, down: the axes of columns and rows.
+        columns, rows: the name of each.
+        unit: what a value counts.
+    """
+
+    name: str
+    values: np.ndarray
+    bounds: tuple[np.ndarray, np.ndarray] | None
+    across: str
+    down: str
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    unit: str
+
+    @property
+    def title(self) -> str:
+        """What the map shows, in words."""
+        return TITLES.get(self.name, self.name.replace("_", " "))
+
+    def strongest(self, most: int) -> list[tuple[int, int]]:
+        """(row, column) of the largest values of either sign, largest first; what is missing or zero is left out."""
+        flat = np.nan_to_num(np.abs(self.values), nan=0.0).reshape(-1)
+        order = np.argsort(-flat, kind="stable")[:most]
+        width = self.values.shape[1]
+        return [(int(i) // width, int(i) % width) for i in order if flat[i] > 0]
+
+
+def maps_of(data: xr.Dataset) -> list[HeatMap]:
+    """The maps of a dataset: each of its variables with two axes, in their order.
+
+    Raises:
+        DataError: it holds none.
+    """
+    ends = {f"{name}{end}" for name in data.data_vars for end in BOUNDS}
+    names = [str(n) for n, v in data.data_vars.items() if v.ndim == 2 and n not in ends and v.dtype.kind in "fiub"]
+    if not names:
+        held = ", ".join(f"{n} over ({', '.join(map(str, v.dims))})" for n, v in data.data_vars.items())
+        raise error(DataError, "nothing to draw as a heat map", got=held or "no variable", allowed="numbers on two axes")
+    return [_map(data, name) for name in names]
+
+
+def _map(data: xr.Dataset, name: str) -> HeatMap:
+    first, second = (str(d) for d in data[name].dims)
+    across, down = (second, first) if second == "layer" else (first, second)
+    if "sender" in (first, second):  # an edge reads from its sender down to its receiver
+        across, down = (second, first) if first == "sender" else (first, second)
+
+    def values(variable: str) -> np.ndarray:
+        return np.asarray(data[variable].transpose(down, across).values, dtype=np.float64)
+
+    low, high = (name + end for end in BOUNDS)
+    bounds = (values(low), values(high)) if low in data and high in data else None
+    unit = str(data[name].attrs.get("unit", ""))
+    return HeatMap(name, values(name), bounds, across, down, labels(data, across), labels(data, down), unit)
+
+
+def labels(data: xr.Dataset, axis: str) -> tuple[str, ...]:
+    """The name of each place on an axis: its coordinate, else its number."""
+    held = data[axis].values.tolist() if axis in data.coords else range(data.sizes[axis])
+    return tuple(str(value) for value in held)
+
+
+def tokens_of(data: xr.Dataset) -> dict[str, tuple[str, ...]]:
+    """The prompts that a dataset tells of, token by token: "clean" and "corrupt", or "prompt"."""
+    named = {"clean": "clean_token", "corrupt": "corrupt_token"}
+    if not all(coordinate in data.coords for coordinate in named.values()):
+        named = {"prompt": next((c for c in ("token", "prompt", "clean_token") if c in data.coords), "")}
+    return {
+        role: tuple(str(w) for w in data[c].values.reshape(-1).tolist())
+        for role, c in named.items()
+        if c in data.coords and data[c].ndim == 1
+    }
+
+
+def limits_of(maps: Sequence[HeatMap]) -> dict[str, float]:
+    """The end of the scale of each unit: the largest value of either sign that any of its maps holds; at least a bit."""
+    found: dict[str, float] = {}
+    for one in maps:
+        known = np.abs(one.values[np.isfinite(one.values)])
+        found[one.unit] = max(found.get(one.unit, 0.0), float(known.max()) if known.size else 0.0)
+    return {unit: limit if limit > 0 else 1.0 for unit, limit in found.items()}
+
+
+def metric_of(data: xr.Dataset) -> str:
+    """What is read off each run, in words."""
+    answer, foil = data.attrs.get("answer"), data.attrs.get("foil")
+    if "metric" in data.attrs:
+        return str(data.attrs["metric"])
+    return "" if answer is None else "log-probability of the answer" if foil is None else "logit difference"
+
+
+def reading_of(data: xr.Dataset) -> str:
+    """How a value is to be read, in one sentence; nothing where the dataset does not say what it is."""
+    known = {
+        "denoise": "Each cell is one run of the corrupt prompt with one activation taken from the clean run: 0 leaves "
+        "the corrupt answer, 1 restores the clean one.",
+        "noise": "Each cell is one run of the clean prompt with one activation taken from the corrupt run: 0 leaves the "
+        "clean answer, 1 turns it into the corrupt one.",
+    }
+    return str(data.attrs.get("reading") or known.get(str(data.attrs.get("direction")), ""))
