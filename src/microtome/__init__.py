@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from microtome.explain import activation_patching as activation_patching
     from microtome.explain import attention_knockout as attention_knockout
     from microtome.explain import causal_trace as causal_trace
+    from microtome.explain import component_effects as component_effects
     from microtome.explain import contributions as contributions
     from microtome.explain import logit_lens as logit_lens
+    from microtome.explain import patch_pairs as patch_pairs
     from microtome.model import Address as Address
     from microtome.model import Anatomy as Anatomy
     from microtome.model import Site as Site
@@ -77,7 +79,10 @@ _HOME = {
         "prove", "Rank", "Reading", "Repeat", "Rotate", "Run", "save_edits", "Scale", "ScaleBlock", "Set",
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
-    "microtome.explain": ("activation_patching", "attention_knockout", "causal_trace", "contributions", "logit_lens"),
+    "microtome.explain": (
+        "activation_patching", "attention_knockout", "causal_trace", "component_effects", "contributions",
+        "logit_lens", "patch_pairs",
+    ),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
 _ROOMS = ("atlas", "errors", "explain", "measure", "planted", "stream")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microtome.measure import sign_flip
+from microtome.measure import sign_flip, slope_interval
 
 NUMBERS = st.floats(-100, 100, allow_subnormal=False).map(lambda x: round(x, 3))
 
@@ -65,3 +65,16 @@ def test_shapes_and_what_is_unknown() -> None:
     assert float(sign_flip(torch.zeros(5))) == 1.0
     assert bool(sign_flip(torch.ones(1, 2)).isnan().all())
     assert sign_flip(torch.tensor([[1.0, 1.0], [1.0, float("nan")]])).isnan().tolist() == [False, True]
+
+
+def test_slopes_are_exact_on_lines_and_covered_with_noise() -> None:
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    slope, low, high = slope_interval(x, -0.7 * x + 2)
+    assert (slope + 0.7).abs().max() < 1e-9
+    assert (low + 0.7).abs().max() < 1e-6
+    assert (high + 0.7).abs().max() < 1e-6
+    x, noise = torch.randn(2, 60, 400, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    _, low, high = slope_interval(x, 0.4 * x + noise)
+    assert 0.88 < float(((low < 0.4) & (high > 0.4)).double().mean()) < 0.98
+    assert bool(slope_interval(torch.ones(5, 2), torch.randn(5, 2))[0].isnan().all())
+    assert bool(slope_interval(x[:2], x[:2])[1].isnan().all())

@@ -2,8 +2,10 @@
 
 from microtome.explain._contributions import contributions as contributions
 from microtome.explain._contributions import one_token as one_token
+from microtome.explain._effects import component_effects as component_effects
 from microtome.explain._knockout import attention_knockout as attention_knockout
 from microtome.explain._lens import logit_lens as logit_lens
+from microtome.explain._pairs import patch_pairs as patch_pairs
 from microtome.explain._patching import activation_patching as activation_patching
 from microtome.explain._spans import span_of as span_of
 from microtome.explain._tracing import causal_trace as causal_trace

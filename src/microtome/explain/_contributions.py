@@ -58,14 +58,7 @@ def contributions(
         SiteError: the model adds to a stream in a way that has no such sum (norms on the stream itself).
         PromptError: the answer or the foil is not one token.
     """
-    a = model.anatomy
-    if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
-        raise error(
-            SiteError,
-            f"the logits of {a.name} are not a sum over its parts",
-            got="norms on the residual stream itself, or a head with a transform of its own",
-            do="use a causal model with norms before its branches",
-        )
+    refuse_unless_sum(model)
     at = f"@{position}"
     said = "logits" if a.logit_softcap is None else "final"
     wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{said}{at}"]
@@ -75,6 +68,22 @@ def contributions(
     with torch.no_grad():
         reader = _Reader(model, run, at, answer, foil)
         return _dataset(reader, reader.parts(detail)).assign_attrs(position=position)
+
+
+def refuse_unless_sum(model: Model) -> None:
+    """Refuse a model whose logits are not a sum over what its parts add.
+
+    Raises:
+        SiteError: there are norms on the residual stream itself, or a head with a transform of its own.
+    """
+    a = model.anatomy
+    if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
+        raise error(
+            SiteError,
+            f"the logits of {a.name} are not a sum over its parts",
+            got="norms on the residual stream itself, or a head with a transform of its own",
+            do="use a causal model with norms before its branches",
+        )
 
 
 def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
@@ -115,7 +124,7 @@ def one_token(model: Model, text: str | int) -> int:
             f'"{text}" is not one token',
             got=str(model.to_words(ids)) if ids else "no tokenizer",
             allowed="one token, usually with its leading space",
-            do="choose another word, or pass a token id",
+            do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
         )
     return int(ids[0])
 

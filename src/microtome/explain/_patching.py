@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
-from microtome.explain._contributions import one_token
+from microtome.explain._examples import answer_and_foil
+from microtome.explain._spans import at
 from microtome.model import Site
 from microtome.run import LogitDifference, LogProbability, Metric, Model, Prompt, SwapFrom
 
@@ -30,8 +31,9 @@ def activation_patching(
     clean: Prompt,
     corrupt: Prompt,
     *,
-    answer: str | int,
+    answer: str | int | None = None,
     foil: str | int | None = None,
+    metric: Metric | None = None,
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]"),
     direction: Literal["denoise", "noise"] = "denoise",
     progress: Callable[[int, int], None] | None = None,
@@ -52,6 +54,7 @@ def activation_patching(
         corrupt: the same number of tokens, with another answer.
         answer: the clean prompt's answer, one token.
         foil: the corrupt prompt's answer; without it the answer's log-probability is read.
+        metric: what to read instead, such as `SpanLoss` for an answer of several tokens that ends both prompts.
         sites: site names, patched by layer and position; with ``[head]`` behind, by layer and head at all positions.
         direction: "denoise" puts clean values into the corrupt run, "noise" the reverse.
         progress: called with (done, all) cells.
@@ -61,14 +64,17 @@ def activation_patching(
         head); `clean` and `corrupt` hold the metric of the two prompts, in logits or nats.
 
     Raises:
-        PromptError: the prompts do not align (the first difference and both lengths are named), or answer or foil is
-            not one token.
-        SiteError: a site cannot be patched this way, or both prompts give the same metric.
+        PromptError: the prompts do not align (the first difference and both lengths are named), answer or foil is not
+            one token, or the foil is the answer.
+        SiteError: a site cannot be patched this way, both prompts give the same metric, or it reads only what comes
+            before they differ.
     """
     tokens = aligned(model, clean, corrupt)
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
-    metric = answer_metric(model, answer, foil)
-    layouts = {site: _layout(model, site, tokens.shape[1]) for site in sites}
+    metric = answer_metric(model, answer, foil) if metric is None else metric
+    _refuse_blind(model, metric, tokens)
+    places = [(p, p + 1) for p in range(tokens.shape[1])]
+    layouts = {site: layout(model, site, places) for site in sites}
     source = model.run(goal, capture=sorted({f"*.{site.removesuffix('[head]')}" for site in sites}))
     cells = [SwapFrom(address, source=source) for layout in layouts.values() for address in layout.addresses]
     swept = model.sweep(start, cells, metric, progress=progress)
@@ -95,7 +101,7 @@ def _word(model: Model, token: str | int) -> str:
     return token if isinstance(token, str) else model.to_words([token])[0]
 
 
-def _dataset(layouts: dict[str, _Layout], shares: Tensor) -> xr.Dataset:
+def _dataset(layouts: dict[str, Layout], shares: Tensor) -> xr.Dataset:
     """The cells of all sites, cut apart and given their axes."""
     import xarray as xr
 
@@ -107,14 +113,19 @@ def _dataset(layouts: dict[str, _Layout], shares: Tensor) -> xr.Dataset:
     return data.assign_coords(layer=list(range(data.sizes["layer"])))
 
 
-class _Layout:
+class Layout:
     """The addresses of a site's cells, and the axes that they fill."""
 
     def __init__(self, addresses: list[str], dims: tuple[str, str], shape: tuple[int, int]) -> None:
         self.addresses, self.dims, self.shape = addresses, dims, shape
 
 
-def _layout(model: Model, site: str, length: int) -> _Layout:
+def layout(model: Model, site: str, places: Sequence[tuple[int, int]], axis: str = "pos", heads_at: str = "") -> Layout:
+    """The cells of a site: every layer by every place (first, end), or by every head at some positions.
+
+    Raises:
+        SiteError: the site has no positions, no heads, or is not in every layer.
+    """
     name, by_head = site.removesuffix("[head]"), site.endswith("[head]")
     n = model.anatomy.n_layers
     if name not in BY_POSITION or (by_head and not name.startswith("attn.")):
@@ -126,15 +137,35 @@ def _layout(model: Model, site: str, length: int) -> _Layout:
         raise error(SiteError, f"no {name} in layer {absent}", got=model.anatomy.missing.get(Site(name, absent)))
     if by_head:
         heads = model.anatomy.units(Site(name, 0))
-        addresses = [f"{i}.{name}[{h}]" for i in range(n) for h in range(heads)]
-        return _Layout(addresses, ("layer", Site(name, 0).spec.unit), (n, heads))
-    return _Layout([f"{i}.{name}@{p}" for i in range(n) for p in range(length)], ("layer", "pos"), (n, length))
+        addresses = [f"{i}.{name}[{h}]{heads_at}" for i in range(n) for h in range(heads)]
+        return Layout(addresses, ("layer", Site(name, 0).spec.unit), (n, heads))
+    addresses = [f"{i}.{name}{at(*place)}" for i in range(n) for place in places]
+    return Layout(addresses, ("layer", axis), (n, len(places)))
 
 
-def answer_metric(model: Model, answer: str | int, foil: str | int | None) -> Metric:
-    """The logit difference of answer and foil at the last position, or without a foil the answer's log-probability."""
-    token = one_token(model, answer)
-    return LogProbability(token) if foil is None else LogitDifference(token, foil=one_token(model, foil))
+def _refuse_blind(model: Model, metric: Metric, tokens: Tensor) -> None:
+    """Refuse a metric that no patch can reach: it reads only positions before the prompts [2, pos] differ."""
+    differ = (tokens[0] != tokens[1]).nonzero().flatten().tolist()
+    reads = metric.columns(0, tokens.shape[1])
+    if model.anatomy.causal and differ and max(reads) < differ[0]:
+        raise error(
+            SiteError,
+            "the metric does not depend on what is patched, so that every effect would be 0",
+            got=f"it reads positions {reads}, and the prompts differ from token {differ[0]} on",
+            do="read a later position",
+        )
+
+
+def answer_metric(model: Model, answer: str | int | None, foil: str | int | None) -> Metric:
+    """The logit difference of answer and foil at the last position, or without a foil the answer's log-probability.
+
+    Raises:
+        PromptError: there is no answer, one of them is not one token, or they are the same.
+    """
+    if answer is None:
+        raise error(PromptError, "there is nothing to read", do="give answer= or metric=")
+    answers, foils = answer_and_foil(model, answer, foil, 1)
+    return LogProbability(answers[0]) if foils is None else LogitDifference(answers[0], foil=foils[0])
 
 
 def aligned(model: Model, clean: Prompt, corrupt: Prompt) -> Tensor:
