@@ -97,9 +97,7 @@ def _label_size(one: HeatMap, tokens: dict[str, tuple[str, ...]]) -> int:
 # ------------------------------------------------------------------------------------------------------------- one map
 
 
-def _drawn(
-    one: HeatMap, tokens: dict[str, tuple[str, ...]], limit: float, size: int, width: int
-) -> list[Text]:
+def _drawn(one: HeatMap, tokens: dict[str, tuple[str, ...]], limit: float, size: int, width: int) -> list[Text]:
     every, cells = _fit(one, size, width)
     values, columns = _joined(one.values, every), one.columns[::every]
     shown, left = _rows(values)

@@ -45,7 +45,7 @@ class HeatMap:
 
     Attributes:
         name: of the variable.
-        values: [row, column], float64; NaN where nothing was measured.
+        values: [row, column], float64; NaN where nothing finite was measured.
         bounds: the ends of the 95 % interval, each like `values`; none where the variable has no interval.
         across, down: the axes of columns and rows.
         columns, rows: the name of each.
@@ -84,7 +84,9 @@ def maps_of(data: xr.Dataset) -> list[HeatMap]:
     names = [str(n) for n, v in data.data_vars.items() if v.ndim == 2 and n not in ends and v.dtype.kind in "fiub"]
     if not names:
         held = ", ".join(f"{n} over ({', '.join(map(str, v.dims))})" for n, v in data.data_vars.items())
-        raise error(DataError, "nothing to draw as a heat map", got=held or "no variable", allowed="numbers on two axes")
+        raise error(
+            DataError, "nothing to draw as a heat map", got=held or "no variable", allowed="numbers on two axes"
+        )
     return [_map(data, name) for name in names]
 
 
@@ -95,7 +97,8 @@ def _map(data: xr.Dataset, name: str) -> HeatMap:
         across, down = (second, first) if first == "sender" else (first, second)
 
     def values(variable: str) -> np.ndarray:
-        return np.asarray(data[variable].transpose(down, across).values, dtype=np.float64)
+        found = np.asarray(data[variable].transpose(down, across).values, dtype=np.float64)
+        return np.where(np.isfinite(found), found, np.nan)
 
     low, high = (name + end for end in BOUNDS)
     bounds = (values(low), values(high)) if low in data and high in data else None
@@ -122,7 +125,7 @@ def tokens_of(data: xr.Dataset) -> dict[str, tuple[str, ...]]:
 
 
 def limits_of(maps: Sequence[HeatMap]) -> dict[str, float]:
-    """The end of the scale of each unit: the largest value of either sign that any of its maps holds; at least a bit."""
+    """The end of the scale of each unit: the largest value of either sign that any of its maps holds."""
     found: dict[str, float] = {}
     for one in maps:
         known = np.abs(one.values[np.isfinite(one.values)])
@@ -143,7 +146,7 @@ def reading_of(data: xr.Dataset) -> str:
     known = {
         "denoise": "Each cell is one run of the corrupt prompt with one activation taken from the clean run: 0 leaves "
         "the corrupt answer, 1 restores the clean one.",
-        "noise": "Each cell is one run of the clean prompt with one activation taken from the corrupt run: 0 leaves the "
-        "clean answer, 1 turns it into the corrupt one.",
+        "noise": "Each cell is one run of the clean prompt with one activation taken from the corrupt run: 0 leaves "
+        "the clean answer, 1 turns it into the corrupt one.",
     }
     return str(data.attrs.get("reading") or known.get(str(data.attrs.get("direction")), ""))
