@@ -3,6 +3,8 @@
 from microtome.explain._contributions import contributions as contributions
 from microtome.explain._contributions import one_token as one_token
 from microtome.explain._effects import component_effects as component_effects
+from microtome.explain._graph import Graph as Graph
+from microtome.explain._graph import graph as graph
 from microtome.explain._knockout import attention_knockout as attention_knockout
 from microtome.explain._lens import logit_lens as logit_lens
 from microtome.explain._pairs import patch_pairs as patch_pairs
