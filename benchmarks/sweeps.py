@@ -27,7 +27,8 @@ import torch
 
 import microtome as mt
 
-CLEAN, CORRUPT = (
+CLEAN = "The Eiffel Tower is a famous landmark in the city"
+CORRUPT = "The Brandenburg Gate is a famous landmark in the city"
     "The Eiffel Tower is a famous landmark in the city",
     "The Brandenburg Gate is a famous landmark in the city",
 )

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from microtome.explain import causal_trace as causal_trace
     from microtome.explain import component_effects as component_effects
     from microtome.explain import contributions as contributions
+    from microtome.explain import edge_effects as edge_effects
+    from microtome.explain import graph as graph
     from microtome.explain import logit_lens as logit_lens
+    from microtome.explain import node_effects as node_effects
     from microtome.explain import patch_pairs as patch_pairs
     from microtome.model import Address as Address
     from microtome.model import Anatomy as Anatomy
@@ -81,7 +84,7 @@ _HOME = {
     ),
     "microtome.explain": (
         "activation_patching", "attention_knockout", "causal_trace", "component_effects", "contributions",
-        "logit_lens", "patch_pairs",
+        "edge_effects", "graph", "logit_lens", "node_effects", "patch_pairs",
     ),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
