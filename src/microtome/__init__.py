@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from microtome import explain as explain
     from microtome import measure as measure
     from microtome import stream as stream
+    from microtome import tasks as tasks
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
     from microtome.explain import contributions as contributions
@@ -75,7 +76,7 @@ _HOME = {
     "microtome.explain": ("activation_patching", "contributions", "logit_lens"),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
-_ROOMS = ("atlas", "errors", "explain", "measure", "stream")
+_ROOMS = ("atlas", "errors", "explain", "measure", "stream", "tasks")
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_WHERE, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]
