@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from microtome import measure as measure
     from microtome import planted as planted
     from microtome import stream as stream
+    from microtome import tasks as tasks
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
     from microtome.explain import attention_knockout as attention_knockout
@@ -88,7 +89,7 @@ _HOME = {
     ),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
-_ROOMS = ("atlas", "errors", "explain", "measure", "planted", "stream")
+_ROOMS = ("atlas", "errors", "explain", "measure", "planted", "stream", "tasks")
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_WHERE, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]
