@@ -94,7 +94,8 @@ def run_at(model: Model, tokens: Tensor, positions: Tensor | None = None, **opti
     Returns:
         A `Run`.
     """
-    return model.run(tokens, **options | {"edits": [*_placed(model, tokens, positions), *options.get("edits", ())]})
+    arguments: dict[str, Any] = {**options, "edits": [*_placed(model, tokens, positions), *options.get("edits", ())]}
+    return model.run(tokens, **arguments)
 
 
 def _placed(model: Model, tokens: Tensor, positions: Tensor | None) -> list[Set]:
