@@ -19,3 +19,5 @@ from microtome.planted._truth import edges as edges
 from microtome.planted._truth import head_of as head_of
 from microtome.planted._truth import mlp_of as mlp_of
 from microtome.planted._truth import nodes as nodes
+from microtome.planted._truth import receiver_of as receiver_of
+from microtome.planted._truth import sender_of as sender_of
