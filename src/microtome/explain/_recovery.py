@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from microtome.explain._edges import WRITTEN, edge_effects
+from microtome.explain._edges import WRITTEN
 from microtome.explain._graph import graph
-from microtome.planted import Corruptions, Planted, corruptions, receiver_of, run_at, sender_of, writes
-from microtome.run import Model, Reading, Run
+from microtome.planted import Planted, corruptions, receiver_of, run_at, sender_of, writes
+from microtome.run import Edge, Reading
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,7 +31,7 @@ def circuit_recovery(
     Formula:  see the head of this file.
     Source:   compiled circuits as ground truth, as in Gupta et al., "InterpBench", 2024 (arXiv 2407.14494). Departs:
               positions are shuffled too, since an edge from the positional embedding shows under nothing else.
-    Cost:     `edge_effects` for every pair and corruption.
+    Cost:     a sweep a corruption, with a cell for every edge of every pair.
     Check:    AUC 1 on every compiled program, and below where positions are not shuffled; tests/planted.
 
     Args:
@@ -45,29 +45,32 @@ def circuit_recovery(
         NaN and False where there is no edge; attribute `auc`.
     """
     c = corruptions(it, pairs, seed)
-    scores: list[Tensor] = []
-    for number, kind in ((n, k) for n in range(pairs) for k in corrupt):
-        clean, base, source, parts = _case(it.model, c, number, kind)
+    parts, names = graph(it.model), ["embed", "pos_embed"]
+    base = it.model.run(c.clean).logits[:, 1:].detach()
+    before = writes(it.model, c.clean)
 
-        def change(logits: Tensor, prompts: Tensor, base: Tensor = base) -> Tensor:
-            return (logits - base).abs().amax((1, 2))
+    def change(logits: Tensor, prompts: Tensor) -> Tensor:
+        return (logits - base[prompts]).abs().amax((1, 2))
 
-        metric = Reading(change, positions=tuple(range(1, clean.shape[1])))
-        data = edge_effects(it.model, clean, source, metric=metric, embeddings=parts)
-        scores.append(torch.from_numpy(data["effect"].values))
-    score = torch.stack(scores).amax(0)
+    names += parts.senders[1:]
+    mask = torch.cat([parts.mask[:1], parts.mask])
+    score = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.nan)
+    metric = Reading(change, positions=tuple(range(1, c.clean.shape[1])))
+    places = mask.nonzero()
+    for kind in corrupt:
+        tokens, where = (c.corrupt, None) if kind == "tokens" else (c.clean, c.positions)
+        source, after = run_at(it.model, tokens, where, capture=WRITTEN), writes(it.model, tokens, where)
+        cells: list[Edge] = []
+        for number in range(pairs):
+            own = {name: (after[name] - before[name])[number].detach() for name in names[:2]}
+            for u, v in places.tolist():
+                sender, receiver = names[u], parts.receivers[v]
+                edge = {"change": own[sender]} if sender in own else {"source": source}
+                cells.append(Edge("embed" if sender in own else sender, receiver, **edge))
+        prompts = [number for number in range(pairs) for _ in range(len(places))]
+        found = it.model.sweep(c.clean, cells, metric, prompts=prompts).values.reshape(pairs, -1).amax(0).double()
+        score[mask] = torch.maximum(score[mask], found)
     return _dataset(it, score, seed, corrupt)
-
-
-def _case(model: Model, c: Corruptions, number: int, kind: Corruption) -> tuple[Tensor, Tensor, Run, dict[str, Tensor]]:
-    """One clean input [1, pos], its outputs, a run of its corruption, and what the two embeddings change."""
-    row = slice(number, number + 1)
-    clean = c.clean[row]
-    tokens, places = (c.corrupt[row], None) if kind == "tokens" else (clean, c.positions[row])
-    source = run_at(model, tokens, places, capture=WRITTEN)
-    now, then = writes(model, tokens, places), writes(model, clean)
-    parts = {name: (now[name] - then[name])[0].detach() for name in ("embed", "pos_embed")}
-    return clean, model.run(clean).logits[:, 1:].detach(), source, parts
 
 
 def _dataset(it: Planted, score: Tensor, seed: int, corrupt: tuple[Corruption, ...]) -> xr.Dataset:
