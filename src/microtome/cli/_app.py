@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from microtome.cli import _atlas, _cache, _check, _explain, _model, _run
+from microtome.cli import _atlas, _cache, _check, _explain, _model, _run, _tasks
 from microtome.errors import BudgetError, MicrotomeError, OutputError, error
 
 app = typer.Typer(
@@ -65,7 +65,7 @@ def options(
     _model.notes.quiet = quiet
 
 
-for register in (_check.register, _atlas.register, _explain.register, _run.register, _cache.register):
+for register in (_check.register, _atlas.register, _explain.register, _run.register, _tasks.register, _cache.register):
     register(app)
 
 
