@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,12 +136,12 @@ def _show(model: Model, name: str, make: Callable[[Model, str], Task], as_json: 
         pairs = [_pair(p, full=True) | {"said": s, "difference": d} for p, s, d in zip(task, said, gaps, strict=True)]
         print_json(_row(task, data) | {"made": dict(task.attrs), "pairs": pairs, "provenance": model.provenance})
         return
-    table = Table("clean", "corrupt", "answer", "foil", "said", "logits", box=None, pad_edge=False, show_lines=False)
+    table = Table(Text("prompt, [clean → corrupt]"), "answer", "foil", "said", "logits", box=None, pad_edge=False)
     for pair, word, gap in zip(task, said, gaps, strict=True):
-        texts = (pair.clean, pair.corrupt, _short(pair.answer, 24), _short(pair.foil, 24), word)
+        texts = (_short(pair.answer, 24), _short(pair.foil, 24), word)
         style = "" if word in pair.answer.split("|") else "dim"
-        table.add_row(*(Text(_line(t), style=style) for t in texts), f"{gap:+.2f}")
-    for column in table.columns[2:]:
+        table.add_row(_both(pair), *(Text(_line(t), style=style) for t in texts), f"{gap:+.2f}")
+    for column in table.columns[1:]:
         column.no_wrap = True
     out.print(table)
     row = _row(task, data)
@@ -174,6 +175,23 @@ def _example(pair: dict[str, str]) -> Text:
     clean = _line(pair["clean"])
     shown = clean if len(clean) <= 60 else "… " + clean[-58:]
     return Text(shown) + Text(_line(_short(pair["answer"], 20)), style="bold")
+
+
+def _both(pair: Pair) -> Text:
+    """The clean prompt with, in brackets, the stretch of words that the corrupt one has otherwise."""
+    clean, corrupt = (p.replace("\n", " ⏎ ").split(" ") for p in (pair.clean, pair.corrupt))
+    before = _shared(clean, corrupt)
+    after = _shared(clean[before:][::-1], corrupt[before:][::-1])
+    end, its_end = len(clean) - after, len(corrupt) - after
+    changed = f"[{' '.join(clean[before:end])} → {' '.join(corrupt[before:its_end])}]"
+    text = Text(" ".join([*clean[:before], changed, *clean[end:]]))
+    text.highlight_words([changed], "bold")
+    return text
+
+
+def _shared(one: list[str], other: list[str]) -> int:
+    """How many words two lists begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _line(text: str) -> str:

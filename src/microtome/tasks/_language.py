@@ -94,4 +94,4 @@ def _one(rng: Generator, name: str) -> str:
 
 
 def _one_of(rng: Generator, held: Sequence[T]) -> T:
-    return held[rng.integers(len(held))]
+    return held[int(rng.integers(len(held)))]
