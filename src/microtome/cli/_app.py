@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from microtome.cli import _atlas, _cache, _check, _explain, _model, _patch, _run
+from microtome.cli import _atlas, _cache, _check, _explain, _model, _patch, _run, _trace
 from microtome.errors import BudgetError, MicrotomeError, OutputError, error
 
 app = typer.Typer(
@@ -65,7 +65,15 @@ def options(
     _model.notes.quiet = quiet
 
 
-for register in (_check.register, _atlas.register, _explain.register, _patch.register, _run.register, _cache.register):
+for register in (
+    _check.register,
+    _atlas.register,
+    _explain.register,
+    _patch.register,
+    _trace.register,
+    _run.register,
+    _cache.register,
+):
     register(app)
 
 

@@ -96,8 +96,8 @@ def activation_patching(
     data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
     words = [model.to_words(row) for row in tokens]
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    told = {"method": "activation patching", "direction": direction, "answer": _word(model, answer)}
-    told |= {} if foil is None else {"foil": _word(model, foil)}
+    told: dict[str, str] = {"method": "activation patching", "direction": direction, "metric": type(metric).__name__}
+    told |= {n: _word(model, t) for n, t in (("answer", answer), ("foil", foil)) if t is not None}
     return data.assign_attrs(model.provenance | told)
 
 
