@@ -27,10 +27,8 @@ import torch
 
 import microtome as mt
 
-CLEAN, CORRUPT = (
-    "The Eiffel Tower is a famous landmark in the city",
-    "The Brandenburg Gate is a famous landmark in the city",
-)
+CLEAN = "The Eiffel Tower is a famous landmark in the city"
+CORRUPT = "The Brandenburg Gate is a famous landmark in the city"
 LONG = [
     "Then, John and Mary went to the store. John gave a drink to",
     "Then, John and Mary went to the store. Mary gave a drink to",

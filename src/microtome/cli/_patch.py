@@ -78,8 +78,7 @@ def patch(
 
     check_page(output, force)
     opened = Opening(model, device, dtype, revision, trust).open()
-    sites = {"sites": tuple(site)} if site else {}
-
+    sites: dict[str, Any] = {"sites": tuple(site)} if site else {}
     with swept("patching") as said:
         data = activation_patching(
             opened, clean, corrupt, answer=answer, foil=foil, direction=direction.value,

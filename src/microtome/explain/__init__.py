@@ -2,6 +2,8 @@
 
 from microtome.explain._contributions import contributions as contributions
 from microtome.explain._contributions import one_token as one_token
+from microtome.explain._edges import edge_effects as edge_effects
+from microtome.explain._edges import node_effects as node_effects
 from microtome.explain._effects import component_effects as component_effects
 from microtome.explain._graph import Graph as Graph
 from microtome.explain._graph import graph as graph

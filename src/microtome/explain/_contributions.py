@@ -60,7 +60,7 @@ def contributions(
     """
     refuse_unless_sum(model)
     at = f"@{position}"
-    said = "logits" if a.logit_softcap is None else "final"
+    said = "logits" if model.anatomy.logit_softcap is None else "final"
     wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{said}{at}"]
     wanted += [f"*.mlp.post{at}"] if "neuron" in detail else []
     wanted += [f"*.attn.pattern{at}", "*.attn.v"] if "source" in detail else []
