@@ -86,6 +86,17 @@ def activation_patching(
     last = source.logits[:, metric.columns(0, tokens.shape[1])]
     reached = float(metric.read(last, torch.zeros(1, dtype=torch.long, device=last.device))[0])
     began = float(swept.base[0])
+    data = _dataset(layouts, swept.effects / _gap(began, reached))
+    data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
+    words = [model.to_words(row) for row in tokens]
+    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
+    words_of = {"answer": answer, "foil": foil}
+    said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
+    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
+
+
+def _gap(began: float, reached: float) -> float:
+    """The difference between the metrics of two prompts, where there is one."""
     if abs(reached - began) < 1e-4:  # less than rounding leaves of it
         raise error(
             SiteError,
@@ -93,13 +104,7 @@ def activation_patching(
             got=f"{began:.4g}",
             do="choose prompts that are answered differently",
         )
-    data = _dataset(layouts, swept.effects / (reached - began))
-    data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
-    words = [model.to_words(row) for row in tokens]
-    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    words_of = {"answer": answer, "foil": foil}
-    said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
-    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
+    return reached - began
 
 
 def _word(model: Model, token: str | int) -> str:
