@@ -73,6 +73,7 @@ def activation_patching(
     """
     tokens = aligned(model, clean, corrupt)
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
+    own = {} if metric is None else {"metric": type(metric).__name__}
     metric = answer_metric(model, answer, foil) if metric is None else metric
     _refuse_blind(model, metric, tokens)
     places = [(p, p + 1) for p in range(tokens.shape[1])]
@@ -96,9 +97,9 @@ def activation_patching(
     data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
     words = [model.to_words(row) for row in tokens]
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    told = {"method": "activation patching", "direction": direction}
-    told |= {k: _word(model, token) for k, token in (("answer", answer), ("foil", foil)) if token is not None}
-    return data.assign_attrs(model.provenance | told)
+    words_of = {"answer": answer, "foil": foil}
+    said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
+    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
 
 
 def _word(model: Model, token: str | int) -> str:
