@@ -13,20 +13,8 @@ from torch import Tensor
 
 from microtome.errors import DataError, EditError, OutputError, error
 from microtome.run._block_edits import Freeze, Repeat, ScaleBlock, Skip
-from microtome.run._edits import (
-    Add,
-    Clamp,
-    Edit,
-    KnockOut,
-    Map,
-    Mean,
-    Project,
-    Rotate,
-    Scale,
-    Set,
-    SwapFrom,
-    Zero,
-)
+from microtome.run._edits import Add, Clamp, Edit, Map, Mean, Project, Rotate, Scale, Set, SwapFrom, Zero
+from microtome.run._knockout import KnockOut
 from microtome.run._noise import Noise
 
 KINDS: dict[str, type[Edit]] = {
