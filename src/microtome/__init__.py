@@ -20,13 +20,18 @@ if TYPE_CHECKING:
     from microtome import measure as measure
     from microtome import planted as planted
     from microtome import stream as stream
+    from microtome import tasks as tasks
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
     from microtome.explain import attention_knockout as attention_knockout
     from microtome.explain import causal_trace as causal_trace
+    from microtome.explain import circuit_recovery as circuit_recovery
     from microtome.explain import component_effects as component_effects
     from microtome.explain import contributions as contributions
+    from microtome.explain import edge_effects as edge_effects
+    from microtome.explain import graph as graph
     from microtome.explain import logit_lens as logit_lens
+    from microtome.explain import node_effects as node_effects
     from microtome.explain import patch_pairs as patch_pairs
     from microtome.model import Address as Address
     from microtome.model import Anatomy as Anatomy
@@ -80,12 +85,12 @@ _HOME = {
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
     "microtome.explain": (
-        "activation_patching", "attention_knockout", "causal_trace", "component_effects", "contributions",
-        "logit_lens", "patch_pairs",
+        "activation_patching", "attention_knockout", "causal_trace", "circuit_recovery", "component_effects",
+        "contributions", "edge_effects", "graph", "logit_lens", "node_effects", "patch_pairs",
     ),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
-_ROOMS = ("atlas", "errors", "explain", "measure", "planted", "stream")
+_ROOMS = ("atlas", "errors", "explain", "measure", "planted", "stream", "tasks")
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_WHERE, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]

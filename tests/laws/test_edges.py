@@ -115,13 +115,14 @@ def test_all_edges_into_one_branch_add_up_where_it_is_linear(name: str) -> None:
         edges += [mt.Edge(f"{layer}.attn.z[{i}]", "final", source=other) for i in range(h)]
         edges += [mt.Edge(f"{layer}.mlp_out", "final", source=other)]
     ends = [model.run(t, capture=f"{n - 1}.resid_post")[f"{n - 1}.resid_post"] for t in (clean, corrupt)]
-    from microtome.run._edges import Edges
+    from microtome.run._edges import Edges, _Placed
 
-    changes = sum(Edges(model, clean).change(edge) for edge in edges)
+    made = Edges(model, clean, [0])
+    changes = sum(made.change(_Placed(edge, 0, 0)) for edge in edges)
     if model.anatomy.parts.layers[0].attn_post_norm is None:
         torch.testing.assert_close(changes, (ends[1] - ends[0])[0], rtol=1e-4, atol=1e-4)
     for edge in (edges[0], edges[2], edges[-1]):
-        change = Edges(model, clean).change(edge)
+        change = made.change(_Placed(edge, 0, 0))
         value = model.sweep(clean, [edge], READ).values[0]
         literal = model.run(clean, edits=[mt.Add(f"{n - 1}.resid_post", change)]).logits[0, [-1, 5]].flatten()
         assert (value - literal).abs().max() < 1e-4
@@ -202,3 +203,64 @@ def test_edges_of_several_prompts_and_other_cells_mix() -> None:
     plan = model.plan_sweep(prompts, cells, READ, prompts=[0, 0, 1])
     assert plan.cells == 3
     assert plan.seconds > 0
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+def test_the_embedding_alone_is_the_whole_gap(direction: str) -> None:
+    model = mt.open(families.build("llama-gqa"))
+    clean, corrupt = ids(0)[0].tolist(), ids(1)[0].tolist()
+    data = mt.node_effects(model, clean, corrupt, answer=11, foil=13, direction=direction)
+    assert data["effect"].dims == ("sender",)
+    ends = {name: model.run(t).logits[0, -1, [11, 13]] for name, t in (("noise", clean), ("denoise", corrupt))}
+    gap = {name: float(z[0] - z[1]) for name, z in ends.items()}
+    other = {"noise": "denoise", "denoise": "noise"}[direction]
+    assert float(data["base"]) == pytest.approx(gap[direction], abs=1e-5)
+    assert float(data["effect"].sel(sender="embed")) == pytest.approx(gap[other] - gap[direction], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gptj"])
+def test_every_edge_of_the_table_is_that_edge_alone(name: str) -> None:
+    model = mt.map(families.build(name))
+    clean, corrupt = ids(0), ids(1)
+    plans: list[mt.SweepPlan] = []
+    told: list[tuple[int, int]] = []
+    data = mt.edge_effects(
+        model, clean, corrupt, answer=11, foil=13, planned=plans.append, progress=lambda d, n: told.append((d, n))
+    )
+    table, mask = data["effect"].values, mt.graph(model).mask.numpy()
+    assert table.shape == mask.shape
+    assert ((table == table) == mask).all()  # missing where there is no edge
+    assert data.attrs["measured"] == data.attrs["n_edges"] == mask.sum() == sum(plan.cells for plan in plans)
+    assert told[-1] == (mask.sum(), mask.sum())
+    other = captured(model, corrupt)
+    metric = mt.LogitDifference(11, foil=13)
+    for sender, receiver in (("embed", "0.attn.k[1]"), ("1.attn.z[2]", "2.mlp.in"), ("0.mlp_out", "final")):
+        alone = model.sweep(clean, [mt.Edge(sender, receiver, source=other)], metric).effects[0]
+        assert float(data["effect"].sel(sender=sender, receiver=receiver)) == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_parts_of_the_embedding_are_senders_of_their_own() -> None:
+    model = mt.map(families.build("gpt2"))
+    clean, corrupt = ids(0), ids(1)
+    tokens = (model.W_E[corrupt] - model.W_E[clean])[0].detach()
+    nothing = torch.zeros_like(tokens)
+    data = mt.edge_effects(
+        model, clean, corrupt, answer=11, foil=13, embeddings={"tokens": tokens, "positions": nothing}
+    )
+    whole = mt.edge_effects(model, clean, corrupt, answer=11, foil=13)
+    gap = data["effect"].sel(sender="tokens").values - whole["effect"].sel(sender="embed").values
+    assert abs(gap).max() < 1e-4
+    assert abs(data["effect"].sel(sender="positions")).max() < 1e-5
+    assert data.attrs["n_edges"] == whole.attrs["n_edges"] + len(mt.graph(model).receivers)
+
+
+def test_stopped_it_keeps_the_edges_that_were_reached() -> None:
+    model = mt.map(families.build("llama-gqa"))
+
+    def stop(done: int, everything: int) -> None:
+        if done > 60:
+            raise KeyboardInterrupt
+
+    data = mt.edge_effects(model, ids(0), ids(1), answer=11, foil=13, progress=stop)
+    finite = int((data["effect"] == data["effect"]).sum())
+    assert 60 < finite == data.attrs["measured"] < data.attrs["n_edges"]

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microtome.cli._model import Device, Dtype, Json, ModelOption, Opening, Revision, Trust, out, print_json, progress
+from microtome.cli._model import (
+    Device,
+    Dtype,
+    Json,
+    ModelOption,
+    Opening,
+    Revision,
+    Trust,
+    notes,
+    out,
+    print_json,
+    progress,
+)
 from microtome.errors import OutputError, error
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from microtome.run import SweepPlan
 
 Page = Annotated[Path | None, typer.Option("--output", "-o", help="Page to write as well: a file ending in .html.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing page.")]
 Top = Annotated[int, typer.Option(min=0, help="How many of the strongest cells of each map to list.")]
 
 
-class Direction(str, Enum):
+class Direction(StrEnum):
     """Which prompt runs, and which one is taken from."""
 
     denoise = "denoise"
@@ -62,34 +78,48 @@ def patch(
 
     check_page(output, force)
     opened = Opening(model, device, dtype, revision, trust).open()
-    sites = {"sites": tuple(site)} if site else {}
+    sites: dict[str, Any] = {"sites": tuple(site)} if site else {}
+    with swept("patching") as said:
+        data = activation_patching(
+            opened, clean, corrupt, answer=answer, foil=foil, direction=direction.value,
+            progress=said.progress, planned=said.planned, **sites,
+        )  # fmt: skip
+    show(data.assign_attrs(said.cost), output, top=top, as_json=as_json)
 
-    def measure(report: Callable[[int, int], None]) -> xr.Dataset:
-        return activation_patching(
-            opened, clean, corrupt, answer=answer, foil=foil, direction=direction.value, progress=report, **sites
-        )
 
-    show(swept("patching", measure), output, top=top, as_json=as_json)
+@dataclass
+class Said:
+    """What a sweep says while it runs: its plan first, then how far it is."""
+
+    planned: Callable[[SweepPlan], None]
+    progress: Callable[[int, int], None]
+    cost: dict[str, Any]
 
 
-def swept(what: str, measure: Callable[[Callable[[int, int], None]], xr.Dataset]) -> xr.Dataset:
-    """Run a method with a progress bar; its time is added to what it returned.
+@contextmanager
+def swept(what: str) -> Iterator[Said]:
+    """Say the plan of a sweep on stderr and draw its progress.
 
     Raises:
-        KeyboardInterrupt: it was stopped before the last cell: a sweep keeps what it has, but half a result is none.
+        KeyboardInterrupt: it was stopped before its last cell. A sweep then keeps what it has, but half a map is none.
     """
-    reached = [0, 0]
-    started = time.perf_counter()
+    started, reached = time.perf_counter(), [0, 0]
+    cost: dict[str, Any] = {}
     with progress() as report:
+
+        def planned(plan: SweepPlan) -> None:
+            cost["plan"] = str(plan)
+            reached[1] = plan.cells
+            notes.print(f"plan: {plan}", markup=False, soft_wrap=True)
 
         def told(done: int, everything: int) -> None:
             reached[:] = [done, everything]
             report(what, done, everything)
 
-        data = measure(told)
+        yield Said(planned, told, cost)
     if reached[0] < reached[1]:
         raise KeyboardInterrupt
-    return data.assign_attrs(seconds=round(time.perf_counter() - started, 2))
+    cost["seconds"] = round(time.perf_counter() - started, 2)
 
 
 def check_page(output: Path | None, force: bool) -> None:

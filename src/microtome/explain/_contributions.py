@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
-from microtome.model import NormWeights, Site, norm_of
+from microtome.model import NormWeights, Site
 from microtome.run import Model, Prompt, Run
 
 if TYPE_CHECKING:
@@ -110,23 +110,32 @@ def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
 
 
 def one_token(model: Model, text: str | int) -> int:
-    """The id of a text of one token.
+    """The id of a text of one token; an id is itself.
 
     Raises:
-        PromptError: it is several tokens, with the tokens that it is.
+        PromptError: it is several tokens, with the tokens that it is, or lies outside the vocabulary.
     """
     if isinstance(text, int):
+        if not 0 <= text < model.anatomy.d_vocab:
+            allowed = f"0 to {model.anatomy.d_vocab - 1}"
+            raise error(PromptError, f"token id {text} is not in the vocabulary", allowed=allowed, do="choose another")
         return text
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"] if model.tokenizer is not None else []
+    if model.tokenizer is None:
+        do = "pass a token id, or open the model with tokenizer="
+        raise error(PromptError, f'cannot read "{text}": this model was opened without a tokenizer', do=do)
+    ids: list[int] = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if ids == [unknown] and text != model.tokenizer.unk_token:
+        raise error(PromptError, f'"{text}" is not in the vocabulary', do="choose another word, or pass a token id")
     if len(ids) != 1:
         raise error(
             PromptError,
             f'"{text}" is not one token',
-            got=str(model.to_words(ids)) if ids else "no tokenizer",
+            got=str(model.to_words(ids)) if ids else "no tokens",
             allowed="one token, usually with its leading space",
             do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
         )
-    return int(ids[0])
+    return ids[0]
 
 
 class _Reader:
@@ -181,18 +190,13 @@ class _Reader:
         embed = (self.run[f"embed{self.at}"][:, 0].double() * self.u).sum(-1)
         return {"embed": embed, "constant": self.constant, "logit": self.logit} | found
 
-    def _through(self, path: str | None, name: str, i: int, raw: Tensor) -> tuple[Tensor, Tensor]:
+    def _through(self, norm: NormWeights | None, name: str, i: int, raw: Tensor) -> tuple[Tensor, Tensor]:
         """The direction u drawn back through what stands behind a branch, and that norm's own bias read by u."""
         scale = self.a.taps[Site(name, i)].scale
-        if path is None:
-            return self.u * scale, torch.zeros_like(self.constant)
-        module = self.model.hf.get_submodule(path)
-        norm = norm_of(module, path, self.a.d_model)
         if norm is None:
-            raise error(SiteError, f"the norm {path} has no known form", do="use a model with RMS or layer norms")
-        weights = NormWeights(module, norm)
-        u = weights.centre(self.u * weights.gain) / weights.scale(raw).double().unsqueeze(-1) * scale
-        bias = torch.zeros_like(self.constant) if weights.bias is None else (self.u * weights.bias).sum(-1) * scale
+            return self.u * scale, torch.zeros_like(self.constant)
+        u = norm.centre(self.u * norm.gain) / norm.scale(raw).double().unsqueeze(-1) * scale
+        bias = torch.zeros_like(self.constant) if norm.bias is None else (self.u * norm.bias).sum(-1) * scale
         return u, bias
 
     def _attention(self, i: int, sources: bool) -> dict[str, Tensor]:
@@ -200,7 +204,7 @@ class _Reader:
         z = self.run[f"{i}.attn.z{self.at}"][:, 0]
         raw = torch.einsum("bhd,hdm->bm", z, weights.W_O)
         raw = raw if weights.b_O is None else raw + weights.b_O
-        u, bias = self._through(self.a.parts.layers[i].attn_post_norm, "attn_out", i, raw)
+        u, bias = self._through(weights.attn_post_norm, "attn_out", i, raw)
         read = torch.einsum("hdm,bm->bhd", weights.W_O.double(), u)
         found = {"attn": (z.double() * read).sum(-1), "attn_bias": bias}
         if weights.b_O is not None:
@@ -212,14 +216,14 @@ class _Reader:
         return found
 
     def _mlp(self, i: int, neurons: bool) -> dict[str, Tensor]:
-        weights, layer = self.model.layers[i], self.a.parts.layers[i]
+        weights = self.model.layers[i]
         out = self.run[f"{i}.mlp_out{self.at}"][:, 0].double()
         found = {"mlp": (out * self.u).sum(-1)}
         if neurons:
             post = self.run[f"{i}.mlp.post{self.at}"][:, 0]
             raw = post @ weights.W_out
             raw = raw if weights.b_out is None else raw + weights.b_out
-            u, bias = self._through(layer.mlp_post_norm, "mlp_out", i, raw)
+            u, bias = self._through(weights.mlp_post_norm, "mlp_out", i, raw)
             found["mlp_neuron"] = post.double() * (u @ weights.W_out.double().T)
             found["mlp_bias"] = bias if weights.b_out is None else bias + u @ weights.b_out.double()
         return found

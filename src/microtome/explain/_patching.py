@@ -18,7 +18,7 @@ from microtome.errors import PromptError, SiteError, error
 from microtome.explain._examples import answer_and_foil
 from microtome.explain._spans import at
 from microtome.model import Site
-from microtome.run import LogitDifference, LogProbability, Metric, Model, Prompt, SwapFrom
+from microtome.run import LogitDifference, LogProbability, Metric, Model, Prompt, SwapFrom, SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -37,6 +37,7 @@ def activation_patching(
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]"),
     direction: Literal["denoise", "noise"] = "denoise",
     progress: Callable[[int, int], None] | None = None,
+    planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Patch every layer and position (or head) between a clean and a corrupt prompt, exactly.
 
@@ -58,6 +59,7 @@ def activation_patching(
         sites: site names, patched by layer and position; with ``[head]`` behind, by layer and head at all positions.
         direction: "denoise" puts clean values into the corrupt run, "noise" the reverse.
         progress: called with (done, all) cells.
+        planned: called with the plan of the sweep, before its first cell.
 
     Returns:
         Dataset of effects as shares of the gap between the two prompts: a variable a site, over (layer, pos) or (layer,
@@ -78,10 +80,23 @@ def activation_patching(
     layouts = {site: layout(model, site, places) for site in sites}
     source = model.run(goal, capture=sorted({f"*.{site.removesuffix('[head]')}" for site in sites}))
     cells = [SwapFrom(address, source=source) for layout in layouts.values() for address in layout.addresses]
+    if planned is not None:
+        planned(model.plan_sweep(start, cells, metric))
     swept = model.sweep(start, cells, metric, progress=progress)
     last = source.logits[:, metric.columns(0, tokens.shape[1])]
     reached = float(metric.read(last, torch.zeros(1, dtype=torch.long, device=last.device))[0])
     began = float(swept.base[0])
+    data = _dataset(layouts, swept.effects / _gap(began, reached))
+    data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
+    words = [model.to_words(row) for row in tokens]
+    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
+    words_of = {"answer": answer, "foil": foil}
+    said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
+    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
+
+
+def _gap(began: float, reached: float) -> float:
+    """The difference between the metrics of two prompts, where there is one."""
     if abs(reached - began) < 1e-4:  # less than rounding leaves of it
         raise error(
             SiteError,
@@ -89,13 +104,7 @@ def activation_patching(
             got=f"{began:.4g}",
             do="choose prompts that are answered differently",
         )
-    data = _dataset(layouts, swept.effects / (reached - began))
-    data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
-    words = [model.to_words(row) for row in tokens]
-    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    words_of = {"answer": answer, "foil": foil}
-    said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
-    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
+    return reached - began
 
 
 def _word(model: Model, token: str | int) -> str:

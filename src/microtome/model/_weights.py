@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microtome.errors import SiteError
+from microtome.errors import SiteError, error
 from microtome.model._anatomy import Anatomy, Split, fused_splits
-from microtome.model._discover import Norm, is_conv1d
+from microtome.model._discover import Norm, is_conv1d, norm_of
 
 
 def _weight(module: Any) -> Tensor:
@@ -220,6 +220,25 @@ class LayerWeights:
         """The norm that the MLP reads through."""
         norm = self._parts.mlp_norm
         return None if norm is None else NormWeights(self._model.get_submodule(norm.path), norm)
+
+    def _behind(self, path: str | None) -> NormWeights | None:
+        if path is None or self._anatomy.parts.form != "sequential":
+            return None
+        module = self._model.get_submodule(path)
+        norm = norm_of(module, path, self._anatomy.d_model)
+        if norm is None:
+            raise error(SiteError, f"the norm {path} has no known form", do="use a model with RMS or layer norms")
+        return NormWeights(module, norm)
+
+    @property
+    def attn_post_norm(self) -> NormWeights | None:
+        """The norm between what attention writes and the stream, or None; a norm on the stream itself is none."""
+        return self._behind(self._parts.attn_post_norm)
+
+    @property
+    def mlp_post_norm(self) -> NormWeights | None:
+        """The norm between what the MLP writes and the stream, or None; a norm on the stream itself is none."""
+        return self._behind(self._parts.mlp_post_norm)
 
 
 class Weights:

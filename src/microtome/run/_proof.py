@@ -207,7 +207,7 @@ class _Prover:
 
     def aligned(self, where: str, seen: Tensor, expected: Tensor) -> None:
         """At position 0 a rotation is the identity, so that queries and keys are the projection times one factor."""
-        factor = (seen * expected).sum() / expected.pow(2).sum()
+        factor = (seen * expected).sum() / expected.pow(2).sum().clamp(min=1e-12)  # projections may be zero
         self.same("7 weights", where, seen, expected * factor)
 
 

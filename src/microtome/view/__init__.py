@@ -1,4 +1,4 @@
-"""What a reader sees: the pages of an atlas and of causal maps, which open from disk without a network, and tables and maps in a terminal."""
+"""What a reader sees: pages that open from disk without a network, and tables and maps in a terminal."""
 
 from __future__ import annotations
 

@@ -18,22 +18,26 @@
     const text = value !== 0 && (size >= 1e5 || size < 1e-3) ? value.toExponential(3) : value.toPrecision(4);
     return (value > 0 ? "+" : "") + minus(text);
   };
+  const plain = (value) => signed(value).replace("+", "");
   const interval = (lo, hi) => (lo === null || lo === undefined || hi === null ? "" : ` [${signed(lo)}, ${signed(hi)}]`);
   const limit = (map) => (shared ? map.limit : map.own);
   const ends = (map) => `\u2212${number(limit(map))} to +${number(limit(map))}`;
 
   /* Names of places. */
 
-  const words = (pos) => data.prompts.map(({ tokens }) => tokens[pos]).filter((word) => word !== undefined);
-  const differs = (pos) => new Set(words(pos)).size > 1;
-  const tokenNames = (pos) => [...new Set(words(pos))].map(alone).join("/");
-  const isPlace = (map) => map.down === "pos" && data.prompts.length > 0;
+  const spoken = data.prompts.filter(({ tokens }) => tokens.length);
+  const marked = new Set(data.marked);
+  const words = (pos) => [...new Set(spoken.map(({ tokens }) => tokens[pos]))];
+  const tokenNames = (pos) => words(pos).map(alone).join("/");
+  const isPlace = (map) => map.down === "pos" && spoken.length > 0;
   const numbered = (axis, name) => (/^\d+$/.test(name) ? `${axis} ${name}` : alone(name));
   const rowName = (map, row) => (isPlace(map) ? tokenNames(row) : numbered(map.down, map.rows[row]));
   const address = (map, row, column) =>
     map.site
       ? map.site.replace("{column}", map.columns[column]).replace("{row}", map.rows[row])
-      : `${map.down} ${map.rows[row]}, ${map.across} ${map.columns[column]}`;
+      : map.across === "receiver"
+        ? `${alone(map.rows[row])} → ${alone(map.columns[column])}`
+        : `${map.name}, ${map.across} ${map.columns[column]}, ${map.down} ${map.rows[row]}`;
 
   const level = (value, most) => Math.max(1, Math.ceil((Math.min(1, Math.abs(value) / most) || 0) * LEVELS));
 
@@ -77,7 +81,7 @@
     return [
       map.rows.map((_, row) => {
         if (row % every) return null;
-        const kind = isPlace(map) && data.prompts.length > 1 && !differs(row) ? "row-name same" : "row-name";
+        const kind = isPlace(map) && marked.size && !marked.has(row) ? "row-name same" : "row-name";
         const place = { class: kind, x: left - 6, y: row * tall + tall / 2 + 4, "text-anchor": "end" };
         return s("text", place, cut(rowName(map, row)));
       }),
@@ -93,14 +97,14 @@
   /* The tooltip. */
 
   function tell(map, row, column, box) {
-    const [value, lo, hi] = [map.values, map.lo, map.hi].map((of) => of && of[row][column]);
+    const [value, lo, hi, exact] = [map.values, map.lo, map.hi, map.exact].map((of) => of && of[row][column]);
     const where = [`${map.across} ${map.columns[column]}`, `${map.down === "pos" ? "position" : map.down} ${map.rows[row]}`];
-    const chips = isPlace(map) ? data.prompts.filter((_, i) => i === 0 || differs(row)) : [];
+    const chips = isPlace(map) ? spoken.slice(0, words(row).length) : [];
     tip.replaceChildren(
       h("p", {}, h("b", {}, signed(value)), value === null ? "" : ` ${map.unit}`, interval(lo, hi)),
+      map.exact ? h("p", {}, `exact: ${signed(exact)}`) : "",
       h("p", {}, where.join(", ")),
-      chips.map(({ role, tokens }) => h("p", {}, chips.length > 1 ? `${role} ` : "", token(tokens[row]))).at(0) || "",
-      chips.map(({ role, tokens }) => h("p", {}, `${role} `, token(tokens[row]))).at(1) || "",
+      ...chips.map(({ role, tokens }) => h("p", {}, chips.length > 1 ? `${role} ` : "", token(tokens[row]))),
       h("p", { class: "where" }, map.site ? address(map, row, column) : map.title),
     );
     tip.hidden = false;
@@ -229,19 +233,21 @@
 
   /* The strongest cells. */
 
+  const checked = data.maps.some((map) => map.strongest.some((cell) => cell[5] !== null));
   const COLUMNS = [
     { name: "site", kind: "site", of: ({ map, row, column }) => address(map, row, column) },
     { name: "column", kind: "int", of: ({ map, column }) => place(map.columns[column], column) },
     { name: "row", kind: "int", of: ({ map, row }) => place(map.rows[row], row) },
     { name: "token", kind: "tokens", of: ({ map, row }) => (isPlace(map) ? tokenNames(row) : "") },
     { name: "value", kind: "float", of: ({ value }) => value },
+    { name: "exact", kind: "float", of: ({ exact }) => exact ?? -Infinity },
     { name: "size", kind: "bar-cell", of: ({ value }) => Math.abs(value) },
-  ];
+  ].filter(({ name }) => name !== "exact" || checked);
   const place = (name, at) => (/^\d+$/.test(name) ? Number(name) : (name ?? at));
 
   function head(name) {
     const axes = (which) => [...new Set(data.maps.map((map) => map[which]))].join(" or ").replace("pos", "position");
-    return { column: axes("across"), row: axes("down") }[name] ?? name;
+    return { column: axes("across"), row: axes("down"), value: checked ? "estimate" : "value" }[name] ?? name;
   }
 
   function bar(map, value) {
@@ -252,7 +258,7 @@
 
   function table() {
     const all = data.maps.flatMap((map) =>
-      map.strongest.map(([row, column, value, lo, hi], rank) => ({ map, rank, row, column, value, lo, hi })),
+      map.strongest.map(([row, column, value, lo, hi, exact], rank) => ({ map, rank, row, column, value, lo, hi, exact })),
     );
     let [by, down, only, whole] = ["size", true, "", false];
     const body = h("tbody", {});
@@ -268,7 +274,7 @@
     }
 
     function line(cell) {
-      const { map, value, lo, hi } = cell;
+      const { map, value, lo, hi, exact } = cell;
       const name = address(map, cell.row, cell.column);
       const jump = map.values ? h("button", { type: "button", title: "show it in its map", click: () => go(cell) }, name) : name;
       return h(
@@ -279,6 +285,7 @@
         h("td", { class: "int" }, map.rows[cell.row]),
         h("td", { class: "tokens" }, isPlace(map) ? h("code", { class: "token" }, tokenNames(cell.row)) : ""),
         h("td", { class: "float" }, signed(value), h("span", { class: "interval" }, interval(lo, hi))),
+        checked && h("td", { class: "float" }, signed(exact)),
         h("td", { class: "bar-cell" }, bar(map, value)),
       );
     }
@@ -325,14 +332,36 @@
 
   function prompts() {
     if (!data.prompts.length) return null;
-    const chips = (tokens) => tokens.map((word, i) => token(word, data.prompts.length > 1 && differs(i) ? "token hit" : "token"));
+    const chips = (tokens) => tokens.map((word, i) => token(word, marked.has(i) ? "token hit" : "token"));
     return h(
       "dl",
       { class: "prompts" },
       data.prompts.map(({ role, tokens, value }) => [
         h("dt", {}, role),
-        h("dd", {}, chips(tokens), value !== null && h("span", { class: "metric" }, `${data.metric} `, h("b", {}, signed(value)))),
+        h("dd", {}, chips(tokens), value !== null && h("span", { class: "metric" }, `${data.metric} `, h("b", {}, plain(value)))),
       ]),
+    );
+  }
+
+  /** What exact measurement said of the estimates. */
+  function checks() {
+    if (!data.checks.length) return null;
+    const [names, ...rows] = data.checks;
+    const text = (value) => (typeof value === "string" ? value : number(value, Number.isInteger(value) ? "int" : "float"));
+    return h(
+      "section",
+      { class: "strongest" },
+      h("h2", {}, "How far the estimates hold"),
+      h(
+        "div",
+        { class: "scroll" },
+        h(
+          "table",
+          { class: "checks" },
+          h("thead", {}, h("tr", {}, names.map((name) => h("th", { scope: "col" }, name)))),
+          h("tbody", {}, rows.map((row) => h("tr", {}, row.map((value) => h("td", {}, text(value)))))),
+        ),
+      ),
     );
   }
 
@@ -361,7 +390,7 @@
       drawn.length && scale(redraw),
       grids,
       large.map(({ title, name, size }) => h("p", { class: "note" }, `${title} (${name}) has ${count(size)} cells, too many to draw: its strongest are listed.`)),
-      h("div", { class: "below" }, table(), footer()),
+      h("div", { class: "below" }, table(), h("div", {}, checks(), footer())),
       s("svg", { class: "defs", "aria-hidden": "true" }, hatch),
     ]
       .flat()
