@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from microtome import stream as stream
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
+    from microtome.explain import attribute as attribute
     from microtome.explain import contributions as contributions
     from microtome.explain import logit_lens as logit_lens
+    from microtome.explain import verify as verify
     from microtome.model import Address as Address
     from microtome.model import Anatomy as Anatomy
     from microtome.model import Site as Site
@@ -73,7 +75,7 @@ _HOME = {
         "prove", "Rank", "Reading", "Repeat", "Rotate", "Run", "save_edits", "Scale", "ScaleBlock", "Set",
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
-    "microtome.explain": ("activation_patching", "contributions", "logit_lens"),
+    "microtome.explain": ("activation_patching", "attribute", "contributions", "logit_lens", "verify"),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
 _ROOMS = ("atlas", "errors", "explain", "measure", "stream")

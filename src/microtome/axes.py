@@ -10,6 +10,8 @@ One name an axis, everywhere: in datasets, tables, docstrings and error messages
     head      query heads                       rank      ordered components (experts by slot, singular vectors)
     kv_head   key/value heads                   expert    experts of a mixture
     d_model   the residual stream               d_head    one head
+    sender    what writes to the stream         receiver  what reads it
+    site      names of places
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from torch import Tensor
 
 AXES: tuple[str, ...] = (
     "batch", "pos", "q_pos", "k_pos", "layer", "head", "kv_head", "d_model", "d_head",
-    "neuron", "vocab", "feature", "group", "example", "rank", "expert",
+    "neuron", "vocab", "feature", "group", "example", "rank", "expert", "sender",
+    "receiver", "site",
 )  # fmt: skip
 
 Tokens: TypeAlias = Int[Tensor, "batch pos"]

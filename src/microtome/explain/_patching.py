@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 BY_POSITION = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn.q", "attn.k", "attn.v", "attn.z")
+BY_UNIT = ("attn.q[head]", "attn.k[head]", "attn.v[head]", "attn.z[head]", "mlp.post[neuron]")
 
 
 def activation_patching(
@@ -52,13 +53,14 @@ def activation_patching(
         corrupt: the same number of tokens, with another answer.
         answer: the clean prompt's answer, one token.
         foil: the corrupt prompt's answer; without it the answer's log-probability is read.
-        sites: site names, patched by layer and position; with ``[head]`` behind, by layer and head at all positions.
+        sites: site names, patched by layer and position; with ``[head]`` behind (``mlp.post[neuron]`` for
+            neurons), by layer and unit at all positions.
         direction: "denoise" puts clean values into the corrupt run, "noise" the reverse.
         progress: called with (done, all) cells.
 
     Returns:
         Dataset of effects as shares of the gap between the two prompts: a variable a site, over (layer, pos) or (layer,
-        head); `clean` and `corrupt` hold the metric of the two prompts, in logits or nats.
+        unit); `clean` and `corrupt` hold the metric of the two prompts, in logits or nats.
 
     Raises:
         PromptError: the prompts do not align (the first difference and both lengths are named), or answer or foil is
@@ -68,8 +70,8 @@ def activation_patching(
     tokens = aligned(model, clean, corrupt)
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
     metric = answer_metric(model, answer, foil)
-    layouts = {site: _layout(model, site, tokens.shape[1]) for site in sites}
-    source = model.run(goal, capture=sorted({f"*.{site.removesuffix('[head]')}" for site in sites}))
+    layouts = {site: layout_of(model, site, tokens.shape[1]) for site in sites}
+    source = model.run(goal, capture=sorted({layout.capture for layout in layouts.values()}))
     cells = [SwapFrom(address, source=source) for layout in layouts.values() for address in layout.addresses]
     swept = model.sweep(start, cells, metric, progress=progress)
     last = source.logits[:, metric.columns(0, tokens.shape[1])]
@@ -89,7 +91,7 @@ def activation_patching(
     return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction})
 
 
-def _dataset(layouts: dict[str, _Layout], shares: Tensor) -> xr.Dataset:
+def _dataset(layouts: dict[str, Layout], shares: Tensor) -> xr.Dataset:
     """The cells of all sites, cut apart and given their axes."""
     import xarray as xr
 
@@ -101,28 +103,36 @@ def _dataset(layouts: dict[str, _Layout], shares: Tensor) -> xr.Dataset:
     return data.assign_coords(layer=list(range(data.sizes["layer"])))
 
 
-class _Layout:
-    """The addresses of a site's cells, and the axes that they fill."""
+class Layout:
+    """The addresses of a site's cells, the axes that they fill, and what to capture for them."""
 
-    def __init__(self, addresses: list[str], dims: tuple[str, str], shape: tuple[int, int]) -> None:
-        self.addresses, self.dims, self.shape = addresses, dims, shape
+    def __init__(self, name: str, addresses: list[str], dims: tuple[str, str], shape: tuple[int, int]) -> None:
+        self.addresses, self.dims, self.shape, self.capture = addresses, dims, shape, f"*.{name}"
 
 
-def _layout(model: Model, site: str, length: int) -> _Layout:
-    name, by_head = site.removesuffix("[head]"), site.endswith("[head]")
+def layout_of(model: Model, site: str, length: int) -> Layout:
+    """The cells of a site name by layer and position, or with ``[head]`` or ``[neuron]`` behind it by layer and unit.
+
+    Raises:
+        SiteError: the site has no such cells.
+    """
+    name, by_unit = site.partition("[")[0], site.endswith("]")
     n = model.anatomy.n_layers
-    if name not in BY_POSITION or (by_head and not name.startswith("attn.")):
+    if site not in (*BY_POSITION, *BY_UNIT):
         raise error(
-            SiteError, f'cannot patch "{site}" by layer', allowed=", ".join(BY_POSITION), do="name one of these"
+            SiteError,
+            f'cannot patch "{site}" by layer',
+            allowed=", ".join((*BY_POSITION, *BY_UNIT)),
+            do="name one of these",
         )
     absent = next((i for i in range(n) if Site(name, i) not in model.anatomy.taps), None)
     if absent is not None:
         raise error(SiteError, f"no {name} in layer {absent}", got=model.anatomy.missing.get(Site(name, absent)))
-    if by_head:
-        heads = model.anatomy.units(Site(name, 0))
-        addresses = [f"{i}.{name}[{h}]" for i in range(n) for h in range(heads)]
-        return _Layout(addresses, ("layer", Site(name, 0).spec.unit), (n, heads))
-    return _Layout([f"{i}.{name}@{p}" for i in range(n) for p in range(length)], ("layer", "pos"), (n, length))
+    if by_unit:
+        units = model.anatomy.units(Site(name, 0))
+        addresses = [f"{i}.{name}[{u}]" for i in range(n) for u in range(units)]
+        return Layout(name, addresses, ("layer", Site(name, 0).spec.unit), (n, units))
+    return Layout(name, [f"{i}.{name}@{p}" for i in range(n) for p in range(length)], ("layer", "pos"), (n, length))
 
 
 def answer_metric(model: Model, answer: str | int, foil: str | int | None) -> Metric:

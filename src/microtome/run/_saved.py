@@ -16,7 +16,6 @@ from microtome.run._edits import (
     Add,
     Clamp,
     Edit,
-    Freeze,
     KnockOut,
     Map,
     Mean,
@@ -30,6 +29,7 @@ from microtome.run._edits import (
     SwapFrom,
     Zero,
 )
+from microtome.run._frozen import Freeze
 
 KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind

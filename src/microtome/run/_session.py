@@ -17,9 +17,10 @@ from torch import Tensor
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Address, Anatomy, Rule, Selection, Site
 from microtome.run._batch import Batch
-from microtome.run._edits import Edit, Freeze, Repeat, ScaleBlock, SiteEdit, Skip, Where, apply, canonical
+from microtome.run._edits import Edit, Repeat, ScaleBlock, SiteEdit, Skip, Where, apply, canonical
+from microtome.run._frozen import Freeze, freeze
 from microtome.run._hooks import Rig
-from microtome.run._layers import freeze, layer_paths
+from microtome.run._layers import layer_paths
 from microtome.run._taps import install
 
 Observer = Callable[[Site, Tensor], None]
