@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from microtome.cli._model import (
@@ -136,7 +136,9 @@ def _show(model: Model, name: str, make: Callable[[Model, str], Task], as_json: 
         pairs = [_pair(p, full=True) | {"said": s, "difference": d} for p, s, d in zip(task, said, gaps, strict=True)]
         print_json(_row(task, data) | {"made": dict(task.attrs), "pairs": pairs, "provenance": model.provenance})
         return
-    table = Table(Text("prompt, [clean → corrupt]"), "answer", "foil", "said", "logits", box=None, pad_edge=False)
+    table = Table(
+        Column(Text("prompt, [clean → corrupt]")), "answer", "foil", "said", "logits", box=None, pad_edge=False
+    )
     for pair, word, gap in zip(task, said, gaps, strict=True):
         texts = (_short(pair.answer, 24), _short(pair.foil, 24), word)
         style = "" if word in pair.answer.split("|") else "dim"
