@@ -7,6 +7,7 @@
     patching     resid_pre, attn_out and mlp_out by position, and every head, of one pair
     nodes        exact effects of all senders of a 15-token pair
     edges        exact effects of all edges of that pair (with --edges: minutes)
+    peer         TransformerLens' own patching of resid_pre, if `make bench-peers` made its environment
 
 Plain hooks are timed on a sample of cells before and after every sweep, so that a slow moment falls on both.
 """
@@ -19,6 +20,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 
 import microtome as mt
+from microtome.model import default_folder
 
 CLEAN = "The Eiffel Tower is a famous landmark in the city"
 CORRUPT = "The Brandenburg Gate is a famous landmark in the city"
@@ -120,6 +123,41 @@ def patching(model: mt.Model, clean: str, corrupt: str) -> dict[str, Any]:
     return {"cells": sum(v.size for v in data.values()) - 2, "seconds": seconds, "positions": data.sizes["pos"]}
 
 
+def graph_effects(model: mt.Model, edges: bool) -> dict[str, Any]:
+    """All nodes of a 15-token pair, and all edges if asked for."""
+    answers = {"answer": " Mary", "foil": " John"}
+    started = time.perf_counter()
+    nodes = mt.node_effects(model, *LONG, **answers)
+    found: dict[str, Any] = {"nodes": nodes.sizes["sender"], "nodes_seconds": time.perf_counter() - started}
+    if edges:
+        started = time.perf_counter()
+        walked = [time.perf_counter()]
+
+        def report(done: int, everything: int) -> None:
+            if time.perf_counter() - walked[0] > 60:
+                walked[0] = time.perf_counter()
+                print(f"  {done} of {everything} edges, {time.perf_counter() - started:.0f} s", flush=True)
+
+        data = mt.edge_effects(model, *LONG, **answers, progress=report)
+        found |= {"edges": int(data.attrs["measured"]), "edges_seconds": time.perf_counter() - started}
+        strongest = data["effect"].stack(edge=("sender", "receiver")).dropna("edge")
+        strongest = strongest[abs(strongest).argsort()[-10:]]
+        found["strongest"] = {
+            " -> ".join(edge): float(v) for edge, v in zip(strongest["edge"].values, strongest, strict=True)
+        }
+        found["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return found
+
+
+def peer(tokens: int) -> dict[str, Any] | None:
+    """TransformerLens' own patching of the same model, in an environment of its own; None where it is not made."""
+    python, folder = Path(".venv-peers/bin/python"), default_folder()
+    if not python.exists() or folder is None:
+        return None
+    call = [str(python), "benchmarks/peers/time_patching.py", str(folder), "--tokens", str(tokens)]
+    return json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -135,6 +173,12 @@ def main() -> None:
     print("sixteen", json.dumps(found["sixteen"]))
     found["patching"] = patching(model, CLEAN, CORRUPT)
     print("patching", json.dumps(found["patching"]))
+    beside = peer(found["resid_pre"]["positions"])
+    if beside is not None:
+        found["transformer_lens"] = beside | {"ratio": beside["ms_a_cell"] / found["resid_pre"]["ms_a_cell"]}
+        print("transformer_lens", json.dumps(found["transformer_lens"]))
+    found["graph"] = graph_effects(model, options.edges)
+    print("graph", json.dumps(found["graph"]))
     report = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                     "threads": torch.get_num_threads(), "python": platform.python_version()},

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from microtome.explain import activation_patching as activation_patching
     from microtome.explain import attention_knockout as attention_knockout
     from microtome.explain import causal_trace as causal_trace
+    from microtome.explain import circuit_recovery as circuit_recovery
     from microtome.explain import component_effects as component_effects
     from microtome.explain import contributions as contributions
     from microtome.explain import edge_effects as edge_effects
@@ -84,8 +85,8 @@ _HOME = {
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
     "microtome.explain": (
-        "activation_patching", "attention_knockout", "causal_trace", "component_effects", "contributions",
-        "edge_effects", "graph", "logit_lens", "node_effects", "patch_pairs",
+        "activation_patching", "attention_knockout", "causal_trace", "circuit_recovery", "component_effects",
+        "contributions", "edge_effects", "graph", "logit_lens", "node_effects", "patch_pairs",
     ),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip

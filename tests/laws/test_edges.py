@@ -115,13 +115,14 @@ def test_all_edges_into_one_branch_add_up_where_it_is_linear(name: str) -> None:
         edges += [mt.Edge(f"{layer}.attn.z[{i}]", "final", source=other) for i in range(h)]
         edges += [mt.Edge(f"{layer}.mlp_out", "final", source=other)]
     ends = [model.run(t, capture=f"{n - 1}.resid_post")[f"{n - 1}.resid_post"] for t in (clean, corrupt)]
-    from microtome.run._edges import Edges
+    from microtome.run._edges import Edges, _Placed
 
-    changes = sum(Edges(model, clean).change(edge) for edge in edges)
+    made = Edges(model, clean, [0])
+    changes = sum(made.change(_Placed(edge, 0, 0)) for edge in edges)
     if model.anatomy.parts.layers[0].attn_post_norm is None:
         torch.testing.assert_close(changes, (ends[1] - ends[0])[0], rtol=1e-4, atol=1e-4)
     for edge in (edges[0], edges[2], edges[-1]):
-        change = Edges(model, clean).change(edge)
+        change = made.change(_Placed(edge, 0, 0))
         value = model.sweep(clean, [edge], READ).values[0]
         literal = model.run(clean, edits=[mt.Add(f"{n - 1}.resid_post", change)]).logits[0, [-1, 5]].flatten()
         assert (value - literal).abs().max() < 1e-4

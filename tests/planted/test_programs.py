@@ -94,7 +94,9 @@ def test_ablation_finds_the_nodes(name: str) -> None:
     c, base = inputs[-1], bases[-1]
     tokens = float((outputs(model.run(c.corrupt).logits) - base).abs().max())
     assert (tokens > 0.05) == ("embed" in inside)
-    places = float((outputs(planted.run_at(model, c.clean, c.positions).logits) - base).abs().max())
+    places = float(
+        (outputs(model.run(c.clean, edits=[planted.placed(model, c.clean, c.positions)]).logits) - base).abs().max()
+    )
     assert (places > 0.05) == (any(edge[0] == "pos_embed" for edge in it.truth["edges"])), places
 
 
@@ -102,7 +104,7 @@ def test_ablation_finds_the_nodes(name: str) -> None:
 def test_exact_effects_find_the_edges(name: str) -> None:
     """With both corruptions every edge of the circuit has an effect and no other edge has any: AUC 1."""
     it = planted.program(name)
-    effects = edge_effects(it, planted.corruptions(it, PAIRS * 4, seed=2))
+    effects = edge_effects(it, planted.corruptions(it, 96, seed=2))
     true = {tuple(edge) for edge in it.truth["edges"]}
     constant = {tuple(edge) for edge in it.truth["constant"]}
     assert true
@@ -145,12 +147,13 @@ def test_what_nodes_write_sums_to_the_stream() -> None:
     it = planted.program("sort")
     c = planted.corruptions(it, 8, seed=3)
     last = f"{it.model.anatomy.n_layers - 1}.resid_post"
-    for places in (None, c.positions):
+    for places in (torch.arange(7).expand_as(c.clean), c.positions):
         total = sum(planted.writes(it.model, c.clean, places).values())
-        stream = planted.run_at(it.model, c.clean, places, capture=last)[last]
-        assert (total - stream).abs().max() < 1e-5
-        logits = it.model.hf(input_ids=c.clean, position_ids=places).logits
-        assert torch.equal(logits, planted.run_at(it.model, c.clean, places).logits)
+        run = it.model.run(c.clean, capture=last, edits=[planted.placed(it.model, c.clean, places)])
+        assert (total - run[last]).abs().max() < 1e-5
+        assert torch.equal(run.logits, it.model.hf(input_ids=c.clean, position_ids=places).logits)
+    own = planted.writes(it.model, c.clean)
+    assert torch.equal(own["pos_embed"], it.model.hf.model.embed_positions.weight[:7].expand_as(own["pos_embed"]))
 
 
 def test_an_unknown_program_is_named() -> None:

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from microtome.cli import _atlas, _cache, _check, _explain, _model, _patch, _run, _trace
+from microtome.cli import _atlas, _cache, _check, _explain, _model, _patch, _run, _tasks, _trace
 from microtome.errors import BudgetError, MicrotomeError, OutputError, error
 
 app = typer.Typer(
@@ -65,16 +65,9 @@ def options(
     _model.notes.quiet = quiet
 
 
-for register in (
-    _check.register,
-    _atlas.register,
-    _explain.register,
-    _patch.register,
-    _trace.register,
-    _run.register,
-    _cache.register,
-):
-    register(app)
+COMMANDS = (_check, _atlas, _explain, _patch, _trace, _run, _tasks, _cache)
+for command in COMMANDS:
+    command.register(app)
 
 
 def run(arguments: list[str] | None = None) -> int:

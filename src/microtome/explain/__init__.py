@@ -11,5 +11,7 @@ from microtome.explain._knockout import attention_knockout as attention_knockout
 from microtome.explain._lens import logit_lens as logit_lens
 from microtome.explain._pairs import patch_pairs as patch_pairs
 from microtome.explain._patching import activation_patching as activation_patching
+from microtome.explain._recovery import auc as auc
+from microtome.explain._recovery import circuit_recovery as circuit_recovery
 from microtome.explain._spans import span_of as span_of
 from microtome.explain._tracing import causal_trace as causal_trace

@@ -21,6 +21,8 @@ from microtome.run import Edge, Metric, Model, Prompt, Run, SwapFrom, Sweep, Swe
 if TYPE_CHECKING:
     import xarray as xr
 
+TOGETHER = 4096
+"""Edges of how many are held in one sweep; what a stopped measurement loses at most."""
 WRITTEN = ("embed", "*.attn.z", "*.mlp_out")
 Direction = Literal["noise", "denoise"]
 Progress = Callable[[int, int], None]
@@ -171,11 +173,16 @@ class _Table:
 
 
 def _by_layer(parts: Graph) -> list[list[int]]:
-    """The columns of the receivers, those of one layer together."""
+    """The columns of the receivers, those of one layer together, and layers together while they have few edges."""
     layers: dict[str, list[int]] = {}
     for column, receiver in enumerate(parts.receivers):
         layers.setdefault(receiver.partition(".")[0], []).append(column)
-    return list(layers.values())
+    groups: list[list[int]] = [[]]
+    for columns in layers.values():
+        if int(parts.mask[:, groups[-1] + columns].sum()) > TOGETHER and groups[-1]:
+            groups.append([])
+        groups[-1] += columns
+    return groups
 
 
 def _start_and_source(

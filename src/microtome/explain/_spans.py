@@ -45,8 +45,10 @@ def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str 
 def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, int]:
     if model.tokenizer is None:
         raise error(PromptError, f"{what} given as text, but the model has no tokenizer", do="give (first, end)")
-    # The text of growing beginnings, because single tokens may lose the space before them.
-    ends = [len(model.tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    # The text of growing beginnings, because single tokens may lose the space before them; one that ends inside a
+    # character ends with a replacement character instead.
+    begun = [model.tokenizer.decode(ids[: i + 1]) for i in range(len(ids))]
+    ends = [len(text.rstrip("\ufffd")) for text in begun]
     whole, wanted = model.tokenizer.decode(ids), text.strip()
     start = whole.find(wanted) if wanted else -1
     if start < 0:
@@ -56,7 +58,8 @@ def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, i
             got=f'"{whole}"',
             do="write it as it stands there, or give its tokens as (first, end)",
         )
-    first = next(i for i, end in enumerate(ends) if end > start)
+    before = [i for i, end in enumerate(ends) if end == len(begun[i]) and end <= start]
+    first = before[-1] + 1 if before else 0
     return first, next(i for i, end in enumerate(ends) if end >= start + len(wanted)) + 1
 
 

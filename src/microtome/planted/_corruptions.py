@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from microtome.errors import DataError, error
 from microtome.planted._folder import Planted
 from microtome.planted._programs import PROGRAMS
 from microtome.planted._truth import head_of, mlp_of, nodes
-from microtome.run import Model, Run, Set
+from microtome.run import Model, Set
 
 
 @dataclass(frozen=True)
@@ -82,27 +81,13 @@ def corruptions(it: Planted, n: int, seed: int, *, length: int | None = None) ->
     return Corruptions(*(torch.tensor(rows, device=it.model.device) for rows in (clean, corrupt, places)))
 
 
-def run_at(model: Model, tokens: Tensor, positions: Tensor | None = None, **options: Any) -> Run:
-    """Run a planted model with tokens at positions of your choice, each [batch, pos].
+def placed(model: Model, tokens: Tensor, positions: Tensor) -> Set:
+    """The edit that puts tokens at positions of your choice, each [batch, pos].
 
-    Args:
-        model: a planted model.
-        tokens: token ids.
-        positions: the position that each token is said to stand at; its own by default.
-        options: as for `Model.run`.
-
-    Returns:
-        A `Run`.
+    >>> model.run(c.clean, edits=[planted.placed(model, c.clean, c.positions)])
     """
-    arguments: dict[str, Any] = {**options, "edits": [*_placed(model, tokens, positions), *options.get("edits", ())]}
-    return model.run(tokens, **arguments)
-
-
-def _placed(model: Model, tokens: Tensor, positions: Tensor | None) -> list[Set]:
-    if positions is None:
-        return []
     trunk = model.hf.model
-    return [Set("embed", trunk.embed_tokens(tokens) + trunk.embed_positions(positions))]
+    return Set("embed", trunk.embed_tokens(tokens) + trunk.embed_positions(positions))
 
 
 def writes(model: Model, tokens: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
@@ -116,9 +101,9 @@ def writes(model: Model, tokens: Tensor, positions: Tensor | None = None) -> dic
     Returns:
         By node, as `nodes` names them.
     """
-    run = run_at(model, tokens, positions, capture=["*.attn.result", "*.mlp_out"])
-    trunk = model.hf.model
     places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) if positions is None else positions
+    run = model.run(tokens, capture=["*.attn.result", "*.mlp_out"], edits=[placed(model, tokens, places)])
+    trunk = model.hf.model
     found = {"embed": trunk.embed_tokens(tokens), "pos_embed": trunk.embed_positions(places)}
     for node in nodes(model):
         head, layer = head_of(node), mlp_of(node)

@@ -56,6 +56,22 @@ def mlp_of(node: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def sender_of(node: str) -> str:
+    """The name of a node where it writes, as the graph of a model has it: ``"0.attn.z[1]"`` for ``"L0.head.1"``."""
+    head, layer = head_of(node), mlp_of(node)
+    if head is not None:
+        return f"{head[0]}.attn.z[{head[1]}]"
+    return node if layer is None else f"{layer}.mlp_out"
+
+
+def receiver_of(node: str, slot: str) -> str:
+    """The name of a node's input, as the graph of a model has it: ``"0.attn.q[1]"`` for q of ``"L0.head.1"``."""
+    head, layer = head_of(node), mlp_of(node)
+    if head is not None:
+        return f"{head[0]}.attn.{slot}[{head[1]}]"
+    return "final" if layer is None else f"{layer}.mlp.in"
+
+
 def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
     """Refuse a truth whose nodes or edges the model cannot have.
 

@@ -124,14 +124,18 @@ def _without_edges(
     found = [cell for cell in cells if not isinstance(cell, Edge)]
     if len(found) == len(cells):
         return found
-    by_prompt: dict[int, list[tuple[int, Edge]]] = {}
+    by_length: dict[int, list[int]] = {}
     for place, cell in enumerate(cells):
         if isinstance(cell, Edge):
-            by_prompt.setdefault(0 if prompts is None else prompts[place], []).append((place, cell))
+            by_length.setdefault(batch.lengths[0 if prompts is None else prompts[place]], []).append(place)
     made: dict[int, Cell] = {}
-    for prompt, edges in by_prompt.items():
-        tokens = batch.tokens[prompt : prompt + 1, : batch.lengths[prompt]]
-        made |= dict(zip([place for place, _ in edges], Edges(model, tokens).cells([e for _, e in edges]), strict=True))
+    for length, places in by_length.items():
+        which = [0 if prompts is None else prompts[place] for place in places]
+        numbers = sorted(set(which))
+        edges = [cell for cell in (cells[place] for place in places) if isinstance(cell, Edge)]
+        made |= dict(
+            zip(places, Edges(model, batch.tokens[numbers, :length], numbers).cells(edges, which), strict=True)
+        )
     return [made[place] if isinstance(cell, Edge) else cell for place, cell in enumerate(cells)]
 
 

@@ -90,10 +90,20 @@ class Edge:
         """The receiver's layer, None for the logits."""
         return _layer(parse(self.receiver))
 
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """An edge of one prompt: the row of its tokens here, and its number in the sweep."""
+
+    edge: Edge
+    row: int
+    prompt: int
+
     @property
-    def origin(self) -> tuple[str, int]:
-        """What names the change that it makes: edges of one sender and one source share it."""
-        return self.sender, id(self.source if self.change is None else self.change)
+    def origin(self) -> tuple[str, int, int]:
+        """What names the change that it makes: edges of one sender, one source and one prompt share it."""
+        edge = self.edge
+        return edge.sender, id(edge.source if edge.change is None else edge.change), self.row
 
 
 def _one_layer(address: Address) -> bool:
@@ -125,10 +135,10 @@ def _set(site: str, new: Tensor, own: Tensor) -> SiteEdit:
 
 
 class Edges:
-    """Turns edges over one prompt into ordinary cells."""
+    """Turns edges over prompts of one length into ordinary cells."""
 
-    def __init__(self, model: Model, tokens: Tensor) -> None:
-        """Run the prompt, tokens [1, pos], and keep what every sender writes and every branch reads."""
+    def __init__(self, model: Model, tokens: Tensor, prompts: Sequence[int]) -> None:
+        """Run prompts, tokens [prompt, pos] by their numbers, and keep what senders write and branches read."""
         a = model.anatomy
         if a.parts.form == "post_norm":
             raise error(
@@ -137,15 +147,16 @@ class Edges:
                 got="norms on the residual stream itself",
                 do="use a model with norms before its branches",
             )
-        self.model, self.tokens, self.parallel = model, tokens, a.parts.form == "parallel"
+        self.model, self.tokens, self.prompts = model, tokens, list(prompts)
+        self.parallel = a.parts.form == "parallel"
         names = ["resid_pre", "attn.q", "attn.k", "attn.v", "attn.z", "attn_out", "mlp_out"]
         names += [] if self.parallel else ["resid_mid"]
         with torch.no_grad():
             self.base: Run = model.run(tokens, capture=["embed", *(f"*.{name}" for name in names)], logits=False)
-        self._changes: dict[tuple[str, int], Tensor] = {}
+        self._changes: dict[tuple[str, int, int], Tensor] = {}
 
-    def cells(self, edges: Sequence[Edge]) -> list[SiteEdit]:
-        """An ordinary edit for every edge, in their order.
+    def cells(self, edges: Sequence[Edge], prompts: Sequence[int]) -> list[SiteEdit]:
+        """An ordinary edit for every edge of a prompt, in their order.
 
         Raises:
             SiteError: a sender, receiver or source has no such site.
@@ -158,7 +169,7 @@ class Edges:
             by_branch.setdefault((edge.layer, parse(edge.receiver).name), []).append(place)
         with torch.no_grad():
             for (layer, name), places in by_branch.items():
-                mine = [edges[place] for place in places]
+                mine = [_Placed(edges[place], self.prompts.index(prompts[place]), prompts[place]) for place in places]
                 if layer is None:
                     cells = self._into_logits(mine)
                 elif name == "mlp.in":
@@ -184,16 +195,16 @@ class Edges:
                 do="name a sender of an earlier layer",
             )
 
-    def change(self, edge: Edge) -> Tensor:
+    def change(self, placed: _Placed) -> Tensor:
         """[pos, d_model] What the sender adds to the stream in the source, minus what it adds in the base run."""
-        if edge.origin not in self._changes:
-            self._changes[edge.origin] = self._change(edge)
-        return self._changes[edge.origin]
+        if placed.origin not in self._changes:
+            self._changes[placed.origin] = self._change(placed)
+        return self._changes[placed.origin]
 
-    def _change(self, edge: Edge) -> Tensor:
-        sender = parse(edge.sender)
+    def _change(self, placed: _Placed) -> Tensor:
+        edge, sender = placed.edge, parse(placed.edge.sender)
         site = Site(sender.name, _layer(sender))
-        here = self.base[str(site)][0]
+        here = self.base[str(site)][placed.row]
         if edge.change is not None:
             new = edge.change.to(device=here.device, dtype=here.dtype)
             if new.shape != (len(here), self.model.anatomy.d_model):
@@ -204,30 +215,31 @@ class Edges:
                     allowed=f"[{len(here)}, {self.model.anatomy.d_model}] [pos, d_model]",
                 )
         else:
-            there = self._of(edge, site, here).to(device=here.device, dtype=here.dtype)
+            there = self._of(placed, site, here).to(device=here.device, dtype=here.dtype)
             new = self._written(site, here, there, int((sender.units.resolve(here.shape[1]) or [0])[0]))
         columns = self.base.batch.columns(sender.positions)
         if columns is None:
             return new
-        return torch.zeros_like(new).index_copy(0, columns[0], new[columns[0]])
+        return torch.zeros_like(new).index_copy(0, columns[placed.row], new[columns[placed.row]])
 
-    def _of(self, edge: Edge, site: Site, here: Tensor) -> Tensor:
-        if isinstance(edge.source, Mapping):
-            if str(site) not in edge.source:
+    def _of(self, placed: _Placed, site: Site, here: Tensor) -> Tensor:
+        source = placed.edge.source
+        if isinstance(source, Mapping):
+            if str(site) not in source:
                 raise error(EditError, f"the source of an edge has no {site}", do="capture that site whole")
-            there = edge.source[str(site)]
+            there = source[str(site)]
         else:
-            assert edge.source is not None
-            there = edge.source.whole(site)
-        if there.shape != (1, *here.shape):
+            assert source is not None
+            there = source.whole(site)
+        if there.shape[1:] != here.shape or (there.shape[0] != 1 and placed.prompt >= there.shape[0]):
             raise error(
                 EditError,
-                f"the source of {edge.sender} does not fit",
+                f"the source of {placed.edge.sender} does not fit",
                 got=f"shape {list(there.shape)}",
-                allowed=str([1, *here.shape]),
-                do="run one other prompt of the same number of tokens",
+                allowed=f"{[1, *here.shape]}, or as many rows as there are prompts",
+                do="run other prompts of the same number of tokens",
             )
-        return there[0]
+        return there[0 if there.shape[0] == 1 else placed.prompt]
 
     def _written(self, site: Site, here: Tensor, there: Tensor, head: int) -> Tensor:
         if site.name != "attn.z":
@@ -244,46 +256,59 @@ class Edges:
         norm = self.model.hf.get_submodule(path)
         return (norm(raw + added) - norm(raw)) * tap.scale
 
-    def _into_logits(self, edges: Sequence[Edge]) -> list[SiteEdit]:
+    def _into_logits(self, edges: Sequence[_Placed]) -> list[SiteEdit]:
         site = f"{self.model.anatomy.n_layers - 1}.resid_post"
-        changes = [self.change(edge) for edge in edges]
-        return [Add(site + _from_first(change != 0)[0], change[_from_first(change != 0)[1] :]) for change in changes]
-
-    def _into_mlp(self, edges: Sequence[Edge], layer: int) -> list[SiteEdit]:
-        stream = self.base[f"{layer}.resid_pre" if self.parallel else f"{layer}.resid_mid"][0]
-        read = self._normed(self.model.layers[layer].mlp_norm, [stream + self.change(edge) for edge in edges])
-        outs: list[Tensor] = []
-        for part in read.split(BRANCH_ROWS):
-            outs += self._branch(layer, [Set(f"{layer}.mlp.in", value=part)], "mlp_out", len(part))
-        return [_set(f"{layer}.mlp_out", out, self.base[f"{layer}.mlp_out"][0]) for out in outs]
-
-    def _into_heads(self, edges: Sequence[Edge], layer: int, name: str) -> list[SiteEdit]:
-        """Every sender's change runs through the attention once, for all of its heads."""
-        senders = {edge.origin: edge for edge in edges}
-        stream, own = self.base[f"{layer}.resid_pre"][0], self.base[f"{layer}.attn.z"][0]
-        changed = [stream + self.change(edge) for edge in senders.values()]
-        z: list[Tensor] = []
-        for part in self._normed(self.model.layers[layer].attn_norm, changed).split(BRANCH_ROWS):
-            held = [Set(f"{layer}.{n}", value=self.base[f"{layer}.{n}"]) for n in INPUTS if n != name]
-            z += self._branch(layer, [Set(f"{layer}.attn.in", value=part), *held], "attn.z", len(part))
-        found = dict(zip(senders, z, strict=True))
         cells: list[SiteEdit] = []
-        for edge in edges:
-            head = (parse(edge.receiver).units.resolve(self.model.anatomy.n_heads) or [0])[0]
-            new = found[edge.origin][:, head : head + 1]
-            cells.append(_set(f"{layer}.attn.z[{head}]", new, own[:, head : head + 1]))
+        for placed in edges:
+            change = self.change(placed)
+            where, first = _from_first(change != 0)
+            cells.append(Add(site + where, value=change[first:]))
         return cells
 
-    def _normed(self, norm: NormWeights | None, streams: Sequence[Tensor]) -> Tensor:
-        """[row, pos, d_model] What a branch would read: the model's own norm of each stream."""
-        stacked = torch.stack(list(streams))
-        return stacked if norm is None else norm.module(stacked)
+    def _into_mlp(self, edges: Sequence[_Placed], layer: int) -> list[SiteEdit]:
+        stream = self.base[f"{layer}.resid_pre" if self.parallel else f"{layer}.resid_mid"]
+        senders, own = {placed.origin: placed for placed in edges}, self.base[f"{layer}.mlp_out"]
+        out = self._branch(layer, self.model.layers[layer].mlp_norm, stream, senders, "mlp.in", (), "mlp_out")
+        return [_set(f"{layer}.mlp_out", out[placed.origin], own[placed.row]) for placed in edges]
 
-    def _branch(self, layer: int, edits: Sequence[Edit], site: str, rows: int) -> list[Tensor]:
-        """A site of each row when one layer runs on the base run's stream, with edits; nothing behind it runs."""
-        before: list[Edit] = [] if layer == 0 else [Skip(f"0-{layer - 1}")]
-        before.append(Set(f"{layer}.resid_pre", value=self.base[f"{layer}.resid_pre"]))
+    def _into_heads(self, edges: Sequence[_Placed], layer: int, name: str) -> list[SiteEdit]:
+        """Every sender's change runs through the attention once, for all of its heads."""
+        stream, own = self.base[f"{layer}.resid_pre"], self.base[f"{layer}.attn.z"]
+        senders, held = {placed.origin: placed for placed in edges}, [n for n in INPUTS if n != name]
+        z = self._branch(layer, self.model.layers[layer].attn_norm, stream, senders, "attn.in", held, "attn.z")
+        cells: list[SiteEdit] = []
+        for placed in edges:
+            head = (parse(placed.edge.receiver).units.resolve(self.model.anatomy.n_heads) or [0])[0]
+            part = slice(head, head + 1)
+            cells.append(_set(f"{layer}.attn.z[{head}]", z[placed.origin][:, part], own[placed.row][:, part]))
+        return cells
+
+    def _branch(
+        self,
+        layer: int,
+        norm: NormWeights | None,
+        stream: Tensor,
+        senders: Mapping[tuple[str, int, int], _Placed],
+        into: str,
+        held: Sequence[str],
+        out: str,
+    ) -> dict[tuple[str, int, int], Tensor]:
+        """What comes out of one branch, by sender, when its norm reads the stream plus the sender's change.
+
+        Only that layer runs; sites in `held` keep the base run's values.
+        """
+        found: list[Tensor] = []
+        placed = list(senders.values())
         stop = layer + 1 if layer + 1 < self.model.anatomy.n_layers else None
-        tokens = self.tokens.expand(rows, -1)
-        run = self.model.run(tokens, capture=f"{layer}.{site}", edits=[*before, *edits], stop_at=stop, logits=False)
-        return list(run[f"{layer}.{site}"])
+        for first in range(0, len(placed), BRANCH_ROWS):
+            part = placed[first : first + BRANCH_ROWS]
+            rows = torch.tensor([one.row for one in part], device=stream.device)
+            changed = torch.stack([stream[one.row] + self.change(one) for one in part])
+            read = changed if norm is None else norm.module(changed)
+            edits: list[Edit] = [] if layer == 0 else [Skip(f"0-{layer - 1}")]
+            edits.append(Set(f"{layer}.resid_pre", value=self.base[f"{layer}.resid_pre"][rows]))
+            edits.append(Set(f"{layer}.{into}", value=read))
+            edits += [Set(f"{layer}.{name}", value=self.base[f"{layer}.{name}"][rows]) for name in held]
+            site = f"{layer}.{out}"
+            found += self.model.run(self.tokens[rows], capture=site, edits=edits, stop_at=stop, logits=False)[site]
+        return dict(zip(senders, found, strict=True))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeVar
 
 from numpy.random import Generator
 
@@ -11,6 +11,7 @@ from microtome.tasks._pair import Draft, draft
 from microtome.tasks._tokens import Tokens
 from microtome.tasks._words import words
 
+T = TypeVar("T")
 INDIRECT_OBJECT = (
     "When {first} and {second} went to the {place}, {s2} gave a {object} to",
     "After {first} and {second} arrived at the {place}, {s2} handed a {object} to",
@@ -70,7 +71,7 @@ def gendered_pronoun(tokens: Tokens, rng: Generator) -> Iterator[Draft]:
 def subject_verb_agreement(tokens: Tokens, rng: Generator) -> Iterator[Draft]:
     """A subject, then a noun of the other number, then the verb that agrees with the subject."""
     while True:
-        subject, attractor = _one(rng, "nouns"), _one(rng, "attractors")
+        subject, attractor = _one_of(rng, words("nouns")), _one_of(rng, words("attractors"))
         plural, number = int(rng.integers(2)), int(rng.integers(len(AGREEMENT)))
         right, wrong = (PLURAL, SINGULAR) if plural else (SINGULAR, PLURAL)
         values = {"subject": subject[plural], "attractor": attractor[1 - plural]}
@@ -89,5 +90,8 @@ def docstring(tokens: Tokens, rng: Generator) -> Iterator[Draft]:
 
 
 def _one(rng: Generator, name: str) -> str:
-    held = words(name)
-    return held[rng.integers(len(held))]
+    return _one_of(rng, words(name))
+
+
+def _one_of(rng: Generator, held: Sequence[T]) -> T:
+    return held[int(rng.integers(len(held)))]
