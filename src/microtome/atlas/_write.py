@@ -78,11 +78,14 @@ def write_atlas(
         _make(model, batches, partial, seed, progress or (lambda stage, done, all: None))
         check_out(place)  # it took minutes: something may have come meanwhile
         put_in_place(partial, place)
-    except OSError as problem:
+    except (OSError, OutputError) as problem:
+        cause = problem.__cause__ if isinstance(problem, OutputError) else problem
+        if not isinstance(cause, OSError):
+            raise
         raise error(
             OutputError,
             f"cannot write the atlas to {out}",
-            got=str(problem),
+            got=cause.strerror or str(cause),
             do="check the folder and the free space of its disk",
         ) from problem
     finally:

@@ -96,9 +96,10 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say("microtome: stopped; nothing is left half-written.")
         return STOPPED
-    except BrokenPipeError:
-        _drop_stdout()
-        return 0
+    except SystemExit as ended:
+        if ended.code != 1:
+            raise
+        return 0  # Typer's way to end when whoever reads has seen enough
     except Exception as problem:  # noqa: BLE001 (the last resort of the application)
         if debug:
             traceback.print_exc()
@@ -117,6 +118,7 @@ def _hush() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -110,23 +110,32 @@ def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
 
 
 def one_token(model: Model, text: str | int) -> int:
-    """The id of a text of one token.
+    """The id of a text of one token; an id is itself.
 
     Raises:
-        PromptError: it is several tokens, with the tokens that it is.
+        PromptError: it is several tokens, with the tokens that it is, or lies outside the vocabulary.
     """
     if isinstance(text, int):
+        if not 0 <= text < model.anatomy.d_vocab:
+            allowed = f"0 to {model.anatomy.d_vocab - 1}"
+            raise error(PromptError, f"token id {text} is not in the vocabulary", allowed=allowed, do="choose another")
         return text
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"] if model.tokenizer is not None else []
+    if model.tokenizer is None:
+        do = "pass a token id, or open the model with tokenizer="
+        raise error(PromptError, f'cannot read "{text}": this model was opened without a tokenizer', do=do)
+    ids: list[int] = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if ids == [unknown] and text != model.tokenizer.unk_token:
+        raise error(PromptError, f'"{text}" is not in the vocabulary', do="choose another word, or pass a token id")
     if len(ids) != 1:
         raise error(
             PromptError,
             f'"{text}" is not one token',
-            got=str(model.to_words(ids)) if ids else "no tokenizer",
+            got=str(model.to_words(ids)) if ids else "no tokens",
             allowed="one token, usually with its leading space",
             do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
         )
-    return int(ids[0])
+    return ids[0]
 
 
 class _Reader:

@@ -11,7 +11,7 @@ from microtome.errors import EditError, SiteError, error
 from microtome.model import Anatomy, NormWeights, Site, norm_of, parse_selection
 from microtome.run._block_edits import Freeze, Repeat, ScaleBlock, Skip
 from microtome.run._hooks import Rig
-from microtome.run._taps import Shape, input_of, install, output_of, with_input, with_output
+from microtome.run._taps import Shape, divided, divisor, input_of, install, output_of, with_input, with_output
 
 
 def layer_paths(rig: Rig, anatomy: Anatomy, edit: Skip | Repeat | ScaleBlock) -> None:
@@ -121,7 +121,8 @@ def _norm_paths(anatomy: Anatomy) -> list[str]:
 def _frozen_norm(norm: NormWeights) -> Any:
     def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = input_of(args, kwargs)
-        return _tie(output, norm.apply(x, norm.scale(x).detach()))
+        held = divisor(output, norm, x).detach()
+        return divided(_tie(output, norm.apply(x, held)), held)
 
     return after
 

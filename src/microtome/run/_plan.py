@@ -93,10 +93,18 @@ def refuse_if_over(plan: Plan, budget: int | None, device: torch.device) -> None
     raise error(
         BudgetError,
         f"this run would keep more than memory allows, most of it {most}",
-        got=f"{plan.bytes / 2**20:,.0f} MiB",
-        allowed=f"{allowed / 2**20:,.0f} MiB, which is {(plan.bytes - allowed) / 2**20:,.0f} MiB less",
+        got=_size(plan.bytes),
+        allowed=f"{_size(allowed)}, which is {_size(plan.bytes - allowed)} less",
         do="name fewer sites, units or positions, use smaller batches, pass logits=False, or raise budget=",
     )
+
+
+def _size(count: int) -> str:
+    """A number of bytes in the largest unit of which there is at least one and a half."""
+    for name, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= 1.5 * unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count:,} B"
 
 
 def free_memory(device: torch.device) -> int:

@@ -13,20 +13,8 @@ from torch import Tensor
 
 from microtome.errors import DataError, EditError, OutputError, error
 from microtome.run._block_edits import Freeze, Repeat, ScaleBlock, Skip
-from microtome.run._edits import (
-    Add,
-    Clamp,
-    Edit,
-    KnockOut,
-    Map,
-    Mean,
-    Project,
-    Rotate,
-    Scale,
-    Set,
-    SwapFrom,
-    Zero,
-)
+from microtome.run._edits import Add, Clamp, Edit, Map, Mean, Project, Rotate, Scale, Set, SwapFrom, Zero
+from microtome.run._knockout import KnockOut
 from microtome.run._noise import Noise
 
 KINDS: dict[str, type[Edit]] = {
@@ -62,8 +50,9 @@ def save_edits(path: str | Path, edits: list[Edit]) -> None:
         save_file(tensors, partial, metadata={"edits": json.dumps(listing)})
         partial.replace(path)
     except (OSError, SafetensorError) as problem:
-        partial.unlink(missing_ok=True)
         raise error(OutputError, f"cannot write edits to {path}", got=str(problem), do="check the folder") from problem
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_edits(path: str | Path) -> list[Edit]:
@@ -74,7 +63,10 @@ def load_edits(path: str | Path) -> list[Edit]:
     """
     try:
         with safe_open(str(path), "pt") as file:
-            listing: list[dict[str, Any]] = json.loads((file.metadata() or {})["edits"])
+            told = file.metadata() or {}
+            if "edits" not in told:
+                raise ValueError("a file without edits")
+            listing: list[dict[str, Any]] = json.loads(told["edits"])
             edits: list[Edit] = []
             names = list(file.keys())
             for i, entry in enumerate(listing):
