@@ -152,7 +152,7 @@ def show(data: xr.Dataset, output: Path | None, *, top: int, as_json: bool) -> N
 def _values(data: xr.Dataset) -> dict[str, Any]:
     from microtome.view import maps_of, tokens_of
 
-    maps = [one.name for one in maps_of(data)]
+    maps = [one.name for one in maps_of(data) if one.listed]
     scalars = {str(n): v.item() for n, v in data.data_vars.items() if v.ndim == 0}
     held = {
         name: {
