@@ -116,11 +116,13 @@ def _by_layer(edges: HeatMap) -> HeatMap:
     """The strongest edge between every two layers: edges themselves are too many to be seen."""
     names = [tuple(name.partition(".")[0] for name in axis) for axis in (edges.rows, edges.columns)]
     rows, columns = (tuple(dict.fromkeys(axis)) for axis in names)
-    place = np.array([rows.index(n) for n in names[0]])[:, None] * len(columns) + [columns.index(n) for n in names[1]]
-    known = np.flatnonzero(np.isfinite(edges.values))
-    order = known[np.argsort(np.abs(edges.values.reshape(-1)[known]), kind="stable")]
+    across = np.array([columns.index(n) for n in names[1]])
+    place = (np.array([rows.index(n) for n in names[0]])[:, None] * len(columns) + across).reshape(-1)
+    flat = edges.values.reshape(-1)
+    known = np.flatnonzero(np.isfinite(flat))
     found = np.full(len(rows) * len(columns), np.nan)
-    found[place.reshape(-1)[order]] = edges.values.reshape(-1)[order]  # the strongest comes last, and stays
+    for i in known[np.argsort(np.abs(flat[known]), kind="stable")]:
+        found[place[i]] = flat[i]  # the strongest comes last, and stays
     title = f"strongest {edges.name} between two layers"
     values = found.reshape(len(rows), len(columns))
     return HeatMap(title, values, None, None, "receiver layer", "sender layer", columns, rows, edges.unit, listed=False)
