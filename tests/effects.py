@@ -59,3 +59,10 @@ def estimated() -> xr.Dataset:
     told = {"method": "attribution patching", "rules": "plain", "direction": "noise", "answer_id": 3, "foil_id": 4}
     told |= {"clean_ids": [1, 2], "sites": ["attn.z[head]"]}
     return data.assign_coords(site=["attn.z[head]"]).drop_attrs(deep=False).assign_attrs(told)
+
+
+def edges() -> xr.Dataset:
+    """Scores of edges; NaN where there is none."""
+    names = {"sender": ["embed", "0.attn.z[1]", "0.mlp_out"], "receiver": ["1.attn.q[0]", "1.mlp.in", "final"]}
+    values = [[1.0, -4.0, 0.5], [np.nan, 2.0, -3.0], [np.nan, np.nan, 2.5]]
+    return xr.Dataset({"score": (("sender", "receiver"), values, {"unit": "logits"})}, coords=names)

@@ -65,10 +65,17 @@ def test_maps_of_one_unit_share_a_scale_and_another_unit_has_its_own() -> None:
 
 
 def test_senders_stand_at_the_left_and_receivers_above() -> None:
-    names = {"sender": ["L0H1", "L1.mlp"], "receiver": ["L2H0.q", "L2H0.k", "logits"]}
-    one = maps_of(xr.Dataset({"score": (("sender", "receiver"), np.ones((2, 3)))}, coords=names))[0]
-    assert (one.rows, one.columns) == (("L0H1", "L1.mlp"), ("L2H0.q", "L2H0.k", "logits"))
-    assert "L0H1 → L2H0.q" in drawn(xr.Dataset({"score": (("sender", "receiver"), np.ones((2, 3)))}, coords=names), 80)
+    data = effects.edges()
+    edges, layers = maps_of(data)
+    assert edges.rows == ("embed", "0.attn.z[1]", "0.mlp_out")
+    assert edges.columns == ("1.attn.q[0]", "1.mlp.in", "final")
+    assert (layers.rows, layers.columns) == (("embed", "0"), ("1", "final"))
+    np.testing.assert_array_equal(layers.values, [[-4.0, 0.5], [2.0, -3.0]])
+    text = drawn(data, 100)
+    assert "embed → 1.mlp.in" in text
+    assert text.count("embed → 1.mlp.in") == 1, "a map that sums another up is not listed"
+    assert "strongest score between two layers" in text
+    assert [len(one["strongest"]) for one in told(patch_page(data))["maps"]] == [6, 0]
 
 
 def test_a_dataset_without_maps_is_refused() -> None:
@@ -262,7 +269,7 @@ def test_the_page_is_one_file_that_may_load_nothing(tmp_path: Path) -> None:
 
 def test_a_large_map_is_listed_and_not_drawn() -> None:
     values = np.random.default_rng(1).normal(size=(250, 250))
-    page = patch_page(xr.Dataset({"score": (("sender", "receiver"), values)}))
+    page = patch_page(xr.Dataset({"score": (("a", "b"), values)}))
     one = told(page)["maps"][0]
     assert values.size > MOST_CELLS
     assert one["values"] is None

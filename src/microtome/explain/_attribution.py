@@ -24,7 +24,7 @@ from microtome.explain._graph import graph
 from microtome.explain._pair import DIRECTIONS, Pair
 from microtome.explain._patching import Layout, aligned, every_position, layout
 from microtome.explain._verify import verify as measured
-from microtome.run import Freeze, Model, Prompt, Run
+from microtome.run import Freeze, Model, Prompt, Run, SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -50,6 +50,7 @@ def attribute(
     verify: int = 50,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Estimate what every node or edge would do to the answer, from one gradient, and measure the best ones exactly.
 
@@ -81,6 +82,7 @@ def attribute(
             many random others; 0 for none. See `verify`.
         seed: of the random others.
         progress: called with (done, all) cells measured.
+        planned: called with the plan of what is measured, before its first cell.
 
     Returns:
         Dataset of scores in logits (nats without a foil), unlike shares of the gap: positive where patching raises the
@@ -110,7 +112,7 @@ def attribute(
     if not verify:
         return data
     most = max(int(np.isfinite(data[name].values).sum()) for name in data.attrs["sites"])
-    return measured(model, data, top=min(verify, most), seed=seed, progress=progress)
+    return measured(model, data, top=min(verify, most), seed=seed, progress=progress, planned=planned)
 
 
 def _runs(model: Model, pair: Pair, rules: Freeze | None, capture: Sequence[str]) -> tuple[Run, Run, dict[str, Tensor]]:

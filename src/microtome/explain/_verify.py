@@ -20,7 +20,7 @@ from torch import Tensor
 from microtome.errors import DataError, error
 from microtome.explain._pair import pair_of
 from microtome.explain._patching import every_position, layout
-from microtome.run import Edge, Model, Run, SwapFrom
+from microtome.run import Edge, Model, Run, SwapFrom, SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,6 +33,7 @@ def verify(
     top: int = 50,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Measure the best-scored cells of every site exactly, and say how far the scores can be trusted.
 
@@ -49,6 +50,7 @@ def verify(
         top: how many candidates of each site, and how many random others; all, for sites that have fewer.
         seed: of the random others.
         progress: called with (done, all) cells.
+        planned: called with the plan of the sweep, before its first cell.
 
     Returns:
         The scores, and for each site `<site>_exact`, the effect metric(cell) - metric(start), NaN where not measured;
@@ -66,6 +68,8 @@ def verify(
     chosen = {site: candidates(x, top, random) for site, x in flat.items()}
     source = _source(model, scores, pair.goal)
     cells = [cell for site in sites for cell in _cells(model, scores, site, source, np.concatenate(chosen[site]))]
+    if planned is not None:
+        planned(model.plan_sweep(pair.start, cells, pair.metric(model)))
     effects = model.sweep(pair.start, cells, pair.metric(model), progress=progress).effects.double().numpy()
     return _dataset(scores, flat, chosen, effects, top, seed)
 

@@ -63,13 +63,13 @@ def heat_maps(data: xr.Dataset, width: int, *, top: int = 5) -> Group:
         parts += [*_drawn(one, tokens, limits[one.unit], size, width), Text()]
     parts += [_legend(unit, limit) for unit, limit in limits.items()]
     marks = ["a digit alone counts tenths of the scale"] if any(_tenths(m, limits, size, width) for m in drawn) else []
-    marks += ["– was not measured"] if any(np.isnan(m.values).any() for m in drawn) else []
+    marks += ["– is no edge, or was not measured"] if any(np.isnan(m.values).any() for m in drawn) else []
     parts += [Text("; ".join(marks), "dim")] if marks else []
     if left := [m for m in maps if m.values.size > MOST_DRAWN]:
         sizes = ", ".join(f"{_plain(m.name)} ({m.down} {len(m.rows)} x {m.across} {len(m.columns)})" for m in left)
         parts.append(Text(f"too large to draw here, only listed: {sizes}", "dim"))
     if top:
-        listed = [_listed(one, tokens, top) for one in maps]
+        listed = [_listed(one, tokens, top) for one in maps if one.listed]
         parts += [Text("\nstrongest", "bold"), Columns(listed, padding=(0, 3))]
     if checks := checks_of(data):
         parts += [Text("\nhow far the estimates hold", "bold"), _checked(checks)]
@@ -92,7 +92,8 @@ def _header(data: xr.Dataset) -> list[Text]:
 def row_labels(one: HeatMap, tokens: dict[str, tuple[str, ...]]) -> list[str]:
     """The name of each row: the place and token, both tokens where two prompts differ, or the row's own name."""
     if one.down != "pos" or not tokens:
-        return [f"{one.down} {visible(row)}" if row.isdigit() else visible(row) for row in one.rows]
+        kind = one.down.removeprefix("sender ")
+        return [f"{kind} {visible(row)}" if row.isdigit() else visible(row) for row in one.rows]
     widest = len(one.rows[-1]) if one.rows else 0
     return [f"{row:>{widest}} {token_label(tokens, i)}" for i, row in enumerate(one.rows)]
 

@@ -52,6 +52,7 @@ class HeatMap:
         across, down: the axes of columns and rows.
         columns, rows: the name of each.
         unit: what a value counts.
+        listed: whether its strongest cells are listed: not those of a map that sums another up.
     """
 
     name: str
@@ -63,6 +64,7 @@ class HeatMap:
     columns: tuple[str, ...]
     rows: tuple[str, ...]
     unit: str
+    listed: bool = True
 
     @property
     def title(self) -> str:
@@ -90,7 +92,8 @@ def maps_of(data: xr.Dataset) -> list[HeatMap]:
         raise error(
             DataError, "nothing to draw as a heat map", got=held or "no variable", allowed="numbers on two axes"
         )
-    return [_map(data, name) for name in names]
+    maps = [_map(data, name) for name in names]
+    return maps + [_by_layer(one) for one in maps if one.across == "receiver"]
 
 
 def _map(data: xr.Dataset, name: str) -> HeatMap:
@@ -107,6 +110,22 @@ def _map(data: xr.Dataset, name: str) -> HeatMap:
     bounds = None if low is None or high is None else (low, high)
     unit = str(data[name].attrs.get("unit", ""))
     return HeatMap(name, values(name), bounds, exact, across, down, labels(data, across), labels(data, down), unit)
+
+
+def _by_layer(edges: HeatMap) -> HeatMap:
+    """The strongest edge between every two layers: edges themselves are too many to be seen."""
+    names = [tuple(name.partition(".")[0] for name in axis) for axis in (edges.rows, edges.columns)]
+    rows, columns = (tuple(dict.fromkeys(axis)) for axis in names)
+    across = np.array([columns.index(n) for n in names[1]])
+    place = (np.array([rows.index(n) for n in names[0]])[:, None] * len(columns) + across).reshape(-1)
+    flat = edges.values.reshape(-1)
+    known = np.flatnonzero(np.isfinite(flat))
+    found = np.full(len(rows) * len(columns), np.nan)
+    for i in known[np.argsort(np.abs(flat[known]), kind="stable")]:
+        found[place[i]] = flat[i]  # the strongest comes last, and stays
+    title = f"strongest {edges.name} between two layers"
+    values = found.reshape(len(rows), len(columns))
+    return HeatMap(title, values, None, None, "receiver layer", "sender layer", columns, rows, edges.unit, listed=False)
 
 
 def labels(data: xr.Dataset, axis: str) -> tuple[str, ...]:

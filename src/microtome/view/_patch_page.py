@@ -101,11 +101,11 @@ def page_values(data: xr.Dataset) -> dict[str, Any]:
     """What the page is told, as plain values: all that it shows."""
     maps, attrs = maps_of(data), data.attrs
     limits = limits_of(maps)
-    method = str(attrs.get("method", "effects")).capitalize()
+    method = str(attrs.get("method", "effects"))
     of = f": {str(attrs['answer']).strip()}" if "answer" in attrs else ""
     of += f" rather than {str(attrs['foil']).strip()}" if "foil" in attrs else ""
     return {
-        "title": method + of,
+        "title": method[:1].upper() + method[1:] + of,
         "lede": reading_of(data),
         "metric": metric_of(data),
         "prompts": [{"role": role, "tokens": t, "value": _maybe(value)} for role, t, value in prompts_of(data)],
@@ -132,10 +132,11 @@ def _map(one: HeatMap, limit: float) -> dict[str, Any]:
     own = float(known.max()) if known.size else 0.0
     strongest = [
         [row, column, *(None if of is None else _rounded(of[row, column]) for of in (one.values, low, high, one.exact))]
-        for row, column in one.strongest(LISTED)
+        for row, column in one.strongest(LISTED if one.listed else 0)
     ]
     return {
         "name": one.name, "title": one.title, "unit": one.unit, "site": _site(one), "size": one.values.size,
+        "listed": one.listed,
         "across": one.across, "down": one.down, "columns": one.columns, "rows": one.rows,
         "limit": _rounded(limit), "own": _rounded(own if own > 0 else limit), "strongest": strongest,
         **{key: _values(of) if drawn else None for key, of in parts.items()},
