@@ -90,8 +90,8 @@ def edge_effects(
     """What every edge of the model is worth: each of its parts as read by each head's q, k and v, each MLP, the logits.
 
     Formula:  see the head of this file.
-    Source:   edge patching, as in Conmy et al., "Towards Automated Circuit Discovery", 2023 (arXiv 2304.14997), with
-              the graph of q, k and v inputs a head. Departs: every edge is measured alone; none is removed for good.
+    Source:   Conmy et al., "Towards Automated Circuit Discovery for Mechanistic Interpretability", 2023 (arXiv
+              2304.14997). Departs: every edge is measured alone; none is removed for good.
     Cost:     two forwards a layer, its attention three times a sender and its MLP once, and a cell an edge; 123,211
               edges of 30 layers of 9 heads cost as much as some 42,000 forwards.
     Check:    equal to plain hooks on an ungrouped copy of the model; tests/laws/test_edges.py.
@@ -99,11 +99,11 @@ def edge_effects(
     Args:
         model: an open model whose stream is a sum over its parts.
         clean: the prompt with the answer.
-        corrupt: another of the same number of tokens, or a run that captured ``embed``, ``*.attn.z`` and ``*.mlp_out``.
-        answer: the clean prompt's answer, one token.
-        foil: the corrupt prompt's answer; without it the answer's log-probability is read.
+        corrupt: as for `node_effects`, and so are `answer`, `foil`, `metric` and `direction`.
+        answer: one token.
+        foil: one token.
         metric: what to read instead.
-        direction: "noise" starts at the clean prompt, "denoise" at the corrupt one.
+        direction: where to start.
         embeddings: senders in place of `embed`: by name, what each part of the embedding changes [pos, d_model], such
             as tokens and positions apart.
         budget: bytes that one walk may hold.
@@ -130,20 +130,20 @@ def edge_effects(
         places, edges = table.edges(columns)
         if planned is not None:
             planned(model.plan_sweep(start, edges, metric, budget=budget))
-        before = done
-
-        def report(now: int, of: int, before: int = before) -> None:
-            if progress is not None:
-                progress(before + now, everything)
-
+        report = None if progress is None else _from(progress, done, everything)
         swept: Sweep = model.sweep(start, edges, metric, budget=budget, progress=report)
         effects[places[:, 0], places[:, 1]] = swept.effects.double()
         base, done = swept.base, done + swept.done
-        if swept.done < len(edges):
+        if swept.done < len(edges):  # stopped
             break
     axes = {"sender": table.names, "receiver": parts.receivers}
     found = _labelled(model, effects, axes, base, "edge effects", direction)
     return found.assign_attrs(n_edges=everything, measured=done)
+
+
+def _from(progress: Progress, before: int, everything: int) -> Progress:
+    """The progress of one part, told as that of the whole."""
+    return lambda done, part: progress(before + done, everything)
 
 
 class _Table:

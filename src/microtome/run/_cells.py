@@ -15,14 +15,11 @@ from microtome.run._batch import Batch, Prompt
 from microtome.run._edges import Edge, Edges
 from microtome.run._edits import Zero
 from microtome.run._metrics import Metric, Narrow
-from microtome.run._plan import free_memory, plan_of
+from microtome.run._plan import FIXED, free_memory, plan_of
 from microtome.run._sweep import Base, Cell, Row, Walk, base_of, rows_of
 
 if TYPE_CHECKING:
     from microtome.run._model import Model
-
-FIXED = 64
-"""What a layer costs before its first token, in tokens: reading its weights takes as long as computing so many."""
 
 
 @dataclass(frozen=True)
@@ -300,17 +297,19 @@ def _row_bytes(model: Model, length: int, read: int, vocab: int) -> int:
 
 def _plan(model: Model, cells: int, walks: Sequence[tuple[_Group, int, list[Row]]], most: int) -> SweepPlan:
     n = model.anatomy.n_layers
-    forwards = flops = 0.0
+    forwards = flops = work = 0.0
     for group in dict.fromkeys(group for group, _, _ in walks):
         length = group.batch.tokens.shape[1]
-        one = Batch(group.batch.tokens[:1], (length,), (0,))
-        cost = sum(
-            (n - row.entry) / n * (length - first) / length for g, first, part in walks if g is group for row in part
-        )
+        one = plan_of(model, Batch(group.batch.tokens[:1], (length,), (0,)), [], logits=False, grad=False, pace=1.0)
+        mine = [(first, part) for g, first, part in walks if g is group]
+        cost = sum((n - row.entry) / n * (length - first) / length for first, part in mine for row in part)
+        # Every walk reads the weights of the layers that it computes, which takes as long as FIXED tokens.
+        read = sum((n - min(row.entry for row in part)) / n for _, part in mine) + 1
         forwards += cost
-        flops += (cost + len(group.prompts)) * plan_of(model, one, [], logits=False, grad=False, pace=1.0).flops
+        flops += (cost + len(group.prompts)) * one.flops
+        work += (cost + len(group.prompts) + read * FIXED / length) * one.flops
     shares = "layers and positions" if model.anatomy.causal else "layers only, as attention sees both ways"
-    return SweepPlan(cells, len(walks), forwards, flops, most, flops / model.pace, shares)
+    return SweepPlan(cells, len(walks), forwards, flops, most, work / model.pace, shares)
 
 
 def _run_walk(model: Model, base: Base, part: list[Row], first: int, metric: Metric) -> Tensor:

@@ -43,7 +43,7 @@ class Model:
         tokenizer: its tokenizer, or None.
         anatomy: sizes, and where every site is.
         proof: the identities that were checked when it was opened.
-        pace: floating-point operations a second, of its last run.
+        pace: floating-point operations a second of its last run, reading the weights counted as if it were some.
     """
 
     def __init__(self, hf: Any, tokenizer: Any, anatomy: Anatomy) -> None:
@@ -299,8 +299,9 @@ class Model:
                 output = self.hf(**inputs)
             except Stop:
                 return None
-        flops = plan_of(self, batch, [], logits=True, grad=False, pace=1.0).flops
-        self.pace = flops / (time.perf_counter() - started)
+        self.pace = plan_of(self, batch, [], logits=True, grad=False, pace=1.0).seconds / (
+            time.perf_counter() - started
+        )
         return output
 
     @contextmanager

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from microtome.run._model import Model
 
 
+FIXED = 64
+"""What a layer costs before its first token, in tokens: reading its weights takes as long as computing so many."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The cost of a run.
@@ -61,7 +65,8 @@ def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: 
     flops = 2.0 * tokens * weights + 4.0 * rows * width * width * a.n_heads * a.d_head * a.n_layers
     written = a.size(Site("logits"), "vocab")
     flops += 2.0 * tokens * a.d_model * written if logits else 0.0
-    return Plan(kept, tokens * written * size if logits else 0, flops, flops * (3 if grad else 1) / pace)
+    work = flops * (tokens + FIXED) / tokens * (3 if grad else 1)
+    return Plan(kept, tokens * written * size if logits else 0, flops, work / pace)
 
 
 def _elements(model: Model, batch: Batch, address: Address, site: Site) -> int:
