@@ -109,7 +109,7 @@ def test_all_components_and_what_cannot_act() -> None:
         ({"components": ["0.attn_out@2"]}, '"0.attn_out@2" is not a component'),
         ({"answers": [11, 12]}, "there must be one answer an example; got 2; allowed: 3"),
         ({"foils": ANSWERS}, 'the foil equals the answer in example 0; got "11"'),
-        ({"answers": " Paris"}, '" Paris" is not one token'),
+        ({"answers": " Paris"}, 'cannot read " Paris": this model was opened without a tokenizer'),
         ({"ablation": "corrupt"}, "there is nothing to ablate with"),
         ({"ablation": "corrupt", "corrupts": OTHERS[:2]}, "one corrupt prompt an example; got 2; allowed: 3"),
         ({"ablation": "corrupt", "corrupts": [[1, 2], *OTHERS[1:]]}, "differ first at token 0; got 5 and 2 tokens"),

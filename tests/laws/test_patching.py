@@ -80,7 +80,7 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
         ),
         ({"corrupt": CLEAN}, "both prompts give the same metric"),
         ({"sites": ["logits"]}, 'cannot patch "logits" by layer'),
-        ({"answer": " Paris", "foil": None}, "is not one token"),
+        ({"answer": " Paris", "foil": None}, 'cannot read " Paris": this model was opened without a tokenizer'),
     ],
 )
 def test_what_cannot_be_patched_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
