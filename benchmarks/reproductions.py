@@ -205,14 +205,14 @@ def pairs_of_names(model: mt.Model, seed: int, each: int) -> tuple[list[str], li
     return prompts, answers, foils
 
 
-def repair(model: mt.Model, top: int = 3, each: int = 8) -> dict[str, Any]:
+def repair(model: mt.Model, top: int = 3, each: int = 20) -> dict[str, Any]:
     """Ablating a strong head is partly repaired downstream; the last layer, which has next to none, is left out."""
     print("repair: reproduced if, for each strong head, the later components' change opposes the loss of its direct")
     print(
         "  effect, and does so more than for the other heads of its layer, p < 0.05, mean-ablated at the last position;"
     )
     print("  strong: of the largest, before the last layer, a tenth of the logit difference or more on other prompts")
-    prompts, answers, foils = pairs_of_names(model, 4, each)
+    prompts, answers, foils = pairs_of_names(model, 6, each)
     found = [mt.contributions(model, p, answer=a, foil=f) for p, a, f in zip(prompts, answers, foils, strict=True)]
     direct = torch.tensor(sum(x["attn"].values[0] for x in found) / len(found))
     enough = 0.1 * sum(float(x["logit"][0]) for x in found) / len(found)
@@ -220,7 +220,7 @@ def repair(model: mt.Model, top: int = 3, each: int = 8) -> dict[str, Any]:
     chosen = [head for head in chosen if float(direct[head]) >= enough]
     names = [f"{i}.attn.z[{h}]" for i, h in chosen]
     beside = [f"{i}.attn.z[{h}]" for i in sorted({i for i, _ in chosen}) for h in range(model.anatomy.n_heads)]
-    prompts, answers, foils = pairs_of_names(model, 5, each)
+    prompts, answers, foils = pairs_of_names(model, 7, each)
     data = mt.component_effects(
         model, prompts, answers=answers, foils=foils, components=names + [n for n in beside if n not in names],
         ablation="mean", receivers="heads",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
     from microtome.explain import attention_knockout as attention_knockout
+    from microtome.explain import attribute as attribute
     from microtome.explain import causal_trace as causal_trace
     from microtome.explain import circuit_recovery as circuit_recovery
     from microtome.explain import component_effects as component_effects
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from microtome.explain import logit_lens as logit_lens
     from microtome.explain import node_effects as node_effects
     from microtome.explain import patch_pairs as patch_pairs
+    from microtome.explain import verify as verify
     from microtome.model import Address as Address
     from microtome.model import Anatomy as Anatomy
     from microtome.model import Site as Site
@@ -85,8 +87,9 @@ _HOME = {
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
     "microtome.explain": (
-        "activation_patching", "attention_knockout", "causal_trace", "circuit_recovery", "component_effects",
-        "contributions", "edge_effects", "graph", "logit_lens", "node_effects", "patch_pairs",
+        "activation_patching", "attention_knockout", "attribute", "causal_trace", "circuit_recovery",
+        "component_effects", "contributions", "edge_effects", "graph", "logit_lens", "node_effects", "patch_pairs",
+        "verify",
     ),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip

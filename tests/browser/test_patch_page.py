@@ -182,6 +182,44 @@ def test_the_table_sorts_filters_and_leads_to_the_map(tab: Tab, page: Path) -> N
     assert "+0.8765 share of the gap" in tab.eval(TIP)
 
 
+def test_estimates_show_their_exact_values(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_patch_page(tmp_path / "a.html", effects.estimated()))
+    assert tab.complaints == []
+    heads = tab.eval("[...document.querySelectorAll('.strongest th')].map((t) => t.innerText)")
+    assert [h for h in heads if h in ("estimate", "exact", "value")] == ["estimate", "exact"]
+    first = tab.eval("[...document.querySelector('.strongest tbody tr').cells].map((c) => c.innerText)")
+    assert first[:5] == ["2.attn.z[1]", "2", "1", "+0.8765", "+0.7500"], "heads have no token"
+    assert "not measured" in tab.eval("document.querySelector('.strongest tbody').innerText")
+    assert "attn.z[head]\t0.875\t2" in tab.eval("document.querySelector('.checks').innerText")
+    tab.eval("document.querySelector('.strongest tbody button').click()")
+    assert "exact: +0.7500" in tab.eval(TIP)
+
+
+def test_edges_are_named_by_their_ends_and_drawn_by_layer(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_patch_page(tmp_path / "a.html", effects.edges()))
+    assert tab.complaints == []
+    assert tab.eval("[...document.querySelectorAll('figcaption b')].map((b) => b.innerText)") == [
+        "score", "strongest score between two layers"
+    ]  # fmt: skip
+    assert tab.eval("[...document.querySelectorAll('.strongest th')].map((t) => t.innerText)") == [
+        "site",
+        "value",
+        "size",
+    ]
+    assert tab.eval(SITES)[0] == "embed → 1.mlp.in"
+    assert "no edge" in tab.eval("document.querySelector('.scale').innerText")
+    tab.eval("document.querySelector('.strongest tbody button').click()")
+    assert tab.eval(TIP).startswith("−4.000 logits")
+
+
+def test_a_traced_fact_marks_its_subject(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_patch_page(tmp_path / "a.html", effects.traced()))
+    assert tab.complaints == []
+    assert tab.eval("[...document.querySelectorAll('.prompts .hit')].length") == 2
+    assert tab.eval("document.querySelector('.prompts').innerText").split()[-1] == "0.2500"
+    assert tab.eval("document.querySelector('h1').innerText") == "Causal tracing: Seattle"
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_leaves_the_window(tab: Tab, page: Path, tmp_path: Path, width: int, height: int, dark: bool) -> None:

@@ -28,7 +28,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     code = "from microtome.cli import main; import sys; sys.argv = ['microtome', '--help']; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for command in ("check", "sites", "atlas", "lens", "contributions", "patch", "run", "cache"):
+    for command in ("check", "sites", "atlas", "lens", "contributions", "patch", "trace", "attribute", "run", "cache"):
         assert command in done.stdout
     loaded = "from microtome.cli import _app; import sys; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0

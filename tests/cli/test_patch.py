@@ -94,7 +94,7 @@ def test_prompts_and_answers_that_do_not_fit(cli: Cli, saved: Path, tmp_path: Pa
             "do not align: they differ first at token 1",
             "5 and 4 tokens",
         ),
-        ((*PAIR, "--answer", "mat", "--foil", "mat"), 7, "the foil equals the answer", "choose another foil"),
+        ((*PAIR, "--answer", "mat", "--foil", "mat"), 6, "the foil equals the answer", "choose another foil"),
         ((*PAIR, "--answer", "the mat"), 6, '"the mat" is not one token', "got ["),
         ((*PAIR, "--answer", "mat", "--foil", "old barn"), 6, '"old barn" is not one token'),
         ((PAIR[0], PAIR[0], "--answer", "mat"), 5, "both prompts give the same metric"),

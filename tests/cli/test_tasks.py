@@ -71,7 +71,7 @@ def test_a_file_of_pairs(cli: Cli, spoken: Path, tmp_path: Path) -> None:
 def test_what_is_refused(cli: Cli, saved: Path, tmp_path: Path) -> None:
     done = cli("tasks", "inductoin")
     assert done.code == 6
-    assert 'PromptError: there is no task "inductoin". Did you mean "induction"?' in done.err
+    assert 'PromptError: there is no task "inductoin". Did you mean "induction"' in done.err
     done = cli("tasks", tmp_path / "none.csv")
     assert done.code == 10
     assert "there is no such file" in done.err

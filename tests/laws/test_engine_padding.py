@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
@@ -11,6 +12,7 @@ from tests import families
 from torch import Tensor
 
 import microtome as mt
+from microtome.model import parse_selection
 
 CAUSAL = [n for n in families.NAMES if families.KIND[n] == "causal"]
 LENGTHS = (5, 9, 7)
@@ -145,3 +147,95 @@ def test_a_generation_of_padded_rows_is_that_of_each_row(name: str) -> None:
         for i, tokens in enumerate(ROWS):
             alone = model.hf.generate(input_ids=torch.tensor([tokens]), **options)
             assert together[i, max(LENGTHS) :].tolist() == alone[0, len(tokens) :].tolist()
+
+
+CUTS = {
+    "a key": mt.KnockOut("1.attn.scores", keys="1"),
+    "keys from the end": mt.KnockOut("*.attn.scores[0,2]", keys="-2--1"),
+    "queries of the prompt": mt.KnockOut("1.attn.scores@-1", keys="0,2"),
+    "queries to come": mt.KnockOut("1.attn.scores@generated", keys="-1"),
+    "zeros": mt.Zero("1.attn.scores[1]"),
+    "a value": mt.Scale("1.attn.v@1", 3.0),
+    "a key's vector": mt.Scale("0.attn.k@-2", 3.0),
+}
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "gpt2", "mistral", "gemma2", "gpt_oss", "falcon-gqa", "bloom", "gpt_neo"]
+)
+def test_cuts_in_a_generation_of_padded_rows_are_those_of_each_row(name: str, cache: str | None) -> None:
+    hf = families.build(name)
+    if cache is not None and not hf._can_compile_fullgraph:
+        pytest.skip("the family takes no static cache")
+    model = mt.map(hf)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    padded = options if cache is None else options | {"cache_implementation": cache, "disable_compile": True}
+    batch = model.to_batch(ROWS, "left")
+    for what, edit in CUTS.items():
+        with model.editing(edit):
+            together = torch.stack(
+                model.hf.generate(input_ids=batch.tokens, attention_mask=batch.mask.long(), **padded).logits, dim=1
+            )
+            for i, tokens in enumerate(ROWS):
+                alone = model.hf.generate(input_ids=torch.tensor([tokens]), **options)
+                text = f"{what}, row {i}: "
+                torch.testing.assert_close(
+                    together[i], torch.cat(alone.logits), **NEAR, msg=lambda more, text=text: text + more
+                )
+        if "generated" not in edit.site:  # the loop of runs, which knows no cache
+            rest = alone.sequences[0, :-1].unsqueeze(0)
+            whole = model.run(rest, edits=[_from_start(edit, len(tokens))])
+            torch.testing.assert_close(torch.cat(alone.logits), whole.logits[0, len(tokens) - 1 :], **NEAR, msg=what)
+
+
+def _from_start(edit: mt.Edit, length: int) -> mt.Edit:
+    """The same edit with positions that count from the start, so that they mean the same in a longer row."""
+    assert isinstance(edit, mt.SiteEdit)
+
+    def counted(selection: str) -> str:
+        chosen = parse_selection(selection).resolve(length)
+        return ",".join(map(str, chosen or ()))
+
+    site, at, positions = edit.site.partition("@")
+    changed = {"site": f"{site}@{counted(positions)}"} if at else {}
+    if isinstance(edit, mt.KnockOut):
+        changed["keys"] = counted(edit.keys)
+    return dataclasses.replace(edit, **changed)
+
+
+def test_a_swap_in_a_generation_is_the_swap_in_a_run() -> None:
+    model = mt.map(families.build("mistral"))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    others = [[*tokens[:2], 7, *tokens[3:]] for tokens in ROWS]
+    batch = model.to_batch(ROWS, "left")
+    for site in ("1.resid_post@2", "1.attn.v@2", "1.attn.k@2", "0.attn.z[1]@2,3", "1.attn.scores[2]@3"):
+        source = model.run(others, capture=site.partition("[")[0].partition("@")[0], padding="left")
+        if "scores" in site:  # keys that the window has dropped are not those of the source
+            with model.editing(mt.SwapFrom(site, source)):
+                out = model.hf.generate(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
+            first = model.run(ROWS, edits=[mt.SwapFrom(site, source)], padding="left").logits[:, -1]
+            torch.testing.assert_close(out.logits[0], first, **NEAR)
+            continue
+        with model.editing(mt.SwapFrom(site, source)):
+            out = model.hf.generate(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
+        for i, tokens in enumerate(ROWS):
+            alone = model.run([others[i]], capture=list({site.partition("[")[0].partition("@")[0]}))
+            length = len(tokens)
+            rest = out.sequences[i, batch.pads[i] : -1].unsqueeze(0)
+            name = site.partition("[")[0].partition("@")[0]
+            value = alone[name]
+            longer = torch.cat([value, value[:, -1:].expand(-1, 3, *value.shape[2:])], dim=1)
+            run = model.run(rest, edits=[mt.SwapFrom(site, {name: longer})])
+            got = torch.stack(out.logits, dim=1)[i]
+            torch.testing.assert_close(got, run.logits[0, length - 1 :], **NEAR, msg=lambda more, s=site: s + more)
+
+
+def test_a_swap_that_reaches_past_its_source_is_refused() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    source = model.run([row(7)], capture=["1.resid_post", "1.attn.k", "1.attn.scores"])
+    for site in ("1.resid_post", "1.resid_post@generated", "1.attn.k", "1.attn.scores"):
+        with pytest.raises(mt.errors.EditError), model.editing(mt.SwapFrom(site, source)):
+            model.hf.generate(input_ids=torch.tensor([row(7)]), max_new_tokens=3, do_sample=False, pad_token_id=0)

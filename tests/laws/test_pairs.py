@@ -81,6 +81,15 @@ def test_the_statistics_are_those_of_the_examples(model: mt.Model) -> None:
     assert float(abs(many["mlp_out_each"][16:20].values - data["mlp_out_each"].values).max()) < 1e-4
 
 
+def test_a_metric_of_all_pairs_is_read_of_each(model: mt.Model) -> None:
+    arguments = {"spans": SPANS * 5, "sites": ["mlp_out"], "share": False}
+    metric = mt.LogitDifference(ANSWERS * 5, foil=FOILS * 5)
+    data = mt.patch_pairs(model, CLEAN * 5, CORRUPT * 5, metric=metric, **arguments)
+    same = mt.patch_pairs(model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, **arguments)
+    assert float(abs(data["mlp_out_each"] - same["mlp_out_each"]).max()) < 1e-5
+    assert data["mlp_out"].attrs["unit"] == "LogitDifference"
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -93,6 +102,7 @@ def test_the_statistics_are_those_of_the_examples(model: mt.Model) -> None:
         ({"foils": [15, 16, 13, 18]}, 'the foil equals the answer in example 2; got "13"'),
         ({"answers": [11, 12]}, "there must be one answer an example; got 2; allowed: 4"),
         ({"corrupts": [*CORRUPT[:3], CLEAN[3]]}, "both prompts of pair 3 give the same metric"),
+        ({"answers": None, "foils": None}, r"there is nothing to read\. To do: give answers= or metric="),
         ({"sites": ["final"]}, 'cannot patch "final" by layer'),
     ],
 )  # fmt: skip

@@ -321,6 +321,13 @@ def test_bad_input(name: str, options: dict[str, Any], text: str) -> None:
     assert "\n" not in str(told.value)
 
 
+def test_every_task_says_what_it_asks() -> None:
+    assert mt.tasks.about("induction") == "the next token of random tokens that are repeated"
+    assert len({mt.tasks.about(name) for name in mt.tasks.names()}) == len(mt.tasks.names()) == 21
+    with pytest.raises(PromptError, match='there is no task "x"; allowed: indirect_object, '):
+        mt.tasks.about("x")
+
+
 def test_bad_sources() -> None:
     from tests import families
     from transformers import ByT5Tokenizer

@@ -65,10 +65,17 @@ def test_maps_of_one_unit_share_a_scale_and_another_unit_has_its_own() -> None:
 
 
 def test_senders_stand_at_the_left_and_receivers_above() -> None:
-    names = {"sender": ["L0H1", "L1.mlp"], "receiver": ["L2H0.q", "L2H0.k", "logits"]}
-    one = maps_of(xr.Dataset({"score": (("sender", "receiver"), np.ones((2, 3)))}, coords=names))[0]
-    assert (one.rows, one.columns) == (("L0H1", "L1.mlp"), ("L2H0.q", "L2H0.k", "logits"))
-    assert "L0H1 → L2H0.q" in drawn(xr.Dataset({"score": (("sender", "receiver"), np.ones((2, 3)))}, coords=names), 80)
+    data = effects.edges()
+    edges, layers = maps_of(data)
+    assert edges.rows == ("embed", "0.attn.z[1]", "0.mlp_out")
+    assert edges.columns == ("1.attn.q[0]", "1.mlp.in", "final")
+    assert (layers.rows, layers.columns) == (("embed", "0"), ("1", "final"))
+    np.testing.assert_array_equal(layers.values, [[-4.0, 0.5], [2.0, -3.0]])
+    text = drawn(data, 100)
+    assert "embed → 1.mlp.in" in text
+    assert text.count("embed → 1.mlp.in") == 1, "a map that sums another up is not listed"
+    assert "strongest score between two layers" in text
+    assert [len(one["strongest"]) for one in told(patch_page(data))["maps"]] == [6, 0]
 
 
 def test_a_dataset_without_maps_is_refused() -> None:
@@ -143,7 +150,7 @@ def test_strongest_cells_are_listed_with_their_values_and_intervals() -> None:
 
 def test_prompts_metric_and_reading_stand_above() -> None:
     text = drawn(effects.fake(), 80)
-    assert "logit difference +3.250" in text
+    assert "logit difference 3.250" in text
     assert "logit difference -2.500" in text
     assert "1 restores the clean one" in " ".join(text.split())
     assert "1 turns it into the corrupt one" in " ".join(
@@ -159,6 +166,38 @@ def test_prompts_metric_and_reading_stand_above() -> None:
 def test_short_number(value: float, text: str) -> None:
     assert short_number(value) == text
     assert len(text) <= 4
+
+
+def test_a_traced_fact_shows_its_subject_and_both_probabilities() -> None:
+    data = effects.traced()
+    text = drawn(data, 120)
+    assert [one.name for one in maps_of(data)] == ["resid", "mlp"], "samples are no maps"
+    assert re.search(r"^clean +probability of the answer 0\.900$", text, flags=re.M)
+    assert re.search(r"^corrupt +probability of the answer 0\.250$", text, flags=re.M)
+    assert re.search(r"^answer +·Seattle$", text, flags=re.M)
+    assert "given back over 3 layers at once" in " ".join(text.split())
+    page = told(patch_page(data))
+    assert page["marked"] == [1, 2]
+    assert [(p["role"], p["value"]) for p in page["prompts"]] == [("prompt", None), ("clean", 0.9), ("corrupt", 0.25)]
+
+
+def test_estimates_stand_beside_what_was_measured_and_how_far_they_hold() -> None:
+    data = effects.estimated()
+    text = re.sub(" +", " ", drawn(data, 120))
+    assert "attn.z[head] estimate exact" in text
+    assert "L2H1 +0.877 +0.750" in text
+    assert re.search(r"L\dH\d [+-]0\.\d+ –", text), "what was not measured is not a zero"
+    assert "rank correlation measured" in text
+    assert "attn.z[head] 0.875 2" in text
+    assert "taking it from the corrupt run would do to the logit difference" in " ".join(text.split())
+    page = told(patch_page(data))
+    assert page["maps"][0]["strongest"][0] == [1, 2, 0.87654, None, None, 0.75]
+    assert page["maps"][0]["exact"][0] == [-0.0625, None, None, None]
+    assert page["checks"] == [["map", "rank correlation", "measured"], ["attn.z[head]", 0.875, 2.0]]
+    assert not {"clean ids", "sites"} & {name for name, _ in page["facts"]}
+    unchecked = effects.estimated().drop_vars(["rank_correlation", "measured", "site", "attn.z[head]_exact"])
+    assert "exact" not in drawn(unchecked, 120)
+    assert told(patch_page(unchecked))["checks"] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
@@ -184,7 +223,7 @@ def test_values_of_the_page_are_those_of_the_dataset_to_four_digits() -> None:
             else:
                 assert held[row][column] is None, "missing is null, never zero"
     assert maps["attn.z[head]"]["lo"] is None
-    assert maps["resid_pre"]["strongest"][0] == [1, 1, -1.2346, -1.3596, -1.1096]
+    assert maps["resid_pre"]["strongest"][0] == [1, 1, -1.2346, -1.3596, -1.1096, None]
     assert len(maps["resid_pre"]["strongest"]) == 15
 
 
@@ -230,7 +269,7 @@ def test_the_page_is_one_file_that_may_load_nothing(tmp_path: Path) -> None:
 
 def test_a_large_map_is_listed_and_not_drawn() -> None:
     values = np.random.default_rng(1).normal(size=(250, 250))
-    page = patch_page(xr.Dataset({"score": (("sender", "receiver"), values)}))
+    page = patch_page(xr.Dataset({"score": (("a", "b"), values)}))
     one = told(page)["maps"][0]
     assert values.size > MOST_CELLS
     assert one["values"] is None

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from microtome.cli import _atlas, _cache, _check, _explain, _model, _patch, _run, _tasks
+from microtome.cli import _atlas, _attribute, _cache, _check, _explain, _model, _patch, _run, _tasks, _trace
 from microtome.errors import BudgetError, MicrotomeError, OutputError, error
 
 app = typer.Typer(
@@ -65,7 +65,7 @@ def options(
     _model.notes.quiet = quiet
 
 
-COMMANDS = (_check, _atlas, _explain, _patch, _run, _tasks, _cache)
+COMMANDS = (_check, _atlas, _explain, _patch, _trace, _attribute, _run, _tasks, _cache)
 for command in COMMANDS:
     command.register(app)
 

@@ -150,17 +150,19 @@ def show(data: xr.Dataset, output: Path | None, *, top: int, as_json: bool) -> N
 
 
 def _values(data: xr.Dataset) -> dict[str, Any]:
-    from microtome.view import maps_of, tokens_of
+    from microtome.view import checks_of, maps_of, tokens_of
 
-    maps = [one.name for one in maps_of(data)]
+    maps = [one.name for one in maps_of(data) if one.listed]
     scalars = {str(n): v.item() for n, v in data.data_vars.items() if v.ndim == 0}
     held = {
         name: {
             "dims": list(data[name].dims),
             "unit": data[name].attrs.get("unit"),
             "values": data[name].values.tolist(),
-            **{end: data[f"{name}_{end}"].values.tolist() for end in ("lo", "hi") if f"{name}_{end}" in data},
+            **{end: data[f"{name}_{end}"].values.tolist() for end in ("lo", "hi", "exact") if f"{name}_{end}" in data},
         }
         for name in maps
     }
-    return scalars | {"tokens": tokens_of(data), "maps": held, "provenance": data.attrs}
+    checks = checks_of(data)
+    told = scalars | {"tokens": tokens_of(data), "maps": held} | ({"checks": checks} if checks else {})
+    return told | {"provenance": data.attrs}

@@ -76,14 +76,11 @@ def tasks(
 def _maker(name: str | None, n: int, seed: int, answers: Any) -> Callable[[Model, str], Task]:
     """What builds a task by name, or reads it from a file; refuses a wrong name before a model is opened."""
     from microtome import tasks
-    from microtome.errors import nearest
 
-    if name is not None and Path(name).suffix not in FILES and name not in tasks.names():
-        near, allowed = nearest(name, tasks.names()), ", ".join(tasks.names())
-        raise error(
-            PromptError, f'there is no task "{name}".{near}', allowed=allowed, do="name one, or a file of pairs"
-        )
-    if name is not None and Path(name).suffix in FILES and not Path(name).is_file():
+    from_file = name is not None and Path(name).suffix in FILES
+    if name is not None and not from_file:
+        tasks.about(name)
+    if name is not None and from_file and not Path(name).is_file():
         raise error(DataError, f'cannot read "{name}": there is no such file', do="check the path")
 
     def make(model: Model, which: str) -> Task:
@@ -136,7 +133,7 @@ def _show(model: Model, name: str, make: Callable[[Model, str], Task], as_json: 
         pairs = [_pair(p, full=True) | {"said": s, "difference": d} for p, s, d in zip(task, said, gaps, strict=True)]
         print_json(_row(task, data) | {"made": dict(task.attrs), "pairs": pairs, "provenance": model.provenance})
         return
-    table = Table(Text("prompt, [clean → corrupt]"), "answer", "foil", "said", "logits", box=None, pad_edge=False)
+    table = Table(r"prompt, \[clean → corrupt]", "answer", "foil", "said", "logits", box=None, pad_edge=False)
     for pair, word, gap in zip(task, said, gaps, strict=True):
         texts = (_short(pair.answer, 24), _short(pair.foil, 24), word)
         style = "" if word in pair.answer.split("|") else "dim"

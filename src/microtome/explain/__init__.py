@@ -1,5 +1,7 @@
 """Why a model said what it said: lenses and exact decompositions."""
 
+from microtome.explain._attribution import RELP as RELP
+from microtome.explain._attribution import attribute as attribute
 from microtome.explain._contributions import contributions as contributions
 from microtome.explain._contributions import one_token as one_token
 from microtome.explain._edges import edge_effects as edge_effects
@@ -15,3 +17,4 @@ from microtome.explain._recovery import auc as auc
 from microtome.explain._recovery import circuit_recovery as circuit_recovery
 from microtome.explain._spans import span_of as span_of
 from microtome.explain._tracing import causal_trace as causal_trace
+from microtome.explain._verify import verify as verify

@@ -8,6 +8,7 @@ Formula:  effect_i(cell) = m_i(cell) - m_i(start), as a share of the gap m_i(goa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -31,8 +32,9 @@ def patch_pairs(
     cleans: Sequence[str] | Sequence[Sequence[int]] | Tensor,
     corrupts: Sequence[str] | Sequence[Sequence[int]] | Tensor,
     *,
-    answers: Answers,
+    answers: Answers | None = None,
     foils: Answers | None = None,
+    metric: Metric | None = None,
     spans: Sequence[Mapping[str, Span]] | None = None,
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]"),
     direction: Literal["denoise", "noise"] = "denoise",
@@ -53,6 +55,7 @@ def patch_pairs(
         corrupts: one a clean prompt, of the same number of tokens.
         answers: the clean prompts' answers, one token each.
         foils: the corrupt prompts' answers.
+        metric: what to read instead, of prompt i for pair i, such as the `metric()` of a task.
         spans: for each pair, names and what they mean in its clean prompt: (first, end), a position, or a text; those
             that all pairs have are used. Without it all pairs must have one length, and every position is a cell.
         sites: site names, patched by layer and span; with ``[head]`` behind, by layer and head at all positions.
@@ -70,29 +73,59 @@ def patch_pairs(
         SiteError: a site cannot be patched this way, or both prompts of a pair give the same metric.
     """
     pairs = _pairs(model, cleans, corrupts)
-    wanted, others = answer_and_foil(model, answers, foils, len(pairs))
+    read, unit, words = _reading(model, answers, foils, metric, len(pairs))
     names, places = _places(model, pairs, spans)
     axis, parts = "pos" if spans is None else "span", []
     for first in range(0, len(pairs), TOGETHER):
         some = slice(first, first + TOGETHER)
-        metric = LogProbability(wanted[some]) if others is None else LogitDifference(wanted[some], foil=others[some])
         layouts = [
             {site: layout(model, site, place, axis, at(0, pair.shape[1])) for site in sites}
             for pair, place in zip(pairs[some], places[some], strict=True)
         ]
-        parts.append(_measure(model, pairs[some], layouts, metric, direction, first))
+        parts.append(_measure(model, pairs[some], layouts, read(some), direction, first))
         if progress is not None:
             progress(min(first + TOGETHER, len(pairs)), len(pairs))
     effects, began, reached = (torch.cat(x).double() for x in zip(*parts, strict=True))
     if share:
         effects = effects / (reached - began).unsqueeze(1)
-    unit = "share of the gap" if share else "nats" if others is None else "logits"
     first_layouts = {site: layout(model, site, places[0], axis) for site in sites}
-    data = _dataset(first_layouts, effects, unit, seed)
+    data = _dataset(first_layouts, effects, "share of the gap" if share else unit, seed)
     clean, corrupt = (reached, began) if direction == "denoise" else (began, reached)
     data = data.assign(clean=("example", clean.numpy()), corrupt=("example", corrupt.numpy()))
-    data = data.assign_coords({"answer": ("example", model.to_words(wanted)), axis: names})
+    data = data.assign_coords({axis: names} | words)
     return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction, "seed": seed})
+
+
+@dataclass(frozen=True)
+class _From:
+    """A metric of all pairs, read for those from a number on."""
+
+    metric: Metric
+    first: int
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of the pair."""
+        return self.metric.columns(prompt + self.first, length)
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """What the metric reads of the pairs, [row, ...]."""
+        return self.metric.read(logits, prompts + self.first)
+
+
+def _reading(
+    model: Model, answers: Answers | None, foils: Answers | None, metric: Metric | None, n: int
+) -> tuple[Callable[[slice], Metric], str, dict[str, object]]:
+    """The metric of some of the pairs, its unit, and the words that it is about."""
+    if metric is not None:
+        return lambda some: _From(metric, some.start), type(metric).__name__, {}
+    if answers is None:
+        raise error(PromptError, "there is nothing to read", do="give answers= or metric=")
+    wanted, others = answer_and_foil(model, answers, foils, n)
+    words: dict[str, object] = {"answer": ("example", model.to_words(wanted))}
+    if others is None:
+        return lambda some: LogProbability(wanted[some]), "nats", words
+    words["foil"] = ("example", model.to_words(others))
+    return lambda some: LogitDifference(wanted[some], foil=others[some]), "logits", words
 
 
 def _pairs(model: Model, cleans: object, corrupts: object) -> list[Tensor]:

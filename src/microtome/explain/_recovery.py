@@ -14,7 +14,7 @@ from torch import Tensor
 
 from microtome.explain._edges import WRITTEN
 from microtome.explain._graph import graph
-from microtome.planted import Planted, corruptions, receiver_of, run_at, sender_of, writes
+from microtome.planted import Planted, corruptions, placed, receiver_of, sender_of, writes
 from microtome.run import Edge, Reading
 
 if TYPE_CHECKING:
@@ -59,14 +59,17 @@ def circuit_recovery(
     places = mask.nonzero()
     for kind in corrupt:
         tokens, where = (c.corrupt, None) if kind == "tokens" else (c.clean, c.positions)
-        source, after = run_at(it.model, tokens, where, capture=WRITTEN), writes(it.model, tokens, where)
+        edits = [] if where is None else [placed(it.model, tokens, where)]
+        source, after = it.model.run(tokens, capture=WRITTEN, edits=edits), writes(it.model, tokens, where)
         cells: list[Edge] = []
         for number in range(pairs):
             own = {name: (after[name] - before[name])[number].detach() for name in names[:2]}
             for u, v in places.tolist():
                 sender, receiver = names[u], parts.receivers[v]
-                edge = {"change": own[sender]} if sender in own else {"source": source}
-                cells.append(Edge("embed" if sender in own else sender, receiver, **edge))
+                if sender in own:
+                    cells.append(Edge("embed", receiver, change=own[sender]))
+                else:
+                    cells.append(Edge(sender, receiver, source=source))
         prompts = [number for number in range(pairs) for _ in range(len(places))]
         found = it.model.sweep(c.clean, cells, metric, prompts=prompts).values.reshape(pairs, -1).amax(0).double()
         score[mask] = torch.maximum(score[mask], found)

@@ -25,7 +25,7 @@ from microtome.explain._contributions import one_token
 from microtome.explain._patching import aligned
 from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
 from microtome.measure import mean_interval
-from microtome.run import Edit, Model, Noise, Probability, Prompt, Run, SiteEdit, SwapFrom
+from microtome.run import Edit, Model, Noise, Probability, Prompt, Run, SiteEdit, SwapFrom, SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -48,6 +48,7 @@ def causal_trace(
     kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Where a fact about a subject is held: the states that restore the answer after the subject is corrupted.
 
@@ -73,6 +74,7 @@ def causal_trace(
         kinds: what to restore.
         seed: of the noise (sample i uses seed + i) and of the bootstrap.
         progress: called with (done, all) cells.
+        planned: called with the plan of the sweep, before its first cell.
 
     Returns:
         Dataset of probabilities: a variable a kind (layer, pos) with `_lo` and `_hi`, the 95 % bootstrap interval over
@@ -91,7 +93,7 @@ def causal_trace(
     token = own if answer is None else one_token(model, answer)
     std = noise * _spread(model, clean.tokens, span, subjects) if corrupt is None else 0.0
     broken = _noised(model, clean, span, std, samples, seed) if corrupt is None else _replaced(model, rows)
-    data = _measure(model, clean, broken, Probability(token), _Plan(kinds, window, seed, progress))
+    data = _measure(model, clean, broken, Probability(token), _Plan(kinds, window, seed, progress, planned))
     data["clean"] = float(clean.logits[0, -1].float().softmax(-1)[token])
     inside = [span[0] <= p < span[1] for p in range(clean.tokens.shape[1])]
     data = data.assign_coords(token=("pos", model.to_words(clean.tokens[0])), subject=("pos", inside))
@@ -130,6 +132,7 @@ class _Plan:
     window: int
     seed: int
     progress: Callable[[int, int], None] | None
+    planned: Callable[[SweepPlan], None] | None
 
 
 def _check(kinds: Sequence[str], window: int, samples: int, noise: float) -> None:
@@ -177,6 +180,8 @@ def _measure(model: Model, clean: Run, broken: _Broken, metric: Probability, pla
     samples = max(1, len(broken.streams))
     places = list(product(plan.kinds, range(samples), range(n), range(first, length)))
     cells = [_cell(model, clean, broken, place, plan.window) for place in places]
+    if plan.planned is not None:
+        plan.planned(model.plan_sweep(broken.tokens, cells, metric))
     swept = model.sweep(broken.tokens, cells, metric, progress=plan.progress)
     zeros = torch.zeros(samples, dtype=torch.long, device=broken.logits.device)
     corrupt = metric.read(broken.logits.unsqueeze(1), zeros).double().cpu()

@@ -62,8 +62,16 @@ SITES: dict[str, SiteSpec] = {
         _spec("attn.q", "pos head d_head", "queries as used"),
         _spec("attn.k", "pos kv_head d_head", "keys as used"),
         _spec("attn.v", "pos kv_head d_head", "values"),
-        _spec("attn.scores", "head q_pos k_pos", "attention before the softmax"),
-        _spec("attn.pattern", "head q_pos k_pos", "attention after the softmax"),
+        _spec(
+            "attn.scores",
+            "head q_pos k_pos",
+            "attention before the softmax; what a mask forbids stays forbidden whatever is edited",
+        ),
+        _spec(
+            "attn.pattern",
+            "head q_pos k_pos",
+            "attention after the softmax; an edit stands as it is, not masked again and rows not made to sum to 1",
+        ),
         _spec("attn.z", "pos head d_head", "per-head mix of values, what enters W_O"),
         _spec("attn.result", "pos head d_model", "each head's write, W_O applied"),
         _spec("attn_out", "pos d_model", "what attention adds to the residual stream"),

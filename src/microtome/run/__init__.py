@@ -2,7 +2,6 @@
 
 from microtome.run._batch import Batch as Batch
 from microtome.run._batch import Prompt as Prompt
-from microtome.run._block_edits import Freeze as Freeze
 from microtome.run._block_edits import Repeat as Repeat
 from microtome.run._block_edits import ScaleBlock as ScaleBlock
 from microtome.run._block_edits import Skip as Skip
@@ -14,7 +13,6 @@ from microtome.run._edges import Edge as Edge
 from microtome.run._edits import Add as Add
 from microtome.run._edits import Clamp as Clamp
 from microtome.run._edits import Edit as Edit
-from microtome.run._edits import KnockOut as KnockOut
 from microtome.run._edits import Map as Map
 from microtome.run._edits import Mean as Mean
 from microtome.run._edits import Project as Project
@@ -24,6 +22,8 @@ from microtome.run._edits import Set as Set
 from microtome.run._edits import SiteEdit as SiteEdit
 from microtome.run._edits import SwapFrom as SwapFrom
 from microtome.run._edits import Zero as Zero
+from microtome.run._frozen import Freeze as Freeze
+from microtome.run._knockout import KnockOut as KnockOut
 from microtome.run._metrics import Divergence as Divergence
 from microtome.run._metrics import LogitDifference as LogitDifference
 from microtome.run._metrics import LogProbability as LogProbability

@@ -1,4 +1,4 @@
-"""Edits of whole blocks, and of gradients: what is left out, run again, scaled, or held constant."""
+"""Edits of whole blocks: what is left out, run again, or scaled."""
 
 from __future__ import annotations
 
@@ -28,22 +28,3 @@ class ScaleBlock(Edit):
 
     layers: str | int
     factor: float = 1.0
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Freeze(Edit):
-    """Hold non-linear parts constant for gradients; values stay the same to the bit.
-
-    Attributes:
-        norms: the divisor of every norm.
-        patterns: attention patterns.
-        activations: the gate of a gated MLP; in a plain MLP the ratio of activation to pre-activation.
-        mlps: whole MLP outputs.
-
-    With norms, patterns and activations frozen, a model without biases is linear in its embeddings.
-    """
-
-    norms: bool = True
-    patterns: bool = True
-    activations: bool = True
-    mlps: bool = False

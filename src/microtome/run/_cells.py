@@ -48,9 +48,10 @@ class SweepPlan:
     shares: str
 
     def __str__(self) -> str:
+        seconds = f"{self.seconds:.2g}" if self.seconds < 10 else f"{self.seconds:,.0f}"
         return (
             f"{self.cells} cells in {self.walks} walks, sharing {self.shares}: {self.forwards:.1f} forwards, "
-            f"{self.flops:.2g} operations, {self.bytes / 2**20:.0f} MiB at a time, about {self.seconds:.2g} s"
+            f"{self.flops:.2g} operations, {self.bytes / 2**20:.0f} MiB at a time, about {seconds} s"
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import EditError, error
-from microtome.model import Address, Site, parse, parse_selection
+from microtome.model import Address, Site, parse
 
 Values = Tensor | float | int
 
@@ -106,8 +106,8 @@ class Where:
 
     In a sweep or a generation the tensor at hand may be one row of a batch, or lack the first columns: `row` and
     `offset` say which row of another run's tensor it corresponds to, and at which column it begins. `tokens` are the
-    first column and the number of the real tokens of every row, and `end` is where the columns end; without them every
-    column is real.
+    first column and the number of the real tokens of every row of the prompt, `prompt` is how many columns the prompt
+    has (whatever comes after it is real), and `end` is where the columns end; without them every column is real.
     """
 
     site: Site
@@ -118,6 +118,19 @@ class Where:
     offset: int = 0
     tokens: tuple[tuple[int, int], ...] | None = None
     end: int = 0
+    prompt: int | None = None
+
+    def real(self, x: Tensor) -> Tensor | None:
+        """[batch, pos] True where the selected part x [batch, pos, ...] lies on real tokens; None if it all does."""
+        width = self.end if self.prompt is None else self.prompt
+        if self.tokens is None or all(span == (0, width) for span in self.tokens):
+            return None
+        spans = torch.tensor(self.tokens, device=x.device).unsqueeze(-1)
+        columns = torch.arange(x.shape[1], device=x.device).unsqueeze(0) if self.columns is None else self.columns
+        columns = columns + self.offset
+        first, length = spans[:, 0], spans[:, 1]
+        real = (columns >= first) & (columns < first + length) | (columns >= width)
+        return real if self.rows is None else real[self.rows]
 
     def cut_source(self, x: Tensor) -> Tensor:
         """The corresponding selection of a whole tensor of another run [batch, pos, unit, ...]."""
@@ -197,14 +210,17 @@ class Zero(SiteEdit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mean(SiteEdit):
-    """Put a mean in place: the one given, or that of the selected rows and positions of this very run."""
+    """Put a mean in place: the one given, or that of the selected rows and positions of this very run.
+
+    Pads take no part in it, nor do scores that a mask forbids.
+    """
 
     mean: Tensor | None = None
 
     def change(self, x: Tensor, where: Where) -> Tensor:
         """The mean, the same for every row and position."""
         if self.mean is None:
-            return x.mean(dim=(0, 1), keepdim=True).expand_as(x)
+            return _mean(x, where).expand_as(x)
         value = _fits(self.mean, x, where)
         assert isinstance(value, Tensor)
         return value.expand_as(x)
@@ -216,6 +232,19 @@ def orthonormal(basis: Tensor) -> Tensor:
     _, size, directions = torch.linalg.svd(rows.double(), full_matrices=False)
     eps = torch.finfo(rows.dtype).eps if rows.dtype.is_floating_point else 0.0
     return directions[size > size.max() * eps * max(rows.shape)].T
+
+
+def _mean(x: Tensor, where: Where) -> Tensor:
+    """The mean over rows and positions that are real and, for scores, allowed."""
+    counted = where.real(x)
+    counted = None if counted is None else counted.reshape(*counted.shape, *[1] * (x.dim() - 2))
+    if where.site.name == "attn.scores":
+        counted = ~forbidden(x) if counted is None else counted & ~forbidden(x)
+    if counted is None:
+        return x.mean(dim=(0, 1), keepdim=True)
+    counted = counted.expand_as(x)
+    total = x.where(counted, x.new_zeros(())).sum((0, 1), keepdim=True)
+    return total / counted.sum((0, 1), keepdim=True).clamp(min=1)
 
 
 def _check_width(name: str, width: int, x: Tensor, where: Where) -> None:
@@ -234,7 +263,7 @@ class Project(SiteEdit):
     """Project out of a subspace, or onto it.
 
     Attributes:
-        basis: [rank, d] or [d]; need not be orthonormal, and is not changed.
+        basis: [rank, d] or [d]; need be neither orthonormal nor independent, and is not changed.
         onto: keep only the part inside the subspace, instead of removing it.
     """
 
@@ -395,66 +424,28 @@ class SwapFrom(SiteEdit):
         ).hexdigest()
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class KnockOut(SiteEdit):
-    """Cut attention from some queries to some keys: those scores become minus infinity before the softmax.
-
-    The site is ``<layers>.attn.scores[<heads>]@<queries>``; a query with no key left attends to nothing.
-
-    Attributes:
-        keys: the positions that can no longer be attended to, as a selection ("0-3", "*"), counted like those of an
-            address: over the real tokens of each row, in a generation those of the prompt.
-    """
-
-    keys: str = "*"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.address.name != "attn.scores":
-            raise error(
-                EditError,
-                "KnockOut acts on attention scores",
-                got=f'"{self.site}"',
-                do='write "<layers>.attn.scores[<heads>]@<queries>"',
-            )
-        parse_selection(self.keys, "keys")
-
-    def change(self, x: Tensor, where: Where) -> Tensor:
-        """Scores [batch, q_pos, head, k_pos] with the keys masked."""
-        keep = self._keep(x, where)
-        allowed = (x > torch.finfo(x.dtype).min / 2) & keep
-        new = x.masked_fill(~keep, float("-inf"))
-        return new.masked_fill(~allowed.any(-1, keepdim=True), float("-inf"))
-
-    def _keep(self, x: Tensor, where: Where) -> Tensor:
-        """[batch or 1, 1, 1, k_pos] False at the keys to cut."""
-        selection, width = parse_selection(self.keys, "keys"), x.shape[-1]
-        if selection.is_all:
-            return torch.zeros(1, 1, 1, width, dtype=torch.bool, device=x.device)
-        tokens = where.tokens or ((0, width),)
-        tokens = tokens if where.rows is None else [tokens[int(row)] for row in where.rows]
-        before = max(where.end - width, 0)  # columns that a cache has dropped
-        keep = torch.ones(len(tokens), 1, 1, width, dtype=torch.bool, device=x.device)
-        for row, (first, length) in enumerate(tokens):
-            chosen = selection.resolve(length)
-            if chosen is None:
-                raise error(
-                    EditError,
-                    f"no keys {self.keys} in row {row} at {where.site}",
-                    allowed=f"0 to {length - 1}, or -{length} to -1",
-                    do="choose positions inside the prompt",
-                )
-            keep[row, ..., [first + c - before for c in chosen if first + c >= before]] = False
-        return keep
-
-
 def canonical(x: Tensor, site: Site) -> Tensor:
     """A site's tensor as [batch, pos, unit, ...]: scores and patterns have their head axis moved behind q_pos."""
     return x.transpose(1, 2) if site.spec.dims[1] == "head" else x
 
 
+def forbidden(scores: Tensor) -> Tensor:
+    """True where a mask forbids attention: minus infinity, or the lowest number, which some families scale later."""
+    return scores <= torch.finfo(scores.dtype).min / 64
+
+
 def apply(edit: SiteEdit, x: Tensor, where: Where) -> Tensor:
-    """The whole tensor of a site, x in its own axes, with one edit applied. x itself is not changed."""
+    """The whole tensor of a site, x in its own axes, with one edit applied. x itself is not changed.
+
+    In scores, what was forbidden stays so: an edit may take away keys, but never gives sight of those behind a mask.
+    """
+    new = _applied(edit, x, where)
+    if where.site.name != "attn.scores":
+        return new
+    return torch.where(forbidden(x) & ~(new < x), x, new)
+
+
+def _applied(edit: SiteEdit, x: Tensor, where: Where) -> Tensor:
     full = canonical(x, where.site)
     if where.rows is None and where.columns is None and where.units is None:
         return canonical(edit.change(full, where), where.site)

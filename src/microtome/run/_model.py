@@ -324,7 +324,7 @@ class Model:
             flow.begin(args, kwargs)
 
         def generate(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with flow.generating():
+            with flow.generating(kwargs.get("attention_mask")):
                 return own(*args, **kwargs)
 
         session.rig.before("", begin)

@@ -12,21 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from microtome.errors import DataError, EditError, OutputError, error
-from microtome.run._block_edits import Freeze, Repeat, ScaleBlock, Skip
-from microtome.run._edits import (
-    Add,
-    Clamp,
-    Edit,
-    KnockOut,
-    Map,
-    Mean,
-    Project,
-    Rotate,
-    Scale,
-    Set,
-    SwapFrom,
-    Zero,
-)
+from microtome.run._block_edits import Repeat, ScaleBlock, Skip
+from microtome.run._edits import Add, Clamp, Edit, Map, Mean, Project, Rotate, Scale, Set, SwapFrom, Zero
+from microtome.run._frozen import Freeze
+from microtome.run._knockout import KnockOut
 from microtome.run._noise import Noise
 
 KINDS: dict[str, type[Edit]] = {

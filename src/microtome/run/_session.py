@@ -17,10 +17,11 @@ from torch import Tensor
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Address, Anatomy, Rule, Selection, Site
 from microtome.run._batch import Batch
-from microtome.run._block_edits import Freeze, Repeat, ScaleBlock, Skip
+from microtome.run._block_edits import Repeat, ScaleBlock, Skip
 from microtome.run._edits import Edit, SiteEdit, Where, apply, canonical
+from microtome.run._frozen import Freeze, freeze
 from microtome.run._hooks import Rig
-from microtome.run._layers import freeze, layer_paths
+from microtome.run._layers import layer_paths
 from microtome.run._taps import install
 
 Observer = Callable[[Site, Tensor], None]
@@ -50,6 +51,10 @@ class Flow(Protocol):
         """How many columns there are, those of earlier forwards included."""
         ...
 
+    def prompt(self) -> int:
+        """How many of them are the prompt's."""
+        ...
+
 
 class OneRun:
     """The flow of a single forward over a known batch."""
@@ -77,6 +82,10 @@ class OneRun:
         """The width."""
         return self.batch.tokens.shape[1]
 
+    def prompt(self) -> int:
+        """The width."""
+        return self.batch.tokens.shape[1]
+
 
 class Live:
     """The flow of calls that are not ours, such as generation, with a key/value cache or without.
@@ -89,17 +98,18 @@ class Live:
     def __init__(self) -> None:
         self._shape, self._end = (0, 0), 0
         self._prompt: Batch | None = None
+        self._mask: Tensor | None = None
         self._generating = False
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Take the forwards of this block for those of one generation."""
-        outer = self._generating, self._prompt
-        self._generating, self._prompt = True, None
+    def generating(self, mask: Tensor | None) -> Iterator[None]:
+        """Take the forwards of this block for those of one generation, whose prompt has this mask [batch, pos]."""
+        outer = self._generating, self._prompt, self._mask
+        self._generating, self._prompt, self._mask = True, None, mask
         try:
             yield
         finally:
-            self._generating, self._prompt = outer
+            self._generating, self._prompt, self._mask = outer
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the arguments of the model's forward."""
@@ -111,12 +121,21 @@ class Live:
         self._shape = (int(tokens.shape[0]), int(tokens.shape[1]))
         self._end = before + self._shape[1]
         if self._prompt is None or not (before or self._generating):
-            mask = kwargs.get("attention_mask")
-            if not isinstance(mask, Tensor) or mask.shape != (self._shape[0], self._end):
-                mask = torch.ones(self._shape[0], self._end, device=tokens.device)
+            mask = self._mask_of(kwargs.get("attention_mask"))
+            mask = torch.ones(self._shape[0], self._end, device=tokens.device) if mask is None else mask
             first = mask.int().argmax(1).tolist()
             shown = torch.zeros(mask.shape, dtype=torch.long, device=tokens.device)
             self._prompt = Batch(shown, tuple(mask.int().sum(1).tolist()), tuple(first))
+
+    def _mask_of(self, mask: object) -> Tensor | None:
+        """[batch, pos] True at real tokens: a forward's, or the call's where a static cache gave it another form."""
+        rows, end = self._shape[0], self._end
+        if isinstance(mask, Tensor) and mask.shape == (rows, end):
+            return mask
+        given = self._mask
+        if given is None or given.dim() != 2 or given.shape[1] != end or rows % given.shape[0]:
+            return None
+        return given.repeat_interleave(rows // given.shape[0], dim=0)  # each prompt has as many rows as it has beams
 
     def shape(self) -> tuple[int, int]:
         """Batch and width of the forward under way."""
@@ -129,6 +148,10 @@ class Live:
     def end(self) -> int:
         """The width of all that was seen."""
         return self._end
+
+    def prompt(self) -> int:
+        """The width of the first forward."""
+        return 0 if self._prompt is None else self._prompt.tokens.shape[1]
 
     def columns(self, positions: Selection | Rule) -> Tensor | None:
         """Columns of all that was seen."""
@@ -157,8 +180,8 @@ class _Visitor:
     def __call__(self, x: Tensor) -> Tensor | None:
         own = x
         for edit, address in self.edits:
-            where = self.session.where(self.site, address, edit.rows, x)
-            if where is not None:
+            named = Site(address.name, self.site.layer)
+            for where in self.session.places(named, address, edit.rows, x):
                 self.session.fired.add(id(edit))
                 x = apply(edit, x, where)
         if self.session.grad and (self.captures or self.site.name == "embed"):
@@ -172,7 +195,8 @@ class _Visitor:
     def _node(self, x: Tensor, own: Tensor) -> Tensor:
         # A fresh node of the graph, through which all later computation passes, so that it has a gradient.
         x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
-        self.session.nodes[self.site] = x
+        for name in {self.site.name, *(address.name for address in self.captures)}:
+            self.session.nodes[Site(name, self.site.layer)] = x
         return x
 
 
@@ -216,6 +240,9 @@ class Session:
             install(self.rig, model, site, anatomy.taps[site], visitor, flow.shape, changes)
 
     def _visitor(self, visitors: dict[Site, _Visitor], site: Site) -> _Visitor:
+        first = Site("attn.scale", site.layer)
+        if site.name == "mlp.scale" and self.anatomy.taps.get(first) == self.anatomy.taps[site]:
+            site = first  # one norm serves both branches: its divisor is one site by two names
         return visitors.setdefault(site, _Visitor(self, site, [], [], []))
 
     def _install_other(self, edit: Edit) -> None:
@@ -241,29 +268,43 @@ class Session:
             )
         return torch.tensor(chosen, device=x.device)
 
-    def where(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> Where | None:
-        """Where an edit applies in the forward under way, or None if nowhere."""
+    def places(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> list[Where]:
+        """Where an edit applies in the forward under way; nowhere, and it is an empty list.
+
+        One place serves all rows, unless a cache has dropped what is named of some rows and not of others.
+        """
         batch, width = canonical(x, site).shape[:2]
         if rows is not None and not all(0 <= r < batch for r in rows):
             raise error(
                 EditError, f"no rows {rows} at {site}", allowed=f"0 to {batch - 1}", do="choose rows of the batch"
             )
         chosen = None if rows is None else torch.tensor(rows, device=x.device)
-        columns, offset = self.flow.columns(address.positions), self.flow.end() - width
-        if columns is not None and offset:
-            # This tensor begins later: a cache holds the columns before it, or only the last logits are computed.
-            seen = (columns >= offset).all(0)
-            columns = columns[:, seen] - offset
-        if columns is not None and columns.shape[1] == 0:
-            return None
+        # A static cache holds columns that are not there yet; nothing begins before the first.
+        flow = self.flow
+        columns, offset = flow.columns(address.positions), max(flow.end() - width, 0)
         units = self.units(address, x, site)
-        return Where(site, chosen, columns, units, None, offset, self.flow.tokens(), self.flow.end())
+
+        def place(of: Tensor | None, at: Tensor | None) -> Where:
+            return Where(site, of, at, units, None, offset, flow.tokens(), flow.end(), flow.prompt())
+
+        if columns is None or columns.shape[1] == 0:
+            return [place(chosen, None)] if columns is None else []
+        if offset == 0:
+            return [place(chosen, columns)]
+        # This tensor may begin later: a cache holds the columns before it, or only the last logits are computed.
+        columns = columns - offset
+        kinds, of_row = (columns >= 0).unique(dim=0, return_inverse=True)
+        if len(kinds) == 1:
+            columns = columns[:, kinds[0]]
+            return [place(chosen, columns)] if columns.shape[1] else []
+        every = torch.arange(batch, device=x.device) if chosen is None else chosen
+        parts = [(every[of_row[every] == k], columns[:, kind].clamp(min=0)) for k, kind in enumerate(kinds)]
+        return [place(of, at) for of, at in parts if len(of) and at.shape[1]]
 
     def cut(self, x: Tensor, site: Site, address: Address) -> Tensor:
         """The part of a tensor that an address names; the tensor itself where it names all."""
         if address.whole:
             return x
-        where = self.where(site, address, None, x)
-        if where is None:
-            return x[:0]
-        return canonical(where.cut(canonical(x, site)), site)
+        for where in self.places(site, address, None, x):
+            return canonical(where.cut(canonical(x, site)), site)
+        return x[:0]

@@ -113,15 +113,28 @@ def _after(tap: Tap, visit: Visit, shape: Shape) -> Any:
     return after
 
 
+def divisor(output: Tensor, norm: NormWeights, x: Tensor) -> Tensor:
+    """What a norm's output was divided by: what an earlier edit put there, or the scale of its input x."""
+    known = getattr(output, "divisor", None)
+    return norm.scale(x) if known is None else known
+
+
+def divided(output: Tensor, by: Tensor) -> Tensor:
+    """A norm's output that remembers what divided it, so that whoever changes that next changes it once."""
+    setattr(output, "divisor", by)  # noqa: B010 (a tensor has no such attribute of its own)
+    return output
+
+
 def _norm(norm: NormWeights, visit: Visit, shape: Shape) -> Any:
     def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        own = norm.scale(input_of(args, kwargs))
+        own = divisor(output, norm, input_of(args, kwargs))
         new = visit(own.unflatten(0, shape()) if own.dim() == 1 else own)
         if new is None:
             return None
-        factor = (own / new.reshape(own.shape)).unsqueeze(-1).to(output.dtype)
+        new = new.reshape(own.shape)
+        factor = (own / new).unsqueeze(-1).to(output.dtype)
         bias = 0.0 if norm.bias is None else norm.bias
-        return (output - bias) * factor + bias
+        return divided((output - bias) * factor + bias, new)
 
     return after
 

@@ -125,6 +125,15 @@ def names() -> list[str]:
     return list(KINDS)
 
 
+def about(name: str) -> str:
+    """What a task asks, in a line.
+
+    Raises:
+        PromptError: there is no such task.
+    """
+    return _named(name).about
+
+
 def build(
     name: str,
     source: Any,
@@ -176,13 +185,22 @@ def build(
     return Task(name, kind.about, tuple(pairs), made | kind.options | options, kind.text)
 
 
-def _kind(name: str, n: int, options: dict[str, Any]) -> Kind:
+def _named(name: str) -> Kind:
     if name not in KINDS:
         near, allowed = nearest(name, names()), ", ".join(names())
-        raise error(PromptError, f'there is no task "{name}".{near}', allowed=allowed, do="name one of these")
+        raise error(
+            PromptError,
+            f'there is no task "{name}"' + (f".{near}" if near else ""),
+            allowed=allowed,
+            do="name one of these",
+        )
+    return KINDS[name]
+
+
+def _kind(name: str, n: int, options: dict[str, Any]) -> Kind:
+    kind = _named(name)
     if n < 1:
         raise error(PromptError, "a task has at least one pair", got=f"n={n}", do="ask for more")
-    kind = KINDS[name]
     if unknown := sorted(options.keys() - kind.options.keys()):
         got, allowed = ", ".join(unknown), ", ".join(kind.options) or "none"
         raise error(PromptError, f'the task "{name}" has no such option', got=got, allowed=allowed)

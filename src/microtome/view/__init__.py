@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from microtome.view._heat import heat_maps as heat_maps
 from microtome.view._maps import HeatMap as HeatMap
+from microtome.view._maps import checks_of as checks_of
 from microtome.view._maps import maps_of as maps_of
 from microtome.view._maps import tokens_of as tokens_of
 from microtome.view._pages import write_pages as write_pages

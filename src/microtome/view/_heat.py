@@ -18,7 +18,16 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from microtome.view._maps import HeatMap, limits_of, maps_of, metric_of, reading_of, tokens_of
+from microtome.view._maps import (
+    HeatMap,
+    checks_of,
+    limits_of,
+    maps_of,
+    metric_of,
+    prompts_of,
+    reading_of,
+    tokens_of,
+)
 from microtome.view._terminal import visible
 
 if TYPE_CHECKING:
@@ -49,37 +58,42 @@ def heat_maps(data: xr.Dataset, width: int, *, top: int = 5) -> Group:
     limits, tokens = limits_of(maps), tokens_of(data)
     drawn = [m for m in maps if m.values.size <= MOST_DRAWN]
     size = min(max((_label_size(m, tokens) for m in drawn), default=0), max(8, width // 5))
-    parts: list[Text | Columns] = [*_header(data), Text()]
+    parts: list[Text | Columns | Table] = [*_header(data), Text()]
     for one in drawn:
         parts += [*_drawn(one, tokens, limits[one.unit], size, width), Text()]
     parts += [_legend(unit, limit) for unit, limit in limits.items()]
     marks = ["a digit alone counts tenths of the scale"] if any(_tenths(m, limits, size, width) for m in drawn) else []
-    marks += ["– was not measured"] if any(np.isnan(m.values).any() for m in drawn) else []
+    marks += ["– is no edge, or was not measured"] if any(np.isnan(m.values).any() for m in drawn) else []
     parts += [Text("; ".join(marks), "dim")] if marks else []
     if left := [m for m in maps if m.values.size > MOST_DRAWN]:
         sizes = ", ".join(f"{_plain(m.name)} ({m.down} {len(m.rows)} x {m.across} {len(m.columns)})" for m in left)
         parts.append(Text(f"too large to draw here, only listed: {sizes}", "dim"))
     if top:
-        listed = [_listed(one, tokens, top) for one in maps]
+        listed = [_listed(one, tokens, top) for one in maps if one.listed]
         parts += [Text("\nstrongest", "bold"), Columns(listed, padding=(0, 3))]
+    if checks := checks_of(data):
+        parts += [Text("\nhow far the estimates hold", "bold"), _checked(checks)]
     return Group(*parts)
 
 
 def _header(data: xr.Dataset) -> list[Text]:
     lines: list[Text] = []
     metric = metric_of(data)
-    for role, words in tokens_of(data).items():
+    for role, words, value in prompts_of(data):
         line = Text.assemble((f"{role:8}", "dim"), "".join(visible(word) for word in words))
-        if role in data and data[role].ndim == 0:
-            line.append(f"   {metric} ", "dim").append(f"{float(data[role]):+.3f}", "bold")
+        if value is not None:
+            line.append(f"{'   ' if words else ''}{metric} ", "dim").append(f"{value:.3f}", "bold")
         lines.append(line)
+    sought = [visible(str(data.attrs[name])) for name in ("answer", "foil") if name in data.attrs]
+    lines += [Text.assemble(("answer  ", "dim"), (" rather than ".join(sought), "bold"))] if sought else []
     return [*lines, Text(_plain(reading_of(data)), "dim")]
 
 
 def row_labels(one: HeatMap, tokens: dict[str, tuple[str, ...]]) -> list[str]:
     """The name of each row: the place and token, both tokens where two prompts differ, or the row's own name."""
     if one.down != "pos" or not tokens:
-        return [f"{one.down} {visible(row)}" if row.isdigit() else visible(row) for row in one.rows]
+        kind = one.down.removeprefix("sender ")
+        return [f"{kind} {visible(row)}" if row.isdigit() else visible(row) for row in one.rows]
     widest = len(one.rows[-1]) if one.rows else 0
     return [f"{row:>{widest}} {token_label(tokens, i)}" for i, row in enumerate(one.rows)]
 
@@ -213,14 +227,35 @@ def _fitted(text: str, cells: int) -> str:
 def _listed(one: HeatMap, tokens: dict[str, tuple[str, ...]], top: int) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=True)
     table.add_column(Text(_plain(one.name), "dim"), no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("" if one.exact is None else Text("estimate", "dim"), justify="right", no_wrap=True)
+    if one.exact is not None:
+        table.add_column(Text("exact", "dim"), justify="right", no_wrap=True)
     for row, column in one.strongest(top):
-        value, style = one.values[row, column], "blue" if one.values[row, column] > 0 else "red"
-        text = Text(f"{value:+.3f}" if abs(value) >= 0.0005 else f"{value:+.1e}", style)
+        text = _number(one.values[row, column])
         if one.bounds is not None:
             low, high = (bound[row, column] for bound in one.bounds)
             text.append(f" [{low:+.2f}, {high:+.2f}]", "dim")
-        table.add_row(place_of(one, tokens, row, column), text)
+        exact = [] if one.exact is None else [_number(one.exact[row, column])]
+        table.add_row(place_of(one, tokens, row, column), text, *exact)
+    return table
+
+
+def _number(value: float) -> Text:
+    if math.isnan(value):
+        return Text("–", "dim")
+    return Text(f"{value:+.3f}" if abs(value) >= 0.0005 else f"{value:+.1e}", "blue" if value > 0 else "red")
+
+
+def _checked(checks: dict[str, dict[str, float]]) -> Table:
+    """What exact measurement said of the estimates of each map."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    names = list(next(iter(checks.values())))
+    for name in names:
+        table.add_column(_plain(name.replace("_", " ")), justify="right")
+    for site, values in checks.items():
+        told = ["–" if math.isnan(v) else f"{v:,.0f}" if n == "measured" else f"{v:.3f}" for n, v in values.items()]
+        table.add_row(Text(_plain(site)), *told)
     return table
 
 

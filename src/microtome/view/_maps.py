@@ -36,7 +36,8 @@ TITLES = {
     "attn.v[head]": "values by head",
     "attn.z[head]": "heads",
 }
-BOUNDS = ("_lo", "_hi")
+BESIDE = ("_lo", "_hi", "_exact")
+"""Endings of variables that belong to another: the ends of its interval, and what exact measurement gave."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,23 @@ class HeatMap:
         name: of the variable.
         values: [row, column], float64; NaN where nothing finite was measured.
         bounds: the ends of the 95 % interval, each like `values`; none where the variable has no interval.
+        exact: what the cells of an estimate measured that were checked, like `values`; none where none was.
         across, down: the axes of columns and rows.
         columns, rows: the name of each.
         unit: what a value counts.
+        listed: whether its strongest cells are listed: not those of a map that sums another up.
     """
 
     name: str
     values: np.ndarray
     bounds: tuple[np.ndarray, np.ndarray] | None
+    exact: np.ndarray | None
     across: str
     down: str
     columns: tuple[str, ...]
     rows: tuple[str, ...]
     unit: str
+    listed: bool = True
 
     @property
     def title(self) -> str:
@@ -80,14 +85,15 @@ def maps_of(data: xr.Dataset) -> list[HeatMap]:
     Raises:
         DataError: it holds none.
     """
-    ends = {f"{name}{end}" for name in data.data_vars for end in BOUNDS}
+    ends = {f"{name}{end}" for name in data.data_vars for end in BESIDE}
     names = [str(n) for n, v in data.data_vars.items() if v.ndim == 2 and n not in ends and v.dtype.kind in "fiub"]
     if not names:
         held = ", ".join(f"{n} over ({', '.join(map(str, v.dims))})" for n, v in data.data_vars.items())
         raise error(
             DataError, "nothing to draw as a heat map", got=held or "no variable", allowed="numbers on two axes"
         )
-    return [_map(data, name) for name in names]
+    maps = [_map(data, name) for name in names]
+    return maps + [_by_layer(one) for one in maps if one.across == "receiver"]
 
 
 def _map(data: xr.Dataset, name: str) -> HeatMap:
@@ -100,10 +106,26 @@ def _map(data: xr.Dataset, name: str) -> HeatMap:
         found = np.asarray(data[variable].transpose(down, across).values, dtype=np.float64)
         return np.where(np.isfinite(found), found, np.nan)
 
-    low, high = (name + end for end in BOUNDS)
-    bounds = (values(low), values(high)) if low in data and high in data else None
+    low, high, exact = (values(name + end) if name + end in data else None for end in BESIDE)
+    bounds = None if low is None or high is None else (low, high)
     unit = str(data[name].attrs.get("unit", ""))
-    return HeatMap(name, values(name), bounds, across, down, labels(data, across), labels(data, down), unit)
+    return HeatMap(name, values(name), bounds, exact, across, down, labels(data, across), labels(data, down), unit)
+
+
+def _by_layer(edges: HeatMap) -> HeatMap:
+    """The strongest edge between every two layers: edges themselves are too many to be seen."""
+    names = [tuple(name.partition(".")[0] for name in axis) for axis in (edges.rows, edges.columns)]
+    rows, columns = (tuple(dict.fromkeys(axis)) for axis in names)
+    across = np.array([columns.index(n) for n in names[1]])
+    place = (np.array([rows.index(n) for n in names[0]])[:, None] * len(columns) + across).reshape(-1)
+    flat = edges.values.reshape(-1)
+    known = np.flatnonzero(np.isfinite(flat))
+    found = np.full(len(rows) * len(columns), np.nan)
+    for i in known[np.argsort(np.abs(flat[known]), kind="stable")]:
+        found[place[i]] = flat[i]  # the strongest comes last, and stays
+    title = f"strongest {edges.name} between two layers"
+    values = found.reshape(len(rows), len(columns))
+    return HeatMap(title, values, None, None, "receiver layer", "sender layer", columns, rows, edges.unit, listed=False)
 
 
 def labels(data: xr.Dataset, axis: str) -> tuple[str, ...]:
@@ -134,19 +156,71 @@ def limits_of(maps: Sequence[HeatMap]) -> dict[str, float]:
 
 
 def metric_of(data: xr.Dataset) -> str:
-    """What is read off each run, in words."""
-    answer, foil = data.attrs.get("answer"), data.attrs.get("foil")
-    if "metric" in data.attrs:
-        return str(data.attrs["metric"])
-    return "" if answer is None else "log-probability of the answer" if foil is None else "logit difference"
+    """What is read off each run, in words; nothing where the dataset does not say."""
+    if data.attrs.get("method") == "causal tracing":
+        return "probability of the answer"
+    named = ("answer", "answer_id", "foil", "foil_id")
+    answer, foil = (any(name in data.attrs for name in pair) for pair in (named[:2], named[2:]))
+    if not answer:
+        return str(data.attrs.get("metric", ""))
+    return "logit difference" if foil else "log-probability of the answer"
+
+
+DENOISE = (
+    "Each cell is one run of the corrupt prompt with one activation taken from the clean run: 0 leaves the corrupt "
+    "answer, 1 restores the clean one."
+)
+NOISE = (
+    "Each cell is one run of the clean prompt with one activation taken from the corrupt run: 0 leaves the clean "
+    "answer, 1 turns it into the corrupt one."
+)
+TRACE = (
+    "Each cell is the run whose subject is corrupted, with one state given back as the clean run had it: by how much "
+    "that raises the probability of the answer."
+)
+ESTIMATE = (
+    "Each cell is an estimate, from one gradient, of what {what} would do to the {metric}: above 0 raises it. The "
+    "strongest were measured as well: see exact."
+)
 
 
 def reading_of(data: xr.Dataset) -> str:
-    """How a value is to be read, in one sentence; nothing where the dataset does not say what it is."""
-    known = {
-        "denoise": "Each cell is one run of the corrupt prompt with one activation taken from the clean run: 0 leaves "
-        "the corrupt answer, 1 restores the clean one.",
-        "noise": "Each cell is one run of the clean prompt with one activation taken from the corrupt run: 0 leaves "
-        "the clean answer, 1 turns it into the corrupt one.",
-    }
-    return str(data.attrs.get("reading") or known.get(str(data.attrs.get("direction")), ""))
+    """How a value is to be read, in a sentence or two; nothing where the dataset does not say what it is."""
+    method, direction = (str(data.attrs.get(name, "")) for name in ("method", "direction"))
+    if method == "causal tracing":
+        window = data.attrs.get("window")
+        return TRACE + (f" Branches are given back over {window} layers at once." if window else "")
+    if "rules" in data.attrs:
+        given = "corrupt" if direction == "noise" else "clean"
+        told = ESTIMATE.format(what=f"taking it from the {given} run", metric=metric_of(data))
+        return told if "site" in data.dims else told.partition(" The strongest")[0]
+    return {"denoise": DENOISE, "noise": NOISE}.get(direction, "")
+
+
+def places_marked(data: xr.Dataset) -> list[int]:
+    """The positions that matter: where two prompts differ, or the subject's."""
+    if "subject" in data.coords and data["subject"].dims == ("pos",):
+        return np.flatnonzero(data["subject"].values).tolist()
+    prompts = list(tokens_of(data).values())
+    return [i for i, words in enumerate(zip(*prompts, strict=True)) if len(set(words)) > 1]
+
+
+def prompts_of(data: xr.Dataset) -> list[tuple[str, tuple[str, ...], float | None]]:
+    """The prompts, each with its role and the metric there; the metric of a run without a prompt of its own too."""
+    tokens = tokens_of(data)
+    told = [(role, words, _scalar(data, role)) for role, words in tokens.items()]
+    return told + [
+        (role, (), _scalar(data, role)) for role in ("clean", "corrupt") if role not in tokens and role in data
+    ]
+
+
+def _scalar(data: xr.Dataset, name: str) -> float | None:
+    return float(data[name]) if name in data and data[name].ndim == 0 else None
+
+
+def checks_of(data: xr.Dataset) -> dict[str, dict[str, float]]:
+    """What exact measurement said of each map's estimates: by map, what was compared and how well it held."""
+    if "site" not in data.coords:
+        return {}
+    names = [str(n) for n, v in data.data_vars.items() if v.dims == ("site",)]
+    return {str(s): {n: float(data[n].values[i]) for n in names} for i, s in enumerate(data["site"].values)}

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from microtome.errors import OutputError, error
-from microtome.view._maps import HeatMap, limits_of, maps_of, metric_of, reading_of, tokens_of
+from microtome.view._maps import (
+    HeatMap,
+    checks_of,
+    limits_of,
+    maps_of,
+    metric_of,
+    places_marked,
+    prompts_of,
+    reading_of,
+)
 from microtome.view._page_data import literal
 
 if TYPE_CHECKING:
@@ -36,8 +45,8 @@ MOST_CELLS = 40_000
 LISTED = 100
 """Strongest cells of each map in the table."""
 
-SHOWN = ("method", "reading")
-"""Attributes that the head of the page says."""
+SHOWN = ("method", "clean_ids", "corrupt_ids", "sites")
+"""Attributes that the page says elsewhere."""
 
 
 def write_patch_page(path: Path, data: xr.Dataset, *, title: str | None = None) -> Path:
@@ -90,36 +99,47 @@ def patch_page(data: xr.Dataset, *, title: str | None = None) -> str:
 
 def page_values(data: xr.Dataset) -> dict[str, Any]:
     """What the page is told, as plain values: all that it shows."""
-    maps, tokens, attrs = maps_of(data), tokens_of(data), data.attrs
+    maps, attrs = maps_of(data), data.attrs
     limits = limits_of(maps)
-    method = str(attrs.get("method", "effects")).capitalize()
+    method = str(attrs.get("method", "effects"))
     of = f": {str(attrs['answer']).strip()}" if "answer" in attrs else ""
     of += f" rather than {str(attrs['foil']).strip()}" if "foil" in attrs else ""
     return {
-        "title": method + of,
+        "title": method[:1].upper() + method[1:] + of,
         "lede": reading_of(data),
         "metric": metric_of(data),
-        "prompts": [{"role": role, "tokens": words, "value": _scalar(data, role)} for role, words in tokens.items()],
+        "prompts": [{"role": role, "tokens": t, "value": _maybe(value)} for role, t, value in prompts_of(data)],
+        "marked": places_marked(data),
         "limits": {unit: _rounded(limit) for unit, limit in limits.items()},
         "maps": [_map(one, limits[one.unit]) for one in maps],
+        "checks": _checks(checks_of(data)),
         "facts": [(str(k).replace("_", " "), _fact(v)) for k, v in attrs.items() if k not in SHOWN],
     }
+
+
+def _checks(checks: dict[str, dict[str, float]]) -> list[list[str | float | None]]:
+    """The checks as rows, their names first; none where nothing was checked."""
+    names = [name.replace("_", " ") for name in next(iter(checks.values()), {})]
+    rows = [[site, *(_rounded(value) for value in values.values())] for site, values in checks.items()]
+    return [["map", *names], *rows] if rows else []
 
 
 def _map(one: HeatMap, limit: float) -> dict[str, Any]:
     drawn = one.values.size <= MOST_CELLS
     low, high = one.bounds or (None, None)
+    parts = {"values": one.values, "lo": low, "hi": high, "exact": one.exact}
     known = np.abs(one.values[np.isfinite(one.values)])
     own = float(known.max()) if known.size else 0.0
     strongest = [
-        [row, column, *(None if of is None else _rounded(of[row, column]) for of in (one.values, low, high))]
-        for row, column in one.strongest(LISTED)
+        [row, column, *(None if of is None else _rounded(of[row, column]) for of in (one.values, low, high, one.exact))]
+        for row, column in one.strongest(LISTED if one.listed else 0)
     ]
     return {
         "name": one.name, "title": one.title, "unit": one.unit, "site": _site(one), "size": one.values.size,
+        "listed": one.listed,
         "across": one.across, "down": one.down, "columns": one.columns, "rows": one.rows,
         "limit": _rounded(limit), "own": _rounded(own if own > 0 else limit), "strongest": strongest,
-        **{key: _values(of) if drawn else None for key, of in (("values", one.values), ("lo", low), ("hi", high))},
+        **{key: _values(of) if drawn else None for key, of in parts.items()},
     }  # fmt: skip
 
 
@@ -143,8 +163,8 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def _scalar(data: xr.Dataset, name: str) -> float | None:
-    return _rounded(float(data[name])) if name in data and data[name].ndim == 0 else None
+def _maybe(value: float | None) -> float | None:
+    return None if value is None else _rounded(value)
 
 
 def _fact(value: object) -> str:

@@ -8,32 +8,40 @@
   const FIRST = [6, 20]; // rows of the table before all are asked for: of each map, and of one alone
   const tip = h("div", { class: "tip", role: "status", "aria-live": "polite", hidden: true });
   const drawn = data.maps.filter((map) => map.values);
+  const listed = data.maps.filter((map) => map.listed);
   const views = [];
   let shared = true; // one scale for all maps of a unit, or each its own
 
+  const NONE = "not measured";
   const minus = (text) => text.replaceAll("-", "\u2212");
   const signed = (value) => {
-    if (value === null || value === undefined) return "not measured";
+    if (value === null || value === undefined) return NONE;
     const size = Math.abs(value);
     const text = value !== 0 && (size >= 1e5 || size < 1e-3) ? value.toExponential(3) : value.toPrecision(4);
     return (value > 0 ? "+" : "") + minus(text);
   };
+  const plain = (value) => signed(value).replace("+", "");
   const interval = (lo, hi) => (lo === null || lo === undefined || hi === null ? "" : ` [${signed(lo)}, ${signed(hi)}]`);
+  const ofEdges = (map) => map.across.startsWith("receiver");
+  const hole = (map) => (ofEdges(map) ? "no edge" : NONE);
   const limit = (map) => (shared ? map.limit : map.own);
   const ends = (map) => `\u2212${number(limit(map))} to +${number(limit(map))}`;
 
   /* Names of places. */
 
-  const words = (pos) => data.prompts.map(({ tokens }) => tokens[pos]).filter((word) => word !== undefined);
-  const differs = (pos) => new Set(words(pos)).size > 1;
-  const tokenNames = (pos) => [...new Set(words(pos))].map(alone).join("/");
-  const isPlace = (map) => map.down === "pos" && data.prompts.length > 0;
-  const numbered = (axis, name) => (/^\d+$/.test(name) ? `${axis} ${name}` : alone(name));
+  const spoken = data.prompts.filter(({ tokens }) => tokens.length);
+  const marked = new Set(data.marked);
+  const words = (pos) => [...new Set(spoken.map(({ tokens }) => tokens[pos]))];
+  const tokenNames = (pos) => words(pos).map(alone).join("/");
+  const isPlace = (map) => map.down === "pos" && spoken.length > 0;
+  const numbered = (axis, name) => (/^\d+$/.test(name) ? `${axis.replace("sender ", "")} ${name}` : alone(name));
   const rowName = (map, row) => (isPlace(map) ? tokenNames(row) : numbered(map.down, map.rows[row]));
   const address = (map, row, column) =>
     map.site
       ? map.site.replace("{column}", map.columns[column]).replace("{row}", map.rows[row])
-      : `${map.down} ${map.rows[row]}, ${map.across} ${map.columns[column]}`;
+      : ofEdges(map)
+        ? `${alone(map.rows[row])} → ${alone(map.columns[column])}`
+        : `${map.name}, ${map.across} ${map.columns[column]}, ${map.down} ${map.rows[row]}`;
 
   const level = (value, most) => Math.max(1, Math.ceil((Math.min(1, Math.abs(value) / most) || 0) * LEVELS));
 
@@ -58,7 +66,7 @@
   }
 
   const LETTER = 7.2; // pixels of a letter of a row's name
-  const longest = Math.max(5, ...drawn.flatMap((map) => map.rows.map((_, row) => [...rowName(map, row)].length)));
+  const longest = Math.max(...drawn.map((map) => map.across.length), ...drawn.flatMap((map) => map.rows.map((_, row) => [...rowName(map, row)].length)));
 
   /** How large the cells of a map are in so many pixels, and where they begin: in all maps at one place. */
   function measure(map, width) {
@@ -77,7 +85,7 @@
     return [
       map.rows.map((_, row) => {
         if (row % every) return null;
-        const kind = isPlace(map) && data.prompts.length > 1 && !differs(row) ? "row-name same" : "row-name";
+        const kind = isPlace(map) && marked.size && !marked.has(row) ? "row-name same" : "row-name";
         const place = { class: kind, x: left - 6, y: row * tall + tall / 2 + 4, "text-anchor": "end" };
         return s("text", place, cut(rowName(map, row)));
       }),
@@ -93,14 +101,14 @@
   /* The tooltip. */
 
   function tell(map, row, column, box) {
-    const [value, lo, hi] = [map.values, map.lo, map.hi].map((of) => of && of[row][column]);
+    const [value, lo, hi, exact] = [map.values, map.lo, map.hi, map.exact].map((of) => of && of[row][column]);
     const where = [`${map.across} ${map.columns[column]}`, `${map.down === "pos" ? "position" : map.down} ${map.rows[row]}`];
-    const chips = isPlace(map) ? data.prompts.filter((_, i) => i === 0 || differs(row)) : [];
+    const chips = isPlace(map) ? spoken.slice(0, words(row).length) : [];
     tip.replaceChildren(
-      h("p", {}, h("b", {}, signed(value)), value === null ? "" : ` ${map.unit}`, interval(lo, hi)),
+      h("p", {}, h("b", {}, value === null ? hole(map) : signed(value)), value === null ? "" : ` ${map.unit}`, interval(lo, hi)),
+      map.exact ? h("p", {}, `exact: ${signed(exact)}`) : "",
       h("p", {}, where.join(", ")),
-      chips.map(({ role, tokens }) => h("p", {}, chips.length > 1 ? `${role} ` : "", token(tokens[row]))).at(0) || "",
-      chips.map(({ role, tokens }) => h("p", {}, `${role} `, token(tokens[row]))).at(1) || "",
+      ...chips.map(({ role, tokens }) => h("p", {}, chips.length > 1 ? `${role} ` : "", token(tokens[row]))),
       h("p", { class: "where" }, map.site ? address(map, row, column) : map.title),
     );
     tip.hidden = false;
@@ -216,32 +224,36 @@
         name,
       );
     const ramps = Object.entries(data.limits).map(([unit, most]) => h("span", { class: "shared" }, ramp(unit, most)));
-    const holes = drawn.some((map) => map.values.some((row) => row.includes(null)));
+    const holes = drawn.filter((map) => map.values.some((row) => row.includes(null))).map(hole);
     const hatch = s("svg", { width: 18, height: 12 }, s("rect", { class: "missing", width: 18, height: 12 }));
     return h(
       "div",
       { class: "scale" },
       ramps,
-      holes && h("span", { class: "ramp" }, hatch, "not measured"),
+      holes.length > 0 && h("span", { class: "ramp" }, hatch, [...new Set(holes)].join(" or ")),
       h("fieldset", {}, h("legend", {}, "Colours"), choice("one scale for all maps", true), choice("each map its own", false)),
     );
   }
 
   /* The strongest cells. */
 
+  const checked = data.maps.some((map) => map.strongest.some((cell) => cell[5] !== null));
+  const edges = listed.every(ofEdges); // whose name says both ends
+  const WANTED = { column: !edges, row: !edges, token: listed.some(isPlace), exact: checked };
   const COLUMNS = [
     { name: "site", kind: "site", of: ({ map, row, column }) => address(map, row, column) },
     { name: "column", kind: "int", of: ({ map, column }) => place(map.columns[column], column) },
     { name: "row", kind: "int", of: ({ map, row }) => place(map.rows[row], row) },
     { name: "token", kind: "tokens", of: ({ map, row }) => (isPlace(map) ? tokenNames(row) : "") },
     { name: "value", kind: "float", of: ({ value }) => value },
+    { name: "exact", kind: "float", of: ({ exact }) => exact ?? -Infinity },
     { name: "size", kind: "bar-cell", of: ({ value }) => Math.abs(value) },
-  ];
+  ].filter(({ name }) => WANTED[name] ?? true);
   const place = (name, at) => (/^\d+$/.test(name) ? Number(name) : (name ?? at));
 
   function head(name) {
-    const axes = (which) => [...new Set(data.maps.map((map) => map[which]))].join(" or ").replace("pos", "position");
-    return { column: axes("across"), row: axes("down") }[name] ?? name;
+    const axes = (which) => [...new Set(listed.map((map) => map[which]))].join(" or ").replace("pos", "position");
+    return { column: axes("across"), row: axes("down"), value: checked ? "estimate" : "value" }[name] ?? name;
   }
 
   function bar(map, value) {
@@ -252,7 +264,7 @@
 
   function table() {
     const all = data.maps.flatMap((map) =>
-      map.strongest.map(([row, column, value, lo, hi], rank) => ({ map, rank, row, column, value, lo, hi })),
+      map.strongest.map(([row, column, value, lo, hi, exact], rank) => ({ map, rank, row, column, value, lo, hi, exact })),
     );
     let [by, down, only, whole] = ["size", true, "", false];
     const body = h("tbody", {});
@@ -268,31 +280,31 @@
     }
 
     function line(cell) {
-      const { map, value, lo, hi } = cell;
+      const { map, value, lo, hi, exact } = cell;
       const name = address(map, cell.row, cell.column);
-      const jump = map.values ? h("button", { type: "button", title: "show it in its map", click: () => go(cell) }, name) : name;
-      return h(
-        "tr",
-        {},
-        h("td", { class: "site" }, jump),
-        h("td", { class: "int" }, map.columns[cell.column]),
-        h("td", { class: "int" }, map.rows[cell.row]),
-        h("td", { class: "tokens" }, isPlace(map) ? h("code", { class: "token" }, tokenNames(cell.row)) : ""),
-        h("td", { class: "float" }, signed(value), h("span", { class: "interval" }, interval(lo, hi))),
-        h("td", { class: "bar-cell" }, bar(map, value)),
-      );
+      const show = { type: "button", title: "show it in its map", click: () => go(cell) };
+      const cells = {
+        site: map.values ? h("button", show, name) : name,
+        column: map.columns[cell.column],
+        row: map.rows[cell.row],
+        token: isPlace(map) ? h("code", { class: "token" }, tokenNames(cell.row)) : "",
+        value: [signed(value), h("span", { class: "interval" }, interval(lo, hi))],
+        exact: signed(exact),
+        size: bar(map, value),
+      };
+      return h("tr", {}, COLUMNS.map((column) => h("td", { class: column.kind }, cells[column.name])));
     }
 
     function fill() {
       const { of } = COLUMNS.find(({ name }) => name === by);
       const found = all.filter(({ map }) => !only || map.name === only);
-      const most = FIRST[only || data.maps.length === 1 ? 1 : 0];
+      const most = FIRST[only || listed.length === 1 ? 1 : 0];
       const chosen = whole ? found : found.filter(({ rank }) => rank < most);
       const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
       chosen.sort((a, b) => (down ? order(of(b), of(a)) : order(of(a), of(b))));
       body.replaceChildren(...chosen.map(line));
-      const cells = data.maps.filter(({ name }) => !only || name === only).reduce((sum, { size }) => sum + size, 0);
-      const each = only || data.maps.length === 1 ? "" : " of each map";
+      const cells = listed.filter(({ name }) => !only || name === only).reduce((sum, { size }) => sum + size, 0);
+      const each = only || listed.length === 1 ? "" : " of each map";
       tally.textContent = `the ${whole ? count(found.length) : `${most} strongest${each}`} of ${count(cells)} cells`;
       more.hidden = chosen.length === found.length;
       more.textContent = `Show the ${count(found.length)} strongest`;
@@ -308,7 +320,7 @@
       const label = name === "size" ? "size" : head(name);
       return h("th", { class: kind, scope: "col", "data-by": name }, h("button", press, label));
     });
-    const options = data.maps.map(({ name, title }) => h("option", { value: name }, title === name ? name : `${title} (${name})`));
+    const options = listed.map(({ name, title }) => h("option", { value: name }, title === name ? name : `${title} (${name})`));
     const pick = h("select", { change: () => ((only = pick.value), fill()) }, h("option", { value: "" }, "all maps"), options);
     fill();
     return h(
@@ -325,14 +337,36 @@
 
   function prompts() {
     if (!data.prompts.length) return null;
-    const chips = (tokens) => tokens.map((word, i) => token(word, data.prompts.length > 1 && differs(i) ? "token hit" : "token"));
+    const chips = (tokens) => tokens.map((word, i) => token(word, marked.has(i) ? "token hit" : "token"));
     return h(
       "dl",
       { class: "prompts" },
       data.prompts.map(({ role, tokens, value }) => [
         h("dt", {}, role),
-        h("dd", {}, chips(tokens), value !== null && h("span", { class: "metric" }, `${data.metric} `, h("b", {}, signed(value)))),
+        h("dd", {}, chips(tokens), value !== null && h("span", { class: "metric" }, `${data.metric} `, h("b", {}, plain(value)))),
       ]),
+    );
+  }
+
+  /** What exact measurement said of the estimates. */
+  function checks() {
+    if (!data.checks.length) return null;
+    const [names, ...rows] = data.checks;
+    const text = (value) => (typeof value === "string" ? value : number(value, Number.isInteger(value) ? "int" : "float"));
+    return h(
+      "section",
+      { class: "strongest" },
+      h("h2", {}, "How far the estimates hold"),
+      h(
+        "div",
+        { class: "scroll" },
+        h(
+          "table",
+          { class: "checks" },
+          h("thead", {}, h("tr", {}, names.map((name) => h("th", { scope: "col" }, name)))),
+          h("tbody", {}, rows.map((row) => h("tr", {}, row.map((value) => h("td", {}, text(value)))))),
+        ),
+      ),
     );
   }
 
@@ -360,8 +394,8 @@
       prompts(),
       drawn.length && scale(redraw),
       grids,
-      large.map(({ title, name, size }) => h("p", { class: "note" }, `${title} (${name}) has ${count(size)} cells, too many to draw: its strongest are listed.`)),
-      h("div", { class: "below" }, table(), footer()),
+      large.map(({ title, name, size }) => h("p", { class: "note" }, `${title === name ? name : `${title} (${name})`} has ${count(size)} cells, too many to draw: its strongest are listed.`)),
+      h("div", { class: "below" }, table(), h("div", {}, checks(), footer())),
       s("svg", { class: "defs", "aria-hidden": "true" }, hatch),
     ]
       .flat()
