@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from microtome.run._proof import Check
 
 Capture = str | Address | Sequence[str | Address]
+_version = cache(version)  # every run records them, and reading a package's metadata takes as long as a small forward
 
 
 class Model:
@@ -138,8 +139,8 @@ class Model:
             "model": self.anatomy.name,
             "fingerprint": self.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "microtome": version("microtome"),
-            "transformers": version("transformers"),
+            "microtome": _version("microtome"),
+            "transformers": _version("transformers"),
             "torch": torch.__version__,
         }
 
