@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-# Workers of pytest. 0 is one process: torch already uses every core.
-WORKERS ?= 0
+# Workers of pytest. Most tests run tiny models, which more threads do not speed up: one process a core, one thread each.
+# Tests that measure time or memory, marked `alone`, come after them, in one process that has the machine to itself.
+WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM ?= false
 export NO_MKDOCS_2_WARNING ?= 1
@@ -37,11 +38,13 @@ check: $(STAMP)  ## lint, format and types
 	$(BIN)/pyright
 
 test: check  ## what CI runs: check, the tests that are not slow, the docs
-	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not alone"
+	$(BIN)/pytest -n 0 -m "alone and not slow"
 	$(MAKE) --no-print-directory docs
 
 test-full: check  ## the same with the slow tests
-	$(BIN)/pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not alone"
+	$(BIN)/pytest -n 0 -m alone
 	$(MAKE) --no-print-directory docs
 
 format: $(STAMP)  ## let ruff rewrite what it can

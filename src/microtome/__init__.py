@@ -18,11 +18,23 @@ if TYPE_CHECKING:
     from microtome import errors as errors
     from microtome import explain as explain
     from microtome import measure as measure
+    from microtome import planted as planted
     from microtome import stream as stream
+    from microtome import tasks as tasks
     from microtome.atlas import write_atlas as write_atlas
     from microtome.explain import activation_patching as activation_patching
+    from microtome.explain import attention_knockout as attention_knockout
+    from microtome.explain import attribute as attribute
+    from microtome.explain import causal_trace as causal_trace
+    from microtome.explain import circuit_recovery as circuit_recovery
+    from microtome.explain import component_effects as component_effects
     from microtome.explain import contributions as contributions
+    from microtome.explain import edge_effects as edge_effects
+    from microtome.explain import graph as graph
     from microtome.explain import logit_lens as logit_lens
+    from microtome.explain import node_effects as node_effects
+    from microtome.explain import patch_pairs as patch_pairs
+    from microtome.explain import verify as verify
     from microtome.model import Address as Address
     from microtome.model import Anatomy as Anatomy
     from microtome.model import Site as Site
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
     from microtome.run import Check as Check
     from microtome.run import Clamp as Clamp
     from microtome.run import Divergence as Divergence
+    from microtome.run import Edge as Edge
     from microtome.run import Edit as Edit
     from microtome.run import Freeze as Freeze
     from microtome.run import KnockOut as KnockOut
@@ -40,6 +53,7 @@ if TYPE_CHECKING:
     from microtome.run import Mean as Mean
     from microtome.run import Metric as Metric
     from microtome.run import Model as Model
+    from microtome.run import Noise as Noise
     from microtome.run import Plan as Plan
     from microtome.run import Probability as Probability
     from microtome.run import Project as Project
@@ -67,15 +81,19 @@ if TYPE_CHECKING:
 _HOME = {
     "microtome.model": ("Address", "Anatomy", "Site", "parse"),
     "microtome.run": (
-        "Add", "Check", "Clamp", "Divergence", "Edit", "Freeze", "KnockOut", "load_edits", "LogitDifference",
-        "LogProbability", "Map", "map", "Mean", "Metric", "Model", "open", "Plan", "Probability", "Project",
+        "Add", "Check", "Clamp", "Divergence", "Edge", "Edit", "Freeze", "KnockOut", "load_edits", "LogitDifference",
+        "LogProbability", "Map", "map", "Mean", "Metric", "Model", "Noise", "open", "Plan", "Probability", "Project",
         "prove", "Rank", "Reading", "Repeat", "Rotate", "Run", "save_edits", "Scale", "ScaleBlock", "Set",
         "SiteEdit", "Skip", "SpanLoss", "SwapFrom", "Sweep", "SweepPlan", "Zero",
     ),
-    "microtome.explain": ("activation_patching", "contributions", "logit_lens"),
+    "microtome.explain": (
+        "activation_patching", "attention_knockout", "attribute", "causal_trace", "circuit_recovery",
+        "component_effects", "contributions", "edge_effects", "graph", "logit_lens", "node_effects", "patch_pairs",
+        "verify",
+    ),
     "microtome.atlas": ("write_atlas",),
 }  # fmt: skip
-_ROOMS = ("atlas", "errors", "explain", "measure", "stream")
+_ROOMS = ("atlas", "errors", "explain", "measure", "planted", "stream", "tasks")
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = sorted([*_WHERE, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]

@@ -10,6 +10,9 @@ One name an axis, everywhere: in datasets, tables, docstrings and error messages
     head      query heads                       rank      ordered components (experts by slot, singular vectors)
     kv_head   key/value heads                   expert    experts of a mixture
     d_model   the residual stream               d_head    one head
+    component heads and branches that act       receiver  what reads the stream: heads' inputs, MLPs
+    sender    what writes to the stream         site      names of places
+    span      named ranges of positions
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from torch import Tensor
 
 AXES: tuple[str, ...] = (
     "batch", "pos", "q_pos", "k_pos", "layer", "head", "kv_head", "d_model", "d_head",
-    "neuron", "vocab", "feature", "group", "example", "rank", "expert",
+    "neuron", "vocab", "feature", "group", "example", "rank", "expert", "component", "receiver", "span",
+    "sender", "site",
 )  # fmt: skip
 
 Tokens: TypeAlias = Int[Tensor, "batch pos"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.browser.tab import Tab
 
 from microtome.view import write_pages
 
@@ -161,6 +162,21 @@ def test_missing_or_damaged_data_file_is_named(page: Path, text: Reader, tmp_pat
     assert "The file assets/data/details/1.js is missing" in text(tmp_path / "index.html", "#/neuron/1.5")
     (data / "neurons" / "2.js").write_text("atlas.receive(")
     assert "The file assets/data/neurons/2.js is damaged" in text(tmp_path / "index.html", "#/neurons")
+
+
+def test_no_page_asks_the_network_complains_or_leaves_the_window(page: Path, browser: str) -> None:
+    tab = Tab(browser)
+    try:
+        for width, height in ((1280, 800), (390, 844)):
+            tab.resize(width, height)
+            for route in ("", "#/layers", "#/heads", "#/neurons", "#/layer/1", "#/head/2.1", "#/neuron/1.5"):
+                tab.open(page, route)
+                fits = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+                assert tab.eval(fits), (route, width)
+        assert tab.complaints == []
+        assert {url.partition(":")[0] for url in tab.requests} <= {"file", "data"}
+    finally:
+        tab.close()
 
 
 DRIVER = """

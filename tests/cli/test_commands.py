@@ -14,13 +14,21 @@ from safetensors import safe_open
 from tests import families
 
 Cli = Callable[..., object]
+OURS = "made-by-microtome.json"
+
+
+def copied(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
 
 
 def test_help_is_quick_and_names_every_command() -> None:
     code = "from microtome.cli import main; import sys; sys.argv = ['microtome', '--help']; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for command in ("check", "sites", "atlas", "lens", "contributions", "run", "cache"):
+    for command in ("check", "sites", "atlas", "lens", "contributions", "patch", "trace", "attribute", "run", "cache"):
         assert command in done.stdout
     loaded = "from microtome.cli import _app; import sys; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
@@ -103,14 +111,50 @@ def test_atlas_writes_tables_pages_and_manifest(cli: Cli, saved: Path, text: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["atlas"]
 
 
+def test_rows_of_the_atlas_begin_as_the_tokenizer_begins_a_text(
+    cli: Cli, saved: Path, text: Path, tmp_path: Path
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    folder = copied(saved, tmp_path / "begins")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = "<eos>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    out = tmp_path / "atlas"
+    for model, beginning in ((saved, None), (folder, "<eos>")):
+        done = cli("atlas", model, "--text", text, "--tokens", 310, "--length", 32, "-o", out, "--json")
+        assert done.code == 0, done.err
+        told = json.loads((out / "manifest.json").read_text())["text"]
+        assert told["rows_begin_with"] == beginning
+        neurons = pq.read_table(out / "neurons.parquet")
+        places = {i - s for key in ("example_index",) for i, s in zip(
+            neurons[key].combine_chunks().flatten().to_pylist(),
+            neurons["example_start"].combine_chunks().flatten().to_pylist(), strict=True)}  # fmt: skip
+        assert (0 in places) == (beginning is None)
+    assert told["tokens"] == 320  # 310 of the text, one more a row
+
+
 def test_cache_is_shown_and_cleared(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MICROTOME_CACHE", str(tmp_path))
     assert "empty" in cli("cache", "show").out
-    (tmp_path / "models" / "x").mkdir(parents=True)
-    (tmp_path / "models" / "x" / "file").write_bytes(b"0" * 2048)
-    assert json.loads(cli("cache", "show", "--json").out)["entries"] == {"models/x": 2048}
+    for name, file in (("x", OURS), ("mine", "config.json"), (".y.1.part", OURS)):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / file).write_bytes(b"0" * 2048)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / OURS).write_text("{}")
+    (tmp_path / "models" / "link").symlink_to(elsewhere)
+    assert json.loads(cli("cache", "show", "--json").out)["entries"] == {"models/.y.1.part": 2048, "models/x": 2048}
     assert cli("cache", "clear", "--yes").code == 0
-    assert not (tmp_path / "models" / "x").exists()
+    assert sorted(p.name for p in (tmp_path / "models").iterdir()) == ["link", "mine"]
+    assert (tmp_path / "models" / "mine" / "config.json").stat().st_size == 2048
+    assert (elsewhere / OURS).is_file()
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert "nothing to clear" in cli("cache", "clear", "--yes").out
 
 

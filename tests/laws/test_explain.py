@@ -58,6 +58,24 @@ def test_a_contribution_is_what_its_removal_takes_away(name: str) -> None:
     assert taken == pytest.approx(float(data["attn"][0, 2, 1]), abs=1e-4)
 
 
+@pytest.mark.parametrize("foil", [None, 13])
+def test_a_cap_that_hides_the_logit_does_not_hide_its_parts(foil: int | None) -> None:
+    """A soft cap far below the logits makes every capped logit the cap itself: the parts still sum to what it hid."""
+    hf = families.build("gemma2")
+    loose = mt.contributions(mt.map(hf), ids(), answer=11, foil=foil)
+    hf.config.final_logit_softcapping = 1e-3
+    model = mt.map(hf)
+    logits = model.run(ids()).logits[:, -1]
+    assert bool((logits[:, 11].abs() == logits.abs().amax()).all())  # nothing is left to read it back from
+    data = mt.contributions(model, ids(), answer=11, foil=foil)
+    assert abs(data["gap"]).max() < 1e-4
+    assert abs(data["logit"] - loose["logit"]).max() < 1e-4
+    assert float(abs(loose["logit"]).max()) > 0.1
+    own = mt.contributions(model, ids())  # the model's own answer is the one whose hidden logit is largest
+    run = model.run(ids(), capture="final@-1")
+    assert own["answer"].values.tolist() == [str(i) for i in (run["final@-1"][:, 0] @ model.W_U).argmax(-1).tolist()]
+
+
 def test_each_prompt_of_a_batch_is_explained_alone() -> None:
     model = mt.map(families.build("llama-gqa"))
     together = mt.contributions(model, ids())

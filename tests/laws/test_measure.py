@@ -56,6 +56,39 @@ def test_a_pattern_of_one_kind_scores_one_there_and_nothing_elsewhere(made: Tens
     assert float(scores["entropy"]) == 0
 
 
+def test_a_token_before_the_repeat_moves_nothing_but_itself() -> None:
+    """Scores of a pattern are those of the same pattern one place further on, whatever attends to the token before."""
+    a = torch.rand(2, 3, 2 * T, 2 * T, generator=torch.Generator().manual_seed(0)).tril()
+    shifted = torch.full((2, 3, 2 * T + 1, 2 * T + 1), 7.0).tril()
+    shifted[:, :, 1:, 1:] = a
+    one, other = pattern_scores(a, T), pattern_scores(shifted, T, lead=1)
+    for name in ("previous_token", "duplicate", "induction", "induction_control"):
+        assert torch.allclose(one[name], other[name]), name
+    assert float(other["first_token"].min()) == 7.0  # the sink is the token before
+
+
+def test_the_repeat_begins_as_the_tokenizer_begins_a_text() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    plain = head_scores(model, sequences=3, length=12)
+
+    class Begins:
+        bos_token_id, all_special_ids = 1, ()
+
+        def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [1, 5] if add_special_tokens else [5]}
+
+    seen: list[Tensor] = []
+    begun = mt.map(families.build("llama-gqa"), tokenizer=Begins())
+    begun.hf.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    data = head_scores(begun, sequences=3, length=12)
+    assert (seen[0][:, 0] == 1).all()
+    assert torch.equal(seen[0][:, 1:13], seen[0][:, 13:])
+    run = begun.run(seen[0], capture="1.attn.pattern")["1.attn.pattern"]
+    expected = run.diagonal(-11, dim1=2, dim2=3)[..., 2:].double().mean((0, 2))
+    assert np.allclose(data["induction"].values[1], expected, atol=1e-6)
+    assert not data.equals(plain)
+
+
 def test_uniform_attention_has_its_closed_form() -> None:
     a = torch.tril(torch.ones(2 * T, 2 * T))
     scores = pattern_scores((a / a.sum(1, keepdim=True))[None, None], T)
@@ -116,7 +149,7 @@ def test_text_statistics_are_the_plain_numbers_however_the_text_is_cut(name: str
     for i in (0, 2):
         parts.update(TokenBatch(tokens[i : i + 2], start[i : i + 2], torch.zeros_like(tokens[:2])))
     for a, b in ((whole.layers(), parts.layers()), (whole.heads(), parts.heads()), (whole.neurons(), parts.neurons())):
-        for key in set(a.data_vars) - {"median_abs"}:
+        for key in a.data_vars:
             assert np.allclose(a[key], b[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
     neural = [s.layer for s in model.anatomy.taps if s.name == "mlp.post"]
     gate = "mlp.gate" if model.anatomy.gated else "mlp.pre"
@@ -133,6 +166,8 @@ def test_text_statistics_are_the_plain_numbers_however_the_text_is_cut(name: str
         cosine = torch.cosine_similarity(pre, post, dim=-1).mean()
         assert float(layers["block_influence"][i]) == pytest.approx(1 - float(cosine), abs=1e-5)
         assert float(layers["max_abs"][i]) == pytest.approx(float(run[f"{i}.resid_post"].abs().max()), rel=1e-5)
+        medians = run[f"{i}.resid_post"].abs().median(-1).values.double()
+        assert float(layers["median_abs"][i]) == pytest.approx(float(medians.mean()), rel=1e-5)
         heads = run[f"{i}.attn.result"][:, 1:].norm(dim=-1).mean((0, 1))
         assert np.allclose(whole.heads()["out_norm"][i], heads, rtol=1e-4)
     neurons = whole.neurons()
@@ -145,6 +180,50 @@ def test_text_statistics_are_the_plain_numbers_however_the_text_is_cut(name: str
         best = neurons["example_index"].values[at, 5, 0]
         assert float(post.flatten(0, 1)[best, 5]) == pytest.approx(float(post[..., 5].max()))
     assert whole.loss == pytest.approx(float(token_loss(model.run(tokens).logits, tokens).mean()), abs=1e-5)
+
+
+BEHIND = ["gemma2", "olmo2", "glm4"]  # families with a norm between branch and stream
+ADDED = [*BEHIND, "granite", "llama-bias", "opt-postnorm", "gpt_neox-parallel"]
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_norms_are_of_what_is_added_to_the_stream(name: str) -> None:
+    """A head or neuron is measured after all that stands between it and the stream: the branch's scale, its norm."""
+    model = mt.map(families.build(name))
+    statistics = TextStatistics(model)
+    statistics.update(TokenBatch(ids(), torch.arange(4) * 12, torch.zeros_like(ids())))
+    run = model.run(ids(), capture=["*.attn.result", "*.attn_out", "*.mlp.post", "*.mlp_out"])
+    weights = neuron_weights(model, top=0)
+    for i, layer in enumerate(model.layers):
+        result, out = run[f"{i}.attn.result"], run[f"{i}.attn_out"]
+        raw = result.sum(2) if layer.b_O is None else result.sum(2) + layer.b_O.detach()
+        added = result * (out / raw).unsqueeze(2)  # its share of what was added, all else held
+        norms = added[:, 1:].double().norm(dim=-1).mean((0, 1))
+        assert np.allclose(statistics.heads()["out_norm"][i], norms, rtol=1e-3)
+        post, rows = run[f"{i}.mlp.post"], neuron_directions(model, i)["w_out"].detach()
+        raw = post @ layer.W_out.detach() if layer.b_out is None else post @ layer.W_out.detach() + layer.b_out.detach()
+        held = 1.0 if name not in BEHIND else raw.pow(2).mean(-1, keepdim=True).sqrt()
+        bias = 0.0 if layer.b_out is None else layer.b_out.detach()
+        assert torch.allclose(post @ rows / held + bias, run[f"{i}.mlp_out"], rtol=1e-3, atol=1e-4)
+        assert np.allclose(weights["out_norm"][i], rows.norm(dim=-1), rtol=1e-5)
+
+
+def test_a_beginning_of_text_is_not_measured_as_text() -> None:
+    """Of a row that begins with it, neurons are measured on the rest; its examples still begin at the row's head."""
+    model = mt.map(families.build("llama-gqa"))
+    batch = TokenBatch(ids(), torch.arange(4) * 12, torch.zeros_like(ids()), lead=1)
+    statistics = TextStatistics(model, 2)
+    statistics.update(batch)
+    data, run = statistics.neurons(), model.run(ids(), capture=["*.mlp.post", "*.mlp.gate"])
+    for i in range(3):
+        post = run[f"{i}.mlp.post"][:, 1:]
+        assert np.allclose(data["mean"][i], post.double().mean((0, 1)), atol=1e-6)
+        assert np.allclose(data["max"][i], post.amax((0, 1)))
+        assert np.allclose(data["firing_rate"][i], (run[f"{i}.mlp.gate"][:, 1:] > 0).double().mean((0, 1)))
+        peak = post.amax(1).max(0)
+        assert np.allclose(data["example_value"][i][:, 0], peak.values)
+        assert (data["example_start"].values[i, :, 0] == peak.indices.numpy() * 12).all()
+        assert (data["example_index"].values[i] % 12 > 0).all()
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "granite"])

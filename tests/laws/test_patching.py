@@ -52,14 +52,35 @@ def test_without_a_foil_the_log_probability_is_read(model: mt.Model) -> None:
     assert float(data["clean"]) == pytest.approx(float(model.run(CLEAN).logits[0, -1].log_softmax(-1)[11]), abs=1e-5)
 
 
+def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> None:
+    clean, corrupt = [*CLEAN, 11, 12], [*CORRUPT, 11, 12]
+    metric = mt.SpanLoss(torch.tensor([[11, 12]]), positions=(4, 5))
+    data = mt.activation_patching(model, clean, corrupt, metric=metric, sites=["mlp_out"])
+
+    def loss(edits: list[mt.Edit], tokens: list[int]) -> float:
+        log_p = model.run([tokens], edits=edits).logits[0].log_softmax(-1)
+        return -float(log_p[4, 11] + log_p[5, 12]) / 2
+
+    assert float(data["clean"]) == pytest.approx(loss([], clean), abs=1e-5)
+    low, high = loss([], corrupt), loss([], clean)
+    got = loss([mt.SwapFrom("1.mlp_out@2", source=model.run([clean], capture="1.mlp_out"))], corrupt)
+    assert float(data["mlp_out"][1, 2]) == pytest.approx((got - low) / (high - low), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"corrupt": [7, 20, 64, 41]}, "differ first at token 2; got 5 and 4 tokens"),
-        ({"foil": 11}, "the foil equals the answer"),
+        ({"foil": 11}, 'the foil equals the answer; got "11"'),
+        ({"answer": None}, r"there is nothing to read\. To do: give answer= or metric="),
+        (
+            {"metric": mt.Probability(11, position=1)},
+            r"the metric does not depend on what is patched, so that every effect would be 0; "
+            r"got it reads positions \[1\], and the prompts differ from token 2 on",
+        ),
         ({"corrupt": CLEAN}, "both prompts give the same metric"),
         ({"sites": ["logits"]}, 'cannot patch "logits" by layer'),
-        ({"answer": " Paris", "foil": None}, "is not one token"),
+        ({"answer": " Paris", "foil": None}, 'cannot read " Paris": this model was opened without a tokenizer'),
     ],
 )
 def test_what_cannot_be_patched_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:

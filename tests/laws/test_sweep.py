@@ -16,6 +16,11 @@ def tokens(seed: int, length: int = 9) -> torch.Tensor:
     return torch.randint(5, 100, (2, length), generator=torch.Generator().manual_seed(seed))
 
 
+def one_row(model: mt.Model) -> int:
+    """The smallest budget: bytes of a walk of one cell."""
+    return model.plan_sweep(tokens(0)[:1], [mt.Zero("0.resid_pre@0")], READ).bytes
+
+
 def literal(model: mt.Model, row: torch.Tensor, edits: list[mt.Edit]) -> torch.Tensor:
     return model.run(row.unsqueeze(0), edits=edits).logits[0, [-1, 5]].flatten()
 
@@ -71,7 +76,7 @@ def test_a_small_budget_gives_the_same_in_more_walks() -> None:
     model = mt.map(families.build("gpt2"))
     cells = [mt.Zero(f"{layer}.resid_pre@{pos}") for layer in range(3) for pos in range(9)]
     whole = model.sweep(tokens(0)[:1], cells, READ)
-    cut = model.sweep(tokens(0)[:1], cells, READ, budget=1)
+    cut = model.sweep(tokens(0)[:1], cells, READ, budget=one_row(model))
     assert cut.plan.walks == len(cells) > whole.plan.walks
     assert (whole.values - cut.values).abs().max() < 1e-4
 
@@ -87,9 +92,10 @@ def test_layers_before_a_cell_are_not_computed() -> None:
             return inner(x)
 
         block.mlp.forward = counted
-    model.sweep(tokens(0)[:1], [mt.Zero("2.resid_pre@6")], READ)
+    model.sweep(tokens(0)[:1], [mt.Zero("1.resid_pre@6")], READ)
     base = 9
-    assert calls == [base, base, base + 3]  # layer 2 alone, from column 6 on
+    # Layer 1 from column 6 on, and the last MLP where it is read.
+    assert calls == [base, base + 3, base + 2]
 
 
 def test_stopped_it_keeps_what_it_has() -> None:
@@ -99,7 +105,7 @@ def test_stopped_it_keeps_what_it_has() -> None:
         raise KeyboardInterrupt
 
     cells = [mt.Zero(f"{layer}.resid_pre@{pos}") for layer in range(3) for pos in range(9)]
-    result = model.sweep(tokens(0)[:1], cells, READ, budget=1, progress=stop)
+    result = model.sweep(tokens(0)[:1], cells, READ, budget=one_row(model), progress=stop)
     assert result.done == 1
     assert result.values.isfinite().all(dim=1).sum() == 1
     assert not any(m._forward_pre_hooks for m in model.hf.modules())
@@ -119,3 +125,28 @@ def test_what_cannot_be_swept_is_refused(cells: list[mt.SiteEdit], text: str) ->
     model = mt.map(families.build("llama-gqa"))
     with pytest.raises(mt.errors.MicrotomeError, match=text):
         model.sweep(tokens(0)[:1], cells, READ)
+
+
+def test_a_budget_below_one_cell_is_refused() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    with pytest.raises(
+        mt.errors.BudgetError, match=r"one cell of this sweep needs more than memory allows; got .* MiB"
+    ):
+        model.sweep(tokens(0)[:1], [mt.Zero("0.resid_pre@0")], READ, budget=one_row(model) - 1)
+
+
+@pytest.mark.parametrize("name", [n for n in families.NAMES if families.KIND[n] == "causal"])
+def test_reading_two_tokens_computes_only_their_logits(name: str) -> None:
+    model = mt.map(families.build(name))
+    cells = [
+        mt.Zero(f"{layer}.{site}@{pos}") for layer in (0, 2) for site in ("resid_pre", "mlp_out") for pos in (2, 8)
+    ]
+    metric = mt.LogitDifference([11, 17], foil=[13, 11])
+    whole = mt.Reading(lambda z, p: z[:, 0].gather(1, torch.tensor([11, 17])[p].unsqueeze(1)).squeeze(1)
+                       - z[:, 0].gather(1, torch.tensor([13, 11])[p].unsqueeze(1)).squeeze(1))  # fmt: skip
+    prompts = [i % 2 for i in range(len(cells))]
+    one, other = (model.sweep(tokens(0), cells, m, prompts=prompts) for m in (metric, whole))
+    assert (one.values - other.values).abs().max() < 1e-5
+    assert (one.base - other.base).abs().max() < 1e-5
+    assert one.effects.abs().max() > 1e-3
+    assert one.plan.bytes < other.plan.bytes

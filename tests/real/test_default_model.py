@@ -45,6 +45,7 @@ def test_it_is_proven_and_has_grouped_heads(model: mt.Model) -> None:
     assert (model.anatomy.n_heads, model.anatomy.n_kv_heads, model.anatomy.n_layers) == (9, 3, 30)
 
 
+@pytest.mark.alone
 def test_opening_again_is_quick() -> None:
     times = []
     for _ in range(3):

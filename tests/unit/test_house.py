@@ -283,7 +283,7 @@ def test_house(rule: Rule) -> None:
     assert not faults, f"{rule.__doc__}\n" + "\n".join(faults)
 
 
-@pytest.mark.parametrize("folder", ["tests", "docs", "examples", "benchmarks", ".ci", "."])
+@pytest.mark.parametrize("folder", ["tests", "docs", "examples", "benchmarks", "tools", ".ci", "."])
 def test_no_machine_paths_elsewhere(folder: str) -> None:
     kinds = {".py", ".md", ".toml", ".json", ".yml", ".txt", ".html", ".ipynb", ""}
     found = (ROOT / folder).glob("*") if folder == "." else (ROOT / folder).rglob("*")

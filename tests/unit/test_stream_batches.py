@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microtome.errors import DataError
-from microtome.stream import Corpus, TokenBatches, standard_library_text
+from microtome.stream import Corpus, TokenBatches, beginning_of, standard_library_text
 
 
 class Words:
     """A tokenizer whose tokens are words and line ends; it remembers what it was asked for."""
 
-    def __init__(self, eos: int | None = 0, bos: int | None = None) -> None:
-        self.eos_token_id, self.bos_token_id = eos, bos
+    def __init__(self, eos: int | None = 0, bos: int | None = None, *, begins: bool = False) -> None:
+        self.eos_token_id, self.bos_token_id, self.begins = eos, bos, begins
         self.characters = 0
 
     def __call__(self, text: str, /, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        assert not add_special_tokens
         self.characters += len(text)
-        return {"input_ids": [2 + sum(map(ord, word)) for word in re.findall(r"\w+|\n", text)]}
+        first = [self.bos_token_id] if self.begins and add_special_tokens and self.bos_token_id is not None else []
+        return {"input_ids": [*first, *(2 + sum(map(ord, word)) for word in re.findall(r"\w+|\n", text))]}
 
 
 def words(count: int, name: str = "w") -> str:
@@ -152,6 +152,50 @@ def test_rows_are_the_flat_list_cut_in_order(sizes: list[int], length: int, rows
             assert row.tolist() == batches.flat[start : start + len(row)]
     for number, (first, end) in enumerate(batches.ranges):
         assert batches.flat[first:end] == ids(texts[number])[: end - first]
+
+
+def test_only_a_tokenizer_that_begins_texts_by_itself_has_a_beginning() -> None:
+    assert beginning_of(Words(bos=9, begins=True)) == 9
+    assert beginning_of(Words(bos=9)) is None  # it has such a token, but does not put it there
+    assert beginning_of(Words(bos=None, begins=True)) is None
+    everywhere = Words(bos=9, begins=True)
+    everywhere.bos_token_id = ids("a")[0]  # what begins this text anyway
+    everywhere.begins = False
+    assert beginning_of(everywhere) is None
+
+
+def test_rows_begin_with_the_beginning_that_the_tokenizer_puts_there() -> None:
+    texts = [words(5, "a"), words(4, "b"), words(3, "c")]
+    batches = TokenBatches(Corpus.of("t", texts), Words(eos=1, bos=9, begins=True), length=4, rows=2)
+    plain = [*ids(texts[0]), 1, *ids(texts[1]), 1, *ids(texts[2])]  # 14 tokens, three a row
+    assert [row for batch in batches for row in batch.tokens.tolist()] == [[9, *plain[i : i + 3]] for i in (0, 3, 6, 9)]
+    assert [batch.lead for batch in batches] == [1, 1]
+    assert (batches.dropped, batches.short) == (2, False)
+    documents = [number for batch in batches for number in batch.document.flatten().tolist()]
+    assert documents == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1),
+    length=st.integers(2, 12),
+    tokens=st.none() | st.integers(2, 80),
+)
+def test_a_beginning_changes_nothing_but_the_heads_of_rows(sizes: list[int], length: int, tokens: int | None) -> None:
+    corpus = Corpus.of("t", [words(size, f"d{number}x") for number, size in enumerate(sizes)])
+    plain = TokenBatches(corpus, Words(), length=max(2, length - 1), tokens=tokens)
+    begun = TokenBatches(corpus, Words(bos=1, begins=True), length=max(2, length - 1) + 1, tokens=tokens)
+    assert (begun.short, begun.dropped, len(begun)) == (plain.short, plain.dropped, len(plain))
+    for a, b in zip(plain, begun, strict=True):
+        assert (b.tokens[:, 0] == 1).all()
+        assert torch.equal(a.tokens, b.tokens[:, 1:])
+        assert torch.equal(a.document, b.document[:, 1:])
+        for row, start in zip(b.tokens, b.start.tolist(), strict=True):
+            assert row.tolist() == begun.flat[start : start + len(row)]
+    documents = [number for batch in begun for number in batch.document.flatten().tolist()]
+    assert documents == [begun.document_of(index) for index in range(len(begun.flat))]
+    for (first, end), whole in zip(begun.ranges, plain.ranges, strict=True):
+        assert [t for t in begun.flat[first:end] if t != 1] == plain.flat[slice(*whole)]
 
 
 def test_batches_are_copies() -> None:

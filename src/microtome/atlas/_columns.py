@@ -19,7 +19,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "block_influence": ("", "1 - block_cos: how much a block turns the stream"),
     "max_abs": ("", "largest absolute value in the residual stream after the layer, over all tokens"),
     "max_abs_dim": ("", "the dimension of d_model that holds it"),
-    "median_abs": ("", "median absolute value there, the mean over batches of a sample of positions"),
+    "median_abs": ("", "median absolute value of a token there, the mean over 32 positions a row"),
     "loss_skip_attn": ("nats", _SKIP.format("attention")),
     "loss_skip_mlp": ("nats", _SKIP.format("the MLP")),
     "loss_skip_block": ("nats", _SKIP.format("the whole block")),
@@ -35,18 +35,27 @@ HEADS: dict[str, tuple[str, str]] = {
     "first_token": ("share", "attention to the first token"),
     "induction_control": ("share", "control of induction: attention to keys as far away, but 2 to 8 positions off"),
     "entropy": ("nats", "mean entropy of the pattern's rows"),
-    "out_norm": ("norm", "mean norm of what the head writes, on the text, without each row's first token"),
+    "out_norm": (
+        "norm",
+        "mean norm of what the head adds to the residual stream, on the text, without each row's first token",
+    ),
 }
 
 NEURONS: dict[str, tuple[str, str]] = {
     "layer": ("", "number of the block, from 0"),
     "neuron": ("", "number of the neuron, from 0"),
     "firing_rate": ("share", "share of tokens with a positive gate (a positive activation in plain MLPs)"),
-    "mean": ("activation", "mean activation over the text"),
+    "mean": (
+        "activation",
+        "mean activation over the text (a token that begins every row is none of it, here and below)",
+    ),
     "std": ("activation", "standard deviation"),
     "max": ("activation", "largest activation"),
     "min": ("activation", "smallest activation"),
-    "out_norm": ("norm", "norm of the neuron's output direction"),
+    "out_norm": (
+        "norm",
+        "norm of what a unit of activation adds to the residual stream, before the divisor of a norm behind the MLP",
+    ),
     "cos_gate_in": ("cosine", "between gate and input directions, the norm's gain folded in"),
     "cos_gate_out": ("cosine", "between gate and output directions"),
     "cos_in_out": ("cosine", "between input and output directions"),

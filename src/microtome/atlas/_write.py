@@ -76,12 +76,16 @@ def write_atlas(
     try:
         partial.mkdir(parents=True)
         _make(model, batches, partial, seed, progress or (lambda stage, done, all: None))
+        check_out(place)  # it took minutes: something may have come meanwhile
         put_in_place(partial, place)
-    except OSError as problem:
+    except (OSError, OutputError) as problem:
+        cause = problem.__cause__ if isinstance(problem, OutputError) else problem
+        if not isinstance(cause, OSError):
+            raise
         raise error(
             OutputError,
             f"cannot write the atlas to {out}",
-            got=str(problem),
+            got=cause.strerror or str(cause),
             do="check the folder and the free space of its disk",
         ) from problem
     finally:
@@ -115,10 +119,12 @@ def check_out(out: Path) -> None:
     if out.is_file():
         raise error(OutputError, f"{out} is a file", allowed="a folder", do="name another place with -o")
     try:
-        held = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+        held = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_symlink() or not p.is_dir())
+        held += sorted(p.name for p in out.iterdir() if p.is_dir()) if out.is_dir() and not held else []
     except OSError as problem:
         raise error(OutputError, f"cannot read the folder {out}", got=str(problem), do="check its rights") from problem
-    foreign = [name for name in held if name not in _names(out)]
+    own = _files(out)
+    foreign = [name for name in held if name not in own]
     if foreign:
         raise error(
             OutputError,
@@ -129,19 +135,13 @@ def check_out(out: Path) -> None:
         )
 
 
-def is_atlas(folder: Path) -> bool:
-    """Whether a folder holds an atlas."""
-    return bool(_names(folder))
-
-
-def _names(folder: Path) -> set[str]:
-    """The names at the top of the atlas in a folder; none if there is no atlas."""
+def _files(folder: Path) -> set[str]:
+    """The files of the atlas in a folder, as its manifest lists them; none if there is no atlas."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        tables = {f"{name}.parquet" for name in manifest["tables"]} if manifest["kind"] == KIND else set[str]()
+        return set(manifest["files"]) if manifest["kind"] == KIND else set()
     except (OSError, ValueError, TypeError, KeyError):
         return set()
-    return tables | {"manifest.json", "index.html", "assets"} if tables else tables
 
 
 def put_in_place(made: Path, place: Path) -> None:
@@ -180,7 +180,7 @@ def _make(model: Model, batches: TokenBatches, folder: Path, seed: int, progress
     )
     lap("loss_without")
     progress("scoring heads", 0, 1)
-    scores = head_scores(model, length=min(50, model.anatomy.n_ctx // 2), seed=seed)
+    scores = head_scores(model, length=min(50, (model.anatomy.n_ctx - 1) // 2), seed=seed)
     progress("scoring heads", 1, 1)
     lap("heads")
     weights = neuron_weights(model, progress=lambda d, n: progress("reading neurons", d, n))
@@ -198,9 +198,11 @@ def _make(model: Model, batches: TokenBatches, folder: Path, seed: int, progress
     manifest = _manifest(model, batches, statistics.loss, seed, cost, tables)
     vocab = model.to_words(list(range(model.anatomy.d_vocab)))
     words = [vocab[t] for t in batches.flat]
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     layers, heads, neurons = (tables[name][0] for name in ("layers", "heads", "neurons"))
     write_pages(folder, manifest, layers, heads, neurons, words, vocab)
+    written = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    manifest["files"] = ["manifest.json", *written]
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     progress("writing", 1, 1)
 
 
@@ -226,6 +228,7 @@ def _manifest(
         },
         "text": {
             "source": text.name, "tokens": len(batches.flat), "length": batches[0].tokens.shape[1],
+            "rows_begin_with": None if batches.beginning is None else model.to_words([batches.beginning])[0],
             "sequences": -(-len(batches.flat) // batches[0].tokens.shape[1]),
             "sha256": hashlib.sha256(str(batches.flat).encode()).hexdigest(), "short": batches.short,
         },

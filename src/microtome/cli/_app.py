@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from microtome.cli import _atlas, _cache, _check, _explain, _model, _run
+from microtome.cli import _atlas, _attribute, _cache, _check, _explain, _model, _patch, _run, _tasks, _trace
 from microtome.errors import BudgetError, MicrotomeError, OutputError, error
 
 app = typer.Typer(
@@ -65,8 +65,9 @@ def options(
     _model.notes.quiet = quiet
 
 
-for register in (_check.register, _atlas.register, _explain.register, _run.register, _cache.register):
-    register(app)
+COMMANDS = (_check, _atlas, _explain, _patch, _trace, _attribute, _run, _tasks, _cache)
+for command in COMMANDS:
+    command.register(app)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -95,9 +96,10 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say("microtome: stopped; nothing is left half-written.")
         return STOPPED
-    except BrokenPipeError:
-        _drop_stdout()
-        return 0
+    except SystemExit as ended:
+        if ended.code != 1:
+            raise
+        return 0  # Typer's way to end when whoever reads has seen enough
     except Exception as problem:  # noqa: BLE001 (the last resort of the application)
         if debug:
             traceback.print_exc()
@@ -116,6 +118,7 @@ def _hush() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -54,9 +54,9 @@ def atlas(
         )
         return
     read, cost = manifest["text"]["tokens"], manifest["cost"]
-    out.print(f"pages   {index}", markup=False)
+    out.print(f"pages   {index}", markup=False, soft_wrap=True)
     for name, path in tables.items():
-        out.print(f"{name:7} {path}  ({manifest['tables'][name]['rows']:,} rows)", markup=False)
+        out.print(f"{name:7} {path}  ({manifest['tables'][name]['rows']:,} rows)", markup=False, soft_wrap=True)
     memory = cost["peak_memory_bytes"] / 2**30
     out.print(
         f"read {read:,} tokens, loss {manifest['loss']:.3f} nats; {cost['seconds']:.0f} s, {memory:.1f} GiB at most"

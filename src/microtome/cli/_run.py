@@ -35,7 +35,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would keep and take, and do not run.")] = False,
     budget: Annotated[
-        int | None, typer.Option(help="Bytes that may be kept; 80 % of the free memory without it.")
+        int | None, typer.Option(min=0, help="Bytes that may be kept; 80 % of the free memory without it.")
     ] = None,
     as_json: Json = False,
     model: ModelOption = None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
-from microtome.model import NormWeights, Site, norm_of
+from microtome.model import NormWeights, Site
 from microtome.run import Model, Prompt, Run
 
 if TYPE_CHECKING:
@@ -58,6 +58,24 @@ def contributions(
         SiteError: the model adds to a stream in a way that has no such sum (norms on the stream itself).
         PromptError: the answer or the foil is not one token.
     """
+    refuse_unless_sum(model)
+    at = f"@{position}"
+    said = "logits" if model.anatomy.logit_softcap is None else "final"
+    wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{said}{at}"]
+    wanted += [f"*.mlp.post{at}"] if "neuron" in detail else []
+    wanted += [f"*.attn.pattern{at}", "*.attn.v"] if "source" in detail else []
+    run = model.run(prompt, capture=wanted)
+    with torch.no_grad():
+        reader = _Reader(model, run, at, answer, foil)
+        return _dataset(reader, reader.parts(detail)).assign_attrs(position=position)
+
+
+def refuse_unless_sum(model: Model) -> None:
+    """Refuse a model whose logits are not a sum over what its parts add.
+
+    Raises:
+        SiteError: there are norms on the residual stream itself, or a head with a transform of its own.
+    """
     a = model.anatomy
     if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
         raise error(
@@ -66,14 +84,6 @@ def contributions(
             got="norms on the residual stream itself, or a head with a transform of its own",
             do="use a causal model with norms before its branches",
         )
-    at = f"@{position}"
-    wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"logits{at}"]
-    wanted += [f"*.mlp.post{at}"] if "neuron" in detail else []
-    wanted += [f"*.attn.pattern{at}", "*.attn.v"] if "source" in detail else []
-    run = model.run(prompt, capture=wanted)
-    with torch.no_grad():
-        reader = _Reader(model, run, at, answer, foil)
-        return _dataset(reader, reader.parts(detail)).assign_attrs(position=position)
 
 
 def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
@@ -100,23 +110,32 @@ def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
 
 
 def one_token(model: Model, text: str | int) -> int:
-    """The id of a text of one token.
+    """The id of a text of one token; an id is itself.
 
     Raises:
-        PromptError: it is several tokens, with the tokens that it is.
+        PromptError: it is several tokens, with the tokens that it is, or lies outside the vocabulary.
     """
     if isinstance(text, int):
+        if not 0 <= text < model.anatomy.d_vocab:
+            allowed = f"0 to {model.anatomy.d_vocab - 1}"
+            raise error(PromptError, f"token id {text} is not in the vocabulary", allowed=allowed, do="choose another")
         return text
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"] if model.tokenizer is not None else []
+    if model.tokenizer is None:
+        do = "pass a token id, or open the model with tokenizer="
+        raise error(PromptError, f'cannot read "{text}": this model was opened without a tokenizer', do=do)
+    ids: list[int] = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if ids == [unknown] and text != model.tokenizer.unk_token:
+        raise error(PromptError, f'"{text}" is not in the vocabulary', do="choose another word, or pass a token id")
     if len(ids) != 1:
         raise error(
             PromptError,
             f'"{text}" is not one token',
-            got=str(model.to_words(ids)) if ids else "no tokenizer",
+            got=str(model.to_words(ids)) if ids else "no tokens",
             allowed="one token, usually with its leading space",
-            do="choose another word, or pass a token id",
+            do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
         )
-    return int(ids[0])
+    return ids[0]
 
 
 class _Reader:
@@ -128,7 +147,7 @@ class _Reader:
         norm = model.final_norm
         assert norm is not None
         batch = run.tokens.shape[0]
-        logits = run[f"logits{at}"][:, 0]
+        logits = self._before_cap()
         self.answers: Tensor = logits.argmax(-1) if answer is None else torch.full((batch,), one_token(model, answer))
         self.answers = self.answers.to(run.tokens.device)
         self.foils = None if foil is None else torch.full_like(self.answers, one_token(model, foil))
@@ -147,9 +166,18 @@ class _Reader:
             self.constant = self.constant - (0.0 if self.foils is None else bias[self.foils])
         self.logit = self._logit(logits.double())
 
+    def _before_cap(self) -> Tensor:
+        """Logits [batch, vocab] as the model gave them; under a cap, as they enter it.
+
+        A cap cannot be undone: far beyond it every logit is the cap itself. So they are formed anew from what the
+        unembedding reads.
+        """
+        if self.a.logit_softcap is None:
+            return self.run[f"logits{self.at}"][:, 0]
+        logits = self.run[f"final{self.at}"][:, 0] @ self.model.W_U
+        return (logits if self.model.b_U is None else logits + self.model.b_U) * self.a.logit_scale
+
     def _logit(self, logits: Tensor) -> Tensor:
-        cap = self.a.logit_softcap
-        logits = logits if cap is None else torch.atanh(logits / cap) * cap
         own = logits.gather(1, self.answers.unsqueeze(1)).squeeze(1)
         return own if self.foils is None else own - logits.gather(1, self.foils.unsqueeze(1)).squeeze(1)
 
@@ -162,18 +190,13 @@ class _Reader:
         embed = (self.run[f"embed{self.at}"][:, 0].double() * self.u).sum(-1)
         return {"embed": embed, "constant": self.constant, "logit": self.logit} | found
 
-    def _through(self, path: str | None, name: str, i: int, raw: Tensor) -> tuple[Tensor, Tensor]:
+    def _through(self, norm: NormWeights | None, name: str, i: int, raw: Tensor) -> tuple[Tensor, Tensor]:
         """The direction u drawn back through what stands behind a branch, and that norm's own bias read by u."""
         scale = self.a.taps[Site(name, i)].scale
-        if path is None:
-            return self.u * scale, torch.zeros_like(self.constant)
-        module = self.model.hf.get_submodule(path)
-        norm = norm_of(module, path, self.a.d_model)
         if norm is None:
-            raise error(SiteError, f"the norm {path} has no known form", do="use a model with RMS or layer norms")
-        weights = NormWeights(module, norm)
-        u = weights.centre(self.u * weights.gain) / weights.scale(raw).double().unsqueeze(-1) * scale
-        bias = torch.zeros_like(self.constant) if weights.bias is None else (self.u * weights.bias).sum(-1) * scale
+            return self.u * scale, torch.zeros_like(self.constant)
+        u = norm.centre(self.u * norm.gain) / norm.scale(raw).double().unsqueeze(-1) * scale
+        bias = torch.zeros_like(self.constant) if norm.bias is None else (self.u * norm.bias).sum(-1) * scale
         return u, bias
 
     def _attention(self, i: int, sources: bool) -> dict[str, Tensor]:
@@ -181,7 +204,7 @@ class _Reader:
         z = self.run[f"{i}.attn.z{self.at}"][:, 0]
         raw = torch.einsum("bhd,hdm->bm", z, weights.W_O)
         raw = raw if weights.b_O is None else raw + weights.b_O
-        u, bias = self._through(self.a.parts.layers[i].attn_post_norm, "attn_out", i, raw)
+        u, bias = self._through(weights.attn_post_norm, "attn_out", i, raw)
         read = torch.einsum("hdm,bm->bhd", weights.W_O.double(), u)
         found = {"attn": (z.double() * read).sum(-1), "attn_bias": bias}
         if weights.b_O is not None:
@@ -193,14 +216,14 @@ class _Reader:
         return found
 
     def _mlp(self, i: int, neurons: bool) -> dict[str, Tensor]:
-        weights, layer = self.model.layers[i], self.a.parts.layers[i]
+        weights = self.model.layers[i]
         out = self.run[f"{i}.mlp_out{self.at}"][:, 0].double()
         found = {"mlp": (out * self.u).sum(-1)}
         if neurons:
             post = self.run[f"{i}.mlp.post{self.at}"][:, 0]
             raw = post @ weights.W_out
             raw = raw if weights.b_out is None else raw + weights.b_out
-            u, bias = self._through(layer.mlp_post_norm, "mlp_out", i, raw)
+            u, bias = self._through(weights.mlp_post_norm, "mlp_out", i, raw)
             found["mlp_neuron"] = post.double() * (u @ weights.W_out.double().T)
             found["mlp_bias"] = bias if weights.b_out is None else bias + u @ weights.b_out.double()
         return found

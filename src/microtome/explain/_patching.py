@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
-from microtome.explain._contributions import one_token
+from microtome.explain._examples import answer_and_foil
+from microtome.explain._spans import at
 from microtome.model import Site
-from microtome.run import LogitDifference, LogProbability, Metric, Model, Prompt, SwapFrom
+from microtome.run import LogitDifference, LogProbability, Metric, Model, Prompt, SwapFrom, SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
 
 BY_POSITION = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn.q", "attn.k", "attn.v", "attn.z")
+BY_UNIT = ("attn.q[head]", "attn.k[head]", "attn.v[head]", "attn.z[head]", "mlp.post[neuron]")
 
 
 def activation_patching(
@@ -30,11 +32,13 @@ def activation_patching(
     clean: Prompt,
     corrupt: Prompt,
     *,
-    answer: str | int,
+    answer: str | int | None = None,
     foil: str | int | None = None,
+    metric: Metric | None = None,
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]"),
     direction: Literal["denoise", "noise"] = "denoise",
     progress: Callable[[int, int], None] | None = None,
+    planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Patch every layer and position (or head) between a clean and a corrupt prompt, exactly.
 
@@ -52,29 +56,48 @@ def activation_patching(
         corrupt: the same number of tokens, with another answer.
         answer: the clean prompt's answer, one token.
         foil: the corrupt prompt's answer; without it the answer's log-probability is read.
-        sites: site names, patched by layer and position; with ``[head]`` behind, by layer and head at all positions.
+        metric: what to read instead, such as `SpanLoss` for an answer of several tokens that ends both prompts.
+        sites: site names, patched by layer and position; with ``[head]`` behind (``mlp.post[neuron]`` for neurons), by
+            layer and unit at all positions.
         direction: "denoise" puts clean values into the corrupt run, "noise" the reverse.
         progress: called with (done, all) cells.
+        planned: called with the plan of the sweep, before its first cell.
 
     Returns:
         Dataset of effects as shares of the gap between the two prompts: a variable a site, over (layer, pos) or (layer,
-        head); `clean` and `corrupt` hold the metric of the two prompts, in logits or nats.
+        unit); `clean` and `corrupt` hold the metric of the two prompts, in logits or nats.
 
     Raises:
-        PromptError: the prompts do not align (the first difference and both lengths are named), or answer or foil is
-            not one token.
-        SiteError: a site cannot be patched this way, or both prompts give the same metric.
+        PromptError: the prompts do not align (the first difference and both lengths are named), answer or foil is not
+            one token, or the foil is the answer.
+        SiteError: a site cannot be patched this way, both prompts give the same metric, or it reads only what comes
+            before they differ.
     """
     tokens = aligned(model, clean, corrupt)
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
-    metric = answer_metric(model, answer, foil)
-    layouts = {site: _layout(model, site, tokens.shape[1]) for site in sites}
-    source = model.run(goal, capture=sorted({f"*.{site.removesuffix('[head]')}" for site in sites}))
+    own = {} if metric is None else {"metric": type(metric).__name__}
+    metric = answer_metric(model, answer, foil) if metric is None else metric
+    _refuse_blind(model, metric, tokens)
+    layouts = {site: layout(model, site, every_position(tokens.shape[1])) for site in sites}
+    source = model.run(goal, capture=sorted({part.capture for part in layouts.values()}))
     cells = [SwapFrom(address, source=source) for layout in layouts.values() for address in layout.addresses]
+    if planned is not None:
+        planned(model.plan_sweep(start, cells, metric))
     swept = model.sweep(start, cells, metric, progress=progress)
     last = source.logits[:, metric.columns(0, tokens.shape[1])]
     reached = float(metric.read(last, torch.zeros(1, dtype=torch.long, device=last.device))[0])
     began = float(swept.base[0])
+    data = _dataset(layouts, swept.effects / _gap(began, reached))
+    data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
+    words = [model.to_words(row) for row in tokens]
+    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
+    words_of = {"answer": answer, "foil": foil}
+    said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
+    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
+
+
+def _gap(began: float, reached: float) -> float:
+    """The difference between the metrics of two prompts, where there is one."""
     if abs(reached - began) < 1e-4:  # less than rounding leaves of it
         raise error(
             SiteError,
@@ -82,14 +105,14 @@ def activation_patching(
             got=f"{began:.4g}",
             do="choose prompts that are answered differently",
         )
-    data = _dataset(layouts, swept.effects / (reached - began))
-    data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
-    words = [model.to_words(row) for row in tokens]
-    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction})
+    return reached - began
 
 
-def _dataset(layouts: dict[str, _Layout], shares: Tensor) -> xr.Dataset:
+def _word(model: Model, token: str | int) -> str:
+    return token if isinstance(token, str) else model.to_words([token])[0]
+
+
+def _dataset(layouts: dict[str, Layout], shares: Tensor) -> xr.Dataset:
     """The cells of all sites, cut apart and given their axes."""
     import xarray as xr
 
@@ -101,34 +124,67 @@ def _dataset(layouts: dict[str, _Layout], shares: Tensor) -> xr.Dataset:
     return data.assign_coords(layer=list(range(data.sizes["layer"])))
 
 
-class _Layout:
-    """The addresses of a site's cells, and the axes that they fill."""
+class Layout:
+    """The addresses of a site's cells, the axes that they fill, and what to capture for them."""
 
-    def __init__(self, addresses: list[str], dims: tuple[str, str], shape: tuple[int, int]) -> None:
-        self.addresses, self.dims, self.shape = addresses, dims, shape
+    def __init__(self, name: str, addresses: list[str], dims: tuple[str, str], shape: tuple[int, int]) -> None:
+        self.addresses, self.dims, self.shape, self.capture = addresses, dims, shape, f"*.{name}"
 
 
-def _layout(model: Model, site: str, length: int) -> _Layout:
-    name, by_head = site.removesuffix("[head]"), site.endswith("[head]")
+def every_position(length: int) -> list[tuple[int, int]]:
+    """Each position of a prompt as a place (first, end) of its own."""
+    return [(p, p + 1) for p in range(length)]
+
+
+def layout(model: Model, site: str, places: Sequence[tuple[int, int]], axis: str = "pos", units_at: str = "") -> Layout:
+    """The cells of a site: every layer by every place (first, end), or by every unit at some positions.
+
+    Raises:
+        SiteError: the site has no positions, no units, or is not in every layer.
+    """
+    name, by_unit = site.partition("[")[0], site.endswith("]")
     n = model.anatomy.n_layers
-    if name not in BY_POSITION or (by_head and not name.startswith("attn.")):
+    if site not in (*BY_POSITION, *BY_UNIT):
         raise error(
-            SiteError, f'cannot patch "{site}" by layer', allowed=", ".join(BY_POSITION), do="name one of these"
+            SiteError,
+            f'cannot patch "{site}" by layer',
+            allowed=", ".join((*BY_POSITION, *BY_UNIT)),
+            do="name one of these",
         )
     absent = next((i for i in range(n) if Site(name, i) not in model.anatomy.taps), None)
     if absent is not None:
         raise error(SiteError, f"no {name} in layer {absent}", got=model.anatomy.missing.get(Site(name, absent)))
-    if by_head:
-        heads = model.anatomy.units(Site(name, 0))
-        addresses = [f"{i}.{name}[{h}]" for i in range(n) for h in range(heads)]
-        return _Layout(addresses, ("layer", Site(name, 0).spec.unit), (n, heads))
-    return _Layout([f"{i}.{name}@{p}" for i in range(n) for p in range(length)], ("layer", "pos"), (n, length))
+    if by_unit:
+        units = model.anatomy.units(Site(name, 0))
+        addresses = [f"{i}.{name}[{u}]{units_at}" for i in range(n) for u in range(units)]
+        return Layout(name, addresses, ("layer", Site(name, 0).spec.unit), (n, units))
+    addresses = [f"{i}.{name}{at(*place)}" for i in range(n) for place in places]
+    return Layout(name, addresses, ("layer", axis), (n, len(places)))
 
 
-def answer_metric(model: Model, answer: str | int, foil: str | int | None) -> Metric:
-    """The logit difference of answer and foil at the last position, or without a foil the answer's log-probability."""
-    token = one_token(model, answer)
-    return LogProbability(token) if foil is None else LogitDifference(token, foil=one_token(model, foil))
+def _refuse_blind(model: Model, metric: Metric, tokens: Tensor) -> None:
+    """Refuse a metric that no patch can reach: it reads only positions before the prompts [2, pos] differ."""
+    differ = (tokens[0] != tokens[1]).nonzero().flatten().tolist()
+    reads = metric.columns(0, tokens.shape[1])
+    if model.anatomy.causal and differ and max(reads) < differ[0]:
+        raise error(
+            SiteError,
+            "the metric does not depend on what is patched, so that every effect would be 0",
+            got=f"it reads positions {reads}, and the prompts differ from token {differ[0]} on",
+            do="read a later position",
+        )
+
+
+def answer_metric(model: Model, answer: str | int | None, foil: str | int | None) -> Metric:
+    """The logit difference of answer and foil at the last position, or without a foil the answer's log-probability.
+
+    Raises:
+        PromptError: there is no answer, one of them is not one token, or they are the same.
+    """
+    if answer is None:
+        raise error(PromptError, "there is nothing to read", do="give answer= or metric=")
+    answers, foils = answer_and_foil(model, answer, foil, 1)
+    return LogProbability(answers[0]) if foils is None else LogitDifference(answers[0], foil=foils[0])
 
 
 def aligned(model: Model, clean: Prompt, corrupt: Prompt) -> Tensor:

@@ -7,6 +7,8 @@ Formula:  tokens r_0..r_{T-1} r_0..r_{T-1};  A the pattern of a head, q over the
           first_token     mean A[q, 0]              q >= 2, both halves: the sink
           entropy         mean -sum_k A log A       both halves, in nats
           induction_control  mean A[q, q - T + 1 + d]  over d in -8..8 without -1, 0, 1: keys as far away, but wrong
+          Where the tokenizer begins every text with a token of its own, that token stands before r_0, is the first
+          token of first_token, and is neither query nor key of the other scores.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from microtome.errors import DataError, error
 from microtome.measure._interval import mean_interval
 from microtome.model import Site
 from microtome.run import Model
+from microtome.stream import beginning_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,12 +31,17 @@ SCORES = ("previous_token", "duplicate", "induction", "first_token", "induction_
 
 
 def repeated_tokens(model: Model, sequences: int, length: int, seed: int) -> Tensor:
-    """Random tokens repeated once [sequence, 2 * length], drawn evenly from the vocabulary without special tokens."""
+    """Random tokens repeated once [sequence, lead + 2 * length], drawn evenly from the vocabulary without special ones.
+
+    `lead` is 1 where the tokenizer begins every text with a token of its own, which then comes first; else 0.
+    """
     special: set[int] = set(getattr(model.tokenizer, "all_special_ids", None) or ())
     allowed = torch.tensor([t for t in range(model.anatomy.d_vocab) if t not in special])
     generator = torch.Generator().manual_seed(seed)
     half = allowed[torch.randint(len(allowed), (sequences, length), generator=generator)]
-    return torch.cat([half, half], dim=1).to(model.device)
+    beginning = beginning_of(model.tokenizer)
+    first = torch.full((sequences, 0 if beginning is None else 1), beginning or 0)
+    return torch.cat([first, half, half], dim=1).to(model.device)
 
 
 def head_scores(model: Model, *, sequences: int = 16, length: int = 50, seed: int = 0) -> xr.Dataset:
@@ -61,19 +69,20 @@ def head_scores(model: Model, *, sequences: int = 16, length: int = 50, seed: in
     """
     import xarray as xr
 
-    if length < 12 or 2 * length > model.anatomy.n_ctx:
+    lead = 0 if beginning_of(model.tokenizer) is None else 1
+    if length < 12 or lead + 2 * length > model.anatomy.n_ctx:
         raise error(
             DataError,
             "head_scores cannot use this length",
             got=str(length),
-            allowed=f"12 to {model.anatomy.n_ctx // 2}",
+            allowed=f"12 to {(model.anatomy.n_ctx - lead) // 2}",
             do="choose another",
         )
     tokens = repeated_tokens(model, sequences, length, seed)
     found: dict[int, dict[str, Tensor]] = {}
 
     def score(site: Site, pattern: Tensor) -> None:
-        found[site.layer or 0] = pattern_scores(pattern, length)
+        found[site.layer or 0] = pattern_scores(pattern, length, lead)
 
     with torch.no_grad():
         model.run(tokens, logits=False, observe={"*.attn.pattern": score})
@@ -91,20 +100,23 @@ def head_scores(model: Model, *, sequences: int = 16, length: int = 50, seed: in
     )
 
 
-def pattern_scores(pattern: Tensor, length: int) -> dict[str, Tensor]:
-    """The scores of patterns [batch, head, q_pos, k_pos] on tokens that repeat after `length`, each [batch, head]."""
+def pattern_scores(pattern: Tensor, length: int, lead: int = 0) -> dict[str, Tensor]:
+    """The scores [batch, head] of patterns [batch, head, q_pos, k_pos] on tokens that repeat after `length`.
+
+    The first `lead` positions stand before the tokens, and count as the first token only.
+    """
     a = pattern.double()
 
     def diagonal(offset: int, first: int) -> Tensor:
-        """Mean of A[q, q - offset] over q >= first."""
-        return a.diagonal(-offset, dim1=2, dim2=3)[..., max(0, first - offset) :].mean(-1)
+        """Mean of A[q, q - offset] over q >= first, counted without the lead."""
+        return a.diagonal(-offset, dim1=2, dim2=3)[..., max(lead, lead + first - offset) :].mean(-1)
 
     wrong = [diagonal(length - 1 - d, length) for d in range(-8, 9) if abs(d) > 1]
     return {
         "previous_token": diagonal(1, 1),
         "duplicate": diagonal(length, length),
         "induction": diagonal(length - 1, length),
-        "first_token": a[:, :, 2:, 0].mean(-1),
+        "first_token": a[:, :, max(2, lead) :, 0].mean(-1),
         "induction_control": torch.stack(wrong).mean(0),
-        "entropy": -torch.special.xlogy(a, a).sum(-1).mean(-1),
+        "entropy": -torch.special.xlogy(a, a).sum(-1)[..., lead:].mean(-1),
     }

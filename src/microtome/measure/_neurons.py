@@ -1,7 +1,9 @@
 """What neurons are made of: their directions, how they lie to each other, and which tokens they promote.
 
-Formula:  w_gate, w_in are columns of W_gate, W_in with the norm's gain folded in, w_out a row of W_out with the gain of
-          a norm behind the branch folded in; promoted and suppressed are the ends of (gain * w_out) W_U.
+Formula:  w_gate, w_in are columns of W_gate, W_in with the norm's gain folded in. w_out is what a unit of activation
+          adds to the stream: a row of W_out times the branch's scale. Where a norm stands behind the branch it is drawn
+          through that too (centred if it is a layer norm, times the gain), all but its divisor, which differs from
+          token to token. Promoted and suppressed are the ends of (gain * w_out) W_U.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from microtome.model import NormWeights, norm_of
+from microtome.model import Site
 from microtome.run import Model
 
 if TYPE_CHECKING:
@@ -24,17 +26,15 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def neuron_directions(model: Model, layer: int) -> dict[str, Tensor]:
-    """`w_out`, `w_in` and, in gated MLPs, `w_gate` of every neuron of a layer [neuron, d_model], gains folded in."""
-    weights, parts = model.layers[layer], model.anatomy.parts.layers[layer]
+    """`w_out`, `w_in` and, in gated MLPs, `w_gate` of every neuron [neuron, d_model]: see this file's head."""
+    weights = model.layers[layer]
     norm = weights.mlp_norm
     gain = 1.0 if norm is None else norm.gain
-    out = weights.W_out
-    if parts.mlp_post_norm is not None and model.anatomy.parts.form == "sequential":
-        module = model.hf.get_submodule(parts.mlp_post_norm)
-        after = norm_of(module, parts.mlp_post_norm, model.anatomy.d_model)
-        out = out if after is None else out * NormWeights(module, after).gain
+    after, scale = weights.mlp_post_norm, model.anatomy.taps[Site("mlp_out", layer)].scale
+    out = weights.W_out if after is None else after.centre(weights.W_out) * after.gain
+    out = out if scale == 1.0 else out * scale
     found = {"w_out": out, "w_in": weights.W_in.T * gain}
-    if parts.gate is not None or parts.gate_up is not None:
+    if Site("mlp.gate", layer) in model.anatomy.taps:
         found["w_gate"] = weights.W_gate.T * gain
     return found
 
@@ -56,10 +56,10 @@ def neuron_weights(model: Model, *, top: int = 5, progress: Callable[[int, int],
         progress: called with (done, all) layers.
 
     Returns:
-        Dataset over (layer, neuron): `out_norm`, `cos_in_out`, and for gated MLPs `cos_gate_in`, `cos_gate_out` (NaN
-        otherwise); over (layer, neuron, rank): `promoted`, `suppressed` (token ids) and `promoted_logit`,
-        `suppressed_logit`, in logits per unit of activation before the final norm's scale, relative to the mean token.
-        Layers that are mixtures of experts are left out.
+        Dataset over (layer, neuron): `out_norm` (of w_out), `cos_in_out`, and for gated MLPs `cos_gate_in`,
+        `cos_gate_out` (NaN otherwise); over (layer, neuron, rank): `promoted`, `suppressed` (token ids) and
+        `promoted_logit`, `suppressed_logit`, in logits per unit of activation before the final norm's scale, relative
+        to the mean token. Layers that are mixtures of experts are left out.
     """
     import xarray as xr
 

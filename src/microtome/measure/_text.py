@@ -4,9 +4,11 @@ Formula:  over all tokens but the first of each row (which attention sinks infla
           attn_share = mean |attn_out| / |resid_pre|,   mlp_share = mean |mlp_out| / |resid before the MLP's sum|,
           attn_cos = mean cos(resid_pre, attn_out),     mlp_cos = mean cos(resid before, mlp_out),
           block_cos = mean cos(resid_pre, resid_post),  block_influence = 1 - block_cos,
-          max_abs, median_abs of |resid_post|, all tokens;  out_norm of a head = mean |attn.result|.
-          Neurons, over all tokens: firing_rate = share with gate > 0 (activation > 0 in plain MLPs), moments of the
-          activation, and the k rows in which it peaks highest.
+          max_abs of |resid_post| over all tokens, median_abs the mean over 32 positions a row of each one's median;
+          out_norm of a head = mean |scale * gain * centre(result_h) / divisor|: what the head adds to the stream, the
+          branch's scale included, and where a norm stands behind the branch that norm too, its divisor held.
+          Neurons, over all tokens of the text (a beginning-of-text token is none): firing_rate = share with gate > 0
+          (activation > 0 in plain MLPs), moments of the activation, and the k rows in which it peaks highest.
 """
 
 from __future__ import annotations
@@ -52,17 +54,26 @@ class TextStatistics:
         self._medians = [Moments(1) for _ in range(a.n_layers)]
         self._peaks = torch.zeros(a.n_layers, a.d_model, dtype=torch.float64)
         self._heads = [Moments(a.n_heads) for _ in range(a.n_layers)]
-        self._grams: list[Tensor] = [layer.W_O @ layer.W_O.transpose(1, 2) for layer in model.layers]
+        self._after = [layer.attn_post_norm for layer in model.layers]
+        self._grams: list[Tensor] = [self._gram(i) for i in range(a.n_layers)]
         self._moments = {i: Moments(a.d_mlp) for i in self._neural}
         self._firing = {i: Firing(a.d_mlp) for i in self._neural}
         self._top = {i: TopExamples(a.d_mlp, examples) for i in self._neural}
         self._loss = Moments(1)
         self._held: dict[str, Tensor] = {}
         self._start = torch.zeros(0, dtype=torch.int64)
+        self._text: Tensor | None = None
+
+    def _gram(self, layer: int) -> Tensor:
+        """[head, d_head, d_head] G of |what a head adds|^2 = z G z, but for the divisor of a norm behind the branch."""
+        after, scale = self._after[layer], self.model.anatomy.taps[Site("attn_out", layer)].scale
+        write = self.model.layers[layer].W_O * scale
+        write = write if after is None else after.centre(write) * after.gain
+        return write @ write.transpose(1, 2)
 
     def update(self, batch: TokenBatch) -> None:
         """Run one batch and take in what it shows."""
-        self._start = batch.start
+        self._start, self._text = batch.start, batch.text
         parallel = self.model.anatomy.parts.form == "parallel"
         hold = ["*.resid_pre", "*.attn_out", "*.mlp_out"] + ([] if parallel else ["*.resid_mid"])
         observe: dict[str, Callable[[Site, Tensor], None]] = dict.fromkeys(hold, self._hold)
@@ -105,21 +116,27 @@ class TextStatistics:
         self._first[layer].update(norms["post"][:, :1])
         size = post.abs()
         self._peaks[layer] = torch.maximum(self._peaks[layer], size.amax((0, 1)).cpu())
-        self._medians[layer].update(size[:, :: max(1, size.shape[1] // 32)].flatten().median().reshape(1, 1))
+        step = max(1, size.shape[1] // 32)
+        self._medians[layer].update(size[:, step - 1 :: step].median(-1, keepdim=True).values)
 
     def _head_norms(self, site: Site, z: Tensor) -> None:
         layer = site.layer or 0
         square = torch.einsum("bphd,hde,bphe->bph", z[:, 1:], self._grams[layer].to(z.dtype), z[:, 1:])
-        self._heads[layer].update(square.clamp(min=0).sqrt())
+        norm = square.clamp(min=0).sqrt()
+        after, weights = self._after[layer], self.model.layers[layer]
+        if after is not None:
+            raw = z[:, 1:].flatten(2) @ weights.W_O.flatten(0, 1)
+            norm = norm / after.scale(raw if weights.b_O is None else raw + weights.b_O).unsqueeze(-1)
+        self._heads[layer].update(norm)
 
     def _neurons(self, site: Site, post: Tensor) -> None:
         layer = site.layer or 0
-        self._moments[layer].update(post)
-        self._top[layer].update(post, self._start)
+        self._moments[layer].update(post, self._text)
+        self._top[layer].update(post, self._start, self._text)
 
     def _fires(self, site: Site, gate: Tensor) -> None:
         # A plain activation (GELU, ReLU) has the sign of its pre-activation, so that one rule serves both.
-        self._firing[site.layer or 0].update(gate)
+        self._firing[site.layer or 0].update(gate, self._text)
 
     @property
     def loss(self) -> float:
@@ -142,7 +159,7 @@ class TextStatistics:
         return xr.Dataset(variables, coords={"layer": list(range(len(means)))}, attrs=self._attrs("layers"))
 
     def heads(self) -> xr.Dataset:
-        """Dataset over (layer, head): `out_norm`, the mean norm of what each head writes."""
+        """Dataset over (layer, head): `out_norm`, the mean norm of what each head adds to the stream."""
         import xarray as xr
 
         norms = torch.stack([m.result().mean for m in self._heads]).numpy()

@@ -318,7 +318,8 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
     taps.norm(Site("final.scale"), parts.final_norm)
     read = in_features(model.get_submodule(parts.unembedding))
     taps.taps[Site("final")] = Tap(parts.unembedding, "input", sizes=(("d_model", read),))
-    taps.taps[Site("logits")] = Tap("", "logits")
+    written = out_features(model.get_submodule(parts.unembedding))
+    taps.taps[Site("logits")] = Tap("", "logits", sizes=(("vocab", written),))
     experts = next((layer.router for layer in parts.layers if layer.router), None)
     router: Any = model.get_submodule(experts) if experts else None
     source = _module_source(model.get_submodule(first.attn))
@@ -336,7 +337,7 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
         d_model=out_features(o),
         d_head=in_features(o) // n_heads,
         d_mlp=_neurons(model, config, parts.layers),
-        d_vocab=int(model.get_output_embeddings().weight.shape[0]),
+        d_vocab=int(model.get_input_embeddings().weight.shape[0]),
         n_ctx=int(longest) - start,
         first_position=start,
         n_experts=int(router.weight.shape[0]) if router is not None else 0,

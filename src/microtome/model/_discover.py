@@ -40,13 +40,15 @@ Form = Literal["sequential", "parallel", "post_norm"]
 class Norm:
     """A normalisation ``gain * (x - centre(x)) / scale(x) + bias``, found by trying it on a random vector.
 
-    `scale` is ``sqrt(mean(x**2) + eps)``, of the centred x where `centred`; `gain` is the weight plus `offset`.
+    `scale` is ``sqrt(mean(x**2) + eps)``, of the centred x where `centred`; `gain` is the weight plus `offset`. Where a
+    model has a place for a norm but none in it, the norm is the identity: its `scale` is one.
     """
 
     path: str
     centred: bool
     offset: float
     eps: float
+    identity: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
     x = x.to(like.dtype) if like is not None else x
     with torch.no_grad():
         got: Tensor = module(x)
+    if like is None and torch.equal(got, x):
+        return Norm(path, False, 0.0, 0.0, identity=True)
     bias = getattr(module, "bias", None)
     eps = next(
         (float(v) for n in ("variance_epsilon", "eps") if isinstance(v := getattr(module, n, None), float)), 1e-6

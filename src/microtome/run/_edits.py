@@ -228,6 +228,14 @@ class Mean(SiteEdit):
         return value.expand_as(x)
 
 
+def orthonormal(basis: Tensor) -> Tensor:
+    """Columns [d, rank] that span the rows of a basis [n, d] or [d], of which some may depend on others."""
+    rows = basis.detach().reshape(-1, basis.shape[-1])
+    _, size, directions = torch.linalg.svd(rows.double(), full_matrices=False)
+    eps = torch.finfo(rows.dtype).eps if rows.dtype.is_floating_point else 0.0
+    return directions[size > size.max() * eps * max(rows.shape)].T
+
+
 def _mean(x: Tensor, where: Where) -> Tensor:
     """The mean over rows and positions that are real and, for scores, allowed."""
     counted = where.real(x)
@@ -268,18 +276,10 @@ class Project(SiteEdit):
         """x minus its part in the span of the basis, or that part."""
         if self.basis is None:
             raise error(EditError, f"Project on {where.site} has no basis", do="give basis= [rank, d]")
-        basis = self.basis.reshape(-1, self.basis.shape[-1])
-        _check_width("a basis", basis.shape[-1], x, where)
-        q = _span(basis).to(device=x.device, dtype=x.dtype)
+        _check_width("a basis", self.basis.shape[-1], x, where)
+        q = orthonormal(self.basis).to(device=x.device, dtype=x.dtype)
         inside = (x @ q) @ q.T
         return inside if self.onto else x - inside
-
-
-def _span(basis: Tensor) -> Tensor:
-    """Orthonormal columns [d, rank] that span the rows of a basis, as many as are independent to its own rounding."""
-    u, sizes, _ = torch.linalg.svd(basis.detach().cpu().double().T, full_matrices=False)
-    rounding = torch.finfo(basis.dtype).eps if basis.is_floating_point() else torch.finfo(sizes.dtype).eps
-    return u[:, sizes > sizes.max() * max(basis.shape) * rounding]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -348,14 +348,17 @@ class Map(SiteEdit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SwapFrom(SiteEdit):
-    """Put in place what another run had at the same site, rows, positions and units.
+    """Put in place what another run had at the same site, rows, positions and units, or its part inside a subspace.
 
     Attributes:
         source: the other run, which must have captured the whole site, or a mapping from sites to such tensors. One
             row there serves all rows here.
+        basis: [rank, d] or [d] along the site's last axis: swap only what lies in its span, x + (source - x) Q Qᵀ. It
+            need not be orthonormal or independent.
     """
 
     source: Source | Mapping[str, Tensor] | None = None
+    basis: Tensor | None = None
 
     def _of(self, site: Site) -> Tensor:
         if isinstance(self.source, Mapping):
@@ -386,7 +389,11 @@ class SwapFrom(SiteEdit):
             ) from None
         fitted = _fits(value, x, where)
         assert isinstance(fitted, Tensor)
-        return fitted.expand_as(x)
+        if self.basis is None:
+            return fitted.expand_as(x)
+        _check_width("a basis", self.basis.shape[-1], x, where)
+        q = orthonormal(self.basis).to(device=x.device, dtype=x.dtype)
+        return x + (fitted - x) @ q @ q.T
 
     def _same_positions(self, where: Where) -> None:
         """Refuse a source whose tokens stand elsewhere, so that one position would be another there."""
@@ -415,7 +422,7 @@ class SwapFrom(SiteEdit):
         held = self.source if isinstance(self.source, Mapping) else getattr(self.source, "captured", {})
         parts = [str(k).encode() + _digest(v) for k, v in sorted(held.items(), key=lambda kv: str(kv[0]))]
         return hashlib.sha256(
-            b"\0".join([b"SwapFrom", self.site.encode(), repr(self.rows).encode(), *parts])
+            b"\0".join([b"SwapFrom", self.site.encode(), repr(self.rows).encode(), _digest(self.basis), *parts])
         ).hexdigest()
 
 

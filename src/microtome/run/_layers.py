@@ -1,60 +1,15 @@
-"""Layer paths and frozen passes: blocks skipped, repeated or scaled, and non-linear parts held constant."""
+"""Layer paths: blocks skipped, repeated or scaled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from microtome.errors import EditError, SiteError, error
-from microtome.model import Anatomy, NormWeights, Site, norm_of, parse_selection
-from microtome.run._edits import Edit
+from microtome.model import Anatomy, parse_selection
+from microtome.run._block_edits import Repeat, ScaleBlock, Skip
 from microtome.run._hooks import Rig
-from microtome.run._taps import Shape, divided, divisor, input_of, install, output_of, with_input, with_output
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Skip(Edit):
-    """Leave out whole blocks: what enters layer l leaves it unchanged. Costs nothing where it skips."""
-
-    layers: str | int
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Repeat(Edit):
-    """Run blocks several times in a row, each on its own output."""
-
-    layers: str | int
-    times: int = 2
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ScaleBlock(Edit):
-    """Scale what blocks add: resid_post = resid_pre + factor * (resid_post - resid_pre)."""
-
-    layers: str | int
-    factor: float = 1.0
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Freeze(Edit):
-    """Hold non-linear parts constant for gradients; values stay the same to the bit.
-
-    Attributes:
-        norms: the divisor of every norm.
-        patterns: attention patterns.
-        activations: the gate of a gated MLP; in a plain MLP the ratio of activation to pre-activation.
-        mlps: whole MLP outputs.
-
-    With norms, patterns and activations frozen, a model without biases is linear in its embeddings.
-    """
-
-    norms: bool = True
-    patterns: bool = True
-    activations: bool = True
-    mlps: bool = False
+from microtome.run._taps import input_of, output_of, with_input, with_output
 
 
 def layer_paths(rig: Rig, anatomy: Anatomy, edit: Skip | Repeat | ScaleBlock) -> None:
@@ -119,62 +74,3 @@ def _scale(factor: float) -> Any:
         return with_output(output, before + factor * (now - before))
 
     return after
-
-
-def _tie(value: Tensor, linear: Tensor) -> Tensor:
-    """The value of one tensor with the gradient of another."""
-    return value.detach() + (linear - linear.detach())
-
-
-def freeze(rig: Rig, model: Any, anatomy: Anatomy, edit: Freeze, shape: Shape) -> None:
-    """Install a frozen pass."""
-    if edit.norms:
-        for path in _norm_paths(anatomy):
-            norm = norm_of(model.get_submodule(path), path, anatomy.d_model)
-            if norm is None:
-                raise error(
-                    EditError,
-                    f"the norm {path} has no known form, so it cannot be frozen",
-                    do="use Freeze(norms=False)",
-                )
-            rig.after(path, _frozen_norm(NormWeights(model.get_submodule(path), norm)))
-    for i, layer in enumerate(anatomy.parts.layers):
-        if edit.patterns:
-            rig.attention(layer.attn).frozen = True
-        if edit.activations:
-            if layer.act is None:
-                raise error(
-                    EditError,
-                    f"layer {i} has no activation module of its own, so it cannot be frozen",
-                    do="use Freeze(activations=False)",
-                )
-            rig.after(layer.act, _frozen_gate if layer.gate or layer.gate_up else _frozen_ratio)
-        if edit.mlps:
-            site = Site("mlp_out", i)
-            install(rig, model, site, anatomy.taps[site], lambda x: x.detach(), shape, edits=True)
-
-
-def _norm_paths(anatomy: Anatomy) -> list[str]:
-    parts = anatomy.parts
-    paths = [n.path for layer in parts.layers for n in (layer.attn_norm, layer.mlp_norm) if n is not None]
-    paths += [p for layer in parts.layers for p in (layer.attn_post_norm, layer.mlp_post_norm) if p is not None]
-    return list(dict.fromkeys([*paths, parts.final_norm.path] if parts.final_norm else paths))
-
-
-def _frozen_norm(norm: NormWeights) -> Any:
-    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = input_of(args, kwargs)
-        held = divisor(output, norm, x).detach()
-        return divided(_tie(output, norm.apply(x, held)), held)
-
-    return after
-
-
-def _frozen_gate(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    return output.detach()
-
-
-def _frozen_ratio(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    x = input_of(args, kwargs)
-    ratio = (output / x.where(x != 0, x.new_ones(()))).detach()
-    return _tie(output, x * ratio)

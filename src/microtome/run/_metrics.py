@@ -31,6 +31,15 @@ class Metric(Protocol):
         ...
 
 
+@runtime_checkable
+class Narrow(Protocol):
+    """A metric that reads few tokens of the vocabulary, so that a sweep need not compute the logits of the others."""
+
+    def narrow(self) -> tuple[tuple[int, ...], Metric]:
+        """The token ids it reads, and the same metric over logits [row, read, id] of these alone."""
+        ...
+
+
 def _ids(tokens: int | Sequence[int] | Tensor) -> tuple[int, ...]:
     if isinstance(tokens, int):
         return (tokens,)
@@ -83,6 +92,12 @@ class LogitDifference(_AtOne):
         pairs = zip(answers * (n // len(answers)), foils * (n // len(foils)), strict=True)
         if any(a == f for a, f in pairs):
             raise error(EditError, "the foil equals the answer", got=f"token {answers[0]}", do="choose another foil")
+
+    def narrow(self) -> tuple[tuple[int, ...], Metric]:
+        """Answers and foils."""
+        ids = tuple(dict.fromkeys(_ids(self.answer) + _ids(self.foil)))
+        answer, foil = ([ids.index(i) for i in _ids(named)] for named in (self.answer, self.foil))
+        return ids, LogitDifference(answer, self.position, foil)
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in logits."""

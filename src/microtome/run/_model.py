@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from microtome.errors import EditError, PromptError, SiteError, error
 from microtome.model import Anatomy, LayerWeights, NormWeights, Weights
 from microtome.run._batch import Batch, Prompt, to_batch
-from microtome.run._cells import Sweep, sweep
+from microtome.run._cells import Sweep, SweepPlan, plan_sweep, sweep
+from microtome.run._edges import Edge
 from microtome.run._edits import Edit, SiteEdit
 from microtome.run._fingerprint import Fingerprint
 from microtome.run._hooks import Rig
@@ -29,6 +31,8 @@ from microtome.run._turns import turn_of
 if TYPE_CHECKING:
     from microtome.run._proof import Check
 
+_version = cache(version)  # every run records them, and reading a package's metadata takes as long as a small forward
+
 
 class Model:
     """A model that is open: its map is proven, its weights are untouched.
@@ -38,7 +42,7 @@ class Model:
         tokenizer: its tokenizer, or None.
         anatomy: sizes, and where every site is.
         proof: the identities that were checked when it was opened.
-        pace: operations a second of the last run.
+        pace: floating-point operations a second of its last run, reading the weights counted as if it were some.
     """
 
     def __init__(self, hf: Any, tokenizer: Any, anatomy: Anatomy) -> None:
@@ -132,8 +136,8 @@ class Model:
             "model": self.anatomy.name,
             "fingerprint": self._fingerprint.current(),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "microtome": version("microtome"),
-            "transformers": version("transformers"),
+            "microtome": _version("microtome"),
+            "transformers": _version("transformers"),
             "torch": torch.__version__,
         }
 
@@ -203,7 +207,7 @@ class Model:
     def sweep(
         self,
         prompt: Prompt,
-        cells: Sequence[Cell],
+        cells: Sequence[Cell | Edge],
         metric: Metric,
         *,
         prompts: Sequence[int] | None = None,
@@ -214,7 +218,7 @@ class Model:
 
         Args:
             prompt: one prompt or several, of any lengths.
-            cells: each an edit, or a list of edits, of one copy of one prompt; positions are that prompt's own.
+            cells: each an edit, a list of edits, or an `Edge`, of one copy of one prompt; positions are that prompt's.
             metric: what to read, such as `LogitDifference`.
             prompts: the number of each cell's prompt; the first by default.
             budget: bytes that one walk may hold; half of the free memory, at most 2 GiB, by default.
@@ -227,6 +231,7 @@ class Model:
         Raises:
             SiteError: an address matches nothing, lies outside the layers, or beyond its prompt.
             EditError: a cell is empty, or the metric does not fit; or the model is being edited.
+            BudgetError: not even one cell fits.
 
         >>> cells = [SwapFrom(f"{layer}.resid_pre@{pos}", source=corrupt) for layer in range(30) for pos in range(13)]
         >>> effects = model.sweep(clean, cells, LogitDifference(answer=paris, foil=rome)).effects.reshape(30, 13)
@@ -239,6 +244,22 @@ class Model:
                 do="put these edits into every cell",
             )
         return sweep(self, prompt, cells, metric, prompts=prompts, budget=budget, progress=progress)
+
+    def plan_sweep(
+        self,
+        prompt: Prompt,
+        cells: Sequence[Cell | Edge],
+        metric: Metric,
+        *,
+        prompts: Sequence[int] | None = None,
+        budget: int | None = None,
+    ) -> SweepPlan:
+        """What a sweep would take, before it runs: walks, forwards, operations, bytes, and seconds; see `sweep`.
+
+        Raises:
+            BudgetError: not even one cell fits.
+        """
+        return plan_sweep(self, prompt, cells, metric, prompts=prompts, budget=budget)
 
     @contextmanager
     def editing(self, *edits: Edit) -> Iterator[Model]:

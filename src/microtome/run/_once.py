@@ -12,8 +12,8 @@ import torch
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Address, Anatomy, Site, parse, parse_selection
 from microtome.run._batch import Batch, Prompt
+from microtome.run._block_edits import Repeat, ScaleBlock, Skip
 from microtome.run._edits import Edit, SiteEdit
-from microtome.run._layers import Repeat, ScaleBlock, Skip
 from microtome.run._plan import plan_of, refuse_if_over
 from microtome.run._result import Run
 from microtome.run._session import Observer, OneRun, Session, Stop
@@ -97,7 +97,8 @@ def _forward(model: Model, session: Session, batch: Batch, edits: Sequence[Edit]
             output = model.hf(**inputs)
         except Stop:
             return None
-    model.pace = plan_of(model, batch, [], logits=True, grad=False, pace=1.0).flops / (time.perf_counter() - started)
+    took = time.perf_counter() - started
+    model.pace = plan_of(model, batch, [], logits=True, grad=False, pace=1.0).seconds / took
     return output
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from microtome.run._model import Model
 
 
+FIXED = 64
+"""What a layer costs before its first token, in tokens: reading its weights takes as long as computing so many."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The cost of a run.
@@ -59,8 +63,10 @@ def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: 
     weights = model.n_parameters - model.W_E.numel()
     weights -= 0 if model.W_U.data_ptr() == model.W_E.data_ptr() else model.W_U.numel()
     flops = 2.0 * tokens * weights + 4.0 * rows * width * width * a.n_heads * a.d_head * a.n_layers
-    flops += 2.0 * tokens * a.d_model * a.d_vocab if logits else 0.0
-    return Plan(kept, tokens * a.d_vocab * size if logits else 0, flops, flops * (3 if grad else 1) / pace)
+    written = a.size(Site("logits"), "vocab")
+    flops += 2.0 * tokens * a.d_model * written if logits else 0.0
+    work = flops * (tokens + FIXED) / tokens * (3 if grad else 1)
+    return Plan(kept, tokens * written * size if logits else 0, flops, work / pace)
 
 
 def _elements(model: Model, batch: Batch, address: Address, site: Site) -> int:
@@ -92,10 +98,18 @@ def refuse_if_over(plan: Plan, budget: int | None, device: torch.device) -> None
     raise error(
         BudgetError,
         f"this run would keep more than memory allows, most of it {most}",
-        got=f"{plan.bytes / 2**20:,.0f} MiB",
-        allowed=f"{allowed / 2**20:,.0f} MiB, which is {(plan.bytes - allowed) / 2**20:,.0f} MiB less",
+        got=_size(plan.bytes),
+        allowed=f"{_size(allowed)}, which is {_size(plan.bytes - allowed)} less",
         do="name fewer sites, units or positions, use smaller batches, pass logits=False, or raise budget=",
     )
+
+
+def _size(count: int) -> str:
+    """A number of bytes in the largest unit of which there is at least one and a half."""
+    for name, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= 1.5 * unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count:,} B"
 
 
 def free_memory(device: torch.device) -> int:

@@ -209,19 +209,19 @@ class _Prover:
 
     def aligned(self, where: str, seen: Tensor, expected: Tensor) -> None:
         """At position 0 a rotation is the identity, so that queries and keys are the projection times one factor."""
-        factor = (seen * expected).sum() / expected.pow(2).sum()
+        factor = (seen * expected).sum() / expected.pow(2).sum().clamp(min=1e-12)  # projections may be zero
         self.same("7 weights", where, seen, expected * factor)
 
 
 def prove(model: Model) -> list[Check]:
-    """Check the seven identities of a model on a probe batch of two rows of eight tokens.
+    """Check the seven identities of a model on a probe batch of two rows of eight tokens, or as many as it takes.
 
     Returns:
         A check for every identity and place.
     """
     a = model.anatomy
     tokens = (torch.arange(16) * 7919 % (a.d_vocab - a.d_vocab // 4) + a.d_vocab // 4).reshape(2, 8)
-    tokens = tokens.to(model.device)
+    tokens = tokens[:, : a.n_ctx].to(model.device)
     with torch.no_grad():
         with Rig(model.hf, a.attention, a.n_heads):
             plain = model.hf(input_ids=tokens).logits

@@ -181,6 +181,44 @@ class Run:
         wanted = [a for a in self.captured if Site(a.name, _layer(a)) in full]
         return {str(a): self._cut(full[Site(a.name, _layer(a))], Site(a.name, _layer(a)), a) for a in wanted}
 
+    def pull_back(self, gradients: Tensor, of: str, to: str) -> Tensor:
+        """Gradients at one captured site drawn back to an earlier one, through what lies between the two and no more.
+
+        Args:
+            gradients: [n, ...], several gradients at once, each with the axes of the site `of`.
+            of: a site that was captured whole in a run with ``grad=True``.
+            to: another one, before it.
+
+        Returns:
+            [n, ...] each with the axes of the site `to`; zeros where `of` does not depend on it.
+
+        Raises:
+            SiteError: one of the two has no gradient, or the gradients do not fit.
+        """
+        ends: list[Tensor] = []
+        for name in (of, to):
+            address = parse(name)
+            node = self._nodes.get(Site(address.name, _layer(address)))
+            if node is None:
+                held = ", ".join(str(site) for site in list(self._nodes)[:8]) or "nothing"
+                raise error(
+                    SiteError, f"no gradient reaches {name}", got=held, do=f'run with grad=True, "{name}" captured'
+                )
+            ends.append(node)
+        start, end = ends
+        if gradients.shape[1:] != start.shape:
+            raise error(
+                SiteError,
+                f"gradients do not fit {of}",
+                got=f"shape {list(gradients.shape)}",
+                allowed=f"[n, {str(list(start.shape))[1:]}",
+                do="give gradients with the axes of the site behind their own",
+            )
+        # The second output only makes sure of a gradient, of zeros, where `of` does not depend on `to`.
+        zeros = torch.zeros(len(gradients), *end.shape, dtype=end.dtype, device=end.device)
+        outputs, rows = [start, end.view_as(end)], [gradients, zeros]
+        return torch.autograd.grad(outputs, end, rows, retain_graph=True, is_grads_batched=True)[0]
+
 
 def _check_coords(variables: Mapping[str, xr.DataArray]) -> None:
     """Refuse variables that name different units or positions of one axis: joined, they would be padded with NaN."""

@@ -12,13 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from microtome.errors import DataError, EditError, OutputError, error
+from microtome.run._block_edits import Repeat, ScaleBlock, Skip
 from microtome.run._edits import Add, Clamp, Edit, Map, Mean, Project, Rotate, Scale, Set, SwapFrom, Zero
+from microtome.run._frozen import Freeze
 from microtome.run._knockout import KnockOut
-from microtome.run._layers import Freeze, Repeat, ScaleBlock, Skip
+from microtome.run._noise import Noise
 
 KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind
-    for kind in (Set, Add, Scale, Zero, Mean, Project, Rotate, Clamp, KnockOut, Skip, Repeat, ScaleBlock, Freeze)
+    for kind in (Set, Add, Scale, Zero, Mean, Project, Rotate, Clamp, Noise, KnockOut, Skip, Repeat, ScaleBlock, Freeze)
 }
 
 
@@ -49,8 +51,9 @@ def save_edits(path: str | Path, edits: list[Edit]) -> None:
         save_file(tensors, partial, metadata={"edits": json.dumps(listing)})
         partial.replace(path)
     except (OSError, SafetensorError) as problem:
-        partial.unlink(missing_ok=True)
         raise error(OutputError, f"cannot write edits to {path}", got=str(problem), do="check the folder") from problem
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_edits(path: str | Path) -> list[Edit]:
@@ -61,7 +64,10 @@ def load_edits(path: str | Path) -> list[Edit]:
     """
     try:
         with safe_open(str(path), "pt") as file:
-            listing: list[dict[str, Any]] = json.loads((file.metadata() or {})["edits"])
+            told = file.metadata() or {}
+            if "edits" not in told:
+                raise ValueError("a file without edits")
+            listing: list[dict[str, Any]] = json.loads(told["edits"])
             edits: list[Edit] = []
             names = list(file.keys())
             for i, entry in enumerate(listing):

@@ -17,9 +17,11 @@ from torch import Tensor
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Address, Anatomy, Rule, Selection, Site
 from microtome.run._batch import Batch
+from microtome.run._block_edits import Repeat, ScaleBlock, Skip
 from microtome.run._edits import Edit, SiteEdit, Where, apply, canonical
+from microtome.run._frozen import Freeze, freeze
 from microtome.run._hooks import Rig
-from microtome.run._layers import Freeze, Repeat, ScaleBlock, Skip, freeze, layer_paths
+from microtome.run._layers import layer_paths
 from microtome.run._taps import install
 
 Observer = Callable[[Site, Tensor], None]

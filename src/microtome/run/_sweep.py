@@ -6,7 +6,8 @@ A cell is one edited run of one prompt. All cells whose first affected position 
     2 at layer l the rows of the cells that first act there join the batch, with what the base run had entering l,
       so that layers before l are never computed for them;
     3 each row's edits are applied to that row alone;
-    4 only the positions that the metric reads go through the unembedding.
+    4 only the positions that the metric reads go through the last MLP and the unembedding, and only the tokens that it
+      reads have their logits computed.
 
 The forward, its masks and its positions are the model's: only the batch grows inside it. What comes out is equal to one
 forward a cell, to rounding.
@@ -31,7 +32,7 @@ from microtome.model import Address, Selection, Site
 from microtome.run._batch import Batch
 from microtome.run._edits import SiteEdit, Where, apply, canonical
 from microtome.run._hooks import Rig
-from microtome.run._taps import input_of, install, with_input
+from microtome.run._taps import input_of, install, output_of, with_input, with_output
 
 if TYPE_CHECKING:
     from microtome.run._model import Model
@@ -72,6 +73,7 @@ class Base:
         stream: [layer, batch, pos, d_model], what enters each layer.
         keys, values: by layer, as the model caches them.
         read: [batch, read] columns that the metric reads.
+        ids: [vocab] the tokens whose logits it reads, or None for all.
         logits: [batch, read, vocab].
     """
 
@@ -81,6 +83,7 @@ class Base:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     read: Tensor
+    ids: Tensor | None
     logits: Tensor
 
 
@@ -127,7 +130,11 @@ class Walk:
             rig.before(layer.block, self._enter(i))
             rig.around(layer.block, self._block)
         self._install_acts(rig)
-        rig.before(model.anatomy.parts.unembedding, self._read)
+        self._narrow_last(rig)
+        unembedding = model.anatomy.parts.unembedding
+        rig.before(unembedding, self._read)
+        if self.base.ids is not None:
+            rig.around(unembedding, _some_logits(model.hf.get_submodule(unembedding), self.base.ids))
         inputs: dict[str, Any] = {"input_ids": self.base.tokens[:1, self.first :]}
         if self.first:
             cache = DynamicCache()
@@ -162,10 +169,33 @@ class Walk:
         self._active, self.bases = stop, self._all[:stop]
         return hidden
 
+    def _columns(self) -> Tensor:
+        """[row, read] The columns that the metric reads; those before `first` are read off the base later."""
+        return (self.base.read[self.bases] - self.first).clamp(min=0)
+
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Only the columns that the metric reads; those before `first` are read off the base later."""
-        columns = (self.base.read[self.bases] - self.first).clamp(min=0)
-        return with_input(args, kwargs, _columns_of(input_of(args, kwargs), columns))
+        return with_input(args, kwargs, _columns_of(input_of(args, kwargs), self._columns()))
+
+    def _narrow_last(self, rig: Rig) -> None:
+        """Let the last MLP see only the columns that are read: it does not mix them, and nothing comes after it."""
+        last = self.model.anatomy.n_layers - 1
+        edited = any(act.site.layer == last and act.site.name.startswith("mlp") for r in self.rows for act in r.acts)
+        path = self.model.anatomy.parts.layers[last].mlp
+        if path is None or edited or self.base.read.shape[1] >= self._width - self.first:
+            return
+
+        def narrow(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            shape, columns = input_of(args, kwargs).shape, self._columns()
+
+            def cut(value: Any) -> Any:
+                return _columns_of(value, columns) if isinstance(value, Tensor) and value.shape == shape else value
+
+            output = forward(*map(cut, args), **{k: cut(v) for k, v in kwargs.items()})
+            some = output_of(output)
+            index = columns.unsqueeze(-1).expand(-1, -1, some.shape[-1])
+            return with_output(output, some.new_zeros(shape).scatter(1, index, some))
+
+        rig.around(path, narrow)
 
     def _install_acts(self, rig: Rig) -> None:
         at: dict[Site, list[tuple[int, _Act]]] = {}
@@ -227,7 +257,18 @@ def _columns_of(x: Tensor, columns: Tensor) -> Tensor:
     return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def base_of(model: Model, batch: Batch, prompts: Sequence[int], read: Tensor, cached: bool) -> Base:
+def _some_logits(unembedding: Any, ids: Tensor) -> Any:
+    """The unembedding for some tokens only; what the model does to logits after it is done to these."""
+    weight, bias = unembedding.weight[ids], getattr(unembedding, "bias", None)
+    bias = None if bias is None else bias[ids]
+
+    def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return torch.nn.functional.linear(input_of(args, kwargs), weight, bias)
+
+    return around
+
+
+def base_of(model: Model, batch: Batch, prompts: Sequence[int], read: Tensor, ids: Tensor | None, cached: bool) -> Base:
     """Run prompts of one length unedited, and keep what sweeps over them need."""
     n = model.anatomy.n_layers
     tokens = batch.tokens
@@ -245,7 +286,10 @@ def base_of(model: Model, batch: Batch, prompts: Sequence[int], read: Tensor, ca
 
     for i, layer in enumerate(model.anatomy.parts.layers):
         rig.before(layer.block, keep(i))
-    rig.before(model.anatomy.parts.unembedding, select)
+    unembedding = model.anatomy.parts.unembedding
+    rig.before(unembedding, select)
+    if ids is not None:
+        rig.around(unembedding, _some_logits(model.hf.get_submodule(unembedding), ids))
     cache = DynamicCache()
     inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if cached else {}
     if not cached and model.anatomy.causal:
@@ -254,7 +298,7 @@ def base_of(model: Model, batch: Batch, prompts: Sequence[int], read: Tensor, ca
         logits: Tensor = model.hf(input_ids=tokens, **inputs).logits
     layers: list[Any] = list(cache.layers) if cached else []
     keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
-    return Base(tuple(prompts), tokens, torch.stack(streams), keys, values, read, logits)
+    return Base(tuple(prompts), tokens, torch.stack(streams), keys, values, read, ids, logits)
 
 
 def rows_of(model: Model, batch: Batch, cells: Sequence[Cell], prompts: Sequence[int]) -> list[Row]:

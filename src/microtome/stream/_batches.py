@@ -1,6 +1,7 @@
 """Documents as batches of token rows, in a fixed order.
 
-Formula:  flat = d_0, sep, d_1, sep, ... cut to `tokens`; row r is flat[r length : (r + 1) length].
+Formula:  flat = d_0, sep, d_1, sep, ... cut to `tokens`; row r is flat[r length : (r + 1) length]. A tokenizer that
+          begins every text with a token of its own has it at the head of every row, before `length - 1` of the others.
 Cost:     tokenises documents only until there are enough tokens, and of a long document only as much as is needed.
 Check:    rows concatenated give `flat`; the same tokens as tokenising everything first (tests/unit).
 """
@@ -35,12 +36,32 @@ class TokenBatch:
     """Rows of tokens, and where they are from; all int64.
 
     `tokens` [batch, pos]; `start` [batch], the global index of each row's first token; `document` [batch, pos], the
-    number of the document that each token is from, where a separator counts to the document before it.
+    number of the document that each token is from, where a separator counts to the document before it. The first
+    `lead` tokens of every row are no text: 1 where the rows begin with a beginning-of-text token.
     """
 
     tokens: Tokens
     start: Tensor
     document: Tensor
+    lead: int = 0
+
+    @property
+    def text(self) -> Tensor | None:
+        """[batch, pos] True at tokens of the text; None if all of them are."""
+        if not self.lead:
+            return None
+        mask = torch.ones(self.tokens.shape, dtype=torch.bool, device=self.tokens.device)
+        mask[:, : self.lead] = False
+        return mask
+
+
+def beginning_of(tokenizer: Any) -> int | None:
+    """The beginning-of-text token that a tokenizer puts before every text by itself, or None if it puts none."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        return None
+    with_it, without = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    return int(bos) if list(with_it)[:1] == [bos] and list(without)[:1] != [bos] else None
 
 
 class TokenBatches:
@@ -60,6 +81,7 @@ class TokenBatches:
 
     Attributes:
         flat: every token, in order; the token at position p of a row is `flat[start + p]`.
+        beginning: the token that every row begins with, or None.
         ranges: the first index and the one after the last of each document that was reached, in `flat`.
         short: whether the corpus has fewer tokens than were asked for.
         dropped: how many tokens were left over.
@@ -80,11 +102,19 @@ class TokenBatches:
             what = f'corpus "{corpus.name}" gives too few tokens'
             raise error(DataError, what, got=len(flat), allowed="2 or more", do="give it more text")
         self.short = tokens is not None and len(flat) < tokens
-        kept = len(flat) // length * length or len(flat)
+        self.beginning = beginning_of(tokenizer)
+        lead = [] if self.beginning is None else [self.beginning]
+        width = length - len(lead)
+        kept = len(flat) // width * width or len(flat)
+        width = min(width, kept)
         self.dropped = len(flat) - kept
-        self.flat = flat[:kept]
-        self.ranges = [(min(first, kept), min(end, kept)) for first, end in ranges if first < kept]
-        self._table = torch.tensor(self.flat, dtype=torch.int64).reshape(-1, min(length, kept))
+        rows_of_text = [lead + flat[at : at + width] for at in range(0, kept, width)]
+        self.flat = [token for row in rows_of_text for token in row]
+        ends = [(min(first, kept), min(end, kept)) for first, end in ranges if first < kept]
+        if lead:
+            ends = [(_shifted(first, width), _shifted(end, width)) for first, end in ends]
+        self.ranges = ends
+        self._table = torch.tensor(rows_of_text, dtype=torch.int64)
 
     def __len__(self) -> int:
         """How many batches."""
@@ -98,7 +128,8 @@ class TokenBatches:
         tokens = self._table[first : first + self.rows].clone()
         start = torch.arange(first, first + tokens.shape[0]) * tokens.shape[1]
         index = start[:, None] + torch.arange(tokens.shape[1])
-        return TokenBatch(tokens, start, torch.searchsorted(self._firsts, index, right=True) - 1)
+        document = torch.searchsorted(self._firsts, index, right=True) - 1
+        return TokenBatch(tokens, start, document, 0 if self.beginning is None else 1)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         return (self[number] for number in range(len(self)))
@@ -116,6 +147,12 @@ class TokenBatches:
     @property
     def _firsts(self) -> Tensor:
         return torch.tensor([first for first, _ in self.ranges], dtype=torch.int64)
+
+
+def _shifted(index: int, width: int) -> int:
+    """Where an index moves when a token is put before every `width`; the head of a row becomes that token's place."""
+    row, column = divmod(index, width)
+    return row * (width + 1) + (column + 1 if column else 0)
 
 
 def _tokenise(corpus: Corpus, tokenizer: Tokenizer, tokens: int | None) -> tuple[list[int], list[tuple[int, int]]]:

@@ -41,7 +41,8 @@ window.atlas = window.atlas || {};
     const size = Math.abs(value);
     if (size >= 1e5 || size < 1e-3) return minus(value.toExponential(size < 1 ? 1 : 2).replace("e+", "e"));
     if (size < 0.1) return minus(value.toFixed(4));
-    return minus(size >= 100 ? value.toFixed(size >= 1000 ? 0 : 1) : value.toPrecision(3));
+    if (size >= 1000) return minus(Math.round(value).toLocaleString("en-US"));
+    return minus(size >= 100 ? value.toFixed(1) : value.toPrecision(3));
   }
 
   /** A count with thousands apart: 46,080. */

@@ -9,12 +9,18 @@
     {
       title: "Residual stream norm",
       columns: ["resid_pre_norm", "resid_mid_norm", "resid_post_norm", "resid_post_norm_first"],
+      labels: ["before", "between", "after", "after, first token"],
       log: true,
     },
-    { title: "Loss when a part is skipped", columns: ["loss_skip_attn", "loss_skip_mlp", "loss_skip_block"] },
-    { title: "Share of the update", columns: ["attn_share", "mlp_share"] },
-    { title: "Cosine with the residual stream", columns: ["attn_cos", "mlp_cos", "block_cos"] },
-    { title: "Largest and median activation", columns: ["max_abs", "median_abs"], log: true },
+    { title: "Loss when a part is skipped", columns: ["loss_skip_attn", "loss_skip_mlp", "loss_skip_block"], labels: ["attention", "MLP", "block"] },
+    {
+      title: "What a branch adds, over what it is added to",
+      columns: ["attn_share", "mlp_share"],
+      labels: ["attention", "MLP"],
+      log: true,
+    },
+    { title: "Cosine with the residual stream", columns: ["attn_cos", "mlp_cos", "block_cos"], labels: ["attention", "MLP", "block"] },
+    { title: "Largest and median activation", columns: ["max_abs", "median_abs"], labels: ["largest", "median"], log: true },
   ];
 
   function layerCharts(table) {
@@ -22,12 +28,12 @@
     const taken = new Set(CHARTS.flatMap(({ columns }) => columns));
     const rest = table.names.filter((name) => table.isQuantity(name) && !taken.has(name));
     const own = rest.map((name) => ({ title: name.replaceAll("_", " "), columns: [name] }));
-    const labels = (names) =>
+    const named = (names) =>
       Object.fromEntries(atlas.groups(names).flatMap(({ members }) => members.map(({ name, label }) => [name, label])));
-    return [...CHARTS, ...own].map(({ title, columns, log }) => {
+    return [...CHARTS, ...own].map(({ title, columns, labels, log }) => {
       const names = columns.filter(there);
       if (!names.length) return null;
-      const label = labels(names);
+      const label = labels ? Object.fromEntries(columns.map((name, i) => [name, labels[i]])) : named(names);
       return chart.lines({
         title,
         log,
@@ -172,6 +178,12 @@
     );
   }
 
+  /** Stages of the cost are seconds; only what is not says so in its name. */
+  const inSeconds = (cost) =>
+    Object.fromEntries(
+      Object.entries(cost || {}).map(([name, value]) => [/(_bytes|seconds)$/.test(name) ? name : `${name}_seconds`, value]),
+    );
+
   /** What was run, from the manifest: everything in it but the descriptions of columns. */
   function provenance(manifest) {
     const { model, text, versions, cost, tables, ...run } = manifest;
@@ -185,7 +197,7 @@
       facts("Model", model),
       facts("Text", text),
       facts("Run", Object.fromEntries(flat)),
-      facts("Cost", cost),
+      facts("Cost", inSeconds(cost)),
       facts("Versions", versions),
       rest.map(([name, value]) => facts(name, value)),
     );

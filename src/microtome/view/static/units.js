@@ -45,7 +45,7 @@
       h("td", { class: "float" }, table.isQuantity(name) && rank(name)),
       told && h("td", { class: "meaning" }, table.described[name] && table.meaning(name)),
     ];
-    return h(
+    const all = h(
       "table",
       { class: "standing" },
       h(
@@ -78,6 +78,7 @@
         ),
       ),
     );
+    return h("div", { class: "scroll" }, all);
   }
 
   const percent = (value) => (value === null ? "–" : value.toFixed(1));
@@ -117,28 +118,25 @@
           h("a", { href: href("/layers") }, "all layers"),
         ),
         h(
-          "div",
-          { class: "beside" },
+          "section",
+          {},
+          h("h2", {}, "The layer among the layers"),
+          standing(
+            layers,
+            row,
+            ["across the layers", "rank"],
+            (name) => chart.spark(layers.columns[name], row),
+            (name) => rankOf(layers.columns[name], layers.value(name, row)),
+            true,
+          ),
+        ),
+        own.length > 0 &&
           h(
             "section",
             {},
-            h("h2", {}, "The layer among the layers"),
-            standing(
-              layers,
-              row,
-              ["across the layers", "rank"],
-              (name) => chart.spark(layers.columns[name], row),
-              (name) => rankOf(layers.columns[name], layers.value(name, row)),
-            ),
+            h("h2", {}, plural(own.length, "head")),
+            atlas.list({ table: part(heads, own), route, prefix: "heads-", filter: false }),
           ),
-          own.length > 0 &&
-            h(
-              "section",
-              {},
-              h("h2", {}, plural(own.length, "head")),
-              atlas.list({ table: part(heads, own), route, prefix: "heads-", filter: false }),
-            ),
-        ),
         neurons &&
           h(
             "section",

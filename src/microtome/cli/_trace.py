@@ -1,0 +1,51 @@
+"""`microtome trace`: where a fact about a subject is held."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from microtome.cli._model import Device, Dtype, Json, ModelOption, Opening, Revision, Trust
+from microtome.cli._patch import Force, Page, Top, check_page, show, swept
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command("trace")(trace)
+
+
+def trace(
+    prompt: Annotated[str, typer.Argument(help="A prompt that states a fact up to its last word.")],
+    subject: Annotated[str, typer.Option(help="What the fact is about: a part of the prompt.")],
+    answer: Annotated[
+        str | None, typer.Option(help="The fact's last word, one token; the model's own without it.")
+    ] = None,
+    corrupt: Annotated[
+        str | None, typer.Option(help="The prompt with another subject, token for token, instead of noise.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Layers over which a branch is given back at once.")] = 10,
+    noise: Annotated[float, typer.Option(help="Noise, in standard deviations of the subject's embeddings.")] = 3.0,
+    samples: Annotated[int, typer.Option(help="How many noises.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the noise and the intervals.")] = 0,
+    output: Page = None,
+    force: Force = False,
+    top: Top = 5,
+    as_json: Json = False,
+    model: ModelOption = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    revision: Revision = None,
+    trust: Trust = False,
+) -> None:
+    """Trace a fact: corrupt its subject, give back one state at a time, and see which brings the answer back."""
+    from microtome.explain import causal_trace
+
+    check_page(output, force)
+    opened = Opening(model, device, dtype, revision, trust).open()
+    with swept("tracing") as said:
+        data = causal_trace(
+            opened, prompt, subject=subject, answer=answer, corrupt=corrupt, window=window, noise=noise,
+            samples=samples, seed=seed, progress=said.progress, planned=said.planned,
+        )  # fmt: skip
+    show(data.assign_attrs(said.cost), output, top=top, as_json=as_json)

@@ -1,0 +1,100 @@
+"""Edges to first order: what every sender writes more, against the gradient at every input that reads the stream.
+
+The input of one head's queries is the stream as its norm reads it. Its gradient is that of the head's queries alone,
+drawn back through rotation, projection and norm to the stream. Where heads share keys and values, the gradient there is
+the sum over their heads. It is told apart where the heads are still apart: a head's scores reach its keys, and a head's
+z its values, so that the gradient of that head's scores (or z) alone is drawn back.
+
+Formula:  R_q,h = J(q -> x)^T (e_h * dm/dq),    R_k,h = J(k -> x)^T J(scores -> k)^T (e_h * dm/dscores),
+          R_v,h = J(v -> x)^T J(z -> v)^T (e_h * dm/dz),    R_mlp = J(mlp.in -> x)^T dm/dmlp.in,    R_final = dm/dx,
+          where e_h keeps one head, x is the stream that the branch reads, and each J is of the model's own graph.
+Cost:     no pass over the model: in each layer 3 H rows through its q, k and v projections and norm, 2 H through its
+          attention, one through the norm of its MLP.
+Check:    over the heads of a group they add up to the gradient of the shared keys; tests/laws/test_attribution.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from microtome.errors import SiteError, error
+from microtome.model import NormWeights, Site, norm_of
+from microtome.run import Freeze, Model, Run
+
+
+def captures(model: Model) -> list[str]:
+    """What a run must capture for its edges."""
+    names = ["resid_pre", "attn.q", "attn.k", "attn.v", "attn.scores", "attn.z", "mlp.in", "mlp_out"]
+    names += [] if model.anatomy.parts.form == "parallel" else ["resid_mid"]
+    return ["embed", *(f"*.{name}" for name in names), f"{model.anatomy.n_layers - 1}.resid_post"]
+
+
+def changes(model: Model, start: Run, goal: Run, rules: Freeze | None) -> Tensor:
+    """[sender, pos, d_model] What every sender writes in the goal run minus what it writes in the start run."""
+    found = [(goal["embed"] - start["embed"].detach())]
+    for layer in range(model.anatomy.n_layers):
+        here, there = start[f"{layer}.attn.z"].detach()[0], goal[f"{layer}.attn.z"][0]
+        added = torch.einsum("phd,hdm->hpm", there - here, model.layers[layer].W_O.detach())
+        found.append(_behind(model, layer, here, added, rules))
+        found.append(goal[f"{layer}.mlp_out"] - start[f"{layer}.mlp_out"].detach())
+    return torch.cat(found)
+
+
+def _behind(model: Model, layer: int, z: Tensor, added: Tensor, rules: Freeze | None) -> Tensor:
+    """What heads add [head, pos, d_model] as the stream gets it: scaled, and through a norm behind to first order.
+
+    For y = gain c(x) / s, with s^2 = mean(c(x)^2) + eps:  dy = gain (c(dx) / s - c(x) mean(c(x) c(dx)) / s^3).
+    """
+    a = model.anatomy
+    path, scale = a.parts.layers[layer].attn_post_norm, a.taps[Site("attn_out", layer)].scale
+    if path is None or a.parts.form != "sequential":
+        return added * scale
+    module, weights = model.hf.get_submodule(path), model.layers[layer]
+    norm = norm_of(module, path, a.d_model)
+    if norm is None:
+        raise error(SiteError, f"the norm {path} has no known form", do="use a model with RMS or layer norms")
+    form = NormWeights(module, norm)
+    raw = torch.einsum("phd,hdm->pm", z, weights.W_O.detach())
+    raw = form.centre(raw if weights.b_O is None else raw + weights.b_O.detach())
+    size, added = form.scale(raw).to(raw.dtype).unsqueeze(-1), form.centre(added)
+    slope = added / size
+    if rules is None or not rules.norms:  # what is added also moves the divisor
+        slope = slope - raw * (raw * added).mean(-1, keepdim=True) / size**3
+    return (slope * form.gain).detach() * scale
+
+
+def contract(model: Model, start: Run, gradient: dict[str, Tensor], change: Tensor) -> Tensor:
+    """[sender, receiver] Scores of all pairs, in float64, also of those that are no edges; a layer at a time."""
+    flat = change.double().flatten(1)
+    columns = [flat @ at_inputs(model, start, gradient, i).double().flatten(1).T for i in range(model.anatomy.n_layers)]
+    last = gradient[f"{model.anatomy.n_layers - 1}.resid_post"]
+    return torch.cat([*columns, flat @ last.double().flatten(1).T], dim=1)
+
+
+def at_inputs(model: Model, start: Run, gradient: dict[str, Tensor], layer: int) -> Tensor:
+    """[receiver, pos, d_model] Gradients at the inputs of one layer: q, k, v of every query head, then the MLP."""
+    stream = f"{layer}.resid_pre"
+    found = [start.pull_back(x, f"{layer}.attn.{name}", stream) for name, x in by_head(start, gradient, layer).items()]
+    read = stream if model.anatomy.parts.form == "parallel" else f"{layer}.resid_mid"
+    found.append(start.pull_back(gradient[f"{layer}.mlp.in"].unsqueeze(0), f"{layer}.mlp.in", read))
+    return torch.cat(found).squeeze(1)
+
+
+def by_head(start: Run, gradient: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """Gradients at q, k and v, each [head, 1, pos, head or kv_head, d_head], of one query head at a time."""
+    at = {name: f"{layer}.attn.{name}" for name in ("q", "k", "v", "scores", "z")}
+    return {
+        "q": _one_by_one(gradient[at["q"]], 2),
+        "k": start.pull_back(_one_by_one(gradient[at["scores"]], 1), at["scores"], at["k"]),
+        "v": start.pull_back(_one_by_one(gradient[at["z"]], 2), at["z"], at["v"]),
+    }
+
+
+def _one_by_one(x: Tensor, axis: int) -> Tensor:
+    """[head, ...] The tensor with one head kept at a time, all others zero."""
+    heads = x.shape[axis]
+    keep = torch.eye(heads, dtype=x.dtype, device=x.device)
+    shape = [heads] + [1] * x.dim()
+    shape[axis + 1] = heads
+    return x.unsqueeze(0) * keep.reshape(shape)

@@ -1,0 +1,100 @@
+"""How well a method finds a circuit that is known.
+
+Formula:  an edge's score is the largest |change of any output| over pairs and over both corruptions, other tokens and
+          shuffled positions; AUC is the share of (edge of the circuit, edge outside) of which the first has the higher
+          score, a tie counting half.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from microtome.explain._edges import WRITTEN
+from microtome.explain._graph import graph
+from microtome.planted import Planted, corruptions, placed, receiver_of, sender_of, writes
+from microtome.run import Edge, Reading
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Corruption = Literal["tokens", "positions"]
+
+
+def circuit_recovery(
+    it: Planted, *, pairs: int = 16, seed: int = 0, corrupt: tuple[Corruption, ...] = ("tokens", "positions")
+) -> xr.Dataset:
+    """Score every edge of a planted model exactly, and say how well the scores tell its circuit from the rest.
+
+    Formula:  see the head of this file.
+    Source:   compiled circuits as ground truth, as in Gupta et al., "InterpBench", 2024 (arXiv 2407.14494). Departs:
+              positions are shuffled too, since an edge from the positional embedding shows under nothing else.
+    Cost:     a sweep a corruption, with a cell for every edge of every pair.
+    Check:    AUC 1 on every compiled program, and below where positions are not shuffled; tests/planted.
+
+    Args:
+        it: a planted model with its truth.
+        pairs: how many inputs.
+        seed: of the inputs and their corruptions.
+        corrupt: which corruptions to use.
+
+    Returns:
+        Dataset over (sender, receiver), `pos_embed` a sender of its own: `score` in units of the outputs, and `true`;
+        NaN and False where there is no edge; attribute `auc`.
+    """
+    c = corruptions(it, pairs, seed)
+    parts, names = graph(it.model), ["embed", "pos_embed"]
+    base = it.model.run(c.clean).logits[:, 1:].detach()
+    before = writes(it.model, c.clean)
+
+    def change(logits: Tensor, prompts: Tensor) -> Tensor:
+        return (logits - base[prompts]).abs().amax((1, 2))
+
+    names += parts.senders[1:]
+    mask = torch.cat([parts.mask[:1], parts.mask])
+    score = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.nan)
+    metric = Reading(change, positions=tuple(range(1, c.clean.shape[1])))
+    places = mask.nonzero()
+    for kind in corrupt:
+        tokens, where = (c.corrupt, None) if kind == "tokens" else (c.clean, c.positions)
+        edits = [] if where is None else [placed(it.model, tokens, where)]
+        source, after = it.model.run(tokens, capture=WRITTEN, edits=edits), writes(it.model, tokens, where)
+        cells: list[Edge] = []
+        for number in range(pairs):
+            own = {name: (after[name] - before[name])[number].detach() for name in names[:2]}
+            for u, v in places.tolist():
+                sender, receiver = names[u], parts.receivers[v]
+                if sender in own:
+                    cells.append(Edge("embed", receiver, change=own[sender]))
+                else:
+                    cells.append(Edge(sender, receiver, source=source))
+        prompts = [number for number in range(pairs) for _ in range(len(places))]
+        found = it.model.sweep(c.clean, cells, metric, prompts=prompts).values.reshape(pairs, -1).amax(0).double()
+        score[mask] = torch.maximum(score[mask], found)
+    return _dataset(it, score, seed, corrupt)
+
+
+def _dataset(it: Planted, score: Tensor, seed: int, corrupt: tuple[Corruption, ...]) -> xr.Dataset:
+    import xarray as xr
+
+    parts = graph(it.model)
+    senders = ["embed", "pos_embed", *parts.senders[1:]]
+    true = torch.zeros(len(senders), len(parts.receivers), dtype=torch.bool)
+    for sender, receiver, slot in it.truth["edges"]:
+        true[senders.index(sender_of(sender)), parts.receivers.index(receiver_of(receiver, slot))] = True
+    edges = score.isfinite()
+    data = xr.Dataset(
+        {"score": (("sender", "receiver"), score.numpy()), "true": (("sender", "receiver"), true.numpy())},
+        coords={"sender": senders, "receiver": list(parts.receivers)},
+    )
+    found = auc(score[edges & true], score[edges & ~true])
+    attributes = {"method": "circuit recovery", "auc": found, "seed": seed, "corrupt": ", ".join(corrupt)}
+    return data.assign_attrs(it.model.provenance | attributes)
+
+
+def auc(higher: Tensor, lower: Tensor) -> float:
+    """The share of pairs [higher] x [lower] of which the first is greater; a tie counts half."""
+    wins = (higher.unsqueeze(1) > lower).double() + 0.5 * (higher.unsqueeze(1) == lower).double()
+    return float(wins.mean())

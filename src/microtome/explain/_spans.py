@@ -1,0 +1,89 @@
+"""Where words stand in a prompt: a text, a position or a span becomes a range of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from microtome.errors import PromptError, error
+from microtome.run import Model
+
+Span = str | int | Sequence[int]
+"""A text in the prompt, one position, or (first, end) with the end left out; negative ones count from the end."""
+
+
+def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str = "span") -> tuple[int, int]:
+    """The tokens (first, end) of a prompt that a text, a position or a span means; of a text its first occurrence.
+
+    Args:
+        model: whose tokenizer made the tokens.
+        tokens: [pos], one row without padding.
+        span: text, position, or (first, end).
+        what: its name, for the error.
+
+    Raises:
+        PromptError: the text is not in the prompt, or the span lies outside it.
+    """
+    ids: list[int] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    if isinstance(span, str):
+        return _of_text(model, ids, span, what)
+    n = len(ids)
+    first, end = (span, span + 1 or n) if isinstance(span, int) else tuple(span)
+    first, end = first + n if first < 0 else first, end + n if end < 0 else end
+    if not 0 <= first < end <= n:
+        raise error(
+            PromptError,
+            f"the prompt has no such {what}",
+            got=str(span if isinstance(span, int) else tuple(span)),
+            allowed=f"(first, end) with 0 <= first < end <= {n}",
+            do="count tokens, with the end left out",
+        )
+    return first, end
+
+
+def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, int]:
+    if model.tokenizer is None:
+        raise error(PromptError, f"{what} given as text, but the model has no tokenizer", do="give (first, end)")
+    # The text of growing beginnings, because single tokens may lose the space before them; one that ends inside a
+    # character ends with a replacement character instead.
+    begun = [model.tokenizer.decode(ids[: i + 1]) for i in range(len(ids))]
+    ends = [len(text.rstrip("\ufffd")) for text in begun]
+    whole, wanted = model.tokenizer.decode(ids), text.strip()
+    start = whole.find(wanted) if wanted else -1
+    if start < 0:
+        raise error(
+            PromptError,
+            f'the prompt has no {what} "{text}"',
+            got=f'"{whole}"',
+            do="write it as it stands there, or give its tokens as (first, end)",
+        )
+    before = [i for i, end in enumerate(ends) if end == len(begun[i]) and end <= start]
+    first = before[-1] + 1 if before else 0
+    return first, next(i for i, end in enumerate(ends) if end >= start + len(wanted)) + 1
+
+
+def one_row(tokens: Tensor) -> Tensor:
+    """The tokens [pos] of one prompt [1, pos].
+
+    Raises:
+        PromptError: there are several.
+    """
+    if tokens.shape[0] != 1:
+        raise error(PromptError, "one prompt at a time", got=f"{tokens.shape[0]}", do="call it once a prompt")
+    return tokens[0]
+
+
+def at(first: int, end: int) -> str:
+    """The positions of a span as part of an address: "@3" or "@3-5"."""
+    return f"@{first}" if end == first + 1 else f"@{first}-{end - 1}"
+
+
+def window_of(layer: int, width: int, n_layers: int) -> tuple[int, int]:
+    """The first and last layer of a window of some width around a layer, cut at the ends of the model."""
+    return max(0, layer - width // 2), min(n_layers, layer - (-width // 2)) - 1
+
+
+def layers_at(first: int, last: int) -> str:
+    """Layers as the beginning of an address: "3" or "3-12"."""
+    return f"{first}" if first == last else f"{first}-{last}"

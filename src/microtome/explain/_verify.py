@@ -1,0 +1,172 @@
+"""Check scores: measure the best candidates exactly, and random others beside them.
+
+Formula:  rank correlation = Spearman's, of scores and exact effects over the k cells of the largest |score|; the same
+          over the random others is its control.
+          recall = share of the k cells of the largest |exact effect| that are among the k of the largest |score|. Of N
+          cells k + m are measured; a random other stands for (N - k)/m cells, so this is an estimate where m < N - k,
+          and the truth where all are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from microtome.errors import DataError, error
+from microtome.explain._pair import pair_of
+from microtome.explain._patching import every_position, layout
+from microtome.run import Edge, Model, Run, SwapFrom, SweepPlan
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def verify(
+    model: Model,
+    scores: xr.Dataset,
+    *,
+    top: int = 50,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    planned: Callable[[SweepPlan], None] | None = None,
+) -> xr.Dataset:
+    """Measure the best-scored cells of every site exactly, and say how far the scores can be trusted.
+
+    Formula:  see the head of this file.
+    Source:   as a first filter whose misses are bounded by sampling, Kramár, Lieberum, Shah, Nanda, "AtP*: An efficient
+              and scalable method for localizing LLM behaviour to components", 2024 (arXiv 2403.00745). Departs: recall
+              is estimated by weighting the sample, instead of a bound on the chance of misses.
+    Cost:     one forward and a sweep of 2 * top cells a site.
+    Check:    exact scores give 1 and 1, reversed ones -1 and 0; tests/laws/test_verify.py.
+
+    Args:
+        model: the model that the scores come from.
+        scores: what `attribute` returned.
+        top: how many candidates of each site, and how many random others; all, for sites that have fewer.
+        seed: of the random others.
+        progress: called with (done, all) cells.
+        planned: called with the plan of the sweep, before its first cell.
+
+    Returns:
+        The scores, and for each site `<site>_exact`, the effect metric(cell) - metric(start), NaN where not measured;
+        over `site`: `rank_correlation`, `rank_correlation_others`, `recall` and `measured` (cells). `verified_top` and
+        `seed` are among the attributes. A correlation is NaN where there are fewer than two cells, or all are equal.
+
+    Raises:
+        DataError: the scores are of another model, of no pair, or have fewer than `top` cells.
+    """
+    pair = pair_of(model, scores)
+    sites = [str(name) for name in scores.attrs["sites"]]
+    flat = {site: np.asarray(scores[site].values, dtype=np.float64).reshape(-1) for site in sites}
+    _check_top(top, max(int(np.isfinite(x).sum()) for x in flat.values()))
+    random = np.random.default_rng(seed)
+    chosen = {site: candidates(x, top, random) for site, x in flat.items()}
+    source = _source(model, scores, pair.goal)
+    cells = [cell for site in sites for cell in _cells(model, scores, site, source, np.concatenate(chosen[site]))]
+    if planned is not None:
+        planned(model.plan_sweep(pair.start, cells, pair.metric(model)))
+    effects = model.sweep(pair.start, cells, pair.metric(model), progress=progress).effects.double().numpy()
+    return _dataset(scores, flat, chosen, effects, top, seed)
+
+
+def _check_top(top: int, most: int) -> None:
+    if not 1 <= top <= most:
+        raise error(
+            DataError,
+            "cannot verify so many candidates",
+            got=f"top={top}",
+            allowed=f"1 to {most}, the number of cells",
+            do="choose a top in that range, or verify=0 to check nothing",
+        )
+
+
+def candidates(
+    scores: Float[ndarray, " cell"], top: int, random: np.random.Generator
+) -> tuple[Int[ndarray, " top"], Int[ndarray, " others"]]:
+    """The places of the `top` largest |scores|, best first, and of as many random others; NaN is no cell."""
+    there = np.flatnonzero(np.isfinite(scores))
+    ordered = there[np.argsort(-np.abs(scores[there]), kind="stable")]
+    best, rest = ordered[:top], ordered[top:]
+    return best, np.sort(random.choice(rest, size=min(len(best), len(rest)), replace=False))
+
+
+def _source(model: Model, scores: xr.Dataset, goal: Tensor) -> Run:
+    if "sender" in scores.dims:
+        return model.run(goal, capture=["embed", "*.attn.z", "*.mlp_out"], logits=False)
+    layouts = [layout(model, str(site), every_position(goal.shape[1])) for site in scores.attrs["sites"]]
+    return model.run(goal, capture=sorted({layout.capture for layout in layouts}), logits=False)
+
+
+def _cells(
+    model: Model, scores: xr.Dataset, site: str, source: Run, places: Int[ndarray, " cell"]
+) -> list[SwapFrom | Edge]:
+    if "sender" not in scores.dims:
+        addresses = layout(model, site, every_position(source.tokens.shape[1])).addresses
+        return [SwapFrom(addresses[place], source=source) for place in places]
+    senders, receivers = scores["sender"].values, scores["receiver"].values
+    pairs = [divmod(int(place), len(receivers)) for place in places]
+    return [Edge(str(senders[i]), str(receivers[j]), source=source) for i, j in pairs]
+
+
+def rank_correlation(a: Float[ndarray, " cell"], b: Float[ndarray, " cell"]) -> float:
+    """Spearman's correlation, ties sharing their mean rank; NaN where either is constant."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(x: Float[ndarray, " cell"]) -> Float[ndarray, " cell"]:
+    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def recall(best: Float[ndarray, " top"], others: Float[ndarray, " others"], n_cells: int) -> float:
+    """Share of the cells of the largest |exact effect| that the best-scored ones are.
+
+    Args:
+        best: exact effects of the k best-scored cells.
+        others: exact effects of random others.
+        n_cells: how many cells there are.
+    """
+    k = len(best)
+    weight = (n_cells - k) / len(others) if len(others) else 0.0
+    sizes = np.abs(np.concatenate([best, others]))
+    weights = np.concatenate([np.ones(k), np.full(len(others), weight)])
+    order = np.argsort(-sizes, kind="stable")
+    # The largest cells until they are k by weight; the last one counts for what is left.
+    before = np.cumsum(weights[order]) - weights[order]
+    counted = np.clip(k - before, 0, weights[order])
+    return float(counted[order < k].sum() / k)
+
+
+def _dataset(
+    scores: xr.Dataset,
+    flat: dict[str, Float[ndarray, " cell"]],
+    chosen: dict[str, tuple[Int[ndarray, " top"], Int[ndarray, " others"]]],
+    effects: Float[ndarray, " measured"],
+    top: int,
+    seed: int,
+) -> xr.Dataset:
+    data = scores.copy()
+    columns: dict[str, list[float]] = {
+        "rank_correlation": [], "rank_correlation_others": [], "recall": [], "measured": []
+    }  # fmt: skip
+    at = 0
+    for site, (best, others) in chosen.items():
+        mine = effects[at : at + len(best) + len(others)]
+        at += len(mine)
+        exact = np.full(flat[site].shape, np.nan)
+        exact[np.concatenate([best, others])] = mine
+        data[f"{site}_exact"] = (scores[site].dims, exact.reshape(scores[site].shape), scores[site].attrs)
+        first, rest = np.split(mine, [len(best)])
+        columns["rank_correlation"].append(rank_correlation(flat[site][best], first))
+        columns["rank_correlation_others"].append(rank_correlation(flat[site][others], rest))
+        columns["recall"].append(recall(first, rest, int(np.isfinite(flat[site]).sum())))
+        columns["measured"].append(len(mine))
+    data = data.assign({name: ("site", values) for name, values in columns.items()})
+    return data.assign_coords(site=list(chosen)).assign_attrs(verified_top=top, seed=seed)

@@ -1,0 +1,32 @@
+"""Models whose insides are known, to test every method against."""
+
+from microtome.planted._backup import backup_head as backup_head
+from microtome.planted._corruptions import Corruptions as Corruptions
+from microtome.planted._corruptions import corruptions as corruptions
+from microtome.planted._corruptions import placed as placed
+from microtome.planted._corruptions import writes as writes
+from microtome.planted._facts import fact_memory as fact_memory
+from microtome.planted._folder import Planted as Planted
+from microtome.planted._folder import arrays_of as arrays_of
+from microtome.planted._folder import load as load
+from microtome.planted._folder import save as save
+from microtome.planted._induction import induction as induction
+from microtome.planted._network import PlantedConfig as PlantedConfig
+from microtome.planted._network import PlantedForCausalLM as PlantedForCausalLM
+from microtome.planted._programs import PROGRAMS as PROGRAMS
+from microtome.planted._programs import Program as Program
+from microtome.planted._programs import decode as decode
+from microtome.planted._programs import program as program
+from microtome.planted._sink import sink as sink
+from microtome.planted._steering import steering as steering
+from microtome.planted._superposition import superposition as superposition
+from microtome.planted._trained import TRAINED as TRAINED
+from microtome.planted._trained import interchange_accuracy as interchange_accuracy
+from microtome.planted._trained import trained as trained
+from microtome.planted._truth import Edge as Edge
+from microtome.planted._truth import edges as edges
+from microtome.planted._truth import head_of as head_of
+from microtome.planted._truth import mlp_of as mlp_of
+from microtome.planted._truth import nodes as nodes
+from microtome.planted._truth import receiver_of as receiver_of
+from microtome.planted._truth import sender_of as sender_of

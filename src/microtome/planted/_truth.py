@@ -1,0 +1,96 @@
+"""The words in which a circuit is told: nodes, and edges from what a node writes to what another reads.
+
+    nodes    embed, pos_embed, L{i}.head.{h}, L{i}.mlp, output
+    edges    (sender, receiver, input): input is q, k or v of a head, and in for an MLP and the output
+
+Number of edges of a model of L layers and H heads: every one of the 3H + 1 inputs of layer i is read from the two
+embeddings, the H + 1 nodes of each layer before it and, for the MLP, the H heads of its own; the output from all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from microtome.errors import DataError, error, nearest
+from microtome.run import Model
+
+Edge = tuple[str, str, str]
+
+
+def nodes(model: Model) -> list[str]:
+    """Every node of a model, in the order in which a forward reaches them."""
+    found = ["embed", "pos_embed"]
+    for i in range(model.anatomy.n_layers):
+        found += [f"L{i}.head.{h}" for h in range(model.anatomy.n_heads)] + [f"L{i}.mlp"]
+    return [*found, "output"]
+
+
+def edges(model: Model) -> list[Edge]:
+    """Every edge that a model could have, as (sender, receiver, input).
+
+    >>> edges(planted.program("reverse").model)[0]
+    ('embed', 'L0.head.0', 'q')
+    """
+    found: list[Edge] = []
+    senders = ["embed", "pos_embed"]
+    for i in range(model.anatomy.n_layers):
+        heads = [f"L{i}.head.{h}" for h in range(model.anatomy.n_heads)]
+        found += [(u, v, x) for v in heads for x in "qkv" for u in senders]
+        senders += heads
+        found += [(u, f"L{i}.mlp", "in") for u in senders]
+        senders.append(f"L{i}.mlp")
+    return found + [(u, "output", "in") for u in senders]
+
+
+def head_of(node: str) -> tuple[int, int] | None:
+    """Layer and head of a node, or None if it is none."""
+    match = re.fullmatch(r"L(\d+)\.head\.(\d+)", node)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def mlp_of(node: str) -> int | None:
+    """Layer of an MLP's node, or None if it is none."""
+    match = re.fullmatch(r"L(\d+)\.mlp", node)
+    return None if match is None else int(match[1])
+
+
+def sender_of(node: str) -> str:
+    """The name of a node where it writes, as the graph of a model has it: ``"0.attn.z[1]"`` for ``"L0.head.1"``."""
+    head, layer = head_of(node), mlp_of(node)
+    if head is not None:
+        return f"{head[0]}.attn.z[{head[1]}]"
+    return node if layer is None else f"{layer}.mlp_out"
+
+
+def receiver_of(node: str, slot: str) -> str:
+    """The name of a node's input, as the graph of a model has it: ``"0.attn.q[1]"`` for q of ``"L0.head.1"``."""
+    head, layer = head_of(node), mlp_of(node)
+    if head is not None:
+        return f"{head[0]}.attn.{slot}[{head[1]}]"
+    return "final" if layer is None else f"{layer}.mlp.in"
+
+
+def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
+    """Refuse a truth whose nodes or edges the model cannot have.
+
+    Raises:
+        DataError: names the first of them.
+    """
+    known, possible = nodes(model), set(edges(model))
+    told = list(truth.get("nodes", ()))
+    for node in told:
+        if node not in known:
+            raise DataError(
+                f'the truth names a node that {model.anatomy.name} has not: "{node}".{nearest(node, known)}'
+            )
+    for edge in truth.get("edges", ()):
+        if tuple(edge) not in possible:
+            allowed = "[sender, receiver, input] in the order of the model, input one of q, k, v, in"
+            raise error(
+                DataError, f"the truth names an edge that {model.anatomy.name} has not", got=edge, allowed=allowed
+            )
+        lost = [node for node in edge[:2] if node not in told]
+        if lost:
+            raise error(DataError, f"an edge of the truth ends at {lost[0]}, which is none of its nodes", got=edge)

@@ -1,0 +1,156 @@
+"""How well a model does a task, with its control and intervals.
+
+Formula:  difference = log sum_{t in answers} exp z[t] - log sum_{t in foils} exp z[t], which is the log-odds of a right
+          token against a wrong one, and with one answer and one foil the logit difference z[answer] - z[foil];
+          top1 = whether the token with the highest logit is an answer.
+Check:    with one of each it is `LogitDifference`; it is the difference of the log-probabilities of the two sets;
+          tests/unit/test_tasks_score.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microtome.errors import EditError, ModelUnsupported, PromptError, error
+from microtome.run import LogitDifference, Metric, Model
+from microtome.tasks._pair import Pair
+from microtome.tasks._tokens import Ids, Tokens
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+LEVEL, DRAWS = 0.95, 1000
+AT_ONCE = 1024
+"""How many tokens are run at a time."""
+
+
+@dataclass(frozen=True)
+class LogOdds:
+    """Log-odds of a set of answers against a set of foils, at the last position; sets may differ by prompt.
+
+    Attributes:
+        answers: one set of token ids a prompt.
+        foils: one set a prompt.
+    """
+
+    answers: Sequence[Ids]
+    foils: Sequence[Ids]
+
+    def __post_init__(self) -> None:
+        for right, wrong in zip(self.answers, self.foils, strict=True):
+            if not right or not wrong or set(right) & set(wrong):
+                got = f"{len(right)} answers, {len(wrong)} foils, {len(set(right) & set(wrong))} in both"
+                raise error(EditError, "answers and foils must be two sets of tokens that share none", got=got)
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The last column."""
+        return [length - 1]
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], in logits."""
+        rows = zip(logits[:, 0], prompts.tolist(), strict=True)
+        return torch.stack([z[[*self.answers[p]]].logsumexp(0) - z[[*self.foils[p]]].logsumexp(0) for z, p in rows])
+
+
+def metric_of(pairs: Sequence[Pair]) -> Metric:
+    """The logit difference where each pair has one answer and one foil; else the log-odds of the sets."""
+    answers, foils = [p.answer_ids for p in pairs], [p.foil_ids for p in pairs]
+    if all(len(ids) == 1 for ids in (*answers, *foils)):
+        return LogitDifference([ids[0] for ids in answers], foil=[ids[0] for ids in foils])
+    return LogOdds(answers, foils)
+
+
+def require_fit(model: Model, pairs: Sequence[Pair], text: bool) -> None:
+    """Refuse a model without a next token, or whose tokenizer is not that of the pairs.
+
+    Raises:
+        ModelUnsupported: it is not causal.
+        PromptError: its tokenizer gives other ids.
+    """
+    if not model.anatomy.causal:
+        got = f"{model.anatomy.name}, which is not causal"
+        raise error(ModelUnsupported, "tasks ask for the next token", got=got, do="use a causal model")
+    if not text or model.tokenizer is None:
+        return
+    tokens = Tokens.of(model)
+    for number, pair in enumerate(pairs):
+        if tokens.ids(pair.clean) != pair.clean_tokens:
+            raise error(
+                PromptError,
+                f"the task was built with another tokenizer than that of {model.anatomy.name}",
+                got=f"other tokens in pair {number}",
+                do="build it anew with this model",
+            )
+
+
+def last_logits(model: Model, rows: Sequence[Ids]) -> Tensor:
+    """[example, vocab] float64 logits after each prompt; prompts of one length are run together."""
+    found: dict[int, Tensor] = {}
+    for length in sorted({len(row) for row in rows}):
+        chosen = [i for i, row in enumerate(rows) if len(row) == length]
+        step = max(1, AT_ONCE // length)
+        for part in (chosen[i : i + step] for i in range(0, len(chosen), step)):
+            logits = model.run([list(rows[i]) for i in part]).logits[:, -1].double()
+            found |= dict(zip(part, logits, strict=True))
+    return torch.stack([found[i] for i in range(len(rows))])
+
+
+def score(model: Model, pairs: Sequence[Pair], text: bool, seed: int) -> xr.Dataset:
+    """What `Task.accuracy` returns, without its attributes."""
+    import xarray as xr
+
+    require_fit(model, pairs, text)
+    metric, prompts = metric_of(pairs), torch.arange(len(pairs), device=model.device)
+    values: dict[str, np.ndarray] = {}
+    for name in ("clean", "corrupt"):
+        logits = last_logits(model, [getattr(p, f"{name}_tokens") for p in pairs])
+        best = logits.argmax(-1).tolist()
+        values[f"top1_{name}"] = np.array([b in p.answer_ids for b, p in zip(best, pairs, strict=True)])
+        values[f"said_{name}"] = np.array(model.to_words(best), dtype=object)
+        values[f"difference_{name}"] = metric.read(logits.unsqueeze(1), prompts).cpu().numpy()
+    units = {"difference": "logits", "top1": "bool", "said": "text"}
+    data = xr.Dataset({n: ("example", v, {"unit": units[n.split("_")[0]]}) for n, v in values.items()})
+    means: dict[str, tuple[np.ndarray, Interval, str]] = {
+        "accuracy": (values["top1_clean"], wilson, "share"),
+        "accuracy_corrupt": (values["top1_corrupt"], wilson, "share"),
+        "preferred": (values["difference_clean"] > 0, wilson, "share"),
+        "mean_difference_clean": (values["difference_clean"], lambda v: bootstrap(v, seed), "logits"),
+        "mean_difference_corrupt": (values["difference_corrupt"], lambda v: bootstrap(v, seed), "logits"),
+    }
+    for name, (each, interval, unit) in means.items():
+        low, high = interval(each.astype(np.float64))
+        for ending, value in (("", float(each.mean())), ("_low", low), ("_high", high)):
+            data[name + ending] = ((), value, {"unit": unit})
+    return data
+
+
+Interval = Callable[[np.ndarray], tuple[float, float]]
+
+
+def wilson(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a share. Unlike a bootstrap it has a width where all are right, or none.
+
+    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
+    """
+    n, p, z = len(values), float(values.mean()), 1.959963984540054
+    centre, half = p + z * z / (2 * n), z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def bootstrap(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of a mean, over resamples of the examples; NaN of one example, which tells nothing.
+
+    Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979.
+    """
+    n = len(values)
+    if n < 2:
+        return float("nan"), float("nan")
+    means = values[np.random.default_rng(seed).integers(n, size=(DRAWS, n))].mean(1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

@@ -1,0 +1,246 @@
+"""The page of a causal result, as a browser draws it from disk and as a hand and a keyboard read it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from tests import effects
+from tests.browser.tab import Tab
+
+from microtome.view import write_patch_page
+
+pytestmark = pytest.mark.browser
+
+Opened = Callable[..., Tab]
+TIP = "document.querySelector('.tip').hidden ? '' : document.querySelector('.tip').innerText"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_patch_page(tmp_path_factory.mktemp("page") / "effects.html", effects.fake())
+
+
+@pytest.fixture
+def tab(browser: str) -> Iterator[Tab]:
+    opened = Tab(browser)
+    yield opened
+    opened.close()
+
+
+def cell(tab: Tab, number: int, row: int, column: int) -> tuple[float, float]:
+    """The middle of a cell of a map, in pixels of the window, read off the sheet that the cells lie on."""
+    box: dict[str, Any] = tab.eval(
+        f"""(() => {{
+        const svg = document.querySelectorAll('.cells')[{number}];
+        svg.scrollIntoView({{block: 'center'}});
+        const {{ x, y, width, height }} = svg.querySelector('.sheet').getBoundingClientRect();
+        return {{ x, y, width, height }};
+        }})()"""
+    )
+    rows, columns = (len(effects.CLEAN), effects.HEADS)[number], effects.LAYERS
+    return box["x"] + (column + 0.5) * box["width"] / columns, box["y"] + (row + 0.5) * box["height"] / rows
+
+
+def signed(value: float) -> str:
+    return f"{value:+#.4g}".replace("-", "−")
+
+
+def test_opens_from_disk_without_a_request_or_a_complaint(tab: Tab, page: Path) -> None:
+    tab.open(page)
+    assert tab.requests == [page.as_uri()]
+    assert tab.complaints == []
+    assert tab.eval("document.querySelectorAll('.cells').length") == 2
+    assert tab.eval("document.title") == "Activation patching: <b>Paris rather than Rome"
+
+
+def test_the_policy_of_the_page_forbids_requests_and_foreign_scripts(tab: Tab, page: Path) -> None:
+    """The two lists above can fill: what the page may not do is seen and refused."""
+    tab.open(page)
+    tab.eval("fetch('http://127.0.0.1:9/x').catch(() => 0)")
+    tab.eval("document.body.append(Object.assign(document.createElement('script'), {textContent: 'document.title=1'}))")
+    assert len([c for c in tab.complaints if "Content Security Policy" in c]) >= 2, tab.complaints
+    assert tab.eval("document.title") != "1"
+
+
+def test_hostile_prompts_stay_text(tab: Tab, page: Path) -> None:
+    tab.open(page)
+    assert tab.eval("document.scripts.length") == 2
+    words = tab.eval("document.querySelector('.prompts').innerText")
+    assert effects.SCRIPT in words
+    assert "\\u202eis" in words
+    assert "\\u001b[31m↵" in words
+    assert tab.eval("document.querySelectorAll('h1 b, .facts i').length") == 0
+
+
+@pytest.mark.parametrize(("number", "row", "column"), [(0, 1, 1), (0, 4, 3), (1, 1, 2), (1, 0, 0)])
+def test_pointing_at_a_cell_tells_its_place_and_value(tab: Tab, page: Path, number: int, row: int, column: int) -> None:
+    tab.open(page)
+    tab.hover(*cell(tab, number, row, column))
+    told = tab.eval(TIP)
+    data = effects.fake()
+    value = float(data[("resid_pre", "attn.z[head]")[number]].values[column, row])
+    assert f"{signed(value)} share of the gap" in told
+    if number == 0:
+        assert f"[{signed(value - 0.125)}, {signed(value + 0.125)}]" in told
+        assert f"layer {column}, position {row}" in told
+        assert f"{column}.resid_pre@{row}" in told
+    else:
+        assert f"layer {column}, head {row}" in told
+        assert f"{column}.attn.z[{row}]" in told
+    if (number, row) == (0, 1):
+        assert "clean ·Paris" in told
+        assert "corrupt ·Rome" in told
+    tab.hover(2, 2)
+    assert tab.eval(TIP) == ""
+
+
+def test_what_was_not_measured_is_hatched_and_said(tab: Tab, page: Path) -> None:
+    tab.open(page)
+    tab.hover(*cell(tab, 0, 2, 0))
+    assert tab.eval(TIP).startswith("not measured")
+    tab.hover(*cell(tab, 1, 2, 3))
+    assert tab.eval(TIP).startswith("not measured"), "an infinite value"
+    holes = tab.eval(
+        "document.querySelectorAll('.cells')[0].querySelector('.missing').getAttribute('d').match(/M/g).length"
+    )
+    assert holes == len(effects.CLEAN)
+    assert "not measured" in tab.eval("document.querySelector('.scale').innerText")
+
+
+def test_keys_read_the_maps(tab: Tab, page: Path) -> None:
+    data = effects.fake()["resid_pre"].values
+    tab.open(page)
+    reached = []
+    for _ in range(8):
+        tab.press("Tab", 9)
+        reached.append(tab.eval("document.activeElement.getAttribute('class') || document.activeElement.tagName"))
+        if reached[-1] == "cells":
+            break
+    assert reached[-1] == "cells", reached
+    assert signed(data[1, 1]) in tab.eval(TIP), "it begins at the strongest cell"
+    tab.press("ArrowRight", 39)
+    assert signed(data[2, 1]) in tab.eval(TIP)
+    tab.press("ArrowDown", 40)
+    tab.press("End", 35)
+    assert signed(data[3, 2]) in tab.eval(TIP)
+    tab.press("ArrowRight", 39)
+    assert signed(data[3, 2]) in tab.eval(TIP), "it stays inside"
+    tab.press("Escape", 27)
+    assert tab.eval(TIP) == ""
+
+
+def shades(tab: Tab, number: int, kind: str) -> list[float]:
+    path = f"document.querySelectorAll('.cells')[{number}].querySelectorAll('path.{kind}')"
+    return tab.eval(f"[...{path}].map((p) => Number(p.getAttribute('fill-opacity')))")
+
+
+def test_colours_share_one_symmetric_scale_or_take_each_map_its_own(tab: Tab, page: Path) -> None:
+    tab.open(page)
+    words = tab.eval("document.querySelector('.scale').innerText")
+    assert "−1.23" in words
+    assert "+1.23 share of the gap" in words
+    assert max(shades(tab, 0, "cold")) == 1.0
+    assert max(shades(tab, 1, "hot")) == pytest.approx(0.87654 / 1.2346, abs=1 / 60)
+    tab.eval("document.querySelectorAll('input[name=scale]')[1].click()")
+    assert max(shades(tab, 1, "hot")) == 1.0
+    assert tab.eval("document.querySelectorAll('.ends')[1].textContent") == "−0.877 to +0.877"
+
+
+SITES = "[...document.querySelectorAll('.strongest tbody tr')].map((r) => r.cells[0].innerText)"
+VALUES = "[...document.querySelectorAll('.strongest tbody tr')].map((r) => r.cells[4].innerText.split(' ')[0])"
+
+
+def test_the_table_sorts_filters_and_leads_to_the_map(tab: Tab, page: Path) -> None:
+    tab.open(page)
+    numbers = lambda: [float(v.replace("−", "-")) for v in tab.eval(VALUES)]  # noqa: E731
+    first = numbers()
+    assert len(first) == 12
+    assert first[0] == -1.235
+    assert [abs(v) for v in first] == sorted((abs(v) for v in first), reverse=True)
+    head = "document.querySelectorAll('.strongest th button')"
+    tab.eval(f"{head}[4].click()")
+    assert numbers() == sorted(first, reverse=True)
+    assert tab.eval("document.querySelector('.strongest th[aria-sort]').getAttribute('aria-sort')") == "descending"
+    tab.eval(f"{head}[4].click()")
+    assert numbers() == sorted(first)
+    tab.eval("document.querySelector('.more').click()")
+    assert len(numbers()) == 15 + 11
+    tab.eval("(() => { const s = document.querySelector('select'); s.value = 'attn.z[head]';"
+             " s.dispatchEvent(new Event('change')); })()")  # fmt: skip
+    sites = tab.eval(SITES)
+    assert len(sites) == 11
+    assert all(re.fullmatch(r"\d\.attn\.z\[\d\]", site) for site in sites)
+    tab.eval(f"{head}[5].click()")
+    tab.eval("document.querySelector('.strongest tbody button').click()")
+    assert tab.eval("document.activeElement.getAttribute('class')") == "cells"
+    assert "+0.8765 share of the gap" in tab.eval(TIP)
+
+
+def test_estimates_show_their_exact_values(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_patch_page(tmp_path / "a.html", effects.estimated()))
+    assert tab.complaints == []
+    heads = tab.eval("[...document.querySelectorAll('.strongest th')].map((t) => t.innerText)")
+    assert [h for h in heads if h in ("estimate", "exact", "value")] == ["estimate", "exact"]
+    first = tab.eval("[...document.querySelector('.strongest tbody tr').cells].map((c) => c.innerText)")
+    assert first[:5] == ["2.attn.z[1]", "2", "1", "+0.8765", "+0.7500"], "heads have no token"
+    assert "not measured" in tab.eval("document.querySelector('.strongest tbody').innerText")
+    assert "attn.z[head]\t0.875\t2" in tab.eval("document.querySelector('.checks').innerText")
+    tab.eval("document.querySelector('.strongest tbody button').click()")
+    assert "exact: +0.7500" in tab.eval(TIP)
+
+
+def test_edges_are_named_by_their_ends_and_drawn_by_layer(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_patch_page(tmp_path / "a.html", effects.edges()))
+    assert tab.complaints == []
+    assert tab.eval("[...document.querySelectorAll('figcaption b')].map((b) => b.innerText)") == [
+        "score", "strongest score between two layers"
+    ]  # fmt: skip
+    assert tab.eval("[...document.querySelectorAll('.strongest th')].map((t) => t.innerText)") == [
+        "site",
+        "value",
+        "size",
+    ]
+    assert tab.eval(SITES)[0] == "embed → 1.mlp.in"
+    assert "no edge" in tab.eval("document.querySelector('.scale').innerText")
+    tab.eval("document.querySelector('.strongest tbody button').click()")
+    assert tab.eval(TIP).startswith("−4.000 logits")
+
+
+def test_a_traced_fact_marks_its_subject(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_patch_page(tmp_path / "a.html", effects.traced()))
+    assert tab.complaints == []
+    assert tab.eval("[...document.querySelectorAll('.prompts .hit')].length") == 2
+    assert tab.eval("document.querySelector('.prompts').innerText").split()[-1] == "0.2500"
+    assert tab.eval("document.querySelector('h1').innerText") == "Causal tracing: Seattle"
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_leaves_the_window(tab: Tab, page: Path, tmp_path: Path, width: int, height: int, dark: bool) -> None:
+    tab.resize(width, height, dark)
+    tab.open(page)
+    assert tab.eval("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    spread = tab.eval("[...document.querySelectorAll('.cells')].map((c) => c.getBoundingClientRect().right)")
+    assert max(spread) <= width
+    ground = tab.eval("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(21, 23, 26)" if dark else "rgb(253, 253, 252)")
+    tab.picture(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+    assert tab.complaints == []
+
+
+def test_a_long_prompt_of_a_deep_model_fits_too(tab: Tab, tmp_path: Path) -> None:
+    values = np.random.default_rng(3).normal(size=(80, 200))
+    coords = {"layer": range(80), "token": ("pos", [f" word{i}" for i in range(200)])}
+    data = xr.Dataset({"mlp_out": (("layer", "pos"), values, {"unit": "logits"})}, coords=coords)
+    tab.resize(390, 844)
+    tab.open(write_patch_page(tmp_path / "long.html", data))
+    assert tab.complaints == []
+    assert tab.eval("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert tab.eval("document.querySelectorAll('.cells *').length") < 600, "cells of one shade are one element"

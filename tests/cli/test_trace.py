@@ -1,0 +1,63 @@
+"""`microtome trace` on a tiny saved model: what it says, and a user's mistakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import microtome as mt
+
+Cli = Callable[..., Any]
+PROMPT, SUBJECT = "the cat sat on the", "cat"
+
+
+def check(done: Any, code: int, *texts: str) -> None:
+    assert done.code == code, done.err
+    for text in texts:
+        assert text in done.err, done.err
+
+
+def test_json_holds_what_the_method_returned(cli: Cli, saved: Path) -> None:
+    done = cli("trace", PROMPT, "--subject", SUBJECT, "--samples", 2, "--window", 2, "-m", saved, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    data = mt.causal_trace(mt.open(str(saved)), PROMPT, subject=SUBJECT, samples=2, window=2)
+    assert list(told["maps"]) == ["resid", "mlp", "attn"]
+    for name, held in told["maps"].items():
+        np.testing.assert_allclose(held["values"], data[name].values, atol=1e-5)
+        np.testing.assert_allclose(held["lo"], data[f"{name}_lo"].values, atol=1e-5)
+    assert told["clean"] == pytest.approx(float(data["clean"]), abs=1e-6)
+    assert told["provenance"]["seed"] == 0
+    assert done.err.startswith("plan: ")
+
+
+def test_maps_in_the_terminal_and_as_a_page(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    page = tmp_path / "t.html"
+    done = cli("trace", PROMPT, "--subject", SUBJECT, "--samples", 2, "-m", saved, "-o", page)
+    assert done.code == 0, done.err
+    for text in ("residual stream", "MLP output", "attention output", "probability of the answer", "page written"):
+        assert text in done.out
+    assert [p.name for p in tmp_path.iterdir()] == ["t.html"]
+    other = ("--corrupt", "the dog sat on the", "--answer", "mat")
+    told = json.loads(cli("trace", PROMPT, "--subject", SUBJECT, *other, "-m", saved, "--json").out)
+    assert told["provenance"]["answer"].strip("Ġ ") == "mat"
+    assert "replaced" in told["provenance"]
+
+
+def test_prompts_and_subjects_that_do_not_fit(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    page = tmp_path / "t.html"
+    for arguments, code, *texts in (
+        ((PROMPT, "--subject", "barn"), 6, "PromptError", "barn"),
+        ((PROMPT, "--subject", SUBJECT, "--answer", "the mat"), 6, '"the mat" is not one token'),
+        ((PROMPT, "--subject", SUBJECT, "--corrupt", "the dog sat"), 6, "do not align"),
+        ((PROMPT, "--subject", SUBJECT, "--samples", 0), 5, "another samples", "allowed: 1 or more"),
+    ):
+        check(cli("trace", *arguments, "-m", saved, "-o", page), code, *texts)
+    check(cli("trace", PROMPT, "-m", saved), 2, "Missing option '--subject'")
+    check(cli("trace", PROMPT, "--subject", SUBJECT, "-o", tmp_path / "t.pdf"), 9, "allowed: .html")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,266 @@
+"""An edge cell is equal to plain hooks on a model in which every head has its own keys and values."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tests import families
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import microtome as mt
+
+READ = mt.Reading(lambda logits, prompts: logits.flatten(1), positions=(-1, 5))
+FAMILIES = [
+    "gpt2", "gpt_neo", "gpt_neox-parallel", "gptj", "opt-prenorm", "bloom", "falcon-gqa", "falcon-mqa",
+    "falcon-onenorm", "mpt", "llama-mha", "llama-gqa", "llama-mqa", "llama-bias", "mistral", "qwen3", "gemma2",
+    "gemma3", "phi", "phi3", "olmo2", "stablelm-parallel", "cohere", "granite", "mixtral", "gpt_oss",
+    "deepseek_v3-qlora",
+]  # fmt: skip
+
+
+def ids(seed: int, length: int = 9) -> Tensor:
+    return torch.randint(5, 100, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def captured(model: mt.Model, tokens: Tensor) -> mt.Run:
+    return model.run(tokens, capture=["embed", "*.attn.z", "*.mlp_out"])
+
+
+def ungrouped(hf: Any) -> LlamaForCausalLM:
+    """The same Llama with the keys and values of each group written out once a head."""
+    config = copy.deepcopy(hf.config)
+    groups, config.num_key_value_heads = config.num_attention_heads // config.num_key_value_heads, 4
+    wide = LlamaForCausalLM(config).float().eval()
+    state = hf.state_dict()
+    for key in [k for k in state if "k_proj" in k or "v_proj" in k]:
+        state[key] = (
+            state[key].unflatten(0, (hf.config.num_key_value_heads, -1)).repeat_interleave(groups, 0).flatten(0, 1)
+        )
+    wide.load_state_dict(state)
+    return wide
+
+
+def hooked(hf: LlamaForCausalLM, tokens: Tensor, receiver: str, change: Tensor) -> Tensor:
+    """Logits when one input alone reads the stream plus a change, by plain hooks."""
+    address = mt.parse(receiver)
+    handles: list[Any] = []
+    if address.name == "final":
+        handles.append(hf.model.norm.register_forward_pre_hook(lambda m, a: (a[0] + change,)))
+    else:
+        block = hf.model.layers[int(str(address.layers))]
+        if address.name == "mlp.in":
+            handles.append(block.post_attention_layernorm.register_forward_pre_hook(lambda m, a: (a[0] + change,)))
+        else:
+            head, width = int(str(address.units)), block.self_attn.head_dim
+            stream: list[Tensor] = []
+            part = slice(head * width, (head + 1) * width)
+            projection = getattr(block.self_attn, f"{address.name[-1]}_proj")
+
+            def read(module: Any, args: Any, output: Tensor) -> Tensor:
+                new = output.clone()
+                bias = None if module.bias is None else module.bias[part]
+                read = block.input_layernorm(stream[0] + change)
+                new[..., part] = torch.nn.functional.linear(read, module.weight[part], bias)
+                return new
+
+            handles.append(block.register_forward_pre_hook(lambda m, a: stream.append(a[0])))
+            handles.append(projection.register_forward_hook(read))
+    with torch.no_grad():
+        logits = hf(input_ids=tokens).logits
+    for handle in handles:
+        handle.remove()
+    return logits[0, [-1, 5]].flatten()
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "llama-gqa", "llama-mqa"])
+def test_edges_equal_plain_hooks(name: str) -> None:
+    hf = families.build(name)
+    model, wide = mt.map(hf), ungrouped(hf)
+    clean, corrupt = ids(0), ids(1)
+    base, other = captured(model, clean), captured(model, corrupt)
+    senders = ["embed", "0.attn.z[1]", "0.mlp_out", "1.attn.z[3]", "embed@4"]
+    receivers = ["2.attn.q[0]", "2.attn.k[1]", "2.attn.v[3]", "2.mlp.in", "1.mlp.in", "final", "2.attn.k[0]"]
+    edges = [mt.Edge(s, r, source=other) for s in senders for r in receivers]
+    result = model.sweep(clean, edges, READ)
+    for i, edge in enumerate(edges):
+        sender = mt.parse(edge.sender)
+        site = str(mt.Site(sender.name, None if sender.layers is None else int(str(sender.layers))))
+        change = other[site][0] - base[site][0]
+        if sender.name == "attn.z":
+            head = int(str(sender.units))
+            change = change[:, head] @ model.layers[int(str(sender.layers))].W_O[head]
+        if edge.sender == "embed@4":
+            change = change * (torch.arange(9) == 4).unsqueeze(1)
+        expected = hooked(wide, clean, edge.receiver, change)
+        assert (result.values[i] - expected).abs().max() < 1e-4, edge
+        if edge.sender == "embed@4" and edge.receiver in ("2.attn.q[0]", "2.mlp.in", "final"):
+            assert result.effects[i].abs().max() < 1e-6  # in the last layer these act where they are, and are not read
+        else:
+            assert result.effects[i].abs().max() > 1e-5, edge
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_edges_into_one_branch_add_up_where_it_is_linear(name: str) -> None:
+    """Into the logits, with the final norm held, the edges of all senders together are the whole difference."""
+    model = mt.map(families.build(name))
+    clean, corrupt = ids(0), ids(1)
+    base, other = captured(model, clean), captured(model, corrupt)
+    n, h = model.anatomy.n_layers, model.anatomy.n_heads
+    edges = [mt.Edge("embed", "final", source=other)]
+    for layer in range(n):
+        edges += [mt.Edge(f"{layer}.attn.z[{i}]", "final", source=other) for i in range(h)]
+        edges += [mt.Edge(f"{layer}.mlp_out", "final", source=other)]
+    ends = [model.run(t, capture=f"{n - 1}.resid_post")[f"{n - 1}.resid_post"] for t in (clean, corrupt)]
+    from microtome.run._edges import Edges, _Placed
+
+    made = Edges(model, clean, [0])
+    changes = sum(made.change(_Placed(edge, 0, 0)) for edge in edges)
+    if model.anatomy.parts.layers[0].attn_post_norm is None:
+        torch.testing.assert_close(changes, (ends[1] - ends[0])[0], rtol=1e-4, atol=1e-4)
+    for edge in (edges[0], edges[2], edges[-1]):
+        change = made.change(_Placed(edge, 0, 0))
+        value = model.sweep(clean, [edge], READ).values[0]
+        literal = model.run(clean, edits=[mt.Add(f"{n - 1}.resid_post", change)]).logits[0, [-1, 5]].flatten()
+        assert (value - literal).abs().max() < 1e-4
+    assert base.tokens.shape == other.tokens.shape
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_head_with_all_three_inputs_from_everywhere_is_the_others(name: str) -> None:
+    """Layer by layer: all of a layer's input through one edge makes one head what it is on the other stream."""
+    model = mt.map(families.build(name))
+    clean, corrupt = ids(0), ids(1)
+    capture = [f"{i}.{s}" for i in range(3) for s in ("resid_pre", "attn.z", "attn.q", "attn.k", "attn.v", "mlp_out")]
+    base, other = model.run(clean, capture=["embed", *capture]), model.run(corrupt, capture=["embed", *capture])
+    change = (other["2.resid_pre"] - base["2.resid_pre"])[0]
+    for name_, head in (("q", 1), ("k", 2), ("v", 0)):
+        edge = mt.Edge("embed", f"2.attn.{name_}[{head}]", change=change)
+        got = model.sweep(clean, [edge], READ).values[0]
+        swapped = model.run(clean, capture="2.attn.z", edits=[mt.SwapFrom(f"2.attn.{name_}", source=other)])
+        z = base["2.attn.z"].clone()
+        z[:, :, head] = swapped["2.attn.z"][:, :, head]
+        expected = model.run(clean, edits=[mt.Set("2.attn.z", z)]).logits[0, [-1, 5]].flatten()
+        assert (got - expected).abs().max() < 1e-4
+        assert (got - base.logits[0, [-1, 5]].flatten()).abs().max() > 1e-5
+    read = "2.resid_pre" if model.anatomy.parts.form == "parallel" else "2.resid_mid"
+    streams = [model.run(t, capture=read)[read] for t in (clean, corrupt)]
+    edge = mt.Edge("embed", "2.mlp.in", change=(streams[1] - streams[0])[0])
+    got = model.sweep(clean, [edge], READ).values[0]
+    expected = model.run(clean, edits=[mt.SwapFrom("2.mlp_out", source=other)]).logits[0, [-1, 5]].flatten()
+    assert (got - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda s: mt.Edge("1.attn.z", "2.mlp.in", source=s), '"1.attn.z" cannot send; allowed: embed, one head'),
+        (lambda s: mt.Edge("0.mlp_out", "2.attn.q", source=s), '"2.attn.q" cannot receive'),
+        (lambda s: mt.Edge("2.mlp_out", "1.attn.q[0]", source=s), "2.mlp_out does not come before 1.attn.q"),
+        (lambda s: mt.Edge("2.mlp_out", "2.mlp.in", source=s), "2.mlp_out does not come before 2.mlp.in"),
+        (lambda s: mt.Edge("embed", "final"), "needs a source or a change"),
+        (lambda s: mt.Edge("embed", "2.attn.k[4]", source=s), r"no head \[4\] to receive"),
+        (lambda s: mt.Edge("7.mlp_out", "final", source=s), "no layers 7"),
+        (lambda s: mt.Edge("embed", "final", source={}), "the source of an edge has no embed"),
+        (lambda s: mt.Edge("embed", "final", change=torch.zeros(3, 40)), r"does not fit; got shape \[3, 40\]"),
+    ],
+)
+def test_edges_that_are_none_are_refused(make: Any, text: str) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    source = captured(model, ids(1))
+    with pytest.raises(mt.errors.MicrotomeError, match=text):
+        model.sweep(ids(0), [make(source)], READ)
+
+
+def test_a_parallel_block_has_no_edge_from_its_attention_to_its_mlp() -> None:
+    model = mt.map(families.build("gptj"))
+    with pytest.raises(mt.errors.EditError, match="does not come before 1.mlp.in in a parallel block"):
+        model.sweep(ids(0), [mt.Edge("1.attn.z[0]", "1.mlp.in", source=captured(model, ids(1)))], READ)
+
+
+def test_a_stream_with_norms_on_it_has_no_edges() -> None:
+    model = mt.map(families.build("bert"))
+    with pytest.raises(mt.errors.SiteError, match="is not a sum over its parts, so that it has no edges"):
+        model.sweep(ids(0), [mt.Edge("embed", "final", source=captured(model, ids(1)))], READ)
+
+
+def test_edges_of_several_prompts_and_other_cells_mix() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    prompts = torch.cat([ids(0), ids(2)])
+    sources = [captured(model, ids(1)), captured(model, ids(3))]
+    cells = [
+        mt.Edge("embed", "1.attn.v[2]", source=sources[0]),
+        mt.Zero("1.mlp_out@3"),
+        mt.Edge("0.mlp_out", "final", source=sources[1]),
+    ]
+    together = model.sweep(prompts, cells, READ, prompts=[0, 0, 1])
+    for i, (cell, prompt) in enumerate(zip(cells, (0, 0, 1), strict=True)):
+        alone = model.sweep(prompts[prompt : prompt + 1], [cell], READ)
+        assert (together.values[i] - alone.values[0]).abs().max() < 1e-5
+    plan = model.plan_sweep(prompts, cells, READ, prompts=[0, 0, 1])
+    assert plan.cells == 3
+    assert plan.seconds > 0
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+def test_the_embedding_alone_is_the_whole_gap(direction: str) -> None:
+    model = mt.open(families.build("llama-gqa"))
+    clean, corrupt = ids(0)[0].tolist(), ids(1)[0].tolist()
+    data = mt.node_effects(model, clean, corrupt, answer=11, foil=13, direction=direction)
+    assert data["effect"].dims == ("sender",)
+    ends = {name: model.run(t).logits[0, -1, [11, 13]] for name, t in (("noise", clean), ("denoise", corrupt))}
+    gap = {name: float(z[0] - z[1]) for name, z in ends.items()}
+    other = {"noise": "denoise", "denoise": "noise"}[direction]
+    assert float(data["base"]) == pytest.approx(gap[direction], abs=1e-5)
+    assert float(data["effect"].sel(sender="embed")) == pytest.approx(gap[other] - gap[direction], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gptj"])
+def test_every_edge_of_the_table_is_that_edge_alone(name: str) -> None:
+    model = mt.map(families.build(name))
+    clean, corrupt = ids(0), ids(1)
+    plans: list[mt.SweepPlan] = []
+    told: list[tuple[int, int]] = []
+    data = mt.edge_effects(
+        model, clean, corrupt, answer=11, foil=13, planned=plans.append, progress=lambda d, n: told.append((d, n))
+    )
+    table, mask = data["effect"].values, mt.graph(model).mask.numpy()
+    assert table.shape == mask.shape
+    assert ((table == table) == mask).all()  # missing where there is no edge
+    assert data.attrs["measured"] == data.attrs["n_edges"] == mask.sum() == sum(plan.cells for plan in plans)
+    assert told[-1] == (mask.sum(), mask.sum())
+    other = captured(model, corrupt)
+    metric = mt.LogitDifference(11, foil=13)
+    for sender, receiver in (("embed", "0.attn.k[1]"), ("1.attn.z[2]", "2.mlp.in"), ("0.mlp_out", "final")):
+        alone = model.sweep(clean, [mt.Edge(sender, receiver, source=other)], metric).effects[0]
+        assert float(data["effect"].sel(sender=sender, receiver=receiver)) == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_parts_of_the_embedding_are_senders_of_their_own() -> None:
+    model = mt.map(families.build("gpt2"))
+    clean, corrupt = ids(0), ids(1)
+    tokens = (model.W_E[corrupt] - model.W_E[clean])[0].detach()
+    nothing = torch.zeros_like(tokens)
+    data = mt.edge_effects(
+        model, clean, corrupt, answer=11, foil=13, embeddings={"tokens": tokens, "positions": nothing}
+    )
+    whole = mt.edge_effects(model, clean, corrupt, answer=11, foil=13)
+    gap = data["effect"].sel(sender="tokens").values - whole["effect"].sel(sender="embed").values
+    assert abs(gap).max() < 1e-4
+    assert abs(data["effect"].sel(sender="positions")).max() < 1e-5
+    assert data.attrs["n_edges"] == whole.attrs["n_edges"] + len(mt.graph(model).receivers)
+
+
+def test_stopped_it_keeps_the_edges_that_were_reached() -> None:
+    model = mt.map(families.build("llama-gqa"))
+
+    def stop(done: int, everything: int) -> None:
+        if done > 60:
+            raise KeyboardInterrupt
+
+    data = mt.edge_effects(model, ids(0), ids(1), answer=11, foil=13, progress=stop)
+    finite = int((data["effect"] == data["effect"]).sum())
+    assert 60 < finite == data.attrs["measured"] < data.attrs["n_edges"]

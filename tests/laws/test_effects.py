@@ -1,0 +1,130 @@
+"""Direct effects and repairs sum to the whole with the norm held, and every effect is that of its literal forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests import families
+
+import microtome as mt
+
+ROWS = [[7, 20, 33, 41, 52], [9, 21, 34, 42, 53], [8, 22, 35, 43, 54]]
+OTHERS = [[5, 20, 33, 41, 52], [9, 21, 36, 42, 53], [8, 27, 35, 43, 54]]
+ANSWERS, FOILS = [11, 12, 13], [14, 15, 16]
+SEQUENTIAL = ["llama-gqa", "gpt2", "gpt_neox-sequential", "gemma2", "opt-prenorm"]
+PARALLEL = ["gptj", "gpt_neox-parallel", "falcon-mqa"]
+
+
+def difference(logits: torch.Tensor, i: int, cap: float | None = None) -> float:
+    logits = logits[0, -1].double()
+    logits = logits if cap is None else torch.atanh(logits / cap) * cap
+    return float(logits[ANSWERS[i]] - logits[FOILS[i]])
+
+
+def held(model: mt.Model, i: int, edits: list[mt.Edit]) -> float:
+    """The logit difference before any cap, with the final norm's scale that of the clean run: one literal forward."""
+    clean = model.run([ROWS[i]], capture="final.scale")
+    logits = model.run([ROWS[i]], edits=[*edits, mt.SwapFrom("final.scale", source=clean)]).logits
+    return difference(logits, i, model.anatomy.logit_softcap)
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL + PARALLEL)
+def test_direct_and_repairs_sum_to_the_whole_with_the_norm_held(name: str) -> None:
+    model = mt.map(families.build(name))
+    plain = not any(part.attn_post_norm for part in model.anatomy.parts.layers)
+    names = ["0.attn_out", "0.mlp_out", "1.attn.z[2]", "1.mlp_out", "2.attn_out", "0.attn.z[1]"]
+    for receivers in ("branches", "heads") if plain else ("branches",):
+        data = mt.component_effects(
+            model, ROWS, answers=ANSWERS, foils=FOILS, components=names, receivers=receivers, ablation="zero"
+        )
+        for i in range(3):
+            before = held(model, i, [])
+            for name in names:
+                edits: list[mt.Edit] = [mt.Zero(f"{name}@-1")]
+                one = data.sel(component=name)
+                whole = float(one["direct_each"][i] + one["repair_each"][i].sum())
+                assert whole == pytest.approx(held(model, i, edits) - before, abs=1e-4), name
+                literal = difference(model.run([ROWS[i]], edits=edits).logits, i)
+                clean = difference(model.run([ROWS[i]]).logits, i)
+                assert float(one["total_each"][i]) == pytest.approx(literal - clean, abs=1e-4)
+                assert float(data["clean"][i]) == pytest.approx(clean, abs=1e-4)
+                assert float(one["norm_each"][i]) == pytest.approx(literal - clean - whole, abs=1e-4)
+    if name in PARALLEL:  # an MLP beside the attention cannot repair it
+        assert abs(float(data["repair_each"].sel(component="0.attn_out", receiver="0.mlp_out").max())) < 1e-6
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("ablation", ["mean", "resample", "corrupt"])
+def test_each_ablation_is_its_literal_forward(ablation: str, everywhere: bool) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    names, at = ["0.mlp_out", "1.attn.z[2]", "2.attn_out"], "" if everywhere else "@-1"
+    corrupts = OTHERS if ablation == "corrupt" else None
+    data = mt.component_effects(
+        model, ROWS, answers=ANSWERS, foils=FOILS, components=names, ablation=ablation, corrupts=corrupts,
+        everywhere=everywhere, seed=3,
+    )  # fmt: skip
+    sites = ["0.mlp_out", "1.attn.z", "2.attn_out"]
+    means = mt.measure.means(model, ROWS, [s + at for s in sites])
+    drawn = mt.measure.resampled(model, ROWS, sites, seed=3)
+    for i in range(3):
+        clean = difference(model.run([ROWS[i]]).logits, i)
+        for name, site in zip(names, sites, strict=True):
+            if ablation == "mean":
+                mean = means[site + at][2] if "[" in name else means[site + at]
+                edit: mt.Edit = mt.Set(name + at, value=mean)
+            elif ablation == "resample":
+                edit = mt.SwapFrom(name + at, source={site: drawn[site][i : i + 1]})
+            else:
+                edit = mt.SwapFrom(name + at, source=model.run([OTHERS[i]], capture=site))
+            literal = difference(model.run([ROWS[i]], edits=[edit]).logits, i) - clean
+            assert float(data["total_each"].sel(component=name)[i]) == pytest.approx(literal, abs=1e-4)
+
+
+def test_all_components_and_what_cannot_act() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    data = mt.component_effects(model, ROWS, answers=11, components="heads", receivers="heads", ablation="zero", seed=1)
+    assert data.sizes["component"] == data.sizes["receiver"] == 3 * 5
+    repair = abs(data["repair_each"].values)
+    layer = [int(str(c).split(".")[0]) for c in data["component"].values]
+    for i, a in enumerate(layer):
+        for j, b in enumerate(layer):
+            head_of_same = a == b and not (str(data["component"].values[i]).endswith("]") and j % 5 == 4)
+            if b < a or head_of_same:
+                assert repair[:, i, j].max() < 1e-5  # nothing comes before, or beside
+    assert float(abs(data["indirect"] - (data["total"] - data["direct"])).max()) < 1e-12
+    totals = data["total"].values
+    assert float(data["total_control"][0]) == pytest.approx(totals[1:4].mean())
+    assert bool(data["total_control"][4::5].isnull().all())  # one MLP a layer
+    assert data.attrs["ablation"] == "zero"
+    slope = data["slope"].values
+    each, sums = data["direct_each"].values[:, 0], data["repair_each"].values[:, 0].sum(-1)
+    d = each - each.mean()
+    assert slope[0] == pytest.approx((d * (sums - sums.mean())).sum() / (d * d).sum())
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"components": ["0.resid_pre"]}, '"0.resid_pre" is not a component; allowed: heads'),
+        ({"components": ["0.attn_out@2"]}, '"0.attn_out@2" is not a component'),
+        ({"answers": [11, 12]}, "there must be one answer an example; got 2; allowed: 3"),
+        ({"foils": ANSWERS}, 'the foil equals the answer in example 0; got "11"'),
+        ({"answers": " Paris"}, 'cannot read " Paris": this model was opened without a tokenizer'),
+        ({"ablation": "corrupt"}, "there is nothing to ablate with"),
+        ({"ablation": "corrupt", "corrupts": OTHERS[:2]}, "one corrupt prompt an example; got 2; allowed: 3"),
+        ({"ablation": "corrupt", "corrupts": [[1, 2], *OTHERS[1:]]}, "differ first at token 0; got 5 and 2 tokens"),
+        ({"prompts": [*ROWS, [5, 6]], "answers": 11, "foils": 12, "ablation": "resample"}, "no other prompt of 2"),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_to_measure_is_refused(change: dict[str, object], text: str) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    arguments = {"prompts": ROWS, "answers": ANSWERS, "foils": FOILS} | change
+    with pytest.raises(mt.errors.MicrotomeError, match=text):
+        mt.component_effects(model, arguments.pop("prompts"), **arguments)
+
+
+def test_models_without_such_a_sum_are_refused() -> None:
+    with pytest.raises(mt.errors.SiteError, match="are not a sum over its parts"):
+        mt.component_effects(mt.map(families.build("bert")), ROWS, answers=11)
+    with pytest.raises(mt.errors.SiteError, match="a norm stands behind the heads"):
+        mt.component_effects(mt.map(families.build("gemma2")), ROWS, answers=11, receivers="heads")

@@ -1,0 +1,112 @@
+"""Many pairs: each is what it is alone, and the mean comes with what is known of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests import families
+
+import microtome as mt
+
+CLEAN = [[7, 20, 33, 41, 52], [9, 21, 34, 42, 53, 60, 61], [8, 22, 35, 43, 54], [6, 23, 36, 44, 55, 66]]
+CORRUPT = [[7, 20, 64, 41, 52], [9, 71, 72, 42, 53, 60, 61], [8, 22, 65, 43, 54], [6, 73, 36, 44, 55, 66]]
+ANSWERS, FOILS = [11, 12, 13, 14], [15, 16, 17, 18]
+SPANS = [
+    {"subject": (2, 3), "last": (4, 5)},
+    {"subject": (1, 3), "last": -1, "other": 5},
+    {"last": 4, "subject": 2},
+    {"subject": (1, 2), "last": (5, 6)},
+]
+SITES = ["resid_pre", "mlp_out", "attn.z[head]", "attn.v[head]"]
+
+
+@pytest.fixture(scope="module")
+def model() -> mt.Model:
+    return mt.open(families.build("llama-gqa"))
+
+
+def difference(model: mt.Model, i: int, tokens: list[int], edits: list[mt.Edit] | None = None) -> float:
+    logits = model.run([tokens], edits=edits or []).logits[0, -1]
+    return float(logits[ANSWERS[i]] - logits[FOILS[i]])
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_every_pair_is_its_literal_forwards(model: mt.Model, direction: str) -> None:
+    data = mt.patch_pairs(
+        model, CLEAN, CORRUPT, answers=ANSWERS, foils=FOILS, spans=SPANS, sites=SITES, direction=direction, share=False
+    )
+    assert data["span"].values.tolist() == ["subject", "last"]
+    assert data["mlp_out"].dims == ("layer", "span")
+    assert data["attn.v[head]_each"].dims == ("example", "layer", "kv_head")
+    at = [("2", "4"), ("1-2", "6"), ("2", "4"), ("1", "5")]
+    for i in range(4):
+        start, goal = (CORRUPT[i], CLEAN[i]) if direction == "denoise" else (CLEAN[i], CORRUPT[i])
+        source = model.run([goal], capture=["*.resid_pre", "*.mlp_out", "*.attn.z", "*.attn.v"])
+        began = difference(model, i, start)
+        for site, value in (
+            (f"1.resid_pre@{at[i][0]}", data["resid_pre_each"][i, 1, 0]),
+            (f"2.mlp_out@{at[i][1]}", data["mlp_out_each"][i, 2, 1]),
+            ("1.attn.z[3]", data["attn.z[head]_each"][i, 1, 3]),
+            ("0.attn.v[1]", data["attn.v[head]_each"][i, 0, 1]),
+        ):
+            literal = difference(model, i, start, [mt.SwapFrom(site, source=source)])
+            assert float(value) == pytest.approx(literal - began, abs=1e-4)
+        assert float(data["clean"][i]) == pytest.approx(difference(model, i, CLEAN[i]), abs=1e-4)
+        assert float(data["corrupt"][i]) == pytest.approx(difference(model, i, CORRUPT[i]), abs=1e-4)
+
+
+def test_a_pair_is_what_it_is_alone(model: mt.Model) -> None:
+    some = [0, 2]
+    data = mt.patch_pairs(
+        model, [CLEAN[i] for i in some], [CORRUPT[i] for i in some], answers=11, foils=15, sites=["resid_mid"]
+    )
+    for example, i in enumerate(some):
+        alone = mt.activation_patching(model, CLEAN[i], CORRUPT[i], answer=11, foil=15, sites=["resid_mid"])
+        assert float(abs(data["resid_mid_each"][example] - alone["resid_mid"]).max()) < 1e-4
+    assert data["resid_mid"].dims == ("layer", "pos")
+    assert data["resid_mid_each"].attrs["unit"] == "share of the gap"
+
+
+def test_the_statistics_are_those_of_the_examples(model: mt.Model) -> None:
+    arguments = {"answers": ANSWERS, "foils": FOILS, "spans": SPANS, "sites": ["mlp_out"]}
+    data = mt.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments)
+    each = torch.from_numpy(data["mlp_out_each"].values)
+    mean, low, high = mt.measure.mean_interval(each, seed=5)
+    for name, x in (("", mean), ("_lo", low), ("_hi", high), ("_p", mt.measure.sign_flip(each, seed=5))):
+        assert torch.equal(torch.from_numpy(data[f"mlp_out{name}"].values), x)
+    assert mt.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments).equals(data)
+    many = mt.patch_pairs(
+        model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, spans=SPANS * 5, sites=["mlp_out"]
+    )  # more than are held at once
+    assert float(abs(many["mlp_out_each"][16:20].values - data["mlp_out_each"].values).max()) < 1e-4
+
+
+def test_a_metric_of_all_pairs_is_read_of_each(model: mt.Model) -> None:
+    arguments = {"spans": SPANS * 5, "sites": ["mlp_out"], "share": False}
+    metric = mt.LogitDifference(ANSWERS * 5, foil=FOILS * 5)
+    data = mt.patch_pairs(model, CLEAN * 5, CORRUPT * 5, metric=metric, **arguments)
+    same = mt.patch_pairs(model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, **arguments)
+    assert float(abs(data["mlp_out_each"] - same["mlp_out_each"]).max()) < 1e-5
+    assert data["mlp_out"].attrs["unit"] == "LogitDifference"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"spans": None}, r"pairs of several lengths have no positions in common; got \[5, 6, 7\]"),
+        ({"spans": SPANS[:3]}, "there must be spans for each pair; got 3; allowed: 4"),
+        ({"spans": [{"a": 1}, {"b": 1}, {"a": 1}, {"a": 1}]}, "the pairs have no span in common"),
+        ({"spans": [*SPANS[:3], {"subject": 9, "last": 5}]}, "the prompt has no such subject; got 9"),
+        ({"corrupts": CORRUPT[:3]}, "one corrupt prompt a clean one; got 3; allowed: 4"),
+        ({"corrupts": [*CORRUPT[:3], [6, 73]]}, "pair 3: the prompts do not align: they differ first at token 1"),
+        ({"foils": [15, 16, 13, 18]}, 'the foil equals the answer in example 2; got "13"'),
+        ({"answers": [11, 12]}, "there must be one answer an example; got 2; allowed: 4"),
+        ({"corrupts": [*CORRUPT[:3], CLEAN[3]]}, "both prompts of pair 3 give the same metric"),
+        ({"answers": None, "foils": None}, r"there is nothing to read\. To do: give answers= or metric="),
+        ({"sites": ["final"]}, 'cannot patch "final" by layer'),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
+    arguments = {"corrupts": CORRUPT, "answers": ANSWERS, "foils": FOILS, "spans": SPANS} | change
+    with pytest.raises(mt.errors.MicrotomeError, match=text):
+        mt.patch_pairs(model, CLEAN, **arguments)

@@ -1,0 +1,131 @@
+"""Causal tracing: its ends are the clean and the corrupted run, and every cell is its literal forward."""
+
+from __future__ import annotations
+
+import pytest
+from tests import families
+
+import microtome as mt
+
+PROMPT, OTHER, SPAN = [7, 20, 33, 41, 52, 60], [7, 20, 64, 41, 52, 60], (2, 4)
+FAMILIES = ["llama-gqa", "gpt2", "gptj", "gemma2", "gpt_neox-parallel", "bert"]
+
+
+@pytest.fixture(scope="module")
+def model() -> mt.Model:
+    return mt.open(families.build("llama-gqa"))
+
+
+def probability(model: mt.Model, tokens: list[int], edits: list[mt.Edit]) -> float:
+    return float(model.run([tokens], edits=edits).logits[0, -1].softmax(-1)[11])
+
+
+def literal(model: mt.Model, seed: int, std: float, restored: str | None) -> float:
+    """One plain forward with noise on the subject and one state put back."""
+    edits: list[mt.Edit] = [mt.Noise("embed@2-3", std=std, seed=seed)]
+    if restored is not None:
+        edits.append(mt.SwapFrom(restored, source=model.run([PROMPT], capture=restored.split("@")[0])))
+    return probability(model, PROMPT, edits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_cell_is_its_literal_forward(name: str) -> None:
+    model = mt.map(families.build(name))
+    data = mt.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=2, window=2, noise=2.0, seed=4)
+    std = data.attrs["std"]
+    assert std == pytest.approx(2 * float(model.run([PROMPT], capture="embed")["embed"][0, 2:4].std()), rel=1e-5)
+    for sample in (0, 1):
+        corrupt = literal(model, 4 + sample, std, None)
+        assert float(data["corrupt_each"][sample]) == pytest.approx(corrupt, abs=1e-4)
+        for position in (0, 2, 3, 5):
+            for kind, layer, restored in (
+                ("resid", 0, "0.resid_post"),
+                ("resid", 2, "2.resid_post"),
+                ("mlp", 0, "0.mlp_out"),
+                ("mlp", 2, "1-2.mlp_out"),
+                ("attn", 1, "0-1.attn_out"),
+            ):
+                expected = literal(model, 4 + sample, std, f"{restored}@{position}") - corrupt
+                got = float(data[f"{kind}_each"][sample, layer, position])
+                assert got == pytest.approx(expected, abs=1e-4), (kind, layer, position)
+    assert (data["resid"] - data["resid_each"].mean("example")).max() < 1e-12
+    assert float(data["clean"]) == pytest.approx(probability(model, PROMPT, []), abs=1e-5)
+
+
+def test_its_ends(model: mt.Model) -> None:
+    data = mt.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=3)
+    std, clean = data.attrs["std"], float(data["clean"])
+    # One subject token alone holds all that was lost: restoring its state at layer 0 must give back the clean answer.
+    one = mt.causal_trace(model, PROMPT, subject=(3, 4), answer=11, samples=3, kinds=["resid"])
+    assert abs(one["resid_each"][:, 0, 3] + one["corrupt_each"] - clean).max() > 1e-6  # position 4 has read it already
+    everything = [mt.Noise("embed@2-3", std=std, seed=0)]
+    source = model.run([PROMPT], capture="0.resid_post")
+    restored = probability(model, PROMPT, [*everything, mt.SwapFrom("0.resid_post", source=source)])
+    assert restored == pytest.approx(clean, abs=1e-5)
+    last = data["resid_each"][:, -1, -1] + data["corrupt_each"]  # the last state alone decides
+    assert abs(last - clean).max() < 1e-5
+    assert float(abs(data["resid"][:, :2]).max()) == 0
+    assert (data["resid_lo"] <= data["resid"] + 1e-12).all()
+    assert (data["resid"] <= data["resid_hi"] + 1e-12).all()
+    assert data["subject"].values.tolist() == [False, False, True, True, False, False]
+    assert data["mlp"].dims == ("layer", "pos")
+
+
+def test_a_window_over_all_layers_restores_the_branch_everywhere(model: mt.Model) -> None:
+    data = mt.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=1, window=6, kinds=["mlp", "attn"])
+    for kind, site in (("mlp", "mlp_out"), ("attn", "attn_out")):
+        for position in (2, 5):
+            expected = literal(model, 0, data.attrs["std"], f"*.{site}@{position}") - float(data["corrupt"])
+            assert float(data[kind][1, position]) == pytest.approx(expected, abs=1e-4)
+        assert bool(data[f"{kind}_lo"].isnull().all())  # one sample says nothing of the others
+
+
+def test_without_noise_nothing_is_lost(model: mt.Model) -> None:
+    data = mt.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=2, noise=0.0)
+    assert float(data["corrupt"]) == pytest.approx(float(data["clean"]), abs=1e-6)
+    for kind in ("resid", "mlp", "attn"):
+        assert float(abs(data[kind]).max()) < 1e-6
+
+
+def test_seeds_repeat_and_differ(model: mt.Model) -> None:
+    arguments = {"subject": SPAN, "answer": 11, "samples": 2, "kinds": ["resid"]}
+    first, again, other = (mt.causal_trace(model, PROMPT, seed=s, **arguments) for s in (1, 1, 7))
+    assert first.equals(again)
+    assert float(abs(first["resid"] - other["resid"]).max()) > 1e-6
+    assert float(mt.causal_trace(model, PROMPT, seed=2, **arguments)["corrupt_each"][0]) == pytest.approx(
+        float(first["corrupt_each"][1]), abs=1e-6
+    )
+
+
+def test_another_subject_instead_of_noise(model: mt.Model) -> None:
+    data = mt.causal_trace(model, PROMPT, subject=(2, 3), answer=11, corrupt=OTHER, window=2)
+    base = probability(model, OTHER, [])
+    assert float(data["corrupt"]) == pytest.approx(base, abs=1e-5)
+    source = model.run([PROMPT], capture=["*.resid_post", "*.mlp_out", "*.attn_out"])
+    for kind, layer, position, site in (
+        ("resid", 1, 2, "1.resid_post@2"),
+        ("mlp", 2, 3, "1-2.mlp_out@3"),
+        ("attn", 0, 5, "0.attn_out@5"),
+    ):
+        expected = probability(model, OTHER, [mt.SwapFrom(site, source=source)]) - base
+        assert float(data[kind][layer, position]) == pytest.approx(expected, abs=1e-4)
+    assert float(abs(data["resid"][:, :2]).max()) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"subject": (4, 9)}, r"the prompt has no such subject; got \(4, 9\); allowed: .* <= 6"),
+        ({"subject": "Rome"}, "subject given as text, but the model has no tokenizer"),
+        ({"corrupt": PROMPT}, "the corrupt prompt is the prompt itself"),
+        ({"corrupt": OTHER[:4]}, "differ first at token 2; got 6 and 4 tokens"),
+        ({"samples": 0}, "causal tracing needs another samples; got 0"),
+        ({"noise": -1.0}, "causal tracing needs another noise; got -1.0"),
+        ({"kinds": []}, "causal tracing cannot restore this; got nothing; allowed: resid, mlp, attn"),
+        ({"prompt": [PROMPT, OTHER]}, "one prompt at a time; got 2"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
+    arguments = {"prompt": PROMPT, "subject": SPAN, "answer": 11} | change
+    with pytest.raises(mt.errors.MicrotomeError, match=text):
+        mt.causal_trace(model, arguments.pop("prompt"), **arguments)

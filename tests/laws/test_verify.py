@@ -1,0 +1,144 @@
+"""Checking scores: exact ones are found right, reversed ones wrong, and a sample stands for what was not measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests import families
+
+import microtome as mt
+from microtome.explain import graph
+from microtome.explain._verify import candidates, rank_correlation, recall
+
+CLEAN, CORRUPT = [7, 20, 33, 41, 52, 28], [7, 20, 64, 41, 52, 28]
+
+
+@pytest.fixture(scope="module")
+def model() -> mt.Model:
+    return mt.map(families.build("llama-gqa"))
+
+
+def attributed(model: mt.Model, **more: Any) -> Any:
+    return mt.attribute(model, CLEAN, CORRUPT, **({"answer": 11, "foil": 13} | more))
+
+
+def test_exact_scores_agree_and_reversed_ones_do_not(model: mt.Model) -> None:
+    known = attributed(model, sites=["attn.z[head]"], verify=12)
+    exact = known["attn.z[head]_exact"]
+    assert int(exact.notnull().sum()) == 12
+    perfect = mt.verify(model, known.assign({"attn.z[head]": exact}), top=4)
+    assert float(perfect["rank_correlation"][0]) == pytest.approx(1)
+    assert float(perfect["recall"][0]) == 1
+    # The largest effect gets the smallest score, with its sign kept.
+    wrong = mt.verify(model, known.assign({"attn.z[head]": np.sign(exact) / (1 + 100 * abs(exact))}), top=6)
+    assert float(wrong["recall"][0]) == 0
+    assert float(wrong["rank_correlation"][0]) < 0.9
+    negated = mt.verify(model, known.assign({"attn.z[head]": -exact}), top=6)
+    assert float(negated["rank_correlation"][0]) == pytest.approx(-1)
+    assert float(negated["recall"][0]) == 1  # the sizes are right
+
+
+def test_measured_cells_are_the_patched_runs(model: mt.Model) -> None:
+    data = attributed(model, verify=3)
+    source = model.run(CORRUPT, capture="*.mlp_out")
+    patched = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise")
+    width = data["corrupt"] - data["clean"]
+    for site in data.attrs["sites"]:
+        found = data[f"{site}_exact"]
+        assert int(found.notnull().sum()) == 6 == int(data["measured"].sel(site=site))
+        assert float(abs(found - patched[site] * width).max()) < 1e-4
+        best = abs(data[site]).values.argmax()
+        assert np.isfinite(found.values.reshape(-1)[best])
+    assert data.attrs["verified_top"] == 3
+    assert source.tokens.shape[1] == len(CORRUPT)
+
+
+def test_edges_are_measured_as_edge_cells(model: mt.Model) -> None:
+    data = attributed(model, method="eap", verify=5, direction="denoise", seed=3)
+    source = model.run(CLEAN, capture=["embed", "*.attn.z", "*.mlp_out"])
+    measured = data["score_exact"].stack(edge=("sender", "receiver")).dropna("edge")
+    assert measured.sizes["edge"] == 10
+    cells = [mt.Edge(str(s), str(r), source=source) for s, r in measured["edge"].values]
+    effects = model.sweep(CORRUPT, cells, mt.LogitDifference(11, foil=13)).effects
+    assert abs(effects.numpy() - measured.values).max() < 1e-5
+    again = attributed(model, method="eap", verify=5, direction="denoise", seed=3)
+    assert again.identical(data)
+    other = mt.verify(model, again, top=5, seed=4)["score_exact"]
+    assert not other.equals(data["score_exact"])  # other random others
+
+
+def test_sites_of_few_cells_are_measured_whole(model: mt.Model) -> None:
+    data = attributed(model, sites=["resid_pre", "attn.k[head]"])
+    assert data["measured"].values.tolist() == [18, 6]
+    assert data.attrs["verified_top"] == 18
+    assert data["attn.k[head]_exact"].notnull().all()
+    assert np.isnan(float(data["rank_correlation_others"][0]))  # nothing was left
+
+
+def test_nothing_given_is_changed(model: mt.Model) -> None:
+    scores = attributed(model, verify=0)
+    before = scores.copy(deep=True)
+    mt.verify(model, scores, top=2)
+    assert scores.identical(before)
+    assert "recall" not in scores
+
+
+def test_rank_correlation_shares_ranks_between_ties() -> None:
+    assert rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([10.0, 20.0, 90.0])) == pytest.approx(1)
+    assert rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([9.0, 2.0, 1.0])) == pytest.approx(-1)
+    assert rank_correlation(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(3**0.5 / 2)
+    assert np.isnan(rank_correlation(np.array([1.0, 1.0]), np.array([1.0, 2.0])))
+    assert np.isnan(rank_correlation(np.array([1.0]), np.array([1.0])))
+
+
+def test_recall_counts_what_is_missed() -> None:
+    assert recall(np.array([5.0, -4.0]), np.array([3.0, 0.0]), 4) == 1
+    assert recall(np.array([5.0, 1.0]), np.array([-3.0, 0.0]), 4) == 0.5
+    assert recall(np.array([1.0, 0.5]), np.array([-3.0, 2.0]), 4) == 0
+    # One of two sampled others is larger than both of the best; it stands for 4 of the 8 that were not looked at.
+    assert recall(np.array([2.0, 1.0]), np.array([3.0, 0.0]), 10) == 0
+    assert recall(np.arange(10.0, 0.0, -1.0), np.array([5.5]), 15) == pytest.approx(0.5)
+    assert recall(np.array([2.0, 1.0]), np.array([]), 2) == 1
+
+
+def test_recall_from_a_sample_is_right_on_average() -> None:
+    random = np.random.default_rng(0)
+    exact = random.normal(size=400)
+    scores = exact + random.normal(size=400)
+    best, _ = candidates(scores, 40, random)
+    truth = len(set(best) & set(np.argsort(-abs(exact))[:40])) / 40
+    estimates = []
+    for seed in range(200):
+        _, others = candidates(scores, 40, np.random.default_rng(seed))
+        estimates.append(recall(exact[best], exact[others], 400))
+    assert 0.1 < truth < 0.9
+    assert np.mean(estimates) == pytest.approx(truth, abs=0.06)
+    assert recall(exact[best], np.delete(exact, best), 400) == pytest.approx(truth)
+
+
+def test_candidates_are_the_largest_and_never_what_is_no_cell() -> None:
+    scores = np.array([1.0, np.nan, -5.0, 2.0, 0.0, np.nan])
+    best, others = candidates(scores, 2, np.random.default_rng(0))
+    assert best.tolist() == [2, 3]
+    assert set(others) == {0, 4}
+
+
+def test_what_cannot_be_checked_is_refused(model: mt.Model) -> None:
+    scores = attributed(model, verify=0, method="eap")
+    other = mt.map(families.build("llama-mha"))
+    with pytest.raises(
+        mt.errors.DataError, match=r"these scores come from another model; got .*; allowed: .*open that"
+    ):
+        mt.verify(other, scores)
+    n = graph(model).n_edges
+    with pytest.raises(
+        mt.errors.DataError, match=f"cannot verify so many candidates; got top={n + 1}; allowed: 1 to {n}"
+    ):
+        mt.verify(model, scores, top=n + 1)
+    with pytest.raises(mt.errors.DataError, match="got top=0"):
+        mt.verify(model, scores, top=0)
+    patched = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13)
+    with pytest.raises(mt.errors.DataError, match="not scores that can be checked; got a dataset without clean_ids"):
+        mt.verify(model, patched)
