@@ -34,6 +34,7 @@ OPEN: dict[tuple[str, str], set[str]] = {
     ("7 weights", "queries and keys are normalised before use"): NORMED,
     ("7 weights", "latent attention: keys and values have no weights of their own"): LATENT,
     ("7 weights", "the layer is a mixture: experts are checked by identity 4"): MIXTURES,
+    ("5 attention", "attention looks both ways"): set(families.MASKED),
 }
 
 

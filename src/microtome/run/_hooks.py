@@ -16,6 +16,8 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from microtome.errors import SiteError, error
+from microtome.model import hiding_kernel
 from microtome.run._attention import InlineAttention, Watch, interface_name, watching
 from microtome.run._edits import Edit
 from microtome.run._turns import evaluating, turn_of
@@ -108,6 +110,7 @@ class Rig:
     def _install_attention(self) -> None:
         for path, watch in self._watches.items():
             module = self._module(path)
+            self._refuse_hidden(path, module, watch)
             if self._attention_kind == "inline":
                 self._wrap(module, InlineAttention.around(watch, self._n_heads))
             else:
@@ -116,6 +119,16 @@ class Rig:
             for config in _configs(self._model):
                 self._stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
                 config._attn_implementation_internal = interface_name(config._attn_implementation)
+
+    def _refuse_hidden(self, path: str, module: nn.Module, watch: Watch) -> None:
+        kernel = hiding_kernel(getattr(module, "config", None))
+        if self._attention_kind == "interface" and watch.wants_pattern and kernel is not None:
+            raise error(
+                SiteError,
+                f"scores and patterns of {path} cannot be read under the attention kernel {kernel}: it hides its masks",
+                allowed="eager or sdpa",
+                do='call model.hf.set_attn_implementation("sdpa")',
+            )
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -4,7 +4,7 @@
     2 residual    resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out (or the block's own form)
     3 heads       the heads' results and the bias sum to what attention writes
     4 neurons     activations times W_out (or expert outputs) and the bias sum to what the MLP writes
-    5 attention   pattern @ v = z, and rows of the pattern sum to one
+    5 attention   pattern @ v = z, rows of the pattern sum to one, and a causal model sees nothing behind it
     6 unembed     norm(last resid_post) = final, and final through W_U gives the logits
     7 weights     every weight view, norms included, maps what was read to what was seen
 
@@ -75,6 +75,17 @@ class _Prover:
         equal = torch.equal(self.run.logits, self.plain)
         gap = float((self.run.logits - self.plain).abs().max())
         self.checks.append(Check("1 inert", "logits", "holds" if equal else "fails", gap, 0.0))
+
+    def causal(self, tokens: Tensor) -> None:
+        """Another last token changes no logits before it."""
+        if not self.a.causal:
+            self.skip("5 attention", "causal", "attention looks both ways")
+            return
+        other = tokens.clone()
+        other[:, -1] = tokens[:, 0]
+        with Rig(self.model.hf, self.a.attention, self.a.n_heads):
+            changed = self.model.hf(input_ids=other).logits
+        self.same("5 attention", "causal", changed[:, :-1], self.plain[:, :-1])
 
     def residual(self, i: int) -> None:
         pre, post = self.at("resid_pre", i), self.at("resid_post", i)
@@ -229,6 +240,7 @@ def prove(model: Model) -> list[Check]:
         run = once(model, tokens, [Address(s.name, s.layers) for s in sites], strict=False)
         prover = _Prover(model, run, plain)
         prover.inert()
+        prover.causal(tokens)
         for i in range(a.n_layers):
             prover.residual(i)
             prover.heads(i)
