@@ -89,6 +89,8 @@ class SiteEdit(Edit):
         parse(self.site)
         if self.rows is not None:
             object.__setattr__(self, "rows", tuple(self.rows))
+        if self.rows == ():
+            raise error(EditError, f"{self!r} names no rows", do="name at least one, or leave rows= out for all")
 
     @property
     def address(self) -> Address:

@@ -25,8 +25,8 @@ def open(
     """Open a language model and prove the map of its inside.
 
     Args:
-        name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel` (which is put in evaluation
-            mode, and otherwise left as it is), or nothing for the default model (SmolLM2-135M-Instruct).
+        name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel` (which is left as it is,
+            and runs in evaluation mode whatever its own), or nothing for the default model (SmolLM2-135M-Instruct).
         tokenizer: for an already loaded model; without one it takes token ids.
         dtype: of the weights of a model that is loaded here; float32 by default, so that identities are tight.
         device: where to put a model that is loaded here; the accelerator if there is one.
@@ -73,7 +73,6 @@ def map(
             do="load it with transformers first",
         )
     hf = name_or_path
-    hf.eval()
     name = Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name
     return Model(hf, tokenizer, anatomy_of(hf, name))
 

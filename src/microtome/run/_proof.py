@@ -22,7 +22,9 @@ from torch import Tensor
 
 from microtome.errors import ProofError
 from microtome.model import Address, Site, parse
+from microtome.run._hooks import Rig
 from microtome.run._model import Model
+from microtome.run._once import once
 from microtome.run._result import Run
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -221,9 +223,10 @@ def prove(model: Model) -> list[Check]:
     tokens = (torch.arange(16) * 7919 % (a.d_vocab - a.d_vocab // 4) + a.d_vocab // 4).reshape(2, 8)
     tokens = tokens[:, : a.n_ctx].to(model.device)
     with torch.no_grad():
-        plain = model.hf(input_ids=tokens).logits
+        with Rig(model.hf, a.attention, a.n_heads):
+            plain = model.hf(input_ids=tokens).logits
         sites = [parse(str(s)) for s in a.taps if s.name != "logits"]
-        run = model.run(tokens, capture=[Address(s.name, s.layers) for s in sites])
+        run = once(model, tokens, [Address(s.name, s.layers) for s in sites], strict=False)
         prover = _Prover(model, run, plain)
         prover.inert()
         for i in range(a.n_layers):
