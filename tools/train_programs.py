@@ -69,11 +69,6 @@ def places(high: planted.Planted, low: mt.Model, seed: int) -> dict[str, str]:
     return found
 
 
-def site(node: str) -> str:
-    head = planted.head_of(node)
-    return f"{planted.mlp_of(node)}.mlp_out" if head is None else f"{head[0]}.attn.z[{head[1]}]"
-
-
 CAPTURE = ["*.attn.z", "*.mlp_out"]
 
 
@@ -102,7 +97,7 @@ class Repeated:
 def exchange(node: str, source: mt.Run, block: int, blocks: int) -> mt.SwapFrom:
     """The activations of a node from the source, in one block of the rows."""
     rows = tuple(range(block * BATCH, (block + 1) * BATCH))
-    return mt.SwapFrom(site(node), Repeated(source, blocks), rows=rows)
+    return mt.SwapFrom(planted.site_of(node), Repeated(source, blocks), rows=rows)
 
 
 def train(name: str, steps: int) -> None:

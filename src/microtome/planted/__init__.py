@@ -28,3 +28,4 @@ from microtome.planted._truth import edges as edges
 from microtome.planted._truth import head_of as head_of
 from microtome.planted._truth import mlp_of as mlp_of
 from microtome.planted._truth import nodes as nodes
+from microtome.planted._truth import site_of as site_of

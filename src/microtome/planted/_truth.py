@@ -56,6 +56,23 @@ def mlp_of(node: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def site_of(node: str) -> str:
+    """The address where what a head or an MLP writes can be zeroed or exchanged.
+
+    >>> site_of("L0.head.2"), site_of("L1.mlp")
+    ('0.attn.z[2]', '1.mlp_out')
+
+    Raises:
+        DataError: the node is neither a head nor an MLP.
+    """
+    head, layer = head_of(node), mlp_of(node)
+    if head is not None:
+        return f"{head[0]}.attn.z[{head[1]}]"
+    if layer is None:
+        raise error(DataError, f"the node {node} has no site of its own", allowed="heads and MLPs", do="name one")
+    return f"{layer}.mlp_out"
+
+
 def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
     """Refuse a truth whose nodes or edges the model cannot have.
 
