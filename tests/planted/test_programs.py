@@ -150,10 +150,11 @@ def test_what_nodes_write_sums_to_the_stream() -> None:
     assert torch.equal(own["pos_embed"], it.model.hf.model.embed_positions.weight[:7].expand_as(own["pos_embed"]))
 
 
-def test_only_heads_and_mlps_have_sites() -> None:
-    assert [planted.sender_of(node) for node in ("L0.head.2", "L1.mlp")] == ["0.attn.z[2]", "1.mlp_out"]
-    with pytest.raises(mt.errors.DataError, match="the node pos_embed has no site of its own; allowed: heads and MLPs"):
-        planted.sender_of("pos_embed")
+def test_nodes_have_the_names_of_the_graph() -> None:
+    senders = [planted.sender_of(node) for node in ("embed", "L0.head.2", "L1.mlp")]
+    assert senders == ["embed", "0.attn.z[2]", "1.mlp_out"]
+    receivers = [planted.receiver_of(*end) for end in (("L0.head.2", "k"), ("L1.mlp", "in"), ("output", "in"))]
+    assert receivers == ["0.attn.k[2]", "1.mlp.in", "final"]
 
 
 def test_an_unknown_program_is_named() -> None:
