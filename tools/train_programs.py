@@ -31,7 +31,7 @@ import microtome as mt
 from microtome import planted
 
 HERE = Path(__file__).resolve().parents[1] / "src" / "microtome" / "planted" / "trained"
-PROGRAMS = {"repeats": 1000, "histogram": 2000, "double_histogram": 3000}
+PROGRAMS = {"repeats": 1000, "histogram": 2000, "double_histogram": 6000}
 BATCH, RATE, STRICT, SEED = 64, 4e-3, 1.0, 0
 IDLE = 3  # places without a node that are disturbed in each step, one at a time
 
@@ -69,11 +69,6 @@ def places(high: planted.Planted, low: mt.Model, seed: int) -> dict[str, str]:
     return found
 
 
-def site(node: str) -> str:
-    head = planted.head_of(node)
-    return f"{planted.mlp_of(node)}.mlp_out" if head is None else f"{head[0]}.attn.z[{head[1]}]"
-
-
 CAPTURE = ["*.attn.z", "*.mlp_out"]
 
 
@@ -102,7 +97,7 @@ class Repeated:
 def exchange(node: str, source: mt.Run, block: int, blocks: int) -> mt.SwapFrom:
     """The activations of a node from the source, in one block of the rows."""
     rows = tuple(range(block * BATCH, (block + 1) * BATCH))
-    return mt.SwapFrom(site(node), Repeated(source, blocks), rows=rows)
+    return mt.SwapFrom(planted.sender_of(node), Repeated(source, blocks), rows=rows)
 
 
 def train(name: str, steps: int) -> None:

@@ -198,6 +198,29 @@ def test_false_map_is_refused_with_place_and_numbers(
     assert "To do: declare how the family differs in a Family record" in text
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, -1.0, 0.8])
+@pytest.mark.parametrize("site", ["attn_out", "mlp_out"])
+def test_a_huge_activation_hides_no_false_map(
+    site: str, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As real models have them: one residual dimension of thousands, beside which all else is small."""
+    hf = families.build("llama-gqa").to(dtype)
+    with torch.no_grad():
+        hf.model.embed_tokens.weight[:, 7] = 2e4
+    assert {check.status for check in mt.open(hf).proof} <= {"holds", "does not apply"}
+    found, at = _open.anatomy_of, Site(site, 1)
+
+    def falsified(hf: Any, short: str) -> mt.Anatomy:
+        anatomy = found(hf, short)
+        return replace(anatomy, taps={**anatomy.taps, at: replace(anatomy.taps[at], scale=scale)})
+
+    monkeypatch.setattr(_open, "anatomy_of", falsified)
+    place = "1.resid_mid" if site == "attn_out" else "1.resid_post"
+    with pytest.raises(mt.errors.ProofError, match=f'fails "2 residual" at {place}'):
+        mt.open(hf)
+
+
 def test_families_without_a_record_open_too() -> None:
     for name in ("glm4", "nemotron", "ernie4_5"):
         assert opened(name).anatomy.parts.family is DEFAULT

@@ -71,8 +71,8 @@ def test_the_statistics_are_those_of_the_examples(model: mt.Model) -> None:
     arguments = {"answers": ANSWERS, "foils": FOILS, "spans": SPANS, "sites": ["mlp_out"]}
     data = mt.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments)
     each = torch.from_numpy(data["mlp_out_each"].values)
-    mean, low, high = mt.measure.mean_interval(each, seed=5)
-    for name, x in (("", mean), ("_lo", low), ("_hi", high), ("_p", mt.measure.sign_flip(each, seed=5))):
+    mean, low, high = mt.stream.mean_interval(each, seed=5)
+    for name, x in (("", mean), ("_lo", low), ("_hi", high), ("_p", mt.stream.sign_flip(each, seed=5))):
         assert torch.equal(torch.from_numpy(data[f"mlp_out{name}"].values), x)
     assert mt.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments).equals(data)
     many = mt.patch_pairs(

@@ -16,6 +16,7 @@ import pytest
 from tests.cli.conftest import TEXT
 
 DOCS = Path(__file__).parents[2] / "docs"
+LONG = {"causal.md"}  # its sweeps take minutes
 ELSEWHERE = {"design.md", "status.md", "index.md"}  # pages without blocks that could run
 PAGES = sorted(p.name for p in DOCS.glob("*.md") if p.name not in ELSEWHERE)
 PROMISE = re.compile(r"^\s*print\(.*\)  # ?(?P<promise>.*)$")
@@ -62,7 +63,10 @@ def small_atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")])
+WITH_PYTHON = [p for p in PAGES if blocks(p, "python")]
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG)) for p in WITH_PYTHON])
 def test_the_blocks_run_and_print_what_they_say(page: str, small_atlas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(small_atlas)
     said, promised = printed(page)

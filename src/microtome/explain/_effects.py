@@ -24,9 +24,10 @@ from microtome.errors import PromptError, SiteError, error
 from microtome.explain._contributions import refuse_unless_sum
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
 from microtome.explain._patching import aligned
-from microtome.measure import means, resampled, slope_interval
+from microtome.measure import means, resampled
 from microtome.model import Address, Site, parse
 from microtome.run import Edit, Mean, Model, Run, Set, SiteEdit, Skip, SwapFrom, Zero
+from microtome.stream import slope_interval
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -24,8 +24,8 @@ from microtome.errors import PromptError, SiteError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._patching import aligned
 from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
-from microtome.measure import mean_interval
 from microtome.run import Edit, Model, Noise, Probability, Prompt, Run, SiteEdit, SwapFrom, SweepPlan
+from microtome.stream import mean_interval
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, error
-from microtome.measure._interval import mean_interval
 from microtome.model import Site
 from microtome.run import Model
-from microtome.stream import beginning_of
+from microtome.stream import beginning_of, mean_interval
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -10,7 +10,7 @@ from microtome.errors import DataError, nearest
 from microtome.planted._corruptions import corruptions
 from microtome.planted._folder import Planted, load
 from microtome.planted._programs import program
-from microtome.planted._truth import head_of, mlp_of, nodes
+from microtome.planted._truth import nodes, sender_of
 from microtome.run import Edit, SwapFrom
 
 TRAINED = ("double_histogram", "histogram", "repeats")
@@ -74,11 +74,6 @@ def interchange_accuracy(it: Planted, n: int, seed: int) -> dict[str, float]:
     for node in nodes(it.model)[2:-1]:
         expected = wanted
         if node in stands_for:
-            expected = high.model.run(c.clean, edits=[SwapFrom(_site(stands_for[node]), source_high)]).logits
-        found[node] = agree([SwapFrom(_site(node), source)], expected)
+            expected = high.model.run(c.clean, edits=[SwapFrom(sender_of(stands_for[node]), source_high)]).logits
+        found[node] = agree([SwapFrom(sender_of(node), source)], expected)
     return found
-
-
-def _site(node: str) -> str:
-    head = head_of(node)
-    return f"{mlp_of(node)}.mlp_out" if head is None else f"{head[0]}.attn.z[{head[1]}]"

@@ -10,7 +10,7 @@ as soon as the run is over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol, runtime_checkable
 
@@ -416,6 +416,28 @@ class SwapFrom(SiteEdit):
                 allowed=f"{list(here)}",
                 do="pad both runs alike, and count positions from the start where lengths differ",
             )
+        self._long_enough(rows, here, where)
+
+    def _long_enough(self, there: list[tuple[int, int]], here: Sequence[tuple[int, int]], where: Where) -> None:
+        """Refuse a source one of whose rows ends before the last position that is asked of it: what follows is pads."""
+        chosen = range(len(here)) if where.rows is None else where.rows.tolist()
+        for row in chosen:
+            first, length = there[row]
+            last = here[row][0] + here[row][1] - 1
+            if where.columns is not None:
+                last = int(where.columns[row].max()) + where.offset
+            if last >= first + length and not self._generated(where, last):
+                raise error(
+                    EditError,
+                    f"the source of SwapFrom ends before the last position of {self.site}",
+                    got=f"{length} tokens there, position {last - first} asked for",
+                    do="name positions that both have, or run a prompt as long",
+                )
+
+    @staticmethod
+    def _generated(where: Where, column: int) -> bool:
+        """Whether a column comes after the prompt, where the source's shape alone decides."""
+        return where.prompt is not None and column >= where.prompt
 
     def digest(self) -> str:
         """A hash of the address and of the other run's tensors."""

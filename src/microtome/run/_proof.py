@@ -8,7 +8,8 @@
     6 unembed     norm(last resid_post) = final, and final through W_U gives the logits
     7 weights     every weight view, norms included, maps what was read to what was seen
 
-Each is checked in every layer, on one probe batch, to a tolerance relative to the largest value compared.
+Each is checked in every layer and at every position of one probe batch, to a tolerance relative to the largest value
+compared there; a sum, relative to what it adds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 @dataclass(frozen=True)
 class Check:
-    """One identity at one place: its gap relative to the largest value, or why it does not apply."""
+    """One identity at one place: its gap relative to the largest value at a position, or why it does not apply."""
 
     identity: str
     where: str
@@ -55,15 +56,33 @@ class _Prover:
     def has(self, name: str, layer: int) -> bool:
         return Site(name, layer) in self.a.taps
 
-    def same(self, identity: str, where: str, got: Tensor, expected: Tensor, factor: float = 1.0) -> None:
+    def same(
+        self,
+        identity: str,
+        where: str,
+        got: Tensor,
+        expected: Tensor,
+        factor: float = 1.0,
+        axes: tuple[int, ...] = (-1,),
+    ) -> None:
+        """Compare at every position apart: one huge activation must not make the others' gaps look small."""
         if got.shape != expected.shape:
             note = f"got shape {list(got.shape)}, expected {list(expected.shape)}"
             self.checks.append(Check(identity, where, "fails", float("inf"), self.tolerance, note))
             return
-        size = max(float(expected.float().abs().max()), 1e-6)
-        gap = float((got.float() - expected.float()).abs().max()) / size
-        status = "holds" if gap <= self.tolerance * factor else "fails"
-        self.checks.append(Check(identity, where, status, gap, self.tolerance * factor))
+        size = expected.float().abs().amax(axes, keepdim=True).clamp(min=1e-6)
+        self.judge(identity, where, (got.float() - expected.float()).abs() / size, factor)
+
+    def adds(self, where: str, after: Tensor, before: Tensor, branch: Tensor) -> None:
+        """Compare what was added with the branch itself, beyond what rounding the sum leaves of it."""
+        rounding = torch.finfo(after.dtype).eps * after.float().abs()
+        gap = (after.double() - before.double() - branch.double()).abs().float() - rounding
+        size = branch.float().abs().amax(-1, keepdim=True).clamp(min=1e-6)
+        self.judge("2 residual", where, gap.clamp(min=0) / size)
+
+    def judge(self, identity: str, where: str, gaps: Tensor, factor: float = 1.0) -> None:
+        gap, allowed = float(gaps.max()), self.tolerance * factor
+        self.checks.append(Check(identity, where, "holds" if gap <= allowed else "fails", gap, allowed))
 
     def skip(self, identity: str, where: str, why: str) -> None:
         self.checks.append(Check(identity, where, "does not apply", 0.0, self.tolerance, why))
@@ -92,13 +111,15 @@ class _Prover:
         attn, mlp = self.at("attn_out", i), self.at("mlp_out", i)
         layer, where = self.parts.layers[i], f"{i}.resid_post"
         if self.parts.form == "parallel":
-            self.same("2 residual", where, post, pre + attn + mlp)
+            self.adds(where, post, pre, attn + mlp)
             return
-        after_attn = self.module(layer.attn_post_norm) if self.parts.form == "post_norm" else self.module(None)
-        after_mlp = self.module(layer.mlp_post_norm) if self.parts.form == "post_norm" else self.module(None)
         mid = self.at("resid_mid", i)
-        self.same("2 residual", f"{i}.resid_mid", mid, after_attn(pre + attn))
-        self.same("2 residual", where, post, after_mlp(mid + mlp))
+        if self.parts.form == "sequential":
+            self.adds(f"{i}.resid_mid", mid, pre, attn)
+            self.adds(where, post, mid, mlp)
+            return
+        self.same("2 residual", f"{i}.resid_mid", mid, self.module(layer.attn_post_norm)(pre + attn))
+        self.same("2 residual", where, post, self.module(layer.mlp_post_norm)(mid + mlp))
 
     def written(self, raw: Tensor, path: str | None, i: int, name: str) -> Tensor:
         path = path if self.parts.form == "sequential" else None
@@ -134,7 +155,7 @@ class _Prover:
         pattern, v = self.at("attn.pattern", i), self.at("attn.v", i)
         v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
         z = torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v)
-        self.same("5 attention", f"{i}.attn.z", self.at("attn.z", i), z, factor=3.0)
+        self.same("5 attention", f"{i}.attn.z", self.at("attn.z", i), z, factor=3.0, axes=(-2, -1))
         sums = pattern.float().sum(-1)
         if hasattr(self.model.hf.get_submodule(self.parts.layers[i].attn), "sinks"):
             self.same("5 attention", f"{i}.attn.pattern", sums.clamp(max=1.0), sums)
