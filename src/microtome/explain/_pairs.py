@@ -89,20 +89,17 @@ def patch_pairs(
         for pair, place in zip(pairs, places, strict=True)
     ]
     ends = _ends(model, pairs, read)  # every refusal comes before the first sweep
-    gap = _mean_gap(ends[:, 0] - ends[:, 1]) if share else 1.0
+    if share:
+        _require_gap(ends[:, 0] - ends[:, 1])
     effects, kept = _measured(model, pairs, layouts, read, direction, progress)
     ends = ends[kept]
-    gaps = ends[:, 0] - ends[:, 1]
     if share:
-        gap = float(gaps.mean()) if len(kept) < len(pairs) else gap
+        gap = float((ends[:, 0] - ends[:, 1]).mean())
         effects = effects / (gap if direction == "denoise" else -gap)
-    data = _dataset(layouts[0], effects, "share of the mean gap" if share else unit, seed)
-    data = data.assign(clean=("example", ends[:, 0].numpy()), corrupt=("example", ends[:, 1].numpy()))
+    data = _dataset(layouts[0], effects, "share of the mean gap" if share else unit, ends, seed)
     coords = {axis: names} | {name: ("example", [said[i] for i in kept]) for name, said in words.items()}
-    data = data.assign_coords(coords)
-    told = {"examples": len(kept), "mean_gap": float(gaps.mean()), "smallest_gap": float(gaps.abs().min())}
-    told |= {"flipped_gaps": int((gaps * gaps.mean() < 0).sum()), "direction": direction, "seed": seed}
-    return data.assign_attrs(model.provenance | {"method": "activation patching"} | told)
+    told = {"method": "activation patching", "direction": direction, "seed": seed}
+    return data.assign_coords(coords).assign_attrs(model.provenance | told)
 
 
 @dataclass(frozen=True)
@@ -206,8 +203,8 @@ def _ends(model: Model, pairs: list[Tensor], read: Callable[[slice], Metric]) ->
     return found
 
 
-def _mean_gap(gaps: Tensor) -> float:
-    """The mean gap, where it is one: a ratio to what may as well be 0 says nothing.
+def _require_gap(gaps: Tensor) -> None:
+    """Refuse gaps whose mean may as well be 0: a share of it says nothing.
 
     Raises:
         SiteError: its interval over pairs holds 0.
@@ -220,7 +217,6 @@ def _mean_gap(gaps: Tensor) -> float:
             f"{int((gaps * mean < 0).sum())} of {len(gaps)} gaps of the other sign",
             do="leave out pairs that the model answers wrongly, or give share=False",
         )  # fmt: skip
-    return mean
 
 
 def _measured(
@@ -268,8 +264,8 @@ def _sweep(
     return swept.effects.double().reshape(len(pairs), -1), swept.done == len(whose)
 
 
-def _dataset(layouts: dict[str, Layout], effects: Tensor, unit: str, seed: int) -> xr.Dataset:
-    """The cells of all sites, cut apart and given their axes and statistics."""
+def _dataset(layouts: dict[str, Layout], effects: Tensor, unit: str, ends: Tensor, seed: int) -> xr.Dataset:
+    """The cells of all sites, cut apart and given their axes and statistics; and what is to be said of the gaps."""
     import xarray as xr
 
     variables: Variables = {}
@@ -277,4 +273,8 @@ def _dataset(layouts: dict[str, Layout], effects: Tensor, unit: str, seed: int) 
     for (site, part), x in zip(layouts.items(), parts, strict=True):
         variables |= summarised(site, x.reshape(-1, *part.shape), part.dims, unit, seed)
     data = xr.Dataset(variables)  # pyright: ignore[reportArgumentType]
-    return data.assign_coords(layer=list(range(data.sizes["layer"])))
+    data = data.assign(clean=("example", ends[:, 0].numpy()), corrupt=("example", ends[:, 1].numpy()))
+    gaps = ends[:, 0] - ends[:, 1]
+    told = {"examples": len(gaps), "mean_gap": float(gaps.mean()), "smallest_gap": float(gaps.abs().min())}
+    told["flipped_gaps"] = int((gaps * gaps.mean() < 0).sum())
+    return data.assign_coords(layer=list(range(data.sizes["layer"]))).assign_attrs(told)
