@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,7 +93,7 @@ def to_batch(
         PromptError: the prompt is empty, longer than the context, holds ids outside the vocabulary, or is text while
             the model has no tokenizer.
     """
-    rows = _rows(prompt, tokenizer)
+    rows = rows_of(prompt, tokenizer)
     for i, row in enumerate(rows):
         if not row:
             raise error(
@@ -132,9 +133,15 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
+def rows_of(prompt: Any, tokenizer: Any) -> list[list[int]]:
+    """Token ids by row of whatever was given as a prompt.
+
+    Raises:
+        PromptError: it is none.
+    """
     if isinstance(prompt, Tensor):
-        if prompt.dtype.is_floating_point or prompt.dim() not in (1, 2):
+        fits = not (prompt.dtype.is_floating_point or prompt.dtype.is_complex or prompt.dtype == torch.bool)
+        if not fits or prompt.dim() not in (1, 2):
             raise error(
                 PromptError,
                 "a prompt tensor must hold integer token ids",
@@ -143,12 +150,14 @@ def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
                 do="pass token ids",
             )
         tokens: list[Any] = prompt.tolist()
+        if not tokens:
+            raise error(PromptError, "the prompt is empty", do="give at least one token")
         return tokens if prompt.dim() == 2 else [tokens]
+    if not isinstance(prompt, Iterable):
+        raise _unreadable(prompt)
     items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if not items:
         raise error(PromptError, "the prompt is empty", do="give at least one token")
-    if all(isinstance(item, int) for item in items):
-        return [items]
     if all(isinstance(item, str) for item in items):
         if tokenizer is None:
             raise error(
@@ -157,9 +166,32 @@ def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
                 do="pass token ids, or open it with tokenizer=",
             )
         return [list(tokenizer(item)["input_ids"]) for item in items]
-    if all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
-        return [[int(t) for t in item] for item in items]
-    raise error(
+    if any(isinstance(item, str) for item in items):
+        raise _unreadable(prompt)
+    if all(isinstance(item, Sequence) or getattr(item, "ndim", 0) == 1 for item in items):
+        return [[_id(t) for t in item] for item in items]
+    return [[_id(item) for item in items]]
+
+
+def _id(item: Any) -> int:
+    """One token id: what is an integer, and neither a truth value nor a number that would have to be rounded."""
+    kind = item.dtype if isinstance(item, Tensor) else type(item)
+    try:
+        if kind is bool or kind == torch.bool:
+            raise TypeError
+        return operator.index(item)
+    except TypeError:
+        shown = f"{item!r}"
+        raise error(
+            PromptError,
+            "a token id must be an integer",
+            got=shown if len(shown) < 60 else type(item).__name__,
+            do="pass text, or the ids that a tokenizer gives",
+        ) from None
+
+
+def _unreadable(prompt: object) -> PromptError:
+    return error(
         PromptError,
         "cannot read the prompt",
         got=type(prompt).__name__,
