@@ -160,3 +160,19 @@ def test_cache_is_shown_and_cleared(cli: Cli, tmp_path: Path, monkeypatch: pytes
 
 def test_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("microtome ")
+
+
+def test_run_writes_zarr_that_says_what_it_holds(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    import torch
+    import xarray as xr
+
+    import microtome as mt
+
+    file = tmp_path / "kept.zarr"
+    assert cli("run", "the cat sat", "-m", saved, "-c", "*.resid_post", "-o", file).code == 0
+    data = xr.open_zarr(file)
+    run = mt.open(saved).run("the cat sat", capture="*.resid_post")
+    assert data["resid_post"].dims == ("layer", "batch", "pos", "d_model")
+    assert torch.equal(torch.from_numpy(data["resid_post"].values), run["*.resid_post"])
+    assert data["token"].values.tolist() == run.words
+    assert data.attrs["fingerprint"] == run.provenance["fingerprint"]
