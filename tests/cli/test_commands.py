@@ -104,6 +104,10 @@ def test_atlas_writes_tables_pages_and_manifest(cli: Cli, saved: Path, text: Pat
         assert all(field.metadata and field.metadata[b"meaning"] for field in table.schema)
     manifest = json.loads(Path(told["manifest"]).read_text())
     assert manifest["text"]["tokens"] == 256
+    assert manifest["skipped_on"] == {"sequences": 8, "tokens_each": 32}
+    assert manifest["scored_on"]["sequences"] == 16
+    assert "`skipped_on`" in manifest["tables"]["layers"]["columns"]["loss_skip_mlp"]["meaning"]
+    assert "`scored_on`" in manifest["tables"]["heads"]["columns"]["induction_lo"]["meaning"]
     assert manifest["model"]["fingerprint"]
     again = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out)
     assert again.code == 0

@@ -23,8 +23,8 @@ def refuse_unsound(edit: Any) -> None:
     """
     kind = type(edit).__name__
     for name in (f.name for f in fields(edit)):
-        value = getattr(edit, name)
-        number = isinstance(value, Real) and not isinstance(value, bool)
+        value: Any = getattr(edit, name)
+        number = type(value) is not bool and isinstance(value, Real)
         allowed = None
         if name in NUMBERS and value is not None and not number:
             allowed = "a number"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -336,7 +336,7 @@ class Map(SiteEdit):
         """What the function returns; it must keep the shape."""
         if self.function is None:
             raise error(EditError, f"Map on {where.site} has no function", do="give function=")
-        new = self.function(x.clone())
+        new: Any = self.function(x.clone())
         shape = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
         if shape != list(x.shape):
             raise error(
