@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from microtome.errors import PromptError, SiteError, error
 from microtome.model import Rule, Selection
 
-Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+"""Text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a tokenizer gave."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,15 @@ class Batch:
 def to_batch(
     prompt: Prompt, tokenizer: Any, *, n_vocab: int, n_ctx: int, side: Literal["left", "right"], device: torch.device
 ) -> Batch:
-    """Tokens of a prompt: a text, a list of texts, token ids, a list of lists of ids, or an integer tensor.
+    """Tokens of a prompt; see `Prompt`. Pads that a tokenizer put are left out, and put again on the side asked for.
 
     Raises:
         PromptError: the prompt is empty, longer than the context, holds ids outside the vocabulary, or is text while
             the model has no tokenizer.
     """
     rows = _rows(prompt, tokenizer)
+    if not rows:
+        raise error(PromptError, "the prompt is empty", do="give at least one token")
     for i, row in enumerate(rows):
         if not row:
             raise error(
@@ -133,8 +137,10 @@ def _pad_id(tokenizer: Any) -> int:
 
 
 def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
+    if isinstance(prompt, Mapping):
+        return _encoded(prompt)
     if isinstance(prompt, Tensor):
-        if prompt.dtype.is_floating_point or prompt.dim() not in (1, 2):
+        if prompt.dtype.is_floating_point or prompt.dtype == torch.bool or prompt.dim() not in (1, 2):
             raise error(
                 PromptError,
                 "a prompt tensor must hold integer token ids",
@@ -142,27 +148,55 @@ def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
                 allowed="[pos] or [batch, pos] of an integer type",
                 do="pass token ids",
             )
-        tokens: list[Any] = prompt.tolist()
-        return tokens if prompt.dim() == 2 else [tokens]
-    items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not items:
-        raise error(PromptError, "the prompt is empty", do="give at least one token")
-    if all(isinstance(item, int) for item in items):
-        return [items]
-    if all(isinstance(item, str) for item in items):
+    elif isinstance(prompt, str) or (prompt and all(isinstance(item, str) for item in prompt)):
         if tokenizer is None:
             raise error(
                 PromptError,
                 "this model was opened without a tokenizer, so it cannot read text",
                 do="pass token ids, or open it with tokenizer=",
             )
-        return [list(tokenizer(item)["input_ids"]) for item in items]
-    if all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
-        return [[int(t) for t in item] for item in items]
-    raise error(
-        PromptError,
-        "cannot read the prompt",
-        got=type(prompt).__name__,
-        allowed="text, texts, token ids, lists of token ids, or an integer tensor",
-        do="pass one of these",
-    )
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return [list(tokenizer(text)["input_ids"]) for text in texts]
+    return _table(prompt)
+
+
+def _encoded(prompt: Mapping[str, Any]) -> list[list[int]]:
+    """The real tokens of each row of what a tokenizer gave."""
+    if "input_ids" not in prompt:
+        raise error(
+            PromptError,
+            "the prompt holds no input_ids",
+            got=", ".join(prompt) or "nothing",
+            do="pass what a tokenizer gave",
+        )
+    rows = _table(prompt["input_ids"])
+    masks = _table(prompt["attention_mask"]) if "attention_mask" in prompt else [[1] * len(row) for row in rows]
+    if [len(mask) for mask in masks] != [len(row) for row in rows]:
+        raise error(
+            PromptError, "the prompt's attention_mask does not fit its input_ids", do="pass what a tokenizer gave"
+        )
+    for i, mask in enumerate(masks):
+        if "0" in "".join(str(int(m != 0)) for m in mask).strip("0"):
+            raise error(
+                PromptError, f"the attention_mask hides tokens inside row {i}", do="mask pads alone, or use KnockOut"
+            )
+    if any(any(row) for row in _table(prompt.get("token_type_ids", []))):
+        raise error(PromptError, "the prompt has a second segment (token_type_ids)", do="run its segments apart")
+    return [[t for t, m in zip(row, mask, strict=True) if m] for row, mask in zip(rows, masks, strict=True)]
+
+
+def _table(ids: Any) -> list[list[int]]:
+    """Rows of whole numbers, of whatever holds them: one row, or several."""
+    items: Any = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    try:
+        if not any(isinstance(item, Sequence) or getattr(item, "ndim", 0) for item in items):
+            return [[index(item) for item in items]] if items else []
+        return [[index(item) for item in row] for row in items]
+    except TypeError:
+        raise error(
+            PromptError,
+            "cannot read the prompt",
+            got=f"{type(ids).__name__} of {', '.join(sorted({type(item).__name__ for item in items}))}",
+            allowed="text, texts, token ids, lists of token ids, an integer tensor, or what a tokenizer gave",
+            do="pass one of these",
+        ) from None
