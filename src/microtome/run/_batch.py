@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from microtome.errors import PromptError, SiteError, error
 from microtome.model import Rule, Selection
 
-Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+"""Text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a tokenizer gave."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Batch:
 def to_batch(
     prompt: Prompt, tokenizer: Any, *, n_vocab: int, n_ctx: int, side: Literal["left", "right"], device: torch.device
 ) -> Batch:
-    """Tokens of a prompt: a text, a list of texts, token ids, a list of lists of ids, or an integer tensor.
+    """Tokens of a prompt; see `Prompt`. Pads that a tokenizer put are left out, and put again on the side asked for.
 
     Raises:
         PromptError: the prompt is empty, longer than the context, holds ids outside the vocabulary, or is text while
@@ -139,6 +140,8 @@ def rows_of(prompt: Any, tokenizer: Any) -> list[list[int]]:
     Raises:
         PromptError: it is none.
     """
+    if isinstance(prompt, Mapping):
+        return _encoded(prompt)
     if isinstance(prompt, Tensor):
         fits = not (prompt.dtype.is_floating_point or prompt.dtype.is_complex or prompt.dtype == torch.bool)
         if not fits or prompt.dim() not in (1, 2):
@@ -198,3 +201,28 @@ def _unreadable(prompt: object) -> PromptError:
         allowed="text, texts, token ids, lists of token ids, or an integer tensor",
         do="pass one of these",
     )
+
+
+def _encoded(prompt: Mapping[str, Any]) -> list[list[int]]:
+    """The real tokens of each row of what a tokenizer gave."""
+    if "input_ids" not in prompt:
+        raise error(
+            PromptError,
+            "the prompt holds no input_ids",
+            got=", ".join(prompt) or "nothing",
+            do="pass what a tokenizer gave",
+        )
+    rows = rows_of(prompt["input_ids"], None)
+    masks = rows_of(prompt["attention_mask"], None) if "attention_mask" in prompt else [[1] * len(row) for row in rows]
+    if [len(mask) for mask in masks] != [len(row) for row in rows]:
+        raise error(
+            PromptError, "the prompt's attention_mask does not fit its input_ids", do="pass what a tokenizer gave"
+        )
+    for i, mask in enumerate(masks):
+        if "0" in "".join(str(int(m != 0)) for m in mask).strip("0"):
+            raise error(
+                PromptError, f"the attention_mask hides tokens inside row {i}", do="mask pads alone, or use KnockOut"
+            )
+    if "token_type_ids" in prompt and any(any(row) for row in rows_of(prompt["token_type_ids"], None)):
+        raise error(PromptError, "the prompt has a second segment (token_type_ids)", do="run its segments apart")
+    return [[t for t, m in zip(row, mask, strict=True) if m] for row, mask in zip(rows, masks, strict=True)]

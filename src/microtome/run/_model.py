@@ -180,7 +180,8 @@ class Model:
         """Run the model once, keep what is named, and change what the edits say.
 
         Args:
-            prompt: text, texts, token ids, lists of token ids, or an integer tensor [pos] or [batch, pos].
+            prompt: text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a
+                tokenizer gave.
             capture: addresses of what to keep, such as ``"*.mlp.post"`` or ``["3.attn.pattern", "final@-1"]``.
             edits: what to change: one edit, or several in order.
             stop_at: end before this layer runs; there are no logits then.
@@ -296,7 +297,7 @@ class Model:
         if calls and idle:
             warnings.warn(f"these edits never applied: {idle}", stacklevel=3)
 
-    def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, **options: Any) -> str | list[str]:
+    def generate(self, prompt: Prompt, *, max_new_tokens: int = 32, **options: Any) -> str | list[str]:
         """Continue a text, or several; greedy unless told otherwise.
 
         Args:
@@ -308,8 +309,17 @@ class Model:
             What was added: a text for a text, a list for a list.
 
         Raises:
-            PromptError: the model has no tokenizer, or the prompt is empty or leaves no room in the context.
+            PromptError: the model has no tokenizer or looks both ways, the prompt is empty or leaves no room in the
+                context, or the options are none.
         """
+        if not self.anatomy.causal:
+            raise error(
+                PromptError, f"{self.anatomy.name} looks both ways, and cannot continue a text", do="use a causal model"
+            )
+        if max_new_tokens < 1:
+            raise error(
+                PromptError, "a generation adds tokens", got=f"max_new_tokens={max_new_tokens}", allowed="1 or more"
+            )
         if self.tokenizer is None:
             raise error(
                 PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids"
@@ -327,9 +337,23 @@ class Model:
         pad = getattr(self.tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else self.tokenizer.eos_token_id
         options = {"do_sample": False, "pad_token_id": pad} | options
-        with torch.no_grad(), Rig(self.hf, self.anatomy.attention, self.anatomy.n_heads):
-            out = self.hf.generate(
-                input_ids=batch.tokens, attention_mask=batch.mask.long(), max_new_tokens=max_new_tokens, **options
-            )
+        inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask.long(), "max_new_tokens": max_new_tokens}
+        rig, began = Rig(self.hf, self.anatomy.attention, self.anatomy.n_heads), False
+
+        def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal began
+            began = True
+
+        rig.before("", begin)
+        with torch.no_grad(), rig:
+            try:
+                out = self.hf.generate(**inputs, **options)
+            except (ValueError, TypeError) as problem:
+                if began:  # it is none of the options
+                    raise
+                said = " ".join(str(problem).split())
+                raise error(
+                    PromptError, "transformers cannot generate this way", got=said, do="change options"
+                ) from problem
         texts = [self.tokenizer.decode(row[batch.tokens.shape[1] :], skip_special_tokens=True) for row in out]
         return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts

@@ -28,7 +28,7 @@ def open(
         name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel` (which is left as it is,
             runs in evaluation mode whatever its own, and takes none of the last four arguments), or nothing for the
             default model (SmolLM2-135M-Instruct).
-        tokenizer: for an already loaded model; without one it takes token ids.
+        tokenizer: for an already loaded model, which takes token ids without one; else instead of the model's own.
         dtype: of the weights of a model that is loaded here; float32 by default, so that identities are tight.
         device: where to put a model that is loaded here; the accelerator if there is one.
         revision: of a hub model.
@@ -63,9 +63,11 @@ def map(
     """Load and map a model without proving the map, for looking at why a proof fails. Arguments as for `open`."""
     if name_or_path is None or isinstance(name_or_path, str | Path):
         target = _accelerator() if device is None else _usable(device)
-        hf, found, name = load(name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        hf, tokenizer, name = load(
+            name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, tokenizer=tokenizer
+        )
         hf = hf if target is None else hf.to(target)
-        return Model(hf, tokenizer or found, anatomy_of(hf, name))
+        return Model(hf, tokenizer, anatomy_of(hf, name))
     if not hasattr(name_or_path, "get_output_embeddings") or not hasattr(name_or_path, "config"):
         raise error(
             ModelUnsupported,
