@@ -53,5 +53,5 @@ def test_a_method_in_bf16(name: str) -> None:
     assert (np.isfinite(values) == np.isfinite(exact)).all()
     there = np.isfinite(exact)
     size = abs(exact[there]).max()
-    assert 0 < size
+    assert size > 0
     assert abs(values[there] - exact[there]).max() < 0.15 * size + 0.02
