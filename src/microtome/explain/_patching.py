@@ -217,10 +217,11 @@ def aligned(model: Model, clean: Prompt, corrupt: Prompt) -> Tensor:
     if lengths[0] != lengths[1]:
         words = [model.to_words(r[0]) for r in rows]
         at = next((i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b), min(lengths))
+        there = [str(row[at : at + 3]) if row[at:] else "its end" for row in words]
         raise error(
             PromptError,
             f"the prompts do not align: they differ first at token {at}",
-            got=f"{lengths[0]} and {lengths[1]} tokens, {words[0][at : at + 3]} against {words[1][at : at + 3]}",
+            got=f"{lengths[0]} and {lengths[1]} tokens, {there[0]} against {there[1]}",
             allowed="the same number of tokens",
             do="reword one so that every token has its counterpart",
         )

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microtome.errors import PromptError, SiteError, error
+from microtome.errors import EditError, PromptError, SiteError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._patching import aligned
 from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
@@ -84,7 +84,8 @@ def causal_trace(
 
     Raises:
         PromptError: the subject is not in the prompt, the answer is not one token, or `corrupt` does not align.
-        SiteError: a number is too small, or a kind is unknown.
+        SiteError: a kind is unknown.
+        EditError: a number is too small.
     """
     _check(kinds, window, samples, noise, seed)
     rows = [model.to_batch(prompt).tokens] if corrupt is None else list(aligned(model, prompt, corrupt).split(1))
@@ -142,7 +143,8 @@ def _check(kinds: Sequence[str], window: int, samples: int, noise: float, seed: 
         raise error(SiteError, "causal tracing cannot restore this", got=unknown or "nothing", allowed=", ".join(SITES))
     for name, value, least in (("window", window, 1), ("samples", samples, 1), ("noise", noise, 0), ("seed", seed, 0)):
         if not value >= least:
-            raise error(SiteError, f"causal tracing needs another {name}", got=value, allowed=f"{least} or more")
+            allowed = f"{least} or more"
+            raise error(EditError, f"causal tracing cannot take this {name}", got=value, allowed=allowed, do="raise it")
 
 
 def _spread(model: Model, tokens: Tensor, span: tuple[int, int], subjects: Sequence[str]) -> float:
