@@ -15,7 +15,8 @@ NAMES = list(planted.PROGRAMS)
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_effects_tell_the_circuit_from_the_rest(name: str) -> None:
     it = planted.program(name)
-    data = mt.circuit_recovery(it, pairs=6, seed=3)
+    # Some of these answer the same to almost everything: they take more inputs to show all of their edges.
+    data = mt.circuit_recovery(it, pairs=24 if name in ("detect_ab", "maximum_so_far") else 6, seed=3)
     assert data.attrs["auc"] == 1.0
     assert int(data["true"].sum()) == len(it.truth["edges"])
     assert int((data["score"] == data["score"]).sum()) == len(planted.edges(it.model))
