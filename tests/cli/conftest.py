@@ -13,8 +13,9 @@ TEXT = "the cat sat on the mat and the dog ran to the cat while the sun shone on
 
 
 def tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = sorted(set(TEXT.split()))
     vocab = {"<unk>": 0, "<eos>": 1} | {f"\u0120{w}": i + 2 for i, w in enumerate(words)}

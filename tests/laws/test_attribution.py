@@ -264,7 +264,7 @@ def test_a_result_says_what_it_is() -> None:
         ("llama-gqa", {"method": "ig"}, 'no attribution method "ig"; allowed: atp, relp, eap'),
         ("llama-gqa", {"foil": 11}, "the foil equals the answer"),
         ("llama-gqa", {"sites": ["logits"]}, 'cannot patch "logits" by layer'),
-        ("llama-gqa", {"answer": " Paris", "foil": None}, "is not one token"),
+        ("llama-gqa", {"answer": " Paris", "foil": None}, "this model was opened without a tokenizer"),
         ("llama-gqa", {"direction": "both"}, 'no direction "both"; allowed: noise, denoise'),
         ("bert", {"method": "eap"}, "so that it has no edges"),
         ("mixtral", {"method": "relp"}, "layer 0 has no activation module of its own"),

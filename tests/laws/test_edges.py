@@ -104,29 +104,21 @@ def test_edges_equal_plain_hooks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_all_edges_into_one_branch_add_up_where_it_is_linear(name: str) -> None:
-    """Into the logits, with the final norm held, the edges of all senders together are the whole difference."""
+def test_into_the_logits_an_edge_adds_what_its_sender_changes_alone(name: str) -> None:
+    """A head's change is that of the branch when this head alone is the other's, through whatever norm is behind it."""
     model = mt.map(families.build(name))
     clean, corrupt = ids(0), ids(1)
-    base, other = captured(model, clean), captured(model, corrupt)
-    n, h = model.anatomy.n_layers, model.anatomy.n_heads
-    edges = [mt.Edge("embed", "final", source=other)]
-    for layer in range(n):
-        edges += [mt.Edge(f"{layer}.attn.z[{i}]", "final", source=other) for i in range(h)]
-        edges += [mt.Edge(f"{layer}.mlp_out", "final", source=other)]
-    ends = [model.run(t, capture=f"{n - 1}.resid_post")[f"{n - 1}.resid_post"] for t in (clean, corrupt)]
-    from microtome.run._edges import Edges, _Placed
-
-    made = Edges(model, clean, [0])
-    changes = sum(made.change(_Placed(edge, 0, 0)) for edge in edges)
-    if model.anatomy.parts.layers[0].attn_post_norm is None:
-        torch.testing.assert_close(changes, (ends[1] - ends[0])[0], rtol=1e-4, atol=1e-4)
-    for edge in (edges[0], edges[2], edges[-1]):
-        change = made.change(_Placed(edge, 0, 0))
-        value = model.sweep(clean, [edge], READ).values[0]
-        literal = model.run(clean, edits=[mt.Add(f"{n - 1}.resid_post", change)]).logits[0, [-1, 5]].flatten()
-        assert (value - literal).abs().max() < 1e-4
-    assert base.tokens.shape == other.tokens.shape
+    other = captured(model, corrupt)
+    outs = ["embed", "1.attn_out", "1.mlp_out"]
+    base = model.run(clean, capture=outs)
+    end = f"{model.anatomy.n_layers - 1}.resid_post"
+    for sender, site in (("embed", "embed"), ("1.attn.z[2]", "1.attn_out"), ("1.mlp_out", "1.mlp_out")):
+        alone = model.run(clean, capture=site, edits=[mt.SwapFrom(sender, source=other)])
+        change = (alone[site] - base[site])[0]
+        value = model.sweep(clean, [mt.Edge(sender, "final", source=other)], READ).values[0]
+        expected = model.run(clean, edits=[mt.Add(end, change)]).logits[0, [-1, 5]].flatten()
+        assert (value - expected).abs().max() < 1e-4
+        assert (value - base.logits[0, [-1, 5]].flatten()).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -166,6 +158,7 @@ def test_a_head_with_all_three_inputs_from_everywhere_is_the_others(name: str) -
         (lambda s: mt.Edge("7.mlp_out", "final", source=s), "no layers 7"),
         (lambda s: mt.Edge("embed", "final", source={}), "the source of an edge has no embed"),
         (lambda s: mt.Edge("embed", "final", change=torch.zeros(3, 40)), r"does not fit; got shape \[3, 40\]"),
+        (lambda s: mt.Edge("embed", "final", source={"embed": torch.zeros(1, 4, 40)}), "1 rows, 4 tokens in its own"),
     ],
 )
 def test_edges_that_are_none_are_refused(make: Any, text: str) -> None:
@@ -185,6 +178,22 @@ def test_a_stream_with_norms_on_it_has_no_edges() -> None:
     model = mt.map(families.build("bert"))
     with pytest.raises(mt.errors.SiteError, match="is not a sum over its parts, so that it has no edges"):
         model.sweep(ids(0), [mt.Edge("embed", "final", source=captured(model, ids(1)))], READ)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_source_of_many_prompts_serves_each_by_its_own_row(side: str) -> None:
+    model = mt.map(families.build("gemma2"))
+    prompts, others = ([ids(s, n)[0].tolist() for s, n in pairs] for pairs in (((0, 5), (2, 8)), ((1, 5), (3, 8))))
+    source = model.run(others, capture=["embed", "*.attn.z", "*.mlp_out"], padding=side)
+    metric = mt.Reading(lambda logits, which: logits.flatten(1), positions=(-1,))
+    edges = [mt.Edge(s, r, source=source) for s in ("embed", "0.attn.z[3]") for r in ("1.attn.k[1]", "2.mlp.in")]
+    together = model.sweep(prompts, [*edges, *edges], metric, prompts=[0] * 4 + [1] * 4)
+    for i in range(8):
+        alone = captured(model, torch.tensor([others[i // 4]]))
+        edge = mt.Edge(edges[i % 4].sender, edges[i % 4].receiver, source=alone)
+        expected = model.sweep([prompts[i // 4]], [edge], metric)
+        assert (together.values[i] - expected.values[0]).abs().max() < 1e-4
+        assert expected.effects.abs().max() > 1e-5
 
 
 def test_edges_of_several_prompts_and_other_cells_mix() -> None:
@@ -264,3 +273,23 @@ def test_stopped_it_keeps_the_edges_that_were_reached() -> None:
     data = mt.edge_effects(model, ids(0), ids(1), answer=11, foil=13, progress=stop)
     finite = int((data["effect"] == data["effect"]).sum())
     assert 60 < finite == data.attrs["measured"] < data.attrs["n_edges"]
+
+
+@pytest.mark.parametrize("method", [mt.node_effects, mt.edge_effects])
+def test_what_has_no_start_or_no_end_is_refused(method: Any) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    clean, corrupt = ids(0), ids(0)
+    corrupt[0, 4] = 99
+    source, two = captured(model, corrupt), captured(model, torch.cat([corrupt, ids(1)]))
+    for change, text in (
+        ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
+        ({"corrupt": source, "direction": "denoise"}, "a run that values are taken from cannot be where they are put"),
+        ({"corrupt": two}, "takes from a run of one row; got 1 prompts and a run of 2 rows"),
+        ({"clean": torch.cat([clean, clean]), "corrupt": source}, "got 2 prompts and a run of 1 rows"),
+        ({"metric": mt.Probability(11, position=3)}, r"every effect would be 0; got it reads positions \[3\]"),
+    ):
+        arguments = {"clean": clean, "corrupt": corrupt, "answer": 11} | change
+        with pytest.raises(mt.errors.MicrotomeError, match=text):
+            method(model, **arguments)
+    given = mt.node_effects(model, clean, source, answer=11)
+    assert given["effect"].equals(mt.node_effects(model, clean, corrupt, answer=11)["effect"])

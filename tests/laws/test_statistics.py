@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microtome.measure import sign_flip, slope_interval
+from microtome.stream import sign_flip, slope_interval
 
 NUMBERS = st.floats(-100, 100, allow_subnormal=False).map(lambda x: round(x, 3))
 

@@ -24,16 +24,6 @@ def outputs(logits: Tensor) -> Tensor:
     return logits[:, 1:]
 
 
-def zeroed(node: str, model: mt.Model) -> list[mt.Edit]:
-    """Edits that take a node's write away."""
-    head, layer = planted.head_of(node), planted.mlp_of(node)
-    if head is not None:
-        return [mt.Zero(f"{head[0]}.attn.z[{head[1]}]")]
-    if layer is not None:
-        return [mt.Zero(f"{layer}.mlp_out")]
-    raise ValueError(node)
-
-
 def edge_effects(it: planted.Planted, c: planted.Corruptions) -> dict[planted.Edge, float]:
     """The literal oracle: add the change of the sender's write to one input, run, and take the largest change said."""
     model = it.model
@@ -90,7 +80,7 @@ def test_ablation_finds_the_nodes(name: str) -> None:
     bases = [outputs(model.run(c.clean).logits) for c in inputs]
     for node in planted.nodes(model)[2:-1]:
         gaps = [
-            float((outputs(model.run(c.clean, edits=zeroed(node, model)).logits) - base).abs().max())
+            float((outputs(model.run(c.clean, edits=[mt.Zero(planted.sender_of(node))]).logits) - base).abs().max())
             for c, base in zip(inputs, bases, strict=True)
         ]
         assert (max(gaps) > 0.05) == (node in inside), (node, gaps)
@@ -158,6 +148,13 @@ def test_what_nodes_write_sums_to_the_stream() -> None:
         assert torch.equal(run.logits, it.model.hf(input_ids=c.clean, position_ids=places).logits)
     own = planted.writes(it.model, c.clean)
     assert torch.equal(own["pos_embed"], it.model.hf.model.embed_positions.weight[:7].expand_as(own["pos_embed"]))
+
+
+def test_nodes_have_the_names_of_the_graph() -> None:
+    senders = [planted.sender_of(node) for node in ("embed", "L0.head.2", "L1.mlp")]
+    assert senders == ["embed", "0.attn.z[2]", "1.mlp_out"]
+    receivers = [planted.receiver_of(*end) for end in (("L0.head.2", "k"), ("L1.mlp", "in"), ("output", "in"))]
+    assert receivers == ["0.attn.k[2]", "1.mlp.in", "final"]
 
 
 def test_an_unknown_program_is_named() -> None:

@@ -6,6 +6,9 @@ take fewer pairs, and ask that the whole 95 % interval lies above a bound far be
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 import microtome as mt
@@ -38,3 +41,15 @@ def test_known_capitals_are_capitals(model: mt.Model) -> None:
         subject = model.tokenizer.decode(pair.clean_tokens[slice(*pair.spans["subject"])]).strip()
         assert table[subject] == pair.answer
     assert known.attrs["accuracy"] == len(known) / 24
+
+
+def test_the_page_runs_and_its_table_names_every_task(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (root / "docs" / "tasks.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)).replace("n=50", "n=8")
+    exec(compile(code, "tasks.md", "exec"), {})
+    assert "'subject': (3, 4)" in capsys.readouterr().out
+    assert re.findall(r"^\| `([\w.]+)`", text, re.MULTILINE) == mt.tasks.names()
+    assert f"hold {len(mt.tasks.facts())} facts" in text

@@ -108,13 +108,13 @@ def _list(model: Model, make: Callable[[Model, str], Task], as_json: bool) -> No
     if as_json:
         print_json({"tasks": rows, "provenance": model.provenance})
         return
-    table = Table("task", "pairs", "right", "control", "preferred", "example", box=None, pad_edge=False)
+    table = Table("task, with an example", "pairs", "right", "control", "preferred", box=None, pad_edge=False)
     for row in rows:
         if "refused" in row:
-            table.add_row(row["name"], "0", "", "", "", Text(row["refused"]))
-            continue
-        table.add_row(row["name"], str(row["pairs"]), *_shares(row), _example(row["example"]))
-    for column in table.columns[:5]:
+            table.add_row(Text(f"{row['name']}\n  {row['refused']}"), "0", "", "", "")
+        else:
+            table.add_row(_example(row), str(row["pairs"]), *_shares(row))
+    for column in table.columns[1:]:
         column.no_wrap = True
     out.print(table)
     out.print(
@@ -168,10 +168,12 @@ def _shares(row: dict[str, Any]) -> tuple[str, str, str]:
     return interval, f"{row['accuracy_corrupt']:.2f}", f"{row['preferred']:.2f}"
 
 
-def _example(pair: dict[str, str]) -> Text:
-    clean = _line(pair["clean"])
-    shown = clean if len(clean) <= 60 else "… " + clean[-58:]
-    return Text(shown) + Text(_line(_short(pair["answer"], 20)), style="bold")
+def _example(row: dict[str, Any]) -> Text:
+    """The name of a task, and under it the end of a clean prompt with its answer."""
+    pair = row["example"]
+    clean, answer = _line(pair["clean"]), _line(pair["answer"].split("|")[0])
+    shown = clean if len(clean) <= 60 else "…" + clean[-59:]
+    return Text.assemble(row["name"], "\n  ", (shown, "dim"), (answer, "bold"))
 
 
 def _both(pair: Pair) -> Text:

@@ -4,6 +4,10 @@ Formula:  node  score(n)      = (n_goal - n_start) . R_n,      summed over the a
           edge  score(u -> v) = (u_goal - u_start) . R_in(v),  summed over positions and d_model,
           where R is the gradient of the metric m in the start run, taken with the method's backward rules. Both are the
           first-order part of m(cell) - m(start), the effect that a sweep measures: same unit, same sign.
+Source:   Kramár, Lieberum, Shah, Nanda, "AtP*: An efficient and scalable method for localizing LLM behaviour to
+          components", 2024 (arXiv 2403.00745); Syed, Rager, Conmy, "Attribution Patching Outperforms Automated Circuit
+          Discovery", 2023 (arXiv 2310.10348); Jafari, Eberle, Khakzar, Nanda, "RelP: Faithful and Efficient Circuit
+          Discovery in Language Models via Relevance Patching", 2025 (arXiv 2508.21258).
 Rules:    plain gradients (AtP, EAP), or those of RelP: norms x / sg[scale], attention sg[A] v, activations
           x sg[act(x) / x], products y/2 + sg[y/2] with y = gate * up, where sg stops the gradient.
 """
@@ -11,18 +15,17 @@ Rules:    plain gradients (AtP, EAP), or those of RelP: norms x / sg[scale], att
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from microtome.errors import EditError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._edge_scores import captures, changes, contract
 from microtome.explain._graph import graph
-from microtome.explain._pair import DIRECTIONS, Pair
-from microtome.explain._patching import Layout, aligned, every_position, layout
+from microtome.explain._pair import Pair
+from microtome.explain._patching import DIRECTIONS, Layout, aligned, every_position, layout, refuse_unknown
 from microtome.explain._verify import verify as measured
 from microtome.run import Freeze, Model, Prompt, Run, SweepPlan
 
@@ -55,13 +58,9 @@ def attribute(
     """Estimate what every node or edge would do to the answer, from one gradient, and measure the best ones exactly.
 
     Formula:  see the head of this file; m is the logit difference of answer and foil, or the answer's log-probability.
-    Source:   AtP: Kramár, Lieberum, Shah, Nanda, "AtP*: An efficient and scalable method for localizing LLM behaviour
-              to components", 2024 (arXiv 2403.00745); EAP: Syed,
-              Rager, Conmy, "Attribution Patching Outperforms Automated Circuit Discovery", 2023 (arXiv 2310.10348);
-              Jafari, Eberle, Khakzar, Nanda, "RelP: Faithful and Efficient Circuit Discovery in Language Models via
-              Relevance Patching", 2025 (arXiv 2508.21258).
-              Departs: edges into keys and values are told apart by query head where heads share them; a head's write
-              through a norm behind the branch is linearised; the best candidates are measured exactly.
+    Source:   AtP as in Kramár et al., 2024 (arXiv 2403.00745); EAP: Syed et al., 2023 (arXiv 2310.10348); RelP: Jafari
+              et al., 2025 (arXiv 2508.21258); titles in the head of this file. Departs: edges into shared keys and
+              values are told apart by query head; a norm behind a branch is gone through to first order.
     Cost:     two forwards and one backward. EAP forms all attention scores, and draws gradients back through the
               projections of each layer once a query head and input (q, k, v), which is not a backward of the model:
               memory is 3H + 1 gradients [pos, d_model] at a time. Checking is a sweep of 2 * verify cells a site.
@@ -97,18 +96,13 @@ def attribute(
     >>> scores = attribute(model, clean, corrupt, answer=" Paris", foil=" Rome", method="relp")
     >>> scores["mlp_out"], scores["mlp_out_exact"], scores["recall"].sel(site="mlp_out")
     """
-    if method not in _NAMES:
-        raise error(EditError, f'no attribution method "{method}"', allowed=", ".join(_NAMES), do="name one of these")
-    if direction not in DIRECTIONS:
-        raise error(EditError, f'no direction "{direction}"', allowed=", ".join(DIRECTIONS), do="name one of these")
+    refuse_unknown("attribution method", method, tuple(_NAMES))
+    refuse_unknown("direction", direction, DIRECTIONS)
     foil_id = None if foil is None else one_token(model, foil)
     pair = Pair(aligned(model, clean, corrupt), one_token(model, answer), foil_id, direction)
     rules = RELP if rules is None and method == "relp" else rules
     data = _edges(model, pair, rules) if method == "eap" else _nodes(model, pair, rules, sites)
-    words = [model.to_words(row) for row in pair.tokens]
-    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    how: dict[str, Any] = {"method": _NAMES[method], "rules": "plain" if rules is None else repr(rules)}
-    data = data.assign_attrs(model.provenance | how | pair.attrs())
+    data = data.assign_attrs(method=_NAMES[method], rules="plain" if rules is None else repr(rules))
     if not verify:
         return data
     most = max(int(np.isfinite(data[name].values).sum()) for name in data.attrs["sites"])
@@ -160,4 +154,6 @@ def _dataset(
     data["clean"], data["corrupt"] = ends if pair.direction == "noise" else ends[::-1]
     if "layer" in data.dims:
         data = data.assign_coords(layer=list(range(model.anatomy.n_layers)))
-    return data.assign_attrs(sites=list(found))
+    words = [model.to_words(row) for row in pair.tokens]
+    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
+    return data.assign_attrs(model.provenance | pair.attrs() | {"sites": list(found)})

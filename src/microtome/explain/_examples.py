@@ -8,8 +8,8 @@ from torch import Tensor
 
 from microtome.errors import PromptError, error
 from microtome.explain._contributions import one_token
-from microtome.measure import mean_interval, sign_flip
 from microtome.run import Model
+from microtome.stream import mean_interval, sign_flip
 
 Answers = str | int | Sequence[str] | Sequence[int]
 """One token for all examples, or one an example: as text of one token, or as its id."""

@@ -3,9 +3,6 @@
 from microtome.measure._heads import head_scores as head_scores
 from microtome.measure._heads import pattern_scores as pattern_scores
 from microtome.measure._heads import repeated_tokens as repeated_tokens
-from microtome.measure._interval import mean_interval as mean_interval
-from microtome.measure._interval import sign_flip as sign_flip
-from microtome.measure._interval import slope_interval as slope_interval
 from microtome.measure._means import means as means
 from microtome.measure._means import resampled as resampled
 from microtome.measure._neurons import neuron_directions as neuron_directions

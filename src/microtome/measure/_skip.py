@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from microtome.measure._interval import mean_interval
 from microtome.run import Edit, Model, Set, Skip, Zero
+from microtome.stream import mean_interval
 
 if TYPE_CHECKING:
     import xarray as xr

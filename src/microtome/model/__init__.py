@@ -6,6 +6,8 @@ from microtome.model._anatomy import Tap as Tap
 from microtome.model._anatomy import anatomy_of as anatomy_of
 from microtome.model._discover import Norm as Norm
 from microtome.model._discover import norm_of as norm_of
+from microtome.model._kernels import PREFIX as PREFIX
+from microtome.model._kernels import hiding_kernel as hiding_kernel
 from microtome.model._load import MARK as MARK
 from microtome.model._load import cache_dir as cache_dir
 from microtome.model._load import default_folder as default_folder

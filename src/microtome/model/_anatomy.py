@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from microtome.errors import SiteError, error
 from microtome.model._discover import LayerParts, Norm, Parts, discover, is_conv1d
 from microtome.model._family import number
+from microtome.model._kernels import hiding_kernel
 from microtome.model._sites import SITES, Address, Site
 
 Side = Literal["input", "output", "inplace", "norm", "attention", "router", "experts", "result", "logits"]
@@ -210,8 +211,9 @@ def _neurons(model: nn.Module, config: Any, layers: tuple[LayerParts, ...]) -> i
 class _Taps:
     """Collects the taps of one model, and the reasons for what it lacks."""
 
-    def __init__(self, model: nn.Module, parts: Parts, n_heads: int, n_kv_heads: int, branch_scale: float) -> None:
+    def __init__(self, model: Any, parts: Parts, n_heads: int, n_kv_heads: int, branch_scale: float) -> None:
         self.model, self.parts, self.branch_scale = model, parts, branch_scale
+        self.interface = uses_interface(model.get_submodule(parts.layers[0].attn))
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.taps: dict[Site, Tap] = {}
         self.missing: dict[Site, str] = {}
@@ -246,8 +248,13 @@ class _Taps:
         self.taps[Site("attn.q", i)] = Tap(layer.attn, "attention", sizes=wide)
         self.taps[Site("attn.k", i)] = Tap(layer.attn, "attention", heads=self.n_kv_heads, sizes=wide)
         self.taps[Site("attn.v", i)] = Tap(layer.attn, "attention", heads=self.n_kv_heads)
+        kernel = hiding_kernel(self.model.config) if self.interface else None
         for slot in ("scores", "pattern"):
-            self.taps[Site(f"attn.{slot}", i)] = Tap(layer.attn, "attention")
+            site = Site(f"attn.{slot}", i)
+            if kernel is None:
+                self.taps[site] = Tap(layer.attn, "attention")
+            else:
+                self.missing[site] = f"the masks of the attention kernel {kernel} cannot be read, open it under sdpa"
         self.taps[Site("attn.z", i)] = Tap(layer.o, "input", heads=self.n_heads)
         self.taps[Site("attn.result", i)] = Tap(layer.o, "result", heads=self.n_heads)
         after = layer.attn_post_norm if self.parts.form == "sequential" else None
@@ -322,15 +329,13 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
     taps.taps[Site("logits")] = Tap("", "logits", sizes=(("vocab", written),))
     experts = next((layer.router for layer in parts.layers if layer.router), None)
     router: Any = model.get_submodule(experts) if experts else None
-    source = _module_source(model.get_submodule(first.attn))
     start = _first_position(model)
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2048
     return Anatomy(
         name=name,
         model_type=config.model_type,
-        attention="interface" if source else "inline",
-        causal=(bool(getattr(model.get_submodule(first.attn), "is_causal", True)) and parts.form != "post_norm")
-        or getattr(config, "do_layer_norm_before", True) is False,
+        attention="interface" if taps.interface else "inline",
+        causal=_looks_back(model.get_submodule(first.attn), parts, config),
         n_layers=len(parts.layers),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
@@ -358,7 +363,17 @@ def _first_position(model: nn.Module) -> int:
     return 0
 
 
-def _module_source(attn: nn.Module) -> bool:
+def _looks_back(attn: nn.Module, parts: Parts, config: Any) -> bool:
+    """Whether attention sees nothing behind it; the proof tries it."""
+    said = getattr(attn, "is_causal", None)
+    if said is not None:
+        return bool(said)
+    # Blocks of the encoders' form may be a decoder's; OPT's norm stands behind its branches too, and it is always one.
+    encoder = parts.form == "post_norm" and getattr(config, "do_layer_norm_before", None) is None
+    return bool(getattr(config, "is_decoder", False)) if encoder else True
+
+
+def uses_interface(attn: nn.Module) -> bool:
     """Whether the attention module's forward goes through the attention interface of `transformers`."""
     forward = getattr(type(attn), "forward")  # noqa: B009 - a plain attribute would be bound by the type checker
     code = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)

@@ -126,7 +126,9 @@ def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
     like = weight if isinstance(weight, Tensor) else None
     device = like.device if like is not None else None
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(4, d_model, generator=generator) * 3 + 1).to(device=device)
+    # The norms of queries and keys are as wide as a head, and some have a gain for each head.
+    shape = (d_model,) if like is None else tuple(like.shape)
+    x = (torch.randn(4, *shape, generator=generator) * 3 + 1).to(device=device)
     x = x.to(like.dtype) if like is not None else x
     with torch.no_grad():
         got: Tensor = module(x)

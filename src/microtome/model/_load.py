@@ -12,6 +12,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ def load(
     dtype: torch.dtype | None,
     revision: str | None,
     trust_remote_code: bool,
+    tokenizer: Any = None,
 ) -> tuple[Any, Any, str]:
     """Load a model and its tokenizer.
 
@@ -47,6 +50,7 @@ def load(
         dtype: of the weights; float32 by default.
         revision: of a hub model.
         trust_remote_code: whether code that comes with the model may run.
+        tokenizer: what to use instead of its own.
 
     Returns:
         The `PreTrainedModel` in evaluation mode without gradients for its parameters, its tokenizer (None if it has
@@ -91,19 +95,23 @@ def load(
         options["revision"] = revision
     with _quiet():
         model = _load_model(source, short, options, dtype or torch.float32)
-        return model, _load_tokenizer(source, options), short
+        return model, tokenizer or _load_tokenizer(source, short, options), short
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back the progress bars of `transformers`: loading takes seconds, and stdout belongs to the caller."""
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    gguf: Any = modeling_gguf_pytorch_utils
+    shown, bar = logging.is_progress_bar_enabled(), gguf.tqdm
     logging.disable_progress_bar()
+    gguf.tqdm = partial(bar, disable=True)  # this one heeds no setting of transformers
     try:
         yield
     finally:
+        gguf.tqdm = bar
         if shown:
             logging.enable_progress_bar()
 
@@ -160,14 +168,36 @@ def _auto_class(config: Any, short: str) -> Any:
     )
 
 
-def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def _load_tokenizer(source: str, short: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):
-        # A model without a tokenizer is usable with token ids; text then raises a PromptError that says so.
-        return None
+    except Exception as problem:  # tokenizers raises the plain class for damaged files
+        present = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+        if "gguf_file" in options or not present:
+            # A model without a tokenizer is usable with token ids; text then raises a PromptError that says so.
+            return None
+        said = " ".join(f"{type(problem).__name__}: {problem}".split()).rstrip(".")
+        if isinstance(problem, ImportError):
+            raise error(
+                ModelUnsupported,
+                f"the tokenizer of {short} needs a package that is not installed",
+                got=said,
+                do="install it, or pass tokenizer=",
+            ) from problem
+        raise error(
+            ModelBroken,
+            f"the tokenizer of {short} cannot be read from {', '.join(present)}",
+            got=said,
+            do="copy its files again, or pass tokenizer=",
+        ) from problem
 
 
 def _translate(problem: Exception, source: str, short: str, gguf: str | None) -> Exception:
@@ -239,7 +269,10 @@ def _dequantise(file: Path, folder: Path) -> None:
 
     quantised: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # A model loaded from GGUF refuses to be saved; a plain one with the same weights does not.
-    plain: Any = LlamaForCausalLM(quantised.config)
+    config = deepcopy(quantised.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the file that it came from: these weights are not quantised
+    plain: Any = LlamaForCausalLM(config)
     plain.load_state_dict(quantised.state_dict())
     plain.tie_weights()
     plain.generation_config = quantised.generation_config

@@ -20,6 +20,9 @@ from microtome.planted._programs import program as program
 from microtome.planted._sink import sink as sink
 from microtome.planted._steering import steering as steering
 from microtome.planted._superposition import superposition as superposition
+from microtome.planted._trained import TRAINED as TRAINED
+from microtome.planted._trained import interchange_accuracy as interchange_accuracy
+from microtome.planted._trained import trained as trained
 from microtome.planted._truth import Edge as Edge
 from microtome.planted._truth import edges as edges
 from microtome.planted._truth import head_of as head_of

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from microtome.model import PREFIX
+
 Visit = Callable[[Tensor], Tensor | None]
-_PREFIX = "microtome:"
 
 
 @dataclass
@@ -83,9 +84,9 @@ def watching(module: nn.Module, watch: Watch) -> Iterator[None]:
 
 def interface_name(base: str) -> str:
     """The registered name of our attention function over `base`; registers it on first use."""
-    if base.startswith(_PREFIX):
+    if base.startswith(PREFIX):
         return base
-    name = _PREFIX + base
+    name = PREFIX + base
     if name not in AttentionInterface._global_mapping:  # pyright: ignore[reportPrivateUsage]
 
         def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -109,9 +110,7 @@ def _base_function(base: str, module: nn.Module) -> Callable[..., Any]:
     raise LookupError(f"no attention function {base!r} for {type(module).__name__}")
 
 
-def _attend(
-    base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **kwargs: Any
-) -> Any:
+def _attend(base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **kwargs: Any) -> Any:
     function = _base_function(base, module)
     watches = _ACTIVE.get(id(module), [])
     for watch in watches:
@@ -123,7 +122,23 @@ def _attend(
         return (pattern @ _repeat(v, q)).transpose(1, 2).contiguous(), pattern
     if any(watch.wants_pattern for watch in watches):
         _form_pattern(module, watches, q, k, mask, kwargs)
-    return function(module, q, k, v, mask, **kwargs)
+    with _under_own_name(module, base):
+        return function(module, q, k, v, mask, **kwargs)
+
+
+@contextmanager
+def _under_own_name(module: nn.Module, base: str) -> Iterator[None]:
+    """Give a kernel its own name back while it runs: flash kernels are found by the name in the configuration."""
+    config: Any = getattr(module, "config", None)
+    watched = getattr(config, "_attn_implementation", None)
+    if watched != PREFIX + base:
+        yield
+        return
+    config._attn_implementation_internal = base
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = watched
 
 
 def _repeat(x: Tensor, q: Tensor) -> Tensor:

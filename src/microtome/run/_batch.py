@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from microtome.errors import PromptError, SiteError, error
 from microtome.model import Rule, Selection
 
-Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+"""Text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a tokenizer gave."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,13 @@ class Batch:
 def to_batch(
     prompt: Prompt, tokenizer: Any, *, n_vocab: int, n_ctx: int, side: Literal["left", "right"], device: torch.device
 ) -> Batch:
-    """Tokens of a prompt: a text, a list of texts, token ids, a list of lists of ids, or an integer tensor.
+    """Tokens of a prompt; see `Prompt`. Pads that a tokenizer put are left out, and put again on the side asked for.
 
     Raises:
         PromptError: the prompt is empty, longer than the context, holds ids outside the vocabulary, or is text while
             the model has no tokenizer.
     """
-    rows = _rows(prompt, tokenizer)
+    rows = rows_of(prompt, tokenizer)
     for i, row in enumerate(rows):
         if not row:
             raise error(
@@ -132,9 +134,17 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
+def rows_of(prompt: Any, tokenizer: Any) -> list[list[int]]:
+    """Token ids by row of whatever was given as a prompt.
+
+    Raises:
+        PromptError: it is none.
+    """
+    if isinstance(prompt, Mapping):
+        return _encoded(prompt)
     if isinstance(prompt, Tensor):
-        if prompt.dtype.is_floating_point or prompt.dim() not in (1, 2):
+        fits = not (prompt.dtype.is_floating_point or prompt.dtype.is_complex or prompt.dtype == torch.bool)
+        if not fits or prompt.dim() not in (1, 2):
             raise error(
                 PromptError,
                 "a prompt tensor must hold integer token ids",
@@ -143,12 +153,14 @@ def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
                 do="pass token ids",
             )
         tokens: list[Any] = prompt.tolist()
+        if not tokens:
+            raise error(PromptError, "the prompt is empty", do="give at least one token")
         return tokens if prompt.dim() == 2 else [tokens]
+    if not isinstance(prompt, Iterable):
+        raise _unreadable(prompt)
     items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if not items:
         raise error(PromptError, "the prompt is empty", do="give at least one token")
-    if all(isinstance(item, int) for item in items):
-        return [items]
     if all(isinstance(item, str) for item in items):
         if tokenizer is None:
             raise error(
@@ -157,12 +169,60 @@ def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
                 do="pass token ids, or open it with tokenizer=",
             )
         return [list(tokenizer(item)["input_ids"]) for item in items]
-    if all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
-        return [[int(t) for t in item] for item in items]
-    raise error(
+    if any(isinstance(item, str) for item in items):
+        raise _unreadable(prompt)
+    if all(isinstance(item, Sequence) or getattr(item, "ndim", 0) == 1 for item in items):
+        return [[_id(t) for t in item] for item in items]
+    return [[_id(item) for item in items]]
+
+
+def _id(item: Any) -> int:
+    """One token id: what is an integer, and neither a truth value nor a number that would have to be rounded."""
+    kind = item.dtype if isinstance(item, Tensor) else type(item)
+    try:
+        if kind is bool or kind == torch.bool:
+            raise TypeError
+        return operator.index(item)
+    except TypeError:
+        shown = f"{item!r}"
+        raise error(
+            PromptError,
+            "a token id must be an integer",
+            got=shown if len(shown) < 60 else type(item).__name__,
+            do="pass text, or the ids that a tokenizer gives",
+        ) from None
+
+
+def _unreadable(prompt: object) -> PromptError:
+    return error(
         PromptError,
         "cannot read the prompt",
         got=type(prompt).__name__,
         allowed="text, texts, token ids, lists of token ids, or an integer tensor",
         do="pass one of these",
     )
+
+
+def _encoded(prompt: Mapping[str, Any]) -> list[list[int]]:
+    """The real tokens of each row of what a tokenizer gave."""
+    if "input_ids" not in prompt:
+        raise error(
+            PromptError,
+            "the prompt holds no input_ids",
+            got=", ".join(prompt) or "nothing",
+            do="pass what a tokenizer gave",
+        )
+    rows = rows_of(prompt["input_ids"], None)
+    masks = rows_of(prompt["attention_mask"], None) if "attention_mask" in prompt else [[1] * len(row) for row in rows]
+    if [len(mask) for mask in masks] != [len(row) for row in rows]:
+        raise error(
+            PromptError, "the prompt's attention_mask does not fit its input_ids", do="pass what a tokenizer gave"
+        )
+    for i, mask in enumerate(masks):
+        if "0" in "".join(str(int(m != 0)) for m in mask).strip("0"):
+            raise error(
+                PromptError, f"the attention_mask hides tokens inside row {i}", do="mask pads alone, or use KnockOut"
+            )
+    if "token_type_ids" in prompt and any(any(row) for row in rows_of(prompt["token_type_ids"], None)):
+        raise error(PromptError, "the prompt has a second segment (token_type_ids)", do="run its segments apart")
+    return [[t for t, m in zip(row, mask, strict=True) if m] for row, mask in zip(rows, masks, strict=True)]

@@ -15,14 +15,11 @@ from microtome.run._batch import Batch, Prompt
 from microtome.run._edges import Edge, Edges
 from microtome.run._edits import Zero
 from microtome.run._metrics import Metric, Narrow
-from microtome.run._plan import free_memory, plan_of
+from microtome.run._plan import FIXED, free_memory, plan_of
 from microtome.run._sweep import Base, Cell, Row, Walk, base_of, rows_of
 
 if TYPE_CHECKING:
     from microtome.run._model import Model
-
-FIXED = 64
-"""What a layer costs before its first token, in tokens: reading its weights takes as long as computing so many."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class SweepPlan:
         walks: how many passes over the layers they take.
         forwards: their cost in forwards of one whole prompt, without what is shared.
         flops: floating-point operations, two a weight and token.
-        bytes: the most that one walk holds.
+        bytes: the most that is held at once: the base run of some prompts, and the rows of one walk.
         seconds: at the pace of this model's last run; a first guess before any.
         shares: what is shared: "layers and positions", or "layers only" where attention is not causal.
     """
@@ -60,7 +57,7 @@ class Sweep:
     """The result of a sweep.
 
     Attributes:
-        values: [cell, ...] the metric of every cell; NaN for cells that were not reached when it was stopped.
+        values: [cell, ...] the metric of every cell, in float32; NaN for cells not reached when it was stopped.
         base: [prompt, ...] the metric of the unedited prompts.
         effects: values minus the base of each cell's prompt.
         plan: what was done.
@@ -148,19 +145,22 @@ def _prepare(
     budget: int | None,
 ) -> _Ready:
     which = [0] * len(cells) if prompts is None else list(prompts)
+    _check_metric(model, metric, len(batch.lengths))
     rows = rows_of(model, batch, cells, which)
-    groups = _by_length(model, batch, metric)
-    ids, metric = _narrowed(model, metric)
+    ids, over = _narrowed(model, metric)
     room = budget if budget is not None else min(int(0.5 * free_memory(model.device)), 2 * 2**30)
     vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)
+    groups = _groups(model, batch, metric, room, vocab)
     walks: list[tuple[_Group, int, list[Row]]] = []
     most = 0
     for group in groups:
-        each = _row_bytes(model, group.batch.tokens.shape[1], group.read.shape[1], vocab)
-        mine = [(group, first, part) for first, part in _walks(model, group, rows, _step(room, each))]
+        length, read = group.batch.tokens.shape[1], group.read.shape[1]
+        held = len(group.prompts) * _prompt_bytes(model, length, read, vocab)
+        each = _row_bytes(model, length, read, vocab)
+        mine = [(group, first, part) for first, part in _walks(model, group, rows, _step(room - held, each, room))]
         walks += mine
-        most = max(most, each * max((len(part) for _, _, part in mine), default=0))
-    return _Ready(which, metric, ids, groups, walks, _plan(model, len(rows), walks, most))
+        most = max(most, held + each * max((len(part) for _, _, part in mine), default=0))
+    return _Ready(which, over, ids, groups, walks, _plan(model, len(rows), walks, most))
 
 
 def sweep(
@@ -184,10 +184,10 @@ def sweep(
         for group in ready.groups:
             base = base_of(model, group.batch, group.prompts, group.read, ready.ids, cached=model.anatomy.causal)
             read = ready.metric.read(base.logits, torch.tensor(group.prompts, device=base.logits.device))
-            for prompt_number, value in zip(group.prompts, read, strict=True):
+            for prompt_number, value in zip(group.prompts, read.float(), strict=True):
                 base_values[prompt_number] = value
             for _, first, part in (w for w in ready.walks if w[0] is group):
-                found = _run_walk(model, base, part, first, ready.metric)
+                found = _run_walk(model, base, part, first, ready.metric).float()
                 if values is None:
                     values = torch.full((len(cells), *found.shape[1:]), torch.nan, dtype=found.dtype)
                 values[torch.tensor([r.place for r in part])] = found.cpu()
@@ -216,41 +216,78 @@ def _narrowed(model: Model, metric: Metric) -> tuple[Tensor | None, Metric]:
 def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None) -> None:
     n = len(batch.lengths)
     if prompts is None:
-        return
+        if n > 1:
+            raise error(EditError, f"a sweep over {n} prompts must say whose each cell is", do="give prompts=")
+        prompts = [0] * len(cells)
     if len(prompts) != len(cells):
         raise error(EditError, "a sweep needs one prompt number a cell", got=f"{len(prompts)} for {len(cells)} cells")
     if any(not 0 <= p < n for p in prompts):
         raise error(EditError, "a cell names a prompt that is not there", got=max(prompts), allowed=f"0 to {n - 1}")
+    for edit in (edit for cell in cells for edit in (cell if isinstance(cell, Sequence) else (cell,))):
+        source = getattr(getattr(edit, "source", None), "batch", None)
+        if source is not None and len(source.lengths) not in (1, n):
+            raise error(
+                EditError,
+                f"the source of {edit!r} has a row too many or too few",
+                got=f"{len(source.lengths)} rows for {n} prompts",
+                do="run one other prompt, or one a prompt",
+            )
 
 
-def _by_length(model: Model, batch: Batch, metric: Metric) -> list[_Group]:
+def _check_metric(model: Model, metric: Metric, prompts: int) -> None:
+    """Refuse a metric that names tokens outside the vocabulary, or another number of answers than there are prompts."""
+    vocab = model.anatomy.size(Site("logits"), "vocab")
+    for name in ("answer", "foil"):
+        named = getattr(metric, name, None)
+        if named is None:
+            continue
+        ids = [named] if isinstance(named, int) else torch.as_tensor(named).tolist()
+        bad = next((i for i in ids if not 0 <= i < vocab), None)
+        if bad is not None:
+            raise error(
+                EditError, f"the {name} of a metric lies outside the vocabulary", got=bad, allowed=f"0 to {vocab - 1}"
+            )
+        if len(ids) not in (1, prompts):
+            raise error(
+                EditError,
+                f"a metric has another number of {name}s than there are prompts",
+                got=f"{len(ids)} for {prompts} prompts",
+                do="give one, or one a prompt",
+            )
+
+
+def _groups(model: Model, batch: Batch, metric: Metric, room: int, vocab: int) -> list[_Group]:
+    """Prompts of one length together, as many as fit in half of the room."""
     lengths: dict[tuple[int, int], list[int]] = {}
     columns = {i: metric.columns(i, n) for i, n in enumerate(batch.lengths)}
     for i, n in enumerate(batch.lengths):
         lengths.setdefault((n, len(columns[i])), []).append(i)
     groups: list[_Group] = []
-    for (length, _), members in sorted(lengths.items()):
-        tokens = torch.stack([batch.tokens[i, :length] for i in members])
-        read = torch.tensor([columns[i] for i in members], device=tokens.device)
-        groups.append(_Group(tuple(members), Batch(tokens, (length,) * len(members), (0,) * len(members)), read))
+    for (length, read_at), members in sorted(lengths.items()):
+        step = max(1, room // 2 // _prompt_bytes(model, length, read_at, vocab))
+        for first in range(0, len(members), step):
+            part = members[first : first + step]
+            tokens = torch.stack([batch.tokens[i, batch.pads[i] : batch.pads[i] + length] for i in part])
+            read = torch.tensor([columns[i] for i in part], device=tokens.device)
+            groups.append(_Group(tuple(part), Batch(tokens, (length,) * len(part), (0,) * len(part)), read))
     return groups
 
 
-def _step(room: int, each: int) -> int:
-    """How many rows a walk may hold.
+def _step(left: int, each: int, room: int) -> int:
+    """How many rows a walk may hold beside the base run.
 
     Raises:
         BudgetError: not even one.
     """
-    if each > room:
+    if each > left:
         raise error(
             BudgetError,
             "one cell of this sweep needs more than memory allows",
-            got=f"{each / 2**20:,.1f} MiB",
+            got=f"{(each + room - left) / 2**20:,.1f} MiB",
             allowed=f"{room / 2**20:,.1f} MiB",
             do="shorten the prompt, read fewer positions, or raise budget=",
         )
-    return room // each
+    return left // each
 
 
 def _walks(model: Model, group: _Group, rows: Sequence[Row], step: int) -> Iterator[tuple[int, list[Row]]]:
@@ -298,19 +335,27 @@ def _row_bytes(model: Model, length: int, read: int, vocab: int) -> int:
     return 4 * (length * (6 * a.d_model + 3 * a.d_mlp) + kv + a.n_heads * length * length + 3 * read * vocab)
 
 
+def _prompt_bytes(model: Model, length: int, read: int, vocab: int) -> int:
+    """What the base run keeps of one prompt: the stream before every layer, keys and values, and what is read."""
+    a = model.anatomy
+    return 4 * (a.n_layers * length * (a.d_model + 2 * a.n_kv_heads * a.d_head) + read * vocab)
+
+
 def _plan(model: Model, cells: int, walks: Sequence[tuple[_Group, int, list[Row]]], most: int) -> SweepPlan:
     n = model.anatomy.n_layers
-    forwards = flops = 0.0
+    forwards = flops = work = 0.0
     for group in dict.fromkeys(group for group, _, _ in walks):
         length = group.batch.tokens.shape[1]
-        one = Batch(group.batch.tokens[:1], (length,), (0,))
-        cost = sum(
-            (n - row.entry) / n * (length - first) / length for g, first, part in walks if g is group for row in part
-        )
+        one = plan_of(model, Batch(group.batch.tokens[:1], (length,), (0,)), [], logits=False, grad=False, pace=1.0)
+        mine = [(first, part) for g, first, part in walks if g is group]
+        cost = sum((n - row.entry) / n * (length - first) / length for first, part in mine for row in part)
+        # Every walk reads the weights of the layers that it computes, which takes as long as FIXED tokens.
+        read = sum((n - min(row.entry for row in part)) / n for _, part in mine) + 1
         forwards += cost
-        flops += (cost + len(group.prompts)) * plan_of(model, one, [], logits=False, grad=False, pace=1.0).flops
+        flops += (cost + len(group.prompts)) * one.flops
+        work += (cost + len(group.prompts) + read * FIXED / length) * one.flops
     shares = "layers and positions" if model.anatomy.causal else "layers only, as attention sees both ways"
-    return SweepPlan(cells, len(walks), forwards, flops, most, flops / model.pace, shares)
+    return SweepPlan(cells, len(walks), forwards, flops, most, work / model.pace, shares)
 
 
 def _run_walk(model: Model, base: Base, part: list[Row], first: int, metric: Metric) -> Tensor:

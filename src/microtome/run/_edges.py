@@ -231,15 +231,22 @@ class Edges:
         else:
             assert source is not None
             there = source.whole(site)
-        if there.shape[1:] != here.shape or (there.shape[0] != 1 and placed.prompt >= there.shape[0]):
+        rows, batch = there.shape[0], getattr(source, "batch", None)
+        own = there[0 if rows == 1 else min(placed.prompt, rows - 1)]
+        if batch is not None and rows > 1:  # of prompts of several lengths each has its own tokens
+            first, length = batch.spans[min(placed.prompt, rows - 1)]
+            own = own[first : first + length]
+        if own.shape != here.shape or (rows != 1 and placed.prompt >= rows):
             raise error(
                 EditError,
-                f"the source of {placed.edge.sender} does not fit",
-                got=f"shape {list(there.shape)}",
-                allowed=f"{[1, *here.shape]}, or as many rows as there are prompts",
-                do="run other prompts of the same number of tokens",
+                f"the source of {placed.edge.sender} does not fit prompt {placed.prompt}",
+                got=f"{rows} rows, {len(own)} tokens in its own"
+                if rows > placed.prompt or rows == 1
+                else f"{rows} rows",
+                allowed=f"{len(here)} tokens, in one row or in a row a prompt",
+                do="run other prompts of the same numbers of tokens",
             )
-        return there[0 if there.shape[0] == 1 else placed.prompt]
+        return own
 
     def _written(self, site: Site, here: Tensor, there: Tensor, head: int) -> Tensor:
         if site.name != "attn.z":

@@ -10,15 +10,16 @@ as soon as the run is over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from microtome.errors import EditError, error
 from microtome.model import Address, Site, parse
+from microtome.run._edit_values import refuse_unsound
 
 Values = Tensor | float | int
 
@@ -87,8 +88,11 @@ class SiteEdit(Edit):
 
     def __post_init__(self) -> None:
         parse(self.site)
+        refuse_unsound(self)
         if self.rows is not None:
             object.__setattr__(self, "rows", tuple(self.rows))
+        if self.rows == ():
+            raise error(EditError, f"{self!r} names no rows", do="name at least one, or leave rows= out for all")
 
     @property
     def address(self) -> Address:
@@ -332,12 +336,13 @@ class Map(SiteEdit):
         """What the function returns; it must keep the shape."""
         if self.function is None:
             raise error(EditError, f"Map on {where.site} has no function", do="give function=")
-        new = self.function(x.clone())
-        if new.shape != x.shape:
+        new: Any = self.function(x.clone())
+        shape = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        if shape != list(x.shape):
             raise error(
                 EditError,
                 f"the function of Map on {where.site} changed the shape",
-                got=str(list(new.shape)),
+                got=str(shape),
                 allowed=str(list(x.shape)),
                 do="return a tensor like the one given",
             )
@@ -414,6 +419,28 @@ class SwapFrom(SiteEdit):
                 allowed=f"{list(here)}",
                 do="pad both runs alike, and count positions from the start where lengths differ",
             )
+        self._long_enough(rows, here, where)
+
+    def _long_enough(self, there: list[tuple[int, int]], here: Sequence[tuple[int, int]], where: Where) -> None:
+        """Refuse a source one of whose rows ends before the last position that is asked of it: what follows is pads."""
+        chosen = range(len(here)) if where.rows is None else where.rows.tolist()
+        for row in chosen:
+            first, length = there[row]
+            last = here[row][0] + here[row][1] - 1
+            if where.columns is not None:
+                last = int(where.columns[row].max()) + where.offset
+            if last >= first + length and not self._generated(where, last):
+                raise error(
+                    EditError,
+                    f"the source of SwapFrom ends before the last position of {self.site}",
+                    got=f"{length} tokens there, position {last - first} asked for",
+                    do="name positions that both have, or run a prompt as long",
+                )
+
+    @staticmethod
+    def _generated(where: Where, column: int) -> bool:
+        """Whether a column comes after the prompt, where the source's shape alone decides."""
+        return where.prompt is not None and column >= where.prompt
 
     def digest(self) -> str:
         """A hash of the address and of the other run's tensors."""

@@ -26,7 +26,7 @@ class Freeze(Edit):
     """Hold non-linear parts constant for gradients; values stay the same to the bit.
 
     Attributes:
-        norms: the divisor of every norm.
+        norms: the divisor of every norm, those of queries and keys too.
         patterns: attention patterns.
         activations: "gate" (or True) the gate of a gated MLP as a whole; "ratio" the ratio of activation to
             pre-activation, as is always done in a plain MLP; False nothing.
@@ -69,7 +69,7 @@ def _tie(value: Tensor, linear: Tensor) -> Tensor:
 def freeze(rig: Rig, model: Any, anatomy: Anatomy, edit: Freeze, shape: Shape) -> None:
     """Install a frozen pass."""
     if edit.norms:
-        for path in _norm_paths(anatomy):
+        for path in _norm_paths(model, anatomy):
             norm = norm_of(model.get_submodule(path), path, anatomy.d_model)
             if norm is None:
                 raise error(
@@ -97,10 +97,13 @@ def freeze(rig: Rig, model: Any, anatomy: Anatomy, edit: Freeze, shape: Shape) -
             install(rig, model, site, anatomy.taps[site], lambda x: x.detach(), shape, edits=True)
 
 
-def _norm_paths(anatomy: Anatomy) -> list[str]:
+def _norm_paths(model: Any, anatomy: Anatomy) -> list[str]:
     parts = anatomy.parts
     paths = [n.path for layer in parts.layers for n in (layer.attn_norm, layer.mlp_norm) if n is not None]
     paths += [p for layer in parts.layers for p in (layer.attn_post_norm, layer.mlp_post_norm) if p is not None]
+    for attn in (layer.attn for layer in parts.layers):
+        inside = model.get_submodule(attn).named_modules(prefix=attn)
+        paths += [p for p, m in inside if "Norm" in type(m).__name__ and not list(m.children())]
     return list(dict.fromkeys([*paths, parts.final_norm.path] if parts.final_norm else paths))
 
 

@@ -1,13 +1,14 @@
 """The one module that touches a model: it registers hooks, wraps forwards, and takes it all back.
 
 A `Rig` collects what is wanted (functions before, after and around modules, and inside attention), installs it on
-entering and removes it on leaving, also after an exception or Ctrl-C. A module that nobody asked about is untouched, so
-that an empty rig costs nothing. Rigs nest.
+entering and removes it on leaving, also after an exception or Ctrl-C. A module that nobody asked about is untouched.
+While it is installed the model is in evaluation mode, and no other thread runs it. A rig of edits that stand
+(`standing`) may have others inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
@@ -15,7 +16,11 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from microtome.errors import SiteError, error
+from microtome.model import hiding_kernel
 from microtome.run._attention import InlineAttention, Watch, interface_name, watching
+from microtome.run._edits import Edit
+from microtome.run._turns import evaluating, turn_of
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 After = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
@@ -25,7 +30,14 @@ Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 class Rig:
     """Functions to run in and around the modules of one model, installed for the length of a `with` block."""
 
-    def __init__(self, model: nn.Module, attention: Literal["interface", "inline"], n_heads: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: Literal["interface", "inline"],
+        n_heads: int,
+        standing: Sequence[Edit] | None = None,
+    ) -> None:
+        self._standing = standing
         self._model, self._attention_kind, self._n_heads = model, attention, n_heads
         self._before: dict[str, list[Before]] = {}
         self._after: dict[str, list[After]] = {}
@@ -51,6 +63,8 @@ class Rig:
 
     def __enter__(self) -> Rig:
         try:
+            self._stack.enter_context(turn_of(self._model).take(self._standing))
+            self._stack.enter_context(evaluating(self._model))
             self._install()
         except BaseException:
             self._stack.close()
@@ -96,6 +110,7 @@ class Rig:
     def _install_attention(self) -> None:
         for path, watch in self._watches.items():
             module = self._module(path)
+            self._refuse_hidden(path, module, watch)
             if self._attention_kind == "inline":
                 self._wrap(module, InlineAttention.around(watch, self._n_heads))
             else:
@@ -104,6 +119,16 @@ class Rig:
             for config in _configs(self._model):
                 self._stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
                 config._attn_implementation_internal = interface_name(config._attn_implementation)
+
+    def _refuse_hidden(self, path: str, module: nn.Module, watch: Watch) -> None:
+        kernel = hiding_kernel(getattr(module, "config", None))
+        if self._attention_kind == "interface" and watch.wants_pattern and kernel is not None:
+            raise error(
+                SiteError,
+                f"scores and patterns of {path} cannot be read under the attention kernel {kernel}: it hides its masks",
+                allowed="eager or sdpa",
+                do='call model.hf.set_attn_implementation("sdpa")',
+            )
 
 
 def _configs(model: nn.Module) -> list[Any]:

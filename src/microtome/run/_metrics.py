@@ -52,6 +52,23 @@ def _pick(ids: tuple[int, ...], prompts: Tensor) -> Tensor:
     return table[prompts] if len(ids) > 1 else table.expand(len(prompts))
 
 
+def _columns(positions: Sequence[int], prompt: int, length: int) -> list[int]:
+    """The columns of positions, those from the end counted.
+
+    Raises:
+        EditError: one lies outside the prompt.
+    """
+    for position in positions:
+        if not -length <= position < length:
+            raise error(
+                EditError,
+                f"a metric reads position {position} of prompt {prompt}",
+                allowed=f"-{length} to {length - 1}",
+                do="choose a position inside the prompt",
+            )
+    return [p + length if p < 0 else p for p in positions]
+
+
 @dataclass(frozen=True)
 class _AtOne:
     """Reads one position of each prompt.
@@ -66,15 +83,7 @@ class _AtOne:
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The one column."""
-        at = self.position + length if self.position < 0 else self.position
-        if not 0 <= at < length:
-            raise error(
-                EditError,
-                f"a metric reads position {self.position} of prompt {prompt}",
-                allowed=f"-{length} to {length - 1}",
-                do="choose a position inside the prompt",
-            )
-        return [at]
+        return _columns((self.position,), prompt, length)
 
     def _answer(self, values: Tensor, prompts: Tensor) -> Tensor:
         return values[:, 0].gather(-1, _pick(_ids(self.answer), prompts).unsqueeze(-1)).squeeze(-1)
@@ -88,6 +97,13 @@ class LogitDifference(_AtOne):
 
     def __post_init__(self) -> None:
         answers, foils = _ids(self.answer), _ids(self.foil)
+        if len(answers) != len(foils) and 1 not in (len(answers), len(foils)):
+            raise error(
+                EditError,
+                "answers and foils do not go together",
+                got=f"{len(answers)} answers and {len(foils)} foils",
+                do="give one of each a prompt, or one for all",
+            )
         n = max(len(answers), len(foils))
         pairs = zip(answers * (n // len(answers)), foils * (n // len(foils)), strict=True)
         if any(a == f for a, f in pairs):
@@ -101,6 +117,7 @@ class LogitDifference(_AtOne):
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in logits."""
+        logits = logits.float()
         foil = logits[:, 0].gather(-1, _pick(_ids(self.foil), prompts).unsqueeze(-1)).squeeze(-1)
         return self._answer(logits, prompts) - foil
 
@@ -129,6 +146,7 @@ class Rank(_AtOne):
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], 0 for the first."""
+        logits = logits.float()
         own = self._answer(logits, prompts).unsqueeze(-1)
         return (logits[:, 0] > own).sum(-1).float()
 
@@ -138,21 +156,39 @@ class Divergence:
     """KL from the base run's distribution to the row's, summed over positions.
 
     Attributes:
-        base: log-probabilities [prompt, read, vocab] of the unedited prompts.
+        base: log-probabilities [prompt, read, vocab] of the unedited prompts; see `of`.
         positions: which positions are read.
     """
 
     base: Tensor
     positions: tuple[int, ...] = (-1,)
 
+    def __post_init__(self) -> None:
+        total = self.base.float().logsumexp(-1)
+        if not torch.allclose(total, torch.zeros_like(total), atol=1e-3):
+            raise error(
+                EditError,
+                "the base of a Divergence is not made of log-probabilities",
+                got=f"they sum to exp({float(total.flatten()[0]):.4g})",
+                do="give logits.log_softmax(-1), or use Divergence.of(logits)",
+            )
+
+    @classmethod
+    def of(cls, logits: Tensor, positions: tuple[int, ...] = (-1,)) -> Divergence:
+        """From the logits [prompt, pos, vocab] of unedited prompts of one length."""
+        read = _columns(positions, 0, logits.shape[1])
+        return cls(logits[:, read].detach().float().log_softmax(-1), positions)
+
     def columns(self, prompt: int, length: int) -> list[int]:
         """The columns of the positions."""
-        return [p + length if p < 0 else p for p in self.positions]
+        return _columns(self.positions, prompt, length)
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in nats, at least 0."""
-        base = self.base.to(logits.device)[prompts]
-        return (base.exp() * (base - logits.float().log_softmax(-1))).sum((-1, -2))
+        base = self.base.to(logits.device)[prompts].float()
+        weight = base.exp()
+        gap = base - logits.float().log_softmax(-1)
+        return (weight * gap).where(weight > 0, weight.new_zeros(())).sum((-1, -2))
 
 
 @dataclass(frozen=True)
@@ -169,7 +205,7 @@ class SpanLoss:
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The columns of the positions."""
-        return [p + length if p < 0 else p for p in self.positions]
+        return _columns(self.positions, prompt, length)
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in nats."""
@@ -186,7 +222,7 @@ class Reading:
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The columns of the positions."""
-        return [p + length if p < 0 else p for p in self.positions]
+        return _columns(self.positions, prompt, length)
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """What the function returns, [row, ...]."""

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache
 from importlib.metadata import version
-from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from microtome.errors import PromptError, SiteError, error
-from microtome.model import Address, Anatomy, LayerWeights, NormWeights, Weights, parse
+from microtome.errors import EditError, PromptError, SiteError, error
+from microtome.model import Anatomy, LayerWeights, NormWeights, Weights
 from microtome.run._batch import Batch, Prompt, to_batch
-from microtome.run._block_edits import Repeat, Skip
 from microtome.run._cells import Sweep, SweepPlan, plan_sweep, sweep
 from microtome.run._edges import Edge
 from microtome.run._edits import Edit, SiteEdit
+from microtome.run._fingerprint import Fingerprint
 from microtome.run._hooks import Rig
 from microtome.run._metrics import Metric
-from microtome.run._plan import Plan, plan_of, refuse_if_over
+from microtome.run._once import Capture, addresses, once
+from microtome.run._plan import Plan, plan_of
 from microtome.run._result import Run
-from microtome.run._session import Live, Observer, OneRun, Session, Stop
+from microtome.run._session import Live, Observer, Session
 from microtome.run._sweep import Cell
+from microtome.run._turns import turn_of
 
 if TYPE_CHECKING:
     from microtome.run._proof import Check
 
-Capture = str | Address | Sequence[str | Address]
+_version = cache(version)  # every run records them, and reading a package's metadata takes as long as a small forward
 
 
 class Model:
@@ -43,7 +42,7 @@ class Model:
         tokenizer: its tokenizer, or None.
         anatomy: sizes, and where every site is.
         proof: the identities that were checked when it was opened.
-        pace: floating-point operations a second, of its last run.
+        pace: floating-point operations a second of its last run, reading the weights counted as if it were some.
     """
 
     def __init__(self, hf: Any, tokenizer: Any, anatomy: Anatomy) -> None:
@@ -51,7 +50,7 @@ class Model:
         self.proof: list[Check] = []
         self._weights = Weights(hf, anatomy)
         self.pace = 2e10
-        self._takes_positions = "position_ids" in signature(type(hf).forward).parameters
+        self._fingerprint = Fingerprint(hf)
 
     def __repr__(self) -> str:
         a = self.anatomy
@@ -121,25 +120,24 @@ class Model:
         """How many parameters the model has; tied ones count once."""
         return sum(p.numel() for p in self.hf.parameters())
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """16 hex digits of a hash over the configuration, and names, shapes and 64 samples of every parameter."""
-        digest = hashlib.sha256(self.hf.config.to_json_string(use_diff=False).encode())
-        for name, parameter in self.hf.named_parameters():
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
-            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
-        return digest.hexdigest()[:16]
+        """16 hex digits of a hash over the configuration and all weights, as they are now."""
+        return self._fingerprint.exact()
 
     @property
     def provenance(self) -> dict[str, Any]:
         """What every result records: model, fingerprint, dtype and versions."""
+        return self.provenance_of_run() | {"fingerprint": self.fingerprint}
+
+    def provenance_of_run(self) -> dict[str, Any]:
+        """The same, without reading the weights again where nothing shows that they changed."""
         return {
             "model": self.anatomy.name,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self._fingerprint.current(),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "microtome": version("microtome"),
-            "transformers": version("transformers"),
+            "microtome": _version("microtome"),
+            "transformers": _version("transformers"),
             "torch": torch.__version__,
         }
 
@@ -164,13 +162,13 @@ class Model:
     def plan(self, prompt: Prompt, capture: Capture = (), *, logits: bool = True, grad: bool = False) -> Plan:
         """What a run would keep and take, before it runs: bytes by site, operations, seconds at the last run's pace."""
         batch = self.to_batch(prompt)
-        return plan_of(self, batch, _addresses(capture), logits=logits, grad=grad, pace=self.pace)
+        return plan_of(self, batch, addresses(capture), logits=logits, grad=grad, pace=self.pace)
 
     def run(
         self,
         prompt: Prompt,
         capture: Capture = (),
-        edits: Sequence[Edit] = (),
+        edits: Edit | Sequence[Edit] = (),
         *,
         stop_at: int | None = None,
         logits: bool = True,
@@ -182,9 +180,10 @@ class Model:
         """Run the model once, keep what is named, and change what the edits say.
 
         Args:
-            prompt: text, texts, token ids, lists of token ids, or an integer tensor [pos] or [batch, pos].
+            prompt: text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a
+                tokenizer gave.
             capture: addresses of what to keep, such as ``"*.mlp.post"`` or ``["3.attn.pattern", "final@-1"]``.
-            edits: what to change, in order.
+            edits: what to change: one edit, or several in order.
             stop_at: end before this layer runs; there are no logits then.
             logits: whether to compute logits; without them the unembedding is not run.
             grad: keep a graph, so that `Run.grad` gives gradients at every captured site.
@@ -196,31 +195,14 @@ class Model:
             A `Run`: ``run.logits``, ``run["12.mlp.post"]``, ``run.dataset()``.
 
         Raises:
-            SiteError: an address matches nothing.
+            SiteError: an address matches nothing, or is never reached.
             PromptError: the prompt cannot be read.
-            EditError: an edit does not fit its site.
+            EditError: an edit does not fit its site, or never acts; or the model is in use, see `editing`.
             BudgetError: what is named would not fit in memory.
         """
-        batch = self.to_batch(prompt, padding)
-        captures = _addresses(capture)
-        wants_logits = logits and stop_at is None
-        refuse_if_over(
-            plan_of(self, batch, captures, logits=wants_logits, grad=grad, pace=self.pace),
-            budget,
-            self.device,
-        )
-        watchers = {parse(a): f for a, f in (observe or {}).items()}
-        flow = OneRun(batch)
-        session = Session(self.hf, self.anatomy, flow, edits=edits, captures=captures, observers=watchers, grad=grad)
-        for address in captures:
-            flow.columns(address.positions)
-        self._stop_at(session.rig, stop_at, wants_logits)
-        # Skipped and repeated blocks would leave holes in a cache; otherwise the model runs as it does for anyone.
-        cached = not any(isinstance(edit, Skip | Repeat) for edit in edits)
-        output = self._forward(session.rig, batch, grad, cached)
-        return Run(
-            self.anatomy, batch, None if output is None else output.logits, session.captured, session.nodes,
-            self.to_words, self.provenance,
+        return once(
+            self, prompt, capture, edits, stop_at=stop_at, logits=logits, grad=grad, padding=padding, observe=observe,
+            budget=budget,
         )  # fmt: skip
 
     def sweep(
@@ -249,12 +231,19 @@ class Model:
 
         Raises:
             SiteError: an address matches nothing, lies outside the layers, or beyond its prompt.
-            EditError: a cell is empty, or the metric does not fit.
+            EditError: a cell is empty, or the metric does not fit; or the model is being edited.
             BudgetError: not even one cell fits.
 
         >>> cells = [SwapFrom(f"{layer}.resid_pre@{pos}", source=corrupt) for layer in range(30) for pos in range(13)]
         >>> effects = model.sweep(clean, cells, LogitDifference(answer=paris, foil=rome)).effects.reshape(30, 13)
         """
+        if turn_of(self.hf).standing:
+            raise error(
+                EditError,
+                "a sweep cannot run inside `editing`, whose rows are not its cells",
+                got=", ".join(map(repr, turn_of(self.hf).standing)),
+                do="put these edits into every cell",
+            )
         return sweep(self, prompt, cells, metric, prompts=prompts, budget=budget, progress=progress)
 
     def plan_sweep(
@@ -273,49 +262,20 @@ class Model:
         """
         return plan_sweep(self, prompt, cells, metric, prompts=prompts, budget=budget)
 
-    def _stop_at(self, rig: Rig, stop_at: int | None, logits: bool) -> None:
-        def stop(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise Stop
-
-        if stop_at is not None:
-            if not 0 <= stop_at < self.anatomy.n_layers:
-                raise error(
-                    SiteError,
-                    f"cannot stop at layer {stop_at} of {self.anatomy.name}",
-                    allowed=f"0 to {self.anatomy.n_layers - 1}",
-                    do="choose a layer of the model",
-                )
-            rig.before(self.anatomy.parts.layers[stop_at].block, stop)
-        elif not logits:
-            rig.before(self.anatomy.parts.unembedding, stop)
-
-    def _forward(self, rig: Rig, batch: Batch, grad: bool, cached: bool) -> Any:
-        started = time.perf_counter()
-        inputs: dict[str, Any] = dict(batch.inputs(self._takes_positions, self.anatomy.first_position))
-        if not cached and self.anatomy.causal:
-            inputs["use_cache"] = False
-        with torch.set_grad_enabled(grad), rig:
-            try:
-                output = self.hf(**inputs)
-            except Stop:
-                return None
-        flops = plan_of(self, batch, [], logits=True, grad=False, pace=1.0).flops
-        self.pace = flops / (time.perf_counter() - started)
-        return output
-
     @contextmanager
     def editing(self, *edits: Edit) -> Iterator[Model]:
         """Apply edits to every call inside the block, also to `generate` with its key/value cache.
 
         In a generation, positions mean those of the prompt; ``@last`` is the newest token at every step, ``@prompt``
         and ``@generated`` are what they say, and no positions means all. The edits are gone when the block is left,
-        also by an exception or Ctrl-C. An edit that never applied is warned of.
+        also by an exception or Ctrl-C. An edit that never applied is warned of. The model is in evaluation mode inside
+        the block, and refuses other threads until it is left; a run of theirs is waited for.
 
         >>> with model.editing(Add("12.resid_post@last", direction, strength=4.0)):
         ...     print(model.generate("I think"))
         """
         flow = Live()
-        session = Session(self.hf, self.anatomy, flow, edits=edits)
+        session = Session(self.hf, self.anatomy, flow, edits=edits, stands=True)
         calls = 0
 
         def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -332,11 +292,12 @@ class Model:
             session.rig.around("", generate, "generate")
         with session.rig:
             yield self
-        idle = [e for e in edits if isinstance(e, SiteEdit) and id(e) not in session.fired]
+        fired = {number for number, _ in session.fired}
+        idle = [e for e in edits if isinstance(e, SiteEdit) and id(e) not in fired]
         if calls and idle:
             warnings.warn(f"these edits never applied: {idle}", stacklevel=3)
 
-    def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, **options: Any) -> str | list[str]:
+    def generate(self, prompt: Prompt, *, max_new_tokens: int = 32, **options: Any) -> str | list[str]:
         """Continue a text, or several; greedy unless told otherwise.
 
         Args:
@@ -348,8 +309,17 @@ class Model:
             What was added: a text for a text, a list for a list.
 
         Raises:
-            PromptError: the model has no tokenizer, or the prompt is empty or leaves no room in the context.
+            PromptError: the model has no tokenizer or looks both ways, the prompt is empty or leaves no room in the
+                context, or the options are none.
         """
+        if not self.anatomy.causal:
+            raise error(
+                PromptError, f"{self.anatomy.name} looks both ways, and cannot continue a text", do="use a causal model"
+            )
+        if max_new_tokens < 1:
+            raise error(
+                PromptError, "a generation adds tokens", got=f"max_new_tokens={max_new_tokens}", allowed="1 or more"
+            )
         if self.tokenizer is None:
             raise error(
                 PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids"
@@ -367,14 +337,23 @@ class Model:
         pad = getattr(self.tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else self.tokenizer.eos_token_id
         options = {"do_sample": False, "pad_token_id": pad} | options
-        with torch.no_grad():
-            out = self.hf.generate(
-                input_ids=batch.tokens, attention_mask=batch.mask.long(), max_new_tokens=max_new_tokens, **options
-            )
+        inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask.long(), "max_new_tokens": max_new_tokens}
+        rig, began = Rig(self.hf, self.anatomy.attention, self.anatomy.n_heads), False
+
+        def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal began
+            began = True
+
+        rig.before("", begin)
+        with torch.no_grad(), rig:
+            try:
+                out = self.hf.generate(**inputs, **options)
+            except (ValueError, TypeError) as problem:
+                if began:  # it is none of the options
+                    raise
+                said = " ".join(str(problem).split())
+                raise error(
+                    PromptError, "transformers cannot generate this way", got=said, do="change options"
+                ) from problem
         texts = [self.tokenizer.decode(row[batch.tokens.shape[1] :], skip_special_tokens=True) for row in out]
         return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
-
-
-def _addresses(capture: Capture) -> list[Address]:
-    items = [capture] if isinstance(capture, str | Address) else list(capture)
-    return [parse(item) for item in items]

@@ -25,9 +25,10 @@ def open(
     """Open a language model and prove the map of its inside.
 
     Args:
-        name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel` (which is put in evaluation
-            mode, and otherwise left as it is), or nothing for the default model (SmolLM2-135M-Instruct).
-        tokenizer: for an already loaded model; without one it takes token ids.
+        name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel` (which is left as it is,
+            runs in evaluation mode whatever its own, and takes none of the last four arguments), or nothing for the
+            default model (SmolLM2-135M-Instruct).
+        tokenizer: for an already loaded model, which takes token ids without one; else instead of the model's own.
         dtype: of the weights of a model that is loaded here; float32 by default, so that identities are tight.
         device: where to put a model that is loaded here; the accelerator if there is one.
         revision: of a hub model.
@@ -37,7 +38,8 @@ def open(
         A `Model`, on whose map all seven identities hold (see ``model.proof``).
 
     Raises:
-        ModelError: it is not found, damaged, or not a language model.
+        ModelError: it is not found, damaged, or not a language model; or it is already loaded and is asked to be
+            another.
         ProofError: its map fails an identity; `map` and `check` show the whole proof.
     """
     model = map(
@@ -61,9 +63,11 @@ def map(
     """Load and map a model without proving the map, for looking at why a proof fails. Arguments as for `open`."""
     if name_or_path is None or isinstance(name_or_path, str | Path):
         target = _accelerator() if device is None else _usable(device)
-        hf, found, name = load(name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        hf, tokenizer, name = load(
+            name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, tokenizer=tokenizer
+        )
         hf = hf if target is None else hf.to(target)
-        return Model(hf, tokenizer or found, anatomy_of(hf, name))
+        return Model(hf, tokenizer, anatomy_of(hf, name))
     if not hasattr(name_or_path, "get_output_embeddings") or not hasattr(name_or_path, "config"):
         raise error(
             ModelUnsupported,
@@ -72,8 +76,16 @@ def map(
             allowed="a name, a folder, a GGUF file, or a transformers PreTrainedModel",
             do="load it with transformers first",
         )
+    asked = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code or None}
+    ignored = [name for name, value in asked.items() if value is not None]
+    if ignored:
+        raise error(
+            ModelError,
+            "a model that is already loaded is left as it is",
+            got=", ".join(f"{name}={asked[name]}" for name in ignored),
+            do="leave these out and load or move it so with transformers, or give its name instead",
+        )
     hf = name_or_path
-    hf.eval()
     name = Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name
     return Model(hf, tokenizer, anatomy_of(hf, name))
 

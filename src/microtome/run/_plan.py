@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from microtome.run._model import Model
 
 
+FIXED = 64
+"""What a layer costs before its first token, in tokens: reading its weights takes as long as computing so many."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The cost of a run.
@@ -39,9 +43,9 @@ class Plan:
         return sum(self.bytes_by_address.values()) + self.logits_bytes
 
     def __str__(self) -> str:
-        lines = [f"{name:32} {size / 2**20:10.1f} MiB" for name, size in self.bytes_by_address.items()]
-        lines.append(f"{'logits':32} {self.logits_bytes / 2**20:10.1f} MiB")
-        lines.append(f"{'together':32} {self.bytes / 2**20:10.1f} MiB, about {self.seconds:.2g} s")
+        lines = [f"{name:32} {_size(size):>14}" for name, size in self.bytes_by_address.items()]
+        lines.append(f"{'logits':32} {_size(self.logits_bytes):>14}")
+        lines.append(f"{'together':32} {_size(self.bytes):>14}, about {self.seconds:.2g} s")
         return "\n".join(lines)
 
 
@@ -61,7 +65,8 @@ def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: 
     flops = 2.0 * tokens * weights + 4.0 * rows * width * width * a.n_heads * a.d_head * a.n_layers
     written = a.size(Site("logits"), "vocab")
     flops += 2.0 * tokens * a.d_model * written if logits else 0.0
-    return Plan(kept, tokens * written * size if logits else 0, flops, flops * (3 if grad else 1) / pace)
+    work = flops * (tokens + FIXED) / tokens * (3 if grad else 1)
+    return Plan(kept, tokens * written * size if logits else 0, flops, work / pace)
 
 
 def _elements(model: Model, batch: Batch, address: Address, site: Site) -> int:

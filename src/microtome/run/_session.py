@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -176,13 +176,15 @@ class _Visitor:
     edits: list[tuple[SiteEdit, Address]]
     captures: list[Address]
     observers: list[Observer]
+    names: set[Site] = field(default_factory=set)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         own = x
+        self.session.visited.update(self.names)
         for edit, address in self.edits:
             named = Site(address.name, self.site.layer)
             for where in self.session.places(named, address, edit.rows, x):
-                self.session.fired.add(id(edit))
+                self.session.fired.add((id(edit), named))
                 x = apply(edit, x, where)
         if self.session.grad and (self.captures or self.site.name == "embed"):
             x = self._node(x, own)
@@ -213,12 +215,14 @@ class Session:
         captures: Sequence[Address] = (),
         observers: Mapping[Address, Observer] | None = None,
         grad: bool = False,
+        stands: bool = False,
     ) -> None:
         self.model, self.anatomy, self.flow, self.grad = model, anatomy, flow, grad
         self.captured: dict[Address, Tensor] = {}
         self.nodes: dict[Site, Tensor] = {}
-        self.fired: set[int] = set()
-        self.rig = Rig(model, anatomy.attention, anatomy.n_heads)
+        self.fired: set[tuple[int, Site]] = set()
+        self.visited: set[Site] = set()
+        self.rig = Rig(model, anatomy.attention, anatomy.n_heads, edits if stands else None)
         self.site_edits = [edit for edit in edits if isinstance(edit, SiteEdit)]
         for edit in edits:
             self._install_other(edit)
@@ -240,10 +244,12 @@ class Session:
             install(self.rig, model, site, anatomy.taps[site], visitor, flow.shape, changes)
 
     def _visitor(self, visitors: dict[Site, _Visitor], site: Site) -> _Visitor:
-        first = Site("attn.scale", site.layer)
+        place, first = site, Site("attn.scale", site.layer)
         if site.name == "mlp.scale" and self.anatomy.taps.get(first) == self.anatomy.taps[site]:
-            site = first  # one norm serves both branches: its divisor is one site by two names
-        return visitors.setdefault(site, _Visitor(self, site, [], [], []))
+            place = first  # one norm serves both branches: its divisor is one site by two names
+        visitor = visitors.setdefault(place, _Visitor(self, place, [], [], []))
+        visitor.names.add(site)
+        return visitor
 
     def _install_other(self, edit: Edit) -> None:
         if isinstance(edit, Skip | Repeat | ScaleBlock):

@@ -3,6 +3,7 @@
     corpus      `standard_library_text`, `standard_library_code`, `read_text`, `joined`, `Corpus.of`
     batches     `TokenBatches` yields `TokenBatch`
     statistics  `Moments`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`, `Covariance`, `Histogram`, `Quantiles`
+    confidence  `mean_interval`, `slope_interval`, `sign_flip`
 
 Every statistic is an `Accumulator`: `update(values, ...)`, `merge(other)`, `result()`, `state()`, `save`, `load`.
 """
@@ -30,6 +31,9 @@ from microtome.stream._histogram import Histogram as Histogram
 from microtome.stream._histogram import HistogramResult as HistogramResult
 from microtome.stream._histogram import Quantiles as Quantiles
 from microtome.stream._histogram import QuantilesResult as QuantilesResult
+from microtome.stream._interval import mean_interval as mean_interval
+from microtome.stream._interval import sign_flip as sign_flip
+from microtome.stream._interval import slope_interval as slope_interval
 from microtome.stream._moments import Moments as Moments
 from microtome.stream._moments import MomentsResult as MomentsResult
 from microtome.stream._topk import TopExamples as TopExamples

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from microtome.errors import EditError, ModelUnsupported, PromptError, error
 from microtome.run import LogitDifference, Metric, Model
+from microtome.stream import mean_interval
 from microtome.tasks._pair import Pair
 from microtome.tasks._tokens import Ids, Tokens
 
 if TYPE_CHECKING:
     import xarray as xr
 
-LEVEL, DRAWS = 0.95, 1000
 AT_ONCE = 1024
 """How many tokens are run at a time."""
 
@@ -116,12 +116,17 @@ def score(model: Model, pairs: Sequence[Pair], text: bool, seed: int) -> xr.Data
         values[f"difference_{name}"] = metric.read(logits.unsqueeze(1), prompts).cpu().numpy()
     units = {"difference": "logits", "top1": "bool", "said": "text"}
     data = xr.Dataset({n: ("example", v, {"unit": units[n.split("_")[0]]}) for n, v in values.items()})
+
+    def of_mean(values: np.ndarray) -> tuple[float, float]:
+        _, low, high = mean_interval(torch.from_numpy(values), seed=seed)
+        return float(low), float(high)
+
     means: dict[str, tuple[np.ndarray, Interval, str]] = {
         "accuracy": (values["top1_clean"], wilson, "share"),
         "accuracy_corrupt": (values["top1_corrupt"], wilson, "share"),
         "preferred": (values["difference_clean"] > 0, wilson, "share"),
-        "mean_difference_clean": (values["difference_clean"], lambda v: bootstrap(v, seed), "logits"),
-        "mean_difference_corrupt": (values["difference_corrupt"], lambda v: bootstrap(v, seed), "logits"),
+        "mean_difference_clean": (values["difference_clean"], of_mean, "logits"),
+        "mean_difference_corrupt": (values["difference_corrupt"], of_mean, "logits"),
     }
     for name, (each, interval, unit) in means.items():
         low, high = interval(each.astype(np.float64))
@@ -141,16 +146,3 @@ def wilson(values: np.ndarray) -> tuple[float, float]:
     n, p, z = len(values), float(values.mean()), 1.959963984540054
     centre, half = p + z * z / (2 * n), z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-
-
-def bootstrap(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of a mean, over resamples of the examples; NaN of one example, which tells nothing.
-
-    Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979.
-    """
-    n = len(values)
-    if n < 2:
-        return float("nan"), float("nan")
-    means = values[np.random.default_rng(seed).integers(n, size=(DRAWS, n))].mean(1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)

@@ -17,7 +17,7 @@ def mean_interval(
     Formula:  quantiles (1 - level)/2 and (1 + level)/2 of mean(values[resample]), examples drawn with replacement.
     Source:   Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979. Departs: none.
     Cost:     draws x values, as one matrix product in float64.
-    Check:    covers the true mean of normal samples at the stated level; tests/unit/test_measure.py.
+    Check:    covers the true mean of normal samples at the stated level; tests/unit/test_tasks_score.py.
 
     Args:
         values: [example, ...].

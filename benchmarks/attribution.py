@@ -1,0 +1,162 @@
+"""How well gradients predict exact patching on the default model: correlations by site and method, over many pairs.
+
+    python benchmarks/attribution.py [--model MODEL] [--out results.json]
+
+Both methods score every layer and position (and head) of every pair, from the first position on where its prompts
+differ; every one of these is also measured exactly. The correlation of the two is taken within each pair, and its mean
+over pairs is given with a 95 % bootstrap interval over pairs: Pearson's, Pearson's without the one cell of the largest
+exact effect, and that of ranks. RelP - AtP is taken in the same pairs: an interval without 0 is a difference. As a
+control, AtP's scores of each pair are compared with the exact effects of the next one of its task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy import ndarray
+
+import microtome as mt
+
+SITES = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]")
+
+# One token each where the prompts differ, and one token an answer.
+FACTS = [
+    ("The capital of {} is", ("France", "Paris"), ("Italy", "Rome")),
+    ("The capital of {} is", ("Germany", "Berlin"), ("Spain", "Madrid")),
+    ("The capital of {} is", ("Japan", "Tokyo"), ("China", "Beijing")),
+    ("The capital of {} is", ("Egypt", "Cairo"), ("Greece", "Athens")),
+    ("People in {} mostly speak", ("France", "French"), ("Germany", "German")),
+    ("People in {} mostly speak", ("Spain", "Spanish"), ("Italy", "Italian")),
+    ("The day after {} is", ("Monday", "Tuesday"), ("Thursday", "Friday")),
+    ("The opposite of {} is", ("hot", "cold"), ("big", "small")),
+]
+GIVING = "When {} and {} went to the store, {} gave a drink to"
+NAMES = [("Mary", "John"), ("Tom", "Anna"), ("Sarah", "James"), ("David", "Emma"), ("Peter", "Alice"), ("Jane", "Paul")]
+
+
+def pairs() -> dict[str, list[tuple[str, str, str, str]]]:
+    """Clean prompt, corrupt prompt, answer and foil, by task."""
+    facts = [(text.format(a), text.format(b), f" {x}", f" {y}") for text, (a, x), (b, y) in FACTS]
+    # Who gives is swapped: the answer is the other one.
+    giving = [(GIVING.format(a, b, b), GIVING.format(a, b, a), f" {a}", f" {b}") for a, b in NAMES]
+    return {"facts": facts, "indirect object": giving}
+
+
+def pearson(a: ndarray, b: ndarray) -> float:
+    """Pearson correlation over all cells of a pair."""
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+
+def without_largest(a: ndarray, b: ndarray) -> float:
+    """Pearson correlation over all cells of a pair but the one of the largest exact effect."""
+    rest = np.arange(b.size) != np.abs(b).argmax()
+    return pearson(a.ravel()[rest], b.ravel()[rest])
+
+
+def spearman(a: ndarray, b: ndarray) -> float:
+    """Rank correlation over all cells of a pair."""
+    ranks = [np.argsort(np.argsort(x.ravel())) for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
+    """Mean, and a 95 % bootstrap interval of it."""
+    x = np.array(values)
+    draws = x[np.random.default_rng(seed).integers(0, len(x), (10_000, len(x)))].mean(1)
+    return float(x.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
+
+
+def measure(model: mt.Model, pair: tuple[str, str, str, str]) -> dict[str, xr.Dataset]:
+    """Scores by method, and the exact effects, all in logits."""
+    clean, corrupt, answer, foil = pair
+    exact = mt.activation_patching(model, clean, corrupt, answer=answer, foil=foil, direction="noise")
+    found = {
+        m: mt.attribute(model, clean, corrupt, answer=answer, foil=foil, method=m, verify=0) for m in ("atp", "relp")
+    }
+    found["exact"] = exact[list(SITES)] * (exact["corrupt"] - exact["clean"])
+    # Before the first difference all effects are 0, which every method knows: these positions are left out.
+    first = int((exact["clean_token"].values != exact["corrupt_token"].values).argmax())
+    return {name: data.isel(pos=slice(first, None)) for name, data in found.items()}
+
+
+def table(task: str, measured: list[dict[str, xr.Dataset]]) -> list[dict[str, object]]:
+    """A row a site and measure."""
+    rows: list[dict[str, object]] = []
+    for site in SITES:
+        for name, correlation in (("pearson", pearson), ("- largest", without_largest), ("rank", spearman)):
+            values = {
+                m: [correlation(d[m][site].values, d["exact"][site].values) for d in measured] for m in ("atp", "relp")
+            }
+            gain = [b - a for a, b in zip(values["atp"], values["relp"], strict=True)]
+            same = [(a, b) for a, b in pairwise(measured) if a["atp"][site].shape == b["exact"][site].shape]
+            control = [correlation(a["atp"][site].values, b["exact"][site].values) for a, b in same]
+            row: dict[str, object] = {"task": task, "site": site, "measure": name, "pairs": len(measured)}
+            row |= {"atp": interval(values["atp"]), "relp": interval(values["relp"]), "gain": interval(gain)}
+            rows.append(row | {"control": float(np.mean(control)) if control else None})
+    return rows
+
+
+def costs(model: mt.Model, repeats: int = 5) -> dict[str, float]:
+    """Seconds of one forward, and of each method in forwards, medians."""
+    clean, corrupt, answer, foil = pairs()["indirect object"][0]
+    calls = {
+        "forward": lambda: model.run(clean),
+        **{
+            m: (lambda m=m: mt.attribute(model, clean, corrupt, answer=answer, foil=foil, method=m, verify=0))
+            for m in ("atp", "relp", "eap")
+        },
+    }
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - started)
+    medians = {name: float(np.median(x)) for name, x in taken.items()}
+    return {name: x / (1 if name == "forward" else medians["forward"]) for name, x in medians.items()}
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    model = mt.open() if arguments.model is None else mt.open(arguments.model)
+    cost = costs(model)
+    in_forwards = ", ".join(f"{m} {cost[m]:.1f}" for m in ("atp", "relp", "eap"))
+    print(f"a forward of 14 tokens takes {cost['forward'] * 1e3:.0f} ms; in forwards: {in_forwards}", flush=True)
+    started = time.perf_counter()
+    rows: list[dict[str, object]] = []
+    everything: list[dict[str, xr.Dataset]] = []
+    for task, members in pairs().items():
+        measured = []
+        for pair in members:
+            found = measure(model, pair)
+            clean, corrupt = (float(found["atp"][end]) for end in ("clean", "corrupt"))
+            print(f"{task:16} {clean:+7.2f} {corrupt:+7.2f}  {pair[0]} |{pair[2]} /{pair[3]}", flush=True)
+            if clean > 0 > corrupt:
+                measured.append(found)
+        print(f"{task}: {len(measured)} of {len(members)} pairs are answered right both ways and kept", flush=True)
+        rows += table(task, measured)
+        everything += measured
+    rows += table("all", everything)
+    print(f"\n{'task':16} {'site':13} {'measure':9} {'AtP':22} {'RelP':22} {'RelP - AtP':22} control")
+    for row in rows:
+        cells = "  ".join("{:+.3f} [{:+.2f}, {:+.2f}]".format(*row[k]) for k in ("atp", "relp", "gain"))
+        control = "" if row["control"] is None else f"{row['control']:+.3f}"
+        print(f"{row['task']:16} {row['site']:13} {row['measure']:9} {cells}  {control}")
+    print(f"\n{time.perf_counter() - started:.0f} s, {torch.get_num_threads()} threads, {model}")
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps({"provenance": model.provenance, "cost": cost, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

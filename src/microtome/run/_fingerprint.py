@@ -1,0 +1,70 @@
+"""The fingerprint of a model: its configuration and every one of its weights, as they are now.
+
+Formula:  the first 16 hex digits of SHA-256 over the configuration, and name, type, shape and CRC-32 of every tensor.
+Cost:     one pass over the bytes of the weights, half a second for 135M parameters in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLES = 64
+
+
+class Fingerprint:
+    """Fingerprints of one model.
+
+    A run records `current`, which reads the weights again only where it can see that they changed: another tensor,
+    a write that autograd counts, or another value among 64 samples of each. `exact` reads them all.
+    """
+
+    def __init__(self, hf: Any) -> None:
+        self._hf = hf
+        self._known, self._marks, self._seen = "", (), b""
+        self._views: list[Tensor] = []
+
+    def exact(self) -> str:
+        """The fingerprint of what the weights are now."""
+        done: dict[tuple[int, str, tuple[int, ...]], int] = {}
+        digest = hashlib.sha256(self._hf.config.to_json_string(use_diff=False).encode())
+        for name, tensor in self._hf.state_dict().items():
+            if not isinstance(tensor, Tensor):
+                continue
+            kind = tensor.data_ptr(), str(tensor.dtype), tuple(tensor.shape)
+            if kind not in done:  # tied weights are read once
+                done[kind] = zlib.crc32(_bytes(tensor))
+            digest.update(f"{name}{kind[1:]}{done[kind]};".encode())
+        self._known = digest.hexdigest()[:16]
+        self._look()
+        return self._known
+
+    def current(self) -> str:
+        """The fingerprint, read again only where the weights seem to have changed."""
+        marks, seen = self._marks, self._seen
+        self._look()
+        return self._known if self._known and (marks, seen) == (self._marks, self._seen) else self.exact()
+
+    def _look(self) -> None:
+        tensors = [*self._hf.parameters(), *self._hf.buffers()]
+        marks = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        if [m[:2] for m in marks] != [m[:2] for m in self._marks]:
+            self._views = [_samples(t) for t in tensors if t.is_contiguous()]
+        self._marks = marks
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for view in self._views:
+            groups.setdefault((view.device, view.dtype), []).append(view)
+        self._seen = b"".join(bytes(_bytes(torch.cat(views))) for views in groups.values())
+
+
+def _samples(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().view(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,70 @@
+"""Trained networks keep the circuit that they were trained to have."""
+
+from __future__ import annotations
+
+import pytest
+
+import microtome as mt
+from microtome import planted
+
+
+@pytest.mark.parametrize("name", planted.TRAINED)
+def test_exchanging_a_node_does_what_it_does_in_the_program(name: str) -> None:
+    it = planted.trained(name)
+    accuracy = planted.interchange_accuracy(it, 128, seed=77)
+    assert accuracy["behaviour"] > 0.99
+    assert set(accuracy) == {"behaviour", *planted.nodes(it.model)[2:-1]}
+    assert min(accuracy.values()) > 0.95, accuracy
+
+
+@pytest.mark.parametrize("name", planted.TRAINED)
+def test_what_is_inside_matters_and_what_is_outside_does_not(name: str) -> None:
+    """The other side of it: the base's own answer survives an exchange outside, and not one inside."""
+    it = planted.trained(name)
+    model, inside = it.model, set(it.truth["places"].values())
+    c = planted.corruptions(it, 128, seed=78)
+    source = model.run(c.corrupt, capture=["*.attn.z", "*.mlp_out"])
+    base = model.run(c.clean).logits[:, 1:].argmax(-1)
+    kept: dict[str, float] = {}
+    for node in planted.nodes(model)[2:-1]:
+        said = model.run(c.clean, edits=[mt.SwapFrom(planted.sender_of(node), source)]).logits[:, 1:].argmax(-1)
+        kept[node] = float((said == base).double().mean())
+    assert min(v for n, v in kept.items() if n not in inside) > 0.97
+    assert max(v for n, v in kept.items() if n in inside) < 0.9
+
+
+@pytest.mark.parametrize("name", planted.TRAINED)
+def test_the_weights_are_ordinary(name: str) -> None:
+    model = planted.trained(name).model
+    assert {check.status for check in model.proof} == {"holds"}
+    assert model.final_norm is not None
+    assert model.final_norm.norm.centred
+    for weights in model.layers:
+        for matrix in (weights.W_Q, weights.W_K, weights.W_V, weights.W_O, weights.W_in, weights.W_out):
+            assert float((matrix == 0).double().mean()) < 0.01
+    compiled = planted.program(name).model.layers[0].W_in
+    assert float((compiled == 0).double().mean()) > 0.5
+
+
+def test_the_program_in_its_own_place_scores_one() -> None:
+    it = planted.program("double_histogram")
+    own = {node: node for node in it.truth["nodes"] if planted.head_of(node) or planted.mlp_of(node) is not None}
+    same = planted.Planted(it.model, {**it.truth, "places": own})
+    assert set(planted.interchange_accuracy(same, 32, seed=1).values()) == {1.0}
+
+
+@pytest.mark.parametrize("name", planted.TRAINED)
+def test_a_wrong_place_is_seen(name: str) -> None:
+    """The same network, said to hold the program's head in another of its heads."""
+    it = planted.trained(name)
+    places = it.truth["places"]
+    node = next(node for node in places if planted.head_of(node))
+    other = next(f"L0.head.{h}" for h in range(4) if f"L0.head.{h}" not in places.values())
+    wrong = planted.Planted(it.model, {**it.truth, "places": places | {node: other}})
+    accuracy = planted.interchange_accuracy(wrong, 64, seed=1)
+    assert max(accuracy[other], accuracy[places[node]]) < 0.9
+
+
+def test_an_untrained_program_is_named() -> None:
+    with pytest.raises(mt.errors.DataError, match='no trained program is called "histgram". Did you mean "histogram"'):
+        planted.trained("histgram")

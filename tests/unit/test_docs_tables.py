@@ -1,0 +1,82 @@
+"""The tables of the documentation are what the code says: sites, families, and columns of the atlas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests import families
+
+import microtome as mt
+from microtome.atlas._columns import HEADS, LAYERS, NEURONS
+from microtome.model import SITES
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def written(page: str, name: str) -> str:
+    return (DOCS / page).read_text().split(f"<!-- {name}: begin -->\n")[1].split(f"<!-- {name}: end -->")[0].strip()
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def same(page: str, name: str, expected: str) -> None:
+    assert written(page, name) == expected, f"docs/{page} is out of date; it should hold\n\n{expected}\n"
+
+
+def test_the_table_of_sites() -> None:
+    rows = [("name", "axes", "of", "what")]
+    for name, spec in SITES.items():
+        axes = " ".join(f"**{axis}**" if axis == spec.unit != "batch" else axis for axis in spec.dims)
+        rows.append((f"`{name}`", axes, spec.scope, spec.meaning))
+    same("sites.md", "sites", table(*rows))
+
+
+def test_the_table_of_columns() -> None:
+    parts: list[str] = []
+    for name, columns in (("layers", LAYERS), ("heads", HEADS), ("neurons", NEURONS)):
+        rows = [(f"`{column}`", unit, text) for column, (unit, text) in columns.items()]
+        parts.append(f"### {name}.parquet\n\n" + table(("column", "unit", "meaning"), *rows))
+    same("atlas.md", "columns", "\n\n".join(parts))
+
+
+NOTES = {
+    "queries and keys are normalised before use": "q/k norms",
+    "latent attention: keys and values have no weights of their own": "latent attention",
+    "the layer is a mixture: experts are checked by identity 4": "mixture",
+    "the head has a transform of its own, or no norm stands before it": "norms on the stream",
+    "model.decoder projects the stream to another width before the unembedding": "a projection before the unembedding",
+}
+
+
+def row_of(family: str) -> tuple[str, str, str, str, str]:
+    forms, notes, attention, variants = dict[str, None](), dict[str, None](), "", 0
+    for name in families.NAMES:
+        if name.split("-")[0] != family:
+            continue
+        model = mt.open(families.build(name))
+        variants, attention = variants + 1, model.anatomy.attention
+        forms[{"post_norm": "norms on the stream"}.get(model.anatomy.parts.form, model.anatomy.parts.form)] = None
+        notes |= {NOTES[c.note]: None for c in model.proof if c.status == "does not apply"}
+        assert not [c for c in model.proof if c.status == "fails"]
+    outcome = "proven" if variants == 1 else f"proven, {variants} variants"
+    return family, " or ".join(forms), attention, outcome, ", ".join(notes)
+
+
+def test_the_table_of_families() -> None:
+    names = dict.fromkeys(name.split("-")[0] for name in families.NAMES)
+    head = ("family", "block", "attention", "`microtome check`", "what the proof leaves open")
+    same("models.md", "families", table(head, *map(row_of, names)))

@@ -1,0 +1,92 @@
+"""Metrics against plain torch on random logits, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests import families
+
+import microtome as mt
+
+LOGITS = torch.randn(4, 2, 11, generator=torch.Generator().manual_seed(0)) * 3
+WHICH = torch.tensor([0, 1, 1, 0])
+
+
+def test_they_are_what_their_formulas_say() -> None:
+    answers, foils = torch.tensor([3, 7])[WHICH], torch.tensor([5, 2])[WHICH]
+    z, rows = LOGITS[:, 0], torch.arange(4)
+    logp = torch.log(torch.exp(z) / torch.exp(z).sum(-1, keepdim=True))
+    for metric, expected in (
+        (mt.LogitDifference([3, 7], foil=[5, 2]), z[rows, answers] - z[rows, foils]),
+        (mt.LogitDifference([3, 7], foil=5), z[rows, answers] - z[:, 5]),
+        (mt.Probability(4), logp[:, 4].exp()),
+        (mt.LogProbability([3, 7]), logp[rows, answers]),
+        (
+            mt.Rank([3, 7]),
+            torch.tensor([float(sum(v > row[a] for v in row)) for row, a in zip(z, answers, strict=True)]),
+        ),
+    ):
+        torch.testing.assert_close(metric.read(LOGITS, WHICH), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_rank_counts_what_is_greater_alone() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 2.0, 3.0]]])
+    assert mt.Rank(1).read(logits, torch.tensor([0])).tolist() == [1.0]
+    assert mt.Rank(3).read(logits, torch.tensor([0])).tolist() == [0.0]
+
+
+def test_divergence_is_from_the_base_to_the_row() -> None:
+    base = torch.randn(2, 2, 11, generator=torch.Generator().manual_seed(1))
+    metric = mt.Divergence.of(base, positions=(0, 1))
+    p, q = base.softmax(-1)[WHICH], LOGITS.softmax(-1)
+    expected = (p * (p.log() - q.log())).sum((-1, -2))
+    torch.testing.assert_close(metric.read(LOGITS, WHICH), expected, rtol=1e-5, atol=1e-5)
+    reverse = (q * (q.log() - p.log())).sum((-1, -2))
+    assert (expected - reverse).abs().max() > 0.1
+    assert metric.read(base, torch.tensor([0, 1])).abs().max() < 1e-6
+    masked = base.clone()
+    masked[..., 4] = -torch.inf
+    zero = mt.Divergence.of(masked, positions=(0, 1)).read(masked, torch.tensor([0, 1]))
+    assert zero.abs().max() < 1e-6
+
+
+def test_span_loss_is_the_mean_loss_of_its_targets() -> None:
+    targets = torch.tensor([[3, 4], [5, 6]])
+    metric = mt.SpanLoss(targets, positions=(-2, -1))
+    loss = torch.nn.functional.cross_entropy(LOGITS.flatten(0, 1), targets[WHICH].flatten(), reduction="none")
+    torch.testing.assert_close(metric.read(LOGITS, WHICH), loss.reshape(4, 2).mean(1), rtol=1e-5, atol=1e-5)
+    assert metric.columns(0, 9) == [7, 8]
+
+
+def test_differences_are_taken_in_float32() -> None:
+    low = LOGITS.to(torch.bfloat16)
+    got = mt.LogitDifference(3, foil=5).read(low, WHICH)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, low[:, 0, 3].float() - low[:, 0, 5].float())
+
+
+def test_a_metric_over_few_tokens_is_the_same() -> None:
+    metric = mt.LogitDifference([3, 7], foil=[5, 3])
+    ids, narrow = metric.narrow()
+    assert ids == (3, 7, 5)
+    assert torch.equal(narrow.read(LOGITS[..., list(ids)], WHICH), metric.read(LOGITS, WHICH))
+
+
+@pytest.mark.parametrize(
+    ("metric", "text"),
+    [
+        (lambda: mt.Reading(lambda z, p: z, positions=(9,)), r"reads position 9 of prompt 0; allowed: -9 to 8"),
+        (lambda: mt.Reading(lambda z, p: z, positions=(-10,)), "reads position -10 of prompt 0"),
+        (lambda: mt.SpanLoss(torch.zeros(1, 1, dtype=torch.long), positions=(50,)), "reads position 50"),
+        (lambda: mt.LogitDifference(5000, foil=3), "answer of a metric lies outside the vocabulary; got 5000"),
+        (lambda: mt.LogitDifference(5, foil=-1), "foil of a metric lies outside the vocabulary; got -1"),
+        (lambda: mt.LogitDifference([1, 2], foil=[3, 4, 5]), "2 answers and 3 foils"),
+        (lambda: mt.Probability([1, 2, 3]), "another number of answers than there are prompts; got 3 for 1"),
+        (lambda: mt.LogitDifference(4, foil=4), "the foil equals the answer"),
+        (lambda: mt.Divergence(torch.zeros(1, 1, 5)), "not made of log-probabilities"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(metric: object, text: str) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    with pytest.raises(mt.errors.EditError, match=text):
+        model.sweep(list(range(5, 14)), [mt.Zero("0.resid_pre@8")], metric())

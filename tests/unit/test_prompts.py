@@ -1,0 +1,166 @@
+"""What a prompt may be, and what is said of what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import families
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
+
+import microtome as mt
+
+NEAR = {"rtol": 1e-4, "atol": 2e-5}
+
+
+class Words:
+    """A tokenizer of letters, from 5 on."""
+
+    pad_token_id = 0
+    eos_token_id = 2
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [5 + ord(c) - ord("a") for c in text]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(chr(max(int(i) - 5, 0) % 26 + ord("a")) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def model() -> mt.Model:
+    return mt.map(families.build("llama-gqa"), tokenizer=Words())
+
+
+ROWS = [[7, 8, 9, 10], [20, 21]]
+RIGHT = {"input_ids": [[7, 8, 9, 10], [20, 21, 0, 0]], "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]]}
+LEFT = {"input_ids": [[7, 8, 9, 10], [0, 0, 20, 21]], "attention_mask": [[1, 1, 1, 1], [0, 0, 1, 1]]}
+
+
+@pytest.mark.parametrize("made", [list, torch.tensor, np.array])
+@pytest.mark.parametrize("given", [RIGHT, LEFT])
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_what_a_tokenizer_gives_is_read(model: mt.Model, kind: Any, given: dict[str, Any], made: Any) -> None:
+    prompt = kind({key: made(value) for key, value in given.items()})
+    for padding in ("left", "right"):
+        run, expected = model.run(prompt, padding=padding), model.run(ROWS, padding=padding)
+        assert run.batch.spans == expected.batch.spans
+        assert torch.equal(run.logits, expected.logits)
+
+
+def test_one_row_or_no_mask(model: mt.Model) -> None:
+    for prompt in ({"input_ids": [7, 8]}, {"input_ids": [7, 8], "attention_mask": [1, 1]}, {"input_ids": [[7, 8]]}):
+        assert model.to_tokens(prompt).tolist() == [[7, 8]]
+    assert model.to_tokens({"input_ids": [7, 8], "token_type_ids": [0, 0]}).tolist() == [[7, 8]]
+    for ids in ((7, 8), [(7, 8)], torch.tensor([7, 8]), torch.tensor([[7, 8]], dtype=torch.int32)):
+        assert model.to_tokens(ids).tolist() == [[7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ({"attention_mask": [1]}, "holds no input_ids; got attention_mask"),
+        ({"input_ids": [[7, 8, 9]], "attention_mask": [[1, 0, 1]]}, "hides tokens inside row 0"),
+        ({"input_ids": [[7, 8, 9]], "attention_mask": [[1, 1]]}, "attention_mask does not fit its input_ids"),
+        ({"input_ids": [[7, 8]], "attention_mask": [[0, 0]]}, "the prompt is empty"),
+        ({"input_ids": [[7, 8]], "token_type_ids": [[0, 1]]}, "has a second segment"),
+        ([[7, 101]], "a token id lies outside the vocabulary; got 101; allowed: 0 to 100"),
+        ([7, -1], "a token id lies outside the vocabulary; got -1"),
+        (torch.tensor([2**40]), "a token id lies outside the vocabulary"),
+        ({"input_ids": [[7.5]]}, "cannot read the prompt"),
+        ({"input_ids": [["a"]]}, "cannot read the prompt"),
+        ({"input_ids": [7, "a"]}, "cannot read the prompt"),
+        ({"input_ids": [None]}, "cannot read the prompt"),
+        (torch.tensor([True]), "must hold integer token ids"),
+        (torch.tensor([0.5]), "must hold integer token ids"),
+        (torch.tensor(7), "must hold integer token ids"),
+        (torch.zeros(0, 3, dtype=torch.long), "the prompt is empty"),
+        (torch.zeros(2, 0, dtype=torch.long), "row 0 of the prompt is empty"),
+        ([], "the prompt is empty"),
+        ("", "the prompt is empty"),
+        ([[7], []], "row 1 of the prompt is empty"),
+        ([5] * 65, "longer than the model's context; got 65 tokens; allowed: at most 64"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(model: mt.Model, prompt: Any, text: str) -> None:
+    for use in (model.run, model.to_tokens, model.plan):
+        with pytest.raises(mt.errors.PromptError, match=text) as caught:
+            use(prompt)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wanted", [-1, 0])
+def test_a_generation_adds_tokens(model: mt.Model, wanted: int) -> None:
+    with pytest.raises(mt.errors.PromptError, match=f"a generation adds tokens; got max_new_tokens={wanted}"):
+        model.generate("abc", max_new_tokens=wanted)
+
+
+def test_a_generation_ends_with_the_context(model: mt.Model) -> None:
+    with pytest.raises(mt.errors.PromptError, match="too little room .*; got 62 new tokens; allowed: 61"):
+        model.generate("abc", max_new_tokens=62)
+    assert isinstance(model.generate("abc", max_new_tokens=61), str)
+    assert len(model.generate(["abc", "d"], max_new_tokens=3)) == 2
+
+
+def test_a_generation_needs_a_causal_model() -> None:
+    masked = mt.map(families.build("bert"), tokenizer=Words())
+    with pytest.raises(mt.errors.PromptError, match="looks both ways, and cannot continue a text"):
+        masked.generate("abc")
+
+
+def test_options_that_are_none_are_refused(model: mt.Model) -> None:
+    with pytest.raises(mt.errors.PromptError, match="transformers cannot generate this way; got .*tempratur"):
+        model.generate("abc", tempratur=0.5)
+
+
+def test_mistakes_inside_a_generation_stay_what_they_are(model: mt.Model) -> None:
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"), model.editing(mt.Map("1.mlp_out", fail)):
+        model.generate("abc")
+
+
+# ------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path_factory.mktemp("model")
+    families.build("llama-gqa").save_pretrained(path)
+    letters = {chr(97 + i): i for i in range(26)} | {"[UNK]": 26}
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(letters, unk_token="[UNK]")))
+    plain.save_pretrained(path)
+    return path
+
+
+def test_a_model_without_a_tokenizer_takes_ids(folder: Path, tmp_path: Path) -> None:
+    assert mt.open(folder).tokenizer is not None
+    for file in folder.iterdir():
+        if "token" not in file.name and "special" not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    model = mt.open(tmp_path)
+    assert model.tokenizer is None
+    assert model.run([7, 8]).logits.isfinite().all()
+    with pytest.raises(mt.errors.PromptError, match="opened without a tokenizer"):
+        model.run("a")
+
+
+@pytest.mark.parametrize("damage", ["{", "", "[]", '{"version": "1.0", "model": {"type": "WordLevel"}}'])
+def test_a_damaged_tokenizer_is_said_to_be(folder: Path, tmp_path: Path, damage: str) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(damage)
+    with pytest.raises(Exception):  # noqa: B017, PT011 (of whatever library)
+        AutoTokenizer.from_pretrained(tmp_path)
+    text = "the tokenizer of .* cannot be read.*copy its files again"
+    with pytest.raises(mt.errors.ModelBroken, match=text) as caught:
+        mt.open(tmp_path)
+    assert "\n" not in str(caught.value)
+    given = mt.open(tmp_path, tokenizer=Words())  # another one is as good
+    assert given.run("abc").logits.isfinite().all()
