@@ -84,8 +84,7 @@ def causal_trace(
 
     Raises:
         PromptError: the subject is not in the prompt, the answer is not one token, or `corrupt` does not align.
-        SiteError: a kind is unknown.
-        EditError: a number is too small.
+        SiteError: a kind is unknown; EditError: a number is too small.
     """
     _check(kinds, window, samples, noise, seed)
     rows = [model.to_batch(prompt).tokens] if corrupt is None else list(aligned(model, prompt, corrupt).split(1))
