@@ -94,7 +94,7 @@ def by_hand(w: dict[str, Tensor], tokens: Tensor, form: tuple[str, str], divisor
 def test_it_computes_what_the_arrays_say(tmp_path: Path, form: tuple[str, str], divisor: float | None) -> None:
     changes = {} if divisor is None else {"attn_scale": divisor}
     model = planted.load(folder(tmp_path / "it", *form, **changes)).model
-    assert {check.status for check in model.proof} == {"holds"}
+    assert "fails" not in {check.status for check in model.proof}
     assert model.anatomy.attention == "interface"
     assert model.anatomy.causal == (form[1] == "causal")
     tokens = torch.randint(7, (3, 6), generator=torch.Generator().manual_seed(1))

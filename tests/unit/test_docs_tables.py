@@ -58,6 +58,7 @@ NOTES = {
     "latent attention: keys and values have no weights of their own": "latent attention",
     "the layer is a mixture: experts are checked by identity 4": "mixture",
     "the head has a transform of its own, or no norm stands before it": "norms on the stream",
+    "attention looks both ways": "looks both ways",
     "model.decoder projects the stream to another width before the unembedding": "a projection before the unembedding",
 }
 
