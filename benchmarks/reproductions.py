@@ -1,6 +1,6 @@
 """Published causal claims, measured again on the default model, each with its interval and its control.
 
-    python benchmarks/reproductions.py [--only facts induction repair] [--model MODEL] [--samples 2] [--out FILE]
+    python benchmarks/reproductions.py [--only facts reading induction repair] [--model MODEL] [--samples 2] [--out F]
 
 What counts as reproduced is written down before the numbers are seen, in the sentence that each claim prints. Heads are
 chosen on other data than they are measured on. Intervals are 95 % bootstrap intervals over examples, p-values those of
@@ -76,17 +76,34 @@ def told(name: str, x: dict[str, float]) -> None:
     print(f"  {name:<64} {x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]  p {x['p']:.2g}  n {x['examples']:.0f}")
 
 
-def fact(model: mt.Model, prompt: str, subject: str, answer: str, samples: int) -> dict[str, Any] | None:
-    """The numbers of one fact, or None where the model does not answer so."""
-    data = mt.causal_trace(model, prompt, subject=subject, answer=answer, samples=samples)
-    if not data.attrs["known"]:
+def summed(rows: list[dict[str, Any]], compared: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    """Numbers of examples, printed: each on its own, the differences that decide, and the means by layer."""
+    layers = [row.pop("layers") for row in rows]
+    each = {name: torch.tensor([float(row[name]) for row in rows]).double() for name in rows[0]}
+    numbers = {name: of(x) for name, x in each.items()}
+    tests = {name: of(each[a] - each[b]) for name, (a, b) in compared.items()}
+    for name, x in (numbers | tests).items():
+        told(name, x)
+    profile = {name: torch.stack([x[name] for x in layers]).mean(0) for name in layers[0]}
+    for name, x in profile.items():
+        at = int(x.abs().argmax())
+        print(f"  {name}: largest in the window around layer {at}, {float(x[at]):+.3f}")
+    holds = all(x["low"] > 0 and x["p"] < 0.05 for x in tests.values())
+    return {
+        "numbers": numbers, "tests": tests, "by_layer": {k: x.tolist() for k, x in profile.items()},
+        "known": len(rows), "asked": len(FACTS), "reproduced": holds,
+    }  # fmt: skip
+
+
+def traced(model: mt.Model, prompt: str, subject: str, answer: str, samples: int) -> dict[str, Any] | None:
+    """What restores one fact, or None where the model does not answer so."""
+    if int(model.run(prompt).logits[0, -1].argmax()) != mt.explain.one_token(model, answer):
         return None
-    cut = mt.attention_knockout(model, prompt, queries=-1, keys=subject, answer=answer, controls=10)
+    data = mt.causal_trace(model, prompt, subject=subject, answer=answer, samples=samples)
     half, last = model.anatomy.n_layers // 2, data.sizes["pos"] - 1
     at = int(data["subject"].values.nonzero()[0][-1])
     others = [p for p in range(last) if p != at]
     mlp, attn = (torch.from_numpy(data[kind].values) for kind in ("mlp", "attn"))
-    logs, control = (torch.from_numpy(cut[n].values) for n in ("log_probability", "log_probability_control"))
     return {
         "clean": data["clean"], "corrupt": data["corrupt"],
         "mlp, subject's last, earlier half": mlp[:half, at].mean(),
@@ -95,52 +112,52 @@ def fact(model: mt.Model, prompt: str, subject: str, answer: str, samples: int) 
         "attn, subject's last, earlier half": attn[:half, at].mean(),
         "attn, last, later half": attn[half:, last].mean(),
         "attn, last, earlier half": attn[:half, last].mean(),
-        "cut last from subject, later half": logs[half:].mean(),
-        "cut last from subject, earlier half": logs[:half].mean(),
-        "cut last from other keys, later half (control)": control[half:].mean(),
-        "layers": {"mlp, subject's last": mlp[:, at], "attn, last": attn[:, last], "cut": logs},
+        "layers": {"mlp, subject's last": mlp[:, at], "attn, last": attn[:, last]},
     }  # fmt: skip
 
 
 def facts(model: mt.Model, samples: int) -> dict[str, Any]:
-    """Facts are mediated by early-to-mid MLPs at the subject's last token, and read late at the last position."""
+    """Facts are mediated by early-to-mid MLPs at the subject's last token, then by late attention at the end."""
+    print("facts: reproduced if, in effects on the answer's probability, p < 0.05, MLPs of the earlier half at the")
     print(
-        "facts: reproduced if, in effects on the answer's probability (log-probability where cut), with p < 0.05, MLPs"
+        "  subject's last token exceed those at other positions and later ones, and attention of the later half at the"
     )
-    print(
-        "  of the earlier half at the subject's last token exceed those at other positions and later ones, attention of"
-    )
-    print("  the later half at the last position exceeds the earlier half's, and cutting the last position from the")
-    print("  subject in the later half costs more than cutting it from as many other keys, or earlier")
-    rows = [x for prompt, subject, answer in FACTS if (x := fact(model, prompt, subject, answer, samples))]
-    layers = [row.pop("layers") for row in rows]
-    each = {name: torch.tensor([float(row[name]) for row in rows]).double() for name in rows[0]}
+    print("  last position exceeds the earlier half's")
+    rows = [x for prompt, subject, answer in FACTS if (x := traced(model, prompt, subject, answer, samples))]
+    earlier = "mlp, subject's last, earlier half"
     compared = {
-        "mlp: subject's last minus other positions": (
-            "mlp, subject's last, earlier half",
-            "mlp, other positions, earlier half (control)",
-        ),
-        "mlp: earlier minus later half": ("mlp, subject's last, earlier half", "mlp, subject's last, later half"),
+        "mlp: subject's last minus other positions": (earlier, "mlp, other positions, earlier half (control)"),
+        "mlp: earlier minus later half": (earlier, "mlp, subject's last, later half"),
         "attn at last: later minus earlier half": ("attn, last, later half", "attn, last, earlier half"),
-        "cut: other keys minus subject": (
-            "cut last from other keys, later half (control)",
-            "cut last from subject, later half",
-        ),
-        "cut: earlier minus later half": ("cut last from subject, earlier half", "cut last from subject, later half"),
     }
-    tests = {name: of(each[a] - each[b]) for name, (a, b) in compared.items()}
-    numbers = {name: of(x) for name, x in each.items()}
-    for name, x in (numbers | tests).items():
-        told(name, x)
-    profile = {name: torch.stack([x[name] for x in layers]).mean(0) for name in layers[0]}
-    for name, x in profile.items():
-        at = int((x.abs() if name == "cut" else x).argmax())
-        print(f"  {name}: largest in the window around layer {at}, {float(x[at]):+.3f}")
+    return summed(rows, compared) | {"samples": samples}
+
+
+def cut(model: mt.Model, prompt: str, subject: str, answer: str) -> dict[str, Any] | None:
+    """What one fact loses when the last position cannot read its subject, or None where it is not known."""
+    data = mt.attention_knockout(model, prompt, queries=-1, keys=subject, answer=answer, controls=10)
+    half = model.anatomy.n_layers // 2
+    logs, control = (torch.from_numpy(data[n].values) for n in ("log_probability", "log_probability_control"))
+    if not data.attrs["known"]:
+        return None
     return {
-        "numbers": numbers, "tests": tests, "by_layer": {k: x.tolist() for k, x in profile.items()},
-        "known": len(rows), "asked": len(FACTS), "samples": samples,
-        "reproduced": all(x["low"] > 0 and x["p"] < 0.05 for x in tests.values()),
+        "from subject, later half": logs[half:].mean(), "from subject, earlier half": logs[:half].mean(),
+        "from other keys, later half (control)": control[half:].mean(), "layers": {"from subject": logs},
     }  # fmt: skip
+
+
+def reading(model: mt.Model) -> dict[str, Any]:
+    """Facts are read late, at the last position, from the subject."""
+    print(
+        "reading: reproduced if cutting the last position from the subject in the later half costs more of the answer's"
+    )
+    print("  log-probability than cutting it from as many other keys (where there are), or earlier, p < 0.05")
+    rows = [x for fact in FACTS if (x := cut(model, *fact))]
+    late = "from subject, later half"
+    return summed(rows, {
+        "other keys minus subject": ("from other keys, later half (control)", late),
+        "earlier minus later half": ("from subject, earlier half", late),
+    })  # fmt: skip
 
 
 def copying(model: mt.Model, tokens: Tensor, edits: list[mt.Edit]) -> Tensor:
@@ -267,7 +284,7 @@ def repair(model: mt.Model, top: int = 3, each: int = 20) -> dict[str, Any]:
 def main() -> None:
     """Measure what is asked for, print it, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=["facts", "induction", "repair"])
+    parser.add_argument("--only", nargs="*", choices=["facts", "reading", "induction", "repair"])
     parser.add_argument("--model")
     parser.add_argument("--samples", type=int, default=2, help="noises a fact")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "reproductions.json")
@@ -275,6 +292,7 @@ def main() -> None:
     model = mt.open(options.model) if options.model else mt.open()
     claims: dict[str, Callable[[], dict[str, Any]]] = {
         "facts": lambda: facts(model, options.samples),
+        "reading": lambda: reading(model),
         "induction": lambda: induction(model),
         "repair": lambda: repair(model),
     }
