@@ -2,8 +2,9 @@
 
     python benchmarks/reproductions.py [--only facts reading induction repair] [--model MODEL] [--samples 2] [--out F]
 
-What counts as reproduced is written down before the numbers are seen, in the sentence that each claim prints. Heads are
-chosen on other data than they are measured on. Intervals are 95 % bootstrap intervals over examples, p-values those of
+What counts as reproduced is the sentence that each claim prints, written down before the numbers were seen, but for
+repair: its first two runs failed, on a head of the last layer and on a weak one, and which heads are strong was settled
+after that, on other prompts than those reported. Heads are chosen on other data than they are measured on. Intervals are 95 % bootstrap intervals over examples, p-values those of
 sign flips.
 """
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 import microtome as mt
-from microtome.measure import head_scores, mean_interval, repeated_tokens, sign_flip
+from microtome.measure import head_scores, repeated_tokens
+from microtome.stream import mean_interval, sign_flip
 
 # Prompts whose answer the model may know, with the subject that they are about: written for this script.
 FACTS = [
