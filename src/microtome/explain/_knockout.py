@@ -77,7 +77,7 @@ def attention_knockout(
     n = model.anatomy.n_layers
     windows = [layers_at(*window_of(i, window, n)) for i in range(n)]
     cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
-    swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), progress=progress)
+    swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), progress=progress).whole()
     data = _dataset(swept.values.double().reshape(len(sets), n), float(swept.base[0]), seed)
     words = model.to_words(tokens)
     said = {

@@ -179,7 +179,7 @@ def _measure(
     ]
     starts = [pair[start].tolist() for pair in pairs]
     whose = [i for i, own in enumerate(cells) for _ in own]
-    swept = model.sweep(starts, [cell for own in cells for cell in own], metric, prompts=whose)
+    swept = model.sweep(starts, [cell for own in cells for cell in own], metric, prompts=whose).whole()
     reached: list[Tensor] = []
     for i, pair in enumerate(pairs):
         read = source.logits[i : i + 1, metric.columns(i, pair.shape[1])]

@@ -182,7 +182,7 @@ def _measure(model: Model, clean: Run, broken: _Broken, metric: Probability, pla
     cells = [_cell(model, clean, broken, place, plan.window) for place in places]
     if plan.planned is not None:
         plan.planned(model.plan_sweep(broken.tokens, cells, metric))
-    swept = model.sweep(broken.tokens, cells, metric, progress=plan.progress)
+    swept = model.sweep(broken.tokens, cells, metric, progress=plan.progress).whole()
     zeros = torch.zeros(samples, dtype=torch.long, device=broken.logits.device)
     corrupt = metric.read(broken.logits.unsqueeze(1), zeros).double().cpu()
     effects = torch.zeros(len(plan.kinds), samples, n, length, dtype=torch.float64)

@@ -70,7 +70,7 @@ def verify(
     cells = [cell for site in sites for cell in _cells(model, scores, site, source, np.concatenate(chosen[site]))]
     if planned is not None:
         planned(model.plan_sweep(pair.start, cells, pair.metric(model)))
-    effects = model.sweep(pair.start, cells, pair.metric(model), progress=progress).effects.double().numpy()
+    effects = model.sweep(pair.start, cells, pair.metric(model), progress=progress).whole().effects.double().numpy()
     return _dataset(scores, flat, chosen, effects, top, seed)
 
 

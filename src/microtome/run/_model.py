@@ -227,7 +227,7 @@ class Model:
 
         Returns:
             A `Sweep`: values and effects by cell, values of the unedited prompts, and the plan. Stopped with Ctrl-C it
-            keeps the cells that were reached.
+            keeps the cells that were reached; `Sweep.whole` is for those who need them all.
 
         Raises:
             SiteError: an address matches nothing, lies outside the layers, or beyond its prompt.
