@@ -104,6 +104,10 @@ def test_atlas_writes_tables_pages_and_manifest(cli: Cli, saved: Path, text: Pat
         assert all(field.metadata and field.metadata[b"meaning"] for field in table.schema)
     manifest = json.loads(Path(told["manifest"]).read_text())
     assert manifest["text"]["tokens"] == 256
+    assert manifest["skipped_on"] == {"sequences": 8, "tokens_each": 32}
+    assert manifest["scored_on"]["sequences"] == 16
+    assert "`skipped_on`" in manifest["tables"]["layers"]["columns"]["loss_skip_mlp"]["meaning"]
+    assert "`scored_on`" in manifest["tables"]["heads"]["columns"]["induction_lo"]["meaning"]
     assert manifest["model"]["fingerprint"]
     again = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out)
     assert again.code == 0
@@ -160,3 +164,19 @@ def test_cache_is_shown_and_cleared(cli: Cli, tmp_path: Path, monkeypatch: pytes
 
 def test_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("microtome ")
+
+
+def test_run_writes_zarr_that_says_what_it_holds(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    import torch
+    import xarray as xr
+
+    import microtome as mt
+
+    file = tmp_path / "kept.zarr"
+    assert cli("run", "the cat sat", "-m", saved, "-c", "*.resid_post", "-o", file).code == 0
+    data = xr.open_zarr(file)
+    run = mt.open(saved).run("the cat sat", capture="*.resid_post")
+    assert data["resid_post"].dims == ("layer", "batch", "pos", "d_model")
+    assert torch.equal(torch.from_numpy(data["resid_post"].values), run["*.resid_post"])
+    assert data["token"].values.tolist() == run.words
+    assert data.attrs["fingerprint"] == run.provenance["fingerprint"]

@@ -55,7 +55,9 @@ def test_prompts_and_subjects_that_do_not_fit(cli: Cli, saved: Path, tmp_path: P
         ((PROMPT, "--subject", "barn"), 6, "PromptError", "barn"),
         ((PROMPT, "--subject", SUBJECT, "--answer", "the mat"), 6, '"the mat" is not one token'),
         ((PROMPT, "--subject", SUBJECT, "--corrupt", "the dog sat"), 6, "do not align"),
-        ((PROMPT, "--subject", SUBJECT, "--samples", 0), 5, "another samples", "allowed: 1 or more"),
+        ((PROMPT, "--subject", SUBJECT, "--samples", 0), 2, "--samples"),
+        ((PROMPT, "--subject", SUBJECT, "--window", -3), 2, "--window"),
+        ((PROMPT, "--subject", SUBJECT, "--noise", -1), 2, "--noise"),
     ):
         check(cli("trace", *arguments, "-m", saved, "-o", page), code, *texts)
     check(cli("trace", PROMPT, "-m", saved), 2, "Missing option '--subject'")

@@ -273,3 +273,23 @@ def test_stopped_it_keeps_the_edges_that_were_reached() -> None:
     data = mt.edge_effects(model, ids(0), ids(1), answer=11, foil=13, progress=stop)
     finite = int((data["effect"] == data["effect"]).sum())
     assert 60 < finite == data.attrs["measured"] < data.attrs["n_edges"]
+
+
+@pytest.mark.parametrize("method", [mt.node_effects, mt.edge_effects])
+def test_what_has_no_start_or_no_end_is_refused(method: Any) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    clean, corrupt = ids(0), ids(0)
+    corrupt[0, 4] = 99
+    source, two = captured(model, corrupt), captured(model, torch.cat([corrupt, ids(1)]))
+    for change, text in (
+        ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
+        ({"corrupt": source, "direction": "denoise"}, "a run that values are taken from cannot be where they are put"),
+        ({"corrupt": two}, "takes from a run of one row; got 1 prompts and a run of 2 rows"),
+        ({"clean": torch.cat([clean, clean]), "corrupt": source}, "got 2 prompts and a run of 1 rows"),
+        ({"metric": mt.Probability(11, position=3)}, r"every effect would be 0; got it reads positions \[3\]"),
+    ):
+        arguments = {"clean": clean, "corrupt": corrupt, "answer": 11} | change
+        with pytest.raises(mt.errors.MicrotomeError, match=text):
+            method(model, **arguments)
+    given = mt.node_effects(model, clean, source, answer=11)
+    assert given["effect"].equals(mt.node_effects(model, clean, corrupt, answer=11)["effect"])

@@ -94,7 +94,14 @@ def test_all_components_and_what_cannot_act() -> None:
     assert float(abs(data["indirect"] - (data["total"] - data["direct"])).max()) < 1e-12
     totals = data["total"].values
     assert float(data["total_control"][0]) == pytest.approx(totals[1:4].mean())
-    assert bool(data["total_control"][4::5].isnull().all())  # one MLP a layer
+    assert float(data["total_control"][4]) == pytest.approx(totals[[9, 14]].mean())  # the MLPs of other layers
+    branches = mt.component_effects(model, ROWS, answers=11, ablation="zero")
+    totals = branches["total"].values
+    for i in range(6):  # attention and MLP by turns
+        others = [j for j in range(6) if j % 2 == i % 2 and j != i]
+        assert float(branches["total_control"][i]) == pytest.approx(totals[others].mean())
+    alone = mt.component_effects(model, ROWS, answers=11, components=["1.attn.z[2]", "2.mlp_out"], ablation="zero")
+    assert bool(alone["total_control"].isnull().all())  # nothing is like them
     assert data.attrs["ablation"] == "zero"
     slope = data["slope"].values
     each, sums = data["direct_each"].values[:, 0], data["repair_each"].values[:, 0].sum(-1)
@@ -110,6 +117,8 @@ def test_all_components_and_what_cannot_act() -> None:
         ({"answers": [11, 12]}, "there must be one answer an example; got 2; allowed: 3"),
         ({"foils": ANSWERS}, 'the foil equals the answer in example 0; got "11"'),
         ({"answers": " Paris"}, 'cannot read " Paris": this model was opened without a tokenizer'),
+        ({"ablation": "sideways"}, 'no ablation "sideways"; allowed: zero, mean, resample, corrupt'),
+        ({"receivers": "sideways"}, 'no receivers "sideways"; allowed: branches, heads'),
         ({"ablation": "corrupt"}, "there is nothing to ablate with"),
         ({"ablation": "corrupt", "corrupts": OTHERS[:2]}, "one corrupt prompt an example; got 2; allowed: 3"),
         ({"ablation": "corrupt", "corrupts": [[1, 2], *OTHERS[1:]]}, "differ first at token 0; got 5 and 2 tokens"),

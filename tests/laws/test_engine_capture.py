@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from tests import families
 from torch import Tensor
 
 import microtome as mt
+from microtome.run._batch import rows_of
 
 CAUSAL = [n for n in families.NAMES if families.KIND[n] == "causal"]
 EAGER = ["gpt2", "llama-gqa", "qwen3", "phi", "opt-prenorm", "gemma3", "stablelm-parallel"]
@@ -104,7 +109,8 @@ def test_the_plan_is_what_is_kept(name: str) -> None:
         assert plan.bytes_by_address[address] == kept
         assert plan.logits_bytes == run.logits.nbytes
     with pytest.raises(
-        mt.errors.BudgetError, match=r"most of it logits; got 0 MiB; allowed: 0 MiB, which is 0 MiB less"
+        mt.errors.BudgetError,
+        match=r"most of it logits; got [\d.,]+ (B|KiB); allowed: 10 B, which is [\d.,]+ (B|KiB) less",
     ):
         model.run(ids(), budget=10)
 
@@ -124,6 +130,81 @@ def test_captures_that_select_differently_do_not_share_a_dataset() -> None:
     with pytest.raises(mt.errors.SiteError, match="select differently along pos"):
         run.dataset()
     assert run.dataset("0.mlp.post@-1")["pos"].values.tolist() == [8]
+
+
+def test_the_axes_of_an_address_are_those_of_its_tensor() -> None:
+    run = mt.map(families.build("llama-gqa")).run(ids(), capture=["*.mlp.post", "final"])
+    for address in ("*.mlp.post", "1.mlp.post", "0-1.mlp.post[3]@-1", "final", "logits"):
+        assert len(run.dims(address)) == run[address].dim()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_dataset_of_padded_rows_shows_no_pad_as_data(side: str) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    rows = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    run = model.run(rows, capture=["*.mlp.post", "*.attn.pattern"], padding=side)
+    data = run.dataset()
+    assert data["mask"].values.tolist() == run.mask.tolist()
+    assert np.isnan(data["mlp.post"].values).any(axis=(0, 3)).tolist() == (~run.mask).tolist()
+    pattern = np.isnan(data["attn.pattern"].values[0, :, 0])
+    assert pattern.any(axis=2).all(axis=1).tolist() == [True, False]  # a pad is no key, and no query
+    assert pattern.all(axis=2).tolist() == (~run.mask).tolist()
+    # A position is one over real tokens, so that the label finds the same token in every row.
+    assert data["pos"].values.tolist() == ([0, 1, 2, 3, 4] if side == "right" else [-5, -4, -3, -2, -1])
+    same = 0 if side == "right" else -1
+    assert data["token"].sel(pos=same).values.tolist() == [str(row[same]) for row in rows]
+    assert (data["token"].values == "").tolist() == (~run.mask).tolist()
+
+
+def test_a_dataset_names_the_tokens_that_were_selected() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    data = model.run([[5, 6]], capture="0.mlp.post@1,0").dataset()
+    assert data["token"].values.tolist() == [[str(5 + p) for p in data["pos"].values.tolist()]]
+    padded = model.run([[5, 6, 7], [8, 9, 10, 11]], capture=["0.mlp.post@-1", "0.attn.z@0"], padding="left")
+    last = padded.dataset("0.mlp.post@-1")
+    assert last["token"].values.tolist() == [["7"], ["11"]]
+    assert last["pos"].values.tolist() == [-1]
+    first = padded.dataset("0.attn.z@0")
+    assert first["token"].values.tolist() == [["5"], ["8"]]
+    assert first["pos"].values.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ([[6.7, 8.9]], "a token id must be an integer; got 6.7"),
+        ([True, False], "a token id must be an integer; got True"),
+        ([[5, None]], "a token id must be an integer; got None"),
+        (torch.tensor([True, False]), "a prompt tensor must hold integer token ids; got torch.bool"),
+        (torch.zeros(0, 3, dtype=torch.long), "the prompt is empty"),
+        (None, "cannot read the prompt; got NoneType"),
+        (3, "cannot read the prompt; got int"),
+        (["a", 5], "cannot read the prompt; got list"),
+    ],
+)
+def test_prompts_that_are_no_ids_are_refused(prompt: Any, told: str) -> None:
+    with pytest.raises(mt.errors.PromptError, match=re.escape(told)):
+        rows_of(prompt, None)
+
+
+def test_ids_of_other_integer_types_are_read() -> None:
+    for prompt in (np.array([5, 6]), [np.int64(5), np.int32(6)], [torch.tensor([5, 6])], [torch.tensor(5), 6]):
+        assert rows_of(prompt, None) == [[5, 6]]
+    assert rows_of(np.array([[5, 6], [7, 8]]), None) == [[5, 6], [7, 8]]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"dtype": torch.float64}, {"device": "cpu"}, {"revision": "main"}, {"trust_remote_code": True}]
+)
+def test_a_loaded_model_is_not_silently_left_as_it_is(asked: dict[str, Any]) -> None:
+    with pytest.raises(mt.errors.ModelError, match=rf"already loaded is left as it is; got {next(iter(asked))}="):
+        mt.map(families.build("gpt2"), **asked)
+
+
+def test_a_plan_is_printed_in_units_that_show_it() -> None:
+    text = str(mt.map(families.build("gpt2")).plan(ids(), "0.mlp.post[0]@0"))
+    assert " 0.0 " not in text
+    assert "8 B" in text
 
 
 def test_nothing_given_is_changed() -> None:

@@ -43,7 +43,7 @@ def everything(model: mt.Model) -> None:
     model.run(ids(), edits=[mt.Zero("1.attn.scores"), mt.Skip(0), mt.Freeze(activations=False), mt.ScaleBlock(2, 0.5)])
     model.run(ids(), capture="1.attn.pattern", grad=True).logits.sum().backward()
     model.run(ids(), stop_at=1, capture="0.mlp_out")
-    model.sweep(ids(), [mt.Zero("1.attn.z[0]@3"), mt.SwapFrom("1.resid_pre@2", base)], READ)
+    model.sweep(ids(), [mt.Zero("1.attn.z[0]@3"), mt.SwapFrom("1.resid_pre@2", base)], READ, prompts=[0, 1])
     with model.editing(mt.Zero("1.mlp_out"), mt.KnockOut("1.attn.scores", keys="0")):
         model.hf.generate(input_ids=ids(1), max_new_tokens=2, do_sample=False, pad_token_id=0)
         model.run(ids(), edits=[mt.Zero("1.attn.z")])
@@ -53,7 +53,7 @@ def everything(model: mt.Model) -> None:
         lambda: model.run(ids(), edits=[mt.Map("1.mlp_out", _interrupt)]),
         lambda: model.run(ids(), capture="2.mlp_out", stop_at=1),
         lambda: model.run(ids(), observe={"1.attn.pattern": _raise}),
-        lambda: model.sweep(ids(), [mt.Map("1.mlp_out", _raise)], READ),
+        lambda: model.sweep(ids(), [mt.Map("1.mlp_out", _raise)], READ, prompts=[0]),
         lambda: model.run(ids(), edits=[mt.Zero("1.attn.z"), mt.Skip(9)]),
         lambda: _editing(model, mt.Map("1.mlp_out", _raise)),
         lambda: _editing(model, mt.Zero("1.nothing")),
@@ -101,7 +101,7 @@ def test_a_model_in_training_runs_without_dropout_and_stays_in_training(name: st
     model = mt.open(hf)
     assert hf.training
     assert torch.equal(model.run(ids()).logits, expected)
-    base = model.sweep(ids(), [mt.Scale("1.mlp_out", 1.0)], READ).base
+    base = model.sweep(ids(), [mt.Scale("1.mlp_out", 1.0)], READ, prompts=[0]).base
     torch.testing.assert_close(base[0], expected[0, -1], **NEAR)
     with model.editing(mt.Scale("1.mlp_out", 1.0)):
         torch.testing.assert_close(hf(input_ids=ids()).logits, expected, **NEAR)
@@ -169,8 +169,8 @@ def test_a_sweep_inside_editing_is_refused() -> None:
         model.editing(mt.Zero("1.attn.z[0]")),
         pytest.raises(mt.errors.EditError, match="a sweep cannot run inside `editing`.*into every cell"),
     ):
-        model.sweep(ids(), cells, READ)
-    assert model.sweep(ids(), cells, READ).done == 1
+        model.sweep(ids(), cells, READ, prompts=[0])
+    assert model.sweep(ids(), cells, READ, prompts=[0]).done == 1
 
 
 @pytest.mark.parametrize("edit", [mt.Skip(0), mt.Repeat(1, 2)])

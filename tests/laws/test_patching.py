@@ -79,6 +79,7 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
             r"got it reads positions \[1\], and the prompts differ from token 2 on",
         ),
         ({"corrupt": CLEAN}, "both prompts give the same metric"),
+        ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
         ({"sites": ["logits"]}, 'cannot patch "logits" by layer'),
         ({"answer": " Paris", "foil": None}, 'cannot read " Paris": this model was opened without a tokenizer'),
     ],

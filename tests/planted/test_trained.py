@@ -14,7 +14,7 @@ def test_exchanging_a_node_does_what_it_does_in_the_program(name: str) -> None:
     accuracy = planted.interchange_accuracy(it, 128, seed=77)
     assert accuracy["behaviour"] > 0.99
     assert set(accuracy) == {"behaviour", *planted.nodes(it.model)[2:-1]}
-    assert min(accuracy.values()) > 0.97, accuracy
+    assert min(accuracy.values()) > 0.95, accuracy
 
 
 @pytest.mark.parametrize("name", planted.TRAINED)
@@ -53,13 +53,16 @@ def test_the_program_in_its_own_place_scores_one() -> None:
     assert set(planted.interchange_accuracy(same, 32, seed=1).values()) == {1.0}
 
 
-def test_a_wrong_place_is_seen() -> None:
-    it = planted.trained("double_histogram")
-    inside = it.truth["places"]
-    heads = [node for node in inside if planted.head_of(node)]
-    swapped = inside | {heads[0]: inside[heads[1]], heads[1]: inside[heads[0]]}
-    accuracy = planted.interchange_accuracy(planted.Planted(it.model, {**it.truth, "places": swapped}), 64, seed=1)
-    assert min(accuracy.values()) < 0.9
+@pytest.mark.parametrize("name", planted.TRAINED)
+def test_a_wrong_place_is_seen(name: str) -> None:
+    """The same network, said to hold the program's head in another of its heads."""
+    it = planted.trained(name)
+    places = it.truth["places"]
+    node = next(node for node in places if planted.head_of(node))
+    other = next(f"L0.head.{h}" for h in range(4) if f"L0.head.{h}" not in places.values())
+    wrong = planted.Planted(it.model, {**it.truth, "places": places | {node: other}})
+    accuracy = planted.interchange_accuracy(wrong, 64, seed=1)
+    assert max(accuracy[other], accuracy[places[node]]) < 0.9
 
 
 def test_an_untrained_program_is_named() -> None:

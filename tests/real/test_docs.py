@@ -84,7 +84,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", [c for c in dict.fromkeys(COMMANDS) if " atlas" not in c])
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys(COMMANDS) if " atlas" not in c and " mine." not in c])
 def test_the_commands_run(command: str, tmp_path: Path) -> None:
     code = f"import sys, shlex; sys.argv = shlex.split({command!r}); from microtome.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -29,6 +29,7 @@ def test_the_python_blocks_run_and_print_what_they_say(capsys: pytest.CaptureFix
         assert promise in out
     assert "('batch', 'head', 'q_pos', 'k_pos')" in out
     assert "True" in out
+    assert "\n1.0\n" in out
     assert "{'layer': 18, 'head': 6}" in out
 
 

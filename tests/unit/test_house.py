@@ -47,6 +47,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "cfg"
 PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 DEVICES = re.compile(r"(cpu|cuda|mps|xpu|hpu)(:\d+)?")
 NARROW_DTYPES = {"float16", "bfloat16", "half"}  # float64 and float32 are where statistics accumulate
+CITED = re.compile(r"(?<![\w./-])tests/\w+(?:/\w+)*(?:\.py)?")
 MACHINE_PATH = re.compile(r"(?<![\w.~/])/(?:home|root|work|Users)/\w|(?<!\w)[A-Z]:\\Users")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -256,10 +257,18 @@ def no_machine_paths(module: Module) -> Iterator[str]:
             yield f"{number}: path of a machine: {found.group()}"
 
 
+def cited_tests(module: Module) -> Iterator[str]:
+    """A test that is named as a check exists."""
+    for number, line in enumerate(module.text.splitlines(), 1):
+        for path in CITED.findall(line):
+            if not (ROOT / path).exists():
+                yield f"{number}: there is no {path}"
+
+
 Rule = Callable[[Module], Iterator[str]]
 RULES: tuple[Rule, ...] = (
     floors, privacy, sizes, names, no_pickle, hooks_in_one_place, no_device_or_dtype, no_print, docstrings,
-    no_machine_paths,
+    no_machine_paths, cited_tests,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------- the house today
@@ -281,6 +290,12 @@ def test_house(rule: Rule) -> None:
     assert found, "there is no source to judge"
     faults = [f"{path.relative_to(ROOT)}:{fault}" for path, module in found for fault in rule(module)]
     assert not faults, f"{rule.__doc__}\n" + "\n".join(faults)
+
+
+def test_tests_cited_in_the_documents_exist() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    faults = [f"{p.name}:{f}" for p in pages for f in cited_tests(Module("x", p.read_text(encoding="utf-8")))]
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize("folder", ["tests", "docs", "examples", "benchmarks", "tools", ".ci", "."])
@@ -380,6 +395,7 @@ BAD: list[tuple[Rule, str, str, str]] = [
     (docstrings, "run._a", "'''M.'''\nclass A:\n    '''A.'''\n    def f(self): ...", "f has no docstring"),
     (no_machine_paths, "run._a", "x = '/" + "home/ada/model'", "path of a machine"),
     (no_machine_paths, "run._a", "# see /" + "work/notes", "path of a machine"),
+    (cited_tests, "run._a", "# Check: it holds; tests/unit/test_gone.py", "1: there is no tests/unit/test_gone.py"),
 ]
 
 GOOD: list[tuple[Rule, str, str]] = [
@@ -402,6 +418,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (docstrings, "run._a", "'''M.'''\ndef _f(): ...\nclass A:\n    '''A.'''\n    def __len__(self): return 1"),
     (docstrings, "run", ""),
     (no_machine_paths, "run._a", "x = 'docs/work/notes'  # https://a.org/home/x and ~/work/x"),
+    (cited_tests, "run._a", "# Check: it holds; tests/unit/test_house.py, tests/unit, and not mytests/x"),
 ]
 
 

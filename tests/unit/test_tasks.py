@@ -263,6 +263,28 @@ def test_facts_that_the_standard_library_knows() -> None:
     assert [a for _, a in numbers[:-1]] == [s for s, _ in numbers[1:]]
 
 
+@pytest.mark.parametrize("relation", ["currency", "next_number", "opposite", "plural"])
+def test_no_answer_or_foil_can_be_copied_from_the_example(relation: str) -> None:
+    """By first tokens, so that every answer is read whatever the tokenizer makes of it."""
+    table = {subject: answer for _, subject, answer in mt.tasks.facts(relation)}
+    seen: set[str] = set()
+    for seed in range(3):
+        for pair in build(f"fact.{relation}", len(table), fewer=True, answers="first", seed=seed):
+            subject, other = (
+                next(s for s in sorted(table, key=len, reverse=True) if re.search(rf"\b{s}\b", p))
+                for p in (_last_sentence(pair.clean), _last_sentence(pair.corrupt))
+            )
+            example = pair.clean.removesuffix(_last_sentence(pair.clean))
+            assert not re.search(rf"\b({table[subject]}|{table[other]})\b", example), pair.clean
+            seen |= {subject}
+    missed = set(table) - seen
+    assert len(missed) < len(table) / 4, missed  # they are asked without the example instead of left out
+
+
+def _last_sentence(prompt: str) -> str:
+    return prompt.rpartition(". ")[2]
+
+
 def test_a_corrupt_fact_is_another_subject_of_its_relation() -> None:
     for pair in mt.tasks.build("fact", tokenizers.build("bpe-bos"), 200):
         table = {s: a for r, s, a in mt.tasks.facts(pair.group)}

@@ -76,8 +76,8 @@ def test_the_metric_serves_a_sweep(model: mt.Model, task: mt.tasks.Task) -> None
             for tokens in chosen.clean_tokens
         ]
         swept = model.sweep(chosen.corrupt_tokens, cells, metric, prompts=range(len(chosen)))
-        assert torch.allclose(swept.base.double(), torch.tensor(data["difference_corrupt"].values), atol=1e-4)
-        assert torch.allclose(swept.values.double(), torch.tensor(data["difference_clean"].values), atol=1e-4)
+        assert torch.allclose(swept.base.double(), torch.tensor(data["difference_corrupt"].values).double(), atol=1e-4)
+        assert torch.allclose(swept.values.double(), torch.tensor(data["difference_clean"].values).double(), atol=1e-4)
 
 
 def test_log_odds_of_single_tokens_is_the_logit_difference() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 _INTERVAL = ", end of the 95 % bootstrap interval over sequences"
-_SKIP = "rise of the loss when {} adds nothing: loss without it minus loss of the whole model"
+_SKIP = "rise of the loss when {} adds nothing: loss without it minus loss of the whole model, on the first tokens "
+_SKIP += "of the first sequences of the text (how many: `skipped_on` in the manifest)"
+_SCORES = ", on random tokens that repeat (how many: `scored_on` in the manifest)"
 
 LAYERS: dict[str, tuple[str, str]] = {
     "layer": ("", "number of the block, from 0"),
@@ -29,12 +31,15 @@ HEADS: dict[str, tuple[str, str]] = {
     "layer": ("", "number of the block, from 0"),
     "head": ("", "number of the query head, from 0"),
     "kv_head": ("", "the key/value head that it shares"),
-    "previous_token": ("share", "attention to the token before, on random tokens that repeat"),
-    "duplicate": ("share", "attention to the earlier occurrence of the same token, in the second half"),
-    "induction": ("share", "attention to the token after the earlier occurrence, in the second half"),
-    "first_token": ("share", "attention to the first token"),
-    "induction_control": ("share", "control of induction: attention to keys as far away, but 2 to 8 positions off"),
-    "entropy": ("nats", "mean entropy of the pattern's rows"),
+    "previous_token": ("share", "attention to the token before" + _SCORES),
+    "duplicate": ("share", "attention to the earlier occurrence of the same token, in the second half" + _SCORES),
+    "induction": ("share", "attention to the token after the earlier occurrence, in the second half" + _SCORES),
+    "first_token": ("share", "attention to the first token" + _SCORES),
+    "induction_control": (
+        "share",
+        "control of induction: attention to keys as far away, but 2 to 8 positions off" + _SCORES,
+    ),
+    "entropy": ("nats", "mean entropy of the pattern's rows" + _SCORES),
     "out_norm": (
         "norm",
         "mean norm of what the head adds to the residual stream, on the text, without each row's first token",

@@ -175,9 +175,8 @@ def _make(model: Model, batches: TokenBatches, folder: Path, seed: int, progress
     more = [b.tokens[:, :128].to(model.device) for b in list(batches)[1:2]]
     import torch
 
-    without = loss_without(
-        model, torch.cat([sample, *more]), seed=seed, progress=lambda d, n: progress("leaving layers out", d, n)
-    )
+    skipped = torch.cat([sample, *more])
+    without = loss_without(model, skipped, seed=seed, progress=lambda d, n: progress("leaving layers out", d, n))
     lap("loss_without")
     progress("scoring heads", 0, 1)
     scores = head_scores(model, length=min(50, (model.anatomy.n_ctx - 1) // 2), seed=seed)
@@ -196,6 +195,8 @@ def _make(model: Model, batches: TokenBatches, folder: Path, seed: int, progress
     cost["seconds"] = round(time.perf_counter() - started, 2)
     cost["peak_memory_bytes"] = peak_memory()
     manifest = _manifest(model, batches, statistics.loss, seed, cost, tables)
+    manifest["skipped_on"] = {"sequences": skipped.shape[0], "tokens_each": skipped.shape[1]}
+    manifest["scored_on"] = {"sequences": scores.attrs["sequences"], "tokens_each": 2 * scores.attrs["length"]}
     vocab = model.to_words(list(range(model.anatomy.d_vocab)))
     words = [vocab[t] for t in batches.flat]
     layers, heads, neurons = (tables[name][0] for name in ("layers", "heads", "neurons"))

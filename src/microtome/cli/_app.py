@@ -85,7 +85,7 @@ def run(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a token still shows the others
     try:
         with _ended_by_signal():
-            code = app(given, standalone_mode=False)
+            code = app(given, prog_name="microtome", standalone_mode=False)
             sys.stdout.flush()
         if code == STOPPED:  # Typer turns Ctrl-C into this code by itself, in silence
             raise KeyboardInterrupt

@@ -61,7 +61,7 @@ def patch(
     ] = Direction.denoise,
     site: Annotated[
         list[str] | None,
-        typer.Option(help='Site to patch by layer and position, or by head with "[head]" behind; repeatable.'),
+        typer.Option(help='Site to patch by layer and position, or by head with "\\[head]" behind; repeatable.'),
     ] = None,
     output: Page = None,
     force: Force = False,

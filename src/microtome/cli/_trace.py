@@ -24,9 +24,11 @@ def trace(
     corrupt: Annotated[
         str | None, typer.Option(help="The prompt with another subject, token for token, instead of noise.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Layers over which a branch is given back at once.")] = 10,
-    noise: Annotated[float, typer.Option(help="Noise, in standard deviations of the subject's embeddings.")] = 3.0,
-    samples: Annotated[int, typer.Option(help="How many noises.")] = 10,
+    window: Annotated[int, typer.Option(min=1, help="Layers over which a branch is given back at once.")] = 10,
+    noise: Annotated[
+        float, typer.Option(min=0, help="Noise, in standard deviations of the subject's embeddings.")
+    ] = 3.0,
+    samples: Annotated[int, typer.Option(min=1, help="How many noises.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the noise and the intervals.")] = 0,
     output: Page = None,
     force: Force = False,

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microtome.errors import EditError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._edge_scores import captures, changes, contract
 from microtome.explain._graph import graph
-from microtome.explain._pair import DIRECTIONS, Pair
-from microtome.explain._patching import Layout, aligned, every_position, layout
+from microtome.explain._pair import Pair
+from microtome.explain._patching import DIRECTIONS, Layout, aligned, every_position, layout, refuse_unknown
 from microtome.explain._verify import verify as measured
 from microtome.run import Freeze, Model, Prompt, Run, SweepPlan
 
@@ -97,10 +96,8 @@ def attribute(
     >>> scores = attribute(model, clean, corrupt, answer=" Paris", foil=" Rome", method="relp")
     >>> scores["mlp_out"], scores["mlp_out_exact"], scores["recall"].sel(site="mlp_out")
     """
-    if method not in _NAMES:
-        raise error(EditError, f'no attribution method "{method}"', allowed=", ".join(_NAMES), do="name one of these")
-    if direction not in DIRECTIONS:
-        raise error(EditError, f'no direction "{direction}"', allowed=", ".join(DIRECTIONS), do="name one of these")
+    refuse_unknown("attribution method", method, tuple(_NAMES))
+    refuse_unknown("direction", direction, DIRECTIONS)
     foil_id = None if foil is None else one_token(model, foil)
     pair = Pair(aligned(model, clean, corrupt), one_token(model, answer), foil_id, direction)
     rules = RELP if rules is None and method == "relp" else rules

@@ -9,13 +9,14 @@ Formula:  node: effect(u) = m(base, u's output taken from the other run at all p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from microtome.errors import EditError, PromptError, error
 from microtome.explain._graph import Graph, graph
-from microtome.explain._patching import aligned, answer_metric
+from microtome.explain._patching import DIRECTIONS, aligned, answer_metric, refuse_blind, refuse_unknown
 from microtome.run import Edge, Metric, Model, Prompt, Run, SwapFrom, Sweep, SweepPlan
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 TOGETHER = 4096
 """Edges of how many are held in one sweep; what a stopped measurement loses at most."""
 WRITTEN = ("embed", "*.attn.z", "*.mlp_out")
-Direction = Literal["noise", "denoise"]
 Progress = Callable[[int, int], None]
 
 
@@ -36,7 +36,7 @@ def node_effects(
     answer: str | int | None = None,
     foil: str | int | None = None,
     metric: Metric | None = None,
-    direction: Direction = "noise",
+    direction: str = "noise",
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """What every part of the model is worth: the embedding, each head and each MLP taken from the other run.
@@ -54,7 +54,7 @@ def node_effects(
         answer: the clean prompt's answer, one token.
         foil: the corrupt prompt's answer; without it the answer's log-probability is read.
         metric: what to read instead.
-        direction: "noise" starts at the clean prompt, "denoise" at the corrupt one.
+        direction: "noise" starts at the clean prompt, "denoise" at the corrupt one, which must then be a prompt.
         progress: called with (done, all) cells.
 
     Returns:
@@ -62,12 +62,14 @@ def node_effects(
         effect under noising means that the part's clean value raises the metric. NaN where it was stopped.
 
     Raises:
-        PromptError: the prompts do not align, or the answer is not one token.
-        SiteError: the stream of the model is not a sum over its parts.
+        PromptError: the prompts do not align, the run has several rows, or the answer is not one token.
+        SiteError: the stream of the model is not a sum over its parts, or the metric reads only what comes before the
+            prompts differ.
+        EditError: there is no such direction, or a run is given where "denoise" would start.
     """
     parts = graph(model)
-    start, source = _start_and_source(model, clean, corrupt, direction)
     metric = answer_metric(model, answer, foil) if metric is None else metric
+    start, source = _start_and_source(model, clean, corrupt, direction, metric)
     cells = [SwapFrom(sender, source=source) for sender in parts.senders]
     swept = model.sweep(start, cells, metric, progress=progress)
     return _labelled(model, swept.effects, {"sender": parts.senders}, swept.base, "node effects", direction)
@@ -81,7 +83,7 @@ def edge_effects(
     answer: str | int | None = None,
     foil: str | int | None = None,
     metric: Metric | None = None,
-    direction: Direction = "noise",
+    direction: str = "noise",
     embeddings: Mapping[str, Tensor] | None = None,
     budget: int | None = None,
     progress: Progress | None = None,
@@ -115,13 +117,15 @@ def edge_effects(
         stopped; and `base`, the metric before any change.
 
     Raises:
-        PromptError: the prompts do not align, or the answer is not one token.
-        SiteError: the stream of the model is not a sum over its parts.
+        PromptError: the prompts do not align, the run has several rows, or the answer is not one token.
+        SiteError: the stream of the model is not a sum over its parts, or the metric reads only what comes before the
+            prompts differ.
+        EditError: there is no such direction, or a run is given where "denoise" would start.
         BudgetError: not even one edge fits.
     """
     parts = graph(model)
-    start, source = _start_and_source(model, clean, corrupt, direction)
     metric = answer_metric(model, answer, foil) if metric is None else metric
+    start, source = _start_and_source(model, clean, corrupt, direction, metric)
     table = _Table(parts, source, embeddings)
     effects = torch.full((len(table.names), len(parts.receivers)), torch.nan, dtype=torch.float64)
     base = torch.full((1,), torch.nan)
@@ -186,22 +190,41 @@ def _by_layer(parts: Graph) -> list[list[int]]:
 
 
 def _start_and_source(
-    model: Model, clean: Prompt, corrupt: Prompt | Run, direction: Direction
-) -> tuple[Tensor | Sequence[int], Run]:
+    model: Model, clean: Prompt, corrupt: Prompt | Run, direction: str, metric: Metric
+) -> tuple[Tensor, Run]:
+    """The prompt that cells change, and the run that they take from."""
+    refuse_unknown("direction", direction, DIRECTIONS)
     if isinstance(corrupt, Run):
-        return model.to_tokens(clean), corrupt
+        return _beside(model, clean, corrupt, direction), corrupt
     tokens = aligned(model, clean, corrupt)
+    refuse_blind(model, metric, tokens)
     start, other = (tokens[:1], tokens[1:]) if direction == "noise" else (tokens[1:], tokens[:1])
     return start, model.run(other, capture=WRITTEN, logits=False)
 
 
+def _beside(model: Model, clean: Prompt, source: Run, direction: str) -> Tensor:
+    """The clean prompt, where a run is there to take from."""
+    if direction != "noise":
+        raise error(
+            EditError, "a run that values are taken from cannot be where they are put", got=f'direction="{direction}"',
+            allowed="noise", do="give the corrupt prompt instead of its run, or exchange prompt and run",
+        )  # fmt: skip
+    tokens = model.to_tokens(clean)
+    if (rows := (len(tokens), len(source.tokens))) != (1, 1):
+        raise error(
+            PromptError, "one prompt takes from a run of one row", got=f"{rows[0]} prompts and a run of {rows[1]} rows",
+            allowed="one each", do="run the corrupt prompt alone",
+        )  # fmt: skip
+    return tokens
+
+
 def _labelled(
-    model: Model, effects: Tensor, axes: Mapping[str, Sequence[str]], base: Tensor, method: str, direction: Direction
+    model: Model, effects: Tensor, axes: Mapping[str, Sequence[str]], base: Tensor, method: str, direction: str
 ) -> xr.Dataset:
     import xarray as xr
 
     data = xr.Dataset(
-        {"effect": (tuple(axes), effects.numpy(), {"unit": "that of the metric"}), "base": float(base[0])},
+        {"effect": (tuple(axes), effects.double().numpy(), {"unit": "that of the metric"}), "base": float(base[0])},
         coords={name: list(labels) for name, labels in axes.items()},
     )
     return data.assign_attrs(model.provenance | {"method": method, "direction": direction})

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._contributions import refuse_unless_sum
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
-from microtome.explain._patching import aligned
+from microtome.explain._patching import aligned, refuse_unknown
 from microtome.measure import means, resampled
 from microtome.model import Address, Site, parse
 from microtome.run import Edit, Mean, Model, Run, Set, SiteEdit, Skip, SwapFrom, Zero
@@ -32,7 +32,8 @@ from microtome.stream import slope_interval
 if TYPE_CHECKING:
     import xarray as xr
 
-Ablation = Literal["zero", "mean", "resample", "corrupt"]
+ABLATIONS = ("zero", "mean", "resample", "corrupt")
+RECEIVERS = ("branches", "heads")
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Tensor
 BRANCHES = ("attn_out", "mlp_out")
 
@@ -43,9 +44,9 @@ def component_effects(
     *,
     answers: Answers,
     foils: Answers | None = None,
-    components: Sequence[str] | Literal["branches", "heads"] = "branches",
-    receivers: Literal["branches", "heads"] = "branches",
-    ablation: Ablation = "mean",
+    components: Sequence[str] | str = "branches",
+    receivers: str = "branches",
+    ablation: str = "mean",
     corrupts: Prompts | None = None,
     text: Prompts | None = None,
     everywhere: bool = False,
@@ -79,14 +80,18 @@ def component_effects(
     Returns:
         Dataset in logits over `component` and `receiver`: `total`, `direct`, `indirect`, `norm` (component) and
         `repair` (component, receiver), means with `_lo`, `_hi` (95 % bootstrap over examples), `_p` (sign flips) and
-        `_each` (example, ...); `total_control`, the mean over the other components of its kind and layer; `slope` with
-        `_lo` and `_hi`; `clean` (example). Negative: the component helps the answer.
+        `_each` (example, ...); `total_control`, the mean total of the other heads of its layer, or for a branch of the
+        same branch in other layers, as far as they are among the components (NaN where none is); `slope` with `_lo`
+        and `_hi`; `clean` (example). Negative: the component helps the answer.
 
     Raises:
         PromptError: answers, foils or corrupt prompts do not fit the prompts.
         SiteError: a component is not a head or a branch, or the logits are not a sum over parts.
         DataError: there is nothing to resample from.
+        EditError: there is no such ablation, or no such receivers.
     """
+    refuse_unknown("ablation", ablation, ABLATIONS)
+    refuse_unknown("receivers", receivers, RECEIVERS)
     refuse_unless_sum(model)
     rows = _rows(model, prompts)
     named = _components(model, components, receivers)
@@ -114,7 +119,7 @@ def _components(model: Model, components: Sequence[str] | str, receivers: str) -
     """Heads and branches by address, each of one layer, in the order given."""
     if receivers == "heads" and any(part.attn_post_norm for part in model.anatomy.parts.layers):
         raise error(SiteError, "a norm stands behind the heads", do='use receivers="branches"')
-    if components in ("branches", "heads"):
+    if isinstance(components, str) and components in RECEIVERS:
         components = _receivers(model, components)
     named: list[Address] = []
     for text in [components] if isinstance(components, str) else components:
@@ -147,7 +152,7 @@ class _Values:
         model: Model,
         rows: list[list[int]],
         named: list[Address],
-        ablation: Ablation,
+        ablation: str,
         corrupts: Prompts | None,
         text: Prompts | None,
         at: str,
@@ -280,7 +285,7 @@ def _dataset(named: list[Address], receivers: list[str], found: dict[str, Tensor
     variables |= summarised("repair", repair, ["component", "receiver"], "logits", seed)
     for end, x in zip(("", "_lo", "_hi"), slope_interval(direct, repair.sum(-1), seed=seed), strict=True):
         variables[f"slope{end}"] = ("component", x.numpy(), {"unit": "logits per logit"})
-    kinds = [(a.name, _layer(a)) for a in named]
+    kinds = [(a.name, _layer(a) if a.name == "attn.z" else None) for a in named]
     alike = torch.tensor([[float(a == b and i != j) for j, b in enumerate(kinds)] for i, a in enumerate(kinds)])
     control = alike.double() @ total.mean(0) / alike.double().sum(1)  # NaN where it has no like
     variables["total_control"] = ("component", control.numpy(), {"unit": "logits"})

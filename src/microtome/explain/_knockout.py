@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from microtome.errors import PromptError, SiteError, error
+from microtome.errors import EditError, PromptError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
 from microtome.run import KnockOut, LogProbability, Model, Prompt
@@ -64,10 +64,14 @@ def attention_knockout(
 
     Raises:
         PromptError: a span is not in the prompt, or queries cannot read the keys anyway.
-        SiteError: the model's attention scores are not seen, or a number is too small.
+        SiteError: the model's attention scores are not seen.
+        EditError: a number is too small.
     """
     if window < 1 or controls < 0:
-        raise error(SiteError, "a knock-out needs another window", got=(window, controls), allowed="window >= 1")
+        got = f"window {window}, controls {controls}"
+        raise error(
+            EditError, "a knock-out cannot take these", got=got, allowed="1 or more, and 0 or more", do="raise it"
+        )
     tokens = one_row(model.to_batch(prompt).tokens)
     asked, cut = span_of(model, tokens, queries, "queries"), span_of(model, tokens, keys, "keys")
     _refuse_unread(model, asked, cut)
@@ -77,7 +81,7 @@ def attention_knockout(
     n = model.anatomy.n_layers
     windows = [layers_at(*window_of(i, window, n)) for i in range(n)]
     cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
-    swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), progress=progress).whole()
+    swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), progress=progress)
     data = _dataset(swept.values.double().reshape(len(sets), n), float(swept.base[0]), seed)
     words = model.to_words(tokens)
     said = {

@@ -15,8 +15,6 @@ from microtome.run import Metric, Model, Run
 if TYPE_CHECKING:
     import xarray as xr
 
-DIRECTIONS = ("noise", "denoise")
-
 
 @dataclass(frozen=True, eq=False)
 class Pair:

@@ -1,7 +1,9 @@
 """Activation patching over many pairs, of any lengths: the mean effect of every part, and how sure it is.
 
-Formula:  effect_i(cell) = m_i(cell) - m_i(start), as a share of the gap m_i(goal) - m_i(start) of pair i; then its mean
-          over pairs, a 95 % bootstrap interval, and the p-value of sign flips.
+Formula:  effect_i(cell) = m_i(cell) - m_i(start), as a share of the mean gap, the mean over pairs of
+          m_i(goal) - m_i(start); then its mean over pairs, a 95 % bootstrap interval, and the p-value of sign flips.
+          So the mean is sum_i effect_i / sum_i gap_i: a pair of a small gap, or of one of the other sign, weighs no
+          more than any. The interval is that of the effects, the mean gap being taken as it is.
           A cell is a layer by a span of positions, which each pair has at its own place, or a layer by a head.
 """
 
@@ -9,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
-from microtome.explain._patching import Layout, aligned, layout
+from microtome.explain._patching import DIRECTIONS, Layout, aligned, layout, refuse_blind, refuse_unknown
 from microtome.explain._spans import Span, at, span_of
 from microtome.run import LogitDifference, LogProbability, Metric, Model, SwapFrom
+from microtome.stream import mean_interval
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -37,7 +40,7 @@ def patch_pairs(
     metric: Metric | None = None,
     spans: Sequence[Mapping[str, Span]] | None = None,
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]"),
-    direction: Literal["denoise", "noise"] = "denoise",
+    direction: str = "denoise",
     share: bool = True,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -46,7 +49,7 @@ def patch_pairs(
 
     Formula:  see the head of this file; m is the logit difference, or without foils the answer's log-probability.
     Source:   as `activation_patching`. Departs: positions are named spans, so that pairs of different lengths average.
-    Cost:     two forwards a pair and one sweep for every 16 pairs.
+    Cost:     four forwards a pair, two of them before anything is swept, and one sweep for every 16 pairs.
     Check:    every pair's values equal `activation_patching` of it alone; tests/laws/test_pairs.py.
 
     Args:
@@ -60,40 +63,43 @@ def patch_pairs(
             that all pairs have are used. Without it all pairs must have one length, and every position is a cell.
         sites: site names, patched by layer and span; with ``[head]`` behind, by layer and head at all positions.
         direction: "denoise" puts clean values into the corrupt run, "noise" the reverse.
-        share: effects as shares of each pair's gap, instead of logits or nats.
+        share: effects as shares of the mean gap, instead of logits or nats.
         seed: of the statistics.
         progress: called with (done, all) pairs.
 
     Returns:
         Dataset: for every site its mean effect over (layer, span), (layer, pos) or (layer, head), with `_lo`, `_hi`,
-        `_p` and `_each` (example, ...); `clean` and `corrupt` (example), the metric of the two prompts.
+        `_p` and `_each` (example, ...); `clean` and `corrupt` (example), the metric of the two prompts. Attributes:
+        `examples`, how many (stopped by Ctrl-C, those that were measured whole); `mean_gap` and `smallest_gap` of
+        clean - corrupt, in units of the metric; `flipped_gaps`, how many have the other sign than their mean.
 
     Raises:
         PromptError: a pair does not align, an answer or foil does not fit, or pairs have no span or length in common.
-        SiteError: a site cannot be patched this way, or both prompts of a pair give the same metric.
+        SiteError: a site cannot be patched this way, both prompts of a pair give the same metric or differ only after
+            what is read, or the mean gap that effects are shares of is not clearly one.
+        EditError: there is no such direction.
     """
+    refuse_unknown("direction", direction, DIRECTIONS)
     pairs = _pairs(model, cleans, corrupts)
     read, unit, words = _reading(model, answers, foils, metric, len(pairs))
     names, places = _places(model, pairs, spans)
-    axis, parts = "pos" if spans is None else "span", []
-    for first in range(0, len(pairs), TOGETHER):
-        some = slice(first, first + TOGETHER)
-        layouts = [
-            {site: layout(model, site, place, axis, at(0, pair.shape[1])) for site in sites}
-            for pair, place in zip(pairs[some], places[some], strict=True)
-        ]
-        parts.append(_measure(model, pairs[some], layouts, read(some), direction, first))
-        if progress is not None:
-            progress(min(first + TOGETHER, len(pairs)), len(pairs))
-    effects, began, reached = (torch.cat(x).double() for x in zip(*parts, strict=True))
+    axis = "pos" if spans is None else "span"
+    layouts = [
+        {site: layout(model, site, place, axis, at(0, pair.shape[1])) for site in sites}
+        for pair, place in zip(pairs, places, strict=True)
+    ]
+    ends = _ends(model, pairs, read)  # every refusal comes before the first sweep
     if share:
-        effects = effects / (reached - began).unsqueeze(1)
-    first_layouts = {site: layout(model, site, places[0], axis) for site in sites}
-    data = _dataset(first_layouts, effects, "share of the gap" if share else unit, seed)
-    clean, corrupt = (reached, began) if direction == "denoise" else (began, reached)
-    data = data.assign(clean=("example", clean.numpy()), corrupt=("example", corrupt.numpy()))
-    data = data.assign_coords({axis: names} | words)
-    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction, "seed": seed})
+        _require_gap(ends[:, 0] - ends[:, 1])
+    effects, kept = _measured(model, pairs, layouts, read, direction, progress)
+    ends = ends[kept]
+    if share:
+        gap = float((ends[:, 0] - ends[:, 1]).mean())
+        effects = effects / (gap if direction == "denoise" else -gap)
+    data = _dataset(layouts[0], effects, "share of the mean gap" if share else unit, ends, seed)
+    coords = {axis: names} | {name: ("example", [said[i] for i in kept]) for name, said in words.items()}
+    told = {"method": "activation patching", "direction": direction, "seed": seed}
+    return data.assign_coords(coords).assign_attrs(model.provenance | told)
 
 
 @dataclass(frozen=True)
@@ -114,17 +120,17 @@ class _From:
 
 def _reading(
     model: Model, answers: Answers | None, foils: Answers | None, metric: Metric | None, n: int
-) -> tuple[Callable[[slice], Metric], str, dict[str, object]]:
+) -> tuple[Callable[[slice], Metric], str, dict[str, list[str]]]:
     """The metric of some of the pairs, its unit, and the words that it is about."""
     if metric is not None:
         return lambda some: _From(metric, some.start), type(metric).__name__, {}
     if answers is None:
         raise error(PromptError, "there is nothing to read", do="give answers= or metric=")
     wanted, others = answer_and_foil(model, answers, foils, n)
-    words: dict[str, object] = {"answer": ("example", model.to_words(wanted))}
+    words = {"answer": model.to_words(wanted)}
     if others is None:
         return lambda some: LogProbability(wanted[some]), "nats", words
-    words["foil"] = ("example", model.to_words(others))
+    words["foil"] = model.to_words(others)
     return lambda some: LogitDifference(wanted[some], foil=others[some]), "logits", words
 
 
@@ -167,35 +173,99 @@ def _places(
     ]
 
 
-def _measure(
-    model: Model, pairs: list[Tensor], layouts: list[dict[str, Layout]], metric: Metric, direction: str, first: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Effects [pair, cell], and the metric of where the cells start and of where they lead [pair]."""
+def _chunks(n: int) -> list[slice]:
+    return [slice(first, min(first + TOGETHER, n)) for first in range(0, n, TOGETHER)]
+
+
+def _ends(model: Model, pairs: list[Tensor], read: Callable[[slice], Metric]) -> Tensor:
+    """[pair, (clean, corrupt)] The metric of both prompts of every pair, in float64.
+
+    Raises:
+        SiteError: no patch can reach what is read of a pair, or both of its prompts give the same.
+    """
+    found = torch.empty(len(pairs), 2, dtype=torch.float64)
+    for some in _chunks(len(pairs)):
+        metric = read(some)
+        for i, pair in enumerate(pairs[some]):
+            refuse_blind(model, metric, pair, i)
+        for side in (0, 1):
+            logits = model.run([pair[side].tolist() for pair in pairs[some]]).logits
+            for i, pair in enumerate(pairs[some]):
+                of = logits[i : i + 1, metric.columns(i, pair.shape[1])]
+                value = metric.read(of, torch.tensor([i], device=of.device))
+                found[some.start + i, side] = float(value.reshape(()))
+    for i, (clean, corrupt) in enumerate(found.tolist()):
+        if abs(clean - corrupt) < 1e-4:
+            raise error(
+                SiteError, f"both prompts of pair {i} give the same metric", got=f"{clean:.4g}",
+                do="leave the pair out, or choose prompts that are answered differently",
+            )  # fmt: skip
+    return found
+
+
+def _require_gap(gaps: Tensor) -> None:
+    """Refuse gaps whose mean may as well be 0: a share of it says nothing.
+
+    Raises:
+        SiteError: its interval over pairs holds 0.
+    """
+    mean, low, high = (float(x) for x in mean_interval(gaps))
+    if low <= 0 <= high or abs(mean) < 1e-4:
+        raise error(
+            SiteError, "the gaps of the pairs have no clear mean to be shared out",
+            got=f"{mean:.3g}, 95 % interval {low:.3g} to {high:.3g}, "
+            f"{int((gaps * mean < 0).sum())} of {len(gaps)} gaps of the other sign",
+            do="leave out pairs that the model answers wrongly, or give share=False",
+        )  # fmt: skip
+
+
+def _measured(
+    model: Model,
+    pairs: list[Tensor],
+    layouts: list[dict[str, Layout]],
+    read: Callable[[slice], Metric],
+    direction: str,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Tensor, list[int]]:
+    """Effects [example, cell] of the pairs that were measured whole, and which these are: all, unless it is stopped."""
+    parts: list[Tensor] = []
+    kept: list[int] = []
+    try:
+        for some in _chunks(len(pairs)):
+            effects, whole = _sweep(model, pairs[some], layouts[some], read(some), direction)
+            done = [i for i in range(len(effects)) if whole or bool(effects[i].isfinite().all())]
+            parts.append(effects[done])
+            kept += [some.start + i for i in done]
+            if not whole:
+                break
+            if progress is not None:
+                progress(some.stop, len(pairs))
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+    if not kept:  # stopped in the first pair
+        raise KeyboardInterrupt
+    return torch.cat(parts), kept
+
+
+def _sweep(
+    model: Model, pairs: list[Tensor], layouts: list[dict[str, Layout]], metric: Metric, direction: str
+) -> tuple[Tensor, bool]:
+    """Effects [pair, cell], and whether all were measured; NaN where not."""
     start, goal = (1, 0) if direction == "denoise" else (0, 1)
     wanted = sorted({f"*.{site.removesuffix('[head]')}" for site in layouts[0]})
-    source = model.run([pair[goal].tolist() for pair in pairs], capture=wanted)
+    source = model.run([pair[goal].tolist() for pair in pairs], capture=wanted, logits=False)
     cells = [
         [SwapFrom(a, source=source) for part in layouts_of.values() for a in part.addresses] for layouts_of in layouts
     ]
     starts = [pair[start].tolist() for pair in pairs]
     whose = [i for i, own in enumerate(cells) for _ in own]
-    swept = model.sweep(starts, [cell for own in cells for cell in own], metric, prompts=whose).whole()
-    reached: list[Tensor] = []
-    for i, pair in enumerate(pairs):
-        read = source.logits[i : i + 1, metric.columns(i, pair.shape[1])]
-        reached.append(metric.read(read, torch.tensor([i], device=read.device)).cpu())
-    goals = torch.cat(reached)
-    for i, gap in enumerate((goals - swept.base).abs().tolist()):
-        if gap < 1e-4:
-            raise error(
-                SiteError, f"both prompts of pair {first + i} give the same metric", got=f"{float(goals[i]):.4g}",
-                do="leave the pair out, or choose prompts that are answered differently",
-            )  # fmt: skip
-    return swept.effects.reshape(len(pairs), -1), swept.base, goals
+    swept = model.sweep(starts, [cell for own in cells for cell in own], metric, prompts=whose)
+    return swept.effects.double().reshape(len(pairs), -1), swept.done == len(whose)
 
 
-def _dataset(layouts: dict[str, Layout], effects: Tensor, unit: str, seed: int) -> xr.Dataset:
-    """The cells of all sites, cut apart and given their axes and statistics."""
+def _dataset(layouts: dict[str, Layout], effects: Tensor, unit: str, ends: Tensor, seed: int) -> xr.Dataset:
+    """The cells of all sites, cut apart and given their axes and statistics; and what is to be said of the gaps."""
     import xarray as xr
 
     variables: Variables = {}
@@ -203,4 +273,8 @@ def _dataset(layouts: dict[str, Layout], effects: Tensor, unit: str, seed: int) 
     for (site, part), x in zip(layouts.items(), parts, strict=True):
         variables |= summarised(site, x.reshape(-1, *part.shape), part.dims, unit, seed)
     data = xr.Dataset(variables)  # pyright: ignore[reportArgumentType]
-    return data.assign_coords(layer=list(range(data.sizes["layer"])))
+    data = data.assign(clean=("example", ends[:, 0].numpy()), corrupt=("example", ends[:, 1].numpy()))
+    gaps = ends[:, 0] - ends[:, 1]
+    told = {"examples": len(gaps), "mean_gap": float(gaps.mean()), "smallest_gap": float(gaps.abs().min())}
+    told["flipped_gaps"] = int((gaps * gaps.mean() < 0).sum())
+    return data.assign_coords(layer=list(range(data.sizes["layer"]))).assign_attrs(told)

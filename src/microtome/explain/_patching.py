@@ -9,12 +9,12 @@ Formula:  effect(cell) = (m(cell) - m(start)) / (m(goal) - m(start)), where a ce
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from microtome.errors import PromptError, SiteError, error
+from microtome.errors import EditError, PromptError, SiteError, error
 from microtome.explain._examples import answer_and_foil
 from microtome.explain._spans import at
 from microtome.model import Site
@@ -23,6 +23,7 @@ from microtome.run import LogitDifference, LogProbability, Metric, Model, Prompt
 if TYPE_CHECKING:
     import xarray as xr
 
+DIRECTIONS = ("noise", "denoise")
 BY_POSITION = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn.q", "attn.k", "attn.v", "attn.z")
 BY_UNIT = ("attn.q[head]", "attn.k[head]", "attn.v[head]", "attn.z[head]", "mlp.post[neuron]")
 
@@ -36,7 +37,7 @@ def activation_patching(
     foil: str | int | None = None,
     metric: Metric | None = None,
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]"),
-    direction: Literal["denoise", "noise"] = "denoise",
+    direction: str = "denoise",
     progress: Callable[[int, int], None] | None = None,
     planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
@@ -72,12 +73,14 @@ def activation_patching(
             one token, or the foil is the answer.
         SiteError: a site cannot be patched this way, both prompts give the same metric, or it reads only what comes
             before they differ.
+        EditError: there is no such direction.
     """
+    refuse_unknown("direction", direction, DIRECTIONS)
     tokens = aligned(model, clean, corrupt)
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
     own = {} if metric is None else {"metric": type(metric).__name__}
     metric = answer_metric(model, answer, foil) if metric is None else metric
-    _refuse_blind(model, metric, tokens)
+    refuse_blind(model, metric, tokens)
     layouts = {site: layout(model, site, every_position(tokens.shape[1])) for site in sites}
     source = model.run(goal, capture=sorted({part.capture for part in layouts.values()}))
     cells = [SwapFrom(address, source=source) for layout in layouts.values() for address in layout.addresses]
@@ -87,7 +90,7 @@ def activation_patching(
     last = source.logits[:, metric.columns(0, tokens.shape[1])]
     reached = float(metric.read(last, torch.zeros(1, dtype=torch.long, device=last.device))[0])
     began = float(swept.base[0])
-    data = _dataset(layouts, swept.effects / _gap(began, reached))
+    data = _dataset(layouts, swept.effects.double() / _gap(began, reached))
     data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
     words = [model.to_words(row) for row in tokens]
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
@@ -119,7 +122,7 @@ def _dataset(layouts: dict[str, Layout], shares: Tensor) -> xr.Dataset:
     variables: dict[str, tuple[tuple[str, str], object, dict[str, str]]] = {}
     parts = shares.split([len(layout.addresses) for layout in layouts.values()])
     for (site, layout), part in zip(layouts.items(), parts, strict=True):
-        variables[site] = (layout.dims, part.reshape(layout.shape).numpy(), {"unit": "share of the gap"})
+        variables[site] = (layout.dims, part.reshape(layout.shape).double().numpy(), {"unit": "share of the gap"})
     data = xr.Dataset(variables)  # pyright: ignore[reportArgumentType]
     return data.assign_coords(layer=list(range(data.sizes["layer"])))
 
@@ -162,10 +165,24 @@ def layout(model: Model, site: str, places: Sequence[tuple[int, int]], axis: str
     return Layout(name, addresses, ("layer", axis), (n, len(places)))
 
 
-def _refuse_blind(model: Model, metric: Metric, tokens: Tensor) -> None:
-    """Refuse a metric that no patch can reach: it reads only positions before the prompts [2, pos] differ."""
+def refuse_unknown(what: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a word that is none of those allowed.
+
+    Raises:
+        EditError: names the word and what is allowed.
+    """
+    if value not in allowed:
+        raise error(EditError, f'no {what} "{value}"', allowed=", ".join(allowed), do="name one of these")
+
+
+def refuse_blind(model: Model, metric: Metric, tokens: Tensor, number: int = 0) -> None:
+    """Refuse a metric that no patch can reach: it reads prompt `number` only before the prompts [2, pos] differ.
+
+    Raises:
+        SiteError: it does; says where.
+    """
     differ = (tokens[0] != tokens[1]).nonzero().flatten().tolist()
-    reads = metric.columns(0, tokens.shape[1])
+    reads = metric.columns(number, tokens.shape[1])
     if model.anatomy.causal and differ and max(reads) < differ[0]:
         raise error(
             SiteError,
@@ -200,10 +217,11 @@ def aligned(model: Model, clean: Prompt, corrupt: Prompt) -> Tensor:
     if lengths[0] != lengths[1]:
         words = [model.to_words(r[0]) for r in rows]
         at = next((i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b), min(lengths))
+        there = [str(row[at : at + 3]) if row[at:] else "its end" for row in words]
         raise error(
             PromptError,
             f"the prompts do not align: they differ first at token {at}",
-            got=f"{lengths[0]} and {lengths[1]} tokens, {words[0][at : at + 3]} against {words[1][at : at + 3]}",
+            got=f"{lengths[0]} and {lengths[1]} tokens, {there[0]} against {there[1]}",
             allowed="the same number of tokens",
             do="reword one so that every token has its counterpart",
         )

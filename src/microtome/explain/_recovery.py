@@ -3,6 +3,9 @@
 Formula:  an edge's score is the largest |change of any output| over pairs and over both corruptions, other tokens and
           shuffled positions; AUC is the share of (edge of the circuit, edge outside) of which the first has the higher
           score, a tie counting half.
+          The estimate beside it: |(what the sender writes in the corrupt run - in the clean one) . R|, R the gradient
+          at the receiver's input of m = d . outputs, d the unit vector along which the corruption moves the outputs;
+          the largest over the same pairs and corruptions.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from microtome.explain._edge_scores import captures, contract
 from microtome.explain._edges import WRITTEN
 from microtome.explain._graph import graph
 from microtome.planted import Planted, corruptions, placed, receiver_of, sender_of, writes
-from microtome.run import Edge, Reading
+from microtome.run import Edge, Model, Reading
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,8 +35,11 @@ def circuit_recovery(
     Formula:  see the head of this file.
     Source:   compiled circuits as ground truth, as in Gupta et al., "InterpBench", 2024 (arXiv 2407.14494). Departs:
               positions are shuffled too, since an edge from the positional embedding shows under nothing else.
-    Cost:     a sweep a corruption, with a cell for every edge of every pair.
-    Check:    AUC 1 on every compiled program, and below where positions are not shuffled; tests/planted.
+              The estimate is edge attribution patching, Syed, Rager, Conmy, 2023 (arXiv 2310.10348), of a metric that
+              needs no answer.
+    Cost:     a sweep a corruption, with a cell for every edge of every pair; a forward and a backward a pair.
+    Check:    AUC 1 on every compiled program, and below where positions are not shuffled; the estimate is the slope of
+              exact effects; tests/planted.
 
     Args:
         it: a planted model with its truth.
@@ -41,8 +48,8 @@ def circuit_recovery(
         corrupt: which corruptions to use.
 
     Returns:
-        Dataset over (sender, receiver), `pos_embed` a sender of its own: `score` in units of the outputs, and `true`;
-        NaN and False where there is no edge; attribute `auc`.
+        Dataset over (sender, receiver), `pos_embed` a sender of its own: `score` and `eap`, the estimate, in units of
+        the outputs, and `true`; NaN and False where there is no edge; attributes `auc` and `auc_eap`.
     """
     c = corruptions(it, pairs, seed)
     parts, names = graph(it.model), ["embed", "pos_embed"]
@@ -55,6 +62,7 @@ def circuit_recovery(
     names += parts.senders[1:]
     mask = torch.cat([parts.mask[:1], parts.mask])
     score = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.nan)
+    eap = score.clone()
     metric = Reading(change, positions=tuple(range(1, c.clean.shape[1])))
     places = mask.nonzero()
     for kind in corrupt:
@@ -75,10 +83,33 @@ def circuit_recovery(
             it.model.sweep(c.clean, cells, metric, prompts=prompts).whole().values.reshape(pairs, -1).amax(0).double()
         )
         score[mask] = torch.maximum(score[mask], found)
-    return _dataset(it, score, seed, corrupt)
+        written = {node if node in names else sender_of(node): after[node] - x for node, x in before.items()}
+        changes = torch.stack([written[name].detach() for name in names], dim=1)
+        eap[mask] = torch.maximum(eap[mask], estimated(it.model, c.clean, changes, source.logits[:, 1:])[mask])
+    return _dataset(it, score, eap, seed, corrupt)
 
 
-def _dataset(it: Planted, score: Tensor, seed: int, corrupt: tuple[Corruption, ...]) -> xr.Dataset:
+def estimated(model: Model, clean: Tensor, changes: Tensor, goal: Tensor) -> Tensor:
+    """[sender, receiver] The largest |first-order change| of the outputs, over prompts, along the way to the goal's.
+
+    Args:
+        model: a planted model.
+        clean: [prompt, pos] where the gradient is taken.
+        changes: [prompt, sender, pos, d_model] what each sender writes more in the corrupt run.
+        goal: [prompt, pos - 1, vocab] the outputs of the corrupt run.
+    """
+    found: list[Tensor] = []
+    for tokens, change, end in zip(clean, changes, goal, strict=True):
+        start = model.run(tokens.unsqueeze(0), capture=captures(model), grad=True)
+        outputs = start.logits[0, 1:].double()
+        way = (end.double() - outputs).detach()
+        # A corruption that changes no output gives no direction, and so no score.
+        metric = (outputs * way).sum() / way.norm().clamp(min=1e-6)
+        found.append(contract(model, start, start.grad(metric), change).abs().cpu())
+    return torch.stack(found).amax(0)
+
+
+def _dataset(it: Planted, score: Tensor, eap: Tensor, seed: int, corrupt: tuple[Corruption, ...]) -> xr.Dataset:
     import xarray as xr
 
     parts = graph(it.model)
@@ -88,11 +119,11 @@ def _dataset(it: Planted, score: Tensor, seed: int, corrupt: tuple[Corruption, .
         true[senders.index(sender_of(sender)), parts.receivers.index(receiver_of(receiver, slot))] = True
     edges = score.isfinite()
     data = xr.Dataset(
-        {"score": (("sender", "receiver"), score.numpy()), "true": (("sender", "receiver"), true.numpy())},
+        {name: (("sender", "receiver"), x.numpy()) for name, x in (("score", score), ("eap", eap), ("true", true))},
         coords={"sender": senders, "receiver": list(parts.receivers)},
     )
-    found = auc(score[edges & true], score[edges & ~true])
-    attributes = {"method": "circuit recovery", "auc": found, "seed": seed, "corrupt": ", ".join(corrupt)}
+    told = {f"auc{end}": auc(x[edges & true], x[edges & ~true]) for end, x in (("", score), ("_eap", eap))}
+    attributes = told | {"method": "circuit recovery", "seed": seed, "corrupt": ", ".join(corrupt)}
     return data.assign_attrs(it.model.provenance | attributes)
 
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from microtome.errors import PromptError, SiteError, error
+from microtome.errors import EditError, PromptError, SiteError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._patching import aligned
 from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
@@ -72,7 +73,7 @@ def causal_trace(
         samples: how many noises.
         subjects: texts whose embeddings set the noise's scale; this subject alone by default.
         kinds: what to restore.
-        seed: of the noise (sample i uses seed + i) and of the bootstrap.
+        seed: of the noise (each sample's own seed is drawn from it) and of the bootstrap.
         progress: called with (done, all) cells.
         planned: called with the plan of the sweep, before its first cell.
 
@@ -83,9 +84,10 @@ def causal_trace(
 
     Raises:
         PromptError: the subject is not in the prompt, the answer is not one token, or `corrupt` does not align.
-        SiteError: a number is too small, or a kind is unknown.
+        SiteError: a kind is unknown.
+        EditError: a number is too small.
     """
-    _check(kinds, window, samples, noise)
+    _check(kinds, window, samples, noise, seed)
     rows = [model.to_batch(prompt).tokens] if corrupt is None else list(aligned(model, prompt, corrupt).split(1))
     span = span_of(model, one_row(rows[0]), subject, "subject")
     clean = model.run(rows[0], capture=[f"*.{SITES[kind]}" for kind in kinds])
@@ -135,13 +137,14 @@ class _Plan:
     planned: Callable[[SweepPlan], None] | None
 
 
-def _check(kinds: Sequence[str], window: int, samples: int, noise: float) -> None:
+def _check(kinds: Sequence[str], window: int, samples: int, noise: float, seed: int) -> None:
     unknown = next((k for k in kinds if k not in SITES), None)
     if unknown is not None or not kinds:
         raise error(SiteError, "causal tracing cannot restore this", got=unknown or "nothing", allowed=", ".join(SITES))
-    for name, value, least in (("window", window, 1), ("samples", samples, 1), ("noise", noise, 0)):
+    for name, value, least in (("window", window, 1), ("samples", samples, 1), ("noise", noise, 0), ("seed", seed, 0)):
         if not value >= least:
-            raise error(SiteError, f"causal tracing needs another {name}", got=value, allowed=f"{least} or more")
+            allowed = f"{least} or more"
+            raise error(EditError, f"causal tracing cannot take this {name}", got=value, allowed=allowed, do="raise it")
 
 
 def _spread(model: Model, tokens: Tensor, span: tuple[int, int], subjects: Sequence[str]) -> float:
@@ -155,9 +158,16 @@ def _spread(model: Model, tokens: Tensor, span: tuple[int, int], subjects: Seque
     return float(model.run(tokens, capture=site, logits=False)[site].double().std())
 
 
+def noise_seed(seed: int, sample: int) -> int:
+    """The seed of one sample's noise: no two samples share it, of one seed or of neighbouring ones."""
+    return int(np.random.SeedSequence([seed, sample]).generate_state(1, np.uint64)[0])
+
+
 def _noised(model: Model, clean: Run, span: tuple[int, int], std: float, samples: int, seed: int) -> _Broken:
     """All samples of the noise in one run, and the streams that they leave."""
-    edits: list[Edit] = [Noise(f"embed{at(*span)}", std=std, seed=seed + i, rows=(i,)) for i in range(samples)]
+    edits: list[Edit] = [
+        Noise(f"embed{at(*span)}", std=std, seed=noise_seed(seed, i), rows=(i,)) for i in range(samples)
+    ]
     run = model.run(clean.tokens.expand(samples, -1), capture=["*.resid_pre", "*.resid_post"], edits=edits)
     held = {str(address): x for address, x in run.captured.items()}
     streams = tuple({site: x[i : i + 1] for site, x in held.items()} for i in range(samples))
@@ -182,7 +192,7 @@ def _measure(model: Model, clean: Run, broken: _Broken, metric: Probability, pla
     cells = [_cell(model, clean, broken, place, plan.window) for place in places]
     if plan.planned is not None:
         plan.planned(model.plan_sweep(broken.tokens, cells, metric))
-    swept = model.sweep(broken.tokens, cells, metric, progress=plan.progress).whole()
+    swept = model.sweep(broken.tokens, cells, metric, progress=plan.progress)
     zeros = torch.zeros(samples, dtype=torch.long, device=broken.logits.device)
     corrupt = metric.read(broken.logits.unsqueeze(1), zeros).double().cpu()
     effects = torch.zeros(len(plan.kinds), samples, n, length, dtype=torch.float64)

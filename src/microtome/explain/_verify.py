@@ -56,6 +56,7 @@ def verify(
         The scores, and for each site `<site>_exact`, the effect metric(cell) - metric(start), NaN where not measured;
         over `site`: `rank_correlation`, `rank_correlation_others`, `recall` and `measured` (cells). `verified_top` and
         `seed` are among the attributes. A correlation is NaN where there are fewer than two cells, or all are equal.
+        Stopped by Ctrl-C, it keeps what was measured; all that is said of a site not measured to its end is NaN.
 
     Raises:
         DataError: the scores are of another model, of no pair, or have fewer than `top` cells.
@@ -70,7 +71,7 @@ def verify(
     cells = [cell for site in sites for cell in _cells(model, scores, site, source, np.concatenate(chosen[site]))]
     if planned is not None:
         planned(model.plan_sweep(pair.start, cells, pair.metric(model)))
-    effects = model.sweep(pair.start, cells, pair.metric(model), progress=progress).whole().effects.double().numpy()
+    effects = model.sweep(pair.start, cells, pair.metric(model), progress=progress).effects.double().numpy()
     return _dataset(scores, flat, chosen, effects, top, seed)
 
 
@@ -164,9 +165,15 @@ def _dataset(
         exact[np.concatenate([best, others])] = mine
         data[f"{site}_exact"] = (scores[site].dims, exact.reshape(scores[site].shape), scores[site].attrs)
         first, rest = np.split(mine, [len(best)])
-        columns["rank_correlation"].append(rank_correlation(flat[site][best], first))
-        columns["rank_correlation_others"].append(rank_correlation(flat[site][others], rest))
-        columns["recall"].append(recall(first, rest, int(np.isfinite(flat[site]).sum())))
-        columns["measured"].append(len(mine))
+        # A sweep that was stopped leaves NaN, which sorts like the largest effect and ranks like a number.
+        whole = bool(np.isfinite(mine).all())
+        told = (
+            rank_correlation(flat[site][best], first),
+            rank_correlation(flat[site][others], rest),
+            recall(first, rest, int(np.isfinite(flat[site]).sum())),
+        )
+        for name, value in zip(columns, told, strict=False):
+            columns[name].append(value if whole else float("nan"))
+        columns["measured"].append(int(np.isfinite(mine).sum()))
     data = data.assign({name: ("site", values) for name, values in columns.items()})
     return data.assign_coords(site=list(chosen)).assign_attrs(verified_top=top, seed=seed)

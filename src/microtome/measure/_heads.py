@@ -64,11 +64,15 @@ def head_scores(model: Model, *, sequences: int = 16, length: int = 50, seed: in
         `_hi`, the ends of the 95 % bootstrap interval over sequences.
 
     Raises:
-        DataError: the repeat would be longer than the model's context, or too short for the control.
+        DataError: there are no sequences, or the repeat would be longer than the model's context or too short for the
+            control.
     """
     import xarray as xr
 
     lead = 0 if beginning_of(model.tokenizer) is None else 1
+    if sequences < 1:
+        what = "head_scores cannot use this number of sequences"
+        raise error(DataError, what, got=str(sequences), allowed="1 or more", do="choose another")
     if length < 12 or lead + 2 * length > model.anatomy.n_ctx:
         raise error(
             DataError,

@@ -12,6 +12,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +101,17 @@ def load(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back the progress bars of `transformers`: loading takes seconds, and stdout belongs to the caller."""
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    gguf: Any = modeling_gguf_pytorch_utils
+    shown, bar = logging.is_progress_bar_enabled(), gguf.tqdm
     logging.disable_progress_bar()
+    gguf.tqdm = partial(bar, disable=True)  # this one heeds no setting of transformers
     try:
         yield
     finally:
+        gguf.tqdm = bar
         if shown:
             logging.enable_progress_bar()
 
@@ -263,7 +269,10 @@ def _dequantise(file: Path, folder: Path) -> None:
 
     quantised: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # A model loaded from GGUF refuses to be saved; a plain one with the same weights does not.
-    plain: Any = LlamaForCausalLM(quantised.config)
+    config = deepcopy(quantised.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the file that it came from: these weights are not quantised
+    plain: Any = LlamaForCausalLM(config)
     plain.load_state_dict(quantised.state_dict())
     plain.tie_weights()
     plain.generation_config = quantised.generation_config

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any, Literal
 
 import torch
@@ -94,9 +94,7 @@ def to_batch(
         PromptError: the prompt is empty, longer than the context, holds ids outside the vocabulary, or is text while
             the model has no tokenizer.
     """
-    rows = _rows(prompt, tokenizer)
-    if not rows:
-        raise error(PromptError, "the prompt is empty", do="give at least one token")
+    rows = rows_of(prompt, tokenizer)
     for i, row in enumerate(rows):
         if not row:
             raise error(
@@ -136,11 +134,17 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
+def rows_of(prompt: Any, tokenizer: Any) -> list[list[int]]:
+    """Token ids by row of whatever was given as a prompt.
+
+    Raises:
+        PromptError: it is none.
+    """
     if isinstance(prompt, Mapping):
         return _encoded(prompt)
     if isinstance(prompt, Tensor):
-        if prompt.dtype.is_floating_point or prompt.dtype == torch.bool or prompt.dim() not in (1, 2):
+        fits = not (prompt.dtype.is_floating_point or prompt.dtype.is_complex or prompt.dtype == torch.bool)
+        if not fits or prompt.dim() not in (1, 2):
             raise error(
                 PromptError,
                 "a prompt tensor must hold integer token ids",
@@ -148,16 +152,55 @@ def _rows(prompt: Prompt, tokenizer: Any) -> list[list[int]]:
                 allowed="[pos] or [batch, pos] of an integer type",
                 do="pass token ids",
             )
-    elif isinstance(prompt, str) or (prompt and all(isinstance(item, str) for item in prompt)):
+        tokens: list[Any] = prompt.tolist()
+        if not tokens:
+            raise error(PromptError, "the prompt is empty", do="give at least one token")
+        return tokens if prompt.dim() == 2 else [tokens]
+    if not isinstance(prompt, Iterable):
+        raise _unreadable(prompt)
+    items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not items:
+        raise error(PromptError, "the prompt is empty", do="give at least one token")
+    if all(isinstance(item, str) for item in items):
         if tokenizer is None:
             raise error(
                 PromptError,
                 "this model was opened without a tokenizer, so it cannot read text",
                 do="pass token ids, or open it with tokenizer=",
             )
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        return [list(tokenizer(text)["input_ids"]) for text in texts]
-    return _table(prompt)
+        return [list(tokenizer(item)["input_ids"]) for item in items]
+    if any(isinstance(item, str) for item in items):
+        raise _unreadable(prompt)
+    if all(isinstance(item, Sequence) or getattr(item, "ndim", 0) == 1 for item in items):
+        return [[_id(t) for t in item] for item in items]
+    return [[_id(item) for item in items]]
+
+
+def _id(item: Any) -> int:
+    """One token id: what is an integer, and neither a truth value nor a number that would have to be rounded."""
+    kind = item.dtype if isinstance(item, Tensor) else type(item)
+    try:
+        if kind is bool or kind == torch.bool:
+            raise TypeError
+        return operator.index(item)
+    except TypeError:
+        shown = f"{item!r}"
+        raise error(
+            PromptError,
+            "a token id must be an integer",
+            got=shown if len(shown) < 60 else type(item).__name__,
+            do="pass text, or the ids that a tokenizer gives",
+        ) from None
+
+
+def _unreadable(prompt: object) -> PromptError:
+    return error(
+        PromptError,
+        "cannot read the prompt",
+        got=type(prompt).__name__,
+        allowed="text, texts, token ids, lists of token ids, or an integer tensor",
+        do="pass one of these",
+    )
 
 
 def _encoded(prompt: Mapping[str, Any]) -> list[list[int]]:
@@ -169,8 +212,8 @@ def _encoded(prompt: Mapping[str, Any]) -> list[list[int]]:
             got=", ".join(prompt) or "nothing",
             do="pass what a tokenizer gave",
         )
-    rows = _table(prompt["input_ids"])
-    masks = _table(prompt["attention_mask"]) if "attention_mask" in prompt else [[1] * len(row) for row in rows]
+    rows = rows_of(prompt["input_ids"], None)
+    masks = rows_of(prompt["attention_mask"], None) if "attention_mask" in prompt else [[1] * len(row) for row in rows]
     if [len(mask) for mask in masks] != [len(row) for row in rows]:
         raise error(
             PromptError, "the prompt's attention_mask does not fit its input_ids", do="pass what a tokenizer gave"
@@ -180,23 +223,6 @@ def _encoded(prompt: Mapping[str, Any]) -> list[list[int]]:
             raise error(
                 PromptError, f"the attention_mask hides tokens inside row {i}", do="mask pads alone, or use KnockOut"
             )
-    if any(any(row) for row in _table(prompt.get("token_type_ids", []))):
+    if "token_type_ids" in prompt and any(any(row) for row in rows_of(prompt["token_type_ids"], None)):
         raise error(PromptError, "the prompt has a second segment (token_type_ids)", do="run its segments apart")
     return [[t for t, m in zip(row, mask, strict=True) if m] for row, mask in zip(rows, masks, strict=True)]
-
-
-def _table(ids: Any) -> list[list[int]]:
-    """Rows of whole numbers, of whatever holds them: one row, or several."""
-    items: Any = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    try:
-        if not any(isinstance(item, Sequence) or getattr(item, "ndim", 0) for item in items):
-            return [[index(item) for item in items]] if items else []
-        return [[index(item) for item in row] for row in items]
-    except TypeError:
-        raise error(
-            PromptError,
-            "cannot read the prompt",
-            got=f"{type(ids).__name__} of {', '.join(sorted({type(item).__name__ for item in items}))}",
-            allowed="text, texts, token ids, lists of token ids, an integer tensor, or what a tokenizer gave",
-            do="pass one of these",
-        ) from None

@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from microtome.errors import EditError, error
 from microtome.model import Address, Site, parse
+from microtome.run._edit_values import refuse_unsound
 
 Values = Tensor | float | int
 
@@ -87,6 +88,7 @@ class SiteEdit(Edit):
 
     def __post_init__(self) -> None:
         parse(self.site)
+        refuse_unsound(self)
         if self.rows is not None:
             object.__setattr__(self, "rows", tuple(self.rows))
         if self.rows == ():
@@ -334,12 +336,13 @@ class Map(SiteEdit):
         """What the function returns; it must keep the shape."""
         if self.function is None:
             raise error(EditError, f"Map on {where.site} has no function", do="give function=")
-        new = self.function(x.clone())
-        if new.shape != x.shape:
+        new: Any = self.function(x.clone())
+        shape = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        if shape != list(x.shape):
             raise error(
                 EditError,
                 f"the function of Map on {where.site} changed the shape",
-                got=str(list(new.shape)),
+                got=str(shape),
                 allowed=str(list(x.shape)),
                 do="return a tensor like the one given",
             )

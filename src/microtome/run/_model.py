@@ -168,7 +168,7 @@ class Model:
         self,
         prompt: Prompt,
         capture: Capture = (),
-        edits: Sequence[Edit] = (),
+        edits: Edit | Sequence[Edit] = (),
         *,
         stop_at: int | None = None,
         logits: bool = True,
@@ -183,7 +183,7 @@ class Model:
             prompt: text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a
                 tokenizer gave.
             capture: addresses of what to keep, such as ``"*.mlp.post"`` or ``["3.attn.pattern", "final@-1"]``.
-            edits: what to change, in order.
+            edits: what to change: one edit, or several in order.
             stop_at: end before this layer runs; there are no logits then.
             logits: whether to compute logits; without them the unembedding is not run.
             grad: keep a graph, so that `Run.grad` gives gradients at every captured site.

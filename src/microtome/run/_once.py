@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,15 +27,43 @@ Capture = str | Address | Sequence[str | Address]
 
 def addresses(capture: Capture) -> list[Address]:
     """The parsed addresses of what to capture."""
-    items = [capture] if isinstance(capture, str | Address) else list(capture)
+    items: Any = [capture] if isinstance(capture, str | Address) else capture
+    wrong = next((i for i in items if not isinstance(i, str | Address)), None) if isinstance(items, Iterable) else items
+    if wrong is not None or not isinstance(items, Iterable):
+        raise error(
+            SiteError,
+            "cannot capture this",
+            got=f"{wrong!r}",
+            allowed="an address, or a list of addresses",
+            do='name a site, such as "*.mlp.post"',
+        )
     return [parse(item) for item in items]
+
+
+def edits_of(edits: Any) -> list[Edit]:
+    """The edits of a run: one alone, or several.
+
+    Raises:
+        EditError: something else was given.
+    """
+    items: Any = [edits] if isinstance(edits, Edit | str) or not isinstance(edits, Iterable) else list(edits)
+    wrong = [item for item in items if not isinstance(item, Edit)]
+    if wrong:
+        raise error(
+            EditError,
+            "not an edit",
+            got=repr(wrong[0]),
+            allowed="an edit of microtome, or a list of them",
+            do='give one, such as Zero("0.mlp_out")',
+        )
+    return items
 
 
 def once(
     model: Model,
     prompt: Prompt,
     capture: Capture = (),
-    edits: Sequence[Edit] = (),
+    edits: Edit | Sequence[Edit] = (),
     *,
     stop_at: int | None = None,
     logits: bool = True,
@@ -46,7 +74,7 @@ def once(
     strict: bool = True,
 ) -> Run:
     """Run a model once, see `Model.run`; `strict=False` lets pass what was named and never reached."""
-    batch, captures = model.to_batch(prompt, padding), addresses(capture)
+    batch, captures, edits = model.to_batch(prompt, padding), addresses(capture), edits_of(edits)
     if stop_at is not None and not 0 <= stop_at < model.anatomy.n_layers:
         raise error(
             SiteError,

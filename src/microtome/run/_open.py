@@ -26,7 +26,8 @@ def open(
 
     Args:
         name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel` (which is left as it is,
-            and runs in evaluation mode whatever its own), or nothing for the default model (SmolLM2-135M-Instruct).
+            runs in evaluation mode whatever its own, and takes none of the last four arguments), or nothing for the
+            default model (SmolLM2-135M-Instruct).
         tokenizer: for an already loaded model, which takes token ids without one; else instead of the model's own.
         dtype: of the weights of a model that is loaded here; float32 by default, so that identities are tight.
         device: where to put a model that is loaded here; the accelerator if there is one.
@@ -37,7 +38,8 @@ def open(
         A `Model`, on whose map all seven identities hold (see ``model.proof``).
 
     Raises:
-        ModelError: it is not found, damaged, or not a language model.
+        ModelError: it is not found, damaged, or not a language model; or it is already loaded and is asked to be
+            another.
         ProofError: its map fails an identity; `map` and `check` show the whole proof.
     """
     model = map(
@@ -73,6 +75,15 @@ def map(
             got=type(name_or_path).__name__,
             allowed="a name, a folder, a GGUF file, or a transformers PreTrainedModel",
             do="load it with transformers first",
+        )
+    asked = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code or None}
+    ignored = [name for name, value in asked.items() if value is not None]
+    if ignored:
+        raise error(
+            ModelError,
+            "a model that is already loaded is left as it is",
+            got=", ".join(f"{name}={asked[name]}" for name in ignored),
+            do="leave these out and load or move it so with transformers, or give its name instead",
         )
     hf = name_or_path
     name = Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name

@@ -43,9 +43,9 @@ class Plan:
         return sum(self.bytes_by_address.values()) + self.logits_bytes
 
     def __str__(self) -> str:
-        lines = [f"{name:32} {size / 2**20:10.1f} MiB" for name, size in self.bytes_by_address.items()]
-        lines.append(f"{'logits':32} {self.logits_bytes / 2**20:10.1f} MiB")
-        lines.append(f"{'together':32} {self.bytes / 2**20:10.1f} MiB, about {self.seconds:.2g} s")
+        lines = [f"{name:32} {_size(size):>14}" for name, size in self.bytes_by_address.items()]
+        lines.append(f"{'logits':32} {_size(self.logits_bytes):>14}")
+        lines.append(f"{'together':32} {_size(self.bytes):>14}, about {self.seconds:.2g} s")
         return "\n".join(lines)
 
 

@@ -126,7 +126,8 @@ class Run:
     def dims(self, address: str | Address) -> tuple[str, ...]:
         """The names of the axes of ``run[address]``."""
         parsed = parse(address)
-        return ("layer", *parsed.spec.dims) if self[parsed].dim() > len(parsed.spec.dims) else parsed.spec.dims
+        one = parsed.layers is None or parsed.layers.is_one
+        return parsed.spec.dims if one else ("layer", *parsed.spec.dims)
 
     def dataset(self, *addresses: str) -> xr.Dataset:
         """Captured sites as an `xarray.Dataset`: a variable a site name, with its axes, coordinates and provenance.
@@ -135,34 +136,69 @@ class Run:
             addresses: what to include; everything captured by default.
 
         Returns:
-            float32 copies on the CPU. Layers are stacked; coordinates are layer numbers, unit numbers and positions,
-            and `token` [batch, pos] holds the text of the tokens.
+            float32 copies on the CPU, NaN at pads. Layers are stacked; coordinates are layer numbers, unit numbers and
+            positions, counted over the real tokens of a row: from the start where all rows agree in that, from the
+            end (-1 is the last) where they agree only in that. `token` [batch, pos] holds the text of the tokens, and
+            `mask` [batch, pos] is True at real ones.
         """
         import xarray as xr
 
-        named = [parse(a) for a in addresses] or _grouped(self.captured)
         variables: dict[str, xr.DataArray] = {}
-        for address in named:
-            sites = self.anatomy.sites(address)
-            x = torch.stack([self._one(site, address.at(site.layer)) for site in sites]).detach().float().cpu()
-            dims = ("layer", *address.spec.dims)
-            coords: dict[str, Any] = {"layer": [-1 if s.layer is None else s.layer for s in sites]}
-            unit = address.spec.unit
-            if unit != "batch":
-                coords[unit] = address.units.resolve(self.anatomy.units(sites[0])) if not address.units.is_all else None
-                coords[unit] = coords[unit] or list(range(x.shape[dims.index(unit)]))
-            columns = self.batch.columns(address.positions)
-            if columns is not None and bool((columns == columns[:1]).all()):
-                coords[address.spec.pos] = columns[0].tolist()
-            elif columns is None:
-                coords[address.spec.pos] = list(range(x.shape[dims.index(address.spec.pos)]))
-            array = xr.DataArray(x.numpy(), dims=dims, coords=coords)
-            array.attrs["address"], array.attrs["meaning"] = str(address), address.spec.meaning
+        chosen: dict[str, Tensor | None] = {}
+        for address in [parse(a) for a in addresses] or _grouped(self.captured):
+            array, columns = self._array(address)
             name = address.name if address.name not in variables else str(address)
             variables[name] = array.squeeze("layer", drop=True) if address.layers is None else array
+            known = chosen.setdefault(address.spec.pos, columns)
+            if not _same(known, columns):
+                raise _differ(next(iter(variables)), name, address.spec.pos)
         _check_coords(variables)
         data = xr.Dataset(variables, attrs=self.provenance)
-        return data.assign_coords(token=(("batch", "pos"), self.words)) if _same_pos(data, self.tokens) else data
+        if "pos" not in data.dims or "batch" not in data.dims:
+            return data
+        columns, tokens, mask = chosen["pos"], self.tokens.cpu(), self.mask.cpu()
+        if columns is not None:
+            tokens, mask = tokens.gather(1, columns.cpu()), mask.gather(1, columns.cpu())
+        words = [
+            [word if real else "" for word, real in zip(self._to_words(row), held.tolist(), strict=True)]
+            for row, held in zip(tokens, mask, strict=True)
+        ]
+        return data.assign_coords(token=(("batch", "pos"), words), mask=(("batch", "pos"), mask.numpy()))
+
+    def _array(self, address: Address) -> tuple[xr.DataArray, Tensor | None]:
+        """One variable of a dataset, and the columns [batch, n] that it holds (None for all)."""
+        import xarray as xr
+
+        sites, spec = self.anatomy.sites(address), address.spec
+        x = torch.stack([self._one(site, address.at(site.layer)) for site in sites]).detach().float().cpu()
+        dims = ("layer", *spec.dims)
+        coords: dict[str, Any] = {"layer": [-1 if s.layer is None else s.layer for s in sites]}
+        if spec.unit != "batch":
+            units = None if address.units.is_all else address.units.resolve(self.anatomy.units(sites[0]))
+            coords[spec.unit] = units or list(range(x.shape[dims.index(spec.unit)]))
+        columns = self.batch.columns(address.positions)
+        whole = [dim for dim in dims if dim == "k_pos" or (dim == spec.pos and columns is None)]
+        for dim in whole:
+            coords[dim] = self._labels(None)
+            if self.batch.padded:
+                shape = [n if d in ("batch", dim) else 1 for d, n in zip(dims, x.shape, strict=True)]
+                x = x.masked_fill(~self.mask.cpu().reshape(shape), float("nan"))
+        if columns is not None:
+            coords[spec.pos] = self._labels(columns)
+        coords = {dim: labels for dim, labels in coords.items() if labels is not None}
+        array = xr.DataArray(x.numpy(), dims=dims, coords=coords)
+        array.attrs["address"], array.attrs["meaning"] = str(address), spec.meaning
+        return array, columns
+
+    def _labels(self, columns: Tensor | None) -> list[int] | None:
+        """Positions of columns over the real tokens, from the start or else from the end; None where rows disagree."""
+        pads, lengths = torch.tensor(self.batch.pads).unsqueeze(1), torch.tensor(self.batch.lengths).unsqueeze(1)
+        if columns is None:
+            columns = torch.arange(self.tokens.shape[1]).expand(len(pads), -1)
+        for positions in (columns.cpu() - pads, columns.cpu() - pads - lengths):
+            if bool((positions == positions[:1]).all()):
+                return positions[0].tolist()
+        return None
 
     def grad(self, of: Tensor) -> dict[str, Tensor]:
         """Gradients of a scalar with respect to every captured site of a run with `grad=True`.
@@ -228,19 +264,23 @@ def _check_coords(variables: Mapping[str, xr.DataArray]) -> None:
             labels = array[dim].values.tolist()
             first, known = seen.setdefault(str(dim), (name, labels))
             if known != labels:
-                raise error(
-                    SiteError,
-                    f"{first} and {name} select differently along {dim}, so that they cannot share one dataset",
-                    do='ask for one at a time: run.dataset("address")',
-                )
+                raise _differ(first, name, str(dim))
+
+
+def _differ(first: str, second: str, dim: str) -> SiteError:
+    return error(
+        SiteError,
+        f"{first} and {second} select differently along {dim}, so that they cannot share one dataset",
+        do='ask for one at a time: run.dataset("address")',
+    )
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _layer(address: Address) -> int | None:
     return None if address.layers is None or address.layers.ranges is None else address.layers.ranges[0][0]
-
-
-def _same_pos(data: xr.Dataset, tokens: Tensor) -> bool:
-    return dict(data.sizes).get("pos") == tokens.shape[1] and "batch" in data.sizes
 
 
 def _grouped(captured: Mapping[Address, Tensor]) -> list[Address]:

@@ -20,16 +20,21 @@ def fact(tokens: Tokens, rng: Generator, relation: str | None) -> Iterator[Draft
     table = facts(relation)
     for i in rng.permutation(len(table)):
         name, subject, answer = table[i]
-        template = _template(rng, name, subject)
-        others = [(s, a) for _, s, a in facts(name) if a != answer]
+        template = _template(rng, name, subject, answer)
+        others = [(s, a) for _, s, a in facts(name) if a != answer and not _names(template, a)]
         for other in rng.permutation(len(others))[:TRIES]:
             its_subject, its_answer = others[other]
             yield draft(template, {"subject": subject}, {"subject": its_subject}, f" {answer}", f" {its_answer}", name)
 
 
-def _template(rng: Generator, relation: str, subject: str) -> str:
-    """A template of the relation whose own words do not name the subject; another one where all do."""
+def _template(rng: Generator, relation: str, subject: str, answer: str) -> str:
+    """A template of the relation whose own words name neither subject nor answer; without its example where all do."""
     templates: list[str] = relations()[relation]["templates"]
-    free = [t for t in templates if not re.search(rf"\b{re.escape(subject)}\b", t)]
+    free = [t for t in templates if not _names(t, subject) and not _names(t, answer)]
     chosen = free or [t.split(". ")[-1] for t in templates]  # without its worked example
     return chosen[rng.integers(len(chosen))]
+
+
+def _names(template: str, word: str) -> bool:
+    """Whether a template's own words hold a word, so that it could be copied from there."""
+    return re.search(rf"\b{re.escape(word)}\b", template) is not None

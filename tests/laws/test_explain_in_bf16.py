@@ -1,0 +1,57 @@
+"""Every method runs on a model in bfloat16 and returns finite numbers, near those of the same weights in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from tests import families
+
+import microtome as mt
+
+CLEAN, CORRUPT = [7, 20, 33, 41, 52, 28], [7, 20, 64, 41, 52, 28]
+ROWS = [CLEAN, [9, 21, 34, 42, 53, 60], [8, 22, 35, 43, 54, 61]]
+PAIR = {"answer": 11, "foil": 13}
+METHODS: dict[str, tuple[str, Callable[[mt.Model], object]]] = {
+    "activation_patching": ("mlp_out", lambda m: mt.activation_patching(m, CLEAN, CORRUPT, **PAIR)),
+    "patch_pairs": (
+        "mlp_out",
+        lambda m: mt.patch_pairs(m, [CLEAN], [CORRUPT], answers=11, foils=13, sites=["mlp_out"], share=False),
+    ),
+    "node_effects": ("effect", lambda m: mt.node_effects(m, CLEAN, CORRUPT, **PAIR)),
+    "edge_effects": ("effect", lambda m: mt.edge_effects(m, CLEAN, CORRUPT, **PAIR)),
+    "atp": ("mlp_out", lambda m: mt.attribute(m, CLEAN, CORRUPT, **PAIR, verify=3)),
+    "relp": ("mlp_out", lambda m: mt.attribute(m, CLEAN, CORRUPT, **PAIR, method="relp", verify=3)),
+    "eap": ("score", lambda m: mt.attribute(m, CLEAN, CORRUPT, **PAIR, method="eap", verify=3)),
+    "component_effects": ("total", lambda m: mt.component_effects(m, ROWS, answers=11, foils=13)),
+    "causal_trace": ("resid", lambda m: mt.causal_trace(m, CLEAN, subject=(2, 4), answer=11, samples=2)),
+    "attention_knockout": ("log_probability", lambda m: mt.attention_knockout(m, CLEAN, keys=(1, 3), answer=11)),
+    "contributions": ("mlp", lambda m: mt.contributions(m, CLEAN, answer=11)),
+    "logit_lens": ("", lambda m: mt.logit_lens(m, CLEAN)),
+}
+
+
+@cache
+def models() -> tuple[mt.Model, mt.Model]:
+    narrow = families.build("llama-gqa").to(torch.bfloat16)
+    wide = families.build("llama-gqa")
+    wide.load_state_dict({k: v.float() for k, v in narrow.state_dict().items()})
+    return mt.map(narrow), mt.map(wide)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_in_bf16(name: str) -> None:
+    variable, method = METHODS[name]
+    narrow, wide = (method(model) for model in models())
+    if not variable:
+        variable = next(str(v) for v in wide.data_vars if wide[v].dtype.kind == "f")
+    values, exact = (np.asarray(data[variable].values) for data in (narrow, wide))
+    assert values.dtype in (np.float32, np.float64)
+    assert (np.isfinite(values) == np.isfinite(exact)).all()
+    there = np.isfinite(exact)
+    size = abs(exact[there]).max()
+    assert size > 0
+    assert abs(values[there] - exact[there]).max() < 0.15 * size + 0.02
