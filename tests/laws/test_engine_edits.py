@@ -167,6 +167,10 @@ def test_edits_are_values(tmp_path: Path) -> None:
         (lambda: mt.Set("1.resid_post", torch.zeros(3)), r"does not fit 1\.resid_post; got shape \[3\]; allowed"),
         (lambda: mt.Rotate("1.resid_post", torch.ones(40, 40)), "is not a rotation"),
         (lambda: mt.Project("1.resid_post", torch.ones(2, 7)), "a basis does not fit"),
+        (
+            lambda: mt.Project("1.resid_post", torch.full((2, 40), float("nan"))),
+            "a basis holds numbers that are not finite",
+        ),
         (lambda: mt.Map("1.resid_post", lambda x: x[:1]), "changed the shape"),
         (lambda: mt.KnockOut("1.attn.pattern", keys="0"), "acts on attention scores"),
         (lambda: mt.Zero("1.resid_post", rows=(5,)), r"no rows \(5,\)"),

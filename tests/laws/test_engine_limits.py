@@ -205,3 +205,64 @@ def test_decoders_of_encoder_families_are_causal(kind: str, decoder: bool) -> No
     if decoder:
         options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         assert model.hf.generate(input_ids=ids(1), **options).shape == (1, 11)
+
+
+# ------------------------------------------------------------------ families that nobody knows
+
+TINY = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SMALL = {
+    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+DECODER = {
+    "d_model": 32, "decoder_layers": 2, "num_layers": 2, "decoder_attention_heads": 4, "attention_heads": 4,
+    "decoder_ffn_dim": 48, "ffn_dim": 48, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+UNKNOWN = {
+    "its blocks return lists": ("OpenAIGPT", SMALL, "ProofError", 'fails "1 inert" at 0.resid_post: gap inf.*Error: '),
+    "its attention has no batch": ("XGLM", DECODER, "ProofError", "fails .* at .*attn.*RuntimeError: einsum"),
+    "it does not run": ("Xmod", TINY, "ModelUnsupported", "cannot run 8 tokens, watched by nobody; got ValueError"),
+    "it has no attention": ("Mamba", TINY, "ModelUnsupported", "has no list of 2 blocks with attention inside"),
+    "its residual is scaled": ("HyperCLOVAX", TINY, "ProofError", 'fails "2 residual" at 0.resid_mid: gap'),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_what_an_unknown_family_breaks_is_said_in_one_line(what: str) -> None:
+    kind, config, error, text = UNKNOWN[what]
+    hf = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**config)).eval()
+    with pytest.raises(getattr(mt.errors, error), match=text) as caught:
+        mt.open(hf)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("To do: ") == 1
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
+
+
+def test_parts_of_no_known_form_are_said_in_one_line() -> None:
+    hf = families.build("llama-gqa")
+    hf.model.layers[0].self_attn.o_proj = nn.Identity()
+    with pytest.raises(mt.errors.ModelUnsupported, match="of no known form.*AttributeError"):
+        mt.open(hf)
+
+
+def test_a_kernel_may_be_given_its_mask_by_name() -> None:
+    hf = transformers.AutoModelForCausalLM.from_config(transformers.DogeConfig(**TINY)).eval()
+    model = mt.map(hf)
+    with torch.no_grad():
+        expected = hf(input_ids=ids()).logits
+    run = model.run(ids(), capture=["0.attn.q", "0.attn.v"])
+    assert torch.equal(run.logits, expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_a_norm_that_hides_its_epsilon_is_measured(scale: float) -> None:
+    hf = families.build("olmo")
+    with torch.no_grad():
+        hf.get_input_embeddings().weight *= scale
+    model = mt.open(hf)
+    norm = model.layers[0].attn_norm
+    assert norm is not None
+    assert norm.norm.eps == pytest.approx(1e-5)

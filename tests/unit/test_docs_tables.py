@@ -56,9 +56,9 @@ def test_the_table_of_columns() -> None:
 NOTES = {
     "queries and keys are normalised before use": "q/k norms",
     "latent attention: keys and values have no weights of their own": "latent attention",
+    "attention looks both ways": "attention both ways",
     "the layer is a mixture: experts are checked by identity 4": "mixture",
     "the head has a transform of its own, or no norm stands before it": "norms on the stream",
-    "attention looks both ways": "looks both ways",
     "model.decoder projects the stream to another width before the unembedding": "a projection before the unembedding",
 }
 

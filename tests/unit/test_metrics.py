@@ -83,6 +83,9 @@ def test_a_metric_over_few_tokens_is_the_same() -> None:
         (lambda: mt.LogitDifference([1, 2], foil=[3, 4, 5]), "2 answers and 3 foils"),
         (lambda: mt.Probability([1, 2, 3]), "another number of answers than there are prompts; got 3 for 1"),
         (lambda: mt.LogitDifference(4, foil=4), "the foil equals the answer"),
+        (lambda: mt.SpanLoss(torch.tensor([[500]]), positions=(0,)), "targets of a SpanLoss lie outside .* got 500"),
+        (lambda: mt.SpanLoss(torch.tensor([[5, 6]]), positions=(0,)), r"targets of a SpanLoss does not fit .*\[1, 2\]"),
+        (lambda: mt.Divergence.of(torch.zeros(1, 1, 7)), r"base of a Divergence does not fit .*\[1, 1, 101\]"),
         (lambda: mt.Divergence(torch.zeros(1, 1, 5)), "not made of log-probabilities"),
     ],
 )

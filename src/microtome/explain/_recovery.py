@@ -79,7 +79,9 @@ def circuit_recovery(
                 else:
                     cells.append(Edge(sender, receiver, source=source))
         prompts = [number for number in range(pairs) for _ in range(len(places))]
-        found = it.model.sweep(c.clean, cells, metric, prompts=prompts).values.reshape(pairs, -1).amax(0).double()
+        found = (
+            it.model.sweep(c.clean, cells, metric, prompts=prompts).whole().values.reshape(pairs, -1).amax(0).double()
+        )
         score[mask] = torch.maximum(score[mask], found)
         written = {node if node in names else sender_of(node): after[node] - x for node, x in before.items()}
         changes = torch.stack([written[name].detach() for name in names], dim=1)

@@ -135,9 +135,10 @@ def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
     if like is None and torch.equal(got, x):
         return Norm(path, False, 0.0, 0.0, identity=True)
     bias = getattr(module, "bias", None)
-    eps = next(
-        (float(v) for n in ("variance_epsilon", "eps") if isinstance(v := getattr(module, n, None), float)), 1e-6
+    said = next(
+        (float(v) for n in ("variance_epsilon", "eps") if isinstance(v := getattr(module, n, None), float)), None
     )
+    eps = 0.0 if said is None else said
     for centred in (False, True):
         for offset in (0.0, 1.0):
             y = x.float() - x.float().mean(-1, keepdim=True) * centred
@@ -145,8 +146,19 @@ def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
             y = y * (like.float() + offset) if like is not None else y
             y = y + bias.float() if isinstance(bias, Tensor) else y
             if torch.allclose(y, got.float(), rtol=1e-2 if x.dtype != torch.float32 else 1e-4, atol=1e-2):
-                return Norm(path, centred, offset, eps)
+                return Norm(path, centred, offset, _measured_eps(module, x, centred) if said is None else said)
     return None
+
+
+def _measured_eps(module: nn.Module, x: Tensor, centred: bool) -> float:
+    """What a norm adds to the variance, where it does not say: seen on an input that is hardly larger."""
+    like = x.double() * 1e-3
+    with torch.no_grad():
+        shrunk, grown = (module((like * factor).to(x.dtype)).double() for factor in (1.0, 1e6))
+        zero = module(torch.zeros_like(x)).double()  # the bias
+    size = (like - like.mean(-1, keepdim=True) * centred).pow(2).mean(-1)
+    ratio = ((grown - zero).norm(dim=-1) / (shrunk - zero).norm(dim=-1)).pow(2)
+    return max(float(f"{float((size * (ratio - 1)).median()):.1e}"), 0.0)
 
 
 def _norm(block: nn.Module, prefix: str, names: tuple[str, ...], d_model: int) -> Norm | None:

@@ -90,7 +90,10 @@ def interface_name(base: str) -> str:
     if name not in AttentionInterface._global_mapping:  # pyright: ignore[reportPrivateUsage]
 
         def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return _attend(base, module, *args, **kwargs)
+            # Families pass these by place or by name.
+            given = dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)) | kwargs
+            q, k, v, mask = (given.pop(name, None) for name in ("query", "key", "value", "attention_mask"))
+            return _attend(base, module, q, k, v, mask, **given)
 
         AttentionInterface.register(name, attend)
         masks = cast("dict[str, Any]", AttentionMaskInterface._global_mapping)  # pyright: ignore[reportPrivateUsage]

@@ -70,6 +70,16 @@ class Sweep:
     plan: SweepPlan
     done: int
 
+    def whole(self) -> Sweep:
+        """This sweep, if it reached all of its cells.
+
+        Raises:
+            KeyboardInterrupt: it was stopped before.
+        """
+        if self.done < self.plan.cells:
+            raise KeyboardInterrupt
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class _Group:

@@ -233,6 +233,8 @@ class Mean(SiteEdit):
 def orthonormal(basis: Tensor) -> Tensor:
     """Columns [d, rank] that span the rows of a basis [n, d] or [d], of which some may depend on others."""
     rows = basis.detach().reshape(-1, basis.shape[-1])
+    if not bool(rows.isfinite().all()):
+        raise error(EditError, "a basis holds numbers that are not finite", do="leave out what is NaN or infinite")
     _, size, directions = torch.linalg.svd(rows.double(), full_matrices=False)
     eps = torch.finfo(rows.dtype).eps if rows.dtype.is_floating_point else 0.0
     return directions[size > size.max() * eps * max(rows.shape)].T

@@ -69,6 +69,18 @@ def _columns(positions: Sequence[int], prompt: int, length: int) -> list[int]:
     return [p + length if p < 0 else p for p in positions]
 
 
+def _check_shape(what: str, held: Tensor, needed: tuple[int, ...]) -> None:
+    """Refuse what a metric holds if it has too few prompts, or other positions or tokens than are read."""
+    if held.dim() != len(needed) or held.shape[0] < needed[0] or tuple(held.shape[1:]) != needed[1:]:
+        raise error(
+            EditError,
+            f"the {what} does not fit what is read",
+            got=f"shape {list(held.shape)}",
+            allowed=f"{list(needed)}, of at least so many prompts",
+            do="give a row for each prompt, and a place for each position",
+        )
+
+
 @dataclass(frozen=True)
 class _AtOne:
     """Reads one position of each prompt.
@@ -185,6 +197,7 @@ class Divergence:
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in nats, at least 0."""
+        _check_shape("base of a Divergence", self.base, (int(prompts.max()) + 1, *logits.shape[1:]))
         base = self.base.to(logits.device)[prompts].float()
         weight = base.exp()
         gap = base - logits.float().log_softmax(-1)
@@ -209,6 +222,17 @@ class SpanLoss:
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in nats."""
+        _check_shape("targets of a SpanLoss", self.targets, (int(prompts.max()) + 1, logits.shape[1]))
+        vocab = logits.shape[-1]
+        bad = self.targets[(self.targets < 0) | (self.targets >= vocab)]
+        if len(bad):
+            raise error(
+                EditError,
+                "the targets of a SpanLoss lie outside the vocabulary",
+                got=int(bad[0]),
+                allowed=f"0 to {vocab - 1}",
+                do="name tokens of the model",
+            )
         targets = self.targets.to(logits.device)[prompts].unsqueeze(-1)
         return -logits.float().log_softmax(-1).gather(-1, targets).squeeze(-1).mean(-1)
 

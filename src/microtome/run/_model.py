@@ -109,6 +109,14 @@ class Model:
                 got="a head with a transform of its own between the stream and the unembedding",
                 do="use a causal model with a final norm",
             )
+        if resid.shape[-1] != self.anatomy.d_model:
+            raise error(
+                SiteError,
+                "this is no residual stream",
+                got=f"shape {list(resid.shape)}",
+                allowed=f"[..., {self.anatomy.d_model}]",
+                do="give a stream of this model",
+            )
         logits = norm.apply(resid, scale) @ self.W_U
         logits = logits if self.b_U is None else logits + self.b_U
         logits = logits * self.anatomy.logit_scale if self.anatomy.logit_scale != 1.0 else logits
@@ -227,7 +235,7 @@ class Model:
 
         Returns:
             A `Sweep`: values and effects by cell, values of the unedited prompts, and the plan. Stopped with Ctrl-C it
-            keeps the cells that were reached.
+            keeps the cells that were reached; `Sweep.whole` is for those who need them all.
 
         Raises:
             SiteError: an address matches nothing, lies outside the layers, or beyond its prompt.

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from microtome.errors import ModelError, ModelUnsupported, error
-from microtome.model import anatomy_of, load
+from microtome.errors import MicrotomeError, ModelError, ModelUnsupported, error
+from microtome.model import Anatomy, anatomy_of, load
 from microtome.run._model import Model
 from microtome.run._proof import prove, require
 
@@ -67,7 +67,7 @@ def map(
             name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, tokenizer=tokenizer
         )
         hf = hf if target is None else hf.to(target)
-        return Model(hf, tokenizer, anatomy_of(hf, name))
+        return Model(hf, tokenizer, _anatomy(hf, name))
     if not hasattr(name_or_path, "get_output_embeddings") or not hasattr(name_or_path, "config"):
         raise error(
             ModelUnsupported,
@@ -87,7 +87,26 @@ def map(
         )
     hf = name_or_path
     name = Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name
-    return Model(hf, tokenizer, anatomy_of(hf, name))
+    return Model(hf, tokenizer, _anatomy(hf, name))
+
+
+def _anatomy(hf: Any, name: str) -> Anatomy:
+    """The map of a loaded model.
+
+    Raises:
+        ModelUnsupported: it has parts of no known form.
+    """
+    try:
+        return anatomy_of(hf, name)
+    except MicrotomeError:
+        raise
+    except Exception as problem:
+        raise error(
+            ModelUnsupported,
+            f"the parts of {name} ({type(hf).__name__}) are of no known form, so that it cannot be mapped",
+            got=f"{type(problem).__name__}: {' '.join(str(problem).split())}",
+            do="open a model of a family that is known",
+        ) from problem
 
 
 def _usable(device: str | torch.device) -> torch.device:

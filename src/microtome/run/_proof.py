@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from microtome.errors import ProofError
+from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model import Address, Site, parse
 from microtome.run._hooks import Rig
 from microtome.run._model import Model
@@ -84,6 +84,13 @@ class _Prover:
         gap, allowed = float(gaps.max()), self.tolerance * factor
         self.checks.append(Check(identity, where, "holds" if gap <= allowed else "fails", gap, allowed))
 
+    def attempt(self, identity: str, where: str, step: Callable[[], None]) -> None:
+        """Take a step of the proof; what it raises is a check that fails."""
+        try:
+            step()
+        except Exception as problem:  # noqa: BLE001 (shapes and parts that no family had before)
+            self.checks.append(Check(identity, where, "fails", float("inf"), self.tolerance, _said(problem)))
+
     def skip(self, identity: str, where: str, why: str) -> None:
         self.checks.append(Check(identity, where, "does not apply", 0.0, self.tolerance, why))
 
@@ -97,8 +104,9 @@ class _Prover:
 
     def causal(self, tokens: Tensor) -> None:
         """Another last token changes no logits before it."""
-        if not self.a.causal:
-            self.skip("5 attention", "causal", "attention looks both ways")
+        if not self.a.causal or tokens.shape[1] == 1:
+            why = "there is one position" if self.a.causal else "attention looks both ways"
+            self.skip("5 attention", "causal", why)
             return
         other = tokens.clone()
         other[:, -1] = tokens[:, 0]
@@ -249,29 +257,73 @@ def prove(model: Model) -> list[Check]:
     """Check the seven identities of a model on a probe batch of two rows of eight tokens, or as many as it takes.
 
     Returns:
-        A check for every identity and place.
+        A check for every identity and place; what raises an exception fails, with the exception for its note.
+
+    Raises:
+        ModelUnsupported: the model does not run on token ids alone.
     """
     a = model.anatomy
     tokens = (torch.arange(16) * 7919 % (a.d_vocab - a.d_vocab // 4) + a.d_vocab // 4).reshape(2, 8)
     tokens = tokens[:, : a.n_ctx].to(model.device)
     with torch.no_grad():
-        with Rig(model.hf, a.attention, a.n_heads):
-            plain = model.hf(input_ids=tokens).logits
-        sites = [parse(str(s)) for s in a.taps if s.name != "logits"]
-        run = once(model, tokens, [Address(s.name, s.layers) for s in sites], strict=False)
+        plain = _plain(model, tokens)
+        sites = [Address(s.name, s.layers) for s in (parse(str(s)) for s in a.taps) if s.name != "logits"]
+        try:
+            run = once(model, tokens, sites, strict=False)
+        except (MicrotomeError, torch.OutOfMemoryError):
+            raise
+        except Exception as problem:  # noqa: BLE001 (whatever a module of an unknown family makes of being watched)
+            return [_broken(model, tokens, sites, problem)]
         prover = _Prover(model, run, plain)
-        prover.inert()
-        prover.causal(tokens)
+        prover.attempt("1 inert", "logits", prover.inert)
+        prover.attempt("5 attention", "causal", lambda: prover.causal(tokens))
         for i in range(a.n_layers):
-            prover.residual(i)
-            prover.heads(i)
-            prover.neurons(i)
-            prover.attention(i)
-            prover.reads(i)
-            prover.mlp_weights(i)
-            prover.attn_weights(i)
-        prover.unembed()
+            prover.attempt("2 residual", f"{i}.resid_post", lambda i=i: prover.residual(i))
+            prover.attempt("3 heads", f"{i}.attn.result", lambda i=i: prover.heads(i))
+            prover.attempt("4 neurons", f"{i}.mlp_out", lambda i=i: prover.neurons(i))
+            prover.attempt("5 attention", f"{i}.attn.z", lambda i=i: prover.attention(i))
+            prover.attempt("7 weights", f"{i}.attn.in", lambda i=i: prover.reads(i))
+            prover.attempt("7 weights", f"{i}.mlp", lambda i=i: prover.mlp_weights(i))
+            prover.attempt("7 weights", f"{i}.attn", lambda i=i: prover.attn_weights(i))
+        prover.attempt("6 unembed", "logits", prover.unembed)
     return prover.checks
+
+
+def _plain(model: Model, tokens: Tensor) -> Tensor:
+    """Logits of the unwatched model.
+
+    Raises:
+        ModelUnsupported: it does not run on token ids alone.
+    """
+    try:
+        with Rig(model.hf, model.anatomy.attention, model.anatomy.n_heads):
+            return model.hf(input_ids=tokens).logits
+    except (MicrotomeError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:
+        raise error(
+            ModelUnsupported,
+            f"{model.anatomy.name} cannot run {tokens.shape[1]} tokens, watched by nobody",
+            got=_said(problem),
+            do="open a language model that runs on token ids alone",
+        ) from problem
+
+
+def _broken(model: Model, tokens: Tensor, sites: list[Address], problem: Exception) -> Check:
+    """The check that fails because watching a site stops the model; finds which."""
+    tolerance = TOLERANCE.get(model.dtype, 5e-2)
+    for site in sites:
+        try:
+            once(model, tokens, [site], strict=False)
+        except Exception as own:  # noqa: BLE001 (as above)
+            return Check("1 inert", str(site), "fails", float("inf"), tolerance, _said(own))
+    return Check("1 inert", "all sites at once", "fails", float("inf"), tolerance, _said(problem))
+
+
+def _said(problem: Exception) -> str:
+    """An exception in one short line."""
+    text = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def require(model: Model, checks: list[Check]) -> None:
@@ -283,9 +335,10 @@ def require(model: Model, checks: list[Check]) -> None:
     failed = [c for c in checks if c.status == "fails"]
     if failed:
         c = failed[0]
+        note = f" {c.note.rstrip('.')}." if c.note else ""
         more = f" {len(failed) - 1} more checks fail." if len(failed) > 1 else ""
         raise ProofError(
             f'the map of {model.anatomy.name} ({model.anatomy.model_type}) fails "{c.identity}" at {c.where}: '
-            f"gap {c.gap:.3g}, allowed {c.tolerance:.3g}. {c.note}{more} "
+            f"gap {c.gap:.3g}, allowed {c.tolerance:.3g}.{note}{more} "
             f"To do: declare how the family differs in a Family record, or look with `microtome check`."
         )
