@@ -31,7 +31,7 @@ import microtome as mt
 from microtome import planted
 
 HERE = Path(__file__).resolve().parents[1] / "src" / "microtome" / "planted" / "trained"
-PROGRAMS = {"repeats": 1000, "histogram": 4000, "detect_ab": 1000}
+PROGRAMS = {"repeats": 1000, "histogram": 4000, "previous_token": 1000}
 BATCH, RATE, STRICT, SEED = 64, 4e-3, 1.0, 0
 IDLE = 3  # places without a node that are disturbed in each step, one at a time
 

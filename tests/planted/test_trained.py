@@ -14,7 +14,7 @@ def test_exchanging_a_node_does_what_it_does_in_the_program(name: str) -> None:
     accuracy = planted.interchange_accuracy(it, 128, seed=77)
     assert accuracy["behaviour"] > 0.99
     assert set(accuracy) == {"behaviour", *planted.nodes(it.model)[2:-1]}
-    assert min(accuracy.values()) > 0.95, accuracy
+    assert min(accuracy.values()) > 0.97, accuracy
 
 
 @pytest.mark.parametrize("name", planted.TRAINED)

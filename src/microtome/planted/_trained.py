@@ -13,7 +13,7 @@ from microtome.planted._programs import program
 from microtome.planted._truth import nodes, sender_of
 from microtome.run import Edit, SwapFrom
 
-TRAINED = ("histogram", "repeats")
+TRAINED = ("histogram", "previous_token", "repeats")
 
 
 def trained(name: str) -> Planted:
