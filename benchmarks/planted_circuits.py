@@ -2,7 +2,8 @@
 
     python benchmarks/planted_circuits.py [--pairs 24] [--out benchmarks/results/planted_circuits.json]
 
-AUC of exact edge effects with both corruptions, and with other tokens alone, which show no edge of the positions.
+AUC of exact edge effects with both corruptions, and with other tokens alone, which show no edge of the positions; and
+of edge attribution patching (EAP), the estimate, with both.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/planted_circuits.json")
     options = parser.parse_args()
     started, rows = time.perf_counter(), {}
-    print(f"{'program':20} {'edges':>9} {'true':>5} {'both':>6} {'tokens':>7}")
+    print(f"{'program':20} {'edges':>9} {'true':>5} {'both':>6} {'tokens':>7} {'eap':>6}")
     for name in planted.PROGRAMS:
         it = planted.program(name)
         both = mt.circuit_recovery(it, pairs=options.pairs, seed=options.seed)
         tokens = mt.circuit_recovery(it, pairs=options.pairs, seed=options.seed, corrupt=("tokens",))
         row: dict[str, Any] = {
             "edges": int(both["score"].notnull().sum()), "true": int(both["true"].sum()),
-            "auc": both.attrs["auc"], "auc_tokens_only": tokens.attrs["auc"],
+            "auc": both.attrs["auc"], "auc_tokens_only": tokens.attrs["auc"], "auc_eap": both.attrs["auc_eap"],
         }  # fmt: skip
         rows[name] = row
-        print(f"{name:20} {row['edges']:9} {row['true']:5} {row['auc']:6.3f} {row['auc_tokens_only']:7.3f}", flush=True)
+        figures = f"{row['auc']:6.3f} {row['auc_tokens_only']:7.3f} {row['auc_eap']:6.3f}"
+        print(f"{name:20} {row['edges']:9} {row['true']:5} {figures}", flush=True)
     report = {"pairs": options.pairs, "seed": options.seed, "seconds": time.perf_counter() - started, "programs": rows}
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -30,8 +30,8 @@ import torch
 import microtome as mt
 from microtome.model import default_folder
 
-CLEAN = "The Eiffel Tower is a famous landmark in the city"
-CORRUPT = "The Brandenburg Gate is a famous landmark in the city"
+CLEAN = "The Eiffel Tower is a very famous old landmark in the city"
+CORRUPT = "The Brandenburg Gate is a very famous old landmark in the city"
 LONG = [
     "Then, John and Mary went to the store. John gave a drink to",
     "Then, John and Mary went to the store. Mary gave a drink to",

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -204,6 +205,32 @@ def test_a_capture_larger_than_memory(cli: Cli, saved: Path, tmp_path: Path, mon
     check(cli(*long), 8, "most of it *.attn.scores", "KiB; allowed: 312.5 KiB")
     assert cli(*arguments, "--budget", -1).code == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["patch", "trace", "attribute", "edges"])
+def test_a_sweep_larger_than_the_budget(cli: Cli, saved: Path, tmp_path: Path, command: str) -> None:
+    pair = ("the cat sat on the", "the dog sat on the", "--answer", "mat", "--foil", "barn")
+    arguments = {
+        "patch": ("patch", *pair),
+        "trace": ("trace", pair[0], "--subject", "cat"),
+        "attribute": ("attribute", *pair),
+        "edges": ("attribute", *pair, "--method", "eap", "--verify", 3),
+    }[command]
+    page = ("-o", tmp_path / "p.html", "-m", saved)
+    done = cli(*arguments, *page, "--budget", 1000)
+    assert done.code == 8
+    for text in ("microtome: BudgetError: ", "more than memory allows", "allowed: 1,000 B", "raise budget="):
+        assert text in done.err, done.err
+    assert not list(tmp_path.iterdir())
+    small = cli(*arguments, "-m", saved, "--budget", 2**18, "--json")
+    whole = cli(*arguments, "-m", saved, "--json")
+    assert small.code == whole.code == 0, small.err
+    maps = [json.loads(done.out)["maps"] for done in (small, whole)]
+    assert maps[0].keys() == maps[1].keys()
+    for name, held in maps[0].items():
+        np.testing.assert_allclose(
+            np.array(held["values"], float), np.array(maps[1][name]["values"], float), atol=1e-4, err_msg=name
+        )
 
 
 EDITS: list[tuple[mt.Edit, int, tuple[str, ...]]] = [

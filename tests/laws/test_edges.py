@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import microtome as mt
+from microtome.errors import BudgetError
 
 READ = mt.Reading(lambda logits, prompts: logits.flatten(1), positions=(-1, 5))
 FAMILIES = [
@@ -293,3 +294,24 @@ def test_what_has_no_start_or_no_end_is_refused(method: Any) -> None:
             method(model, **arguments)
     given = mt.node_effects(model, clean, source, answer=11)
     assert given["effect"].equals(mt.node_effects(model, clean, corrupt, answer=11)["effect"])
+
+
+def test_a_plan_counts_what_edges_hold_and_a_budget_below_it_is_refused() -> None:
+    model = mt.open(families.build("llama-gqa"))
+    clean, source = ids(0), captured(model, ids(1))
+    edges = [mt.Edge(f"0.attn.z[{head}]", "2.attn.q[1]", source=source) for head in range(4)]
+    plan = model.plan_sweep(clean, edges, READ)
+    cells = model.plan_sweep(clean, [mt.Zero("2.resid_pre")] * 4, READ)
+    d, length, n = model.anatomy.d_model, clean.shape[1], model.anatomy.n_layers
+    # Four changes and four outputs of all heads, and every layer of the base run, at the very least.
+    assert plan.bytes - cells.bytes > 4 * length * (8 * d + 6 * n * d)
+    assert model.plan_sweep(clean, edges[:1], READ).bytes < plan.bytes
+    whole = model.sweep(clean, edges, READ)
+    assert whole.plan.bytes == plan.bytes
+    cut = model.sweep(clean, edges, READ, budget=plan.bytes - 1)
+    assert cut.plan.walks > plan.walks
+    torch.testing.assert_close(cut.values, whole.values, atol=1e-5, rtol=1e-5)
+    ran: list[int] = []
+    with pytest.raises(BudgetError, match=r"4 edges need more than memory allows.*raise budget="):
+        model.sweep(clean, edges, READ, budget=1000, progress=lambda done, n: ran.append(done))
+    assert not ran

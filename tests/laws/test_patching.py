@@ -31,17 +31,24 @@ def test_the_stream_where_the_prompts_differ_carries_everything(model: mt.Model,
 
 def test_cells_equal_literal_forwards(model: mt.Model) -> None:
     data = mt.activation_patching(
-        model, CLEAN, CORRUPT, answer=11, foil=13, sites=["mlp_out", "attn.z[head]", "attn.v[head]"]
+        model,
+        CLEAN,
+        CORRUPT,
+        answer=11,
+        foil=13,
+        sites=["mlp_out", "attn.z[head]", "attn.v[head]", "attn.pattern[head]"],
     )
-    source = model.run(CLEAN, capture=["*.mlp_out", "*.attn.z", "*.attn.v"])
+    source = model.run(CLEAN, capture=["*.mlp_out", "*.attn.z", "*.attn.v", "*.attn.pattern"])
     low, high = difference(model.run(CORRUPT).logits), difference(source.logits)
     assert float(data["clean"]) == pytest.approx(high, abs=1e-5)
     assert float(data["corrupt"]) == pytest.approx(low, abs=1e-5)
     assert data["attn.v[head]"].dims == ("layer", "kv_head")
+    assert data["attn.pattern[head]"].dims == ("layer", "head")
     for site, value in (
         ("1.mlp_out@3", data["mlp_out"][1, 3]),
         ("2.attn.z[3]", data["attn.z[head]"][2, 3]),
         ("0.attn.v[1]", data["attn.v[head]"][0, 1]),
+        ("1.attn.pattern[2]", data["attn.pattern[head]"][1, 2]),
     ):
         got = difference(model.run(CORRUPT, edits=[mt.SwapFrom(site, source=source)]).logits)
         assert float(value) == pytest.approx((got - low) / (high - low), abs=1e-4)

@@ -130,7 +130,8 @@ def test_what_cannot_be_swept_is_refused(cells: list[mt.SiteEdit], text: str) ->
 def test_a_budget_below_one_cell_is_refused() -> None:
     model = mt.map(families.build("llama-gqa"))
     with pytest.raises(
-        mt.errors.BudgetError, match=r"one cell of this sweep needs more than memory allows; got .* MiB"
+        mt.errors.BudgetError,
+        match=r"one cell of this sweep needs more than memory allows; got .* KiB; allowed: .* which is 1 B less",
     ):
         model.sweep(tokens(0)[:1], [mt.Zero("0.resid_pre@0")], READ, budget=one_row(model) - 1)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from microtome.cli._model import Device, Dtype, Json, ModelOption, Opening, Revision, Trust, notes
+from microtome.cli._model import Budget, Device, Dtype, Json, ModelOption, Opening, Revision, Trust, notes
 from microtome.cli._patch import Direction, Force, Page, Top, check_page, show, swept
 
 
@@ -45,6 +45,7 @@ def attribute(
     output: Page = None,
     force: Force = False,
     top: Top = 5,
+    budget: Budget = None,
     as_json: Json = False,
     model: ModelOption = None,
     device: Device = None,
@@ -61,7 +62,7 @@ def attribute(
     with swept("measuring the best") as said:
         data = estimate(
             opened, clean, corrupt, answer=answer, foil=foil, method=method.value, verify=verify, seed=seed,
-            direction=direction.value, progress=said.progress, planned=said.planned,
+            direction=direction.value, budget=budget, progress=said.progress, planned=said.planned,
         )  # fmt: skip
     told = {"answer": answer} | ({} if foil is None else {"foil": foil})
     show(data.assign_attrs(told | said.cost), output, top=top, as_json=as_json)

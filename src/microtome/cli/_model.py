@@ -41,6 +41,10 @@ Dtype = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
+Budget = Annotated[
+    int | None,
+    typer.Option(min=0, help="Bytes that one walk may hold; half of the free memory, at most 2 GiB, without it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead.")]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from microtome.cli._model import (
+    Budget,
     Device,
     Dtype,
     Json,
@@ -66,6 +67,7 @@ def patch(
     output: Page = None,
     force: Force = False,
     top: Top = 5,
+    budget: Budget = None,
     as_json: Json = False,
     model: ModelOption = None,
     device: Device = None,
@@ -82,7 +84,7 @@ def patch(
     with swept("patching") as said:
         data = activation_patching(
             opened, clean, corrupt, answer=answer, foil=foil, direction=direction.value,
-            progress=said.progress, planned=said.planned, **sites,
+            budget=budget, progress=said.progress, planned=said.planned, **sites,
         )  # fmt: skip
     show(data.assign_attrs(said.cost), output, top=top, as_json=as_json)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from microtome.cli._model import Device, Dtype, Json, ModelOption, Opening, Revision, Trust
+from microtome.cli._model import Budget, Device, Dtype, Json, ModelOption, Opening, Revision, Trust
 from microtome.cli._patch import Force, Page, Top, check_page, show, swept
 
 
@@ -33,6 +33,7 @@ def trace(
     output: Page = None,
     force: Force = False,
     top: Top = 5,
+    budget: Budget = None,
     as_json: Json = False,
     model: ModelOption = None,
     device: Device = None,
@@ -48,6 +49,6 @@ def trace(
     with swept("tracing") as said:
         data = causal_trace(
             opened, prompt, subject=subject, answer=answer, corrupt=corrupt, window=window, noise=noise,
-            samples=samples, seed=seed, progress=said.progress, planned=said.planned,
+            samples=samples, seed=seed, budget=budget, progress=said.progress, planned=said.planned,
         )  # fmt: skip
     show(data.assign_attrs(said.cost), output, top=top, as_json=as_json)

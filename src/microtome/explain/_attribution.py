@@ -52,6 +52,7 @@ def attribute(
     direction: str = "noise",
     verify: int = 50,
     seed: int = 0,
+    budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
@@ -80,6 +81,7 @@ def attribute(
         verify: how many of the best candidates of each site to measure exactly (all, where there are fewer), beside as
             many random others; 0 for none. See `verify`.
         seed: of the random others.
+        budget: bytes that one walk of what is measured may hold.
         progress: called with (done, all) cells measured.
         planned: called with the plan of what is measured, before its first cell.
 
@@ -106,7 +108,7 @@ def attribute(
     if not verify:
         return data
     most = max(int(np.isfinite(data[name].values).sum()) for name in data.attrs["sites"])
-    return measured(model, data, top=min(verify, most), seed=seed, progress=progress, planned=planned)
+    return measured(model, data, top=min(verify, most), seed=seed, budget=budget, progress=progress, planned=planned)
 
 
 def _runs(model: Model, pair: Pair, rules: Freeze | None, capture: Sequence[str]) -> tuple[Run, Run, dict[str, Tensor]]:

@@ -37,6 +37,7 @@ def node_effects(
     foil: str | int | None = None,
     metric: Metric | None = None,
     direction: str = "noise",
+    budget: int | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """What every part of the model is worth: the embedding, each head and each MLP taken from the other run.
@@ -55,6 +56,7 @@ def node_effects(
         foil: the corrupt prompt's answer; without it the answer's log-probability is read.
         metric: what to read instead.
         direction: "noise" starts at the clean prompt, "denoise" at the corrupt one, which must then be a prompt.
+        budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
 
     Returns:
@@ -66,12 +68,13 @@ def node_effects(
         SiteError: the stream of the model is not a sum over its parts, or the metric reads only what comes before the
             prompts differ.
         EditError: there is no such direction, or a run is given where "denoise" would start.
+        BudgetError: not even one cell fits.
     """
     parts = graph(model)
     metric = answer_metric(model, answer, foil) if metric is None else metric
     start, source = _start_and_source(model, clean, corrupt, direction, metric)
     cells = [SwapFrom(sender, source=source) for sender in parts.senders]
-    swept = model.sweep(start, cells, metric, progress=progress)
+    swept = model.sweep(start, cells, metric, budget=budget, progress=progress)
     return _labelled(model, swept.effects, {"sender": parts.senders}, swept.base, "node effects", direction)
 
 
@@ -108,7 +111,7 @@ def edge_effects(
         direction: where to start.
         embeddings: senders in place of `embed`: by name, what each part of the embedding changes [pos, d_model], such
             as tokens and positions apart.
-        budget: bytes that one walk may hold.
+        budget: bytes that one walk may hold, with the edges of some layers.
         progress: called with (done, all) edges.
         planned: called with the plan of each layer's sweep before it.
 

@@ -35,6 +35,7 @@ def attention_knockout(
     window: int = 9,
     controls: int = 5,
     seed: int = 0,
+    budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """In which layers some positions must read others for the answer to come out.
@@ -54,6 +55,7 @@ def attention_knockout(
         window: how many layers are cut at once; 9, as in the paper.
         controls: how many random sets of other keys.
         seed: of the controls and their interval.
+        budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
 
     Returns:
@@ -65,7 +67,7 @@ def attention_knockout(
     Raises:
         PromptError: a span is not in the prompt, or queries cannot read the keys anyway.
         SiteError: the model's attention scores are not seen.
-        EditError: a number is too small.
+        EditError: a number is too small; BudgetError: not even one cell fits.
     """
     if window < 1 or controls < 0:
         got = f"window {window}, controls {controls}"
@@ -81,7 +83,7 @@ def attention_knockout(
     n = model.anatomy.n_layers
     windows = [layers_at(*window_of(i, window, n)) for i in range(n)]
     cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
-    swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), progress=progress)
+    swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), budget=budget, progress=progress)
     data = _dataset(swept.values.double().reshape(len(sets), n), float(swept.base[0]), seed)
     words = model.to_words(tokens)
     said = {

@@ -43,6 +43,7 @@ def patch_pairs(
     direction: str = "denoise",
     share: bool = True,
     seed: int = 0,
+    budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """Patch every layer and span (or head) in many pairs of prompts, exactly, and say how sure the mean is.
@@ -65,6 +66,7 @@ def patch_pairs(
         direction: "denoise" puts clean values into the corrupt run, "noise" the reverse.
         share: effects as shares of the mean gap, instead of logits or nats.
         seed: of the statistics.
+        budget: bytes that one walk may hold.
         progress: called with (done, all) pairs.
 
     Returns:
@@ -77,7 +79,7 @@ def patch_pairs(
         PromptError: a pair does not align, an answer or foil does not fit, or pairs have no span or length in common.
         SiteError: a site cannot be patched this way, both prompts of a pair give the same metric or differ only after
             what is read, or the mean gap that effects are shares of is not clearly one.
-        EditError: there is no such direction.
+        EditError: there is no such direction; BudgetError: not even one cell fits.
     """
     refuse_unknown("direction", direction, DIRECTIONS)
     pairs = _pairs(model, cleans, corrupts)
@@ -88,10 +90,8 @@ def patch_pairs(
         {site: layout(model, site, place, axis, at(0, pair.shape[1])) for site in sites}
         for pair, place in zip(pairs, places, strict=True)
     ]
-    ends = _ends(model, pairs, read)  # every refusal comes before the first sweep
-    if share:
-        _require_gap(ends[:, 0] - ends[:, 1])
-    effects, kept = _measured(model, pairs, layouts, read, direction, progress)
+    ends = _ends(model, pairs, read, share)  # every refusal comes before the first sweep
+    effects, kept = _measured(model, pairs, layouts, read, direction, budget, progress)
     ends = ends[kept]
     if share:
         gap = float((ends[:, 0] - ends[:, 1]).mean())
@@ -177,11 +177,12 @@ def _chunks(n: int) -> list[slice]:
     return [slice(first, min(first + TOGETHER, n)) for first in range(0, n, TOGETHER)]
 
 
-def _ends(model: Model, pairs: list[Tensor], read: Callable[[slice], Metric]) -> Tensor:
+def _ends(model: Model, pairs: list[Tensor], read: Callable[[slice], Metric], share: bool) -> Tensor:
     """[pair, (clean, corrupt)] The metric of both prompts of every pair, in float64.
 
     Raises:
-        SiteError: no patch can reach what is read of a pair, or both of its prompts give the same.
+        SiteError: no patch can reach what is read of a pair, or both of its prompts give the same; or effects are to be
+            shares of the mean gap, and it is not clearly one.
     """
     found = torch.empty(len(pairs), 2, dtype=torch.float64)
     for some in _chunks(len(pairs)):
@@ -200,6 +201,8 @@ def _ends(model: Model, pairs: list[Tensor], read: Callable[[slice], Metric]) ->
                 SiteError, f"both prompts of pair {i} give the same metric", got=f"{clean:.4g}",
                 do="leave the pair out, or choose prompts that are answered differently",
             )  # fmt: skip
+    if share:
+        _require_gap(found[:, 0] - found[:, 1])
     return found
 
 
@@ -225,6 +228,7 @@ def _measured(
     layouts: list[dict[str, Layout]],
     read: Callable[[slice], Metric],
     direction: str,
+    budget: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, list[int]]:
     """Effects [example, cell] of the pairs that were measured whole, and which these are: all, unless it is stopped."""
@@ -232,7 +236,7 @@ def _measured(
     kept: list[int] = []
     try:
         for some in _chunks(len(pairs)):
-            effects, whole = _sweep(model, pairs[some], layouts[some], read(some), direction)
+            effects, whole = _sweep(model, pairs[some], layouts[some], read(some), direction, budget)
             done = [i for i in range(len(effects)) if whole or bool(effects[i].isfinite().all())]
             parts.append(effects[done])
             kept += [some.start + i for i in done]
@@ -249,7 +253,12 @@ def _measured(
 
 
 def _sweep(
-    model: Model, pairs: list[Tensor], layouts: list[dict[str, Layout]], metric: Metric, direction: str
+    model: Model,
+    pairs: list[Tensor],
+    layouts: list[dict[str, Layout]],
+    metric: Metric,
+    direction: str,
+    budget: int | None,
 ) -> tuple[Tensor, bool]:
     """Effects [pair, cell], and whether all were measured; NaN where not."""
     start, goal = (1, 0) if direction == "denoise" else (0, 1)
@@ -260,7 +269,7 @@ def _sweep(
     ]
     starts = [pair[start].tolist() for pair in pairs]
     whose = [i for i, own in enumerate(cells) for _ in own]
-    swept = model.sweep(starts, [cell for own in cells for cell in own], metric, prompts=whose)
+    swept = model.sweep(starts, [cell for own in cells for cell in own], metric, prompts=whose, budget=budget)
     return swept.effects.double().reshape(len(pairs), -1), swept.done == len(whose)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DIRECTIONS = ("noise", "denoise")
 BY_POSITION = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn.q", "attn.k", "attn.v", "attn.z")
-BY_UNIT = ("attn.q[head]", "attn.k[head]", "attn.v[head]", "attn.z[head]", "mlp.post[neuron]")
+BY_UNIT = ("attn.q[head]", "attn.k[head]", "attn.v[head]", "attn.z[head]", "attn.pattern[head]", "mlp.post[neuron]")
 
 
 def activation_patching(
@@ -38,6 +38,7 @@ def activation_patching(
     metric: Metric | None = None,
     sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]"),
     direction: str = "denoise",
+    budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
@@ -61,6 +62,7 @@ def activation_patching(
         sites: site names, patched by layer and position; with ``[head]`` behind (``mlp.post[neuron]`` for neurons), by
             layer and unit at all positions.
         direction: "denoise" puts clean values into the corrupt run, "noise" the reverse.
+        budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
         planned: called with the plan of the sweep, before its first cell.
 
@@ -73,7 +75,7 @@ def activation_patching(
             one token, or the foil is the answer.
         SiteError: a site cannot be patched this way, both prompts give the same metric, or it reads only what comes
             before they differ.
-        EditError: there is no such direction.
+        EditError: there is no such direction; BudgetError: not even one cell fits.
     """
     refuse_unknown("direction", direction, DIRECTIONS)
     tokens = aligned(model, clean, corrupt)
@@ -85,8 +87,8 @@ def activation_patching(
     source = model.run(goal, capture=sorted({part.capture for part in layouts.values()}))
     cells = [SwapFrom(address, source=source) for layout in layouts.values() for address in layout.addresses]
     if planned is not None:
-        planned(model.plan_sweep(start, cells, metric))
-    swept = model.sweep(start, cells, metric, progress=progress)
+        planned(model.plan_sweep(start, cells, metric, budget=budget))
+    swept = model.sweep(start, cells, metric, budget=budget, progress=progress)
     last = source.logits[:, metric.columns(0, tokens.shape[1])]
     reached = float(metric.read(last, torch.zeros(1, dtype=torch.long, device=last.device))[0])
     began = float(swept.base[0])
@@ -94,8 +96,7 @@ def activation_patching(
     data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
     words = [model.to_words(row) for row in tokens]
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    words_of = {"answer": answer, "foil": foil}
-    said = {name: _word(model, token) for name, token in words_of.items() if token is not None}
+    said = {k: _word(model, token) for k, token in (("answer", answer), ("foil", foil)) if token is not None}
     return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
 
 

@@ -48,6 +48,7 @@ def causal_trace(
     subjects: Sequence[str] = (),
     kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
     seed: int = 0,
+    budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
@@ -74,6 +75,7 @@ def causal_trace(
         subjects: texts whose embeddings set the noise's scale; this subject alone by default.
         kinds: what to restore.
         seed: of the noise (each sample's own seed is drawn from it) and of the bootstrap.
+        budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
         planned: called with the plan of the sweep, before its first cell.
 
@@ -84,7 +86,7 @@ def causal_trace(
 
     Raises:
         PromptError: the subject is not in the prompt, the answer is not one token, or `corrupt` does not align.
-        SiteError: a kind is unknown; EditError: a number is too small.
+        SiteError: a kind is unknown; EditError: a number is too small; BudgetError: not even one cell fits.
     """
     _check(kinds, window, samples, noise, seed)
     rows = [model.to_batch(prompt).tokens] if corrupt is None else list(aligned(model, prompt, corrupt).split(1))
@@ -94,16 +96,13 @@ def causal_trace(
     token = own if answer is None else one_token(model, answer)
     std = noise * _spread(model, clean.tokens, span, subjects) if corrupt is None else 0.0
     broken = _noised(model, clean, span, std, samples, seed) if corrupt is None else _replaced(model, rows)
-    data = _measure(model, clean, broken, Probability(token), _Plan(kinds, window, seed, progress, planned))
+    data = _measure(model, clean, broken, Probability(token), _Plan(kinds, window, seed, budget, progress, planned))
     data["clean"] = float(clean.logits[0, -1].float().softmax(-1)[token])
     inside = [span[0] <= p < span[1] for p in range(clean.tokens.shape[1])]
     data = data.assign_coords(token=("pos", model.to_words(clean.tokens[0])), subject=("pos", inside))
     said = {"answer": model.to_words([token])[0], "known": int(token == own), "window": window, "seed": seed}
-    how = (
-        {"noise": noise, "std": std, "samples": samples}
-        if corrupt is None
-        else {"replaced": "".join(model.to_words(rows[1][0]))}
-    )
+    noised = {"noise": noise, "std": std, "samples": samples}
+    how = noised if corrupt is None else {"replaced": "".join(model.to_words(rows[1][0]))}
     return data.assign_attrs(model.provenance | {"method": "causal tracing"} | said | how)
 
 
@@ -132,6 +131,7 @@ class _Plan:
     kinds: Sequence[Kind]
     window: int
     seed: int
+    budget: int | None
     progress: Callable[[int, int], None] | None
     planned: Callable[[SweepPlan], None] | None
 
@@ -190,8 +190,8 @@ def _measure(model: Model, clean: Run, broken: _Broken, metric: Probability, pla
     places = list(product(plan.kinds, range(samples), range(n), range(first, length)))
     cells = [_cell(model, clean, broken, place, plan.window) for place in places]
     if plan.planned is not None:
-        plan.planned(model.plan_sweep(broken.tokens, cells, metric))
-    swept = model.sweep(broken.tokens, cells, metric, progress=plan.progress)
+        plan.planned(model.plan_sweep(broken.tokens, cells, metric, budget=plan.budget))
+    swept = model.sweep(broken.tokens, cells, metric, budget=plan.budget, progress=plan.progress)
     zeros = torch.zeros(samples, dtype=torch.long, device=broken.logits.device)
     corrupt = metric.read(broken.logits.unsqueeze(1), zeros).double().cpu()
     effects = torch.zeros(len(plan.kinds), samples, n, length, dtype=torch.float64)

@@ -32,6 +32,7 @@ def verify(
     *,
     top: int = 50,
     seed: int = 0,
+    budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
@@ -49,6 +50,7 @@ def verify(
         scores: what `attribute` returned.
         top: how many candidates of each site, and how many random others; all, for sites that have fewer.
         seed: of the random others.
+        budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
         planned: called with the plan of the sweep, before its first cell.
 
@@ -60,6 +62,7 @@ def verify(
 
     Raises:
         DataError: the scores are of another model, of no pair, or have fewer than `top` cells.
+        BudgetError: not even one cell fits.
     """
     pair = pair_of(model, scores)
     sites = [str(name) for name in scores.attrs["sites"]]
@@ -69,10 +72,11 @@ def verify(
     chosen = {site: candidates(x, top, random) for site, x in flat.items()}
     source = _source(model, scores, pair.goal)
     cells = [cell for site in sites for cell in _cells(model, scores, site, source, np.concatenate(chosen[site]))]
+    metric = pair.metric(model)
     if planned is not None:
-        planned(model.plan_sweep(pair.start, cells, pair.metric(model)))
-    effects = model.sweep(pair.start, cells, pair.metric(model), progress=progress).effects.double().numpy()
-    return _dataset(scores, flat, chosen, effects, top, seed)
+        planned(model.plan_sweep(pair.start, cells, metric, budget=budget))
+    swept = model.sweep(pair.start, cells, metric, budget=budget, progress=progress)
+    return _dataset(scores, flat, chosen, swept.effects.double().numpy(), top, seed)
 
 
 def _check_top(top: int, most: int) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from microtome.errors import BudgetError, EditError, error
 from microtome.model import Site
 from microtome.run._batch import Batch, Prompt
-from microtome.run._edges import Edge, Edges
+from microtome.run._edges import Edge, Edges, bytes_of_edges
 from microtome.run._edits import Zero
 from microtome.run._metrics import Metric, Narrow
-from microtome.run._plan import FIXED, free_memory, plan_of
+from microtome.run._plan import FIXED, free_memory, in_bytes, plan_of
 from microtome.run._sweep import Base, Cell, Row, Walk, base_of, rows_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class SweepPlan:
         walks: how many passes over the layers they take.
         forwards: their cost in forwards of one whole prompt, without what is shared.
         flops: floating-point operations, two a weight and token.
-        bytes: the most that is held at once: the base run of some prompts, and the rows of one walk.
+        bytes: the most that is held at once: the base run of some prompts, the rows of one walk, and for edges what
+            their senders change and their branches give.
         seconds: at the pace of this model's last run; a first guess before any.
         shares: what is shared: "layers and positions", or "layers only" where attention is not causal.
     """
@@ -91,6 +92,19 @@ class _Group:
 
 
 @dataclass(frozen=True)
+class _Room:
+    """Bytes that a sweep may hold, and those of them that its edges hold beside their cells."""
+
+    allowed: int
+    edges: int
+
+    @property
+    def left(self) -> int:
+        """What is left for base runs and walks."""
+        return self.allowed - self.edges
+
+
+@dataclass(frozen=True)
 class _Ready:
     """A sweep that is planned and not yet run."""
 
@@ -115,7 +129,7 @@ def plan_sweep(
     stand_ins = [_stand_in(model, cell) if isinstance(cell, Edge) else cell for cell in cells]
     batch = model.to_batch(prompt)
     _check(batch, cells, prompts)
-    return _prepare(model, batch, stand_ins, metric, prompts, budget).plan
+    return _prepare(model, batch, stand_ins, metric, prompts, _room(model, batch, cells, prompts, budget)).plan
 
 
 def _stand_in(model: Model, edge: Edge) -> Zero:
@@ -152,22 +166,21 @@ def _prepare(
     cells: Sequence[Cell],
     metric: Metric,
     prompts: Sequence[int] | None,
-    budget: int | None,
+    room: _Room,
 ) -> _Ready:
     which = [0] * len(cells) if prompts is None else list(prompts)
     _check_metric(model, metric, len(batch.lengths))
     rows = rows_of(model, batch, cells, which)
     ids, over = _narrowed(model, metric)
-    room = budget if budget is not None else min(int(0.5 * free_memory(model.device)), 2 * 2**30)
     vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)
-    groups = _groups(model, batch, metric, room, vocab)
+    groups = _groups(model, batch, metric, room.left, vocab)
     walks: list[tuple[_Group, int, list[Row]]] = []
     most = 0
     for group in groups:
         length, read = group.batch.tokens.shape[1], group.read.shape[1]
-        held = len(group.prompts) * _prompt_bytes(model, length, read, vocab)
+        held = room.edges + len(group.prompts) * _prompt_bytes(model, length, read, vocab)
         each = _row_bytes(model, length, read, vocab)
-        mine = [(group, first, part) for first, part in _walks(model, group, rows, _step(room - held, each, room))]
+        mine = [(group, first, part) for first, part in _walks(model, group, rows, _step(held, each, room.allowed))]
         walks += mine
         most = max(most, held + each * max((len(part) for _, _, part in mine), default=0))
     return _Ready(which, over, ids, groups, walks, _plan(model, len(rows), walks, most))
@@ -186,7 +199,8 @@ def sweep(
     """Run many edited copies of prompts, exactly, sharing all that no edit touches; see `Model.sweep`."""
     batch = model.to_batch(prompt)
     _check(batch, cells, prompts)
-    ready = _prepare(model, batch, _without_edges(model, batch, cells, prompts), metric, prompts, budget)
+    room = _room(model, batch, cells, prompts, budget)
+    ready = _prepare(model, batch, _without_edges(model, batch, cells, prompts), metric, prompts, room)
     values: Tensor | None = None
     base_values: list[Tensor | None] = [None] * sum(len(group.prompts) for group in ready.groups)
     done = 0
@@ -283,21 +297,44 @@ def _groups(model: Model, batch: Batch, metric: Metric, room: int, vocab: int) -
     return groups
 
 
-def _step(left: int, each: int, room: int) -> int:
-    """How many rows a walk may hold beside the base run.
+def _room(
+    model: Model, batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None, budget: int | None
+) -> _Room:
+    """What a sweep may hold, and what of it its edges do.
+
+    Raises:
+        BudgetError: the edges hold all of it.
+    """
+    allowed = budget if budget is not None else min(int(0.5 * free_memory(model.device)), 2 * 2**30)
+    which = [0] * len(cells) if prompts is None else prompts
+    edges = [(cell, prompt) for cell, prompt in zip(cells, which, strict=True) if isinstance(cell, Edge)]
+    room = _Room(allowed, bytes_of_edges(model, edges, batch.lengths))
+    if room.left <= 0 and edges:
+        raise error(
+            BudgetError,
+            f"{len(edges)} edges need more than memory allows",
+            got=in_bytes(room.edges),
+            allowed=in_bytes(allowed),
+            do="measure fewer edges at a time, or raise budget=",
+        )
+    return room
+
+
+def _step(held: int, each: int, allowed: int) -> int:
+    """How many rows a walk may hold beside what is held already.
 
     Raises:
         BudgetError: not even one.
     """
-    if each > left:
+    if held + each > allowed:
         raise error(
             BudgetError,
             "one cell of this sweep needs more than memory allows",
-            got=f"{(each + room - left) / 2**20:,.1f} MiB",
-            allowed=f"{room / 2**20:,.1f} MiB",
+            got=in_bytes(held + each),
+            allowed=f"{in_bytes(allowed)}, which is {in_bytes(held + each - allowed)} less",
             do="shorten the prompt, read fewer positions, or raise budget=",
         )
-    return left // each
+    return (allowed - held) // each
 
 
 def _walks(model: Model, group: _Group, rows: Sequence[Row], step: int) -> Iterator[tuple[int, list[Row]]]:

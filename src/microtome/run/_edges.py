@@ -90,6 +90,16 @@ class Edge:
         """The receiver's layer, None for the logits."""
         return _layer(parse(self.receiver))
 
+    @property
+    def branch(self) -> tuple[int | None, str]:
+        """Layer and site of the branch that the receiver is a part of."""
+        return self.layer, parse(self.receiver).name
+
+    @property
+    def change_of(self) -> tuple[str, int]:
+        """What names the change that it makes in a prompt: the sender, and the source or change as an object."""
+        return self.sender, id(self.source if self.change is None else self.change)
+
 
 @dataclass(frozen=True, eq=False)
 class _Placed:
@@ -102,8 +112,24 @@ class _Placed:
     @property
     def origin(self) -> tuple[str, int, int]:
         """What names the change that it makes: edges of one sender, one source and one prompt share it."""
-        edge = self.edge
-        return edge.sender, id(edge.source if edge.change is None else edge.change), self.row
+        return *self.edge.change_of, self.row
+
+
+def bytes_of_edges(model: Model, edges: Sequence[tuple[Edge, int]], lengths: Sequence[int]) -> int:
+    """What edges, each with the number of its prompt, hold beside their cells: the base run, changes, and outputs."""
+    if not edges:
+        return 0
+    a = model.anatomy
+    heads, mixed = a.n_heads * a.d_head, 2 * a.n_kv_heads * a.d_head
+    base = a.d_model + a.n_layers * (4 * a.d_model + 2 * heads + mixed)
+    held = sum(base * lengths[prompt] for prompt in {prompt for _, prompt in edges})
+    held += sum(a.d_model * lengths[prompt] for _, prompt in {(e.change_of, prompt) for e, prompt in edges})
+    outputs = {(e.branch, e.change_of, prompt) for e, prompt in edges}
+    each = {name: a.d_model if name == "mlp.in" else heads if name in INPUTS else 0 for name in RECEIVERS}
+    held += sum(each[name] * lengths[prompt] for (_, name), _, prompt in outputs)
+    rows, longest = min(BRANCH_ROWS, len(outputs)), max(lengths)
+    held += rows * longest * (6 * a.d_model + 3 * a.d_mlp + 4 * heads + a.n_heads * longest)
+    return held * (torch.finfo(model.dtype).bits // 8)
 
 
 def _one_layer(address: Address) -> bool:
@@ -166,7 +192,7 @@ class Edges:
         by_branch: dict[tuple[int | None, str], list[int]] = {}
         for place, edge in enumerate(edges):
             self._check(edge)
-            by_branch.setdefault((edge.layer, parse(edge.receiver).name), []).append(place)
+            by_branch.setdefault(edge.branch, []).append(place)
         with torch.no_grad():
             for (layer, name), places in by_branch.items():
                 mine = [_Placed(edges[place], self.prompts.index(prompts[place]), prompts[place]) for place in places]

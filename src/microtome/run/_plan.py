@@ -43,9 +43,9 @@ class Plan:
         return sum(self.bytes_by_address.values()) + self.logits_bytes
 
     def __str__(self) -> str:
-        lines = [f"{name:32} {_size(size):>14}" for name, size in self.bytes_by_address.items()]
-        lines.append(f"{'logits':32} {_size(self.logits_bytes):>14}")
-        lines.append(f"{'together':32} {_size(self.bytes):>14}, about {self.seconds:.2g} s")
+        lines = [f"{name:32} {in_bytes(size):>14}" for name, size in self.bytes_by_address.items()]
+        lines.append(f"{'logits':32} {in_bytes(self.logits_bytes):>14}")
+        lines.append(f"{'together':32} {in_bytes(self.bytes):>14}, about {self.seconds:.2g} s")
         return "\n".join(lines)
 
 
@@ -98,13 +98,13 @@ def refuse_if_over(plan: Plan, budget: int | None, device: torch.device) -> None
     raise error(
         BudgetError,
         f"this run would keep more than memory allows, most of it {most}",
-        got=_size(plan.bytes),
-        allowed=f"{_size(allowed)}, which is {_size(plan.bytes - allowed)} less",
+        got=in_bytes(plan.bytes),
+        allowed=f"{in_bytes(allowed)}, which is {in_bytes(plan.bytes - allowed)} less",
         do="name fewer sites, units or positions, use smaller batches, pass logits=False, or raise budget=",
     )
 
 
-def _size(count: int) -> str:
+def in_bytes(count: int) -> str:
     """A number of bytes in the largest unit of which there is at least one and a half."""
     for name, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= 1.5 * unit:
