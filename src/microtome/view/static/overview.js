@@ -23,11 +23,14 @@
     { title: "Largest and median activation", columns: ["max_abs", "median_abs"], labels: ["largest", "median"], log: true },
   ];
 
+  /** A column as a heading. */
+  const heading = (name) => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
+
   function layerCharts(table) {
     const there = (name) => table.has(name) && table.columns[name].some((value) => value !== null);
     const taken = new Set(CHARTS.flatMap(({ columns }) => columns));
     const rest = table.names.filter((name) => table.isQuantity(name) && !taken.has(name));
-    const own = rest.map((name) => ({ title: name.replaceAll("_", " "), columns: [name] }));
+    const own = rest.map((name) => ({ title: heading(name), columns: [name] }));
     const named = (names) =>
       Object.fromEntries(atlas.groups(names).flatMap(({ members }) => members.map(({ name, label }) => [name, label])));
     return [...CHARTS, ...own].map(({ title, columns, labels, log }) => {
@@ -40,7 +43,7 @@
         layers: table.columns.layer,
         open: (layer) => (location.hash = href(paths.layer(layer))),
         series: names.map((name) => ({
-          name: label[name],
+          name: names.length > 1 ? label[name] : "", // alone it is what the title says
           title: `${name}: ${table.meaning(name)}`,
           values: table.columns[name],
           lo: table.hasInterval(name) ? table.columns[`${name}_lo`] : null,
@@ -59,7 +62,7 @@
     const rowOf = new Map(table.rows().map((row) => [table.address(row), row]));
     return scores(table).map((name) =>
       chart.heat({
-        title: name.replaceAll("_", " "),
+        title: heading(name),
         meaning: table.meaning(name),
         columns,
         rows,
@@ -91,7 +94,7 @@
       return h(
         "div",
         {},
-        h("h3", {}, h("a", { href: all, title: table.meaning(name) }, name.replaceAll("_", " "))),
+        h("h3", {}, h("a", { href: all, title: table.meaning(name) }, heading(name))),
         h(
           "ol",
           { class: "top" },
