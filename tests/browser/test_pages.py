@@ -32,7 +32,7 @@ def test_overview_shows_shape_charts_maps_and_provenance(page: Path, dom: Reader
     words = text(page, "")
     for expected in (
         "Fake <b>& small", "12,345 parameters", "4 heads of 4, 2 key/value", "16 → 70 → 16", "× 3 blocks", "12 min",
-        "3.00 GiB", "made up", "loss – nats per token", "new measure", "previous token",
+        "3.00 GiB", "made up", "loss – nats per token", "New measure", "Previous token",
     ):  # fmt: skip
         assert expected in words, expected
     document = dom(page, "#/")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from microtome.cli._model import Device, Dtype, Json, ModelArgument, Opening, Revision, Trust, out, print_json, progress
+from microtome.cli._model import Json, ModelArgument, Opening, opens, out, print_json, progress
 
 
 def register(app: typer.Typer) -> None:
@@ -16,8 +16,8 @@ def register(app: typer.Typer) -> None:
     app.command("atlas")(atlas)
 
 
+@opens(ModelArgument)
 def atlas(
-    model: ModelArgument = None,
     text: Annotated[
         Path | None, typer.Option(help="Text, JSONL or Parquet file; the standard library's text without it.")
     ] = None,
@@ -26,10 +26,8 @@ def atlas(
     length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
     seed: Annotated[int, typer.Option(help="Of random tokens and intervals.")] = 0,
     as_json: Json = False,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Measure every layer, head and neuron of a model, and write its atlas: tables, and pages that open from disk."""
     from microtome.atlas import check_out, write_atlas
@@ -37,7 +35,7 @@ def atlas(
 
     check_out(output)
     corpus = None if text is None else read_text(text)
-    opened = Opening(model, device, dtype, revision, trust).open()
+    opened = opening.open()
     with progress() as report:
         index = write_atlas(opened, output, corpus=corpus, tokens=tokens, length=length, seed=seed, progress=report)
     manifest = json.loads((output / "manifest.json").read_text())

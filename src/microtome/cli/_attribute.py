@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from microtome.cli._model import Budget, Device, Dtype, Json, ModelOption, Opening, Revision, Trust, notes
+from microtome.cli._model import Budget, Json, Opening, notes, opens
 from microtome.cli._patch import Direction, Force, Page, Top, check_page, show, swept
 
 
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command("attribute")(attribute)
 
 
+@opens()
 def attribute(
     clean: Annotated[str, typer.Argument(help="The prompt with the answer.")],
     corrupt: Annotated[str, typer.Argument(help="The same prompt with another answer, token for token.")],
@@ -47,17 +48,14 @@ def attribute(
     top: Top = 5,
     budget: Budget = None,
     as_json: Json = False,
-    model: ModelOption = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Estimate what every part or edge would do to the answer, from one gradient, and measure the best ones exactly."""
     from microtome.explain import attribute as estimate
 
     check_page(output, force)
-    opened = Opening(model, device, dtype, revision, trust).open()
+    opened = opening.open()
     notes.print("plan: the estimates take two forwards and one backward", soft_wrap=True)
     with swept("measuring the best") as said:
         data = estimate(

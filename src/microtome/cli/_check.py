@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from microtome.cli._model import Device, Dtype, Json, ModelArgument, Opening, Revision, Trust, out, print_json, working
+from microtome.cli._model import Json, ModelArgument, Opening, opens, out, print_json, working
 from microtome.errors import ProofError
 
 
@@ -16,20 +16,18 @@ def register(app: typer.Typer) -> None:
     app.command("sites")(sites)
 
 
+@opens(ModelArgument)
 def check(
-    model: ModelArgument = None,
     every: Annotated[bool, typer.Option("--all", help="A row for every place, not for every identity.")] = False,
     as_json: Json = False,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Prove the map of a model: seven identities in every layer. Exit code 4 if one fails."""
     from microtome.run import prove
     from microtome.view import failed_lines, proof_table
 
-    opened = Opening(model, device, dtype, revision, trust).map()
+    opened = opening.map()
     with working("proving the map"):
         checks = prove(opened)
     failed = [c for c in checks if c.status == "fails"]
@@ -48,19 +46,17 @@ def check(
         raise typer.Exit(ProofError.exit_code)
 
 
+@opens(ModelArgument)
 def sites(
-    model: ModelArgument = None,
     as_json: Json = False,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """List the sites of a model: what each name means, its axes, and why some are not there."""
     from microtome.model import SITES
     from microtome.view import sites_table
 
-    anatomy = Opening(model, device, dtype, revision, trust).map().anatomy
+    anatomy = opening.map().anatomy
     if not as_json:
         out.print(sites_table(anatomy))
         return

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from microtome.cli._model import Device, Dtype, Json, ModelOption, Opening, Revision, Trust, out, print_json, working
+from microtome.cli._model import Json, Opening, opens, out, print_json, working
 from microtome.errors import SiteError, error
 
 Prompt = Annotated[str, typer.Argument(help="The prompt, as text.")]
@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command("contributions")(contributions)
 
 
+@opens()
 def lens(
     prompt: Prompt,
     top: Annotated[int, typer.Option(min=1, help="Tokens a place.")] = 1,
@@ -26,11 +27,8 @@ def lens(
         str | None, typer.Option(help='Positions to show, such as "-3--1" or "0,4"; all that fit without it.')
     ] = None,
     as_json: Json = False,
-    model: ModelOption = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """The logit lens: the top token after every layer, at every position, coloured by its probability."""
     from microtome.explain import logit_lens
@@ -38,7 +36,7 @@ def lens(
     from microtome.view import lens_table
 
     selection = None if positions is None else parse_selection(positions, "positions")
-    opened = Opening(model, device, dtype, revision, trust).open()
+    opened = opening.open()
     with working("running the prompt"):
         data = logit_lens(opened, prompt, top=top).isel(batch=0)
     size = data.sizes["pos"]
@@ -54,6 +52,7 @@ def lens(
     print_json({"pos": chosen} | {n: data[n].values.tolist() for n in names} | {"provenance": data.attrs})
 
 
+@opens()
 def contributions(
     prompt: Prompt,
     answer: Annotated[str | None, typer.Option(help="Token to explain; the model's own answer without it.")] = None,
@@ -63,18 +62,15 @@ def contributions(
     source: Annotated[bool, typer.Option("--source", help="Say which tokens each head read from.")] = False,
     neurons: Annotated[bool, typer.Option("--neurons", help="Split MLPs into neurons.")] = False,
     as_json: Json = False,
-    model: ModelOption = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Who wrote the answer: every part's exact share of the logit; the parts sum to it."""
     from microtome.explain import contributions as measure
     from microtome.view import contributions_table, parts_of
 
     detail: list[Any] = [*(["source"] if source else []), *(["neuron"] if neurons else [])]
-    opened = Opening(model, device, dtype, revision, trust).open()
+    opened = opening.open()
     with working("running the prompt"):
         data = measure(opened, prompt, answer=answer, foil=foil, position=position, detail=tuple(detail))
     data = data.isel(batch=0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,17 +37,32 @@ ModelArgument = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Hub id, folder or GGUF file; the default model without it.")
 ]
-Device = Annotated[str | None, typer.Option(help="Where to put the model; the accelerator if there is one.")]
-Dtype = Annotated[
-    str, typer.Option(callback=_dtype, help="Type of the weights: float32, float64, bfloat16 or float16.")
-]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
 Budget = Annotated[
     int | None,
     typer.Option(min=0, help="Bytes that one walk may hold; half of the free memory, at most 2 GiB, without it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead.")]
+
+
+_OPENING: dict[str, tuple[Any, Any]] = {
+    "model": (ModelOption, None),
+    "device": (
+        Annotated[str | None, typer.Option(help="Where to put the model; the accelerator if there is one.")],
+        None,
+    ),
+    "dtype": (
+        Annotated[
+            str, typer.Option(callback=_dtype, help="Type of the weights: float32, float64, bfloat16 or float16.")
+        ],
+        "float32",
+    ),
+    "revision": (Annotated[str | None, typer.Option(help="Revision of a hub model.")], None),
+    "trust": (
+        Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")],
+        False,
+    ),
+}
+"""By field of `Opening`: the option, and its default."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,31 @@ class Opening:
     def _said(self) -> Iterator[None]:
         with working("opening " + (self.name or "the default model")):
             yield
+
+
+def opens(model: Any = ModelOption) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that open a model, in place of its parameter `opening`.
+
+    Args:
+        model: how the model is named, `ModelOption` or `ModelArgument`.
+    """
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "opening"]
+        kinds = {name: (model if name == "model" else kind, default) for name, (kind, default) in _OPENING.items()}
+        added = [Parameter(n, Parameter.KEYWORD_ONLY, default=d, annotation=kind) for n, (kind, d) in kinds.items()]
+
+        @wraps(command)
+        def call(**given: Any) -> None:
+            opening = Opening(**{name: given.pop(name) for name in kinds})
+            command(**given, opening=opening)
+
+        # What the command line is made of: all parameters by name, those of the model last.
+        asked = [*(p.replace(kind=Parameter.KEYWORD_ONLY) for p in own), *added]
+        vars(call).update(__signature__=Signature(asked), __annotations__={p.name: p.annotation for p in asked})
+        return call
+
+    return give
 
 
 def print_json(value: Any) -> None:

@@ -12,20 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microtome.cli._model import (
-    Budget,
-    Device,
-    Dtype,
-    Json,
-    ModelOption,
-    Opening,
-    Revision,
-    Trust,
-    notes,
-    out,
-    print_json,
-    progress,
-)
+from microtome.cli._model import Budget, Json, Opening, notes, opens, out, print_json, progress
 from microtome.errors import OutputError, error
 
 if TYPE_CHECKING:
@@ -50,6 +37,7 @@ def register(app: typer.Typer) -> None:
     app.command("patch")(patch)
 
 
+@opens()
 def patch(
     clean: Annotated[str, typer.Argument(help="The prompt with the answer.")],
     corrupt: Annotated[str, typer.Argument(help="The same prompt with another answer, token for token.")],
@@ -69,17 +57,14 @@ def patch(
     top: Top = 5,
     budget: Budget = None,
     as_json: Json = False,
-    model: ModelOption = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Patch every layer, position and head between two prompts, exactly: heat maps here, and as a page with -o."""
     from microtome.explain import activation_patching
 
     check_page(output, force)
-    opened = Opening(model, device, dtype, revision, trust).open()
+    opened = opening.open()
     sites: dict[str, Any] = {"sites": tuple(site)} if site else {}
     with swept("patching") as said:
         data = activation_patching(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from microtome.cli._model import Device, Dtype, Json, ModelOption, Opening, Revision, Trust, out, print_json, working
+from microtome.cli._model import Json, Opening, opens, out, print_json, working
 from microtome.errors import OutputError, SiteError, error
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command("run")(run)
 
 
+@opens()
 def run(
     prompt: Annotated[str, typer.Argument(help="The prompt, as text.")],
     capture: Annotated[
@@ -38,14 +39,10 @@ def run(
         int | None, typer.Option(min=0, help="Bytes that may be kept; 80 % of the free memory without it.")
     ] = None,
     as_json: Json = False,
-    model: ModelOption = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Run a prompt, keep what is named, and write it to a file with its axes and provenance."""
-    opening = Opening(model, device, dtype, revision, trust)
     if plan:
         _show_plan(opening.open().plan(prompt, capture), as_json)
         return

@@ -12,19 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from microtome.cli._model import (
-    Device,
-    Dtype,
-    Json,
-    ModelOption,
-    Opening,
-    Revision,
-    Trust,
-    out,
-    print_json,
-    progress,
-    working,
-)
+from microtome.cli._model import Json, Opening, opens, out, print_json, progress, working
 from microtome.errors import DataError, PromptError, error
 
 if TYPE_CHECKING:
@@ -48,6 +36,7 @@ def _way(value: str) -> str:
     return value
 
 
+@opens()
 def tasks(
     name: Annotated[
         str | None, typer.Argument(help="A task, or a .csv or .jsonl file of your own pairs; all tasks without it.")
@@ -58,14 +47,10 @@ def tasks(
         str, typer.Option(callback=_way, help='"one": answers of one token; "first": the first token of each.')
     ] = "one",
     as_json: Json = False,
-    model: ModelOption = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Tasks with known answers: what each asks, an example, and how often the model is right, with intervals."""
-    opening = Opening(model, device, dtype, revision, trust)
     make = _maker(name, n, seed, answers)
     if name is None:
         _list(opening.open(), make, as_json)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from microtome.cli._model import Budget, Device, Dtype, Json, ModelOption, Opening, Revision, Trust
+from microtome.cli._model import Budget, Json, Opening, opens
 from microtome.cli._patch import Force, Page, Top, check_page, show, swept
 
 
@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     app.command("trace")(trace)
 
 
+@opens()
 def trace(
     prompt: Annotated[str, typer.Argument(help="A prompt that states a fact up to its last word.")],
     subject: Annotated[str, typer.Option(help="What the fact is about: a part of the prompt.")],
@@ -35,17 +36,14 @@ def trace(
     top: Top = 5,
     budget: Budget = None,
     as_json: Json = False,
-    model: ModelOption = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    trust: Trust = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Trace a fact: corrupt its subject, give back one state at a time, and see which brings the answer back."""
     from microtome.explain import causal_trace
 
     check_page(output, force)
-    opened = Opening(model, device, dtype, revision, trust).open()
+    opened = opening.open()
     with swept("tracing") as said:
         data = causal_trace(
             opened, prompt, subject=subject, answer=answer, corrupt=corrupt, window=window, noise=noise,
