@@ -140,11 +140,9 @@ def graph_effects(model: mt.Model, edges: bool) -> dict[str, Any]:
 
         data = mt.edge_effects(model, *LONG, **answers, progress=report)
         found |= {"edges": int(data.attrs["measured"]), "edges_seconds": time.perf_counter() - started}
-        strongest = data["effect"].stack(edge=("sender", "receiver")).dropna("edge")
-        strongest = strongest[abs(strongest).argsort()[-10:]]
-        found["strongest"] = {
-            " -> ".join(edge): float(v) for edge, v in zip(strongest["edge"].values, strongest, strict=True)
-        }
+        effects = data["effect"].to_series().dropna()
+        strongest = effects[effects.abs().sort_values().index[-10:]]
+        found["strongest"] = {f"{sender} -> {receiver}": value for (sender, receiver), value in strongest.items()}
         found["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return found
 

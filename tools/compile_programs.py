@@ -271,7 +271,7 @@ def written(model: Model, node: str) -> Tensor:
     return model.W_E if node == "embed" else model.hf.model.embed_positions.weight
 
 
-def structure(model: Model) -> list[planted.Edge]:
+def structure(model: Model) -> list[planted.EdgeName]:
     """Edges over which something is written and read, on a path to the output."""
     found = [
         (u, v, x) for u, v, x in planted.edges(model) if bool((written(model, u) @ read_weights(model, v, x)).any())
@@ -283,9 +283,9 @@ def structure(model: Model) -> list[planted.Edge]:
     return [edge for edge in found if edge[1] in live]
 
 
-def varying(it: planted.Planted, edges: list[planted.Edge], pairs: int = 400) -> set[planted.Edge]:
+def varying(it: planted.Planted, edges: list[planted.EdgeName], pairs: int = 400) -> set[planted.EdgeName]:
     """Edges over which what passes differs between inputs of one length, by their tokens or by their positions."""
-    found: set[planted.Edge] = set()
+    found: set[planted.EdgeName] = set()
     for length in range(4, it.model.anatomy.n_ctx + 1):
         c = planted.corruptions(it, pairs, seed=length, length=length)
         clean = planted.writes(it.model, c.clean)

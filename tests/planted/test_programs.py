@@ -24,11 +24,11 @@ def outputs(logits: Tensor) -> Tensor:
     return logits[:, 1:]
 
 
-def edge_effects(it: planted.Planted, c: planted.Corruptions) -> dict[planted.Edge, float]:
+def edge_effects(it: planted.Planted, c: planted.Corruptions) -> dict[planted.EdgeName, float]:
     """The literal oracle: add the change of the sender's write to one input, run, and take the largest change said."""
     model = it.model
     clean, base = planted.writes(model, c.clean), outputs(model.run(c.clean).logits)
-    effects: dict[planted.Edge, float] = {}
+    effects: dict[planted.EdgeName, float] = {}
     for other in (planted.writes(model, c.corrupt), planted.writes(model, c.clean, c.positions)):
         for sender, receiver, slot in planted.edges(model):
             change = other[sender] - clean[sender]

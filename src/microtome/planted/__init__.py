@@ -23,7 +23,7 @@ from microtome.planted._superposition import superposition as superposition
 from microtome.planted._trained import TRAINED as TRAINED
 from microtome.planted._trained import interchange_accuracy as interchange_accuracy
 from microtome.planted._trained import trained as trained
-from microtome.planted._truth import Edge as Edge
+from microtome.planted._truth import EdgeName as EdgeName
 from microtome.planted._truth import edges as edges
 from microtome.planted._truth import head_of as head_of
 from microtome.planted._truth import mlp_of as mlp_of

@@ -16,7 +16,7 @@ from typing import Any
 from microtome.errors import DataError, error, nearest
 from microtome.run import Model
 
-Edge = tuple[str, str, str]
+EdgeName = tuple[str, str, str]
 
 
 def nodes(model: Model) -> list[str]:
@@ -27,13 +27,13 @@ def nodes(model: Model) -> list[str]:
     return [*found, "output"]
 
 
-def edges(model: Model) -> list[Edge]:
+def edges(model: Model) -> list[EdgeName]:
     """Every edge that a model could have, as (sender, receiver, input).
 
     >>> edges(planted.program("reverse").model)[0]
     ('embed', 'L0.head.0', 'q')
     """
-    found: list[Edge] = []
+    found: list[EdgeName] = []
     senders = ["embed", "pos_embed"]
     for i in range(model.anatomy.n_layers):
         heads = [f"L{i}.head.{h}" for h in range(model.anatomy.n_heads)]
