@@ -55,6 +55,21 @@ def test_every_site_can_be_changed_and_the_change_is_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", families.NAMES)
+def test_standing_edits_come_before_those_of_a_run_inside(name: str) -> None:
+    """As if both were given to the run, in logits and in what it sees."""
+    model = mt.map(families.build(name))
+    for site in [str(s) for s in model.anatomy.taps if s.layer in (None, 1)]:
+        stands, inner = mt.Add(site, 0.1), mt.Scale(site, 1.5)
+        expected = model.run(ids(), capture=site, edits=[stands, inner])
+        with model.editing(stands):
+            run = model.run(ids(), capture=site, edits=[inner])
+            alone = model.run(ids(), capture=site)
+        assert torch.allclose(run.logits, expected.logits, atol=1e-5), site
+        assert torch.allclose(run[site], expected[site], atol=1e-5), site
+        assert torch.allclose(alone[site], model.run(ids(), capture=site, edits=[stands])[site], atol=1e-5), site
+
+
+@pytest.mark.parametrize("name", families.NAMES)
 def test_the_whole_stream_from_another_prompt_gives_its_logits(name: str) -> None:
     model = mt.map(families.build(name))
     other = model.run(ids(seed=9), capture=["embed", "2.resid_pre"])
@@ -295,6 +310,24 @@ def test_rows_of_a_batch_can_be_steered_apart(model: mt.Model) -> None:
         )
     assert both[0, 8:].tolist() == greedy(model, prompt, 5, [])
     assert both[1, 8:].tolist() == greedy(model, prompt, 5, [edit])
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 3}])
+def test_rows_are_prompts_whatever_number_of_beams_they_have(model: mt.Model, how: dict[str, int]) -> None:
+    prompts = ids(2)
+    push = torch.randn(40, generator=torch.Generator().manual_seed(2)) * 5
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | how
+    with model.editing(mt.Add("1.resid_post", push, rows=(1,))):
+        both = model.hf.generate(prompts, **options)
+    plain = model.hf.generate(prompts[:1], **options)
+    with model.editing(mt.Add("1.resid_post", push)):
+        steered = model.hf.generate(input_ids=prompts[1:], **options)
+    assert both.tolist() == [*plain.tolist(), *steered.tolist()]
+    with (
+        pytest.raises(mt.errors.EditError, match=r"no rows \(2,\) at 1.resid_post; allowed: 0 to 1"),
+        model.editing(mt.Add("1.resid_post", push, rows=(2,))),
+    ):
+        model.hf.generate(prompts, **options)
 
 
 def test_edits_that_never_apply_are_warned_of_and_caches_are_guarded(model: mt.Model) -> None:

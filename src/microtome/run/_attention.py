@@ -69,6 +69,22 @@ class Watch:
 _ACTIVE: dict[int, list[Watch]] = {}
 
 
+def watched(module: nn.Module) -> Watch:
+    """All that watches the attention of a module, as one: visits in the order in which rigs were entered."""
+    one = Watch()
+    for watch in _ACTIVE.get(id(module), ()):
+        for slot, visits in watch.visits.items():
+            one.visits.setdefault(slot, []).extend(visits)
+        one.edits_pattern |= watch.edits_pattern
+        one.frozen |= watch.frozen
+    return one
+
+
+def is_unwatched(module: nn.Module) -> bool:
+    """Whether nothing watches the attention of a module."""
+    return id(module) not in _ACTIVE
+
+
 @contextmanager
 def watching(module: nn.Module, watch: Watch) -> Iterator[None]:
     """Let a watch see the attention of a module."""
@@ -115,16 +131,15 @@ def _base_function(base: str, module: nn.Module) -> Callable[..., Any]:
 
 def _attend(base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **kwargs: Any) -> Any:
     function = _base_function(base, module)
-    watches = _ACTIVE.get(id(module), [])
-    for watch in watches:
-        q, k, v = (watch.visit_heads(slot, x) for slot, x in zip("qkv", (q, k, v), strict=True))
-        if watch.frozen:
-            q, k = q.detach(), k.detach()
-    if any(watch.edits_pattern for watch in watches):
-        pattern = _form_pattern(module, watches, q, k, mask, kwargs)
+    watch = watched(module)
+    q, k, v = (watch.visit_heads(slot, x) for slot, x in zip("qkv", (q, k, v), strict=True))
+    if watch.frozen:
+        q, k = q.detach(), k.detach()
+    if watch.edits_pattern:
+        pattern = _form_pattern(module, watch, q, k, mask, kwargs)
         return (pattern @ _repeat(v, q)).transpose(1, 2).contiguous(), pattern
-    if any(watch.wants_pattern for watch in watches):
-        _form_pattern(module, watches, q, k, mask, kwargs)
+    if watch.wants_pattern:
+        _form_pattern(module, watch, q, k, mask, kwargs)
     with _under_own_name(module, base):
         return function(module, q, k, v, mask, **kwargs)
 
@@ -151,7 +166,7 @@ def _repeat(x: Tensor, q: Tensor) -> Tensor:
 
 
 def _form_pattern(
-    module: nn.Module, watches: list[Watch], q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    module: nn.Module, watch: Watch, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
     scores = q @ _repeat(k, q).transpose(-1, -2)
     scaling = kwargs.get("scaling")
@@ -160,13 +175,9 @@ def _form_pattern(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = _masked(scores, mask, _is_causal(module, kwargs))
-    for watch in watches:
-        scores = watch.visit("scores", scores)
+    scores = watch.visit("scores", scores)
     sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
-    pattern = _softmax(scores, sinks).to(q.dtype)
-    for watch in watches:
-        pattern = watch.visit("pattern", pattern)
-    return pattern
+    return watch.visit("pattern", _softmax(scores, sinks).to(q.dtype))
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -205,12 +216,12 @@ class InlineAttention(TorchFunctionMode):
         self.done = False
 
     @classmethod
-    def around(cls, watch: Watch, n_heads: int) -> Callable[..., Any]:
-        """A wrapper of the module's forward in which the watch is active."""
+    def around(cls, module: nn.Module, n_heads: int) -> Callable[..., Any]:
+        """A wrapper of a module's forward in which all that watches it is active."""
 
         def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            with cls(watch, hidden.shape[0], n_heads):
+            with cls(watched(module), hidden.shape[0], n_heads):
                 return forward(*args, **kwargs)
 
         return run
@@ -242,7 +253,7 @@ class InlineAttention(TorchFunctionMode):
             {"is_causal": given.get("is_causal", False), "scaling": given.get("scale")},
         )
         if self.watch.wants_pattern:
-            pattern = _form_pattern(nn.Module(), [self.watch], q, k, mask, extra)
+            pattern = _form_pattern(nn.Module(), self.watch, q, k, mask, extra)
             if self.watch.edits_pattern:
                 return pattern @ _repeat(v, q)
         given |= {"query": q, "key": k, "value": v}

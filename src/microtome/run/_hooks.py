@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from microtome.errors import SiteError, error
 from microtome.model import hiding_kernel
-from microtome.run._attention import InlineAttention, Watch, interface_name, watching
+from microtome.run._attention import InlineAttention, Watch, interface_name, is_unwatched, watching
 from microtome.run._edits import Edit
 from microtome.run._turns import evaluating, turn_of
 
@@ -111,10 +111,11 @@ class Rig:
         for path, watch in self._watches.items():
             module = self._module(path)
             self._refuse_hidden(path, module, watch)
-            if self._attention_kind == "inline":
-                self._wrap(module, InlineAttention.around(watch, self._n_heads))
-            else:
-                self._stack.enter_context(watching(module, watch))
+            # One wrapper serves all rigs that watch a module: the first that came, which is the last to go.
+            first = is_unwatched(module)
+            self._stack.enter_context(watching(module, watch))
+            if self._attention_kind == "inline" and first:
+                self._wrap(module, InlineAttention.around(module, self._n_heads))
         if self._attention_kind == "interface":
             for config in _configs(self._model):
                 self._stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)

@@ -292,7 +292,9 @@ class Model:
             flow.begin(args, kwargs)
 
         def generate(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with flow.generating(kwargs.get("attention_mask")):
+            named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+            given = args[0] if args else next((x for x in named if x is not None), None)
+            with flow.generating(1 if given is None else len(given), kwargs.get("attention_mask")):
                 return own(*args, **kwargs)
 
         session.rig.before("", begin)

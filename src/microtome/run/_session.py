@@ -55,6 +55,10 @@ class Flow(Protocol):
         """How many of them are the prompt's."""
         ...
 
+    def beams(self) -> int:
+        """How many rows of a forward there are for each row of the prompt, one after another."""
+        ...
+
 
 class OneRun:
     """The flow of a single forward over a known batch."""
@@ -86,6 +90,10 @@ class OneRun:
         """The width."""
         return self.batch.tokens.shape[1]
 
+    def beams(self) -> int:
+        """One."""
+        return 1
+
 
 class Live:
     """The flow of calls that are not ours, such as generation, with a key/value cache or without.
@@ -99,17 +107,17 @@ class Live:
         self._shape, self._end = (0, 0), 0
         self._prompt: Batch | None = None
         self._mask: Tensor | None = None
-        self._generating = False
+        self._generating, self._prompts = False, 0
 
     @contextmanager
-    def generating(self, mask: Tensor | None) -> Iterator[None]:
-        """Take the forwards of this block for those of one generation, whose prompt has this mask [batch, pos]."""
-        outer = self._generating, self._prompt, self._mask
-        self._generating, self._prompt, self._mask = True, None, mask
+    def generating(self, prompts: int, mask: Tensor | None) -> Iterator[None]:
+        """Take the forwards of this block for those of one generation from prompts with this mask [batch, pos]."""
+        outer = self._generating, self._prompts, self._prompt, self._mask
+        self._generating, self._prompts, self._prompt, self._mask = True, prompts, None, mask
         try:
             yield
         finally:
-            self._generating, self._prompt, self._mask = outer
+            self._generating, self._prompts, self._prompt, self._mask = outer
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the arguments of the model's forward."""
@@ -152,6 +160,10 @@ class Live:
     def prompt(self) -> int:
         """The width of the first forward."""
         return 0 if self._prompt is None else self._prompt.tokens.shape[1]
+
+    def beams(self) -> int:
+        """Beams, or sequences, of a generation."""
+        return max(1, self._shape[0] // self._prompts) if self._generating else 1
 
     def columns(self, positions: Selection | Rule) -> Tensor | None:
         """Columns of all that was seen."""
@@ -280,11 +292,7 @@ class Session:
         One place serves all rows, unless a cache has dropped what is named of some rows and not of others.
         """
         batch, width = canonical(x, site).shape[:2]
-        if rows is not None and not all(0 <= r < batch for r in rows):
-            raise error(
-                EditError, f"no rows {rows} at {site}", allowed=f"0 to {batch - 1}", do="choose rows of the batch"
-            )
-        chosen = None if rows is None else torch.tensor(rows, device=x.device)
+        chosen = None if rows is None else self._rows(rows, batch, site).to(x.device)
         # A static cache holds columns that are not there yet; nothing begins before the first.
         flow = self.flow
         columns, offset = flow.columns(address.positions), max(flow.end() - width, 0)
@@ -306,6 +314,14 @@ class Session:
         every = torch.arange(batch, device=x.device) if chosen is None else chosen
         parts = [(every[of_row[every] == k], columns[:, kind].clamp(min=0)) for k, kind in enumerate(kinds)]
         return [place(of, at) for of, at in parts if len(of) and at.shape[1]]
+
+    def _rows(self, rows: tuple[int, ...], batch: int, site: Site) -> Tensor:
+        """The rows of a forward that rows of the prompt are; all beams of a prompt are its rows."""
+        beams = self.flow.beams()
+        if not all(0 <= r < batch // beams for r in rows):
+            allowed = f"0 to {batch // beams - 1}"
+            raise error(EditError, f"no rows {rows} at {site}", allowed=allowed, do="choose rows of the batch")
+        return (torch.tensor(rows).unsqueeze(1) * beams + torch.arange(beams)).flatten()
 
     def cut(self, x: Tensor, site: Site, address: Address) -> Tensor:
         """The part of a tensor that an address names; the tensor itself where it names all."""

@@ -113,16 +113,26 @@ def _after(tap: Tap, visit: Visit, shape: Shape) -> Any:
     return after
 
 
+def made_of(output: Tensor, part: str, compute: Callable[[], Tensor]) -> Tensor:
+    """What an output was made of: what an earlier edit left on it, or else what is computed."""
+    known = getattr(output, part, None)
+    return compute() if known is None else known
+
+
+def remembering(output: Tensor, part: str, value: Tensor) -> Tensor:
+    """An output that remembers what it was made of, so that whoever looks at that next sees it changed, once."""
+    setattr(output, part, value)
+    return output
+
+
 def divisor(output: Tensor, norm: NormWeights, x: Tensor) -> Tensor:
     """What a norm's output was divided by: what an earlier edit put there, or the scale of its input x."""
-    known = getattr(output, "divisor", None)
-    return norm.scale(x) if known is None else known
+    return made_of(output, "divisor", lambda: norm.scale(x))
 
 
 def divided(output: Tensor, by: Tensor) -> Tensor:
-    """A norm's output that remembers what divided it, so that whoever changes that next changes it once."""
-    setattr(output, "divisor", by)  # noqa: B010 (a tensor has no such attribute of its own)
-    return output
+    """A norm's output that remembers what divided it."""
+    return remembering(output, "divisor", by)
 
 
 def _norm(norm: NormWeights, visit: Visit, shape: Shape) -> Any:
@@ -141,11 +151,15 @@ def _norm(norm: NormWeights, visit: Visit, shape: Shape) -> Any:
 
 def _result(o: Any, tap: Tap, visit: Visit) -> Any:
     def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        z = input_of(args, kwargs).unflatten(-1, (tap.heads or 1, -1))
-        weight = o.weight if type(o).__name__ == "Conv1D" else o.weight.T
-        own = torch.einsum("bphd,hdm->bphm", z, weight.unflatten(0, (tap.heads or 1, -1)))
+        def compute() -> Tensor:
+            z = input_of(args, kwargs).unflatten(-1, (tap.heads or 1, -1))
+            weight = o.weight if type(o).__name__ == "Conv1D" else o.weight.T
+            return torch.einsum("bphd,hdm->bphm", z, weight.unflatten(0, (tap.heads or 1, -1)))
+
+        whole = output_of(output)
+        own = made_of(whole, "results", compute)
         new = visit(own)
-        return None if new is None else with_output(output, output_of(output) + (new - own).sum(2))
+        return None if new is None else with_output(output, remembering(whole + (new - own).sum(2), "results", new))
 
     return after
 
@@ -183,11 +197,17 @@ def _router(visit: Visit, shape: Shape) -> Any:
 
 def _experts(experts: Any, visit: Visit, shape: Shape) -> Any:
     def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        hidden, chosen, weights = args
-        slots = [experts.forward(hidden, chosen[:, i : i + 1], weights[:, i : i + 1]) for i in range(chosen.shape[1])]
-        own = torch.stack(slots, dim=1)
+        def compute() -> Tensor:
+            hidden, chosen, weights = args
+            each = range(chosen.shape[1])
+            return torch.stack([experts.forward(hidden, chosen[:, [i]], weights[:, [i]]) for i in each], dim=1)
+
+        own = made_of(output, "slots", compute)
         new = visit(own.unflatten(0, shape()))
-        return None if new is None else output + (new.flatten(0, 1) - own).sum(1)
+        if new is None:
+            return None
+        new = new.flatten(0, 1)
+        return remembering(output + (new - own).sum(1), "slots", new)
 
     return after
 
