@@ -1,6 +1,6 @@
 """The proof of a map: identities that hold if, and only if, every site is what its name says.
 
-    1 inert       logits with every site watched equal plain logits, bit for bit
+    1 inert       logits with every site watched equal plain logits, bit for bit, and each site is seen once a forward
     2 residual    resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out (or the block's own form)
     3 heads       the heads' results and the bias sum to what attention writes
     4 neurons     activations times W_out (or expert outputs) and the bias sum to what the MLP writes
@@ -14,7 +14,8 @@ compared there; a sum, relative to what it adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,6 +97,12 @@ class _Prover:
 
     def module(self, path: str | None) -> Callable[[Tensor], Tensor]:
         return (lambda x: x) if path is None else self.model.hf.get_submodule(path)
+
+    def once(self, seen: Mapping[str, int]) -> None:
+        """A module that runs several times a forward is several sites by one name."""
+        for site, times in seen.items():
+            if times > 1:
+                self.checks.append(Check("1 inert", site, "fails", float("inf"), 0.0, f"seen {times} times a forward"))
 
     def inert(self) -> None:
         equal = torch.equal(self.run.logits, self.plain)
@@ -268,14 +275,17 @@ def prove(model: Model) -> list[Check]:
     with torch.no_grad():
         plain = _plain(model, tokens)
         sites = [Address(s.name, s.layers) for s in (parse(str(s)) for s in a.taps) if s.name != "logits"]
+        seen: Counter[str] = Counter()
+        count = {str(site): lambda site, x, name=str(site): seen.update([name]) for site in sites}
         try:
-            run = once(model, tokens, sites, strict=False)
+            run = once(model, tokens, sites, strict=False, observe=count)
         except (MicrotomeError, torch.OutOfMemoryError):
             raise
         except Exception as problem:  # noqa: BLE001 (whatever a module of an unknown family makes of being watched)
             return [_broken(model, tokens, sites, problem)]
         prover = _Prover(model, run, plain)
         prover.attempt("1 inert", "logits", prover.inert)
+        prover.once(seen)
         prover.attempt("5 attention", "causal", lambda: prover.causal(tokens))
         for i in range(a.n_layers):
             prover.attempt("2 residual", f"{i}.resid_post", lambda i=i: prover.residual(i))
