@@ -315,3 +315,17 @@ def test_a_plan_counts_what_edges_hold_and_a_budget_below_it_is_refused() -> Non
     with pytest.raises(BudgetError, match=r"4 edges need more than memory allows.*raise budget="):
         model.sweep(clean, edges, READ, budget=1000, progress=lambda done, n: ran.append(done))
     assert not ran
+
+
+def test_a_part_of_the_embedding_cannot_be_called_like_a_sender() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    change = torch.ones(9, model.anatomy.d_model)
+    with pytest.raises(mt.errors.EditError, match=r"called like another sender; got 1\.mlp_out"):
+        mt.edge_effects(model, ids(0), ids(1), answer=11, foil=13, embeddings={"1.mlp_out": change})
+
+
+def test_the_same_prompt_twice_is_refused() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    for method in (mt.node_effects, mt.edge_effects, mt.attribute, mt.activation_patching):
+        with pytest.raises(mt.errors.PromptError, match="are the same, so that there is nothing to patch"):
+            method(model, ids(0), ids(0), answer=11, foil=13)

@@ -118,11 +118,15 @@ def test_gaps_without_a_clear_mean_are_refused_before_a_sweep(model: mt.Model, m
         mt.patch_pairs(
             model, CLEAN, CORRUPT, answers=[11, 16, 17, 18], foils=[15, 12, 13, 14], spans=SPANS, sites=["mlp_out"]
         )
-    with pytest.raises(mt.errors.SiteError, match="both prompts of pair 19 give the same metric"):
+    with pytest.raises(mt.errors.PromptError, match="pair 19: the clean and the corrupt prompt are the same"):
         mt.patch_pairs(
             model, CLEAN * 5, CORRUPT * 4 + CORRUPT[:3] + CLEAN[3:], answers=ANSWERS * 5, foils=FOILS * 5,
             spans=SPANS * 5,
         )  # fmt: skip
+    with pytest.raises(mt.errors.SiteError, match="both prompts of pair 0 give the same metric"):
+        mt.patch_pairs(
+            model, CLEAN, CORRUPT, metric=mt.Reading(lambda z, p: 0 * z[:, 0, 0]), spans=SPANS, sites=["mlp_out"]
+        )
 
 
 def test_stopped_it_keeps_the_pairs_that_are_whole(model: mt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +184,7 @@ def test_a_metric_of_all_pairs_is_read_of_each(model: mt.Model) -> None:
         ({"corrupts": [*CORRUPT[:3], [6, 73]]}, "pair 3: the prompts do not align: they differ first at token 1"),
         ({"foils": [15, 16, 17, 18]}, 'the foil equals the answer in example 2; got "17"'),
         ({"answers": [11, 12]}, "there must be one answer an example; got 2; allowed: 4"),
-        ({"corrupts": [*CORRUPT[:3], CLEAN[3]]}, "both prompts of pair 3 give the same metric"),
+        ({"corrupts": [*CORRUPT[:3], CLEAN[3]]}, "pair 3: the clean and the corrupt prompt are the same"),
         ({"answers": None, "foils": None}, r"there is nothing to read\. To do: give answers= or metric="),
         ({"sites": ["final"]}, 'cannot patch "final" by layer'),
         ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),

@@ -85,7 +85,7 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
             r"the metric does not depend on what is patched, so that every effect would be 0; "
             r"got it reads positions \[1\], and the prompts differ from token 2 on",
         ),
-        ({"corrupt": CLEAN}, "both prompts give the same metric"),
+        ({"corrupt": CLEAN}, "the clean and the corrupt prompt are the same, so that there is nothing to patch"),
         ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
         ({"sites": ["logits"]}, 'cannot patch "logits" by layer'),
         ({"answer": " Paris", "foil": None}, 'cannot read " Paris": this model was opened without a tokenizer'),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from tests import families
@@ -68,8 +71,8 @@ def test_prompts_of_several_lengths_and_cells_of_several_edits() -> None:
 def test_a_cell_behind_what_is_read_changes_nothing() -> None:
     model = mt.map(families.build("llama-gqa"))
     metric = mt.Reading(lambda logits, prompts: logits.flatten(1), positions=(3,))
-    result = model.sweep(tokens(0)[:1], [mt.Zero("0.resid_pre@6")], metric)
-    assert result.effects.abs().max() == 0
+    result = model.sweep(tokens(0)[:1], [mt.Zero("0.resid_pre@6"), mt.Zero("0.resid_pre@3")], metric)
+    assert result.effects[0].abs().max() < 1e-5 < result.effects[1].abs().max()
 
 
 def test_a_small_budget_gives_the_same_in_more_walks() -> None:
@@ -127,6 +130,17 @@ def test_what_cannot_be_swept_is_refused(cells: list[mt.SiteEdit], text: str) ->
         model.sweep(tokens(0)[:1], cells, READ)
 
 
+def test_a_metric_that_no_cell_can_reach_is_refused() -> None:
+    model = mt.map(families.build("llama-gqa"))
+    metric, prompt = mt.LogProbability(11, position=1), tokens(0)[:1]
+    early, late = mt.Zero("0.resid_pre@1"), mt.Zero("0.resid_pre@2-3")
+    match = r"does not depend on what is edited.*; got it reads up to position 1, and the first cell edits from 2 on"
+    with pytest.raises(mt.errors.EditError, match=match):
+        model.sweep(prompt, [late, late], metric)
+    effects = model.sweep(prompt, [late, early], metric).effects.tolist()
+    assert effects[0] == 0 != effects[1]
+
+
 def test_a_budget_below_one_cell_is_refused() -> None:
     model = mt.map(families.build("llama-gqa"))
     with pytest.raises(
@@ -151,3 +165,27 @@ def test_reading_two_tokens_computes_only_their_logits(name: str) -> None:
     assert (one.base - other.base).abs().max() < 1e-5
     assert one.effects.abs().max() > 1e-3
     assert one.plan.bytes < other.plan.bytes
+
+
+def test_statistics_over_prompts_are_those_of_each_prompts_effects(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    prompts = [tokens(seed)[0, : 5 + seed % 3].tolist() for seed in range(6)]
+    cells = [mt.Zero(f"{layer}.mlp_out@-1") for layer in range(3)]
+    whose = [number for _ in cells for number in range(6)]  # cell by cell, not prompt by prompt
+    metric = mt.LogitDifference(11, foil=13)
+    swept = model.sweep(prompts, [cell for cell in cells for _ in range(6)], metric, prompts=whose)
+    data = mt.explain.over_prompts(swept, seed=3)
+    each = torch.stack([model.sweep([prompt], cells, metric).effects for prompt in prompts])
+    np.testing.assert_allclose(data["effect_each"], each.double(), atol=1e-5)
+    mean, low, high = mt.stream.mean_interval(swept.effects.reshape(3, 6).T.double(), seed=3)
+    p = mt.stream.sign_flip(swept.effects.reshape(3, 6).T.double(), seed=3)
+    for name, expected in (("effect", mean), ("effect_lo", low), ("effect_hi", high), ("effect_p", p)):
+        assert data[name].dims == ("cell",)
+        np.testing.assert_array_equal(data[name], expected)
+    effects = swept.effects.clone()
+    effects[2] = torch.nan  # stopped: the third prompt lacks a cell
+    stopped = mt.explain.over_prompts(replace(swept, effects=effects))
+    assert stopped.attrs["examples"] == 5
+    np.testing.assert_array_equal(stopped["effect_each"], data["effect_each"].drop_isel(example=2))
+    with pytest.raises(mt.errors.DataError, match=r"do not have the same cells; got \[2, 3\] cells"):
+        mt.explain.over_prompts(model.sweep(prompts, [*cells, *cells[:2]], metric, prompts=[0, 0, 0, 1, 1]))

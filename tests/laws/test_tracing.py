@@ -55,6 +55,12 @@ def test_every_cell_is_its_literal_forward(name: str) -> None:
     assert float(data["clean"]) == pytest.approx(probability(model, PROMPT, []), abs=1e-5)
 
 
+def test_prompts_that_differ_outside_of_the_subject_are_refused(model: mt.Model) -> None:
+    match = r"differ outside of the subject; got token 2, .*; allowed: tokens 0 to 0"
+    with pytest.raises(mt.errors.PromptError, match=match):
+        mt.causal_trace(model, PROMPT, subject=(0, 1), answer=11, corrupt=OTHER)
+
+
 def test_its_ends(model: mt.Model) -> None:
     data = mt.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=3)
     clean = float(data["clean"])

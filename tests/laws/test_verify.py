@@ -168,3 +168,28 @@ def test_what_cannot_be_checked_is_refused(model: mt.Model) -> None:
     patched = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13)
     with pytest.raises(mt.errors.DataError, match="not scores that can be checked; got a dataset without clean_ids"):
         mt.verify(model, patched)
+
+
+def test_scores_are_checked_by_their_labels_however_they_are_cut_or_turned(model: mt.Model) -> None:
+    known = attributed(model, verify=200)  # all cells
+    cells = {"mlp_out": ("layer", "pos"), "attn.z[head]": ("layer", "head")}
+    parts = (
+        known.isel(layer=[1, 2]),
+        known.isel(layer=slice(None, None, -1)),
+        known.isel(pos=[2, 5], head=[3, 1]),
+        known.transpose("pos", "head", "layer", ...),
+    )
+    for part in parts:
+        checked = mt.verify(model, part, top=6)
+        for site, dims in cells.items():
+            found = checked[f"{site}_exact"].transpose(*dims)
+            assert int(found.notnull().sum()) >= 6
+            gap = abs(found - known[f"{site}_exact"].sel({dim: found[dim] for dim in dims}))  # by label
+            assert float(gap.max()) < 1e-5, site
+    edges = attributed(model, method="eap", verify=20)
+    turned = mt.verify(model, edges.transpose("receiver", "sender", ...).isel(sender=slice(None, None, -1)), top=20)
+    both = turned["score_exact"].notnull() & edges["score_exact"].notnull()
+    assert int(both.sum()) >= 20
+    assert float(abs(turned["score_exact"] - edges["score_exact"]).max()) < 1e-5
+    with pytest.raises(mt.errors.DataError, match=r"do not say what they are of; got no labels along layer"):
+        mt.verify(model, known.drop_vars("layer"), top=4)

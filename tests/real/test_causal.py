@@ -57,6 +57,25 @@ def test_spans_are_found_in_text(model: mt.Model) -> None:
     assert mt.explain.span_of(model, tokens, (-3, -1)) == (len(words) - 3, len(words) - 1)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "words"),
+    [
+        ("The start of the art of war", "art", [" art"]),
+        ("Parisian and Paris", "Paris", [" Paris"]),
+        ("Parisians eat", "Paris", ["Paris"]),  # inside a word, and a token
+    ],
+)
+def test_a_text_means_whole_words_where_it_can(model: mt.Model, prompt: str, text: str, words: list[str]) -> None:
+    tokens = model.to_tokens(prompt)[0]
+    first, end = mt.explain.span_of(model, tokens, text)
+    assert model.to_words(tokens)[first:end] == words
+
+
+def test_a_text_inside_a_token_alone_is_refused(model: mt.Model) -> None:
+    with pytest.raises(mt.errors.PromptError, match=r'the prompt has "art" only inside longer words; got "The start"'):
+        mt.explain.span_of(model, model.to_tokens("The start")[0], "art", "subject")
+
+
 def test_an_answer_of_several_tokens_is_refused_with_how(model: mt.Model) -> None:
     with pytest.raises(mt.errors.PromptError, match=r'" Llanfair" is not one token; .* To do: .* metric=SpanLoss'):
         mt.activation_patching(model, PROMPT, PROMPT, answer=" Llanfair")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from tests import families
@@ -92,4 +94,21 @@ def test_a_metric_over_few_tokens_is_the_same() -> None:
 def test_what_cannot_be_read_is_refused(metric: object, text: str) -> None:
     model = mt.map(families.build("llama-gqa"))
     with pytest.raises(mt.errors.EditError, match=text):
-        model.sweep(list(range(5, 14)), [mt.Zero("0.resid_pre@8")], metric())
+        model.sweep(list(range(5, 14)), [mt.Zero("0.resid_pre@0")], metric())
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_divergence_from_a_run_reads_each_prompt_where_it_ends(padding: Literal["left", "right"]) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    prompts = [[7, 20, 33, 41], [9, 11]]
+    base = model.run(prompts, padding=padding)
+    metric = mt.Divergence.of(base, positions=(-1, 0))
+    swept = model.sweep(prompts, [mt.Scale("1.mlp_out", 1.0), mt.Scale("1.mlp_out", 1.0)], metric, prompts=[0, 1])
+    assert swept.values.abs().max() < 1e-5
+    alone = torch.stack([model.run([p]).logits[0, [len(p) - 1, 0]].log_softmax(-1) for p in prompts])
+    torch.testing.assert_close(metric.base, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_difference_needs_its_foil() -> None:
+    with pytest.raises(TypeError, match="foil"):
+        mt.LogitDifference(11)  # pyright: ignore[reportCallIssue]

@@ -7,6 +7,7 @@ from microtome.explain._contributions import one_token as one_token
 from microtome.explain._edges import edge_effects as edge_effects
 from microtome.explain._edges import node_effects as node_effects
 from microtome.explain._effects import component_effects as component_effects
+from microtome.explain._examples import over_prompts as over_prompts
 from microtome.explain._graph import Graph as Graph
 from microtome.explain._graph import graph as graph
 from microtome.explain._knockout import attention_knockout as attention_knockout

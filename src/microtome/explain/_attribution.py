@@ -25,7 +25,15 @@ from microtome.explain._contributions import one_token
 from microtome.explain._edge_scores import captures, changes, contract
 from microtome.explain._graph import graph
 from microtome.explain._pair import Pair
-from microtome.explain._patching import DIRECTIONS, Layout, aligned, every_position, layout, refuse_unknown
+from microtome.explain._patching import (
+    DIRECTIONS,
+    Layout,
+    aligned,
+    every_position,
+    layout,
+    refuse_blind,
+    refuse_unknown,
+)
 from microtome.explain._verify import verify as measured
 from microtome.run import Freeze, Model, Prompt, Run, SweepPlan
 
@@ -78,8 +86,7 @@ def attribute(
         sites: for nodes, as in `activation_patching`.
         rules: backward rules instead of the method's own: what a `Freeze` holds. ``RELP`` makes EAP into its RelP form.
         direction: "noise" starts at the clean prompt and puts corrupt values in, "denoise" the reverse.
-        verify: how many of the best candidates of each site to measure exactly (all, where there are fewer), beside as
-            many random others; 0 for none. See `verify`.
+        verify: how many of the best of each site to measure exactly, beside as many random others; 0 for none.
         seed: of the random others.
         budget: bytes that one walk of what is measured may hold.
         progress: called with (done, all) cells measured.
@@ -102,7 +109,8 @@ def attribute(
     refuse_unknown("direction", direction, DIRECTIONS)
     foil_id = None if foil is None else one_token(model, foil)
     pair = Pair(aligned(model, clean, corrupt), one_token(model, answer), foil_id, direction)
-    rules = RELP if rules is None and method == "relp" else rules
+    refuse_blind(model, pair.metric(model), pair.tokens)
+    rules = RELP if method == "relp" and rules is None else rules
     data = _edges(model, pair, rules) if method == "eap" else _nodes(model, pair, rules, sites)
     data = data.assign_attrs(method=_NAMES[method], rules="plain" if rules is None else repr(rules))
     if not verify:
@@ -154,8 +162,8 @@ def _dataset(
     data = xr.Dataset({name: (dims, x.cpu().numpy(), unit) for name, (dims, x) in found.items()})
     ends = [float(pair.read(model, run).detach()) for run in (start, goal)]
     data["clean"], data["corrupt"] = ends if pair.direction == "noise" else ends[::-1]
-    if "layer" in data.dims:
-        data = data.assign_coords(layer=list(range(model.anatomy.n_layers)))
+    # Every cell is labelled, so that scores can be cut and turned round and still be checked.
+    data = data.assign_coords({str(dim): np.arange(size) for dim, size in data.sizes.items()})
     words = [model.to_words(row) for row in pair.tokens]
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
     return data.assign_attrs(model.provenance | pair.attrs() | {"sites": list(found)})

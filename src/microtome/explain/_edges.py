@@ -39,6 +39,7 @@ def node_effects(
     direction: str = "noise",
     budget: int | None = None,
     progress: Progress | None = None,
+    planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """What every part of the model is worth: the embedding, each head and each MLP taken from the other run.
 
@@ -58,6 +59,7 @@ def node_effects(
         direction: "noise" starts at the clean prompt, "denoise" at the corrupt one, which must then be a prompt.
         budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
+        planned: called with the plan of the sweep, before its first cell.
 
     Returns:
         Dataset: `effect` over (sender), in units of the metric, and `base`, the metric before any change. A negative
@@ -74,6 +76,8 @@ def node_effects(
     metric = answer_metric(model, answer, foil) if metric is None else metric
     start, source = _start_and_source(model, clean, corrupt, direction, metric)
     cells = [SwapFrom(sender, source=source) for sender in parts.senders]
+    if planned is not None:
+        planned(model.plan_sweep(start, cells, metric, budget=budget))
     swept = model.sweep(start, cells, metric, budget=budget, progress=progress)
     return _labelled(model, swept.effects, {"sender": parts.senders}, swept.base, "node effects", direction)
 
@@ -159,6 +163,11 @@ class _Table:
     def __init__(self, parts: Graph, source: Run, embeddings: Mapping[str, Tensor] | None) -> None:
         self.parts, self.source, self.embeddings = parts, source, dict(embeddings or {})
         first = list(self.embeddings) or ["embed"]
+        taken = [name for name in first if name in parts.senders[1:]]
+        if taken:
+            raise error(
+                EditError, "a part of the embedding is called like another sender", got=taken[0], do="rename it"
+            )
         self.names = (*first, *parts.senders[1:])
         self.mask = torch.cat([parts.mask[:1].expand(len(first), -1), parts.mask[1:]])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from microtome.errors import EditError, PromptError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
-from microtome.run import KnockOut, LogProbability, Model, Prompt
+from microtome.run import KnockOut, LogProbability, Model, Prompt, SweepPlan
 from microtome.stream import mean_interval
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def attention_knockout(
     seed: int = 0,
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """In which layers some positions must read others for the answer to come out.
 
@@ -57,6 +58,7 @@ def attention_knockout(
         seed: of the controls and their interval.
         budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
+        planned: called with the plan of the sweep, before its first cell.
 
     Returns:
         Dataset over (layer), the middle of each window: `probability` and `log_probability` (nats), the change by the
@@ -69,11 +71,7 @@ def attention_knockout(
         SiteError: the model's attention scores are not seen.
         EditError: a number is too small; BudgetError: not even one cell fits.
     """
-    if window < 1 or controls < 0:
-        got = f"window {window}, controls {controls}"
-        raise error(
-            EditError, "a knock-out cannot take these", got=got, allowed="1 or more, and 0 or more", do="raise it"
-        )
+    _check(window, controls)
     tokens = one_row(model.to_batch(prompt).tokens)
     asked, cut = span_of(model, tokens, queries, "queries"), span_of(model, tokens, keys, "keys")
     _refuse_unread(model, asked, cut)
@@ -83,6 +81,8 @@ def attention_knockout(
     n = model.anatomy.n_layers
     windows = [layers_at(*window_of(i, window, n)) for i in range(n)]
     cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
+    if planned is not None:
+        planned(model.plan_sweep(tokens.unsqueeze(0), cells, LogProbability(token), budget=budget))
     swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), budget=budget, progress=progress)
     data = _dataset(swept.values.double().reshape(len(sets), n), float(swept.base[0]), seed)
     words = model.to_words(tokens)
@@ -94,6 +94,14 @@ def attention_knockout(
     }
     spans = {"queries": "".join(words[slice(*asked)]), "keys": "".join(words[slice(*cut)])}
     return data.assign_attrs(model.provenance | {"method": "attention knock-out", "seed": seed} | said | spans)
+
+
+def _check(window: int, controls: int) -> None:
+    if window < 1 or controls < 0:
+        got = f"window {window}, controls {controls}"
+        raise error(
+            EditError, "a knock-out cannot take these", got=got, allowed="1 or more, and 0 or more", do="raise it"
+        )
 
 
 def _refuse_unread(model: Model, asked: tuple[int, int], cut: tuple[int, int]) -> None:

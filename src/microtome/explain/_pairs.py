@@ -188,7 +188,7 @@ def _ends(model: Model, pairs: list[Tensor], read: Callable[[slice], Metric], sh
     for some in _chunks(len(pairs)):
         metric = read(some)
         for i, pair in enumerate(pairs[some]):
-            refuse_blind(model, metric, pair, i)
+            refuse_blind(model, read(slice(0, None)), pair, some.start + i)
         for side in (0, 1):
             logits = model.run([pair[side].tolist() for pair in pairs[some]]).logits
             for i, pair in enumerate(pairs[some]):

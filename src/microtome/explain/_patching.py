@@ -176,18 +176,25 @@ def refuse_unknown(what: str, value: str, allowed: Sequence[str]) -> None:
         raise error(EditError, f'no {what} "{value}"', allowed=", ".join(allowed), do="name one of these")
 
 
-def refuse_blind(model: Model, metric: Metric, tokens: Tensor, number: int = 0) -> None:
-    """Refuse a metric that no patch can reach: it reads prompt `number` only before the prompts [2, pos] differ.
+def refuse_blind(model: Model, metric: Metric, tokens: Tensor, number: int | None = None) -> None:
+    """Refuse a metric that no patch can reach: the prompts [2, pos] are one, or differ after what it reads of them.
 
     Raises:
-        SiteError: it does; says where.
+        PromptError: there is nothing to patch.
+        SiteError: it reads only what comes before they differ; says where.
     """
     differ = (tokens[0] != tokens[1]).nonzero().flatten().tolist()
-    reads = metric.columns(number, tokens.shape[1])
-    if model.anatomy.causal and differ and max(reads) < differ[0]:
+    pair = "" if number is None else f"pair {number}: "
+    if not differ:
+        raise error(
+            PromptError, f"{pair}the clean and the corrupt prompt are the same, so that there is nothing to patch",
+            do="change what the answer depends on",
+        )  # fmt: skip
+    reads = metric.columns(number or 0, tokens.shape[1])
+    if model.anatomy.causal and max(reads) < differ[0]:
         raise error(
             SiteError,
-            "the metric does not depend on what is patched, so that every effect would be 0",
+            f"{pair}the metric does not depend on what is patched, so that every effect would be 0",
             got=f"it reads positions {reads}, and the prompts differ from token {differ[0]} on",
             do="read a later position",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -15,6 +16,8 @@ Span = str | int | Sequence[int]
 
 def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str = "span") -> tuple[int, int]:
     """The tokens (first, end) of a prompt that a text, a position or a span means; of a text its first occurrence.
+
+    An occurrence as words of their own comes before one inside longer words, which counts only if whole tokens make it.
 
     Args:
         model: whose tokenizer made the tokens.
@@ -50,17 +53,37 @@ def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, i
     begun = [model.tokenizer.decode(ids[: i + 1]) for i in range(len(ids))]
     ends = [len(text.rstrip("\ufffd")) for text in begun]
     whole, wanted = model.tokenizer.decode(ids), text.strip()
-    start = whole.find(wanted) if wanted else -1
-    if start < 0:
+    starts = [found.start() for found in re.finditer(f"(?={re.escape(wanted)})", whole)] if wanted else []
+
+    def tokens_of(start: int) -> tuple[int, int]:
+        before = [i for i, end in enumerate(ends) if end == len(begun[i]) and end <= start]
+        last = next(i for i, end in enumerate(ends) if end >= start + len(wanted))
+        return before[-1] + 1 if before else 0, last + 1
+
+    def alone(start: int) -> bool:
+        return not _inside_a_word(whole, start) and not _inside_a_word(whole, start + len(wanted))
+
+    def whole_tokens(start: int) -> bool:
+        first, end = tokens_of(start)
+        return whole[ends[first - 1] if first else 0 : ends[end - 1]].strip() == wanted
+
+    found = next(filter(alone, starts), None)
+    found = next(filter(whole_tokens, starts), None) if found is None else found
+    if found is None:
+        why = f'"{text}" only inside longer words' if starts else f'no {what} "{text}"'
         raise error(
             PromptError,
-            f'the prompt has no {what} "{text}"',
+            f"the prompt has {why}",
             got=f'"{whole}"',
             do="write it as it stands there, or give its tokens as (first, end)",
         )
-    before = [i for i, end in enumerate(ends) if end == len(begun[i]) and end <= start]
-    first = before[-1] + 1 if before else 0
-    return first, next(i for i, end in enumerate(ends) if end >= start + len(wanted)) + 1
+    return tokens_of(found)
+
+
+def _inside_a_word(text: str, cut: int) -> bool:
+    """Whether a cut parts two letters of one word; in scripts without spaces every letter may begin one."""
+    beside = text[cut - 1 : cut + 1] if 0 < cut < len(text) else " "
+    return all(letter.isalnum() and ord(letter) < 0x2E80 for letter in beside)
 
 
 def one_row(tokens: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def causal_trace(
     own = int(clean.logits[0, -1].argmax())
     token = own if answer is None else one_token(model, answer)
     std = noise * _spread(model, clean.tokens, span, subjects) if corrupt is None else 0.0
-    broken = _noised(model, clean, span, std, samples, seed) if corrupt is None else _replaced(model, rows)
+    broken = _noised(model, clean, span, std, samples, seed) if corrupt is None else _replaced(model, rows, span)
     data = _measure(model, clean, broken, Probability(token), _Plan(kinds, window, seed, budget, progress, planned))
     data["clean"] = float(clean.logits[0, -1].float().softmax(-1)[token])
     inside = [span[0] <= p < span[1] for p in range(clean.tokens.shape[1])]
@@ -173,11 +173,20 @@ def _noised(model: Model, clean: Run, span: tuple[int, int], std: float, samples
     return _Broken(clean.tokens, span[0] if model.anatomy.causal else 0, run.logits[:, -1], streams)
 
 
-def _replaced(model: Model, rows: Sequence[Tensor]) -> _Broken:
-    differs = (rows[0] != rows[1])[0].nonzero()
-    if not len(differs):
+def _replaced(model: Model, rows: Sequence[Tensor], span: tuple[int, int]) -> _Broken:
+    differs = (rows[0] != rows[1])[0].nonzero().flatten().tolist()
+    if not differs:
         raise error(PromptError, "the corrupt prompt is the prompt itself", do="replace the subject by another")
-    first = int(differs[0]) if model.anatomy.causal else 0
+    outside = [p for p in differs if not span[0] <= p < span[1]]
+    if outside:
+        raise error(
+            PromptError,
+            "the prompts differ outside of the subject",
+            got=f"token {outside[0]}, {model.to_words(rows[0][0])[outside[0]]!r}",
+            allowed=f"tokens {span[0]} to {span[1] - 1}",
+            do="replace the subject alone, or name all that is replaced",
+        )
+    first = differs[0] if model.anatomy.causal else 0
     return _Broken(rows[1], first, model.run(rows[1]).logits[:, -1])
 
 

@@ -61,7 +61,7 @@ def verify(
         Stopped by Ctrl-C, it keeps what was measured; all that is said of a site not measured to its end is NaN.
 
     Raises:
-        DataError: the scores are of another model, of no pair, or have fewer than `top` cells.
+        DataError: the scores are of another model, of no pair, without labels, or have fewer than `top` cells.
         BudgetError: not even one cell fits.
     """
     pair = pair_of(model, scores)
@@ -110,12 +110,33 @@ def _source(model: Model, scores: xr.Dataset, goal: Tensor) -> Run:
 def _cells(
     model: Model, scores: xr.Dataset, site: str, source: Run, places: Int[ndarray, " cell"]
 ) -> list[SwapFrom | Edge]:
-    if "sender" not in scores.dims:
-        addresses = layout(model, site, every_position(source.tokens.shape[1])).addresses
-        return [SwapFrom(addresses[place], source=source) for place in places]
-    senders, receivers = scores["sender"].values, scores["receiver"].values
-    pairs = [divmod(int(place), len(receivers)) for place in places]
-    return [Edge(str(senders[i]), str(receivers[j]), source=source) for i, j in pairs]
+    labels = _labels(scores, site, places)
+    if "sender" in labels:
+        pairs = zip(labels["sender"], labels["receiver"], strict=True)
+        return [Edge(str(sender), str(receiver), source=source) for sender, receiver in pairs]
+    part = layout(model, site, every_position(source.tokens.shape[1]))
+    grid = np.array(part.addresses).reshape(part.shape)
+    layers, others = (labels[dim] for dim in part.dims)
+    return [SwapFrom(str(grid[i, j]), source=source) for i, j in zip(layers, others, strict=True)]
+
+
+def _labels(scores: xr.Dataset, site: str, places: Int[ndarray, " cell"]) -> dict[str, ndarray]:
+    """By axis, what the flat places of a site's scores are called: scores may be cut out, or turned round.
+
+    Raises:
+        DataError: an axis has no labels.
+    """
+    data = scores[site]
+    bare = [dim for dim in data.dims if dim not in data.coords]
+    if bare:
+        raise error(
+            DataError,
+            f"the scores of {site} do not say what they are of",
+            got=f"no labels along {', '.join(map(str, bare))}",
+            do="keep the coordinates that `attribute` returned",
+        )
+    indices = np.unravel_index(places, data.shape)
+    return {str(dim): data[dim].values[at] for dim, at in zip(data.dims, indices, strict=True)}
 
 
 def rank_correlation(a: Float[ndarray, " cell"], b: Float[ndarray, " cell"]) -> float:

@@ -63,6 +63,7 @@ class Sweep:
         effects: values minus the base of each cell's prompt.
         plan: what was done.
         done: how many cells were reached.
+        prompts: the number of each cell's prompt.
     """
 
     values: Tensor
@@ -70,6 +71,7 @@ class Sweep:
     effects: Tensor
     plan: SweepPlan
     done: int
+    prompts: tuple[int, ...]
 
     def whole(self) -> Sweep:
         """This sweep, if it reached all of its cells.
@@ -171,6 +173,7 @@ def _prepare(
     which = [0] * len(cells) if prompts is None else list(prompts)
     _check_metric(model, metric, len(batch.lengths))
     rows = rows_of(model, batch, cells, which)
+    _refuse_unread(model, batch, metric, rows)
     ids, over = _narrowed(model, metric)
     vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)
     groups = _groups(model, batch, metric, room.left, vocab)
@@ -225,7 +228,8 @@ def sweep(
     bases = torch.stack([torch.full_like(known, torch.nan) if v is None else v for v in base_values]).cpu()
     if values is None:
         values = torch.empty((0, *bases.shape[1:]))
-    return Sweep(values, bases, values - bases[torch.tensor(ready.which, dtype=torch.long)], ready.plan, done)
+    effects = values - bases[torch.tensor(ready.which, dtype=torch.long)]
+    return Sweep(values, bases, effects, ready.plan, done, tuple(ready.which))
 
 
 def _narrowed(model: Model, metric: Metric) -> tuple[Tensor | None, Metric]:
@@ -278,6 +282,19 @@ def _check_metric(model: Model, metric: Metric, prompts: int) -> None:
                 got=f"{len(ids)} for {prompts} prompts",
                 do="give one, or one a prompt",
             )
+
+
+def _refuse_unread(model: Model, batch: Batch, metric: Metric, rows: Sequence[Row]) -> None:
+    """Refuse a metric that reads only what comes before every cell: no value could differ from the base."""
+    last = {i: max(metric.columns(i, batch.lengths[i])) for i in {row.prompt for row in rows}}
+    if rows and model.anatomy.causal and all(last[row.prompt] < row.first for row in rows):
+        row = rows[0]
+        raise error(
+            EditError,
+            "the metric does not depend on what is edited, so that every effect would be 0",
+            got=f"it reads up to position {last[row.prompt]}, and the first cell edits from {row.first} on",
+            do="read a later position",
+        )
 
 
 def _groups(model: Model, batch: Batch, metric: Metric, room: int, vocab: int) -> list[_Group]:

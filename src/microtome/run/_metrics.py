@@ -9,13 +9,16 @@ Check:    against plain torch on random logits; tests/unit/test_metrics.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from microtome.errors import EditError, error
+
+if TYPE_CHECKING:
+    from microtome.run._result import Run
 
 
 @runtime_checkable
@@ -103,9 +106,13 @@ class _AtOne:
 
 @dataclass(frozen=True)
 class LogitDifference(_AtOne):
-    """Logit of the answer minus logit of the foil."""
+    """Logit of the answer minus logit of the foil.
 
-    foil: int | Sequence[int] | Tensor = 0
+    Attributes:
+        foil: token id, or one a prompt.
+    """
+
+    foil: int | Sequence[int] | Tensor = field(kw_only=True)
 
     def __post_init__(self) -> None:
         answers, foils = _ids(self.answer), _ids(self.foil)
@@ -125,7 +132,7 @@ class LogitDifference(_AtOne):
         """Answers and foils."""
         ids = tuple(dict.fromkeys(_ids(self.answer) + _ids(self.foil)))
         answer, foil = ([ids.index(i) for i in _ids(named)] for named in (self.answer, self.foil))
-        return ids, LogitDifference(answer, self.position, foil)
+        return ids, LogitDifference(answer, self.position, foil=foil)
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in logits."""
@@ -186,10 +193,16 @@ class Divergence:
             )
 
     @classmethod
-    def of(cls, logits: Tensor, positions: tuple[int, ...] = (-1,)) -> Divergence:
-        """From the logits [prompt, pos, vocab] of unedited prompts of one length."""
-        read = _columns(positions, 0, logits.shape[1])
-        return cls(logits[:, read].detach().float().log_softmax(-1), positions)
+    def of(cls, base: Run | Tensor, positions: tuple[int, ...] = (-1,)) -> Divergence:
+        """From the run of unedited prompts, or their logits [prompt, pos, vocab] if they are of one length."""
+        if isinstance(base, Tensor):
+            logits, spans = base, ((0, base.shape[1]),) * len(base)
+        else:
+            logits, spans = base.logits, base.batch.spans
+        read = [[first + p for p in _columns(positions, i, length)] for i, (first, length) in enumerate(spans)]
+        rows = torch.arange(len(logits), device=logits.device).unsqueeze(1)
+        own = logits[rows, torch.tensor(read, device=logits.device)]
+        return cls(own.detach().float().log_softmax(-1), positions)
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The columns of the positions."""
