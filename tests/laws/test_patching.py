@@ -87,6 +87,7 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
         ),
         ({"corrupt": CLEAN}, "both prompts give the same metric"),
         ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
+        ({"sites": []}, r"there is no site to patch; got \[\]; allowed: resid_pre, "),
         ({"sites": ["logits"]}, 'cannot patch "logits" by layer'),
         ({"answer": " Paris", "foil": None}, 'cannot read " Paris": this model was opened without a tokenizer'),
     ],
