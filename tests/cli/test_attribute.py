@@ -63,6 +63,7 @@ def test_what_does_not_fit(cli: Cli, saved: Path, tmp_path: Path) -> None:
         ((*PAIR, "--answer", "the mat"), 6, '"the mat" is not one token'),
         ((*PAIR, *ASKED, "--method", "acdc"), 2, "'atp', 'relp', 'eap'"),
         ((*PAIR, *ASKED, "--verify", "-1"), 2, "--verify"),
+        ((*PAIR, *ASKED, "--seed", "-1"), 2, "--seed"),
     ):
         check(cli("attribute", *arguments, "-m", saved, "-o", page), code, *texts)
     assert not list(tmp_path.iterdir())

@@ -274,6 +274,9 @@ def test_outputs(cli: Cli, saved: Path, text: Path, tmp_path: Path) -> None:
     check(cli("run", "the cat", "-m", saved, "-c", "final"), 9, "no file to write to")
     nowhere = tmp_path / "none" / "x.safetensors"
     check(cli("run", "the cat", "-m", saved, "-c", "final", "-o", nowhere), 9, "no folder", "make it first")
+    seed = cli("atlas", saved, "--text", text, "--seed", -1, "-o", file / "in")
+    assert seed.code == 2
+    assert "--seed" in seed.err
     check(cli("atlas", saved, "--text", text, "-o", file), 9, "is a file", "allowed: a folder")
     check(cli("atlas", saved, "--text", text, "-o", file / "in"), 9, "cannot write the atlas to", str(file / "in"))
     folder = tmp_path / "folder.safetensors"

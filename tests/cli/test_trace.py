@@ -58,6 +58,7 @@ def test_prompts_and_subjects_that_do_not_fit(cli: Cli, saved: Path, tmp_path: P
         ((PROMPT, "--subject", SUBJECT, "--samples", 0), 2, "--samples"),
         ((PROMPT, "--subject", SUBJECT, "--window", -3), 2, "--window"),
         ((PROMPT, "--subject", SUBJECT, "--noise", -1), 2, "--noise"),
+        ((PROMPT, "--subject", SUBJECT, "--seed", -1), 2, "--seed"),
     ):
         check(cli("trace", *arguments, "-m", saved, "-o", page), code, *texts)
     check(cli("trace", PROMPT, "-m", saved), 2, "Missing option '--subject'")

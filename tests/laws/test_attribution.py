@@ -263,11 +263,13 @@ def test_a_result_says_what_it_is() -> None:
     [
         ("llama-gqa", {"method": "ig"}, 'no attribution method "ig"; allowed: atp, relp, eap'),
         ("llama-gqa", {"foil": 11}, "the foil equals the answer"),
+        ("llama-gqa", {"sites": []}, r"there is no site to patch; got \[\]"),
         ("llama-gqa", {"sites": ["logits"]}, 'cannot patch "logits" by layer'),
         ("llama-gqa", {"answer": " Paris", "foil": None}, "this model was opened without a tokenizer"),
         ("llama-gqa", {"direction": "both"}, 'no direction "both"; allowed: noise, denoise'),
         ("bert", {"method": "eap"}, "so that it has no edges"),
         ("mixtral", {"method": "relp"}, "layer 0 has no activation module of its own"),
+        ("llama-gqa", {"seed": -1}, "there is no such seed; got -1; allowed: 0 or more"),
         ("llama-gqa", {"verify": -1}, "cannot verify so many candidates; got top=-1"),
     ],
 )

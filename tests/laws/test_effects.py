@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests import families
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import microtome as mt
 
@@ -107,6 +110,24 @@ def test_all_components_and_what_cannot_act() -> None:
     each, sums = data["direct_each"].values[:, 0], data["repair_each"].values[:, 0].sum(-1)
     d = each - each.mean()
     assert slope[0] == pytest.approx((d * (sums - sums.mean())).sum() / (d * d).sum())
+
+
+def test_only_the_rows_that_are_read_are_widened() -> None:
+    """The unembedding is large, and each example reads one or two rows of it."""
+    model = mt.map(families.build("llama-gqa"))
+    shapes: set[tuple[int, ...]] = set()
+
+    class Widened(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                shapes.add(tuple(sorted(made.shape)))
+            return made
+
+    with Widened():
+        mt.component_effects(model, ROWS, answers=ANSWERS, foils=FOILS)
+    assert shapes
+    assert tuple(sorted(model.W_U.shape)) not in shapes
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,8 @@ def test_a_metric_of_all_pairs_is_read_of_each(model: mt.Model) -> None:
         ({"answers": [11, 12]}, "there must be one answer an example; got 2; allowed: 4"),
         ({"corrupts": [*CORRUPT[:3], CLEAN[3]]}, "pair 3: the clean and the corrupt prompt are the same"),
         ({"answers": None, "foils": None}, r"there is nothing to read\. To do: give answers= or metric="),
+        ({"sites": []}, r"there is no site to patch; got \[\]; allowed: resid_pre, "),
+        ({"metric": mt.LogProbability([11, 12])}, "names fewer tokens than there are prompts; got 2 for 3 prompts"),
         ({"sites": ["final"]}, 'cannot patch "final" by layer'),
         ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
         ({"metric": mt.Probability(11, position=0)}, "does not depend on what is patched, so that every effect"),

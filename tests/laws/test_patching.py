@@ -87,6 +87,7 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
         ),
         ({"corrupt": CLEAN}, "the clean and the corrupt prompt are the same, so that there is nothing to patch"),
         ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
+        ({"sites": []}, r"there is no site to patch; got \[\]; allowed: resid_pre, "),
         ({"sites": ["logits"]}, 'cannot patch "logits" by layer'),
         ({"answer": " Paris", "foil": None}, 'cannot read " Paris": this model was opened without a tokenizer'),
     ],

@@ -132,6 +132,7 @@ def test_another_subject_instead_of_noise(model: mt.Model) -> None:
         ({"subject": "Rome"}, "subject given as text, but the model has no tokenizer"),
         ({"corrupt": PROMPT}, "the corrupt prompt is the prompt itself"),
         ({"corrupt": OTHER[:4]}, "differ first at token 2; got 6 and 4 tokens"),
+        ({"subjects": ["Rome"]}, "subjects are texts, but the model has no tokenizer"),
         ({"samples": 0}, "causal tracing cannot take this samples; got 0"),
         ({"noise": -1.0}, "causal tracing cannot take this noise; got -1.0"),
         ({"seed": -1}, "causal tracing cannot take this seed; got -1"),

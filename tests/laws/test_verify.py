@@ -165,6 +165,8 @@ def test_what_cannot_be_checked_is_refused(model: mt.Model) -> None:
         mt.verify(model, scores, top=n + 1)
     with pytest.raises(mt.errors.DataError, match="got top=0"):
         mt.verify(model, scores, top=0)
+    with pytest.raises(mt.errors.EditError, match="there is no such seed; got -1"):
+        mt.verify(model, scores, top=1, seed=-1)
     patched = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13)
     with pytest.raises(mt.errors.DataError, match="not scores that can be checked; got a dataset without clean_ids"):
         mt.verify(model, patched)

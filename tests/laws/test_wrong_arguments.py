@@ -14,9 +14,18 @@ SCRIPT = """
 import torch
 from tests import families
 import microtome as mt
+from microtome import planted
 
 model = mt.map(families.build("gpt2"))
 ids = [5, 6, 7]
+zero = mt.Zero("0.mlp_out")
+program = planted.program("reverse")
+
+
+def swept(*cells, metric=mt.Probability(11)):
+    return model.sweep(ids, cells, metric)
+
+
 for call in (
     lambda: model.run(None),
     lambda: model.run([[6.7, 8.9]]),
@@ -32,6 +41,29 @@ for call in (
     lambda: mt.Clamp("0.mlp_out", low=2, high=1),
     lambda: model.run(ids, edits=mt.Map("0.mlp_out", function=lambda x: None)),
     lambda: mt.measure.head_scores(model, sequences=0),
+    lambda: mt.Probability(" Paris"),
+    lambda: mt.LogProbability([]),
+    lambda: mt.Rank(None),
+    lambda: mt.LogitDifference(" Paris", foil=" Rome"),
+    lambda: mt.SpanLoss([[1, 2], [3]], positions=(-2, -1)),
+    lambda: mt.SpanLoss(" Paris", positions=(-1,)),
+    lambda: mt.SpanLoss([[0.5]], positions=(-1,)),
+    lambda: swept(zero, mt.Skip("1")),
+    lambda: swept([zero, mt.Skip("1")]),
+    lambda: swept([zero, mt.Freeze(norms=True)]),
+    lambda: swept([zero, mt.Edge("embed", "final", source=model.run(ids, capture="embed"))]),
+    lambda: swept([zero, [zero]]),
+    lambda: swept(None),
+    lambda: mt.causal_trace(model, ids, subject=(1, 2, 3)),
+    lambda: mt.causal_trace(model, ids, subject=1.5),
+    lambda: mt.causal_trace(model, ids, subject=("a", 2)),
+    lambda: mt.causal_trace(model, ids, subject=None),
+    lambda: mt.causal_trace(model, ids, subject=1, subjects="Paris"),
+    lambda: mt.circuit_recovery(program, corrupt=("token",)),
+    lambda: mt.circuit_recovery(program, corrupt="tokens"),
+    lambda: mt.tasks.build("induction", model, "3"),
+    lambda: mt.tasks.build("induction", model, 3, seed=0.5),
+    lambda: mt.tasks.build("induction", model, 3, length="a"),
 ):
     try:
         call()
@@ -55,6 +87,29 @@ SAID = [
     "EditError: Clamp on 0.mlp_out has its bounds crossed; got low=2, high=1",
     "EditError: the function of Map on 0.mlp_out changed the shape; got NoneType",
     "DataError: head_scores cannot use this number of sequences; got 0",
+    "EditError: a metric names tokens by their ids; got ' Paris'; allowed: one id, or one a prompt",
+    "EditError: a metric names tokens by their ids; got []",
+    "EditError: a metric names tokens by their ids; got None",
+    "EditError: a metric names tokens by their ids; got ' Paris'",
+    "EditError: a SpanLoss cannot use these targets; got [[1, 2], [3]]",
+    "EditError: a SpanLoss cannot use these targets; got ' Paris'",
+    "EditError: a SpanLoss cannot use these targets; got [[0.5]]",
+    "EditError: cell 1 of the sweep holds what no cell can; got Skip('1'); allowed: edits of sites, or one Edge",
+    "EditError: cell 0 of the sweep holds what no cell can; got Skip('1')",
+    "EditError: cell 0 of the sweep holds what no cell can; got Freeze(",
+    "EditError: cell 0 of the sweep holds what no cell can; got Edge(",
+    "EditError: cell 0 of the sweep holds what no cell can; got [Zero('0.mlp_out')]",
+    "EditError: cell 0 of the sweep holds what no cell can; got None",
+    "PromptError: cannot read the subject; got (1, 2, 3); allowed: a text, a position, or (first, end)",
+    "PromptError: cannot read the subject; got 1.5",
+    "PromptError: cannot read the subject; got ('a', 2)",
+    "PromptError: cannot read the subject; got None",
+    "PromptError: subjects are several texts; got 'Paris'",
+    'EditError: no corruption "token"; allowed: tokens, positions',
+    "EditError: corruptions are given as a tuple; got 'tokens'",
+    "PromptError: a task has at least one pair; got n='3'",
+    "PromptError: a task cannot be drawn with this seed; got 0.5",
+    "PromptError: the task \"induction\" cannot use this length; got 'a'",
 ]
 
 

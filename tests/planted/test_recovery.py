@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -65,6 +68,29 @@ def test_first_order_misses_what_exact_effects_find() -> None:
     data = mt.circuit_recovery(planted.program("successors"), pairs=6, seed=3)
     assert data.attrs["auc"] == 1.0
     assert data.attrs["auc_eap"] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "text"),
+    [
+        (lambda: planted.trained("repeats"), {}, "the truth of repeats names no edges to recover; got it names nodes"),
+        (lambda: planted.induction(), {}, "names no edges to recover"),
+        (lambda: planted.Planted(planted.program("reverse").model, {}), {}, "the truth of reverse names no edges"),
+        (lambda: planted.Planted(planted.program("reverse").model, {"edges": []}), {}, "names no edges to recover"),
+        (
+            lambda: planted.Planted(planted.induction().model, planted.program("reverse").truth),
+            {},
+            "positions can be shuffled in planted networks alone; got LlamaForCausalLM",
+        ),
+        (lambda: planted.program("reverse"), {"corrupt": ()}, "no corruption to recover by; .* allowed: tokens, pos"),
+        (lambda: planted.program("reverse"), {"pairs": 0}, "corruptions of no inputs; got 0; allowed: 1 or more"),
+    ],
+)
+def test_what_has_no_circuit_to_recover_is_refused(
+    make: Callable[[], planted.Planted], options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(mt.errors.MicrotomeError, match=text):
+        mt.circuit_recovery(make(), **options)
 
 
 def test_auc_counts_pairs() -> None:

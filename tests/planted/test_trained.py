@@ -68,3 +68,10 @@ def test_a_wrong_place_is_seen(name: str) -> None:
 def test_an_untrained_program_is_named() -> None:
     with pytest.raises(mt.errors.DataError, match='no trained program is called "histgram". Did you mean "histogram"'):
         planted.trained("histgram")
+
+
+def test_a_network_without_places_is_refused() -> None:
+    with pytest.raises(mt.errors.DataError, match="reverse does not say where .* got no places"):
+        planted.interchange_accuracy(planted.program("reverse"), 4, seed=0)
+    with pytest.raises(mt.errors.DataError, match="got no program and no places"):
+        planted.interchange_accuracy(planted.induction(), 4, seed=0)

@@ -58,6 +58,15 @@ def test_span_loss_is_the_mean_loss_of_its_targets() -> None:
     loss = torch.nn.functional.cross_entropy(LOGITS.flatten(0, 1), targets[WHICH].flatten(), reduction="none")
     torch.testing.assert_close(metric.read(LOGITS, WHICH), loss.reshape(4, 2).mean(1), rtol=1e-5, atol=1e-5)
     assert metric.columns(0, 9) == [7, 8]
+    for same in (targets.tolist(), targets.int()):
+        assert torch.equal(mt.SpanLoss(same, positions=(-2, -1)).read(LOGITS, WHICH), metric.read(LOGITS, WHICH))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([3, 7]), (3, 7)])
+def test_ids_may_be_any_whole_numbers(ids: torch.Tensor | tuple[int, int]) -> None:
+    expected = mt.Rank([3, 7]).read(LOGITS, WHICH)
+    assert torch.equal(mt.Rank(ids).read(LOGITS, WHICH), expected)
+    assert torch.equal(mt.Rank(torch.tensor(3)).read(LOGITS, WHICH), mt.Rank(3).read(LOGITS, WHICH))
 
 
 def test_differences_are_taken_in_float32() -> None:
@@ -84,6 +93,9 @@ def test_a_metric_over_few_tokens_is_the_same() -> None:
         (lambda: mt.LogitDifference(5, foil=-1), "foil of a metric lies outside the vocabulary; got -1"),
         (lambda: mt.LogitDifference([1, 2], foil=[3, 4, 5]), "2 answers and 3 foils"),
         (lambda: mt.Probability([1, 2, 3]), "another number of answers than there are prompts; got 3 for 1"),
+        (lambda: mt.Reading(lambda z, p: z.mean()), r"returned no value a row; got shape \[\]; allowed: a tensor of 1"),
+        (lambda: mt.Reading(lambda z, p: z[:, 0, 0].tolist()), "returned no value a row; got list"),
+        (lambda: mt.Reading(lambda z, p: z[0, 0]), r"returned no value a row; got shape \[101\]"),
         (lambda: mt.LogitDifference(4, foil=4), "the foil equals the answer"),
         (lambda: mt.SpanLoss(torch.tensor([[500]]), positions=(0,)), "targets of a SpanLoss lie outside .* got 500"),
         (lambda: mt.SpanLoss(torch.tensor([[5, 6]]), positions=(0,)), r"targets of a SpanLoss does not fit .*\[1, 2\]"),

@@ -326,6 +326,7 @@ def test_first_tokens_are_read_if_asked() -> None:
     [
         ("indirect_objekt", {}, 'there is no task "indirect_objekt". Did you mean "indirect_object"'),
         ("induction", {"n": 0}, "a task has at least one pair; got n=0"),
+        ("induction", {"seed": -1}, "a task cannot be drawn with this seed; got -1; allowed: 0 or more."),
         ("needle", {"length": 3}, 'the task "needle" has no such option; got length; allowed: sentences.'),
         ("fact", {"relation": "x"}, 'the task "fact" has no such option; got relation; allowed: none.'),
         ("indirect_object", {"order": "AABB"}, "has no such order; got 'AABB'; allowed: both, ABBA, BABA."),

@@ -44,6 +44,18 @@ def test_csv_and_jsonl_give_the_same_pairs(tmp_path: Path, tok: Any) -> None:
     assert "subject" not in first[0].spans
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b"])
+def test_only_newlines_end_a_row(mark: str, tmp_path: Path, tok: Any) -> None:
+    row = {name: text.replace("near", f"near{mark}") for name, text in ROWS[0].items()}
+    path = tmp_path / "mine.jsonl"
+    for ending in ("\n", "\r\n"):
+        lines = [json.dumps(r, ensure_ascii=mark < " ") for r in (row, ROWS[1])]
+        path.write_bytes(ending.join([*lines, ""]).encode())
+        assert [pair.clean for pair in mt.tasks.read(path, tok)] == [row["clean"], ROWS[1]["clean"]]
+        table = csv(tmp_path, ending.join(",".join([*row.values(), ""]) for _ in (0, 1)))
+        assert [pair.clean for pair in mt.tasks.read(table, tok)] == [row["clean"]] * 2
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [
@@ -84,6 +96,12 @@ def test_the_row_is_named_by_its_number(tmp_path: Path, tok: Any) -> None:
         ("a.jsonl", '{"clean": "a"}', '"{}" line 1 lacks the fields corrupt, answer, foil; got clean'),
         ("a.jsonl", "not", '"{}" line 1 is not JSON'),
         ("a.jsonl", "[1]", '"{}" line 1 is not a JSON object; got list'),
+        (
+            "a.csv",
+            HEAD + "x" * 131_073 + ",b,c,d,",
+            '"{}" row 1 is not CSV; got field larger than field limit (131072)',
+        ),
+        ("a.jsonl", json.dumps(ROWS[0] | {"group": ["a"]}), "\"{}\" line 1: the group is no text; got ['a']"),
         ("a.txt", "x", 'cannot read "{}" as pairs; got .txt; allowed: .csv, .jsonl.'),
     ],
 )

@@ -89,6 +89,16 @@ def test_log_odds_of_single_tokens_is_the_logit_difference() -> None:
         mt.tasks.LogOdds([(1, 2)], [(2,)])
     with pytest.raises(EditError, match="got 0 answers, 1 foils, 0 in both"):
         mt.tasks.LogOdds([()], [(2,)])
+    with pytest.raises(EditError, match="answers and foils do not go together; got 1 and 2 sets"):
+        mt.tasks.LogOdds([(1,)], [(2,), (3,)])
+    with pytest.raises(EditError, match="fewer sets of tokens than prompts; got 1 for 3 prompts"):
+        mt.tasks.LogOdds([(1,)], [(2,)]).read(logits, prompts)
+
+
+def test_a_task_without_pairs_says_so(model: mt.Model, task: mt.tasks.Task) -> None:
+    for call in (task[:0].metric, task[:0].dataset, lambda: task[:0].accuracy(model), lambda: task[:0].known_by(model)):
+        with pytest.raises(PromptError, match=f'the task "{task.name}" has no pairs'):
+            call()
 
 
 def test_intervals_cover_the_truth() -> None:

@@ -24,7 +24,7 @@ def atlas(
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to read.")] = 20_000,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("atlas"),
     length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of random tokens and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of random tokens and intervals.")] = 0,
     as_json: Json = False,
     *,
     opening: Opening,

@@ -42,7 +42,7 @@ def attribute(
         Direction,
         typer.Option(help="noise starts at the clean prompt and puts corrupt values in, denoise the reverse."),
     ] = Direction.noise,
-    seed: Annotated[int, typer.Option(help="Of the random others.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random others.")] = 0,
     output: Page = None,
     force: Force = False,
     top: Top = 5,

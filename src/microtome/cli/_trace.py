@@ -30,7 +30,7 @@ def trace(
         float, typer.Option(min=0, help="Noise, in standard deviations of the subject's embeddings.")
     ] = 3.0,
     samples: Annotated[int, typer.Option(min=1, help="How many noises.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the noise and the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise and the intervals.")] = 0,
     output: Page = None,
     force: Force = False,
     top: Top = 5,

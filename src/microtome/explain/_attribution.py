@@ -26,13 +26,14 @@ from microtome.explain._edge_scores import captures, changes, contract
 from microtome.explain._graph import graph
 from microtome.explain._pair import Pair
 from microtome.explain._patching import (
-    DIRECTIONS,
+    BY_POSITION,
     Layout,
     aligned,
     every_position,
     layout,
     refuse_blind,
     refuse_unknown,
+    refuse_wrong,
 )
 from microtome.explain._verify import verify as measured
 from microtome.run import Freeze, Model, Prompt, Run, SweepPlan
@@ -98,15 +99,15 @@ def attribute(
         NaN where there is no edge. `clean` and `corrupt` hold the metric of the two prompts. With what `verify` adds.
 
     Raises:
-        PromptError: the prompts do not align, or answer or foil is not one token.
-        SiteError: a site cannot be patched this way, or the model has no edges.
-        EditError: the foil equals the answer, or the rules do not fit the model.
+        PromptError: the prompts do not align, answer or foil is not one token, or the foil is the answer.
+        SiteError: there is no site, one cannot be patched this way, or the model has no edges.
+        EditError: there is no such method, direction or seed, or the rules do not fit the model.
 
     >>> scores = attribute(model, clean, corrupt, answer=" Paris", foil=" Rome", method="relp")
     >>> scores["mlp_out"], scores["mlp_out_exact"], scores["recall"].sel(site="mlp_out")
     """
     refuse_unknown("attribution method", method, tuple(_NAMES))
-    refuse_unknown("direction", direction, DIRECTIONS)
+    refuse_wrong(direction, BY_POSITION if method == "eap" else sites, seed)
     foil_id = None if foil is None else one_token(model, foil)
     pair = Pair(aligned(model, clean, corrupt), one_token(model, answer), foil_id, direction)
     refuse_blind(model, pair.metric(model), pair.tokens)

@@ -204,14 +204,15 @@ class _Example:
     """One prompt: its clean run, and what ablations change at its last position."""
 
     def __init__(self, model: Model, row: list[int], answer: int, foil: int | None, receivers: str) -> None:
-        self.model, self.answer, self.foil, self.by_head = model, answer, foil, receivers == "heads"
+        self.model, self.by_head = model, receivers == "heads"
+        self.read = [answer] if foil is None else [answer, foil]
         self.tokens = torch.tensor([row], device=model.device)
         self.n = model.anatomy.n_layers
         base = model.run(self.tokens, capture=["*.resid_pre", "final.scale@-1", *self._read(0)], logits=False)
         self.streams = [base[f"{i}.resid_pre"] for i in range(self.n)]
         norm = model.final_norm
         assert norm is not None
-        u = self._difference(model.W_U.T.double()[[t for t in (answer, foil) if t is not None]].T).squeeze(-1)
+        u = self._difference(model.W_U[:, self.read].double()).squeeze(-1)
         self.u = norm.centre(u * model.anatomy.logit_scale * norm.gain) / base["final.scale@-1"].double().reshape(())
         self.parts = [self._parts(base, i) for i in range(self.n)]
         self.clean = self._logit(base)[0]
@@ -223,12 +224,12 @@ class _Example:
 
     def _difference(self, logits: Tensor) -> Tensor:
         """[..., (answer, foil)] to answer minus foil, [..., 1]."""
-        return logits[..., :1] if self.foil is None else logits[..., :1] - logits[..., 1:]
+        return logits if len(self.read) == 1 else logits[..., :1] - logits[..., 1:]
 
     def _logit(self, run: Run) -> Tensor:
         """The logit (difference) that the model gives, [row]."""
         logits = self.model.unembed(run[f"{self.n - 1}.resid_post@-1"][:, 0])
-        return self._difference(logits[:, [t for t in (self.answer, self.foil) if t is not None]]).squeeze(-1).double()
+        return self._difference(logits[:, self.read]).squeeze(-1).double()
 
     def _parts(self, run: Run, layer: int) -> tuple[Tensor, Tensor]:
         """What a layer's branches add to the logit, [row, branch], and its receivers, [row, receiver]."""

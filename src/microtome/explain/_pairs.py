@@ -18,7 +18,13 @@ from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
-from microtome.explain._patching import DIRECTIONS, Layout, aligned, layout, refuse_blind, refuse_unknown
+from microtome.explain._patching import (
+    Layout,
+    aligned,
+    layout,
+    refuse_blind,
+    refuse_wrong,
+)
 from microtome.explain._spans import Span, at, span_of
 from microtome.run import LogitDifference, LogProbability, Metric, Model, SwapFrom
 from microtome.stream import mean_interval
@@ -77,11 +83,11 @@ def patch_pairs(
 
     Raises:
         PromptError: a pair does not align, an answer or foil does not fit, or pairs have no span or length in common.
-        SiteError: a site cannot be patched this way, both prompts of a pair give the same metric or differ only after
-            what is read, or the mean gap that effects are shares of is not clearly one.
+        SiteError: there is no site, one cannot be patched this way, both prompts of a pair give the same metric or
+            differ only after what is read, or the mean gap that effects are shares of is not clearly one.
         EditError: there is no such direction; BudgetError: not even one cell fits.
     """
-    refuse_unknown("direction", direction, DIRECTIONS)
+    refuse_wrong(direction, sites)
     pairs = _pairs(model, cleans, corrupts)
     read, unit, words = _reading(model, answers, foils, metric, len(pairs))
     names, places = _places(model, pairs, spans)

@@ -73,11 +73,11 @@ def activation_patching(
     Raises:
         PromptError: the prompts do not align (the first difference and both lengths are named), answer or foil is not
             one token, or the foil is the answer.
-        SiteError: a site cannot be patched this way, both prompts give the same metric, or it reads only what comes
-            before they differ.
+        SiteError: there is no site, one cannot be patched this way, both prompts give the same metric, or it reads only
+            what comes before they differ.
         EditError: there is no such direction; BudgetError: not even one cell fits.
     """
-    refuse_unknown("direction", direction, DIRECTIONS)
+    refuse_wrong(direction, sites)
     tokens = aligned(model, clean, corrupt)
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
     own = {} if metric is None else {"metric": type(metric).__name__}
@@ -174,6 +174,35 @@ def refuse_unknown(what: str, value: str, allowed: Sequence[str]) -> None:
     """
     if value not in allowed:
         raise error(EditError, f'no {what} "{value}"', allowed=", ".join(allowed), do="name one of these")
+
+
+def refuse_wrong(direction: str, sites: Sequence[str] = BY_POSITION, seed: int = 0) -> None:
+    """Refuse a direction that is none, an empty choice of sites, and a seed that no generator takes.
+
+    Raises:
+        EditError: there is no such direction, or no such seed.
+        SiteError: there is no site.
+    """
+    refuse_unknown("direction", direction, DIRECTIONS)
+    refuse_seed(seed)
+    if not sites:
+        raise error(
+            SiteError,
+            "there is no site to patch",
+            got=repr(sites),
+            allowed=", ".join((*BY_POSITION, *BY_UNIT)),
+            do="name one of these, or leave sites= out",
+        )
+
+
+def refuse_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes.
+
+    Raises:
+        EditError: it is below 0.
+    """
+    if seed < 0:
+        raise error(EditError, "there is no such seed", got=seed, allowed="0 or more", do="choose another")
 
 
 def refuse_blind(model: Model, metric: Metric, tokens: Tensor, number: int | None = None) -> None:

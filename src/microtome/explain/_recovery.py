@@ -10,25 +10,29 @@ Formula:  an edge's score is the largest |change of any output| over pairs and o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from microtome.errors import DataError, EditError, ModelUnsupported, error
 from microtome.explain._edge_scores import captures, contract
 from microtome.explain._edges import WRITTEN
 from microtome.explain._graph import graph
-from microtome.planted import Planted, corruptions, placed, receiver_of, sender_of, writes
+from microtome.explain._patching import refuse_unknown
+from microtome.planted import Planted, PlantedForCausalLM, corruptions, placed, receiver_of, sender_of, writes
 from microtome.run import Edge, Model, Reading
 
 if TYPE_CHECKING:
     import xarray as xr
 
 Corruption = Literal["tokens", "positions"]
+CORRUPTIONS: tuple[Corruption, ...] = ("tokens", "positions")
 
 
 def circuit_recovery(
-    it: Planted, *, pairs: int = 16, seed: int = 0, corrupt: tuple[Corruption, ...] = ("tokens", "positions")
+    it: Planted, *, pairs: int = 16, seed: int = 0, corrupt: tuple[Corruption, ...] = CORRUPTIONS
 ) -> xr.Dataset:
     """Score every edge of a planted model exactly, and say how well the scores tell its circuit from the rest.
 
@@ -50,7 +54,13 @@ def circuit_recovery(
     Returns:
         Dataset over (sender, receiver), `pos_embed` a sender of its own: `score` and `eap`, the estimate, in units of
         the outputs, and `true`; NaN and False where there is no edge; attributes `auc` and `auc_eap`.
+
+    Raises:
+        DataError: the truth names no edges, or there are no pairs.
+        ModelUnsupported: the truth is about another kind of model than a compiled one.
+        EditError: there is no such corruption, or none is asked for.
     """
+    _check(it, corrupt)
     c = corruptions(it, pairs, seed)
     parts, names = graph(it.model), ["embed", "pos_embed"]
     base = it.model.run(c.clean).logits[:, 1:].detach()
@@ -87,6 +97,25 @@ def circuit_recovery(
         changes = torch.stack([written[name].detach() for name in names], dim=1)
         eap[mask] = torch.maximum(eap[mask], estimated(it.model, c.clean, changes, source.logits[:, 1:])[mask])
     return _dataset(it, score, eap, seed, corrupt)
+
+
+def _check(it: Planted, corrupt: Sequence[str]) -> None:
+    """Refuse what has no circuit of edges to be recovered, and corruptions that there are not."""
+    do = "pass what planted.program gave, or a folder of this form whose truth has edges"
+    if not it.truth.get("edges"):
+        about = "it names nodes alone" if it.truth.get("nodes") else None
+        raise error(DataError, f"the truth of {it.model.anatomy.name} names no edges to recover", got=about, do=do)
+    if not isinstance(it.model.hf, PlantedForCausalLM):
+        got = type(it.model.hf).__name__
+        raise error(ModelUnsupported, "positions can be shuffled in planted networks alone", got=got, do=do)
+    if not corrupt:
+        allowed = ", ".join(CORRUPTIONS)
+        raise error(EditError, "there is no corruption to recover by", got="()", allowed=allowed, do="name one")
+    for kind in (corrupt,) if isinstance(corrupt, str) else corrupt:
+        refuse_unknown("corruption", kind, CORRUPTIONS)
+    if isinstance(corrupt, str):
+        got, do = repr(corrupt), f'write ("{corrupt}",)'
+        raise error(EditError, "corruptions are given as a tuple", got=got, do=do)
 
 
 def estimated(model: Model, clean: Tensor, changes: Tensor, goal: Tensor) -> Tensor:

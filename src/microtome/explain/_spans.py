@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -26,13 +28,13 @@ def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str 
         what: its name, for the error.
 
     Raises:
-        PromptError: the text is not in the prompt, or the span lies outside it.
+        PromptError: the text is not in the prompt, the span lies outside it, or it is none.
     """
     ids: list[int] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     if isinstance(span, str):
         return _of_text(model, ids, span, what)
     n = len(ids)
-    first, end = (span, span + 1 or n) if isinstance(span, int) else tuple(span)
+    first, end = _places(span, n, what)
     first, end = first + n if first < 0 else first, end + n if end < 0 else end
     if not 0 <= first < end <= n:
         raise error(
@@ -43,6 +45,24 @@ def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str 
             do="count tokens, with the end left out",
         )
     return first, end
+
+
+def _places(span: object, n: int, what: str) -> tuple[int, int]:
+    """A position or a span as (first, end), as it was counted; the position -1 ends where n tokens do."""
+    try:
+        if isinstance(span, Iterable):
+            first, end = (index(place) for place in cast("Iterable[Any]", span))
+            return first, end
+        place = index(cast("Any", span))
+    except (TypeError, ValueError):
+        raise error(
+            PromptError,
+            f"cannot read the {what}",
+            got=repr(span),
+            allowed="a text, a position, or (first, end)",
+            do="count tokens, with the end left out",
+        ) from None
+    return place, place + 1 or n
 
 
 def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, int]:

@@ -89,6 +89,7 @@ def causal_trace(
         SiteError: a kind is unknown; EditError: a number is too small; BudgetError: not even one cell fits.
     """
     _check(kinds, window, samples, noise, seed)
+    _check_subjects(model, subjects)
     rows = [model.to_batch(prompt).tokens] if corrupt is None else list(aligned(model, prompt, corrupt).split(1))
     span = span_of(model, one_row(rows[0]), subject, "subject")
     clean = model.run(rows[0], capture=[f"*.{SITES[kind]}" for kind in kinds])
@@ -146,11 +147,18 @@ def _check(kinds: Sequence[str], window: int, samples: int, noise: float, seed: 
             raise error(EditError, f"causal tracing cannot take this {name}", got=value, allowed=allowed, do="raise it")
 
 
+def _check_subjects(model: Model, subjects: object) -> None:
+    if isinstance(subjects, str):
+        raise error(PromptError, "subjects are several texts", got=repr(subjects), do="give a list of them")
+    if subjects and model.tokenizer is None:
+        do = "leave subjects= out, or open the model with tokenizer="
+        raise error(PromptError, "subjects are texts, but the model has no tokenizer", do=do)
+
+
 def _spread(model: Model, tokens: Tensor, span: tuple[int, int], subjects: Sequence[str]) -> float:
     """The standard deviation of all numbers in the embeddings of the subjects."""
-    rows: list[list[int]] = [tokens[0, span[0] : span[1]].tolist()]
     if subjects:
-        rows = [model.tokenizer(s, add_special_tokens=False)["input_ids"] for s in subjects]
+        rows: list[list[int]] = [model.tokenizer(s, add_special_tokens=False)["input_ids"] for s in subjects]
         run = model.run(rows, capture="embed", logits=False)
         return float(run["embed"][run.mask].double().std())
     site = f"embed{at(*span)}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from microtome.errors import DataError, error
 from microtome.explain._pair import pair_of
-from microtome.explain._patching import every_position, layout
+from microtome.explain._patching import every_position, layout, refuse_seed
 from microtome.run import Edge, Model, Run, SwapFrom, SweepPlan
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ def verify(
 
     Raises:
         DataError: the scores are of another model, of no pair, without labels, or have fewer than `top` cells.
-        BudgetError: not even one cell fits.
+        EditError: there is no such seed; BudgetError: not even one cell fits.
     """
+    refuse_seed(seed)
     pair = pair_of(model, scores)
     sites = [str(name) for name in scores.attrs["sites"]]
     flat = {site: np.asarray(scores[site].values, dtype=np.float64).reshape(-1) for site in sites}

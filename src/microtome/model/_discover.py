@@ -29,7 +29,6 @@ FIRST_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "norm_1", "ln_a
 SECOND_NORM = (
     "pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm", "norm_2", "ln_mlp", "ffn_norm",
 )  # fmt: skip
-AFTER_ATTENTION = ("post_self_attn_layernorm", "attention.output.LayerNorm", "post_attention_layernorm")
 AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm", "output.LayerNorm")
 FINAL_NORM = ("norm", "final_layernorm", "ln_f", "norm_f", "final_layer_norm", "final_norm")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from microtome.errors import DataError, nearest
+from microtome.errors import DataError, error, nearest
 from microtome.planted._corruptions import corruptions
 from microtome.planted._folder import Planted, load
 from microtome.planted._programs import program
@@ -57,7 +57,18 @@ def interchange_accuracy(it: Planted, n: int, seed: int) -> dict[str, float]:
 
     Returns:
         By node of the network, and `behaviour`: a share of the positions at which the program says anything, 0 to 1.
+
+    Raises:
+        DataError: the truth does not say which program the network does, or where.
     """
+    missing = [name for name in ("program", "places") if name not in it.truth]
+    if missing:
+        raise error(
+            DataError,
+            f"the truth of {it.model.anatomy.name} does not say where a program's nodes have their places",
+            got=f"no {' and no '.join(missing)}",
+            do="pass what planted.trained gave",
+        )
     high = program(it.truth["program"])
     c = corruptions(high, n, seed)
     source_high = high.model.run(c.corrupt, capture=["*.attn.z", "*.mlp_out"])

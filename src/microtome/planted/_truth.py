@@ -10,8 +10,8 @@ embeddings, the H + 1 nodes of each layer before it and, for the MLP, the H head
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from microtome.errors import DataError, error, nearest
 from microtome.run import Model
@@ -79,14 +79,17 @@ def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
         DataError: names the first of them.
     """
     known, possible = nodes(model), set(edges(model))
-    told = list(truth.get("nodes", ()))
+    told = _listed(truth, "nodes")
     for node in told:
+        if not isinstance(node, str):
+            raise error(DataError, "the truth names a node that is no text", got=repr(node), allowed=", ".join(known))
         if node not in known:
             raise DataError(
                 f'the truth names a node that {model.anatomy.name} has not: "{node}".{nearest(node, known)}'
             )
-    for edge in truth.get("edges", ()):
-        if tuple(edge) not in possible:
+    for edge in _listed(truth, "edges"):
+        listed = isinstance(edge, list | tuple) and all(isinstance(end, str) for end in cast("Sequence[Any]", edge))
+        if not listed or tuple(edge) not in possible:
             allowed = "[sender, receiver, input] in the order of the model, input one of q, k, v, in"
             raise error(
                 DataError, f"the truth names an edge that {model.anatomy.name} has not", got=edge, allowed=allowed
@@ -94,3 +97,12 @@ def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
         lost = [node for node in edge[:2] if node not in told]
         if lost:
             raise error(DataError, f"an edge of the truth ends at {lost[0]}, which is none of its nodes", got=edge)
+
+
+def _listed(truth: Mapping[str, Any], name: str) -> Sequence[Any]:
+    """The nodes or the edges of a truth; none where it has no such entry."""
+    value: object = truth.get(name, ())
+    if isinstance(value, list | tuple):
+        return cast("Sequence[Any]", value)
+    do = "list them, or leave the entry out"
+    raise error(DataError, f"the {name} of a truth are no list", got=repr(value), allowed="a list", do=do)

@@ -269,7 +269,7 @@ def _check_metric(model: Model, metric: Metric, prompts: int) -> None:
         named = getattr(metric, name, None)
         if named is None:
             continue
-        ids = [named] if isinstance(named, int) else torch.as_tensor(named).tolist()
+        ids = torch.as_tensor(named).reshape(-1).tolist()
         bad = next((i for i in ids if not 0 <= i < vocab), None)
         if bad is not None:
             raise error(

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from operator import index
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,13 +46,41 @@ class Narrow(Protocol):
 
 
 def _ids(tokens: int | Sequence[int] | Tensor) -> tuple[int, ...]:
-    if isinstance(tokens, int):
-        return (tokens,)
-    return tuple(int(t) for t in (tokens.tolist() if isinstance(tokens, Tensor) else tokens))
+    """The ids that were given: one, or one a prompt.
+
+    Raises:
+        EditError: there are none, or they are not whole numbers, such as the text of a token.
+    """
+    try:
+        listed: list[Any] = np.atleast_1d(np.asarray(tokens.cpu() if isinstance(tokens, Tensor) else tokens)).tolist()
+        ids = tuple(index(t) for t in listed)
+    except (TypeError, ValueError):
+        ids = ()
+    if not ids:
+        raise error(
+            EditError,
+            "a metric names tokens by their ids",
+            got=repr(tokens),
+            allowed="one id, or one a prompt",
+            do="give the id that the tokenizer has for this text",
+        )
+    return ids
 
 
 def _pick(ids: tuple[int, ...], prompts: Tensor) -> Tensor:
-    """The id of each row's prompt; one id serves all prompts."""
+    """The id of each row's prompt; one id serves all prompts.
+
+    Raises:
+        EditError: there are several, and yet fewer than prompts.
+    """
+    needed = max(prompts.tolist(), default=-1) + 1
+    if 1 < len(ids) < needed:
+        raise error(
+            EditError,
+            "a metric names fewer tokens than there are prompts",
+            got=f"{len(ids)} for {needed} prompts",
+            do="give one, or one a prompt",
+        )
     table = torch.tensor(ids, device=prompts.device)
     return table[prompts] if len(ids) > 1 else table.expand(len(prompts))
 
@@ -95,6 +125,9 @@ class _AtOne:
 
     answer: int | Sequence[int] | Tensor
     position: int = -1
+
+    def __post_init__(self) -> None:
+        _ids(self.answer)  # refuses what is no id
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The one column."""
@@ -222,12 +255,27 @@ class SpanLoss:
     """Mean loss of known tokens over a span.
 
     Attributes:
-        targets: [prompt, span] the tokens to be predicted.
+        targets: [prompt, span] the tokens to be predicted, as a tensor or as lists of one length.
         positions: where each is predicted from, one a target.
     """
 
-    targets: Tensor
+    targets: Tensor | Sequence[Sequence[int]]
     positions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        try:
+            targets = torch.as_tensor(self.targets)
+        except (TypeError, ValueError, RuntimeError):
+            targets = torch.empty(0)
+        if targets.is_floating_point():
+            raise error(
+                EditError,
+                "a SpanLoss cannot use these targets",
+                got=repr(self.targets),
+                allowed="token ids, as many for each prompt",
+                do="give a tensor [prompt, span] of whole numbers",
+            )
+        object.__setattr__(self, "targets", targets.long())
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The columns of the positions."""
@@ -235,9 +283,10 @@ class SpanLoss:
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in nats."""
-        _check_shape("targets of a SpanLoss", self.targets, (int(prompts.max()) + 1, logits.shape[1]))
+        targets = torch.as_tensor(self.targets)
+        _check_shape("targets of a SpanLoss", targets, (int(prompts.max()) + 1, logits.shape[1]))
         vocab = logits.shape[-1]
-        bad = self.targets[(self.targets < 0) | (self.targets >= vocab)]
+        bad = targets[(targets < 0) | (targets >= vocab)]
         if len(bad):
             raise error(
                 EditError,
@@ -246,7 +295,7 @@ class SpanLoss:
                 allowed=f"0 to {vocab - 1}",
                 do="name tokens of the model",
             )
-        targets = self.targets.to(logits.device)[prompts].unsqueeze(-1)
+        targets = targets.to(logits.device)[prompts].unsqueeze(-1)
         return -logits.float().log_softmax(-1).gather(-1, targets).squeeze(-1).mean(-1)
 
 
@@ -262,5 +311,19 @@ class Reading:
         return _columns(self.positions, prompt, length)
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
-        """What the function returns, [row, ...]."""
-        return self.function(logits, prompts)
+        """What the function returns, [row, ...].
+
+        Raises:
+            EditError: it returns something else than a tensor of as many rows.
+        """
+        values = cast("Any", self.function)(logits, prompts)
+        if isinstance(values, Tensor) and values.shape[:1] == prompts.shape:
+            return values
+        got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise error(
+            EditError,
+            "the function of a Reading returned no value a row",
+            got=got,
+            allowed=f"a tensor of {len(prompts)} rows",
+            do="keep the first axis of the logits",
+        )

@@ -199,14 +199,14 @@ class _Visitor:
                 self.session.fired.add((id(edit), named))
                 x = apply(edit, x, where)
         if self.session.grad and (self.captures or self.site.name == "embed"):
-            x = self._node(x, own)
+            x = self._node(x)
         for address in self.captures:
             self.session.captured[address] = self.session.cut(x, self.site, address)
         for observe in self.observers:
             observe(self.site, x)
         return None if x is own else x
 
-    def _node(self, x: Tensor, own: Tensor) -> Tensor:
+    def _node(self, x: Tensor) -> Tensor:
         # A fresh node of the graph, through which all later computation passes, so that it has a gradient.
         x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
         for name in {self.site.name, *(address.name for address in self.captures)}:

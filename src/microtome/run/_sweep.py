@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from microtome.run._model import Model
 
 Cell = SiteEdit | Sequence[SiteEdit]
-Reader = Callable[[Tensor, Tensor], Tensor]
-"""A metric: from logits [row, read, vocab] and the prompt of each row [row] to values [row, ...]."""
 
 
 @dataclass(frozen=True)
@@ -306,14 +304,12 @@ def rows_of(model: Model, batch: Batch, cells: Sequence[Cell], prompts: Sequence
 
     Raises:
         SiteError: an address matches nothing, or positions lie beyond a prompt.
-        EditError: a cell is empty, or its edit names rows.
+        EditError: a cell is empty or holds what is no edit of a site, or its edit names rows.
     """
     n = model.anatomy.n_layers
     rows: list[Row] = []
     for place, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
-        edits = [cell] if isinstance(cell, SiteEdit) else list(cell)
-        if not edits:
-            raise error(EditError, f"cell {place} of the sweep holds no edit", do="give at least one")
+        edits = _edits_of(cell, place)
         acts: list[_Act] = []
         for edit in edits:
             if edit.rows is not None:
@@ -324,6 +320,28 @@ def rows_of(model: Model, batch: Batch, cells: Sequence[Cell], prompts: Sequence
         firsts = [0 if act.columns is None else min(act.columns) for act in acts]
         rows.append(Row(place, prompt, tuple(acts), entry, min(firsts)))
     return rows
+
+
+def _edits_of(cell: object, place: int) -> list[SiteEdit]:
+    """The edits of a cell, if it holds such as act at sites and nothing else.
+
+    Raises:
+        EditError: it holds none, or something else.
+    """
+    edits = list(cast("Sequence[object]", cell)) if isinstance(cell, Sequence) else [cell]
+    if not edits:
+        raise error(EditError, f"cell {place} of the sweep holds no edit", do="give at least one")
+    found = [edit for edit in edits if isinstance(edit, SiteEdit)]
+    if len(found) < len(edits):
+        other = next(edit for edit in edits if not isinstance(edit, SiteEdit))
+        raise error(
+            EditError,
+            f"cell {place} of the sweep holds what no cell can",
+            got=repr(other),
+            allowed="edits of sites, or one Edge by itself",
+            do="give each Edge a cell of its own, and other edits to run(edits=)",
+        )
+    return found
 
 
 def _columns(edit: SiteEdit, length: int, prompt: int) -> tuple[int, ...] | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -165,13 +166,13 @@ def build(
         A `Task` of n pairs.
 
     Raises:
-        PromptError: there is no such task or option, or not enough candidates fit this tokenizer; says how many
+        PromptError: there is no such task, option or seed, or not enough candidates fit this tokenizer; says how many
             did, and why most did not.
 
     >>> task = build("indirect_object", model, n=50)
     >>> known = task.known_by(model)
     """
-    kind = _kind(name, n, options)
+    kind = _kind(name, n, seed, options)
     if answers not in ("one", "first"):
         raise error(PromptError, "answers cannot be read in this way", got=repr(answers), allowed='"one" or "first"')
     tokens = Tokens.of(source)
@@ -197,15 +198,22 @@ def _named(name: str) -> Kind:
     return KINDS[name]
 
 
-def _kind(name: str, n: int, options: dict[str, Any]) -> Kind:
+def _kind(name: str, n: object, seed: object, options: dict[str, Any]) -> Kind:
     kind = _named(name)
-    if n < 1:
-        raise error(PromptError, "a task has at least one pair", got=f"n={n}", do="ask for more")
+    if not isinstance(n, SupportsIndex) or index(n) < 1:
+        raise error(PromptError, "a task has at least one pair", got=f"n={n!r}", do="ask for more")
+    if not isinstance(seed, SupportsIndex) or index(seed) < 0:
+        do = "choose another"
+        raise error(PromptError, "a task cannot be drawn with this seed", got=repr(seed), allowed="0 or more", do=do)
     if unknown := sorted(options.keys() - kind.options.keys()):
         got, allowed = ", ".join(unknown), ", ".join(kind.options) or "none"
         raise error(PromptError, f'the task "{name}" has no such option', got=got, allowed=allowed)
     choices = {"order": ("both", "ABBA", "BABA"), "corruption": ("swap", "third")}
     for option, value in options.items():
+        default = kind.options[option]
+        if not isinstance(value, SupportsIndex if isinstance(default, int) else type(default)):
+            what, do = f'the task "{name}" cannot use this {option}', f"give one such as {default!r}"
+            raise error(PromptError, what, got=repr(value), do=do)
         if option in choices and value not in choices[option]:
             allowed = ", ".join(choices[option])
             raise error(PromptError, f'the task "{name}" has no such {option}', got=repr(value), allowed=allowed)

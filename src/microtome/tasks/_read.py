@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -58,15 +59,28 @@ def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     except (OSError, UnicodeDecodeError) as cause:
         raise error(DataError, f'cannot read "{path}"', got=str(cause), do="save it as UTF-8") from cause
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        _require(list(reader.fieldnames or []), f'"{path}"', "columns")
-        return [(f'"{path}" row {i}', row) for i, row in enumerate(reader, 1)]
+        return _table(text, path)
     rows: list[tuple[str, Mapping[str, Any]]] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Other ends of lines, such as U+2028, may stand in a JSON string as they are.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f'"{path}" line {number}'
             rows.append((where, _object(line, where)))
             _require(list(rows[-1][1]), where, "fields")
+    return rows
+
+
+def _table(text: str, path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rows of a CSV file; only newlines and carriage returns end one."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    try:
+        _require(list(reader.fieldnames or []), f'"{path}"', "columns")
+        for row in reader:
+            rows.append((f'"{path}" row {len(rows) + 1}', row))
+    except csv.Error as cause:
+        where = f'"{path}" row {len(rows) + 1}'
+        raise error(DataError, f"{where} is not CSV", got=str(cause), do="mend it, or close its quotes") from cause
     return rows
 
 
@@ -92,6 +106,9 @@ def _pair(tokens: Tokens, row: Mapping[str, Any], where: str, answers: Answers) 
     for name in REQUIRED:
         if not isinstance(row[name], str) or not row[name]:
             raise error(DataError, f"{where}: {name} is no text", got=repr(row[name]), do="fill it in")
+    group = row.get("group") or ""
+    if not isinstance(group, str):
+        raise error(DataError, f"{where}: the group is no text", got=repr(group), do="write it as text")
     clean, subject = row["clean"], row.get("subject") or None
     if subject is not None and (not isinstance(subject, str) or subject not in clean):
         raise error(
@@ -99,7 +116,7 @@ def _pair(tokens: Tokens, row: Mapping[str, Any], where: str, answers: Answers) 
         )
     _require_space(clean, row["answer"], row["foil"], where)
     try:
-        found = Draft(clean, row["corrupt"], (row["answer"],), (row["foil"],), {}, row.get("group") or "")
+        found = Draft(clean, row["corrupt"], (row["answer"],), (row["foil"],), {}, group)
         pair = pair_of(tokens, found, answers)
         return pair if subject is None else _with_subject(tokens, pair, subject)
     except Misfit as why:

@@ -43,6 +43,9 @@ class LogOdds:
     foils: Sequence[Ids]
 
     def __post_init__(self) -> None:
+        if len(self.answers) != len(self.foils):
+            got = f"{len(self.answers)} and {len(self.foils)} sets"
+            raise error(EditError, "answers and foils do not go together", got=got, do="give a set of each a prompt")
         for right, wrong in zip(self.answers, self.foils, strict=True):
             if not right or not wrong or set(right) & set(wrong):
                 got = f"{len(right)} answers, {len(wrong)} foils, {len(set(right) & set(wrong))} in both"
@@ -54,6 +57,10 @@ class LogOdds:
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in logits."""
+        needed = max(prompts.tolist(), default=-1) + 1
+        if needed > len(self.answers):
+            got = f"{len(self.answers)} for {needed} prompts"
+            raise error(EditError, "there are fewer sets of tokens than prompts", got=got, do="give one a prompt")
         rows = zip(logits[:, 0], prompts.tolist(), strict=True)
         return torch.stack([z[[*self.answers[p]]].logsumexp(0) - z[[*self.foils[p]]].logsumexp(0) for z, p in rows])
 

@@ -69,7 +69,7 @@ class Task:
 
         >>> swept = model.sweep(task.corrupt_tokens, cells, task.metric(), prompts=pair_of_each_cell)
         """
-        return metric_of(self.pairs)
+        return metric_of(self._some)
 
     def accuracy(self, model: Model, *, seed: int = 0) -> xr.Dataset:
         """How often the model answers, by how much it prefers the answer, and the same after the corrupt prompt.
@@ -93,18 +93,18 @@ class Task:
 
         Raises:
             ModelUnsupported: the model is not causal.
-            PromptError: its tokenizer gives other tokens than the task holds.
+            PromptError: its tokenizer gives other tokens than the task holds, or there are no pairs.
         """
-        data = score(model, self.pairs, self.text, seed)
+        data = score(model, self._some, self.text, seed)
         return data.assign_attrs(model.provenance | self._told | {"method": "task accuracy", "bootstrap_seed": seed})
 
     def known_by(self, model: Model) -> Task:
         """The pairs whose clean prompt the model answers rightly, with `attrs` that say how many it did.
 
         Raises:
-            PromptError: it answers none.
+            PromptError: it answers none, or there is none.
         """
-        data = score(model, self.pairs, self.text, 0)
+        data = score(model, self._some, self.text, 0)
         kept = tuple(p for p, right in zip(self.pairs, data["top1_clean"].values, strict=True) if right)
         name = model.anatomy.name
         if not kept:
@@ -120,18 +120,28 @@ class Task:
         Returns:
             Dataset over `example`: `clean`, `corrupt`, `answer`, `foil`, `group` (text), `length` (tokens), and for
             every span that all pairs have, `<name>_first` and `<name>_end` (positions).
+
+        Raises:
+            PromptError: there are no pairs.
         """
         import xarray as xr
 
         texts = ("clean", "corrupt", "answer", "foil", "group")
         values = {n: (np.array([getattr(p, n) for p in self.pairs], dtype=object), "text") for n in texts}
         values["length"] = (np.array([len(p.clean_tokens) for p in self.pairs]), "tokens")
-        shared = [name for name in self.pairs[0].spans if all(name in p.spans for p in self.pairs)]
+        shared = [name for name in self._some[0].spans if all(name in p.spans for p in self.pairs)]
         for name in shared:
             for i, ending in enumerate(("first", "end")):
                 values[f"{name}_{ending}"] = (np.array([p.spans[name][i] for p in self.pairs]), "position")
         data = xr.Dataset({n: ("example", v, {"unit": unit}) for n, (v, unit) in values.items()})
         return data.assign_attrs(self._told)
+
+    @property
+    def _some(self) -> tuple[Pair, ...]:
+        """The pairs, where there are any: a slice may have left none."""
+        if not self.pairs:
+            raise error(PromptError, f'the task "{self.name}" has no pairs', do="keep at least one of them")
+        return self.pairs
 
     @property
     def _told(self) -> dict[str, Any]:
