@@ -103,7 +103,8 @@ def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, i
 def _inside_a_word(text: str, cut: int) -> bool:
     """Whether a cut parts two letters of one word; in scripts without spaces every letter may begin one."""
     beside = text[cut - 1 : cut + 1] if 0 < cut < len(text) else " "
-    return all(letter.isalnum() and ord(letter) < 0x2E80 for letter in beside)
+    # Tokenizers without a decoder leave their own marks of a space.
+    return all(letter.isalnum() and ord(letter) < 0x2E80 and letter not in "\u0120\u2581" for letter in beside)
 
 
 def one_row(tokens: Tensor) -> Tensor:
