@@ -69,7 +69,7 @@ _OPENING: dict[str, tuple[Any, Any]] = {
 class Opening:
     """How to open the model of a command."""
 
-    name: str | None
+    model: str | None
     device: str | None
     dtype: str
     revision: str | None
@@ -91,18 +91,18 @@ class Opening:
         import microtome as mt
 
         with self._said():
-            return mt.open(self.name, **self.arguments())
+            return mt.open(self.model, **self.arguments())
 
     def map(self) -> Model:
         """The model with its map unproven."""
         import microtome as mt
 
         with self._said():
-            return mt.map(self.name, **self.arguments())
+            return mt.map(self.model, **self.arguments())
 
     @contextmanager
     def _said(self) -> Iterator[None]:
-        with working("opening " + (self.name or "the default model")):
+        with working("opening " + (self.model or "the default model")):
             yield
 
 
