@@ -19,19 +19,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-AXES: tuple[str, ...] = (
-    "batch", "pos", "q_pos", "k_pos", "layer", "head", "kv_head", "d_model", "d_head",
-    "neuron", "vocab", "feature", "group", "example", "rank", "expert", "component", "receiver", "span",
-    "sender", "site",
-)  # fmt: skip
-
 Tokens: TypeAlias = Int[Tensor, "batch pos"]
-Mask: TypeAlias = Bool[Tensor, "batch pos"]
-Residual: TypeAlias = Float[Tensor, "batch pos d_model"]
-Neurons: TypeAlias = Float[Tensor, "batch pos neuron"]
-Heads: TypeAlias = Float[Tensor, "batch pos head d_head"]
-Pattern: TypeAlias = Float[Tensor, "batch head q_pos k_pos"]
-Logits: TypeAlias = Float[Tensor, "batch pos vocab"]
