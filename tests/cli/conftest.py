@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests import families
 
@@ -36,6 +37,41 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n".join([TEXT] * 40))
+    return path
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of one layer as a GGUF file of 40 KiB."""
+    import gguf
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_context_length(64)
+    file.add_embedding_length(32)
+    file.add_block_count(1)
+    file.add_feed_forward_length(48)
+    file.add_head_count(4)
+    file.add_head_count_kv(4)
+    file.add_layer_norm_rms_eps(1e-5)
+    file.add_rope_dimension_count(8)
+    file.add_vocab_size(20)
+    file.add_tokenizer_model("gpt2")
+    file.add_token_list([*map(chr, range(97, 115)), "ab", "abc"])
+    file.add_token_merges(["a b", "ab c"])
+    file.add_bos_token_id(0)
+    file.add_eos_token_id(1)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (20, 32), "output_norm": (32,), "output": (20, 32)}
+    shapes |= {f"blk.0.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
+    shapes |= {f"blk.0.attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (48, 32), "blk.0.ffn_up": (48, 32), "blk.0.ffn_down": (32, 48)}
+    draw = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        file.add_tensor(f"{name}.weight", draw.standard_normal(shape).astype(np.float32))
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
     return path
 
 

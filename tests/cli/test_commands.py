@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors import safe_open
 from tests import families
 
@@ -89,6 +90,15 @@ def test_run_writes_captures_with_their_axes(cli: Cli, saved: Path, tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.safetensors"]
     plan = json.loads(cli("run", "the cat sat", "-m", saved, "-c", "*.mlp.post", "--plan", "--json").out)
     assert plan["bytes"]["*.mlp.post"] == 3 * 3 * families.D_MLP * 4
+
+
+def test_captures_that_are_one_tensor_are_written_as_two(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    done = cli("run", "the cat sat", "-m", saved, "-c", "*.resid_post", "-c", "*.resid_pre", "-o", file)
+    assert done.code == 0, done.err
+    with safe_open(file, "pt") as held:
+        assert len(held.keys()) == 2 * families.N_LAYERS + 1  # and the tokens
+        assert torch.equal(held.get_tensor("0.resid_post"), held.get_tensor("1.resid_pre"))
 
 
 def test_atlas_writes_tables_pages_and_manifest(cli: Cli, saved: Path, text: Path, tmp_path: Path) -> None:

@@ -70,6 +70,19 @@ def test_layers_stack_and_negative_layers_count_from_the_end() -> None:
         run["0.resid_pre"]
 
 
+@pytest.mark.parametrize(
+    ("options", "layers"), [({"stop_at": 2}, [0, 1]), ({"edits": [mt.Skip(1)]}, [0, 2]), ({}, [0, 1, 2])]
+)
+def test_all_layers_of_a_run_are_those_that_it_reached(options: dict[str, Any], layers: list[int]) -> None:
+    run = mt.map(families.build("llama-gqa")).run(ids(), capture="*.mlp.post", **options)
+    assert torch.equal(run["*.mlp.post"], torch.stack([run[f"{i}.mlp.post"] for i in layers]))
+    assert torch.equal(run["*.mlp.post[3]@-1"], run["*.mlp.post"][:, :, -1:, 3:4])
+    assert run.dataset("*.mlp.post")["layer"].values.tolist() == layers
+    assert "*.mlp.post" in run
+    with pytest.raises(mt.errors.SiteError, match=r'"0\.mlp_out" was not captured'):
+        run["*.mlp_out"]
+
+
 def test_what_is_not_wanted_is_not_computed() -> None:
     model = mt.map(families.build("llama-gqa"))
     seen: list[int] = []
@@ -99,20 +112,35 @@ def test_observers_see_what_captures_keep() -> None:
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "deepseek_v3-qlora"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "deepseek_v3-qlora", "phi3", "falcon-gqa", "bloom", "codegen"])
 def test_the_plan_is_what_is_kept(name: str) -> None:
+    """Counted in whole storages: a tensor cut out of a larger one would keep all of that."""
     model = mt.map(families.build(name))
-    for address in ("*.resid_post", "1.attn.pattern[2]@-1", "*.mlp_out[0-4]@2-5", "1.attn.z@last"):
+    everywhere = [str(site) for site in model.anatomy.taps if site.layer in (None, 1)]
+    for address in ("*.resid_post", "1.attn.pattern[2]@-1", "*.mlp_out[0-4]@2-5", "1.attn.z@last", *everywhere):
         plan = model.plan(ids(), address)
         run = model.run(ids(), capture=address)
-        kept = sum(x.numel() * x.element_size() for x in run.captured.values())
-        assert plan.bytes_by_address[address] == kept
-        assert plan.logits_bytes == run.logits.nbytes
+        kept = sum(x.untyped_storage().nbytes() for x in run.captured.values())
+        assert plan.bytes_by_address[address] == kept, address
+        assert plan.logits_bytes == run.logits.untyped_storage().nbytes()
     with pytest.raises(
         mt.errors.BudgetError,
         match=r"most of it logits; got [\d.,]+ (B|KiB); allowed: 10 B, which is [\d.,]+ (B|KiB) less",
     ):
         model.run(ids(), budget=10)
+
+
+def test_only_what_is_cut_out_of_a_larger_tensor_is_copied() -> None:
+    model, seen = mt.map(families.build("phi3")), dict[str, Tensor]()
+    sites = ["1.mlp.gate", "1.mlp.post", "1.resid_post", "1.attn.z"]
+    look = dict.fromkeys(sites, lambda site, x: seen.update({str(site): x}))
+    for grad in (False, True):
+        run = model.run(ids(), capture=sites, observe=look, grad=grad)
+        same = {name for name, x in seen.items() if run[name].data_ptr() == x.data_ptr()}
+        assert same == set(sites if grad else sites[1:])
+        assert all(torch.equal(run[name], x) for name, x in seen.items())
+    grads = run.grad(run["1.mlp.gate"].sum())  # through the capture itself
+    assert torch.equal(grads["1.mlp.gate"], torch.ones_like(run["1.mlp.gate"]))
 
 
 def test_a_dataset_has_axes_coordinates_and_provenance() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,9 +177,34 @@ def test_edits_are_values(tmp_path: Path) -> None:
         mt.load_edits(tmp_path / "bad")
 
 
+def test_edits_that_share_a_tensor_are_saved(tmp_path: Path) -> None:
+    v = torch.arange(40.0)
+    parts = (v, v, v.view(1, 40), v[:20], v[10:30])
+    edits: list[mt.Edit] = [mt.Add("1.mlp_out", part) for part in parts]
+    mt.save_edits(tmp_path / "e.safetensors", edits)
+    assert mt.load_edits(tmp_path / "e.safetensors") == edits
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [(lambda x: x.double() * 2, mt.Scale("1.mlp_out", 2.0)), (lambda x: x.isfinite(), mt.Set("1.mlp_out", 1.0))],
+)
+def test_what_a_function_returns_is_taken_in_the_models_type(model: mt.Model, change: Any, same: mt.Edit) -> None:
+    expected = model.run(ids(), edits=[same]).logits
+    got = model.run(ids(), edits=[mt.Map("1.mlp_out", change)]).logits
+    assert got.dtype == model.dtype
+    assert (got - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
+        (lambda: mt.Map("1.resid_post", lambda x: x + 1j), "returned complex numbers"),
+        (lambda: mt.Set("1.resid_post", torch.zeros(40, dtype=torch.complex64)), "got torch.complex64; allowed"),
+        (
+            lambda: mt.SwapFrom("1.mlp_out", source={"1.mlp_out": torch.zeros(40)}),
+            r"does not fit 1\.mlp_out; got shape \[40\]; allowed: a tensor \[batch, pos, d_model\]",
+        ),
         (lambda: mt.Set("1.resid_post", torch.zeros(3)), r"does not fit 1\.resid_post; got shape \[3\]; allowed"),
         (lambda: mt.Rotate("1.resid_post", torch.ones(40, 40)), "is not a rotation"),
         (lambda: mt.Project("1.resid_post", torch.ones(2, 7)), "a basis does not fit"),

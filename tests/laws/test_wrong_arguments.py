@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from tests import families
@@ -26,6 +27,7 @@ def swept(*cells, metric=mt.Probability(11)):
     return model.sweep(ids, cells, metric)
 
 
+kept = model.run(ids, capture="0.mlp_out", grad=True)
 for call in (
     lambda: model.run(None),
     lambda: model.run([[6.7, 8.9]]),
@@ -64,6 +66,32 @@ for call in (
     lambda: mt.tasks.build("induction", model, "3"),
     lambda: mt.tasks.build("induction", model, 3, seed=0.5),
     lambda: mt.tasks.build("induction", model, 3, length="a"),
+    lambda: mt.Zero(3),
+    lambda: mt.Zero("0.mlp_out", rows=0),
+    lambda: mt.Zero("0.mlp_out", rows=(0.5,)),
+    lambda: mt.Zero("0.mlp_out", rows=(True, False)),
+    lambda: mt.Noise("0.mlp_out", seed="1"),
+    lambda: mt.SwapFrom("0.mlp_out", source="x"),
+    lambda: model.run(ids, edits=mt.SwapFrom("0.mlp_out", source={"0.mlp_out": [1.0]})),
+    lambda: mt.Skip(1.5),
+    lambda: mt.Skip(None),
+    lambda: mt.Skip(["1"]),
+    lambda: mt.Skip(True),
+    lambda: mt.Skip([]),
+    lambda: mt.Repeat(1, 1.5),
+    lambda: mt.ScaleBlock(1, "2"),
+    lambda: model.run(ids, stop_at="1"),
+    lambda: model.run(ids, stop_at=True),
+    lambda: model.run(ids, observe=["0.mlp_out"]),
+    lambda: model.run(ids, observe={"0.mlp_out": 3}),
+    lambda: model.run(ids, padding="Left"),
+    lambda: kept.grad(kept.logits),
+    lambda: kept.grad(torch.tensor(1.0)),
+    lambda: kept.grad(1.0),
+    lambda: mt.contributions(model, ids, detail=("sources",)),
+    lambda: mt.contributions(model, ids, detail="neurons"),
+    lambda: model.generate("a", max_new_tokens="3"),
+    lambda: model.generate("a", max_new_tokens=2.5),
 ):
     try:
         call()
@@ -110,6 +138,32 @@ SAID = [
     "PromptError: a task has at least one pair; got n='3'",
     "PromptError: a task cannot be drawn with this seed; got 0.5",
     "PromptError: the task \"induction\" cannot use this length; got 'a'",
+    'SiteError: cannot read the address "3"',
+    "EditError: Zero on 0.mlp_out cannot use these rows; got 0; allowed: a tuple of row numbers",
+    "EditError: Zero on 0.mlp_out cannot use these rows; got (0.5,)",
+    "EditError: Zero on 0.mlp_out cannot use these rows; got (True, False)",
+    "EditError: Noise on 0.mlp_out cannot use this seed; got str; allowed: an integer",
+    "EditError: SwapFrom on 0.mlp_out cannot use this source; got str; allowed: a run, or a mapping",
+    "EditError: the source of SwapFrom does not fit 0.mlp_out; got list; allowed: a tensor [batch, pos, d_model]",
+    "SiteError: cannot read layers; got 1.5; allowed: an integer, a range",
+    "SiteError: cannot read layers; got None",
+    "SiteError: cannot read layers; got ['1']",
+    "SiteError: cannot read layers; got True",
+    "SiteError: cannot read layers; got []",
+    "EditError: Repeat of layers 1 cannot use this times; got float; allowed: an integer",
+    "EditError: ScaleBlock of layers 1 cannot use this factor; got str; allowed: a number or a tensor",
+    "SiteError: cannot stop at layer '1' of GPT2LMHeadModel; allowed: 0 to 2",
+    "SiteError: cannot stop at layer True of GPT2LMHeadModel",
+    "SiteError: cannot observe this; got ['0.mlp_out']; allowed: a mapping from addresses to functions",
+    "SiteError: cannot observe this; got {'0.mlp_out': 3}",
+    'PromptError: cannot pad on this side; got \'Left\'; allowed: "left" or "right"',
+    "SiteError: no gradient of this can be taken; got shape [1, 3, 101]; allowed: a tensor of one number",
+    "SiteError: no gradient of this can be taken; got shape [] without a graph",
+    "SiteError: no gradient of this can be taken; got float",
+    'SiteError: contributions have no such detail; got \'sources\'; allowed: "component", "source", "neuron"',
+    "SiteError: contributions have no such detail; got 'neurons'",
+    "PromptError: a generation adds tokens; got max_new_tokens='3'; allowed: 1 or more",
+    "PromptError: a generation adds tokens; got max_new_tokens=2.5",
 ]
 
 
@@ -120,6 +174,40 @@ def test_each_wrong_argument_has_one_clear_line() -> None:
     for line, said in zip(lines, SAID, strict=True):
         assert line.startswith(said), line
         assert "To do: " in line
+
+
+NUMPY = """
+import sys
+import numpy as np
+import microtome as mt
+
+one, three = np.int64(1), np.int64(3)
+half, two = np.float32(0.5), np.float16(2)
+edits = [
+    mt.Add("0.mlp_out", half, half), mt.Scale("1.mlp_out", two), mt.Clamp("1.mlp_out", low=half, high=three),
+    mt.Noise("1.mlp_out", std=half, seed=three), mt.Skip(one), mt.Repeat(one, three), mt.ScaleBlock([one, three], half),
+    mt.Zero("1.mlp_out", rows=np.arange(2)),
+]
+mt.save_edits(sys.argv[1], edits)
+again = mt.load_edits(sys.argv[1])
+assert again == edits, (again, edits)
+print(*again, sep="\\n")
+"""
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", NUMPY, str(tmp_path / "e.safetensors")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [
+        "Add('0.mlp_out', value=0.5, strength=0.5)",
+        "Scale('1.mlp_out', factor=2.0)",
+        "Clamp('1.mlp_out', low=0.5, high=3)",
+        "Noise('1.mlp_out', std=0.5, seed=3)",
+        "Skip(1)",
+        "Repeat(1, times=3)",
+        "ScaleBlock([1, 3], factor=0.5)",
+        "Zero('1.mlp_out', rows=(0, 1))",
+    ], done.stderr
 
 
 def test_a_lone_edit_is_taken_as_one() -> None:

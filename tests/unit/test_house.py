@@ -292,6 +292,15 @@ def test_house(rule: Rule) -> None:
     assert not faults, f"{rule.__doc__}\n" + "\n".join(faults)
 
 
+def test_every_array_type_is_of_use() -> None:
+    """A name of `axes` that nothing imports is dead."""
+    found = [module for _, module in modules()]
+    taken = {name for module in found for _, target, name in module.imports() if target == f"{PACKAGE}.axes"}
+    (axes,) = (module for module in found if module.name == f"{PACKAGE}.axes")
+    made = {ast.unparse(node.target) for node in axes.nodes if isinstance(node, ast.AnnAssign)}
+    assert made <= taken, f"nothing imports {', '.join(sorted(made - taken))}"
+
+
 def test_tests_cited_in_the_documents_exist() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     faults = [f"{p.name}:{f}" for p in pages for f in cited_tests(Module("x", p.read_text(encoding="utf-8")))]

@@ -97,6 +97,34 @@ def test_a_generation_adds_tokens(model: mt.Model, wanted: int) -> None:
         model.generate("abc", max_new_tokens=wanted)
 
 
+@pytest.mark.parametrize("name", ["return_dict_in_generate", "output_scores"])
+def test_a_generation_gives_texts_alone(model: mt.Model, name: str) -> None:
+    with pytest.raises(
+        mt.errors.PromptError, match=f"gives texts and nothing else; got {name}=True.*model.hf.generate"
+    ):
+        model.generate("abc", **{name: True})
+
+
+def test_what_a_models_own_settings_ask_of_a_generation_is_left_out() -> None:
+    hf = families.build("llama-gqa")
+    expected = mt.map(hf, tokenizer=Words()).generate("abc", max_new_tokens=3)
+    hf.generation_config.return_dict_in_generate = True
+    assert mt.map(hf, tokenizer=Words()).generate("abc", max_new_tokens=3) == expected
+
+
+@pytest.mark.parametrize("pad", [families.VOCAB, -1])
+@pytest.mark.parametrize("eos", [2, families.VOCAB + 1])
+def test_a_pad_outside_the_embedding_is_not_used(model: mt.Model, pad: int, eos: int) -> None:
+    class Odd(Words):
+        pad_token_id = pad
+        eos_token_id = eos
+
+    odd = mt.map(families.build("llama-gqa"), tokenizer=Odd())
+    got, expected = odd.run(ROWS), model.run(ROWS)
+    assert torch.equal(got.logits[got.mask], expected.logits[expected.mask])
+    assert odd.generate(["abc", "d"], max_new_tokens=3) == model.generate(["abc", "d"], max_new_tokens=3)
+
+
 def test_a_generation_ends_with_the_context(model: mt.Model) -> None:
     with pytest.raises(mt.errors.PromptError, match="too little room .*; got 62 new tokens; allowed: 61"):
         model.generate("abc", max_new_tokens=62)

@@ -141,6 +141,7 @@ def _write(result: Run, output: Path) -> None:
     from safetensors.torch import save_file
 
     from microtome.atlas import put_in_place
+    from microtome.run import apart
 
     place = output.resolve()
     partial = place.with_name(f".{place.name}.{os.getpid()}.part")
@@ -149,9 +150,7 @@ def _write(result: Run, output: Path) -> None:
             _dataset(result).to_zarr(partial, mode="w")
             put_in_place(partial, place)
         else:
-            tensors = {str(a): x.detach().cpu().contiguous() for a, x in result.captured.items()} | {
-                "tokens": result.tokens
-            }
+            tensors = apart({str(a): x for a, x in result.captured.items()} | {"tokens": result.tokens})
             axes = {str(a): list(result.dims(a)) for a in result.captured}
             told = {k: json.dumps(v) for k, v in (result.provenance | {"axes": axes, "words": result.words}).items()}
             save_file(tensors, partial, metadata=told)

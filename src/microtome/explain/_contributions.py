@@ -8,7 +8,7 @@ Formula:  x_final = embed + sum_l (attn_out_l + mlp_out_l),  logit_t = u . x_fin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -55,10 +55,12 @@ def contributions(
         raises the answer. For models that cap logits, `logit` is before the cap.
 
     Raises:
-        SiteError: the model adds to a stream in a way that has no such sum (norms on the stream itself).
+        SiteError: the model adds to a stream in a way that has no such sum (norms on the stream itself), or there is no
+            such detail.
         PromptError: the answer or the foil is not one token.
     """
     refuse_unless_sum(model)
+    detail = _details(detail)
     at = f"@{position}"
     said = "logits" if model.anatomy.logit_softcap is None else "final"
     wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{said}{at}"]
@@ -84,6 +86,22 @@ def refuse_unless_sum(model: Model) -> None:
             got="norms on the residual stream itself, or a head with a transform of its own",
             do="use a causal model with norms before its branches",
         )
+
+
+def _details(given: Any) -> tuple[Detail, ...]:
+    """The details asked for, one alone or several.
+
+    Raises:
+        SiteError: one of them is none.
+    """
+    asked: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given)
+    wrong = [name for name in asked if name not in get_args(Detail)]
+    if wrong:
+        allowed = ", ".join(f'"{name}"' for name in get_args(Detail))
+        raise error(
+            SiteError, "contributions have no such detail", got=repr(wrong[0]), allowed=allowed, do="name one of these"
+        )
+    return asked
 
 
 def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:

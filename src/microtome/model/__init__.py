@@ -19,6 +19,7 @@ from microtome.model._sites import Address as Address
 from microtome.model._sites import Rule as Rule
 from microtome.model._sites import Selection as Selection
 from microtome.model._sites import Site as Site
+from microtome.model._sites import integer as integer
 from microtome.model._sites import parse as parse
 from microtome.model._sites import parse_selection as parse_selection
 from microtome.model._weights import LayerWeights as LayerWeights

@@ -13,9 +13,10 @@ Negative integers count from the end. `str(parse(text))` is the canonical spelli
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from microtome.errors import SiteError, error, nearest
 
@@ -181,6 +182,7 @@ class Address:
         return replace(self, layers=None if layer is None else Selection(((layer, layer),)))
 
 
+_SELECTIONS = 'an integer, a range "3-7", a list "1,4,9" or "*"'
 _ITEM = re.compile(r"(-?\d+)(?:-(-?\d+))?$")
 _ADDRESS = re.compile(
     r"(?:(?P<layers>\*|-?\d[\d,-]*)\.)?(?P<name>[A-Za-z_][A-Za-z_.]*?)(?:\[(?P<units>[^\]]*)\])?(?:@(?P<positions>.+))?$"
@@ -198,7 +200,7 @@ def _selection(text: str, what: str, whole: str) -> Selection:
                 SiteError,
                 f'cannot read {what} in "{whole}"',
                 got=f'"{text}"',
-                allowed='an integer, a range "3-7", a list "1,4,9" or "*"',
+                allowed=_SELECTIONS,
                 do=f"write {what} as one of these",
             )
         low = int(match[1])
@@ -209,13 +211,33 @@ def _selection(text: str, what: str, whole: str) -> Selection:
     return Selection(tuple(ranges))
 
 
+def integer(value: Any) -> int:
+    """A whole number of any library as Python's own.
+
+    Raises:
+        TypeError: it is none: a truth value, text, or what would have to be rounded.
+    """
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError("a truth value")
+    return operator.index(value)
+
+
 def parse_selection(text: str | int | list[int], what: str = "a selection") -> Selection:
-    """Read a selection: an int, a list of ints, or text such as ``"3-7"``, ``"1,4,9"`` or ``"*"``."""
-    if isinstance(text, int):
-        return Selection(((text, text),))
-    if isinstance(text, list):
-        return Selection(tuple((i, i) for i in text))
-    return _selection(text, what, text)
+    """Read a selection: an int, a list of ints, or text such as ``"3-7"``, ``"1,4,9"`` or ``"*"``.
+
+    Raises:
+        SiteError: it is none of these.
+    """
+    if isinstance(text, str):
+        return _selection(text, what, text)
+    try:
+        chosen = [integer(i) for i in (text if isinstance(text, list) else [text])]
+    except TypeError:
+        chosen = []
+    if not chosen:
+        do = f"write {what} as one of these"
+        raise error(SiteError, f"cannot read {what}", got=repr(text), allowed=_SELECTIONS, do=do)
+    return Selection(tuple((i, i) for i in chosen))
 
 
 def _positions(text: str, whole: str) -> Selection | Rule:
@@ -236,7 +258,8 @@ def parse(text: str | Address) -> Address:
     """
     if isinstance(text, Address):
         return text
-    match = _ADDRESS.match(text.strip())
+    given: Any = text
+    match = _ADDRESS.match(given.strip()) if isinstance(given, str) else None
     if not match:
         raise error(
             SiteError,

@@ -20,7 +20,6 @@ from microtome.run._edits import Rotate as Rotate
 from microtome.run._edits import Scale as Scale
 from microtome.run._edits import Set as Set
 from microtome.run._edits import SiteEdit as SiteEdit
-from microtome.run._edits import SwapFrom as SwapFrom
 from microtome.run._edits import Zero as Zero
 from microtome.run._frozen import Freeze as Freeze
 from microtome.run._knockout import KnockOut as KnockOut
@@ -40,5 +39,7 @@ from microtome.run._plan import Plan as Plan
 from microtome.run._proof import Check as Check
 from microtome.run._proof import prove as prove
 from microtome.run._result import Run as Run
+from microtome.run._saved import apart as apart
 from microtome.run._saved import load_edits as load_edits
 from microtome.run._saved import save_edits as save_edits
+from microtome.run._swap import SwapFrom as SwapFrom

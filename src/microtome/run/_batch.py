@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,10 +10,12 @@ import torch
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
-from microtome.model import Rule, Selection
+from microtome.model import Rule, Selection, integer
 
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
 """Text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a tokenizer gave."""
+
+SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,11 @@ def to_batch(
 
     Raises:
         PromptError: the prompt is empty, longer than the context, holds ids outside the vocabulary, or is text while
-            the model has no tokenizer.
+            the model has no tokenizer; or there is no such side.
     """
+    if side not in SIDES:
+        do = "name one of these"
+        raise error(PromptError, "cannot pad on this side", got=repr(side), allowed='"left" or "right"', do=do)
     rows = rows_of(prompt, tokenizer)
     for i, row in enumerate(rows):
         if not row:
@@ -120,18 +124,19 @@ def to_batch(
                 do="tokenise with this model's tokenizer",
             )
     width = max(len(row) for row in rows)
-    pad = _pad_id(tokenizer)
+    pad = pad_id(tokenizer, n_vocab) or 0
     pads = tuple(width - len(row) if side == "left" else 0 for row in rows)
     filled = [[pad] * p + row + [pad] * (width - len(row) - p) for row, p in zip(rows, pads, strict=True)]
     return Batch(torch.tensor(filled, device=device), tuple(len(row) for row in rows), pads)
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any, n_vocab: int) -> int | None:
+    """The id by which a tokenizer fills rows, if the embedding has it. Pads are masked, so that any such id does."""
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
-        if isinstance(value, int):
+        if isinstance(value, int) and 0 <= value < n_vocab:
             return value
-    return 0
+    return None
 
 
 def rows_of(prompt: Any, tokenizer: Any) -> list[list[int]]:
@@ -178,11 +183,8 @@ def rows_of(prompt: Any, tokenizer: Any) -> list[list[int]]:
 
 def _id(item: Any) -> int:
     """One token id: what is an integer, and neither a truth value nor a number that would have to be rounded."""
-    kind = item.dtype if isinstance(item, Tensor) else type(item)
     try:
-        if kind is bool or kind == torch.bool:
-            raise TypeError
-        return operator.index(item)
+        return integer(item)
     except TypeError:
         shown = f"{item!r}"
         raise error(

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from microtome.model import integer, parse_selection
+from microtome.run._edit_values import settle
 from microtome.run._edits import Edit
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Skip(Edit):
-    """Leave out whole blocks: what enters layer l leaves it unchanged. Costs nothing where it skips."""
+class BlockEdit(Edit):
+    """The base of edits of whole blocks.
+
+    Attributes:
+        layers: a layer, or a selection such as "3-7".
+    """
 
     layers: str | int
+
+    def __post_init__(self) -> None:
+        layers: Any = self.layers
+        parse_selection(layers, "layers")
+        if isinstance(layers, list):
+            object.__setattr__(self, "layers", [integer(layer) for layer in layers])
+        settle(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Repeat(Edit):
+class Skip(BlockEdit):
+    """Leave out whole blocks: what enters layer l leaves it unchanged. Costs nothing where it skips."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Repeat(BlockEdit):
     """Run blocks several times in a row, each on its own output."""
 
-    layers: str | int
     times: int = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ScaleBlock(Edit):
+class ScaleBlock(BlockEdit):
     """Scale what blocks add: resid_post = resid_pre + factor * (resid_post - resid_pre)."""
 
-    layers: str | int
     factor: float = 1.0

@@ -26,7 +26,8 @@ from torch import Tensor
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Address, NormWeights, Site, parse
 from microtome.run._block_edits import Skip
-from microtome.run._edits import Add, Edit, Set, SiteEdit, Source
+from microtome.run._edits import Add, Edit, Set, SiteEdit
+from microtome.run._swap import Source
 
 if TYPE_CHECKING:
     from microtome.run._model import Model

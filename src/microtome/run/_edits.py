@@ -10,30 +10,22 @@ as soon as the run is over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from microtome.errors import EditError, error
 from microtome.model import Address, Site, parse
-from microtome.run._edit_values import refuse_unsound
+from microtome.run._edit_values import settle
 
 Values = Tensor | float | int
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Something that holds the tensors of another run, such as a `Run`."""
-
-    def whole(self, site: Site) -> Tensor:
-        """All of a site: [batch, pos, ...]."""
-        ...
-
-
-def _digest(value: object) -> bytes:
+def digest_of(value: object) -> bytes:
+    """What stands for a value in the hash of an edit."""
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous()
         return f"{flat.dtype}{tuple(flat.shape)}".encode() + flat.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -55,7 +47,7 @@ class Edit:
     def digest(self) -> str:
         """A hash of the kind of edit and all it holds."""
         parts = [type(self).__name__.encode()] + [
-            f.name.encode() + _digest(getattr(self, f.name)) for f in fields(self)
+            f.name.encode() + digest_of(getattr(self, f.name)) for f in fields(self)
         ]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
@@ -88,11 +80,7 @@ class SiteEdit(Edit):
 
     def __post_init__(self) -> None:
         parse(self.site)
-        refuse_unsound(self)
-        if self.rows is not None:
-            object.__setattr__(self, "rows", tuple(self.rows))
-        if self.rows == ():
-            raise error(EditError, f"{self!r} names no rows", do="name at least one, or leave rows= out for all")
+        settle(self)
 
     @property
     def address(self) -> Address:
@@ -152,7 +140,12 @@ class Where:
         return x if self.units is None else x[:, :, self.units]
 
 
-def _fits(value: Values, x: Tensor, where: Where) -> Values:
+def fitted(value: Values, x: Tensor, where: Where) -> Values:
+    """A value in the type and place of the selected part x.
+
+    Raises:
+        EditError: it does not broadcast against x.
+    """
     if not isinstance(value, Tensor):
         return value
     try:
@@ -176,7 +169,7 @@ class Set(SiteEdit):
 
     def change(self, x: Tensor, where: Where) -> Tensor:
         """Value, broadcast to x."""
-        value = _fits(self.value, x, where)
+        value = fitted(self.value, x, where)
         return value.expand_as(x) if isinstance(value, Tensor) else torch.full_like(x, float(value))
 
 
@@ -189,7 +182,7 @@ class Add(SiteEdit):
 
     def change(self, x: Tensor, where: Where) -> Tensor:
         """The sum."""
-        return x + self.strength * _fits(self.value, x, where)
+        return x + self.strength * fitted(self.value, x, where)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -200,7 +193,7 @@ class Scale(SiteEdit):
 
     def change(self, x: Tensor, where: Where) -> Tensor:
         """The product."""
-        return x * _fits(self.factor, x, where)
+        return x * fitted(self.factor, x, where)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -225,7 +218,7 @@ class Mean(SiteEdit):
         """The mean, the same for every row and position."""
         if self.mean is None:
             return _mean(x, where).expand_as(x)
-        value = _fits(self.mean, x, where)
+        value = fitted(self.mean, x, where)
         assert isinstance(value, Tensor)
         return value.expand_as(x)
 
@@ -253,7 +246,12 @@ def _mean(x: Tensor, where: Where) -> Tensor:
     return total / counted.sum((0, 1), keepdim=True).clamp(min=1)
 
 
-def _check_width(name: str, width: int, x: Tensor, where: Where) -> None:
+def check_width(name: str, width: int, x: Tensor, where: Where) -> None:
+    """Refuse vectors that are not as wide as the site.
+
+    Raises:
+        EditError: they are not.
+    """
     if width != x.shape[-1]:
         raise error(
             EditError,
@@ -280,7 +278,7 @@ class Project(SiteEdit):
         """x minus its part in the span of the basis, or that part."""
         if self.basis is None:
             raise error(EditError, f"Project on {where.site} has no basis", do="give basis= [rank, d]")
-        _check_width("a basis", self.basis.shape[-1], x, where)
+        check_width("a basis", self.basis.shape[-1], x, where)
         q = orthonormal(self.basis).to(device=x.device, dtype=x.dtype)
         inside = (x @ q) @ q.T
         return inside if self.onto else x - inside
@@ -312,7 +310,7 @@ class Rotate(SiteEdit):
     def change(self, x: Tensor, where: Where) -> Tensor:
         """The rotated vectors."""
         assert self.matrix is not None
-        _check_width("a rotation", self.matrix.shape[-1], x, where)
+        check_width("a rotation", self.matrix.shape[-1], x, where)
         return x @ self.matrix.to(device=x.device, dtype=x.dtype).T
 
 
@@ -335,7 +333,7 @@ class Map(SiteEdit):
     function: Callable[[Tensor], Tensor] | None = None
 
     def change(self, x: Tensor, where: Where) -> Tensor:
-        """What the function returns; it must keep the shape."""
+        """What the function returns, in the type and place of x; it must keep the shape."""
         if self.function is None:
             raise error(EditError, f"Map on {where.site} has no function", do="give function=")
         new: Any = self.function(x.clone())
@@ -348,109 +346,11 @@ class Map(SiteEdit):
                 allowed=str(list(x.shape)),
                 do="return a tensor like the one given",
             )
-        return new
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SwapFrom(SiteEdit):
-    """Put in place what another run had at the same site, rows, positions and units, or its part inside a subspace.
-
-    Attributes:
-        source: the other run, which must have captured the whole site, or a mapping from sites to such tensors. One
-            row there serves all rows here.
-        basis: [rank, d] or [d] along the site's last axis: swap only what lies in its span, x + (source - x) Q Qᵀ. It
-            need not be orthonormal or independent.
-    """
-
-    source: Source | Mapping[str, Tensor] | None = None
-    basis: Tensor | None = None
-
-    def _of(self, site: Site) -> Tensor:
-        if isinstance(self.source, Mapping):
-            if str(site) not in self.source:
-                raise error(
-                    EditError,
-                    f"the source of SwapFrom has no {site}",
-                    got=", ".join(self.source),
-                    do="capture that site whole",
-                )
-            return self.source[str(site)]
-        if self.source is None:
-            raise error(EditError, f"SwapFrom on {site} has no source", do="give source= a run or a mapping")
-        return self.source.whole(site)
-
-    def change(self, x: Tensor, where: Where) -> Tensor:
-        """The other run's values."""
-        self._same_positions(where)
-        source = canonical(self._of(where.site), where.site)
-        try:
-            value = where.cut_source(source).to(device=x.device, dtype=x.dtype)
-        except IndexError:
+        if new.is_complex() and not x.is_complex():
             raise error(
-                EditError,
-                f"the source of SwapFrom lacks rows or positions of {self.site}",
-                got=f"{source.shape[0]} rows of {source.shape[1]} positions",
-                do="run the other prompts in a batch of the same rows and length, or name positions that both have",
-            ) from None
-        fitted = _fits(value, x, where)
-        assert isinstance(fitted, Tensor)
-        if self.basis is None:
-            return fitted.expand_as(x)
-        _check_width("a basis", self.basis.shape[-1], x, where)
-        q = orthonormal(self.basis).to(device=x.device, dtype=x.dtype)
-        return x + (fitted - x) @ q @ q.T
-
-    def _same_positions(self, where: Where) -> None:
-        """Refuse a source whose tokens stand elsewhere, so that one position would be another there."""
-        there, here = getattr(self.source, "batch", None), where.tokens
-        if there is None or here is None:
-            return
-        rows = list(zip(there.pads, there.lengths, strict=True))
-        if where.row is not None and len(rows) > 1:
-            rows = rows[where.row : where.row + 1]
-        if len(rows) not in (1, len(here)):
-            return  # refused for its shape
-        rows = rows * len(here) if len(rows) == 1 else rows
-        positions = self.address.positions
-        from_end = positions == "last" if isinstance(positions, str) else positions.from_end
-        if any(a[0] != b[0] or (from_end and a[1] != b[1]) for a, b in zip(rows, here, strict=True)):
-            raise error(
-                EditError,
-                f"{self.site} names other columns in the source of SwapFrom: its tokens stand elsewhere",
-                got=f"rows of (pads, tokens) {rows}",
-                allowed=f"{list(here)}",
-                do="pad both runs alike, and count positions from the start where lengths differ",
+                EditError, f"the function of Map on {where.site} returned complex numbers", do="return real ones"
             )
-        self._long_enough(rows, here, where)
-
-    def _long_enough(self, there: list[tuple[int, int]], here: Sequence[tuple[int, int]], where: Where) -> None:
-        """Refuse a source one of whose rows ends before the last position that is asked of it: what follows is pads."""
-        chosen = range(len(here)) if where.rows is None else where.rows.tolist()
-        for row in chosen:
-            first, length = there[row]
-            last = here[row][0] + here[row][1] - 1
-            if where.columns is not None:
-                last = int(where.columns[row].max()) + where.offset
-            if last >= first + length and not self._generated(where, last):
-                raise error(
-                    EditError,
-                    f"the source of SwapFrom ends before the last position of {self.site}",
-                    got=f"{length} tokens there, position {last - first} asked for",
-                    do="name positions that both have, or run a prompt as long",
-                )
-
-    @staticmethod
-    def _generated(where: Where, column: int) -> bool:
-        """Whether a column comes after the prompt, where the source's shape alone decides."""
-        return where.prompt is not None and column >= where.prompt
-
-    def digest(self) -> str:
-        """A hash of the address and of the other run's tensors."""
-        held = self.source if isinstance(self.source, Mapping) else getattr(self.source, "captured", {})
-        parts = [str(k).encode() + _digest(v) for k, v in sorted(held.items(), key=lambda kv: str(kv[0]))]
-        return hashlib.sha256(
-            b"\0".join([b"SwapFrom", self.site.encode(), repr(self.rows).encode(), _digest(self.basis), *parts])
-        ).hexdigest()
+        return new.to(x)
 
 
 def canonical(x: Tensor, site: Site) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from microtome.errors import EditError, PromptError, SiteError, error
-from microtome.model import Anatomy, LayerWeights, NormWeights, Weights
-from microtome.run._batch import Batch, Prompt, to_batch
+from microtome.model import Anatomy, LayerWeights, NormWeights, Weights, integer
+from microtome.run._batch import Batch, Prompt, pad_id, to_batch
 from microtome.run._cells import Sweep, SweepPlan, plan_sweep, sweep
 from microtome.run._edges import Edge
 from microtome.run._edits import Edit, SiteEdit
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from microtome.run._proof import Check
 
 _version = cache(version)  # every run records them, and reading a package's metadata takes as long as a small forward
+
+NOT_TEXT = (
+    "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+)  # fmt: skip
+"""Options of a generation that ask for more than texts."""
 
 
 class Model:
@@ -326,10 +331,7 @@ class Model:
             raise error(
                 PromptError, f"{self.anatomy.name} looks both ways, and cannot continue a text", do="use a causal model"
             )
-        if max_new_tokens < 1:
-            raise error(
-                PromptError, "a generation adds tokens", got=f"max_new_tokens={max_new_tokens}", allowed="1 or more"
-            )
+        _refuse_options(max_new_tokens, options)
         if self.tokenizer is None:
             raise error(
                 PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids"
@@ -344,9 +346,9 @@ class Model:
                 allowed=f"{room}",
                 do="shorten the prompt",
             )
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        pad = pad if pad is not None else self.tokenizer.eos_token_id
-        options = {"do_sample": False, "pad_token_id": pad} | options
+        pad = pad_id(self.tokenizer, self.anatomy.d_vocab)
+        # A model's own settings may ask for more than tokens.
+        options = {"do_sample": False, "pad_token_id": pad} | options | {"return_dict_in_generate": False}
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask.long(), "max_new_tokens": max_new_tokens}
         rig, began = Rig(self.hf, self.anatomy.attention, self.anatomy.n_heads), False
 
@@ -367,3 +369,26 @@ class Model:
                 ) from problem
         texts = [self.tokenizer.decode(row[batch.tokens.shape[1] :], skip_special_tokens=True) for row in out]
         return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
+
+
+def _refuse_options(max_new_tokens: int, options: Mapping[str, Any]) -> None:
+    """Refuse a generation that adds nothing, or of which more than its texts is asked.
+
+    Raises:
+        PromptError: it is one of these.
+    """
+    try:
+        adds = integer(max_new_tokens) >= 1
+    except TypeError:
+        adds = False
+    if not adds:
+        got = f"max_new_tokens={max_new_tokens!r}"
+        raise error(PromptError, "a generation adds tokens", got=got, allowed="1 or more", do="ask for a whole number")
+    asked = [name for name in NOT_TEXT if options.get(name)]
+    if asked:
+        raise error(
+            PromptError,
+            "a generation here gives texts and nothing else",
+            got=", ".join(f"{name}={options[name]!r}" for name in asked),
+            do="use model.hf.generate on token ids",
+        )

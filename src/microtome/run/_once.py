@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from microtome.errors import EditError, SiteError, error
-from microtome.model import Address, Anatomy, Site, parse, parse_selection
+from microtome.model import Address, Anatomy, Site, integer, parse, parse_selection
 from microtome.run._batch import Batch, Prompt
 from microtome.run._block_edits import Repeat, ScaleBlock, Skip
 from microtome.run._edits import Edit, SiteEdit
@@ -75,15 +75,9 @@ def once(
 ) -> Run:
     """Run a model once, see `Model.run`; `strict=False` lets pass what was named and never reached."""
     batch, captures, edits = model.to_batch(prompt, padding), addresses(capture), edits_of(edits)
-    if stop_at is not None and not 0 <= stop_at < model.anatomy.n_layers:
-        raise error(
-            SiteError,
-            f"cannot stop at layer {stop_at} of {model.anatomy.name}",
-            allowed=f"0 to {model.anatomy.n_layers - 1}",
-            do="choose a layer of the model",
-        )
+    _refuse_no_layer(model, stop_at)
     logits = logits and stop_at is None
-    watchers = {parse(a): f for a, f in (observe or {}).items()}
+    watchers = _watchers(observe)
     _refuse_beyond(model, [*captures, *watchers], edits, stop_at, logits)
     plan = plan_of(model, batch, captures, logits=logits, grad=grad, pace=model.pace)
     refuse_if_over(plan, budget, model.device)
@@ -99,6 +93,43 @@ def once(
         model.anatomy, batch, None if output is None else output.logits, session.captured, session.nodes,
         model.to_words, model.provenance_of_run(),
     )  # fmt: skip
+
+
+def _refuse_no_layer(model: Model, stop_at: int | None) -> None:
+    """Refuse to stop where there is no layer.
+
+    Raises:
+        SiteError: it is not the number of one.
+    """
+    try:
+        found = stop_at is None or 0 <= integer(stop_at) < model.anatomy.n_layers
+    except TypeError:
+        found = False
+    if not found:
+        raise error(
+            SiteError,
+            f"cannot stop at layer {stop_at!r} of {model.anatomy.name}",
+            allowed=f"0 to {model.anatomy.n_layers - 1}",
+            do="choose a layer of the model",
+        )
+
+
+def _watchers(observe: Any) -> dict[Address, Observer]:
+    """What is to be called at each address.
+
+    Raises:
+        SiteError: it is no mapping from addresses to functions.
+    """
+    given: Any = {} if observe is None else observe
+    if not isinstance(given, Mapping) or not all(map(callable, given.values())):
+        raise error(
+            SiteError,
+            "cannot observe this",
+            got=f"{given!r}",
+            allowed="a mapping from addresses to functions",
+            do='write observe={"0.mlp_out": function}',
+        )
+    return {parse(address): function for address, function in given.items()}
 
 
 def _end(model: Model, session: Session, stop_at: int | None, logits: bool) -> None:

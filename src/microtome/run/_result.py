@@ -75,7 +75,7 @@ class Run:
         return True
 
     def __getitem__(self, address: str | Address) -> Tensor:
-        """The tensor of an address; several layers are stacked along a first axis.
+        """The tensor of an address; several layers are stacked along a first axis, ``*`` those that were captured.
 
         Raises:
             SiteError: it was not captured; says what was.
@@ -83,10 +83,18 @@ class Run:
         parsed = parse(address)
         if parsed.name == "logits" and parsed not in self.captured and self._logits is not None:
             return self._cut(self._logits, Site("logits"), parsed)
-        sites = self.anatomy.sites(parsed)
+        sites = self._sites(parsed)
         tensors = [self._one(site, parsed.at(site.layer)) for site in sites]
         one = parsed.layers is None or parsed.layers.is_one
         return tensors[0] if one else torch.stack(tensors)
+
+    def _sites(self, address: Address) -> list[Site]:
+        """The sites of an address; of every layer means of all that were captured, for a run may end early or skip."""
+        sites = self.anatomy.sites(address)
+        if address.layers is None or not address.layers.is_all:
+            return sites
+        held = [s for s in sites if not self.captured.keys().isdisjoint((address.at(s.layer), parse(str(s))))]
+        return held or sites
 
     def _one(self, site: Site, address: Address) -> Tensor:
         if address in self.captured:
@@ -169,7 +177,7 @@ class Run:
         """One variable of a dataset, and the columns [batch, n] that it holds (None for all)."""
         import xarray as xr
 
-        sites, spec = self.anatomy.sites(address), address.spec
+        sites, spec = self._sites(address), address.spec
         x = torch.stack([self._one(site, address.at(site.layer)) for site in sites]).detach().float().cpu()
         dims = ("layer", *spec.dims)
         coords: dict[str, Any] = {"layer": [-1 if s.layer is None else s.layer for s in sites]}
@@ -209,9 +217,22 @@ class Run:
         Returns:
             Gradients by address, each with the axes of the site; zeros where `of` does not depend on it. The
             parameters of the model get no gradient.
+
+        Raises:
+            SiteError: the run keeps no gradients, or `of` is not one number computed from it.
         """
         if not self._nodes:
             raise error(SiteError, "this run keeps no gradients", do="run with grad=True and name what to capture")
+        given: Any = of
+        if not isinstance(given, Tensor) or given.numel() != 1 or not given.requires_grad:
+            shape = f"shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise error(
+                SiteError,
+                "no gradient of this can be taken",
+                got=shape if not isinstance(given, Tensor) or given.requires_grad else f"{shape} without a graph",
+                allowed="a tensor of one number, computed from this run",
+                do="sum it, or choose one of its numbers: run.grad(run.logits[0, -1, token])",
+            )
         found = torch.autograd.grad(of, list(self._nodes.values()), retain_graph=True, materialize_grads=True)
         full = dict(zip(self._nodes, found, strict=True))
         wanted = [a for a in self.captured if Site(a.name, _layer(a)) in full]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,28 @@ from torch import Tensor
 
 from microtome.errors import DataError, EditError, OutputError, error
 from microtome.run._block_edits import Repeat, ScaleBlock, Skip
-from microtome.run._edits import Add, Clamp, Edit, Map, Mean, Project, Rotate, Scale, Set, SwapFrom, Zero
+from microtome.run._edits import Add, Clamp, Edit, Map, Mean, Project, Rotate, Scale, Set, Zero
 from microtome.run._frozen import Freeze
 from microtome.run._knockout import KnockOut
 from microtome.run._noise import Noise
+from microtome.run._swap import SwapFrom
 
 KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind
     for kind in (Set, Add, Scale, Zero, Mean, Project, Rotate, Clamp, Noise, KnockOut, Skip, Repeat, ScaleBlock, Freeze)
 }
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a safetensors file takes them: on the CPU, in one piece, and no two in the same memory."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        x = tensor.detach().cpu().contiguous()
+        place = x.untyped_storage().data_ptr()
+        found[name] = x.clone() if place in seen else x
+        seen.add(place)
+    return found
 
 
 def save_edits(path: str | Path, edits: list[Edit]) -> None:
@@ -41,14 +55,14 @@ def save_edits(path: str | Path, edits: list[Edit]) -> None:
         for f in fields(edit):
             value = getattr(edit, f.name)
             if isinstance(value, Tensor):
-                tensors[f"{i}.{f.name}"] = value.detach().cpu().contiguous()
+                tensors[f"{i}.{f.name}"] = value
             else:
                 entry[f.name] = value
         listing.append(entry)
     path = Path(path)
     partial = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, partial, metadata={"edits": json.dumps(listing)})
+        save_file(apart(tensors), partial, metadata={"edits": json.dumps(listing)})
         partial.replace(path)
     except (OSError, SafetensorError) as problem:
         raise error(OutputError, f"cannot write edits to {path}", got=str(problem), do="check the folder") from problem

@@ -179,6 +179,11 @@ class Live:
         return torch.cat([columns, added], dim=1) if positions == "last" and columns is not None else columns
 
 
+def _alone(x: Tensor) -> Tensor:
+    """A tensor to be kept: a copy where it is cut out of a larger one, all of which it would keep with it."""
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+
+
 @dataclass
 class _Visitor:
     """What happens at one site."""
@@ -201,7 +206,7 @@ class _Visitor:
         if self.session.grad and (self.captures or self.site.name == "embed"):
             x = self._node(x)
         for address in self.captures:
-            self.session.captured[address] = self.session.cut(x, self.site, address)
+            self.session.captured[address] = _alone(self.session.cut(x, self.site, address))
         for observe in self.observers:
             observe(self.site, x)
         return None if x is own else x
