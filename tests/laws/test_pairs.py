@@ -19,7 +19,7 @@ SPANS = [
     {"last": 4, "subject": 2},
     {"subject": (1, 2), "last": (5, 6)},
 ]
-SITES = ["resid_pre", "mlp_out", "attn.z[head]", "attn.v[head]"]
+SITES = ["resid_pre", "mlp_out", "attn.z[head]", "attn.v[head]", "attn.pattern[head]"]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,13 @@ def test_every_pair_is_its_literal_forwards(model: mt.Model, direction: str) -> 
     at = [("2", "4"), ("1-2", "6"), ("2", "4"), ("1", "5")]
     for i in range(4):
         start, goal = (CORRUPT[i], CLEAN[i]) if direction == "denoise" else (CLEAN[i], CORRUPT[i])
-        source = model.run([goal], capture=["*.resid_pre", "*.mlp_out", "*.attn.z", "*.attn.v"])
+        source = model.run([goal], capture=["*.resid_pre", "*.mlp_out", "*.attn.z", "*.attn.v", "*.attn.pattern"])
         began = difference(model, i, start)
         for site, value in (
             (f"1.resid_pre@{at[i][0]}", data["resid_pre_each"][i, 1, 0]),
             (f"2.mlp_out@{at[i][1]}", data["mlp_out_each"][i, 2, 1]),
             ("1.attn.z[3]", data["attn.z[head]_each"][i, 1, 3]),
+            ("2.attn.pattern[1]", data["attn.pattern[head]_each"][i, 2, 1]),
             ("0.attn.v[1]", data["attn.v[head]_each"][i, 0, 1]),
         ):
             literal = difference(model, i, start, [mt.SwapFrom(site, source=source)])

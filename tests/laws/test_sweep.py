@@ -189,3 +189,28 @@ def test_statistics_over_prompts_are_those_of_each_prompts_effects(monkeypatch: 
     np.testing.assert_array_equal(stopped["effect_each"], data["effect_each"].drop_isel(example=2))
     with pytest.raises(mt.errors.DataError, match=r"do not have the same cells; got \[2, 3\] cells"):
         mt.explain.over_prompts(model.sweep(prompts, [*cells, *cells[:2]], metric, prompts=[0, 0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    "site", ["1.attn.pattern[2]", "1.attn.z[2]", "1.attn.scores[1]", "2.mlp.post", "1.mlp_out@1-3"]
+)
+@pytest.mark.parametrize("name", ["llama-gqa", "bloom"])
+def test_each_prompt_takes_its_own_row_of_a_batch_of_several_lengths(name: str, site: str) -> None:
+    model = mt.map(families.build(name))
+    prompts = [tokens(seed)[0, :length].tolist() for seed, length in ((0, 5), (1, 8), (2, 6))]
+    others = [tokens(seed + 9)[0, : len(prompt)].tolist() for seed, prompt in enumerate(prompts)]
+    whole = site.split("[")[0].split("@")[0]
+    batch = model.run(others, capture=whole)
+    mapping = {whole: batch[whole]}
+    metric = mt.LogitDifference(11, foil=13)
+    alone = [
+        model.sweep([p], [mt.SwapFrom(site, source=model.run([o], capture=whole))], metric).effects[0]
+        for p, o in zip(prompts, others, strict=True)
+    ]
+    for source in (batch, mapping):
+        cells = [mt.SwapFrom(site, source=source)] * 3
+        found = model.sweep(prompts, cells, metric, prompts=[0, 1, 2]).effects
+        torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-5)
+        assert found.abs().min() > 1e-6
+        with pytest.raises(mt.errors.EditError, match="a row too many or too few; got 3 rows for 1 prompts"):
+            model.sweep(prompts[:1], cells[:1], metric)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -252,14 +252,24 @@ def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | 
     if any(not 0 <= p < n for p in prompts):
         raise error(EditError, "a cell names a prompt that is not there", got=max(prompts), allowed=f"0 to {n - 1}")
     for edit in (edit for cell in cells for edit in (cell if isinstance(cell, Sequence) else (cell,))):
-        source = getattr(getattr(edit, "source", None), "batch", None)
-        if source is not None and len(source.lengths) not in (1, n):
+        rows = _source_rows(edit)
+        if rows not in (None, 1, n):
             raise error(
                 EditError,
                 f"the source of {edit!r} has a row too many or too few",
-                got=f"{len(source.lengths)} rows for {n} prompts",
+                got=f"{rows} rows for {n} prompts",
                 do="run one other prompt, or one a prompt",
             )
+
+
+def _source_rows(edit: object) -> int | None:
+    """How many rows the source of an edit has; None where it has none, or no tensors."""
+    source = getattr(edit, "source", None)
+    batch = getattr(source, "batch", None)
+    if batch is not None:
+        return len(batch.lengths)
+    held = [len(x) for x in source.values() if isinstance(x, Tensor)] if isinstance(source, Mapping) else []
+    return max(held, default=None)
 
 
 def _check_metric(model: Model, metric: Metric, prompts: int) -> None:

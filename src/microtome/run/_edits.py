@@ -126,8 +126,6 @@ class Where:
 
     def cut_source(self, x: Tensor) -> Tensor:
         """The corresponding selection of a whole tensor of another run [batch, pos, unit, ...]."""
-        if self.row is not None and x.shape[0] != 1:
-            x = x[self.row : self.row + 1]
         return self.cut(x[:, self.offset :])
 
     def cut(self, x: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ class SwapFrom(SiteEdit):
     """Put in place what another run had at the same site, rows, positions and units, or its part inside a subspace.
 
     Attributes:
-        source: the other run, which must have captured the whole site, or a mapping from sites to such tensors. One
-            row there serves all rows here.
+        source: the other run, which must have captured the whole site, or a mapping from sites to such tensors, whose
+            column p is position p. One row there serves all rows here.
         basis: [rank, d] or [d] along the site's last axis: swap only what lies in its span, x + (source - x) Q Qᵀ. It
             need not be orthonormal or independent.
     """
@@ -66,7 +66,7 @@ class SwapFrom(SiteEdit):
     def change(self, x: Tensor, where: Where) -> Tensor:
         """The other run's values."""
         self._same_positions(where)
-        source = canonical(self._of(where.site), where.site)
+        source = canonical(self._own_row(self._of(where.site), where), where.site)
         try:
             value = where.cut_source(source).to(device=x.device, dtype=x.dtype)
         except IndexError:
@@ -83,6 +83,18 @@ class SwapFrom(SiteEdit):
         check_width("a basis", self.basis.shape[-1], x, where)
         q = orthonormal(self.basis).to(device=x.device, dtype=x.dtype)
         return x + (fitting - x) @ q @ q.T
+
+    def _own_row(self, source: Tensor, where: Where) -> Tensor:
+        """For one prompt of a sweep its row [1, ...] of a batch, without the pads that longer prompts gave it."""
+        if where.row is None or source.shape[0] == 1:
+            return source
+        batch, own = getattr(self.source, "batch", None), source[where.row : where.row + 1]
+        # Rows of a mapping end with the prompt; those of a run say where they end.
+        length = where.end if batch is None else batch.lengths[where.row]
+        for axis, name in enumerate(where.site.spec.dims):
+            if name in ("pos", "q_pos", "k_pos"):
+                own = own.narrow(axis, 0, min(length, own.shape[axis]))
+        return own
 
     def _same_positions(self, where: Where) -> None:
         """Refuse a source whose tokens stand elsewhere, so that one position would be another there."""
