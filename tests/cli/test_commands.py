@@ -14,6 +14,9 @@ import torch
 from safetensors import safe_open
 from tests import families
 
+import microtome as mt
+from microtome.model import _load
+
 Cli = Callable[..., object]
 OURS = "made-by-microtome.json"
 
@@ -170,6 +173,81 @@ def test_cache_is_shown_and_cleared(cli: Cli, tmp_path: Path, monkeypatch: pytes
     assert (elsewhere / OURS).is_file()
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert "nothing to clear" in cli("cache", "clear", "--yes").out
+
+
+STALE = {
+    "of a version without marks": None, "with an older mark": '{"made_from": "x.gguf"}',
+    "of another format": '{"format": 0}',
+    "with a broken mark": "{", "with a mark that is none": "[1]",
+}  # fmt: skip
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A cache of its own and a tiny default model; grows by the mark that each making saw."""
+    package = tmp_path / "tiny_default"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "tiny.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MICROTOME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_load, "DEFAULT_PACKAGE", "tiny_default")
+    seen: list[str] = []
+
+    def dequantise(file: Path, folder: Path) -> None:
+        seen.append((folder / OURS).read_text())
+        families.build("llama-gqa").save_pretrained(folder)
+
+    monkeypatch.setattr(_load, "_dequantise", dequantise)
+    return seen
+
+
+@pytest.mark.parametrize("what", STALE)
+def test_a_default_model_that_an_earlier_version_made_is_made_again(
+    cli: Cli, made: list[str], tmp_path: Path, what: str
+) -> None:
+    folder, mark = tmp_path / "cache" / "models" / _load.DEFAULT_NAME, STALE[what]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"quantization_config": {}}')
+    if mark is not None:
+        (folder / OURS).write_text(mark)
+    for _ in range(2):
+        assert _load.default_folder() == folder
+    assert made == ['{"made_from": "tiny.gguf"}']  # once, and not called whole before it was
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert json.loads((folder / OURS).read_text())["format"] == _load.FORMAT
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert mt.map().anatomy.d_model == families.D_MODEL
+    assert list(json.loads(cli("cache", "show", "--json").out)["entries"]) == [f"models/{folder.name}"]
+    assert cli("cache", "clear", "--yes").code == 0
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("other", ["finished first", "is a link"])
+def test_the_default_model_takes_no_other_folder_away(
+    made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    folder, elsewhere = tmp_path / "cache" / "models" / _load.DEFAULT_NAME, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "config.json").touch()
+    if other == "is a link":
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(elsewhere)
+        assert _load.default_folder() == folder
+        assert not folder.is_symlink()
+        assert [p.name for p in elsewhere.iterdir()] == ["config.json"]
+    else:
+        own = _load._dequantise
+
+        def slowly(file: Path, part: Path) -> None:
+            own(file, part)
+            elsewhere.rename(folder)
+            (folder / OURS).write_text(json.dumps({"format": _load.FORMAT}))
+
+        monkeypatch.setattr(_load, "_dequantise", slowly)
+        assert _load.default_folder() == folder
+        assert (folder / "config.json").stat().st_size == 0
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
 def test_version(cli: Cli) -> None:

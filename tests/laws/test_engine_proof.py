@@ -132,6 +132,32 @@ def test_expert_weights_are_those_that_the_experts_use(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_that_runs_in_float64_opens_in_it(name: str) -> None:
+    hf = families.build(name).double()
+    try:
+        plain(hf, ids())
+    except RuntimeError:
+        assert name in MIXTURES  # grouped products of transformers take no float64
+        with pytest.raises(mt.errors.ModelUnsupported, match=r"cannot run 8 tokens in float64.*open it in float32\.$"):
+            mt.open(hf)
+        return
+    assert {c.tolerance for c in mt.open(hf).proof if c.identity != "5 attention"} <= {0.0, 1e-6}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "falcon-gqa", "mixtral", "gpt_oss", "opt-postnorm"])
+def test_families_open_in_narrow_types(name: str, dtype: torch.dtype) -> None:
+    assert {c.status for c in mt.open(families.build(name).to(dtype)).proof} <= {"holds", "does not apply"}
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mistral", "bert"])
+def test_a_pattern_in_float64_is_that_of_the_kernel(name: str) -> None:
+    hf = families.build(name).double()
+    same = mt.map(hf).run(ids(), edits=[mt.Scale("*.attn.pattern", 1.0)]).logits
+    assert float((same - plain(hf, ids())).abs().max()) < 1e-12
+
+
 # ---------------------------------------------------------------------------------------- a false map is refused
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests import families
 from torch import Tensor, nn
+from transformers import configuration_utils
 
 import microtome as mt
 from microtome.run import _attention
@@ -216,6 +220,49 @@ def test_a_fingerprint_knows_types_and_places() -> None:
     assert mt.map(hf).fingerprint != own
     assert mt.map(families.build("llama-gqa").double()).fingerprint != own
     assert mt.map(families.build("llama-gqa").bfloat16()).fingerprint != own
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_model_that_is_saved_and_opened_or_copied_has_the_same_fingerprint(name: str, tmp_path: Path) -> None:
+    hf = families.build(name)
+    hf.save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    assert mt.map(hf).fingerprint == mt.map(tmp_path / "one").fingerprint == mt.map(tmp_path / "other").fingerprint
+
+
+SILENT = {
+    "transformers_version": "4.1", "use_cache": False, "attention_dropout": 0.25, "initializer_range": 0.5,
+    "architectures": ["Other"], "dtype": "bfloat16", "return_dict": False, "output_attentions": True,
+    "id2label": {"0": "yes"}, "resid_pdrop": 0.5, "_name_or_path": "elsewhere",
+}  # fmt: skip
+HEARD = {
+    "hidden_act": "gelu", "rms_norm_eps": 1e-3, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    "sliding_window": 7, "output_multiplier": 2.0, "token_dropout": True, "pad_token_id": 5, "unheard_of": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", [*SILENT, *HEARD])
+def test_a_fingerprint_hears_of_what_changes_numbers_alone(entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = families.build("llama-gqa")
+    model = mt.map(hf)
+    own, told = model.fingerprint, hf.config.to_dict()
+    assert told.get(entry, "none") != (SILENT | HEARD)[entry]
+    deep = {"text_config": {**told, entry: (SILENT | HEARD)[entry]}}
+    for config, other in ((told | {entry: (SILENT | HEARD)[entry]}, told), (deep, {"text_config": told})):
+        found: list[str] = []
+        for text in (json.dumps(config), json.dumps(other)):
+            monkeypatch.setattr(type(hf.config), "to_json_string", lambda self, use_diff=True, text=text: text)
+            found.append(model.fingerprint)
+        assert (found[0] == found[1]) == (entry in SILENT)
+        assert found[1] == own or other is not told
+
+
+def test_another_version_of_transformers_gives_the_same_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mt.map(families.build("llama-gqa"))
+    own = model.fingerprint
+    monkeypatch.setattr(configuration_utils, "__version__", "9.9.9")
+    assert "9.9.9" in model.hf.config.to_json_string(use_diff=False)
+    assert model.fingerprint == own
 
 
 # ---------------------------------------------------------------------- what can never happen

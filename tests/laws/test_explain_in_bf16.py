@@ -11,6 +11,7 @@ import torch
 from tests import families
 
 import microtome as mt
+from microtome.explain._edge_scores import changes
 
 CLEAN, CORRUPT = [7, 20, 33, 41, 52, 28], [7, 20, 64, 41, 52, 28]
 ROWS = [CLEAN, [9, 21, 34, 42, 53, 60], [8, 22, 35, 43, 54, 61]]
@@ -55,3 +56,28 @@ def test_a_method_in_bf16(name: str) -> None:
     size = abs(exact[there]).max()
     assert size > 0
     assert abs(values[there] - exact[there]).max() < 0.15 * size + 0.02
+
+
+def test_differences_of_runs_are_taken_in_float32() -> None:
+    model = models()[0]
+    sites = ["embed", "*.attn.z", "*.mlp_out"]
+    start, goal = (model.run([row], capture=sites, grad=row is CLEAN) for row in (CLEAN, CORRUPT))
+    found = changes(model, start, goal, None)
+    assert found.dtype == torch.float32
+    change = {s: goal[s].float() - start[s].detach().float() for s in ("1.attn.z", "1.mlp_out")}
+    at = 1 + model.anatomy.n_heads + 1  # after the embedding and layer 0
+    heads = torch.einsum("phd,hdm->hpm", change["1.attn.z"][0], model.layers[1].W_O.detach().float())
+    torch.testing.assert_close(found[at : at + 4], heads)
+    torch.testing.assert_close(found[at + 4], change["1.mlp_out"][0])
+    logits = start.logits[0, -1].double()
+    slope = start.grad(logits[PAIR["answer"]] - logits[PAIR["foil"]])["1.mlp_out"]
+    scores = mt.attribute(model, CLEAN, CORRUPT, **PAIR, sites=["mlp_out"], verify=0)
+    exact = (change["1.mlp_out"].double() * slope.double()).sum(-1)[0]
+    assert np.allclose(scores["mlp_out"][1], exact, rtol=1e-6, atol=1e-9)
+
+
+def test_logits_under_a_cap_are_formed_in_float32() -> None:
+    model = mt.map(families.build("gemma2").to(torch.bfloat16))
+    final = model.run([CLEAN], capture="final")["final"][0, -1].float()
+    data = mt.contributions(model, CLEAN, answer=11)
+    assert float(data["logit"][0]) == pytest.approx(float(final @ model.W_U[:, 11].detach().float()), rel=1e-5)

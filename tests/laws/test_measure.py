@@ -177,6 +177,50 @@ def test_text_statistics_are_the_plain_numbers_however_the_text_is_cut(name: str
     assert whole.loss == pytest.approx(float(token_loss(model.run(tokens).logits, tokens).mean()), abs=1e-5)
 
 
+NARROW = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "gpt_neox-parallel"])
+def test_statistics_of_a_narrow_model_are_those_of_its_values_in_float32(name: str, dtype: torch.dtype) -> None:
+    hf = families.build(name)
+    with torch.no_grad():
+        hf.get_input_embeddings().weight *= 100  # products of two such streams are beyond float16
+    model = mt.map(hf.to(dtype))
+    statistics = TextStatistics(model)
+    statistics.update(TokenBatch(ids(), torch.arange(4) * 12, torch.zeros_like(ids())))
+    layers, heads = statistics.layers(), statistics.heads()
+    parallel = model.anatomy.parts.form == "parallel"
+    there = ["resid_pre", "resid_pre" if parallel else "resid_mid", "resid_post", "attn_out", "mlp_out"]
+    run = model.run(ids(), capture=[f"*.{name}" for name in dict.fromkeys([*there, "attn.z"])])
+    for i, layer in enumerate(model.layers):
+        pre, before, post, attn, mlp = (run[f"{i}.{name}"][:, 1:].float() for name in there)
+        expected = {
+            "attn_cos": torch.cosine_similarity(pre, attn, dim=-1),
+            "block_cos": torch.cosine_similarity(pre, post, dim=-1),
+            "mlp_cos": torch.cosine_similarity(before, mlp, dim=-1), "resid_pre_norm": pre.norm(dim=-1),
+            "attn_share": attn.norm(dim=-1) / pre.norm(dim=-1), "mlp_share": mlp.norm(dim=-1) / before.norm(dim=-1),
+        }  # fmt: skip
+        for key, value in expected.items():
+            assert float(layers[key][i]) == pytest.approx(float(value.mean()), rel=1e-4, abs=1e-6), key
+        z, after = run[f"{i}.attn.z"][:, 1:].float(), layer.attn_post_norm
+        added = torch.einsum("bphd,hdm->bphm", z, layer.W_O.detach().float())
+        raw = added.sum(2) if layer.b_O is None else added.sum(2) + layer.b_O.detach().float()
+        added = added if after is None else added * after.gain / after.scale(raw)[..., None, None]
+        assert np.allclose(heads["out_norm"][i], added.norm(dim=-1).mean((0, 1)).detach(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2"])
+def test_neurons_of_a_narrow_model_are_those_of_its_weights_in_float32(name: str, dtype: torch.dtype) -> None:
+    narrow = families.build(name).to(dtype)
+    exact = families.build(name)
+    exact.load_state_dict({k: v.float() for k, v in narrow.state_dict().items()})
+    found, expected = (neuron_weights(mt.map(hf), top=3) for hf in (narrow, exact))
+    for key in expected.data_vars:
+        assert np.allclose(found[key], expected[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
+
+
 BEHIND = ["gemma2", "olmo2", "glm4"]  # families with a norm between branch and stream
 ADDED = [*BEHIND, "granite", "llama-bias", "opt-postnorm", "gpt_neox-parallel"]
 

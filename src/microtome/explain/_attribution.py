@@ -36,6 +36,7 @@ from microtome.explain._patching import (
     refuse_wrong,
 )
 from microtome.explain._verify import verify as measured
+from microtome.model import wide
 from microtome.run import Freeze, Model, Prompt, Run, SweepPlan
 
 if TYPE_CHECKING:
@@ -134,7 +135,10 @@ def _nodes(model: Model, pair: Pair, rules: Freeze | None, sites: Sequence[str])
     for site, part in layouts.items():
         name = part.capture.removeprefix("*.")
         slope = torch.stack([gradient[f"{i}.{name}"] for i in range(model.anatomy.n_layers)])
-        found[site] = part.dims, _first_order(goal[part.capture] - start[part.capture].detach(), slope, part)
+        found[site] = (
+            part.dims,
+            _first_order(wide(goal[part.capture]) - wide(start[part.capture].detach()), slope, part),
+        )
     return _dataset(model, pair, start, goal, found)
 
 

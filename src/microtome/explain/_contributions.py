@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
-from microtome.model import NormWeights, Site
+from microtome.model import NormWeights, Site, wide
 from microtome.run import Model, Prompt, Run
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class _Reader:
         """
         if self.a.logit_softcap is None:
             return self.run[f"logits{self.at}"][:, 0]
-        logits = self.run[f"final{self.at}"][:, 0] @ self.model.W_U
+        logits = wide(self.run[f"final{self.at}"][:, 0]) @ wide(self.model.W_U)
         return (logits if self.model.b_U is None else logits + self.model.b_U) * self.a.logit_scale
 
     def _logit(self, logits: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class _Reader:
     def _attention(self, i: int, sources: bool) -> dict[str, Tensor]:
         weights = self.model.layers[i]
         z = self.run[f"{i}.attn.z{self.at}"][:, 0]
-        raw = torch.einsum("bhd,hdm->bm", z, weights.W_O)
+        raw = torch.einsum("bhd,hdm->bm", wide(z), wide(weights.W_O))
         raw = raw if weights.b_O is None else raw + weights.b_O
         u, bias = self._through(weights.attn_post_norm, "attn_out", i, raw)
         read = torch.einsum("hdm,bm->bhd", weights.W_O.double(), u)
@@ -239,7 +239,7 @@ class _Reader:
         found = {"mlp": (out * self.u).sum(-1)}
         if neurons:
             post = self.run[f"{i}.mlp.post{self.at}"][:, 0]
-            raw = post @ weights.W_out
+            raw = wide(post) @ wide(weights.W_out)
             raw = raw if weights.b_out is None else raw + weights.b_out
             u, bias = self._through(weights.mlp_post_norm, "mlp_out", i, raw)
             found["mlp_neuron"] = post.double() * (u @ weights.W_out.double().T)

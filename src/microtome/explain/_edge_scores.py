@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import SiteError, error
-from microtome.model import NormWeights, Site, norm_of
+from microtome.model import NormWeights, Site, norm_of, wide
 from microtome.run import Freeze, Model, Run
 
 
@@ -32,12 +32,12 @@ def captures(model: Model) -> list[str]:
 
 def changes(model: Model, start: Run, goal: Run, rules: Freeze | None) -> Tensor:
     """[sender, pos, d_model] What every sender writes in the goal run minus what it writes in the start run."""
-    found = [(goal["embed"] - start["embed"].detach())]
+    found = [wide(goal["embed"]) - wide(start["embed"].detach())]
     for layer in range(model.anatomy.n_layers):
-        here, there = start[f"{layer}.attn.z"].detach()[0], goal[f"{layer}.attn.z"][0]
-        added = torch.einsum("phd,hdm->hpm", there - here, model.layers[layer].W_O.detach())
+        here, there = wide(start[f"{layer}.attn.z"].detach()[0]), wide(goal[f"{layer}.attn.z"][0])
+        added = torch.einsum("phd,hdm->hpm", there - here, wide(model.layers[layer].W_O.detach()))
         found.append(_behind(model, layer, here, added, rules))
-        found.append(goal[f"{layer}.mlp_out"] - start[f"{layer}.mlp_out"].detach())
+        found.append(wide(goal[f"{layer}.mlp_out"]) - wide(start[f"{layer}.mlp_out"].detach()))
     return torch.cat(found)
 
 
@@ -55,7 +55,7 @@ def _behind(model: Model, layer: int, z: Tensor, added: Tensor, rules: Freeze | 
     if norm is None:
         raise error(SiteError, f"the norm {path} has no known form", do="use a model with RMS or layer norms")
     form = NormWeights(module, norm)
-    raw = torch.einsum("phd,hdm->pm", z, weights.W_O.detach())
+    raw = torch.einsum("phd,hdm->pm", z, wide(weights.W_O.detach()))
     raw = form.centre(raw if weights.b_O is None else raw + weights.b_O.detach())
     size, added = form.scale(raw).to(raw.dtype).unsqueeze(-1), form.centre(added)
     slope = added / size

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from microtome.model import Site
+from microtome.model import Site, wide
 from microtome.run import Model
 
 if TYPE_CHECKING:
@@ -26,16 +26,20 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def neuron_directions(model: Model, layer: int) -> dict[str, Tensor]:
-    """`w_out`, `w_in` and, in gated MLPs, `w_gate` of every neuron [neuron, d_model]: see this file's head."""
+    """`w_out`, `w_in` and, in gated MLPs, `w_gate` of every neuron [neuron, d_model]: see this file's head.
+
+    In float32 at least, whatever the type of the weights.
+    """
     weights = model.layers[layer]
     norm = weights.mlp_norm
     gain = 1.0 if norm is None else norm.gain
+    w_out, w_in = wide(weights.W_out), wide(weights.W_in)
     after, scale = weights.mlp_post_norm, model.anatomy.taps[Site("mlp_out", layer)].scale
-    out = weights.W_out if after is None else after.centre(weights.W_out) * after.gain
+    out = w_out if after is None else after.centre(w_out) * after.gain
     out = out if scale == 1.0 else out * scale
-    found = {"w_out": out, "w_in": weights.W_in.T * gain}
+    found = {"w_out": out, "w_in": w_in.T * gain}
     if Site("mlp.gate", layer) in model.anatomy.taps:
-        found["w_gate"] = weights.W_gate.T * gain
+        found["w_gate"] = wide(weights.W_gate).T * gain
     return found
 
 
@@ -97,7 +101,7 @@ def _of_layer(model: Model, layer: int, top: int) -> dict[str, Tensor]:
 def _tokens(model: Model, out: Tensor, top: int) -> dict[str, Tensor]:
     norm = model.final_norm
     assert norm is not None
-    unembed = model.W_U * model.anatomy.logit_scale
+    unembed = wide(model.W_U) * model.anatomy.logit_scale
     unembed = unembed - unembed.mean(1, keepdim=True)
     parts: dict[str, list[Tensor]] = {k: [] for k in ("promoted", "promoted_logit", "suppressed", "suppressed_logit")}
     for chunk in (norm.centre(out) * norm.gain).split(512):

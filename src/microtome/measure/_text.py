@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from microtome.measure._skip import token_loss
-from microtome.model import Site
+from microtome.model import Site, wide
 from microtome.run import Model
 from microtome.stream import Firing, Moments, TokenBatch, TopExamples
 
@@ -67,7 +67,7 @@ class TextStatistics:
     def _gram(self, layer: int) -> Tensor:
         """[head, d_head, d_head] G of |what a head adds|^2 = z G z, but for the divisor of a norm behind the branch."""
         after, scale = self._after[layer], self.model.anatomy.taps[Site("attn_out", layer)].scale
-        write = self.model.layers[layer].W_O * scale
+        write = wide(self.model.layers[layer].W_O) * scale
         write = write if after is None else after.centre(write) * after.gain
         return write @ write.transpose(1, 2)
 
@@ -93,8 +93,8 @@ class TextStatistics:
 
     def _residual(self, site: Site, post: Tensor) -> None:
         layer, held = site.layer or 0, self._held
-        pre, attn, mlp = held["resid_pre"], held["attn_out"], held["mlp_out"]
-        mid = held.get("resid_mid")
+        pre, attn, mlp = (wide(held[name]) for name in ("resid_pre", "attn_out", "mlp_out"))
+        mid, post = wide(held["resid_mid"]) if "resid_mid" in held else None, wide(post)
         before = pre if mid is None else mid
         norms = {name: x.norm(dim=-1) for name, x in (("pre", pre), ("post", post), ("attn", attn), ("mlp", mlp))}
         norms["before"] = norms["pre"] if mid is None else mid.norm(dim=-1)
@@ -121,11 +121,12 @@ class TextStatistics:
 
     def _head_norms(self, site: Site, z: Tensor) -> None:
         layer = site.layer or 0
-        square = torch.einsum("bphd,hde,bphe->bph", z[:, 1:], self._grams[layer].to(z.dtype), z[:, 1:])
+        z = wide(z[:, 1:])
+        square = torch.einsum("bphd,hde,bphe->bph", z, self._grams[layer], z)
         norm = square.clamp(min=0).sqrt()
         after, weights = self._after[layer], self.model.layers[layer]
         if after is not None:
-            raw = z[:, 1:].flatten(2) @ weights.W_O.flatten(0, 1)
+            raw = z.flatten(2) @ wide(weights.W_O).flatten(0, 1)
             norm = norm / after.scale(raw if weights.b_O is None else raw + weights.b_O).unsqueeze(-1)
         self._heads[layer].update(norm)
 

@@ -25,3 +25,4 @@ from microtome.model._sites import parse_selection as parse_selection
 from microtome.model._weights import LayerWeights as LayerWeights
 from microtome.model._weights import NormWeights as NormWeights
 from microtome.model._weights import Weights as Weights
+from microtome.model._weights import wide as wide

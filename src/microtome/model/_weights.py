@@ -22,6 +22,11 @@ from microtome.model._anatomy import Anatomy, Split, fused_splits
 from microtome.model._discover import Norm, is_conv1d, norm_of
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in its own type if that is wider: what sums, norms and dot products are taken in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _weight(module: Any) -> Tensor:
     """Weight of a projection as [out, in]."""
     return module.weight.T if is_conv1d(module) else module.weight
@@ -40,11 +45,11 @@ class NormWeights:
 
     @property
     def gain(self) -> Tensor | float:
-        """[d_model], or 1.0 for a norm without weights."""
+        """[d_model], or 1.0 for a norm without weights. A sum 1 + w is in float32 at least, as in the models."""
         weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor):
             return 1.0
-        return weight + self.norm.offset if self.norm.offset else weight
+        return wide(weight) + self.norm.offset if self.norm.offset else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -64,7 +69,7 @@ class NormWeights:
     def apply(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """The norm of x [..., d_model], dividing by a given scale [...] instead of its own if there is one."""
         scale = self.scale(x) if scale is None else scale
-        y = self.centre(x) / scale.unsqueeze(-1).to(x.dtype) * self.gain
+        y = (self.centre(x) / scale.unsqueeze(-1).to(x.dtype) * self.gain).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 

@@ -181,11 +181,15 @@ def _form_pattern(
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over keys; a learned sink takes part in it and is dropped. A row with no key left is all zeros."""
+    """Softmax over keys; a learned sink takes part in it and is dropped. A row with no key left is all zeros.
+
+    In float32, or in float64 if the scores are: as the fused kernels do.
+    """
+    dtype = torch.promote_types(scores.dtype, torch.float32)
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
-        return torch.cat([scores, column.to(scores.dtype)], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
-    return scores.softmax(-1, dtype=torch.float32).nan_to_num()
+        return torch.cat([scores, column.to(scores.dtype)], dim=-1).softmax(-1, dtype=dtype)[..., :-1]
+    return scores.softmax(-1, dtype=dtype).nan_to_num()
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -1,12 +1,14 @@
-"""The fingerprint of a model: its configuration and every one of its weights, as they are now.
+"""The fingerprint of a model: what its configuration says of its numbers, and every one of its weights as it is now.
 
-Formula:  the first 16 hex digits of SHA-256 over the configuration, and name, type, shape and CRC-32 of every tensor.
+Formula:  the first 16 hex digits of SHA-256 over the configuration, without what changes no number, and name, type,
+          shape and CRC-32 of every tensor.
 Cost:     one pass over the bytes of the weights, half a second for 135M parameters in float32.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from typing import Any
 
@@ -14,6 +16,21 @@ import torch
 from torch import Tensor
 
 SAMPLES = 64
+
+# Entries of configurations that change no number of a model in evaluation: where it lay, who wrote it, what training
+# did, what the outputs are called, which kernel runs. All others count, those of families yet unknown too.
+SILENT = frozenset({
+    "_name_or_path", "name_or_path", "_commit_hash", "auto_map", "transformers_version", "transformers.js_config",
+    "architectures", "dtype", "torch_dtype",  # the tensors' own names and types are hashed
+    "_attn_implementation", "attn_implementation", "attn_impl", "use_cache", "chunk_size_feed_forward", "torchscript",
+    "return_dict", "use_return_dict", "problem_type", "id2label", "label2id", "num_labels", "_num_labels",
+    "finetuning_task", "task_specific_params", "init_std", "init_device", "gradient_checkpointing", "layerdrop",
+    "router_aux_loss_coef", "router_jitter_noise", "output_attentions", "output_hidden_states", "output_router_logits",
+    "output_scores", "output_logits",
+})  # fmt: skip
+SILENT_STARTS = ("initializer_", "summary_")
+SILENT_ENDS = ("dropout", "_dropout_prob", "_pdrop")
+HEARD = frozenset({"token_dropout"})  # that of ESM scales the embedding in evaluation too
 
 
 class Fingerprint:
@@ -31,7 +48,7 @@ class Fingerprint:
     def exact(self) -> str:
         """The fingerprint of what the weights are now."""
         done: dict[tuple[int, str, tuple[int, ...]], int] = {}
-        digest = hashlib.sha256(self._hf.config.to_json_string(use_diff=False).encode())
+        digest = hashlib.sha256(_told(self._hf.config).encode())
         for name, tensor in self._hf.state_dict().items():
             if not isinstance(tensor, Tensor):
                 continue
@@ -59,6 +76,22 @@ class Fingerprint:
         for view in self._views:
             groups.setdefault((view.device, view.dtype), []).append(view)
         self._seen = b"".join(bytes(_bytes(torch.cat(views))) for views in groups.values())
+
+
+def _told(config: Any) -> str:
+    """What a configuration says of the numbers that its model computes, one text whatever the order of its entries."""
+    return json.dumps(_loud(json.loads(config.to_json_string(use_diff=False))), sort_keys=True)
+
+
+def _loud(part: Any) -> Any:
+    """A part of a configuration without its silent entries, at any depth."""
+    if isinstance(part, list):
+        return [_loud(x) for x in part]
+    return {k: _loud(v) for k, v in part.items() if not _silent(k)} if isinstance(part, dict) else part
+
+
+def _silent(entry: str) -> bool:
+    return entry not in HEARD and (entry in SILENT or entry.startswith(SILENT_STARTS) or entry.endswith(SILENT_ENDS))
 
 
 def _samples(tensor: Tensor) -> Tensor:
