@@ -1,9 +1,10 @@
 """What Microtome costs beside the plain model, as ratios measured within one run.
 
-    python benchmarks/engine.py [--model MODEL] [--repeats 7] [--out results.json]
+    python benchmarks/engine.py [--model MODEL] [--repeats 7] [--atlas] [--out results.json]
 
 Each figure alternates the plain call and ours, and takes the median of the ratios of neighbouring pairs, so that a slow
-moment of the machine falls on both. Peers run in environments of their own: see benchmarks/peers.
+moment of the machine falls on both. Peers run in environments of their own: see benchmarks/peers. --atlas writes the
+default atlas too, in a process of its own, and says how long it took and how much memory.
 
 What is kept is new memory, which costs whatever the machine asks for it: on a virtual machine that gives freed pages
 back to its host, more than the whole of the engine. `capture_all_kept` is `capture_all` in a process whose allocator
@@ -19,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +30,12 @@ import torch
 
 import microtome as mt
 from microtome.measure import TextStatistics
+from microtome.model import default_folder
 from microtome.stream import TokenBatches, standard_library_text
 
 TARGETS = {
     "capture_all": 1.05, "capture_one": 1.02, "steered_generation": 1.10, "atlas_pass": 1.35,
-    "import_seconds": 0.6, "open_seconds": 4.0,
+    "import_seconds": 0.6, "open_seconds": 4.0, "atlas_seconds": 480.0, "atlas_gib": 4.0,
 }  # fmt: skip
 
 
@@ -94,16 +97,23 @@ def forwards(model: mt.Model, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def generation(model: mt.Model, repeats: int) -> dict[str, float]:
-    """Steered generation of 32 tokens beside plain generation."""
+    """Steered generation of 32 tokens beside the generation of plain transformers."""
     direction = torch.randn(model.anatomy.d_model, generator=torch.Generator().manual_seed(0)) * 0.01
     edit = mt.Add(f"{model.anatomy.n_layers // 2}.resid_post", value=direction)
-    options: dict[str, Any] = {"max_new_tokens": 32, "min_new_tokens": 32}
+    options: dict[str, Any] = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
+    tokens = model.to_tokens("The history of science")
+    pad = model.tokenizer.pad_token_id
+
+    def plain() -> None:
+        mask = torch.ones_like(tokens)
+        out = model.hf.generate(input_ids=tokens, attention_mask=mask, pad_token_id=pad, **options)
+        model.tokenizer.decode(out[0, tokens.shape[1] :])
 
     def steered() -> None:
         with model.editing(edit):
             model.generate("The history of science", **options)
 
-    return paired(lambda: model.generate("The history of science", **options), steered, repeats)
+    return paired(plain, steered, repeats)
 
 
 def atlas_pass(model: mt.Model, repeats: int) -> dict[str, float]:
@@ -147,6 +157,15 @@ def kept(model: str | None, repeats: int) -> dict[str, dict[str, float]]:
     return {f"{name}_kept": figures[name] for name in ("capture_all", "plain_hooks_all")}
 
 
+def whole_atlas(model: str | None) -> dict[str, dict[str, float]]:
+    """Wall time of `microtome atlas` with what it reads by default, and the most memory it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        call = [sys.executable, "-m", "microtome", "atlas", *([model] if model else []), "-o", f"{folder}/atlas"]
+        took = seconds(lambda: subprocess.run(call, capture_output=True, check=True))
+        cost = json.loads(Path(folder, "atlas", "manifest.json").read_text())["cost"]
+    return {"atlas_seconds": {"seconds": took}, "atlas_gib": {"gib": cost["peak_memory_bytes"] / 2**30}}
+
+
 PEERS = {
     "transformer-lens": (".venv-peers", "time_transformer_lens.py"),
     "nnsight": (".venv-nnsight", "time_nnsight.py"),
@@ -159,7 +178,7 @@ def peers() -> dict[str, Any]:
     for name, (environment, script) in PEERS.items():
         python = Path(environment) / "bin" / "python"
         if python.exists():
-            call = [str(python), f"benchmarks/peers/{script}"]
+            call = [str(python), f"benchmarks/peers/{script}", *([str(folder)] if (folder := default_folder()) else [])]
             found[name] = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
     return found
 
@@ -169,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", default=None)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--atlas", action="store_true")
     parser.add_argument("--out", default="benchmarks/results/engine.json")
     options = parser.parse_args()
     model = mt.open(options.model)
@@ -180,8 +200,9 @@ def main() -> None:
     found["open_seconds"] = {
         "seconds": fresh("import microtome as mt, transformers, torch\nt = time.perf_counter()\nmt.open()", 3)
     }
+    found |= whole_atlas(options.model) if options.atlas else {}
     for name, row in found.items():
-        value = row.get("ratio", row["seconds"])
+        value = next(row[unit] for unit in ("ratio", "seconds", "gib") if unit in row)
         target = TARGETS.get(name)
         verdict = "" if target is None else f"  target {target:g}  {'reached' if value <= target else 'MISSED'}"
         print(f"{name:20} {value:7.3f}{verdict}")
