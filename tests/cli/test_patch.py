@@ -97,7 +97,7 @@ def test_prompts_and_answers_that_do_not_fit(cli: Cli, saved: Path, tmp_path: Pa
         ((*PAIR, "--answer", "mat", "--foil", "mat"), 6, "the foil equals the answer", "choose another foil"),
         ((*PAIR, "--answer", "the mat"), 6, '"the mat" is not one token', "got ["),
         ((*PAIR, "--answer", "mat", "--foil", "old barn"), 6, '"old barn" is not one token'),
-        ((PAIR[0], PAIR[0], "--answer", "mat"), 5, "both prompts give the same metric"),
+        ((PAIR[0], PAIR[0], "--answer", "mat"), 6, "are the same, so that there is nothing to patch"),
         (("", PAIR[0], "--answer", "mat"), 6, "the prompt is empty"),
     ):
         done = cli("patch", *arguments, "-m", saved, "-o", page)
