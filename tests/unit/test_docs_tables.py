@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from tests import families
 
 import microtome as mt
+from microtome import planted
 from microtome.atlas._columns import HEADS, LAYERS, NEURONS
 from microtome.model import SITES
 
@@ -51,6 +53,16 @@ def test_the_table_of_columns() -> None:
         rows = [(f"`{column}`", unit, text) for column, (unit, text) in columns.items()]
         parts.append(f"### {name}.parquet\n\n" + table(("column", "unit", "meaning"), *rows))
     same("atlas.md", "columns", "\n\n".join(parts))
+
+
+def test_the_table_of_circuits() -> None:
+    found = json.loads((DOCS.parent / "benchmarks" / "results" / "planted_circuits.json").read_text())["programs"]
+    assert set(found) == set(planted.PROGRAMS)
+    rows = [("program", "edges", "true", "AUC", "tokens alone", "EAP")]
+    for name, row in found.items():
+        scores = (f"{row[key]:.3f}" for key in ("auc", "auc_tokens_only", "auc_eap"))
+        rows.append((f"`{name}`", str(row["edges"]), str(row["true"]), *scores))
+    same("planted.md", "circuits", table(*rows))
 
 
 NOTES = {
