@@ -6,9 +6,8 @@ Each figure alternates the plain call and ours, and takes the median of the rati
 moment of the machine falls on both. Peers run in environments of their own: see benchmarks/peers. --atlas writes the
 default atlas too, in a process of its own, and says how long it took and how much memory.
 
-What is kept is new memory, which costs whatever the machine asks for it: on a virtual machine that gives freed pages
-back to its host, more than the whole of the engine. `capture_all_kept` is `capture_all` in a process whose allocator
-keeps what it frees, plain calls and ours alike, which leaves the engine's own cost; on Linux with glibc only.
+What is kept is new memory, whose pages the system must supply; on a virtual machine that returns freed pages to its
+host that costs more than the whole of the engine. The ratio of user time, which leaves the system's out, is told too.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ TARGETS = {
 }  # fmt: skip
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
+def seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Wall time of one call, and the user time of all its threads."""
+    started, before = time.perf_counter(), os.times().user
     call()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, os.times().user - before
 
 
 def paired(plain: Callable[[], object], ours: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median ratio of neighbouring calls, with the medians of both in seconds."""
+    """Median ratios of neighbouring calls, in wall and in user time, with the medians of both in seconds."""
     plain(), ours()
     pairs = []
     for i in range(repeats):
@@ -57,9 +56,10 @@ def paired(plain: Callable[[], object], ours: Callable[[], object], repeats: int
             a, b = seconds(plain), seconds(ours)
         pairs.append((a, b))
     return {
-        "ratio": statistics.median(b / a for a, b in pairs),
-        "plain_seconds": statistics.median(a for a, _ in pairs),
-        "seconds": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(b[0] / a[0] for a, b in pairs),
+        "user_ratio": statistics.median(b[1] / a[1] for a, b in pairs),
+        "plain_seconds": statistics.median(a[0] for a, _ in pairs),
+        "seconds": statistics.median(b[0] for _, b in pairs),
     }
 
 
@@ -143,25 +143,11 @@ def fresh(code: str, repeats: int) -> float:
     return min(times)
 
 
-KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
-
-
-def kept(model: str | None, repeats: int) -> dict[str, dict[str, float]]:
-    """The capture of everything where the allocator keeps what is freed; nothing elsewhere than on Linux."""
-    if sys.platform != "linux":
-        return {}
-    code = f"import json, engine; print(json.dumps(engine.forwards(engine.mt.open({model!r}), {repeats})))"
-    environment = os.environ | KEEP | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    figures = json.loads(done.stdout.splitlines()[-1])
-    return {f"{name}_kept": figures[name] for name in ("capture_all", "plain_hooks_all")}
-
-
 def whole_atlas(model: str | None) -> dict[str, dict[str, float]]:
     """Wall time of `microtome atlas` with what it reads by default, and the most memory it took."""
     with tempfile.TemporaryDirectory() as folder:
         call = [sys.executable, "-m", "microtome", "atlas", *([model] if model else []), "-o", f"{folder}/atlas"]
-        took = seconds(lambda: subprocess.run(call, capture_output=True, check=True))
+        took, _ = seconds(lambda: subprocess.run(call, capture_output=True, check=True))
         cost = json.loads(Path(folder, "atlas", "manifest.json").read_text())["cost"]
     return {"atlas_seconds": {"seconds": took}, "atlas_gib": {"gib": cost["peak_memory_bytes"] / 2**30}}
 
@@ -193,7 +179,6 @@ def main() -> None:
     options = parser.parse_args()
     model = mt.open(options.model)
     found: dict[str, Any] = forwards(model, options.repeats)
-    found |= kept(options.model, options.repeats)
     found["steered_generation"] = generation(model, options.repeats)
     found["atlas_pass"] = atlas_pass(model, options.repeats)
     found["import_seconds"] = {"seconds": fresh("import microtome", 5)}
@@ -205,7 +190,8 @@ def main() -> None:
         value = next(row[unit] for unit in ("ratio", "seconds", "gib") if unit in row)
         target = TARGETS.get(name)
         verdict = "" if target is None else f"  target {target:g}  {'reached' if value <= target else 'MISSED'}"
-        print(f"{name:20} {value:7.3f}{verdict}")
+        user = f"  user {row['user_ratio']:.3f}" if "user_ratio" in row else ""
+        print(f"{name:20} {value:7.3f}{user}{verdict}")
     beside = peers()
     for name, result in beside.items():
         print(name, json.dumps(result.get("ratios", result)))
