@@ -198,3 +198,19 @@ def test_what_does_not_fit_is_refused(model: mt.Model, change: dict[str, object]
     arguments = {"corrupts": CORRUPT, "answers": ANSWERS, "foils": FOILS, "spans": SPANS} | change
     with pytest.raises(mt.errors.MicrotomeError, match=text):
         mt.patch_pairs(model, CLEAN, **arguments)
+
+
+def test_the_plan_of_every_sweep_comes_before_its_cells(model: mt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    own = mt.Model.sweep
+
+    def sweep(*given: object, **named: object) -> mt.Sweep:
+        told.append("swept")
+        return own(*given, **named)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(mt.Model, "sweep", sweep)
+    mt.patch_pairs(
+        model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, spans=SPANS * 5, sites=["mlp_out"],
+        planned=lambda plan: told.append(str(plan.cells)),
+    )  # fmt: skip
+    assert told == [f"{16 * 6}", "swept", f"{4 * 6}", "swept"]  # 3 layers by 2 spans

@@ -23,10 +23,11 @@ def register(app: typer.Typer) -> None:
 
 def _entries(folder: Path) -> dict[str, int]:
     """Models that Microtome made in its cache, with their sizes; nothing else that may lie there."""
-    from microtome.model import MARK
+    from microtome.model import DEFAULT_NAME, MARK
 
     models = folder / "models"
-    made = [m for m in models.iterdir() if (m / MARK).is_file()] if models.is_dir() else []
+    # Earlier versions left no mark in the folder of the default model.
+    made = [m for m in models.iterdir() if m.name == DEFAULT_NAME or (m / MARK).is_file()] if models.is_dir() else []
     return {
         m.relative_to(folder).as_posix(): sum(f.stat().st_size for f in m.rglob("*") if f.is_file())
         for m in sorted(made)

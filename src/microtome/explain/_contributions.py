@@ -131,8 +131,13 @@ def one_token(model: Model, text: str | int) -> int:
     """The id of a text of one token; an id is itself.
 
     Raises:
-        PromptError: it is several tokens, with the tokens that it is, or lies outside the vocabulary.
+        PromptError: it is several tokens, with the tokens that it is, lies outside the vocabulary, or is none.
     """
+    given: Any = text
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise error(
+            PromptError, "cannot read a token", got=repr(given), allowed="a text or an id", do="give one of these"
+        )
     if isinstance(text, int):
         if not 0 <= text < model.anatomy.d_vocab:
             allowed = f"0 to {model.anatomy.d_vocab - 1}"

@@ -18,15 +18,9 @@ from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
-from microtome.explain._patching import (
-    Layout,
-    aligned,
-    layout,
-    refuse_blind,
-    refuse_wrong,
-)
+from microtome.explain._patching import Layout, aligned, layout, refuse_blind, refuse_wrong
 from microtome.explain._spans import Span, at, span_of
-from microtome.run import LogitDifference, LogProbability, Metric, Model, SwapFrom
+from microtome.run import LogitDifference, LogProbability, Metric, Model, SwapFrom, SweepPlan
 from microtome.stream import mean_interval
 
 if TYPE_CHECKING:
@@ -51,6 +45,7 @@ def patch_pairs(
     seed: int = 0,
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    planned: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Patch every layer and span (or head) in many pairs of prompts, exactly, and say how sure the mean is.
 
@@ -74,6 +69,7 @@ def patch_pairs(
         seed: of the statistics.
         budget: bytes that one walk may hold.
         progress: called with (done, all) pairs.
+        planned: called with the plan of every 16 pairs' sweep, before its first cell.
 
     Returns:
         Dataset: for every site its mean effect over (layer, span), (layer, pos) or (layer, head), with `_lo`, `_hi`,
@@ -92,12 +88,9 @@ def patch_pairs(
     read, unit, words = _reading(model, answers, foils, metric, len(pairs))
     names, places = _places(model, pairs, spans)
     axis = "pos" if spans is None else "span"
-    layouts = [
-        {site: layout(model, site, place, axis, at(0, pair.shape[1])) for site in sites}
-        for pair, place in zip(pairs, places, strict=True)
-    ]
+    layouts = _layouts(model, sites, pairs, places, axis)
     ends = _ends(model, pairs, read, share)  # every refusal comes before the first sweep
-    effects, kept = _measured(model, pairs, layouts, read, direction, budget, progress)
+    effects, kept = _measured(model, pairs, layouts, read, direction, budget, progress, planned)
     ends = ends[kept]
     if share:
         gap = float((ends[:, 0] - ends[:, 1]).mean())
@@ -179,6 +172,20 @@ def _places(
     ]
 
 
+def _layouts(
+    model: Model,
+    sites: Sequence[str],
+    pairs: list[Tensor],
+    places: list[list[tuple[int, int]]],
+    axis: str,
+) -> list[dict[str, Layout]]:
+    """The cells of every pair, by site."""
+    return [
+        {site: layout(model, site, place, axis, at(0, pair.shape[1])) for site in sites}
+        for pair, place in zip(pairs, places, strict=True)
+    ]
+
+
 def _chunks(n: int) -> list[slice]:
     return [slice(first, min(first + TOGETHER, n)) for first in range(0, n, TOGETHER)]
 
@@ -236,13 +243,14 @@ def _measured(
     direction: str,
     budget: int | None,
     progress: Callable[[int, int], None] | None,
+    planned: Callable[[SweepPlan], None] | None,
 ) -> tuple[Tensor, list[int]]:
     """Effects [example, cell] of the pairs that were measured whole, and which these are: all, unless it is stopped."""
     parts: list[Tensor] = []
     kept: list[int] = []
     try:
         for some in _chunks(len(pairs)):
-            effects, whole = _sweep(model, pairs[some], layouts[some], read(some), direction, budget)
+            effects, whole = _sweep(model, pairs[some], layouts[some], read(some), direction, budget, planned)
             done = [i for i in range(len(effects)) if whole or bool(effects[i].isfinite().all())]
             parts.append(effects[done])
             kept += [some.start + i for i in done]
@@ -265,6 +273,7 @@ def _sweep(
     metric: Metric,
     direction: str,
     budget: int | None,
+    planned: Callable[[SweepPlan], None] | None,
 ) -> tuple[Tensor, bool]:
     """Effects [pair, cell], and whether all were measured; NaN where not."""
     start, goal = (1, 0) if direction == "denoise" else (0, 1)
@@ -275,7 +284,10 @@ def _sweep(
     ]
     starts = [pair[start].tolist() for pair in pairs]
     whose = [i for i, own in enumerate(cells) for _ in own]
-    swept = model.sweep(starts, [cell for own in cells for cell in own], metric, prompts=whose, budget=budget)
+    every = [cell for own in cells for cell in own]
+    if planned is not None:
+        planned(model.plan_sweep(starts, every, metric, prompts=whose, budget=budget))
+    swept = model.sweep(starts, every, metric, prompts=whose, budget=budget)
     return swept.effects.double().reshape(len(pairs), -1), swept.done == len(whose)
 
 

@@ -157,6 +157,20 @@ def _dataset(it: Planted, score: Tensor, eap: Tensor, seed: int, corrupt: tuple[
 
 
 def auc(higher: Tensor, lower: Tensor) -> float:
-    """The share of pairs [higher] x [lower] of which the first is greater; a tie counts half."""
+    """How well one number tells two groups apart: the area under the ROC curve.
+
+    Formula:  mean over i, j of 1[higher_i > lower_j] + 1[higher_i = lower_j] / 2.
+    Source:   Hanley and McNeil, "The Meaning and Use of the Area under a Receiver Operating Characteristic (ROC)
+              Curve", 1982. Departs: none.
+    Cost:     higher x lower comparisons.
+    Check:    equal to a count by hand; tests/planted/test_recovery.py.
+
+    Args:
+        higher: [n] scores that should be the greater ones.
+        lower: [m] scores of the others.
+
+    Returns:
+        0 to 1; 0.5 where the number says nothing. NaN where a group is empty.
+    """
     wins = (higher.unsqueeze(1) > lower).double() + 0.5 * (higher.unsqueeze(1) == lower).double()
     return float(wins.mean())

@@ -8,6 +8,7 @@ from microtome.model._discover import Norm as Norm
 from microtome.model._discover import norm_of as norm_of
 from microtome.model._kernels import PREFIX as PREFIX
 from microtome.model._kernels import hiding_kernel as hiding_kernel
+from microtome.model._load import DEFAULT_NAME as DEFAULT_NAME
 from microtome.model._load import MARK as MARK
 from microtome.model._load import cache_dir as cache_dir
 from microtome.model._load import default_folder as default_folder

@@ -128,7 +128,7 @@ def _load_model(source: str, short: str, options: dict[str, Any], dtype: torch.d
         )
     except ModelUnsupported:
         raise
-    except Exception as problem:
+    except Exception as problem:  # broken files raise whatever their libraries do
         raise _translate(problem, source, short, options.get("gguf_file")) from problem
     _refuse_unfilled(told, short)
     model.requires_grad_(False)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -77,6 +77,11 @@ class Edge:
                 allowed='one head\'s input ("9.attn.q[2]", k or v), one MLP ("9.mlp.in"), or final',
                 do="name one of these",
             )
+        source: Any = self.source
+        if not (source is None or isinstance(source, Mapping) or hasattr(source, "whole")):
+            allowed = "a run, or a mapping from sites to tensors"
+            raise error(EditError, f"the edge {self.sender} -> {self.receiver} cannot use this source",
+                        got=type(source).__name__, allowed=allowed, do="give the other run")  # fmt: skip
         if (self.source is None) == (self.change is None):
             raise error(EditError, f"the edge {self.sender} -> {self.receiver} needs a source or a change, not both")
         if not _before(sender, receiver):

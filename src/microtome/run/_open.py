@@ -100,7 +100,7 @@ def _anatomy(hf: Any, name: str) -> Anatomy:
         return anatomy_of(hf, name)
     except MicrotomeError:
         raise
-    except Exception as problem:
+    except Exception as problem:  # whatever parts of an unknown family make of being looked at
         raise error(
             ModelUnsupported,
             f"the parts of {name} ({type(hf).__name__}) are of no known form, so that it cannot be mapped",

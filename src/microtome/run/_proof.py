@@ -311,7 +311,7 @@ def _plain(model: Model, tokens: Tensor) -> Tensor:
             return model.hf(input_ids=tokens).logits
     except (MicrotomeError, torch.OutOfMemoryError):
         raise
-    except Exception as problem:
+    except Exception as problem:  # whatever a module of an unknown family raises
         usual = model.dtype == torch.float32
         kind = "" if usual else f" in {str(model.dtype).removeprefix('torch.')}"  # not every kernel takes every type
         raise error(
