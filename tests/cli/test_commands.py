@@ -211,6 +211,7 @@ def test_a_default_model_that_an_earlier_version_made_is_made_again(
     (folder / "config.json").write_text('{"quantization_config": {}}')
     if mark is not None:
         (folder / OURS).write_text(mark)
+    assert list(json.loads(cli("cache", "show", "--json").out)["entries"]) == [f"models/{folder.name}"]
     for _ in range(2):
         assert _load.default_folder() == folder
     assert made == ['{"made_from": "tiny.gguf"}']  # once, and not called whole before it was

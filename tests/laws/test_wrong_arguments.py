@@ -92,6 +92,9 @@ for call in (
     lambda: mt.contributions(model, ids, detail="neurons"),
     lambda: model.generate("a", max_new_tokens="3"),
     lambda: model.generate("a", max_new_tokens=2.5),
+    lambda: mt.contributions(model, ids, answer=[1]),
+    lambda: mt.contributions(model, ids, answer=True),
+    lambda: mt.Edge("embed", "final", source="x"),
 ):
     try:
         call()
@@ -164,6 +167,9 @@ SAID = [
     "SiteError: contributions have no such detail; got 'neurons'",
     "PromptError: a generation adds tokens; got max_new_tokens='3'; allowed: 1 or more",
     "PromptError: a generation adds tokens; got max_new_tokens=2.5",
+    "PromptError: cannot read a token; got [1]; allowed: a text or an id",
+    "PromptError: cannot read a token; got True",
+    "EditError: the edge embed -> final cannot use this source; got str; allowed: a run, or a mapping",
 ]
 
 
