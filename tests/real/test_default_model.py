@@ -1,10 +1,14 @@
-"""The default model knows what it is known to know, opens quickly, and its weights are views."""
+"""The default model knows what it is known to know, opens from its cache, and its weights are views."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-import time
+import zlib
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,14 +49,28 @@ def test_it_is_proven_and_has_grouped_heads(model: mt.Model) -> None:
     assert (model.anatomy.n_heads, model.anatomy.n_kv_heads, model.anatomy.n_layers) == (9, 3, 30)
 
 
-@pytest.mark.alone
-def test_opening_again_is_quick() -> None:
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        mt.open()
-        times.append(time.perf_counter() - started)
-    assert min(times) < 4.0
+def test_opening_again_reads_the_cache_and_hashes_no_weight_twice(
+    model: mt.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dequantise(*_: object) -> None:
+        raise AssertionError("the cache is there, and yet the file was dequantised again")
+
+    hashed: Counter[int] = Counter()
+
+    def crc32(data: Any) -> int:
+        hashed[data.ctypes.data] += 1
+        return zlib.crc32(data)
+
+    monkeypatch.setattr(importlib.import_module("microtome.model._load"), "_dequantise", dequantise)
+    fingerprints = importlib.import_module("microtome.run._fingerprint")
+    monkeypatch.setattr(fingerprints, "zlib", SimpleNamespace(crc32=crc32))
+    again = mt.open()
+    for _ in range(2):
+        again.run("The capital of France is", logits=False)
+        assert again.provenance["fingerprint"] == model.fingerprint
+    weights = {p.data_ptr() for p in again.hf.parameters()}
+    assert weights <= hashed.keys()
+    assert {hashed[pointer] for pointer in weights} == {1}
 
 
 @pytest.mark.slow

@@ -140,11 +140,10 @@ class Model:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What every result records: model, fingerprint, dtype and versions."""
-        return self.provenance_of_run() | {"fingerprint": self.fingerprint}
+        """What every result records: model, fingerprint, dtype and versions.
 
-    def provenance_of_run(self) -> dict[str, Any]:
-        """The same, without reading the weights again where nothing shows that they changed."""
+        The weights are read again only where something shows that they changed; see `Fingerprint`.
+        """
         return {
             "model": self.anatomy.name,
             "fingerprint": self._fingerprint.current(),

@@ -91,7 +91,7 @@ def once(
         _refuse_idle(session, [*captures, *watchers])
     return Run(
         model.anatomy, batch, None if output is None else output.logits, session.captured, session.nodes,
-        model.to_words, model.provenance_of_run(),
+        model.to_words, model.provenance,
     )  # fmt: skip
 
 
