@@ -76,9 +76,10 @@ def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
 def measure(model: mt.Model, pair: tuple[str, str, str, str]) -> dict[str, xr.Dataset]:
     """Scores by method, and the exact effects, all in logits."""
     clean, corrupt, answer, foil = pair
-    exact = mt.activation_patching(model, clean, corrupt, answer=answer, foil=foil, direction="noise")
+    exact = mt.explain.activation_patching(model, clean, corrupt, answer=answer, foil=foil, direction="noise")
     found = {
-        m: mt.attribute(model, clean, corrupt, answer=answer, foil=foil, method=m, verify=0) for m in ("atp", "relp")
+        m: mt.explain.attribute(model, clean, corrupt, answer=answer, foil=foil, method=m, verify=0)
+        for m in ("atp", "relp")
     }
     found["exact"] = exact[list(SITES)] * (exact["corrupt"] - exact["clean"])
     # Before the first difference all effects are 0, which every method knows: these positions are left out.
@@ -109,7 +110,7 @@ def costs(model: mt.Model, repeats: int = 5) -> dict[str, float]:
     calls = {
         "forward": lambda: model.run(clean),
         **{
-            m: (lambda m=m: mt.attribute(model, clean, corrupt, answer=answer, foil=foil, method=m, verify=0))
+            m: (lambda m=m: mt.explain.attribute(model, clean, corrupt, answer=answer, foil=foil, method=m, verify=0))
             for m in ("atp", "relp", "eap")
         },
     }

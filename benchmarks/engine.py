@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 import microtome as mt
-from microtome.measure import TextStatistics
-from microtome.model import default_folder
+from microtome.anatomy import default_folder
+from microtome.measurements import TextStatistics
 from microtome.stream import TokenBatches, standard_library_text
 
 TARGETS = {
@@ -99,7 +99,7 @@ def forwards(model: mt.Model, repeats: int) -> dict[str, dict[str, float]]:
 def generation(model: mt.Model, repeats: int) -> dict[str, float]:
     """Steered generation of 32 tokens beside the generation of plain transformers."""
     direction = torch.randn(model.anatomy.d_model, generator=torch.Generator().manual_seed(0)) * 0.01
-    edit = mt.Add(f"{model.anatomy.n_layers // 2}.resid_post", value=direction)
+    edit = mt.edit.Add(f"{model.anatomy.n_layers // 2}.resid_post", value=direction)
     options: dict[str, Any] = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
     tokens = model.to_tokens("The history of science")
     pad = model.tokenizer.pad_token_id

@@ -29,8 +29,8 @@ def main() -> None:
     print(f"{'program':20} {'edges':>9} {'true':>5} {'both':>6} {'tokens':>7} {'eap':>6}")
     for name in planted.PROGRAMS:
         it = planted.program(name)
-        both = mt.circuit_recovery(it, pairs=options.pairs, seed=options.seed)
-        tokens = mt.circuit_recovery(it, pairs=options.pairs, seed=options.seed, corrupt=("tokens",))
+        both = mt.explain.circuit_recovery(it, pairs=options.pairs, seed=options.seed)
+        tokens = mt.explain.circuit_recovery(it, pairs=options.pairs, seed=options.seed, corrupt=("tokens",))
         row: dict[str, Any] = {
             "edges": int(both["score"].notnull().sum()), "true": int(both["true"].sum()),
             "auc": both.attrs["auc"], "auc_tokens_only": tokens.attrs["auc"], "auc_eap": both.attrs["auc_eap"],

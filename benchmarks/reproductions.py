@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import microtome as mt
-from microtome.measure import head_scores, repeated_tokens
+from microtome.measurements import head_scores, repeated_tokens
 from microtome.stream import mean_interval, sign_flip
 
 # Prompts whose answer the model may know, with the subject that they are about: written for this script.
@@ -102,7 +102,7 @@ def traced(model: mt.Model, prompt: str, subject: str, answer: str, samples: int
     """What restores one fact, or None where the model does not answer so."""
     if int(model.run(prompt).logits[0, -1].argmax()) != mt.explain.one_token(model, answer):
         return None
-    data = mt.causal_trace(model, prompt, subject=subject, answer=answer, samples=samples)
+    data = mt.explain.causal_trace(model, prompt, subject=subject, answer=answer, samples=samples)
     half, last = model.anatomy.n_layers // 2, data.sizes["pos"] - 1
     at = int(data["subject"].values.nonzero()[0][-1])
     others = [p for p in range(last) if p != at]
@@ -138,7 +138,7 @@ def facts(model: mt.Model, samples: int) -> dict[str, Any]:
 
 def cut(model: mt.Model, prompt: str, subject: str, answer: str) -> dict[str, Any] | None:
     """What one fact loses when the last position cannot read its subject, or None where it is not known."""
-    data = mt.attention_knockout(model, prompt, queries=-1, keys=subject, answer=answer, controls=10)
+    data = mt.explain.attention_knockout(model, prompt, queries=-1, keys=subject, answer=answer, controls=10)
     half = model.anatomy.n_layers // 2
     logs, control = (torch.from_numpy(data[n].values) for n in ("log_probability", "log_probability_control"))
     if not data.attrs["known"]:
@@ -163,7 +163,7 @@ def reading(model: mt.Model) -> dict[str, Any]:
     })  # fmt: skip
 
 
-def copying(model: mt.Model, tokens: Tensor, edits: list[mt.Edit]) -> Tensor:
+def copying(model: mt.Model, tokens: Tensor, edits: list[mt.edit.Edit]) -> Tensor:
     """Mean log-probability of the repeated tokens [sequence], in nats."""
     n = tokens.shape[1] // 2
     rows = [model.run(row[None], edits=edits).logits[0, n - 1 : -1].log_softmax(-1) for row in tokens]
@@ -180,10 +180,10 @@ def induction(model: mt.Model, top: int = 5, sequences: int = 16, draws: int = 1
     chosen = [divmod(i, heads) for i in order[:top]]
     shunned = {divmod(i, heads) for i in order[: 4 * top]}
     tokens, others = (repeated_tokens(model, sequences, 50, seed) for seed in (1, 2))
-    held = mt.measure.means(model, others, "*.attn.z")
+    held = mt.measurements.means(model, others, "*.attn.z")
 
     def without(picked: list[tuple[int, int]]) -> Tensor:
-        edits = [mt.Mean(f"{i}.attn.z[{h}]", mean=held[f"{i}.attn.z"][h]) for i, h in picked]
+        edits = [mt.edit.Mean(f"{i}.attn.z[{h}]", mean=held[f"{i}.attn.z"][h]) for i, h in picked]
         return copying(model, tokens, edits)
 
     whole, generator = copying(model, tokens, []), torch.Generator().manual_seed(0)
@@ -236,7 +236,9 @@ def repair(model: mt.Model, top: int = 3, each: int = 20) -> dict[str, Any]:
     )
     print("  strong: of the largest, before the last layer, a tenth of the logit difference or more on other prompts")
     prompts, answers, foils = pairs_of_names(model, 6, each)
-    found = [mt.contributions(model, p, answer=a, foil=f) for p, a, f in zip(prompts, answers, foils, strict=True)]
+    found = [
+        mt.explain.contributions(model, p, answer=a, foil=f) for p, a, f in zip(prompts, answers, foils, strict=True)
+    ]
     direct = torch.tensor(sum(x["attn"].values[0] for x in found) / len(found))
     enough = 0.1 * sum(float(x["logit"][0]) for x in found) / len(found)
     chosen = [divmod(i, model.anatomy.n_heads) for i in direct[:-1].flatten().argsort(descending=True)[:top].tolist()]
@@ -244,7 +246,7 @@ def repair(model: mt.Model, top: int = 3, each: int = 20) -> dict[str, Any]:
     names = [f"{i}.attn.z[{h}]" for i, h in chosen]
     beside = [f"{i}.attn.z[{h}]" for i in sorted({i for i, _ in chosen}) for h in range(model.anatomy.n_heads)]
     prompts, answers, foils = pairs_of_names(model, 7, each)
-    data = mt.component_effects(
+    data = mt.explain.component_effects(
         model, prompts, answers=answers, foils=foils, components=names + [n for n in beside if n not in names],
         ablation="mean", receivers="heads",
     )  # fmt: skip

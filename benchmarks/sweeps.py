@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 import microtome as mt
-from microtome.model import default_folder
+from microtome.anatomy import default_folder
 
 CLEAN = "The Eiffel Tower is a very famous old landmark in the city"
 CORRUPT = "The Brandenburg Gate is a very famous old landmark in the city"
@@ -65,15 +65,15 @@ def resid_pre(model: mt.Model, clean: str, corrupt: str, repeats: int) -> dict[s
     source = model.run(corrupt, capture="*.resid_pre")
     assert source.tokens.shape[1] == length
     ids = (int(model.to_tokens(" Paris")[0, -1]), int(model.to_tokens(" Berlin")[0, -1]))
-    metric = mt.LogitDifference(ids[0], foil=ids[1])
+    metric = mt.metric.LogitDifference(ids[0], foil=ids[1])
     places = [(layer, pos) for layer in range(model.anatomy.n_layers) for pos in range(length)]
-    cells = [mt.SwapFrom(f"{layer}.resid_pre@{pos}", source=source) for layer, pos in places]
+    cells = [mt.edit.Patch(f"{layer}.resid_pre@{pos}", source=source) for layer, pos in places]
     sample = list(range(0, len(places), max(1, len(places) // 24)))
-    model.sweep(tokens, cells[:32], metric)
+    model.sweep(tokens, cells[:32], metric).run()
     gap, ratios, ours, plains = 0.0, [], [], []
     for _ in range(repeats):
         started = time.perf_counter()
-        swept = model.sweep(tokens, cells, metric)
+        swept = model.sweep(tokens, cells, metric).run()
         ours.append((time.perf_counter() - started) / len(cells))
         started = time.perf_counter()
         values = [hooked(model, tokens, source, *places[i], ids) for i in sample]
@@ -92,7 +92,7 @@ def sixteen(model: mt.Model, clean: str, corrupt: str, repeats: int) -> dict[str
     cities = ["city", "town", "land", "state", "area", "zone", "place", "world"]
     cleans = [f"{clean.rpartition(' ')[0]} {word}{more}" for word in cities for more in ("", " of")]
     corrupts = [f"{corrupt.rpartition(' ')[0]} {word}{more}" for word in cities for more in ("", " of")]
-    metric = mt.LogitDifference(11, foil=13)
+    metric = mt.metric.LogitDifference(11, foil=13)
 
     def run(a: list[str], b: list[str]) -> float:
         batches = [model.to_batch(prompt) for prompt in b]
@@ -100,10 +100,10 @@ def sixteen(model: mt.Model, clean: str, corrupt: str, repeats: int) -> dict[str
         for number, batch in enumerate(batches):
             source = model.run(batch.tokens, capture="*.resid_pre")
             where = [(layer, p) for layer in range(model.anatomy.n_layers) for p in range(batch.tokens.shape[1])]
-            cells += [mt.SwapFrom(f"{layer}.resid_pre@{p}", source=source) for layer, p in where]
+            cells += [mt.edit.Patch(f"{layer}.resid_pre@{p}", source=source) for layer, p in where]
             prompts += [number] * len(where)
         started = time.perf_counter()
-        model.sweep(a, cells, metric, prompts=prompts)
+        model.sweep(a, cells, metric, prompts=prompts).run()
         return (time.perf_counter() - started) / len(cells)
 
     run(cleans[:1], corrupts[:1])
@@ -118,7 +118,7 @@ def sixteen(model: mt.Model, clean: str, corrupt: str, repeats: int) -> dict[str
 def patching(model: mt.Model, clean: str, corrupt: str) -> dict[str, Any]:
     """Three sites by position, and every head."""
     started = time.perf_counter()
-    data = mt.activation_patching(model, clean, corrupt, answer=" Paris", foil=" Berlin")
+    data = mt.explain.activation_patching(model, clean, corrupt, answer=" Paris", foil=" Berlin")
     seconds = time.perf_counter() - started
     return {"cells": sum(v.size for v in data.values()) - 2, "seconds": seconds, "positions": data.sizes["pos"]}
 
@@ -127,7 +127,7 @@ def graph_effects(model: mt.Model, edges: bool) -> dict[str, Any]:
     """All nodes of a 15-token pair, and all edges if asked for."""
     answers = {"answer": " Mary", "foil": " John"}
     started = time.perf_counter()
-    nodes = mt.node_effects(model, *LONG, **answers)
+    nodes = mt.explain.node_effects(model, *LONG, **answers)
     found: dict[str, Any] = {"nodes": nodes.sizes["sender"], "nodes_seconds": time.perf_counter() - started}
     if edges:
         started = time.perf_counter()
@@ -138,7 +138,7 @@ def graph_effects(model: mt.Model, edges: bool) -> dict[str, Any]:
                 walked[0] = time.perf_counter()
                 print(f"  {done} of {everything} edges, {time.perf_counter() - started:.0f} s", flush=True)
 
-        data = mt.edge_effects(model, *LONG, **answers, progress=report)
+        data = mt.explain.edge_effects(model, *LONG, **answers, progress=report)
         found |= {"edges": int(data.attrs["measured"]), "edges_seconds": time.perf_counter() - started}
         effects = data["effect"].to_series().dropna()
         strongest = effects[effects.abs().sort_values().index[-10:]]

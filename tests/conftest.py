@@ -24,7 +24,10 @@ _CHECKER = """beartype.beartype(conf=beartype.BeartypeConf(
     hint_overrides=beartype.FrozenDict({beartype.typing.Self: beartype.typing.Any}),
 ))"""
 # The command line is left out: its annotations are Typer's, and Typer checks them.
-ROOMS = ("errors", "axes", "model", "run", "stream", "tasks", "planted", "measure", "explain", "view", "atlas")
+ROOMS = (
+    "errors", "axes", "anatomy", "edit", "run", "metric", "sweep", "model", "method", "stream", "tasks", "planted",
+    "measurements", "explain", "view", "atlas",
+)  # fmt: skip
 install_import_hook([f"microtome.{room}" for room in ROOMS], _CHECKER)
 
 ROOT = Path(__file__).resolve().parents[1]

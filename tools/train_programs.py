@@ -40,7 +40,7 @@ def network(high: mt.Model, seed: int) -> mt.Model:
     """A network of one layer more than the program, with four heads, GELU and layer norms."""
     a = high.anatomy
     config = planted.PlantedConfig(
-        vocab_size=a.d_vocab, output_size=a.size(mt.Site("logits"), "vocab"), hidden_size=40,
+        vocab_size=a.d_vocab, output_size=a.size(mt.anatomy.Site("logits"), "vocab"), hidden_size=40,
         num_hidden_layers=a.n_layers + 1, num_attention_heads=4, head_dim=10, intermediate_size=64,
         max_position_embeddings=a.n_ctx, hidden_act="gelu", normalization="layer", attention_scale=10**-0.5,
     )  # fmt: skip
@@ -88,16 +88,16 @@ class Repeated:
     def __init__(self, run: mt.Run, times: int) -> None:
         self.run, self.times = run, times
 
-    def whole(self, site: mt.Site) -> Tensor:
+    def whole(self, site: mt.anatomy.Site) -> Tensor:
         """All of a site, repeated along the batch."""
         x = self.run.whole(site)
         return x.repeat(self.times, *[1] * (x.dim() - 1))
 
 
-def exchange(node: str, source: mt.Run, block: int, blocks: int) -> mt.SwapFrom:
+def exchange(node: str, source: mt.Run, block: int, blocks: int) -> mt.edit.Patch:
     """The activations of a node from the source, in one block of the rows."""
     rows = tuple(range(block * BATCH, (block + 1) * BATCH))
-    return mt.SwapFrom(planted.sender_of(node), Repeated(source, blocks), rows=rows)
+    return mt.edit.Patch(planted.sender_of(node), Repeated(source, blocks), rows=rows)
 
 
 def train(name: str, steps: int) -> None:

@@ -28,7 +28,7 @@ def test_json_holds_what_the_method_returned(cli: Cli, saved: Path, method: str)
     done = cli("attribute", *PAIR, *ASKED, "--method", method, "--verify", 4, "-m", saved, "--json")
     assert done.code == 0, done.err
     told = json.loads(done.out)
-    data = mt.attribute(mt.open(str(saved)), *PAIR, answer="mat", foil="barn", method=method, verify=4)
+    data = mt.explain.attribute(mt.open(str(saved)), *PAIR, answer="mat", foil="barn", method=method, verify=4)
     names = ["score"] if method == "eap" else ["resid_pre", "attn_out", "mlp_out", "attn.z[head]"]
     assert list(told["maps"]) == names
     for name, held in told["maps"].items():

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from tests import families
 
 import microtome as mt
-from microtome.model import _load
-from microtome.run import _saved
+from microtome.anatomy import _load
+from microtome.edit import _saved
 
 Cli = Callable[..., Any]
 
@@ -229,19 +229,19 @@ def test_a_sweep_larger_than_the_budget(cli: Cli, saved: Path, tmp_path: Path, c
         )
 
 
-EDITS: list[tuple[mt.Edit, int, tuple[str, ...]]] = [
-    (mt.Add("0.mlp.post", torch.ones(7)), 7, ("EditError: a value does not fit 0.mlp.post", "got shape [7]")),
-    (mt.Zero("9.mlp.post"), 5, ("SiteError: no layers 9", "allowed: layers 0 to 2")),
-    (mt.Skip("9"), 5, ("SiteError: no layers 9", "allowed: layers 0 to 2")),
-    (mt.Zero("0.mlp.post[56]"), 5, ("no units [56]", "allowed: neuron 0 to 55")),
-    (mt.Zero("0.mlp.post@7"), 5, ("no positions @7 in row 0", "0 to 1, or -2 to -1")),
-    (mt.Zero("0.mlp.post", rows=(4,)), 7, ("no rows (4,)", "allowed: 0 to 0")),
+EDITS: list[tuple[mt.edit.Edit, int, tuple[str, ...]]] = [
+    (mt.edit.Add("0.mlp.post", torch.ones(7)), 7, ("EditError: a value does not fit 0.mlp.post", "got shape [7]")),
+    (mt.edit.Zero("9.mlp.post"), 5, ("SiteError: no layers 9", "allowed: layers 0 to 2")),
+    (mt.edit.Skip("9"), 5, ("SiteError: no layers 9", "allowed: layers 0 to 2")),
+    (mt.edit.Zero("0.mlp.post[56]"), 5, ("no units [56]", "allowed: neuron 0 to 55")),
+    (mt.edit.Zero("0.mlp.post@7"), 5, ("no positions @7 in row 0", "0 to 1, or -2 to -1")),
+    (mt.edit.Zero("0.mlp.post", rows=(4,)), 7, ("no rows (4,)", "allowed: 0 to 0")),
 ]
 
 
 @pytest.mark.parametrize(("edit", "code", "texts"), EDITS, ids=[repr(e) for e, *_ in EDITS])
-def test_edits(cli: Cli, saved: Path, tmp_path: Path, edit: mt.Edit, code: int, texts: tuple[str, ...]) -> None:
-    mt.save_edits(tmp_path / "edits", [edit])
+def test_edits(cli: Cli, saved: Path, tmp_path: Path, edit: mt.edit.Edit, code: int, texts: tuple[str, ...]) -> None:
+    mt.edit.save_edits(tmp_path / "edits", [edit])
     arguments = ("run", "the cat", "-m", saved, "-c", "final", "-o", tmp_path / "x.safetensors", "--edits")
     check(cli(*arguments, tmp_path / "edits"), code, *texts)
     assert [p.name for p in tmp_path.iterdir()] == ["edits"]
@@ -407,7 +407,7 @@ def test_a_full_disk_while_edits_are_saved(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(_saved, "save_file", full)
     with pytest.raises(mt.errors.OutputError, match=r"cannot write edits to .*No space left on device"):
-        mt.save_edits(tmp_path / "edits", [mt.Zero("0.mlp.post")])
+        mt.edit.save_edits(tmp_path / "edits", [mt.edit.Zero("0.mlp.post")])
     assert not list(tmp_path.iterdir())
 
 
@@ -454,7 +454,7 @@ def test_a_stop_in_the_middle(saved: Path, tmp_path: Path, number: signal.Signal
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_no_edit_is_left_in_the_model(problem: BaseException) -> None:
     """Whatever ends a run or a generation, the model is itself again."""
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     tokens = torch.arange(5, 11).unsqueeze(0)
     plain, hooks = model.hf(tokens).logits, hooks_of(model.hf)
 
@@ -462,8 +462,11 @@ def test_no_edit_is_left_in_the_model(problem: BaseException) -> None:
         raise problem
 
     with pytest.raises(type(problem)):
-        model.run(tokens, edits=[mt.Zero("0.mlp_out"), mt.Skip(1)], observe={"2.mlp.post": end})
-    with pytest.raises(type(problem)), model.editing(mt.Zero("0.mlp_out"), mt.Map("2.mlp.post", function=end)):
+        model.run(tokens, edits=[mt.edit.Zero("0.mlp_out"), mt.edit.Skip(1)], observe={"2.mlp.post": end})
+    with (
+        pytest.raises(type(problem)),
+        model.editing(mt.edit.Zero("0.mlp_out"), mt.edit.Apply("2.mlp.post", function=end)),
+    ):
         model.hf.generate(tokens, max_new_tokens=3)
     assert hooks_of(model.hf) == hooks
     assert torch.equal(model.hf(tokens).logits, plain)

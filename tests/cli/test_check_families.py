@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests import families
 
-from microtome.model._family import FAMILIES
+from microtome.anatomy._family import FAMILIES
 
 IDENTITIES = ("1 inert", "2 residual", "3 heads", "4 neurons", "5 attention", "6 unembed", "7 weights")
 

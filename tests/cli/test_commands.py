@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tests import families
 
 import microtome as mt
-from microtome.model import _load
+from microtome.anatomy import _load
 
 Cli = Callable[..., object]
 OURS = "made-by-microtome.json"
@@ -49,7 +49,7 @@ def test_check_prints_the_proof(cli: Cli, saved: Path) -> None:
 
 
 def test_check_of_a_false_map_exits_with_4(cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from microtome.run import _proof
+    from microtome.model import _proof
 
     monkeypatch.setitem(_proof.TOLERANCE, __import__("torch").float32, -1.0)
     done = cli("check", saved)
@@ -142,16 +142,16 @@ def test_rows_of_the_atlas_begin_as_the_tokenizer_begins_a_text(
     )
     tokenizer.save_pretrained(folder)
     out = tmp_path / "atlas"
-    for model, beginning in ((saved, None), (folder, "<eos>")):
+    for model, bos_id in ((saved, None), (folder, "<eos>")):
         done = cli("atlas", model, "--text", text, "--tokens", 310, "--length", 32, "-o", out, "--json")
         assert done.code == 0, done.err
         told = json.loads((out / "manifest.json").read_text())["text"]
-        assert told["rows_begin_with"] == beginning
+        assert told["rows_begin_with"] == bos_id
         neurons = pq.read_table(out / "neurons.parquet")
         places = {i - s for key in ("example_index",) for i, s in zip(
             neurons[key].combine_chunks().flatten().to_pylist(),
             neurons["example_start"].combine_chunks().flatten().to_pylist(), strict=True)}  # fmt: skip
-        assert (0 in places) == (beginning is None)
+        assert (0 in places) == (bos_id is None)
     assert told["tokens"] == 320  # 310 of the text, one more a row
 
 
@@ -218,7 +218,7 @@ def test_a_default_model_that_an_earlier_version_made_is_made_again(
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert json.loads((folder / OURS).read_text())["format"] == _load.FORMAT
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
-    assert mt.map().anatomy.d_model == families.D_MODEL
+    assert mt.open(prove=False).anatomy.d_model == families.D_MODEL
     assert list(json.loads(cli("cache", "show", "--json").out)["entries"]) == [f"models/{folder.name}"]
     assert cli("cache", "clear", "--yes").code == 0
     assert not folder.exists()

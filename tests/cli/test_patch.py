@@ -30,7 +30,7 @@ def test_json_holds_what_the_method_returned(cli: Cli, saved: Path) -> None:
     assert done.code == 0, done.err
     told = json.loads(done.out)
     model = mt.open(str(saved))
-    data = mt.activation_patching(model, *PAIR, answer="mat", foil="barn")
+    data = mt.explain.activation_patching(model, *PAIR, answer="mat", foil="barn")
     assert list(told["maps"]) == ["resid_pre", "attn_out", "mlp_out", "attn.z[head]"]
     for name, held in told["maps"].items():
         assert tuple(held["dims"]) == data[name].dims
@@ -135,9 +135,9 @@ def test_a_full_disk_leaves_nothing(cli: Cli, saved: Path, tmp_path: Path, monke
 def test_ctrl_c_in_the_middle(
     cli: Cli, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, walk: int
 ) -> None:
-    from microtome.run import _cells
+    from microtome.sweep import _sweep as _cells
 
-    own, calls = _cells._run_walk, [0]
+    own, calls = _cells._run_pass, [0]
     monkeypatch.setattr(_cells, "FIXED", 0)  # several walks
 
     def stopped(*arguments: Any) -> Any:

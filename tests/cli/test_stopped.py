@@ -10,7 +10,7 @@ import pytest
 from tests import families
 
 import microtome as mt
-from microtome.run import _cells
+from microtome.sweep import _sweep as _cells
 
 Cli = Callable[..., Any]
 PAIR = ("the cat sat on the", "the dog sat on the")
@@ -19,7 +19,7 @@ PAIR = ("the cat sat on the", "the dog sat on the")
 def interrupt(patch: pytest.MonkeyPatch, after: int = 2) -> list[int]:
     """Cut sweeps into walks of one row, and stop them after some of these; returns the walks begun."""
     begun: list[int] = []
-    own = _cells._run_walk
+    own = _cells._run_pass
 
     def walk(*args: Any) -> Any:
         begun.append(len(begun))
@@ -53,17 +53,17 @@ def test_a_command_that_is_stopped_ends_with_130(
 
 
 def test_each_ctrl_c_stops_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mt.map(families.build("llama-gqa"))
-    cells = [mt.Zero(f"{layer}.resid_pre@{at}") for layer in range(3) for at in range(6)]
-    metric = mt.Probability(11)
-    whole = model.sweep([[7, 20, 33, 41, 52, 60]], cells, metric)
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    cells = [mt.edit.Zero(f"{layer}.resid_pre@{at}") for layer in range(3) for at in range(6)]
+    metric = mt.metric.Probability(11)
+    whole = model.sweep([[7, 20, 33, 41, 52, 60]], cells, metric).run()
     assert whole.whole() is whole
     with monkeypatch.context() as patch:
         interrupt(patch)
-        part = model.sweep([[7, 20, 33, 41, 52, 60]], cells, metric)
+        part = model.sweep([[7, 20, 33, 41, 52, 60]], cells, metric).run()
         assert part.done == 2
         with pytest.raises(KeyboardInterrupt):
             part.whole()
         with pytest.raises(KeyboardInterrupt):  # the second one, before the next sweep has a cell
-            model.sweep([[7, 20, 33, 41, 52, 60]], cells, metric)
-    assert model.sweep([[7, 20, 33, 41, 52, 60]], cells, metric).values.equal(whole.values)
+            model.sweep([[7, 20, 33, 41, 52, 60]], cells, metric).run()
+    assert model.sweep([[7, 20, 33, 41, 52, 60]], cells, metric).run().values.equal(whole.values)

@@ -26,7 +26,7 @@ def test_json_holds_what_the_method_returned(cli: Cli, saved: Path) -> None:
     done = cli("trace", PROMPT, "--subject", SUBJECT, "--samples", 2, "--window", 2, "-m", saved, "--json")
     assert done.code == 0, done.err
     told = json.loads(done.out)
-    data = mt.causal_trace(mt.open(str(saved)), PROMPT, subject=SUBJECT, samples=2, window=2)
+    data = mt.explain.causal_trace(mt.open(str(saved)), PROMPT, subject=SUBJECT, samples=2, window=2)
     assert list(told["maps"]) == ["resid", "mlp", "attn"]
     for name, held in told["maps"].items():
         np.testing.assert_allclose(held["values"], data[name].values, atol=1e-5)

@@ -22,13 +22,15 @@ EDGED = [
 
 
 def scores(model: mt.Model, method: str = "atp", **more: Any) -> Any:
-    return mt.attribute(model, CLEAN, CORRUPT, **({"answer": 11, "foil": 13, "method": method, "verify": 0} | more))
+    return mt.explain.attribute(
+        model, CLEAN, CORRUPT, **({"answer": 11, "foil": 13, "method": method, "verify": 0} | more)
+    )
 
 
 def exact(model: mt.Model, **more: Any) -> Any:
     """Effects as attribution states them: what a patched run reads more than the run that is patched."""
     sites = {"sites": more.pop("sites", SITES)}
-    data = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise", **sites, **more)
+    data = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise", **sites, **more)
     return data[list(sites["sites"])] * (data["corrupt"] - data["clean"])
 
 
@@ -38,7 +40,7 @@ def near(name: str, eps: float) -> mt.Model:
     table = hf.get_input_embeddings().weight.data
     direction = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(5))
     table[64] = table[33] + eps * direction * table[33].norm() / direction.norm()
-    return mt.map(hf)
+    return mt.open(hf, prove=False)
 
 
 def gap(a: Any, b: Any) -> float:
@@ -60,7 +62,7 @@ def linear() -> mt.Model:
         for block in hf.transformer.h:
             block.attn.c_attn.weight.data[:, : 2 * config.n_embd] = 0
             block.attn.c_attn.bias.data[: 2 * config.n_embd] = 0
-    return mt.map(hf)
+    return mt.open(hf, prove=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- nodes
@@ -70,14 +72,14 @@ def linear() -> mt.Model:
 def test_nodes_and_edges_are_exact_where_the_model_is_linear(direction: str) -> None:
     model = linear()
     plain = scores(model, sites=ALL, direction=direction)
-    data = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction, sites=ALL)
+    data = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction, sites=ALL)
     width = (data["corrupt"] - data["clean"]) * (1 if direction == "noise" else -1)
     for site in ALL:
         assert float(abs(plain[site] - data[site] * width).max()) < 1e-5 * float(abs(width)), site
     assert float(abs(plain["mlp.post[neuron]"]).max()) > 1e-3 * float(abs(width))
     relp = scores(model, "relp", sites=ALL, direction=direction)
     assert gap(plain[list(ALL)], relp[list(ALL)]) < 1e-5 * float(abs(width))
-    edges = mt.verify(model, scores(model, "eap", direction=direction), top=graph(model).n_edges)
+    edges = mt.explain.verify(model, scores(model, "eap", direction=direction), top=graph(model).n_edges)
     assert float(abs(edges["score"] - edges["score_exact"]).max()) < 1e-5 * float(abs(width))
 
 
@@ -95,12 +97,12 @@ def test_the_error_is_of_second_order(name: str) -> None:
 
 @pytest.mark.parametrize("foil", [13, None])
 def test_the_first_stream_is_the_directional_derivative(foil: int | None) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     data = scores(model, foil=foil)
     base, goal = (model.run(t, capture="embed")["embed"] for t in ([CLEAN], [CORRUPT]))
 
     def read(step: float) -> float:
-        logits = model.run([CLEAN], edits=[mt.Set("embed", base + step * (goal - base))]).logits[0, -1].double()
+        logits = model.run([CLEAN], edits=[mt.edit.Set("embed", base + step * (goal - base))]).logits[0, -1].double()
         return float(logits.log_softmax(-1)[11] if foil is None else logits[11] - logits[13])
 
     slope = (read(1e-2) - read(-1e-2)) / 2e-2
@@ -121,21 +123,21 @@ def test_relevance_is_conserved(name: str) -> None:
             parameter.data.zero_()
     if name == "gemma2":
         hf.config.final_logit_softcapping = None
-    model = mt.map(hf)
+    model = mt.open(hf, prove=False)
     plain = model.run([CLEAN]).logits
 
-    def total(rules: mt.Freeze) -> float:
+    def total(rules: mt.edit.Freeze) -> float:
         run = model.run([CLEAN], capture="embed", grad=True, edits=[rules])
         assert torch.equal(run.logits, plain)  # what comes out does not change by a bit
         return float((run.grad(run.logits[0, -1, 7])["embed"] * run["embed"].detach()).sum())
 
     logit = float(plain[0, -1, 7])
     assert total(RELP) == pytest.approx(logit, rel=1e-4)
-    assert total(mt.Freeze(activations="ratio")) != pytest.approx(logit, rel=1e-3)  # products count twice
+    assert total(mt.edit.Freeze(activations="ratio")) != pytest.approx(logit, rel=1e-3)  # products count twice
 
 
 def test_gate_and_up_branch_get_half_a_product_each() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     capture = ["1.mlp.gate", "1.mlp.up", "1.mlp.post"]
     run = model.run([CLEAN], capture=capture, grad=True, edits=[RELP])
     found = run.grad(run.logits[0, -1, 7])
@@ -147,15 +149,15 @@ def test_gate_and_up_branch_get_half_a_product_each() -> None:
 @pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt_neox-parallel", "opt-prenorm"])
 def test_held_parts_make_the_estimate_exact(name: str) -> None:
     """With all that a frozen pass holds put in place by edits, the model is what the frozen gradient says it is."""
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     if not model.anatomy.gated:
-        rules, held = mt.Freeze(activations=False, mlps=True), ["attn.scale", "attn.pattern", "mlp_out"]
+        rules, held = mt.edit.Freeze(activations=False, mlps=True), ["attn.scale", "attn.pattern", "mlp_out"]
     else:
-        rules, held = mt.Freeze(), ["attn.scale", "mlp.scale", "attn.pattern", "mlp.gate"]
+        rules, held = mt.edit.Freeze(), ["attn.scale", "mlp.scale", "attn.pattern", "mlp.gate"]
     base = model.run([CLEAN], capture=["embed", "final.scale", *(f"*.{site}" for site in held)])
     goal = model.run([CORRUPT], capture="embed")
-    edits: list[mt.Edit] = [mt.SwapFrom(f"*.{site}", source=base) for site in held]
-    edits += [mt.SwapFrom("final.scale", source=base), mt.Set("embed", goal["embed"])]
+    edits: list[mt.edit.Edit] = [mt.edit.Patch(f"*.{site}", source=base) for site in held]
+    edits += [mt.edit.Patch("final.scale", source=base), mt.edit.Set("embed", goal["embed"])]
     logits = model.run([CLEAN], edits=edits).logits[0, -1].double()
     before = base.logits[0, -1].double()
     truth = float((logits[11] - logits[13]) - (before[11] - before[13]))
@@ -169,8 +171,8 @@ def test_held_parts_make_the_estimate_exact(name: str) -> None:
 
 @pytest.mark.parametrize("rules", [None, RELP], ids=["plain", "relp"])
 @pytest.mark.parametrize("name", EDGED)
-def test_the_edges_of_a_sender_add_up_to_its_node(name: str, rules: mt.Freeze | None) -> None:
-    model = mt.map(families.build(name))
+def test_the_edges_of_a_sender_add_up_to_its_node(name: str, rules: mt.edit.Freeze | None) -> None:
+    model = mt.open(families.build(name), prove=False)
     if rules is not None and model.anatomy.n_experts:
         with pytest.raises(mt.errors.EditError, match="has no activation module of its own"):
             scores(model, "eap", rules=rules)
@@ -188,7 +190,7 @@ def test_the_edges_of_a_sender_add_up_to_its_node(name: str, rules: mt.Freeze | 
 def test_heads_of_a_group_share_out_the_gradient_of_its_keys(name: str) -> None:
     from microtome.explain._edge_scores import by_head, captures
 
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     run = model.run([CLEAN], capture=captures(model), grad=True)
     found = run.grad(run.logits[0, -1, 11] - run.logits[0, -1, 13])
     group = model.anatomy.n_heads // model.anatomy.n_kv_heads
@@ -207,7 +209,7 @@ def test_an_edge_is_the_first_order_of_its_exact_effect(name: str) -> None:
     errors: list[float] = []
     for eps in (0.06, 0.03):
         model = near(name, eps)
-        data = mt.verify(model, scores(model, "eap"), top=graph(model).n_edges)
+        data = mt.explain.verify(model, scores(model, "eap"), top=graph(model).n_edges)
         assert int(data["measured"][0]) == graph(model).n_edges
         errors.append(float(abs(data["score"] - data["score_exact"]).max()))
         assert errors[-1] < 0.5 * float(abs(data["score_exact"]).max())
@@ -221,7 +223,7 @@ def test_an_edge_is_the_first_order_of_its_exact_effect(name: str) -> None:
 
 @pytest.mark.parametrize("method", ["atp", "relp", "eap"])
 def test_the_cost_is_two_forwards_and_one_backward(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     calls: list[str] = []
     own = torch.autograd.grad
 
@@ -246,7 +248,7 @@ def test_the_cost_is_two_forwards_and_one_backward(method: str, monkeypatch: pyt
 
 
 def test_a_result_says_what_it_is() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     data = scores(model, "eap")
     assert data["score"].dims == ("sender", "receiver")
     assert int(data["score"].notnull().sum()) == graph(model).n_edges
@@ -275,30 +277,30 @@ def test_a_result_says_what_it_is() -> None:
 )
 def test_what_cannot_be_attributed_is_refused(name: str, change: dict[str, Any], text: str) -> None:
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        scores(mt.map(families.build(name)), **change)
+        scores(mt.open(families.build(name), prove=False), **change)
 
 
 def test_prompts_that_do_not_align_are_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises(mt.errors.PromptError, match="differ first at token 2; got 6 and 4 tokens"):
-        mt.attribute(model, CLEAN, [7, 20, 64, 41], answer=11, foil=13)
+        mt.explain.attribute(model, CLEAN, [7, 20, 64, 41], answer=11, foil=13)
 
 
 def test_rules_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(mt.errors.EditError, match="cannot halve products whose gate is held as a whole"):
-        mt.Freeze(half_products=True)
+        mt.edit.Freeze(half_products=True)
     with pytest.raises(mt.errors.EditError, match="cannot hold such activations; got 'gates'"):
-        mt.Freeze(activations="gates")  # type: ignore[arg-type]
+        mt.edit.Freeze(activations="gates")  # type: ignore[arg-type]
 
 
 def test_a_gradient_is_drawn_back_only_from_what_was_captured() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     run = model.run([CLEAN], capture=["1.mlp.in", "1.resid_mid"], grad=True)
     rows = torch.zeros(2, 1, 6, 40)
     with pytest.raises(mt.errors.SiteError, match=r"no gradient reaches 1\.attn\.q; got .*1\.mlp\.in"):
-        run.pull_back(rows, "1.attn.q", "1.resid_mid")
+        run.vjp(rows, "1.attn.q", "1.resid_mid")
     with pytest.raises(
         mt.errors.SiteError, match=r"do not fit 1\.mlp\.in; got shape \[1, 6, 40\]; allowed: \[n, 1, 6, 40\]"
     ):
-        run.pull_back(rows[0], "1.mlp.in", "1.resid_mid")
-    assert not run.pull_back(torch.ones(2, 1, 6, 40), "1.resid_mid", "1.mlp.in").any()  # it does not come before
+        run.vjp(rows[0], "1.mlp.in", "1.resid_mid")
+    assert not run.vjp(torch.ones(2, 1, 6, 40), "1.resid_mid", "1.mlp.in").any()  # it does not come before

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 import microtome as mt
 from microtome.errors import BudgetError
 
-READ = mt.Reading(lambda logits, prompts: logits.flatten(1), positions=(-1, 5))
+READ = mt.metric.FunctionMetric(lambda logits, prompts: logits.flatten(1), positions=(-1, 5))
 FAMILIES = [
     "gpt2", "gpt_neo", "gpt_neox-parallel", "gptj", "opt-prenorm", "bloom", "falcon-gqa", "falcon-mqa",
     "falcon-onenorm", "mpt", "llama-mha", "llama-gqa", "llama-mqa", "llama-bias", "mistral", "qwen3", "gemma2",
@@ -35,19 +35,19 @@ def ungrouped(hf: Any) -> LlamaForCausalLM:
     """The same Llama with the keys and values of each group written out once a head."""
     config = copy.deepcopy(hf.config)
     groups, config.num_key_value_heads = config.num_attention_heads // config.num_key_value_heads, 4
-    wide = LlamaForCausalLM(config).float().eval()
+    at_least_float32 = LlamaForCausalLM(config).float().eval()
     state = hf.state_dict()
     for key in [k for k in state if "k_proj" in k or "v_proj" in k]:
         state[key] = (
             state[key].unflatten(0, (hf.config.num_key_value_heads, -1)).repeat_interleave(groups, 0).flatten(0, 1)
         )
-    wide.load_state_dict(state)
-    return wide
+    at_least_float32.load_state_dict(state)
+    return at_least_float32
 
 
 def hooked(hf: LlamaForCausalLM, tokens: Tensor, receiver: str, change: Tensor) -> Tensor:
     """Logits when one input alone reads the stream plus a change, by plain hooks."""
-    address = mt.parse(receiver)
+    address = mt.anatomy.parse(receiver)
     handles: list[Any] = []
     if address.name == "final":
         handles.append(hf.model.norm.register_forward_pre_hook(lambda m, a: (a[0] + change,)))
@@ -80,23 +80,23 @@ def hooked(hf: LlamaForCausalLM, tokens: Tensor, receiver: str, change: Tensor) 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-gqa", "llama-mqa"])
 def test_edges_equal_plain_hooks(name: str) -> None:
     hf = families.build(name)
-    model, wide = mt.map(hf), ungrouped(hf)
+    model, at_least_float32 = mt.open(hf, prove=False), ungrouped(hf)
     clean, corrupt = ids(0), ids(1)
     base, other = captured(model, clean), captured(model, corrupt)
     senders = ["embed", "0.attn.z[1]", "0.mlp_out", "1.attn.z[3]", "embed@4"]
     receivers = ["2.attn.q[0]", "2.attn.k[1]", "2.attn.v[3]", "2.mlp.in", "1.mlp.in", "final", "2.attn.k[0]"]
-    edges = [mt.Edge(s, r, source=other) for s in senders for r in receivers]
-    result = model.sweep(clean, edges, READ)
+    edges = [mt.sweep.Edge(s, r, source=other) for s in senders for r in receivers]
+    result = model.sweep(clean, edges, READ).run()
     for i, edge in enumerate(edges):
-        sender = mt.parse(edge.sender)
-        site = str(mt.Site(sender.name, None if sender.layers is None else int(str(sender.layers))))
+        sender = mt.anatomy.parse(edge.sender)
+        site = str(mt.anatomy.Site(sender.name, None if sender.layers is None else int(str(sender.layers))))
         change = other[site][0] - base[site][0]
         if sender.name == "attn.z":
             head = int(str(sender.units))
             change = change[:, head] @ model.layers[int(str(sender.layers))].W_O[head]
         if edge.sender == "embed@4":
             change = change * (torch.arange(9) == 4).unsqueeze(1)
-        expected = hooked(wide, clean, edge.receiver, change)
+        expected = hooked(at_least_float32, clean, edge.receiver, change)
         assert (result.values[i] - expected).abs().max() < 1e-4, edge
         if edge.sender == "embed@4" and edge.receiver in ("2.attn.q[0]", "2.mlp.in", "final"):
             assert result.effects[i].abs().max() < 1e-6  # in the last layer these act where they are, and are not read
@@ -107,17 +107,17 @@ def test_edges_equal_plain_hooks(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_into_the_logits_an_edge_adds_what_its_sender_changes_alone(name: str) -> None:
     """A head's change is that of the branch when this head alone is the other's, through whatever norm is behind it."""
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     clean, corrupt = ids(0), ids(1)
     other = captured(model, corrupt)
     outs = ["embed", "1.attn_out", "1.mlp_out"]
     base = model.run(clean, capture=outs)
     end = f"{model.anatomy.n_layers - 1}.resid_post"
     for sender, site in (("embed", "embed"), ("1.attn.z[2]", "1.attn_out"), ("1.mlp_out", "1.mlp_out")):
-        alone = model.run(clean, capture=site, edits=[mt.SwapFrom(sender, source=other)])
+        alone = model.run(clean, capture=site, edits=[mt.edit.Patch(sender, source=other)])
         change = (alone[site] - base[site])[0]
-        value = model.sweep(clean, [mt.Edge(sender, "final", source=other)], READ).values[0]
-        expected = model.run(clean, edits=[mt.Add(end, change)]).logits[0, [-1, 5]].flatten()
+        value = model.sweep(clean, [mt.sweep.Edge(sender, "final", source=other)], READ).run().values[0]
+        expected = model.run(clean, edits=[mt.edit.Add(end, change)]).logits[0, [-1, 5]].flatten()
         assert (value - expected).abs().max() < 1e-4
         assert (value - base.logits[0, [-1, 5]].flatten()).abs().max() > 1e-4
 
@@ -125,92 +125,95 @@ def test_into_the_logits_an_edge_adds_what_its_sender_changes_alone(name: str) -
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_head_with_all_three_inputs_from_everywhere_is_the_others(name: str) -> None:
     """Layer by layer: all of a layer's input through one edge makes one head what it is on the other stream."""
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     clean, corrupt = ids(0), ids(1)
     capture = [f"{i}.{s}" for i in range(3) for s in ("resid_pre", "attn.z", "attn.q", "attn.k", "attn.v", "mlp_out")]
     base, other = model.run(clean, capture=["embed", *capture]), model.run(corrupt, capture=["embed", *capture])
     change = (other["2.resid_pre"] - base["2.resid_pre"])[0]
     for name_, head in (("q", 1), ("k", 2), ("v", 0)):
-        edge = mt.Edge("embed", f"2.attn.{name_}[{head}]", change=change)
-        got = model.sweep(clean, [edge], READ).values[0]
-        swapped = model.run(clean, capture="2.attn.z", edits=[mt.SwapFrom(f"2.attn.{name_}", source=other)])
+        edge = mt.sweep.Edge("embed", f"2.attn.{name_}[{head}]", change=change)
+        got = model.sweep(clean, [edge], READ).run().values[0]
+        swapped = model.run(clean, capture="2.attn.z", edits=[mt.edit.Patch(f"2.attn.{name_}", source=other)])
         z = base["2.attn.z"].clone()
         z[:, :, head] = swapped["2.attn.z"][:, :, head]
-        expected = model.run(clean, edits=[mt.Set("2.attn.z", z)]).logits[0, [-1, 5]].flatten()
+        expected = model.run(clean, edits=[mt.edit.Set("2.attn.z", z)]).logits[0, [-1, 5]].flatten()
         assert (got - expected).abs().max() < 1e-4
         assert (got - base.logits[0, [-1, 5]].flatten()).abs().max() > 1e-5
     read = "2.resid_pre" if model.anatomy.parts.form == "parallel" else "2.resid_mid"
     streams = [model.run(t, capture=read)[read] for t in (clean, corrupt)]
-    edge = mt.Edge("embed", "2.mlp.in", change=(streams[1] - streams[0])[0])
-    got = model.sweep(clean, [edge], READ).values[0]
-    expected = model.run(clean, edits=[mt.SwapFrom("2.mlp_out", source=other)]).logits[0, [-1, 5]].flatten()
+    edge = mt.sweep.Edge("embed", "2.mlp.in", change=(streams[1] - streams[0])[0])
+    got = model.sweep(clean, [edge], READ).run().values[0]
+    expected = model.run(clean, edits=[mt.edit.Patch("2.mlp_out", source=other)]).logits[0, [-1, 5]].flatten()
     assert (got - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda s: mt.Edge("1.attn.z", "2.mlp.in", source=s), '"1.attn.z" cannot send; allowed: embed, one head'),
-        (lambda s: mt.Edge("0.mlp_out", "2.attn.q", source=s), '"2.attn.q" cannot receive'),
-        (lambda s: mt.Edge("2.mlp_out", "1.attn.q[0]", source=s), "2.mlp_out does not come before 1.attn.q"),
-        (lambda s: mt.Edge("2.mlp_out", "2.mlp.in", source=s), "2.mlp_out does not come before 2.mlp.in"),
-        (lambda s: mt.Edge("embed", "final"), "needs a source or a change"),
-        (lambda s: mt.Edge("embed", "2.attn.k[4]", source=s), r"no head \[4\] to receive"),
-        (lambda s: mt.Edge("7.mlp_out", "final", source=s), "no layers 7"),
-        (lambda s: mt.Edge("embed", "final", source={}), "the source of an edge has no embed"),
-        (lambda s: mt.Edge("embed", "final", change=torch.zeros(3, 40)), r"does not fit; got shape \[3, 40\]"),
-        (lambda s: mt.Edge("embed", "final", source={"embed": torch.zeros(1, 4, 40)}), "1 rows, 4 tokens in its own"),
+        (lambda s: mt.sweep.Edge("1.attn.z", "2.mlp.in", source=s), '"1.attn.z" cannot send; allowed: embed, one head'),
+        (lambda s: mt.sweep.Edge("0.mlp_out", "2.attn.q", source=s), '"2.attn.q" cannot receive'),
+        (lambda s: mt.sweep.Edge("2.mlp_out", "1.attn.q[0]", source=s), "2.mlp_out does not come before 1.attn.q"),
+        (lambda s: mt.sweep.Edge("2.mlp_out", "2.mlp.in", source=s), "2.mlp_out does not come before 2.mlp.in"),
+        (lambda s: mt.sweep.Edge("embed", "final"), "needs a source or a change"),
+        (lambda s: mt.sweep.Edge("embed", "2.attn.k[4]", source=s), r"no head \[4\] to receive"),
+        (lambda s: mt.sweep.Edge("7.mlp_out", "final", source=s), "no layers 7"),
+        (lambda s: mt.sweep.Edge("embed", "final", source={}), "the source of an edge has no embed"),
+        (lambda s: mt.sweep.Edge("embed", "final", change=torch.zeros(3, 40)), r"does not fit; got shape \[3, 40\]"),
+        (
+            lambda s: mt.sweep.Edge("embed", "final", source={"embed": torch.zeros(1, 4, 40)}),
+            "1 rows, 4 tokens in its own",
+        ),
     ],
 )
 def test_edges_that_are_none_are_refused(make: Any, text: str) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     source = captured(model, ids(1))
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        model.sweep(ids(0), [make(source)], READ)
+        model.sweep(ids(0), [make(source)], READ).run()
 
 
 def test_a_parallel_block_has_no_edge_from_its_attention_to_its_mlp() -> None:
-    model = mt.map(families.build("gptj"))
+    model = mt.open(families.build("gptj"), prove=False)
     with pytest.raises(mt.errors.EditError, match="does not come before 1.mlp.in in a parallel block"):
-        model.sweep(ids(0), [mt.Edge("1.attn.z[0]", "1.mlp.in", source=captured(model, ids(1)))], READ)
+        model.sweep(ids(0), [mt.sweep.Edge("1.attn.z[0]", "1.mlp.in", source=captured(model, ids(1)))], READ).run()
 
 
 def test_a_stream_with_norms_on_it_has_no_edges() -> None:
-    model = mt.map(families.build("bert"))
+    model = mt.open(families.build("bert"), prove=False)
     with pytest.raises(mt.errors.SiteError, match="is not a sum over its parts, so that it has no edges"):
-        model.sweep(ids(0), [mt.Edge("embed", "final", source=captured(model, ids(1)))], READ)
+        model.sweep(ids(0), [mt.sweep.Edge("embed", "final", source=captured(model, ids(1)))], READ).run()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_source_of_many_prompts_serves_each_by_its_own_row(side: str) -> None:
-    model = mt.map(families.build("gemma2"))
+    model = mt.open(families.build("gemma2"), prove=False)
     prompts, others = ([ids(s, n)[0].tolist() for s, n in pairs] for pairs in (((0, 5), (2, 8)), ((1, 5), (3, 8))))
     source = model.run(others, capture=["embed", "*.attn.z", "*.mlp_out"], padding=side)
-    metric = mt.Reading(lambda logits, which: logits.flatten(1), positions=(-1,))
-    edges = [mt.Edge(s, r, source=source) for s in ("embed", "0.attn.z[3]") for r in ("1.attn.k[1]", "2.mlp.in")]
-    together = model.sweep(prompts, [*edges, *edges], metric, prompts=[0] * 4 + [1] * 4)
+    metric = mt.metric.FunctionMetric(lambda logits, which: logits.flatten(1), positions=(-1,))
+    edges = [mt.sweep.Edge(s, r, source=source) for s in ("embed", "0.attn.z[3]") for r in ("1.attn.k[1]", "2.mlp.in")]
+    together = model.sweep(prompts, [*edges, *edges], metric, prompts=[0] * 4 + [1] * 4).run()
     for i in range(8):
         alone = captured(model, torch.tensor([others[i // 4]]))
-        edge = mt.Edge(edges[i % 4].sender, edges[i % 4].receiver, source=alone)
-        expected = model.sweep([prompts[i // 4]], [edge], metric)
+        edge = mt.sweep.Edge(edges[i % 4].sender, edges[i % 4].receiver, source=alone)
+        expected = model.sweep([prompts[i // 4]], [edge], metric).run()
         assert (together.values[i] - expected.values[0]).abs().max() < 1e-4
         assert expected.effects.abs().max() > 1e-5
 
 
 def test_edges_of_several_prompts_and_other_cells_mix() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     prompts = torch.cat([ids(0), ids(2)])
     sources = [captured(model, ids(1)), captured(model, ids(3))]
     cells = [
-        mt.Edge("embed", "1.attn.v[2]", source=sources[0]),
-        mt.Zero("1.mlp_out@3"),
-        mt.Edge("0.mlp_out", "final", source=sources[1]),
+        mt.sweep.Edge("embed", "1.attn.v[2]", source=sources[0]),
+        mt.edit.Zero("1.mlp_out@3"),
+        mt.sweep.Edge("0.mlp_out", "final", source=sources[1]),
     ]
-    together = model.sweep(prompts, cells, READ, prompts=[0, 0, 1])
+    together = model.sweep(prompts, cells, READ, prompts=[0, 0, 1]).run()
     for i, (cell, prompt) in enumerate(zip(cells, (0, 0, 1), strict=True)):
-        alone = model.sweep(prompts[prompt : prompt + 1], [cell], READ)
+        alone = model.sweep(prompts[prompt : prompt + 1], [cell], READ).run()
         assert (together.values[i] - alone.values[0]).abs().max() < 1e-5
-    plan = model.plan_sweep(prompts, cells, READ, prompts=[0, 0, 1])
+    plan = model.sweep(prompts, cells, READ, prompts=[0, 0, 1]).plan
     assert plan.cells == 3
     assert plan.seconds > 0
 
@@ -219,7 +222,7 @@ def test_edges_of_several_prompts_and_other_cells_mix() -> None:
 def test_the_embedding_alone_is_the_whole_gap(direction: str) -> None:
     model = mt.open(families.build("llama-gqa"))
     clean, corrupt = ids(0)[0].tolist(), ids(1)[0].tolist()
-    data = mt.node_effects(model, clean, corrupt, answer=11, foil=13, direction=direction)
+    data = mt.explain.node_effects(model, clean, corrupt, answer=11, foil=13, direction=direction)
     assert data["effect"].dims == ("sender",)
     ends = {name: model.run(t).logits[0, -1, [11, 13]] for name, t in (("noise", clean), ("denoise", corrupt))}
     gap = {name: float(z[0] - z[1]) for name, z in ends.items()}
@@ -230,55 +233,55 @@ def test_the_embedding_alone_is_the_whole_gap(direction: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gptj"])
 def test_every_edge_of_the_table_is_that_edge_alone(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     clean, corrupt = ids(0), ids(1)
-    plans: list[mt.SweepPlan] = []
+    plans: list[mt.sweep.SweepPlan] = []
     told: list[tuple[int, int]] = []
-    data = mt.edge_effects(
-        model, clean, corrupt, answer=11, foil=13, planned=plans.append, progress=lambda d, n: told.append((d, n))
+    data = mt.explain.edge_effects(
+        model, clean, corrupt, answer=11, foil=13, on_plan=plans.append, progress=lambda d, n: told.append((d, n))
     )
-    table, mask = data["effect"].values, mt.graph(model).mask.numpy()
+    table, mask = data["effect"].values, mt.explain.graph(model).mask.numpy()
     assert table.shape == mask.shape
     assert ((table == table) == mask).all()  # missing where there is no edge
     assert data.attrs["measured"] == data.attrs["n_edges"] == mask.sum() == sum(plan.cells for plan in plans)
     assert told[-1] == (mask.sum(), mask.sum())
     other = captured(model, corrupt)
-    metric = mt.LogitDifference(11, foil=13)
+    metric = mt.metric.LogitDifference(11, foil=13)
     for sender, receiver in (("embed", "0.attn.k[1]"), ("1.attn.z[2]", "2.mlp.in"), ("0.mlp_out", "final")):
-        alone = model.sweep(clean, [mt.Edge(sender, receiver, source=other)], metric).effects[0]
+        alone = model.sweep(clean, [mt.sweep.Edge(sender, receiver, source=other)], metric).run().effects[0]
         assert float(data["effect"].sel(sender=sender, receiver=receiver)) == pytest.approx(float(alone), abs=1e-5)
 
 
 def test_parts_of_the_embedding_are_senders_of_their_own() -> None:
-    model = mt.map(families.build("gpt2"))
+    model = mt.open(families.build("gpt2"), prove=False)
     clean, corrupt = ids(0), ids(1)
     tokens = (model.W_E[corrupt] - model.W_E[clean])[0].detach()
     nothing = torch.zeros_like(tokens)
-    data = mt.edge_effects(
+    data = mt.explain.edge_effects(
         model, clean, corrupt, answer=11, foil=13, embeddings={"tokens": tokens, "positions": nothing}
     )
-    whole = mt.edge_effects(model, clean, corrupt, answer=11, foil=13)
+    whole = mt.explain.edge_effects(model, clean, corrupt, answer=11, foil=13)
     gap = data["effect"].sel(sender="tokens").values - whole["effect"].sel(sender="embed").values
     assert abs(gap).max() < 1e-4
     assert abs(data["effect"].sel(sender="positions")).max() < 1e-5
-    assert data.attrs["n_edges"] == whole.attrs["n_edges"] + len(mt.graph(model).receivers)
+    assert data.attrs["n_edges"] == whole.attrs["n_edges"] + len(mt.explain.graph(model).receivers)
 
 
 def test_stopped_it_keeps_the_edges_that_were_reached() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
 
     def stop(done: int, everything: int) -> None:
         if done > 60:
             raise KeyboardInterrupt
 
-    data = mt.edge_effects(model, ids(0), ids(1), answer=11, foil=13, progress=stop)
+    data = mt.explain.edge_effects(model, ids(0), ids(1), answer=11, foil=13, progress=stop)
     finite = int((data["effect"] == data["effect"]).sum())
     assert 60 < finite == data.attrs["measured"] < data.attrs["n_edges"]
 
 
-@pytest.mark.parametrize("method", [mt.node_effects, mt.edge_effects])
+@pytest.mark.parametrize("method", [mt.explain.node_effects, mt.explain.edge_effects])
 def test_what_has_no_start_or_no_end_is_refused(method: Any) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     clean, corrupt = ids(0), ids(0)
     corrupt[0, 4] = 99
     source, two = captured(model, corrupt), captured(model, torch.cat([corrupt, ids(1)]))
@@ -287,45 +290,50 @@ def test_what_has_no_start_or_no_end_is_refused(method: Any) -> None:
         ({"corrupt": source, "direction": "denoise"}, "a run that values are taken from cannot be where they are put"),
         ({"corrupt": two}, "takes from a run of one row; got 1 prompts and a run of 2 rows"),
         ({"clean": torch.cat([clean, clean]), "corrupt": source}, "got 2 prompts and a run of 1 rows"),
-        ({"metric": mt.Probability(11, position=3)}, r"every effect would be 0; got it reads positions \[3\]"),
+        ({"metric": mt.metric.Probability(11, position=3)}, r"every effect would be 0; got it reads positions \[3\]"),
     ):
         arguments = {"clean": clean, "corrupt": corrupt, "answer": 11} | change
         with pytest.raises(mt.errors.MicrotomeError, match=text):
             method(model, **arguments)
-    given = mt.node_effects(model, clean, source, answer=11)
-    assert given["effect"].equals(mt.node_effects(model, clean, corrupt, answer=11)["effect"])
+    given = mt.explain.node_effects(model, clean, source, answer=11)
+    assert given["effect"].equals(mt.explain.node_effects(model, clean, corrupt, answer=11)["effect"])
 
 
 def test_a_plan_counts_what_edges_hold_and_a_budget_below_it_is_refused() -> None:
     model = mt.open(families.build("llama-gqa"))
     clean, source = ids(0), captured(model, ids(1))
-    edges = [mt.Edge(f"0.attn.z[{head}]", "2.attn.q[1]", source=source) for head in range(4)]
-    plan = model.plan_sweep(clean, edges, READ)
-    cells = model.plan_sweep(clean, [mt.Zero("2.resid_pre")] * 4, READ)
+    edges = [mt.sweep.Edge(f"0.attn.z[{head}]", "2.attn.q[1]", source=source) for head in range(4)]
+    plan = model.sweep(clean, edges, READ).plan
+    cells = model.sweep(clean, [mt.edit.Zero("2.resid_pre")] * 4, READ).plan
     d, length, n = model.anatomy.d_model, clean.shape[1], model.anatomy.n_layers
     # Four changes and four outputs of all heads, and every layer of the base run, at the very least.
     assert plan.bytes - cells.bytes > 4 * length * (8 * d + 6 * n * d)
-    assert model.plan_sweep(clean, edges[:1], READ).bytes < plan.bytes
-    whole = model.sweep(clean, edges, READ)
+    assert model.sweep(clean, edges[:1], READ).plan.bytes < plan.bytes
+    whole = model.sweep(clean, edges, READ).run()
     assert whole.plan.bytes == plan.bytes
-    cut = model.sweep(clean, edges, READ, budget=plan.bytes - 1)
-    assert cut.plan.walks > plan.walks
+    cut = model.sweep(clean, edges, READ, budget=plan.bytes - 1).run()
+    assert cut.plan.passes > plan.passes
     torch.testing.assert_close(cut.values, whole.values, atol=1e-5, rtol=1e-5)
     ran: list[int] = []
     with pytest.raises(BudgetError, match=r"4 edges need more than memory allows.*raise budget="):
-        model.sweep(clean, edges, READ, budget=1000, progress=lambda done, n: ran.append(done))
+        model.sweep(clean, edges, READ, budget=1000).run(lambda done, n: ran.append(done))
     assert not ran
 
 
 def test_a_part_of_the_embedding_cannot_be_called_like_a_sender() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     change = torch.ones(9, model.anatomy.d_model)
     with pytest.raises(mt.errors.EditError, match=r"called like another sender; got 1\.mlp_out"):
-        mt.edge_effects(model, ids(0), ids(1), answer=11, foil=13, embeddings={"1.mlp_out": change})
+        mt.explain.edge_effects(model, ids(0), ids(1), answer=11, foil=13, embeddings={"1.mlp_out": change})
 
 
 def test_the_same_prompt_twice_is_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
-    for method in (mt.node_effects, mt.edge_effects, mt.attribute, mt.activation_patching):
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    for method in (
+        mt.explain.node_effects,
+        mt.explain.edge_effects,
+        mt.explain.attribute,
+        mt.explain.activation_patching,
+    ):
         with pytest.raises(mt.errors.PromptError, match="are the same, so that there is nothing to patch"):
             method(model, ids(0), ids(0), answer=11, foil=13)

@@ -24,26 +24,26 @@ def difference(logits: torch.Tensor, i: int, cap: float | None = None) -> float:
     return float(logits[ANSWERS[i]] - logits[FOILS[i]])
 
 
-def held(model: mt.Model, i: int, edits: list[mt.Edit]) -> float:
+def held(model: mt.Model, i: int, edits: list[mt.edit.Edit]) -> float:
     """The logit difference before any cap, with the final norm's scale that of the clean run: one literal forward."""
     clean = model.run([ROWS[i]], capture="final.scale")
-    logits = model.run([ROWS[i]], edits=[*edits, mt.SwapFrom("final.scale", source=clean)]).logits
+    logits = model.run([ROWS[i]], edits=[*edits, mt.edit.Patch("final.scale", source=clean)]).logits
     return difference(logits, i, model.anatomy.logit_softcap)
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL + PARALLEL)
 def test_direct_and_repairs_sum_to_the_whole_with_the_norm_held(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     plain = not any(part.attn_post_norm for part in model.anatomy.parts.layers)
     names = ["0.attn_out", "0.mlp_out", "1.attn.z[2]", "1.mlp_out", "2.attn_out", "0.attn.z[1]"]
     for receivers in ("branches", "heads") if plain else ("branches",):
-        data = mt.component_effects(
+        data = mt.explain.component_effects(
             model, ROWS, answers=ANSWERS, foils=FOILS, components=names, receivers=receivers, ablation="zero"
         )
         for i in range(3):
             before = held(model, i, [])
             for name in names:
-                edits: list[mt.Edit] = [mt.Zero(f"{name}@-1")]
+                edits: list[mt.edit.Edit] = [mt.edit.Zero(f"{name}@-1")]
                 one = data.sel(component=name)
                 whole = float(one["direct_each"][i] + one["repair_each"][i].sum())
                 assert whole == pytest.approx(held(model, i, edits) - before, abs=1e-4), name
@@ -59,33 +59,35 @@ def test_direct_and_repairs_sum_to_the_whole_with_the_norm_held(name: str) -> No
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("ablation", ["mean", "resample", "corrupt"])
 def test_each_ablation_is_its_literal_forward(ablation: str, everywhere: bool) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     names, at = ["0.mlp_out", "1.attn.z[2]", "2.attn_out"], "" if everywhere else "@-1"
     corrupts = OTHERS if ablation == "corrupt" else None
-    data = mt.component_effects(
+    data = mt.explain.component_effects(
         model, ROWS, answers=ANSWERS, foils=FOILS, components=names, ablation=ablation, corrupts=corrupts,
         everywhere=everywhere, seed=3,
     )  # fmt: skip
     sites = ["0.mlp_out", "1.attn.z", "2.attn_out"]
-    means = mt.measure.means(model, ROWS, [s + at for s in sites])
-    drawn = mt.measure.resampled(model, ROWS, sites, seed=3)
+    means = mt.measurements.means(model, ROWS, [s + at for s in sites])
+    drawn = mt.measurements.resampled(model, ROWS, sites, seed=3)
     for i in range(3):
         clean = difference(model.run([ROWS[i]]).logits, i)
         for name, site in zip(names, sites, strict=True):
             if ablation == "mean":
                 mean = means[site + at][2] if "[" in name else means[site + at]
-                edit: mt.Edit = mt.Set(name + at, value=mean)
+                edit: mt.edit.Edit = mt.edit.Set(name + at, value=mean)
             elif ablation == "resample":
-                edit = mt.SwapFrom(name + at, source={site: drawn[site][i : i + 1]})
+                edit = mt.edit.Patch(name + at, source={site: drawn[site][i : i + 1]})
             else:
-                edit = mt.SwapFrom(name + at, source=model.run([OTHERS[i]], capture=site))
+                edit = mt.edit.Patch(name + at, source=model.run([OTHERS[i]], capture=site))
             literal = difference(model.run([ROWS[i]], edits=[edit]).logits, i) - clean
             assert float(data["total_each"].sel(component=name)[i]) == pytest.approx(literal, abs=1e-4)
 
 
 def test_all_components_and_what_cannot_act() -> None:
-    model = mt.map(families.build("llama-gqa"))
-    data = mt.component_effects(model, ROWS, answers=11, components="heads", receivers="heads", ablation="zero", seed=1)
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    data = mt.explain.component_effects(
+        model, ROWS, answers=11, components="heads", receivers="heads", ablation="zero", seed=1
+    )
     assert data.sizes["component"] == data.sizes["receiver"] == 3 * 5
     repair = abs(data["repair_each"].values)
     layer = [int(str(c).split(".")[0]) for c in data["component"].values]
@@ -98,12 +100,14 @@ def test_all_components_and_what_cannot_act() -> None:
     totals = data["total"].values
     assert float(data["total_control"][0]) == pytest.approx(totals[1:4].mean())
     assert float(data["total_control"][4]) == pytest.approx(totals[[9, 14]].mean())  # the MLPs of other layers
-    branches = mt.component_effects(model, ROWS, answers=11, ablation="zero")
+    branches = mt.explain.component_effects(model, ROWS, answers=11, ablation="zero")
     totals = branches["total"].values
     for i in range(6):  # attention and MLP by turns
         others = [j for j in range(6) if j % 2 == i % 2 and j != i]
         assert float(branches["total_control"][i]) == pytest.approx(totals[others].mean())
-    alone = mt.component_effects(model, ROWS, answers=11, components=["1.attn.z[2]", "2.mlp_out"], ablation="zero")
+    alone = mt.explain.component_effects(
+        model, ROWS, answers=11, components=["1.attn.z[2]", "2.mlp_out"], ablation="zero"
+    )
     assert bool(alone["total_control"].isnull().all())  # nothing is like them
     assert data.attrs["ablation"] == "zero"
     slope = data["slope"].values
@@ -114,7 +118,7 @@ def test_all_components_and_what_cannot_act() -> None:
 
 def test_only_the_rows_that_are_read_are_widened() -> None:
     """The unembedding is large, and each example reads one or two rows of it."""
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     shapes: set[tuple[int, ...]] = set()
 
     class Widened(TorchDispatchMode):
@@ -125,7 +129,7 @@ def test_only_the_rows_that_are_read_are_widened() -> None:
             return made
 
     with Widened():
-        mt.component_effects(model, ROWS, answers=ANSWERS, foils=FOILS)
+        mt.explain.component_effects(model, ROWS, answers=ANSWERS, foils=FOILS)
     assert shapes
     assert tuple(sorted(model.W_U.shape)) not in shapes
 
@@ -147,14 +151,16 @@ def test_only_the_rows_that_are_read_are_widened() -> None:
     ],
 )  # fmt: skip
 def test_what_has_no_effect_to_measure_is_refused(change: dict[str, object], text: str) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     arguments = {"prompts": ROWS, "answers": ANSWERS, "foils": FOILS} | change
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        mt.component_effects(model, arguments.pop("prompts"), **arguments)
+        mt.explain.component_effects(model, arguments.pop("prompts"), **arguments)
 
 
 def test_models_without_such_a_sum_are_refused() -> None:
     with pytest.raises(mt.errors.SiteError, match="are not a sum over its parts"):
-        mt.component_effects(mt.map(families.build("bert")), ROWS, answers=11)
+        mt.explain.component_effects(mt.open(families.build("bert"), prove=False), ROWS, answers=11)
     with pytest.raises(mt.errors.SiteError, match="a norm stands behind the heads"):
-        mt.component_effects(mt.map(families.build("gemma2")), ROWS, answers=11, receivers="heads")
+        mt.explain.component_effects(
+            mt.open(families.build("gemma2"), prove=False), ROWS, answers=11, receivers="heads"
+        )

@@ -24,7 +24,7 @@ def ids(rows: int = 2, length: int = 9, seed: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_the_stream_is_what_transformers_reports(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     with torch.no_grad():
         states = model.hf(input_ids=ids(), output_hidden_states=True).hidden_states
     run = model.run(ids(), capture="*.resid_pre")
@@ -34,7 +34,7 @@ def test_the_stream_is_what_transformers_reports(name: str) -> None:
 
 @pytest.mark.parametrize("name", EAGER)
 def test_patterns_are_those_of_eager_attention(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     run = model.run(ids(), capture="*.attn.pattern")
     eager = families.build(name)
     eager.set_attn_implementation("eager")
@@ -46,8 +46,8 @@ def test_patterns_are_those_of_eager_attention(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "falcon-gqa", "bloom", "phi3", "mixtral"])
 def test_a_cut_address_is_the_cut_of_the_whole(name: str) -> None:
-    model = mt.map(families.build(name))
-    sites = [s for s in model.anatomy.taps if s.layer == 1 and s.spec.unit != "batch"]
+    model = mt.open(families.build(name), prove=False)
+    sites = [s for s in model.anatomy.hook_points if s.layer == 1 and s.spec.unit != "batch"]
     cut = [f"{s}[0]@2-4,-1" for s in sites]
     whole = model.run(ids(), capture=[str(s) for s in sites])
     part = model.run(ids(), capture=cut)
@@ -61,7 +61,7 @@ def test_a_cut_address_is_the_cut_of_the_whole(name: str) -> None:
 
 
 def test_layers_stack_and_negative_layers_count_from_the_end() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     run = model.run(ids(), capture="*.mlp.post")
     assert run["*.mlp.post"].shape == (3, 2, 9, families.D_MLP)
     assert torch.equal(run["1-2.mlp.post"][1], run["-1.mlp.post"])
@@ -71,10 +71,10 @@ def test_layers_stack_and_negative_layers_count_from_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "layers"), [({"stop_at": 2}, [0, 1]), ({"edits": [mt.Skip(1)]}, [0, 2]), ({}, [0, 1, 2])]
+    ("options", "layers"), [({"stop_at": 2}, [0, 1]), ({"edits": [mt.edit.Skip(1)]}, [0, 2]), ({}, [0, 1, 2])]
 )
 def test_all_layers_of_a_run_are_those_that_it_reached(options: dict[str, Any], layers: list[int]) -> None:
-    run = mt.map(families.build("llama-gqa")).run(ids(), capture="*.mlp.post", **options)
+    run = mt.open(families.build("llama-gqa"), prove=False).run(ids(), capture="*.mlp.post", **options)
     assert torch.equal(run["*.mlp.post"], torch.stack([run[f"{i}.mlp.post"] for i in layers]))
     assert torch.equal(run["*.mlp.post[3]@-1"], run["*.mlp.post"][:, :, -1:, 3:4])
     assert run.dataset("*.mlp.post")["layer"].values.tolist() == layers
@@ -84,7 +84,7 @@ def test_all_layers_of_a_run_are_those_that_it_reached(options: dict[str, Any], 
 
 
 def test_what_is_not_wanted_is_not_computed() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     seen: list[int] = []
     for i, block in enumerate(model.hf.model.layers):
         block.register_forward_hook(lambda m, a, o, i=i: seen.append(i))
@@ -105,7 +105,7 @@ def test_what_is_not_wanted_is_not_computed() -> None:
 
 
 def test_observers_see_what_captures_keep() -> None:
-    model = mt.map(families.build("gpt2"))
+    model = mt.open(families.build("gpt2"), prove=False)
     seen: dict[str, Tensor] = {}
     run = model.run(ids(), capture="*.mlp.post", observe={"*.mlp.post": lambda site, x: seen.update({str(site): x})})
     assert all(torch.equal(run[name], x) for name, x in seen.items())
@@ -115,8 +115,8 @@ def test_observers_see_what_captures_keep() -> None:
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "deepseek_v3-qlora", "phi3", "falcon-gqa", "bloom", "codegen"])
 def test_the_plan_is_what_is_kept(name: str) -> None:
     """Counted in whole storages: a tensor cut out of a larger one would keep all of that."""
-    model = mt.map(families.build(name))
-    everywhere = [str(site) for site in model.anatomy.taps if site.layer in (None, 1)]
+    model = mt.open(families.build(name), prove=False)
+    everywhere = [str(site) for site in model.anatomy.hook_points if site.layer in (None, 1)]
     for address in ("*.resid_post", "1.attn.pattern[2]@-1", "*.mlp_out[0-4]@2-5", "1.attn.z@last", *everywhere):
         plan = model.plan(ids(), address)
         run = model.run(ids(), capture=address)
@@ -131,7 +131,7 @@ def test_the_plan_is_what_is_kept(name: str) -> None:
 
 
 def test_only_what_is_cut_out_of_a_larger_tensor_is_copied() -> None:
-    model, seen = mt.map(families.build("phi3")), dict[str, Tensor]()
+    model, seen = mt.open(families.build("phi3"), prove=False), dict[str, Tensor]()
     sites = ["1.mlp.gate", "1.mlp.post", "1.resid_post", "1.attn.z"]
     look = dict.fromkeys(sites, lambda site, x: seen.update({str(site): x}))
     for grad in (False, True):
@@ -144,7 +144,7 @@ def test_only_what_is_cut_out_of_a_larger_tensor_is_copied() -> None:
 
 
 def test_a_dataset_has_axes_coordinates_and_provenance() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     data = model.run(ids(), capture=["*.attn.z[1,3]", "*.mlp.post"]).dataset()
     assert data["attn.z"].dims == ("layer", "batch", "pos", "head", "d_head")
     assert data["head"].values.tolist() == [1, 3]
@@ -153,7 +153,7 @@ def test_a_dataset_has_axes_coordinates_and_provenance() -> None:
 
 
 def test_captures_that_select_differently_do_not_share_a_dataset() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     run = model.run(ids(), capture=["0.mlp.post@-1", "0.resid_pre"])
     with pytest.raises(mt.errors.SiteError, match="select differently along pos"):
         run.dataset()
@@ -161,14 +161,14 @@ def test_captures_that_select_differently_do_not_share_a_dataset() -> None:
 
 
 def test_the_axes_of_an_address_are_those_of_its_tensor() -> None:
-    run = mt.map(families.build("llama-gqa")).run(ids(), capture=["*.mlp.post", "final"])
+    run = mt.open(families.build("llama-gqa"), prove=False).run(ids(), capture=["*.mlp.post", "final"])
     for address in ("*.mlp.post", "1.mlp.post", "0-1.mlp.post[3]@-1", "final", "logits"):
         assert len(run.dims(address)) == run[address].dim()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_dataset_of_padded_rows_shows_no_pad_as_data(side: str) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     rows = [[5, 6, 7], [8, 9, 10, 11, 12]]
     run = model.run(rows, capture=["*.mlp.post", "*.attn.pattern"], padding=side)
     data = run.dataset()
@@ -185,7 +185,7 @@ def test_a_dataset_of_padded_rows_shows_no_pad_as_data(side: str) -> None:
 
 
 def test_a_dataset_names_the_tokens_that_were_selected() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     data = model.run([[5, 6]], capture="0.mlp.post@1,0").dataset()
     assert data["token"].values.tolist() == [[str(5 + p) for p in data["pos"].values.tolist()]]
     padded = model.run([[5, 6, 7], [8, 9, 10, 11]], capture=["0.mlp.post@-1", "0.attn.z@0"], padding="left")
@@ -226,17 +226,17 @@ def test_ids_of_other_integer_types_are_read() -> None:
 )
 def test_a_loaded_model_is_not_silently_left_as_it_is(asked: dict[str, Any]) -> None:
     with pytest.raises(mt.errors.ModelError, match=rf"already loaded is left as it is; got {next(iter(asked))}="):
-        mt.map(families.build("gpt2"), **asked)
+        mt.open(families.build("gpt2"), **asked, prove=False)
 
 
 def test_a_plan_is_printed_in_units_that_show_it() -> None:
-    text = str(mt.map(families.build("gpt2")).plan(ids(), "0.mlp.post[0]@0"))
+    text = str(mt.open(families.build("gpt2"), prove=False).plan(ids(), "0.mlp.post[0]@0"))
     assert " 0.0 " not in text
     assert "8 B" in text
 
 
 def test_nothing_given_is_changed() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     tokens = ids()
     before = tokens.clone()
     first = model.run(tokens, capture="*.mlp.post").logits
@@ -250,7 +250,7 @@ def test_nothing_given_is_changed() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_padding_changes_no_row(name: str, side: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     rows = [ids(1, n, seed=n)[0].tolist() for n in (5, 9, 7)]
     together = model.run(rows, capture=["2.resid_post@-1", "1.attn.z@0", "0.mlp_out"], padding=side)
     for i, row in enumerate(rows):
@@ -263,6 +263,6 @@ def test_padding_changes_no_row(name: str, side: str) -> None:
 
 
 def test_positions_beyond_the_shortest_row_are_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises(mt.errors.SiteError, match="no positions @6 in row 0; allowed: 0 to 2"):
         model.run([[5, 6, 7], [5, 6, 7, 8, 9, 10, 11]], capture="0.resid_pre@6")

@@ -26,7 +26,7 @@ def ids(rows: int = 2, length: int = 8, seed: int = 3) -> Tensor:
 
 @pytest.fixture(scope="module")
 def model() -> mt.Model:
-    return mt.map(families.build("llama-gqa"))
+    return mt.open(families.build("llama-gqa"), prove=False)
 
 
 # ------------------------------------------------------------------ every family, every site
@@ -34,20 +34,20 @@ def model() -> mt.Model:
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_putting_back_what_was_there_changes_nothing(name: str) -> None:
-    model = mt.map(families.build(name))
-    sites = [str(s) for s in model.anatomy.taps if s.layer in (None, 1)]
+    model = mt.open(families.build(name), prove=False)
+    sites = [str(s) for s in model.anatomy.hook_points if s.layer in (None, 1)]
     base = model.run(ids(), capture=sites)
     for site in sites:
-        run = model.run(ids(), edits=[mt.SwapFrom(site, base)])
+        run = model.run(ids(), edits=[mt.edit.Patch(site, base)])
         assert (run.logits - base.logits).abs().max() < READ_ONLY_ROUNDING, site
 
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_every_site_can_be_changed_and_the_change_is_seen(name: str) -> None:
-    model = mt.map(families.build(name))
-    for site in [s for s in model.anatomy.taps if s.layer in (None, 1)]:
+    model = mt.open(families.build(name), prove=False)
+    for site in [s for s in model.anatomy.hook_points if s.layer in (None, 1)]:
         base = model.run(ids(), capture=str(site))
-        run = model.run(ids(), capture=str(site), edits=[mt.Scale(str(site), 0.5)])
+        run = model.run(ids(), capture=str(site), edits=[mt.edit.Scale(str(site), 0.5)])
         # What a mask forbids in scores stays as it was.
         expected = torch.where(base[str(site)] < -1e30, base[str(site)], base[str(site)] * 0.5)
         assert torch.allclose(run[str(site)], expected, atol=1e-5), site
@@ -58,9 +58,9 @@ def test_every_site_can_be_changed_and_the_change_is_seen(name: str) -> None:
 @pytest.mark.parametrize("name", families.NAMES)
 def test_standing_edits_come_before_those_of_a_run_inside(name: str) -> None:
     """As if both were given to the run, in logits and in what it sees."""
-    model = mt.map(families.build(name))
-    for site in [str(s) for s in model.anatomy.taps if s.layer in (None, 1)]:
-        stands, inner = mt.Add(site, 0.1), mt.Scale(site, 1.5)
+    model = mt.open(families.build(name), prove=False)
+    for site in [str(s) for s in model.anatomy.hook_points if s.layer in (None, 1)]:
+        stands, inner = mt.edit.Add(site, 0.1), mt.edit.Scale(site, 1.5)
         expected = model.run(ids(), capture=site, edits=[stands, inner])
         with model.editing(stands):
             run = model.run(ids(), capture=site, edits=[inner])
@@ -72,18 +72,18 @@ def test_standing_edits_come_before_those_of_a_run_inside(name: str) -> None:
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_the_whole_stream_from_another_prompt_gives_its_logits(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     other = model.run(ids(seed=9), capture=["embed", "2.resid_pre"])
     for site in ("embed", "2.resid_pre"):
-        run = model.run(ids(), edits=[mt.SwapFrom(site, other)])
+        run = model.run(ids(), edits=[mt.edit.Patch(site, other)])
         assert (run.logits - other.logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
 def test_resid_mid_has_two_readers(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     put = torch.randn(model.anatomy.d_model, generator=torch.Generator().manual_seed(0))
-    run = model.run(ids(), capture=["1.mlp.in", "1.mlp_out", "1.resid_post"], edits=[mt.Set("1.resid_mid@3", put)])
+    run = model.run(ids(), capture=["1.mlp.in", "1.mlp_out", "1.resid_post"], edits=[mt.edit.Set("1.resid_mid@3", put)])
     norm = model.layers[1].mlp_norm
     read = put if norm is None else norm.apply(put)
     assert (run["1.mlp.in"][:, 3] - read).abs().max() < 1e-4
@@ -92,9 +92,9 @@ def test_resid_mid_has_two_readers(name: str) -> None:
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_knocked_out_keys_get_nothing_and_the_rest_takes_it(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     base = model.run(ids(), capture="1.attn.pattern")["1.attn.pattern"]
-    edit = mt.KnockOut("1.attn.scores[2]@4-6", keys="0,3")
+    edit = mt.edit.KnockOut("1.attn.scores[2]@4-6", keys="0,3")
     cut = model.run(ids(), capture="1.attn.pattern", edits=[edit])["1.attn.pattern"]
     assert cut[:, 2, 4:7, [0, 3]].abs().max() == 0
     kept = [k for k in range(8) if k not in (0, 3)]
@@ -102,7 +102,9 @@ def test_knocked_out_keys_get_nothing_and_the_rest_takes_it(name: str) -> None:
     assert (cut[:, 2, 4:7][..., kept] * (1 - lost) - base[:, 2, 4:7][..., kept]).abs().max() < 1e-4
     others = [h for h in range(4) if h != 2]
     assert torch.allclose(cut[:, others], base[:, others], atol=1e-6)
-    blind = model.run(ids(), capture=["1.attn.pattern", "1.attn.z"], edits=[mt.KnockOut("1.attn.scores[0]", keys="*")])
+    blind = model.run(
+        ids(), capture=["1.attn.pattern", "1.attn.z"], edits=[mt.edit.KnockOut("1.attn.scores[0]", keys="*")]
+    )
     assert blind["1.attn.pattern"][:, 0].abs().max() == 0
     assert blind["1.attn.z"][:, :, 0].abs().max() == 0
 
@@ -117,32 +119,34 @@ def test_the_algebra_of_projections_and_rotations(model: mt.Model) -> None:
     kept = basis.clone()
     base = model.run(ids(), capture="1.resid_pre")["1.resid_pre"]
 
-    def after(*edits: mt.Edit) -> Tensor:
+    def after(*edits: mt.edit.Edit) -> Tensor:
         return model.run(ids(), capture="1.resid_pre", edits=list(edits))["1.resid_pre"]
 
-    out, onto = after(mt.Project("1.resid_pre", basis)), after(mt.Project("1.resid_pre", basis, onto=True))
+    out, onto = after(mt.edit.Project("1.resid_pre", basis)), after(mt.edit.Project("1.resid_pre", basis, onto=True))
     assert (out @ basis.T).abs().max() < 1e-4
     assert (out + onto - base).abs().max() < 1e-4
-    assert (after(mt.Project("1.resid_pre", basis), mt.Project("1.resid_pre", basis)) - out).abs().max() < 1e-5
-    assert (after(mt.Rotate("1.resid_pre", turn), mt.Rotate("1.resid_pre", turn.T)) - base).abs().max() < 1e-4
+    assert (
+        after(mt.edit.Project("1.resid_pre", basis), mt.edit.Project("1.resid_pre", basis)) - out
+    ).abs().max() < 1e-5
+    assert (after(mt.edit.Rotate("1.resid_pre", turn), mt.edit.Rotate("1.resid_pre", turn.T)) - base).abs().max() < 1e-4
     assert torch.equal(basis, kept)
-    clamped = after(mt.Clamp("1.resid_pre", -0.1, 0.2))
+    clamped = after(mt.edit.Clamp("1.resid_pre", -0.1, 0.2))
     assert clamped.min() >= -0.1
     assert clamped.max() <= 0.2
-    assert torch.equal(after(mt.Map("1.resid_pre", lambda x: x.mul_(2))), base * 2)
-    mean = after(mt.Mean("1.resid_pre"))
+    assert torch.equal(after(mt.edit.Apply("1.resid_pre", lambda x: x.mul_(2))), base * 2)
+    mean = after(mt.edit.Mean("1.resid_pre"))
     assert torch.allclose(mean, base.mean((0, 1)).expand_as(base), atol=1e-6)
-    added = after(mt.Add("1.resid_pre", basis[0], strength=2.0))
+    added = after(mt.edit.Add("1.resid_pre", basis[0], strength=2.0))
     assert torch.allclose(added, base + 2 * basis[0], atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
 @given(units=st.sets(st.integers(0, 3), min_size=1), at=st.sets(st.integers(0, 7), min_size=1), row=st.integers(0, 1))
 def test_only_what_is_named_is_touched(units: set[int], at: set[int], row: int) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     site = f"1.attn.z[{','.join(map(str, units))}]@{','.join(map(str, at))}"
     base = model.run(ids(), capture="1.attn.z")["1.attn.z"]
-    run = model.run(ids(), capture="1.attn.z", edits=[mt.Zero(site, rows=(row,))])["1.attn.z"]
+    run = model.run(ids(), capture="1.attn.z", edits=[mt.edit.Zero(site, rows=(row,))])["1.attn.z"]
     named = torch.zeros(2, 8, 4, 1, dtype=torch.bool)
     for position in at:
         named[row, position, list(units)] = True
@@ -151,47 +155,52 @@ def test_only_what_is_named_is_touched(units: set[int], at: set[int], row: int) 
 
 def test_scales_taken_from_another_run_freeze_the_norm(model: mt.Model) -> None:
     base = model.run(ids(), capture=["final.scale", "2.resid_post"])
-    half = [mt.Scale("2.resid_post", 0.5)]
-    frozen = model.run(ids(), edits=[*half, mt.SwapFrom("final.scale", base)])
+    half = [mt.edit.Scale("2.resid_post", 0.5)]
+    frozen = model.run(ids(), edits=[*half, mt.edit.Patch("final.scale", base)])
     assert (frozen.logits - 0.5 * base.logits).abs().max() < 1e-4
     assert (model.run(ids(), edits=half).logits - base.logits).abs().max() < 1e-4
 
 
 def test_edits_are_values(tmp_path: Path) -> None:
-    edits: list[mt.Edit] = [
-        mt.Set("1.resid_post[3]@-1", torch.ones(1)), mt.Add("0.mlp_out", torch.arange(40.0), 2.0, rows=(0, 1)),
-        mt.Zero("*.attn.z[1]"), mt.KnockOut("0-1.attn.scores", keys="0-2"), mt.Skip("1-2"), mt.Freeze(mlps=True),
-        mt.Project("1.resid_pre", torch.eye(40)[:2], onto=True), mt.Repeat(1, 3), mt.ScaleBlock(2, 0.5),
+    edits: list[mt.edit.Edit] = [
+        mt.edit.Set("1.resid_post[3]@-1", torch.ones(1)),
+        mt.edit.Add("0.mlp_out", torch.arange(40.0), 2.0, rows=(0, 1)),
+        mt.edit.Zero("*.attn.z[1]"), mt.edit.KnockOut("0-1.attn.scores", keys="0-2"),
+        mt.edit.Skip("1-2"), mt.edit.Freeze(mlps=True),
+        mt.edit.Project("1.resid_pre", torch.eye(40)[:2], onto=True), mt.edit.Repeat(1, 3), mt.edit.ScaleBlock(2, 0.5),
     ]  # fmt: skip
-    mt.save_edits(tmp_path / "e.safetensors", edits)
+    mt.edit.save_edits(tmp_path / "e.safetensors", edits)
     assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
-    again = mt.load_edits(tmp_path / "e.safetensors")
+    again = mt.edit.load_edits(tmp_path / "e.safetensors")
     assert again == edits
     assert len({*again, *edits}) == len(edits)
-    assert mt.Zero("1.mlp_out") != mt.Zero("2.mlp_out")
+    assert mt.edit.Zero("1.mlp_out") != mt.edit.Zero("2.mlp_out")
     assert repr(edits[0]) == "Set('1.resid_post[3]@-1', value=Tensor[1])"
     with pytest.raises(mt.errors.EditError, match="cannot be saved: it holds a function"):
-        mt.save_edits(tmp_path / "x", [mt.Map("1.mlp_out", abs)])
+        mt.edit.save_edits(tmp_path / "x", [mt.edit.Apply("1.mlp_out", abs)])
     (tmp_path / "bad").write_bytes(b"no")
     with pytest.raises(mt.errors.DataError, match="cannot read edits"):
-        mt.load_edits(tmp_path / "bad")
+        mt.edit.load_edits(tmp_path / "bad")
 
 
 def test_edits_that_share_a_tensor_are_saved(tmp_path: Path) -> None:
     v = torch.arange(40.0)
     parts = (v, v, v.view(1, 40), v[:20], v[10:30])
-    edits: list[mt.Edit] = [mt.Add("1.mlp_out", part) for part in parts]
-    mt.save_edits(tmp_path / "e.safetensors", edits)
-    assert mt.load_edits(tmp_path / "e.safetensors") == edits
+    edits: list[mt.edit.Edit] = [mt.edit.Add("1.mlp_out", part) for part in parts]
+    mt.edit.save_edits(tmp_path / "e.safetensors", edits)
+    assert mt.edit.load_edits(tmp_path / "e.safetensors") == edits
 
 
 @pytest.mark.parametrize(
     ("change", "same"),
-    [(lambda x: x.double() * 2, mt.Scale("1.mlp_out", 2.0)), (lambda x: x.isfinite(), mt.Set("1.mlp_out", 1.0))],
+    [
+        (lambda x: x.double() * 2, mt.edit.Scale("1.mlp_out", 2.0)),
+        (lambda x: x.isfinite(), mt.edit.Set("1.mlp_out", 1.0)),
+    ],
 )
-def test_what_a_function_returns_is_taken_in_the_models_type(model: mt.Model, change: Any, same: mt.Edit) -> None:
+def test_what_a_function_returns_is_taken_in_the_models_type(model: mt.Model, change: Any, same: mt.edit.Edit) -> None:
     expected = model.run(ids(), edits=[same]).logits
-    got = model.run(ids(), edits=[mt.Map("1.mlp_out", change)]).logits
+    got = model.run(ids(), edits=[mt.edit.Apply("1.mlp_out", change)]).logits
     assert got.dtype == model.dtype
     assert (got - expected).abs().max() < 1e-5
 
@@ -199,25 +208,25 @@ def test_what_a_function_returns_is_taken_in_the_models_type(model: mt.Model, ch
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda: mt.Map("1.resid_post", lambda x: x + 1j), "returned complex numbers"),
-        (lambda: mt.Set("1.resid_post", torch.zeros(40, dtype=torch.complex64)), "got torch.complex64; allowed"),
+        (lambda: mt.edit.Apply("1.resid_post", lambda x: x + 1j), "returned complex numbers"),
+        (lambda: mt.edit.Set("1.resid_post", torch.zeros(40, dtype=torch.complex64)), "got torch.complex64; allowed"),
         (
-            lambda: mt.SwapFrom("1.mlp_out", source={"1.mlp_out": torch.zeros(40)}),
+            lambda: mt.edit.Patch("1.mlp_out", source={"1.mlp_out": torch.zeros(40)}),
             r"does not fit 1\.mlp_out; got shape \[40\]; allowed: a tensor \[batch, pos, d_model\]",
         ),
-        (lambda: mt.Set("1.resid_post", torch.zeros(3)), r"does not fit 1\.resid_post; got shape \[3\]; allowed"),
-        (lambda: mt.Rotate("1.resid_post", torch.ones(40, 40)), "is not a rotation"),
-        (lambda: mt.Project("1.resid_post", torch.ones(2, 7)), "a basis does not fit"),
+        (lambda: mt.edit.Set("1.resid_post", torch.zeros(3)), r"does not fit 1\.resid_post; got shape \[3\]; allowed"),
+        (lambda: mt.edit.Rotate("1.resid_post", torch.ones(40, 40)), "is not a rotation"),
+        (lambda: mt.edit.Project("1.resid_post", torch.ones(2, 7)), "a basis does not fit"),
         (
-            lambda: mt.Project("1.resid_post", torch.full((2, 40), float("nan"))),
+            lambda: mt.edit.Project("1.resid_post", torch.full((2, 40), float("nan"))),
             "a basis holds numbers that are not finite",
         ),
-        (lambda: mt.Map("1.resid_post", lambda x: x[:1]), "changed the shape"),
-        (lambda: mt.KnockOut("1.attn.pattern", keys="0"), "acts on attention scores"),
-        (lambda: mt.Zero("1.resid_post", rows=(5,)), r"no rows \(5,\)"),
-        (lambda: mt.Skip("9"), "no layers 9"),
-        (lambda: mt.Repeat(1, 0), "cannot run a block 0 times"),
-        (lambda: mt.Zero("1.resid_post@generated"), "selects nothing in a run"),
+        (lambda: mt.edit.Apply("1.resid_post", lambda x: x[:1]), "changed the shape"),
+        (lambda: mt.edit.KnockOut("1.attn.pattern", keys="0"), "acts on attention scores"),
+        (lambda: mt.edit.Zero("1.resid_post", rows=(5,)), r"no rows \(5,\)"),
+        (lambda: mt.edit.Skip("9"), "no layers 9"),
+        (lambda: mt.edit.Repeat(1, 0), "cannot run a block 0 times"),
+        (lambda: mt.edit.Zero("1.resid_post@generated"), "selects nothing in a run"),
     ],
 )
 def test_edits_that_do_not_fit_are_refused(model: mt.Model, edit: object, text: str) -> None:
@@ -230,24 +239,24 @@ def test_edits_that_do_not_fit_are_refused(model: mt.Model, edit: object, text: 
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_layer_paths(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     base = model.run(ids(), capture="*.resid_pre")
     last = f"{model.anatomy.n_layers - 1}.resid_post"
-    skipped = model.run(ids(), capture="2.resid_pre", edits=[mt.Skip(1)])
+    skipped = model.run(ids(), capture="2.resid_pre", edits=[mt.edit.Skip(1)])
     assert (skipped["2.resid_pre"] - base["1.resid_pre"]).abs().max() < 1e-4
-    same = model.run(ids(), edits=[mt.ScaleBlock("*", 1.0), mt.Repeat(1, 1)]).logits
+    same = model.run(ids(), edits=[mt.edit.ScaleBlock("*", 1.0), mt.edit.Repeat(1, 1)]).logits
     assert (same - base.logits).abs().max() < 1e-4
-    assert (model.run(ids(), edits=[mt.ScaleBlock(1, 0.0)]).logits - skipped.logits).abs().max() < 1e-4
+    assert (model.run(ids(), edits=[mt.edit.ScaleBlock(1, 0.0)]).logits - skipped.logits).abs().max() < 1e-4
     once = model.run(ids(), capture="1.resid_post")["1.resid_post"]
-    twice = model.run(ids(), capture="1.resid_post", edits=[mt.Set("1.resid_pre", once)])["1.resid_post"]
-    repeated = model.run(ids(), capture=["2.resid_pre", last], edits=[mt.Repeat(1, 2)])["2.resid_pre"]
+    twice = model.run(ids(), capture="1.resid_post", edits=[mt.edit.Set("1.resid_pre", once)])["1.resid_post"]
+    repeated = model.run(ids(), capture=["2.resid_pre", last], edits=[mt.edit.Repeat(1, 2)])["2.resid_pre"]
     assert (repeated - twice).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bloom", "falcon-gqa", "gemma2", "gpt_neox-parallel"])
 def test_gradients_are_finite_differences(name: str) -> None:
     # In float64, though some norms compute in float32 whatever they get: that bounds the step.
-    model = mt.map(families.build(name).double())
+    model = mt.open(families.build(name).double(), prove=False)
     sites = ["1.attn.z", "1.mlp.post", "1.resid_pre", "0.attn.pattern", "1.attn.q", "embed", "0.mlp_out"]
     run = model.run(ids(1), capture=sites, grad=True)
     grads = run.grad(run.logits[0, -1, 7])
@@ -256,7 +265,7 @@ def test_gradients_are_finite_differences(name: str) -> None:
         x = run[site].detach()
         step = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=x.dtype) * 1e-3
         ends = [
-            model.run(ids(1), edits=[mt.SwapFrom(site, {site: x + sign * step})]).logits[0, -1, 7] for sign in (1, -1)
+            model.run(ids(1), edits=[mt.edit.Patch(site, {site: x + sign * step})]).logits[0, -1, 7] for sign in (1, -1)
         ]
         slope = float(ends[0] - ends[1]) / 2
         assert float((grads[site] * step).sum()) == pytest.approx(slope, rel=2e-2, abs=2e-6), site
@@ -270,14 +279,14 @@ def test_a_frozen_model_without_biases_is_linear_in_its_embeddings(name: str) ->
             parameter.data.zero_()
     if name == "gemma2":
         hf.config.final_logit_softcapping = None
-    model = mt.map(hf)
+    model = mt.open(hf, prove=False)
     plain = model.run(ids(1)).logits
-    run = model.run(ids(1), capture="embed", grad=True, edits=[mt.Freeze()])
+    run = model.run(ids(1), capture="embed", grad=True, edits=[mt.edit.Freeze()])
     assert torch.equal(run.logits, plain)
     logit = run.logits[0, -1, 7]
     total = float((run.grad(logit)["embed"] * run["embed"].detach()).sum())
     assert total == pytest.approx(float(logit.detach()), rel=1e-4)
-    loose = model.run(ids(1), capture="embed", grad=True, edits=[mt.Freeze(activations=False)])
+    loose = model.run(ids(1), capture="embed", grad=True, edits=[mt.edit.Freeze(activations=False)])
     assert float((loose.grad(loose.logits[0, -1, 7])["embed"] * loose["embed"].detach()).sum()) != pytest.approx(
         total, rel=1e-3
     )
@@ -286,7 +295,7 @@ def test_a_frozen_model_without_biases_is_linear_in_its_embeddings(name: str) ->
 # -------------------------------------------------------------------------------- generation
 
 
-def greedy(model: mt.Model, prompt: Tensor, n: int, edits: list[mt.Edit]) -> list[int]:
+def greedy(model: mt.Model, prompt: Tensor, n: int, edits: list[mt.edit.Edit]) -> list[int]:
     """The literal loop: a whole run a token, edited at the prompt's own positions."""
     tokens = prompt.tolist()
     for _ in range(n):
@@ -303,10 +312,10 @@ def generated(model: mt.Model, prompt: Tensor, n: int, **options: object) -> lis
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-gqa", "bloom", "gemma2", "mixtral", "gpt_neo"])
 def test_generation_under_edits_is_the_loop_of_runs(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     prompt = ids(1)[0]
     push = torch.randn(40, generator=torch.Generator().manual_seed(2)) * 3
-    for edit in (mt.Add("1.resid_post", push), mt.Zero("0.attn.z[1]"), mt.Add("1.mlp_out@2", push)):
+    for edit in (mt.edit.Add("1.resid_post", push), mt.edit.Zero("0.attn.z[1]"), mt.edit.Add("1.mlp_out@2", push)):
         expected = greedy(model, prompt, 5, [edit])
         with model.editing(edit):
             assert generated(model, prompt, 5) == expected, edit
@@ -318,8 +327,8 @@ def test_position_rules_of_a_generation(model: mt.Model) -> None:
     prompt = ids(1)[0]
     seen: dict[str, list[int]] = {"last": [], "prompt": [], "generated": [], "*": []}
 
-    def watch(rule: str) -> mt.Edit:
-        return mt.Map(f"1.resid_post@{rule}", lambda x: (seen[rule].append(x.shape[1]), x)[1])
+    def watch(rule: str) -> mt.edit.Edit:
+        return mt.edit.Apply(f"1.resid_post@{rule}", lambda x: (seen[rule].append(x.shape[1]), x)[1])
 
     with model.editing(*[watch(rule) for rule in seen]):
         generated(model, prompt, 4)
@@ -329,8 +338,8 @@ def test_position_rules_of_a_generation(model: mt.Model) -> None:
 def test_rows_of_a_batch_can_be_steered_apart(model: mt.Model) -> None:
     prompt = ids(1)[0]
     push = torch.randn(40, generator=torch.Generator().manual_seed(2)) * 5
-    edit = mt.Add("1.resid_post", push)
-    with model.editing(mt.Add("1.resid_post", push, rows=(1,))):
+    edit = mt.edit.Add("1.resid_post", push)
+    with model.editing(mt.edit.Add("1.resid_post", push, rows=(1,))):
         both = model.hf.generate(
             prompt.repeat(2, 1), max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None
         )
@@ -343,33 +352,36 @@ def test_rows_are_prompts_whatever_number_of_beams_they_have(model: mt.Model, ho
     prompts = ids(2)
     push = torch.randn(40, generator=torch.Generator().manual_seed(2)) * 5
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | how
-    with model.editing(mt.Add("1.resid_post", push, rows=(1,))):
+    with model.editing(mt.edit.Add("1.resid_post", push, rows=(1,))):
         both = model.hf.generate(prompts, **options)
     plain = model.hf.generate(prompts[:1], **options)
-    with model.editing(mt.Add("1.resid_post", push)):
+    with model.editing(mt.edit.Add("1.resid_post", push)):
         steered = model.hf.generate(input_ids=prompts[1:], **options)
     assert both.tolist() == [*plain.tolist(), *steered.tolist()]
     with (
         pytest.raises(mt.errors.EditError, match=r"no rows \(2,\) at 1.resid_post; allowed: 0 to 1"),
-        model.editing(mt.Add("1.resid_post", push, rows=(2,))),
+        model.editing(mt.edit.Add("1.resid_post", push, rows=(2,))),
     ):
         model.hf.generate(prompts, **options)
 
 
 def test_edits_that_never_apply_are_warned_of_and_caches_are_guarded(model: mt.Model) -> None:
-    with pytest.warns(UserWarning, match="these edits never applied"), model.editing(mt.Zero("1.mlp_out@generated")):
+    with (
+        pytest.warns(UserWarning, match="these edits never applied"),
+        model.editing(mt.edit.Zero("1.mlp_out@generated")),
+    ):
         generated(model, ids(1)[0], 1)
-    with pytest.raises(mt.errors.EditError, match="use_cache=False"), model.editing(mt.Skip(0)):
+    with pytest.raises(mt.errors.EditError, match="use_cache=False"), model.editing(mt.edit.Skip(0)):
         generated(model, ids(1)[0], 2)
-    with model.editing(mt.Skip(0)):
+    with model.editing(mt.edit.Skip(0)):
         skipped = generated(model, ids(1)[0], 3, use_cache=False)
-    assert skipped == greedy(model, ids(1)[0], 3, [mt.Skip(0)])
-    with model.editing(mt.Skip(1)):
-        assert generated(model, ids(1)[0], 3) == greedy(model, ids(1)[0], 3, [mt.Skip(1)])
+    assert skipped == greedy(model, ids(1)[0], 3, [mt.edit.Skip(0)])
+    with model.editing(mt.edit.Skip(1)):
+        assert generated(model, ids(1)[0], 3) == greedy(model, ids(1)[0], 3, [mt.edit.Skip(1)])
 
 
 def test_editing_nests(model: mt.Model) -> None:
-    one, two = mt.Scale("1.mlp_out", 0.5), mt.Scale("1.attn.pattern", 0.5)
+    one, two = mt.edit.Scale("1.mlp_out", 0.5), mt.edit.Scale("1.attn.pattern", 0.5)
     both = model.run(ids(), edits=[one, two]).logits
     with model.editing(one), model.editing(two):
         assert torch.equal(model.hf(input_ids=ids()).logits, both)

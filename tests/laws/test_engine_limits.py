@@ -31,13 +31,13 @@ def ids(rows: int = 2, length: int = 8, seed: int = 3) -> Tensor:
     [
         {"capture": "1.attn.pattern"},
         {"capture": "*.attn.scores"},
-        {"edits": [mt.Zero("1.attn.pattern")]},
-        {"edits": [mt.KnockOut("1.attn.scores", keys="0")]},
+        {"edits": [mt.edit.Zero("1.attn.pattern")]},
+        {"edits": [mt.edit.KnockOut("1.attn.scores", keys="0")]},
     ],
 )
 def test_patterns_under_kernels_that_hide_their_masks_are_refused(kernel: str, options: dict[str, Any]) -> None:
     hf = families.build("llama-gqa")
-    model = mt.map(hf)
+    model = mt.open(hf, prove=False)
     hf.config._attn_implementation_internal = kernel  # as if it were installed
     with pytest.raises(mt.errors.SiteError, match=f"under the attention kernel {kernel}".replace("|", "[|]")) as caught:
         model.run(ids(), **options)
@@ -55,12 +55,12 @@ def test_a_model_under_such_a_kernel_opens_without_patterns() -> None:
     hf = families.build("llama-gqa")
     plain = mt.open(hf)
     hf.config._attn_implementation_internal = "flash_attention_2"
-    model = mt.map(hf)
-    assert "1.attn.pattern" not in {str(s) for s in model.anatomy.taps}
-    assert mt.Site("attn.z", 1) in model.anatomy.taps
+    model = mt.open(hf, prove=False)
+    assert "1.attn.pattern" not in {str(s) for s in model.anatomy.hook_points}
+    assert mt.anatomy.Site("attn.z", 1) in model.anatomy.hook_points
     with pytest.raises(mt.errors.SiteError, match="no site 1.attn.scores in .*flash_attention_2"):
         model.run(ids(), capture="1.attn.scores")
-    assert mt.Site("attn.pattern", 1) in plain.anatomy.taps
+    assert mt.anatomy.Site("attn.pattern", 1) in plain.anatomy.hook_points
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def test_a_kernel_is_called_by_its_own_name() -> None:
         return SDPA(module, *args, **kwargs)
 
     hf = families.build("llama-gqa")
-    expected = mt.map(hf).run(ids(), capture="1.attn.pattern")
+    expected = mt.open(hf, prove=False).run(ids(), capture="1.attn.pattern")
     with registered("named_here", kernel, sdpa_mask):
         hf.set_attn_implementation("named_here")
         run = mt.open(hf).run(ids(), capture=["1.attn.pattern", "*.attn.q"])
@@ -137,8 +137,8 @@ def test_frozen_norms_of_queries_and_keys_are_linear(name: str) -> None:
     for parameter_name, parameter in hf.named_parameters():
         if parameter_name.endswith("bias"):
             parameter.data.zero_()
-    model = mt.map(hf)
-    freeze = mt.Freeze(patterns=False, activations=False)
+    model = mt.open(hf, prove=False)
+    freeze = mt.edit.Freeze(patterns=False, activations=False)
     sites = ["embed", "0.attn.q", "0.attn.k"]
     plain = model.run(ids(1), capture=sites)
     run = model.run(ids(1), capture=sites, grad=True, edits=[freeze])
@@ -167,7 +167,7 @@ def behaves_causally(hf: nn.Module) -> bool:
 @pytest.mark.parametrize("name", families.NAMES)
 def test_causal_is_how_it_behaves(name: str) -> None:
     hf = families.build(name)
-    assert mt.map(hf).anatomy.causal == behaves_causally(hf) == (families.KIND[name] == "causal")
+    assert mt.open(hf, prove=False).anatomy.causal == behaves_causally(hf) == (families.KIND[name] == "causal")
 
 
 def small(kind: str, **more: object) -> transformers.PretrainedConfig:
@@ -178,9 +178,9 @@ def small(kind: str, **more: object) -> transformers.PretrainedConfig:
 
 
 def test_a_model_that_is_called_causal_and_is_not_fails_its_proof() -> None:
-    model = mt.map(families.build("bert"))
+    model = mt.open(families.build("bert"), prove=False)
     model.anatomy = dataclasses.replace(model.anatomy, causal=True)
-    failed = [c for c in mt.prove(model) if c.status == "fails"]
+    failed = [c for c in model.prove() if c.status == "fails"]
     assert [(c.identity, c.where) for c in failed] == [("5 attention", "causal")]
 
 
@@ -198,8 +198,8 @@ def test_decoders_of_encoder_families_are_causal(kind: str, decoder: bool) -> No
         hf = auto.from_config(small(kind, is_decoder=decoder)).eval()
     model = mt.open(hf)
     assert model.anatomy.causal == behaves_causally(hf) == decoder
-    cells = [mt.Zero(f"{layer}.attn.z[1]@{at}") for layer in range(3) for at in (0, 4)]
-    found = model.sweep(ids(1), cells, mt.Reading(lambda logits, prompts: logits.flatten(1))).values
+    cells = [mt.edit.Zero(f"{layer}.attn.z[1]@{at}") for layer in range(3) for at in (0, 4)]
+    found = model.sweep(ids(1), cells, mt.metric.FunctionMetric(lambda logits, prompts: logits.flatten(1))).run().values
     for cell, values in zip(cells, found, strict=True):
         torch.testing.assert_close(values, model.run(ids(1), edits=[cell]).logits[0, -1], **NEAR)
     if decoder:
@@ -250,7 +250,7 @@ def test_parts_of_no_known_form_are_said_in_one_line() -> None:
 
 def test_a_kernel_may_be_given_its_mask_by_name() -> None:
     hf = transformers.AutoModelForCausalLM.from_config(transformers.DogeConfig(**TINY)).eval()
-    model = mt.map(hf)
+    model = mt.open(hf, prove=False)
     with torch.no_grad():
         expected = hf(input_ids=ids()).logits
     run = model.run(ids(), capture=["0.attn.q", "0.attn.v"])

@@ -12,7 +12,7 @@ from tests import families
 from torch import Tensor
 
 import microtome as mt
-from microtome.model import parse_selection
+from microtome.anatomy import parse_indices
 
 CAUSAL = [n for n in families.NAMES if families.KIND[n] == "causal"]
 LENGTHS = (5, 9, 7)
@@ -37,7 +37,7 @@ ROWS = [row(n) for n in LENGTHS]
 
 def real(x: Tensor, site: str, mask: Tensor) -> Tensor:
     """A row of a captured tensor at its real tokens only."""
-    for axis, dim in enumerate(mt.parse(site).spec.dims[1:]):
+    for axis, dim in enumerate(mt.anatomy.parse(site).spec.dims[1:]):
         if dim in ("pos", "q_pos", "k_pos"):
             x = x.index_select(axis, mask.nonzero().squeeze(1))
     return x
@@ -45,8 +45,8 @@ def real(x: Tensor, site: str, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_every_site_of_a_padded_row_is_that_of_the_row_alone(name: str) -> None:
-    model = mt.map(families.build(name))
-    sites = [str(site) for site in model.anatomy.taps if site.layer in (None, 1)]
+    model = mt.open(families.build(name), prove=False)
+    sites = [str(site) for site in model.anatomy.hook_points if site.layer in (None, 1)]
     alone = [model.run([tokens], capture=sites) for tokens in ROWS[:2]]
     for side, pads in (("left", (4, 0)), ("right", (0, 0))):
         together = model.run(ROWS[:2], capture=sites, padding=side)
@@ -68,7 +68,7 @@ def test_every_site_of_a_padded_row_is_that_of_the_row_alone(name: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bert", "mixtral", "bloom"])
 def test_the_order_of_rows_changes_nothing(name: str, side: Side) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     one = model.run(ROWS, capture="*.resid_post@-1", padding=side)
     other = model.run([ROWS[i] for i in (2, 0, 1)], capture="*.resid_post@-1", padding=side)
     for k, i in enumerate((2, 0, 1)):
@@ -79,7 +79,7 @@ def test_the_order_of_rows_changes_nothing(name: str, side: Side) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt-prenorm", "roberta", "bert"])
 def test_positions_count_the_tokens_of_each_row(name: str, side: Side) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     run = model.run(ROWS, capture=["1.resid_post", "1.attn.pattern"], padding=side)
     for i, n in enumerate(LENGTHS):
         first = run.batch.pads[i]
@@ -89,22 +89,22 @@ def test_positions_count_the_tokens_of_each_row(name: str, side: Side) -> None:
         assert torch.equal(run["1.resid_post@last"][i, 0], run["1.resid_post"][i, first + n - 1])
 
 
-EDITS: list[mt.Edit] = [
-    mt.Scale("1.resid_post@-1", 2.0),
-    mt.Zero("0.attn.z[1]@0"),
-    mt.Add("1.mlp_out@1,-2", torch.linspace(-1, 1, families.D_MODEL)),
-    mt.KnockOut("1.attn.scores[0,2]@-1", keys="0"),
-    mt.KnockOut("1.attn.scores@-2--1", keys="-3,1"),
-    mt.KnockOut("*.attn.scores[3]", keys="*"),
-    mt.Scale("1.attn.pattern[1]@2", 0.5),
-    mt.Scale("1.attn.scale@3", 0.5),
+EDITS: list[mt.edit.Edit] = [
+    mt.edit.Scale("1.resid_post@-1", 2.0),
+    mt.edit.Zero("0.attn.z[1]@0"),
+    mt.edit.Add("1.mlp_out@1,-2", torch.linspace(-1, 1, families.D_MODEL)),
+    mt.edit.KnockOut("1.attn.scores[0,2]@-1", keys="0"),
+    mt.edit.KnockOut("1.attn.scores@-2--1", keys="-3,1"),
+    mt.edit.KnockOut("*.attn.scores[3]", keys="*"),
+    mt.edit.Scale("1.attn.pattern[1]@2", 0.5),
+    mt.edit.Scale("1.attn.scale@3", 0.5),
 ]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-mqa", "gpt_neo", "bloom", "mistral"])
 def test_an_edit_of_a_padded_batch_is_the_edit_of_each_row(name: str, side: Side) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     plain = model.run(ROWS, padding=side)
     for edit in EDITS:
         together = model.run(ROWS, edits=[edit], padding=side)
@@ -117,30 +117,30 @@ def test_an_edit_of_a_padded_batch_is_the_edit_of_each_row(name: str, side: Side
 
 
 def test_a_key_outside_a_row_is_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises(mt.errors.EditError, match=r"no keys 6 in row 0 at 1\.attn\.scores; allowed: 0 to 4"):
-        model.run(ROWS, edits=[mt.KnockOut("1.attn.scores", keys="6")], padding="left")
+        model.run(ROWS, edits=[mt.edit.KnockOut("1.attn.scores", keys="6")], padding="left")
 
 
 def test_a_source_padded_otherwise_is_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     left, right = (model.run(ROWS, capture="1.resid_post", padding=side) for side in ("left", "right"))
     with pytest.raises(mt.errors.EditError, match=r"names other columns in the source.*pad both runs alike"):
-        model.run(ROWS, edits=[mt.SwapFrom("1.resid_post@0", left)])
-    same = model.run(ROWS, edits=[mt.SwapFrom("1.resid_post@0,-1", right)])
+        model.run(ROWS, edits=[mt.edit.Patch("1.resid_post@0", left)])
+    same = model.run(ROWS, edits=[mt.edit.Patch("1.resid_post@0,-1", right)])
     torch.testing.assert_close(same.logits, right.logits, **NEAR)
     longer = model.run([row(9)], capture="1.resid_post")
     with pytest.raises(mt.errors.EditError, match="names other columns in the source"):
-        model.run([row(7)], edits=[mt.SwapFrom("1.resid_post@-1", longer)])
-    run = model.run([row(7)], capture="1.resid_post", edits=[mt.SwapFrom("1.resid_post@3", longer)])
+        model.run([row(7)], edits=[mt.edit.Patch("1.resid_post@-1", longer)])
+    run = model.run([row(7)], capture="1.resid_post", edits=[mt.edit.Patch("1.resid_post@3", longer)])
     assert torch.equal(run["1.resid_post@3"], longer["1.resid_post@3"])
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_generation_of_padded_rows_is_that_of_each_row(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    edit = mt.Add("1.resid_post@-2", torch.linspace(-2, 2, model.anatomy.d_model))
+    edit = mt.edit.Add("1.resid_post@-2", torch.linspace(-2, 2, model.anatomy.d_model))
     batch = model.to_batch(ROWS, "left")
     with model.editing(edit):
         together = model.hf.generate(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
@@ -150,13 +150,13 @@ def test_a_generation_of_padded_rows_is_that_of_each_row(name: str) -> None:
 
 
 CUTS = {
-    "a key": mt.KnockOut("1.attn.scores", keys="1"),
-    "keys from the end": mt.KnockOut("*.attn.scores[0,2]", keys="-2--1"),
-    "queries of the prompt": mt.KnockOut("1.attn.scores@-1", keys="0,2"),
-    "queries to come": mt.KnockOut("1.attn.scores@generated", keys="-1"),
-    "zeros": mt.Zero("1.attn.scores[1]"),
-    "a value": mt.Scale("1.attn.v@1", 3.0),
-    "a key's vector": mt.Scale("0.attn.k@-2", 3.0),
+    "a key": mt.edit.KnockOut("1.attn.scores", keys="1"),
+    "keys from the end": mt.edit.KnockOut("*.attn.scores[0,2]", keys="-2--1"),
+    "queries of the prompt": mt.edit.KnockOut("1.attn.scores@-1", keys="0,2"),
+    "queries to come": mt.edit.KnockOut("1.attn.scores@generated", keys="-1"),
+    "zeros": mt.edit.Zero("1.attn.scores[1]"),
+    "a value": mt.edit.Scale("1.attn.v@1", 3.0),
+    "a key's vector": mt.edit.Scale("0.attn.k@-2", 3.0),
 }
 
 
@@ -168,7 +168,7 @@ def test_cuts_in_a_generation_of_padded_rows_are_those_of_each_row(name: str, ca
     hf = families.build(name)
     if cache is not None and not hf._can_compile_fullgraph:
         pytest.skip("the family takes no static cache")
-    model = mt.map(hf)
+    model = mt.open(hf, prove=False)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     padded = options if cache is None else options | {"cache_implementation": cache, "disable_compile": True}
@@ -190,23 +190,23 @@ def test_cuts_in_a_generation_of_padded_rows_are_those_of_each_row(name: str, ca
             torch.testing.assert_close(torch.cat(alone.logits), whole.logits[0, len(tokens) - 1 :], **NEAR, msg=what)
 
 
-def _from_start(edit: mt.Edit, length: int) -> mt.Edit:
+def _from_start(edit: mt.edit.Edit, length: int) -> mt.edit.Edit:
     """The same edit with positions that count from the start, so that they mean the same in a longer row."""
-    assert isinstance(edit, mt.SiteEdit)
+    assert isinstance(edit, mt.edit.SiteEdit)
 
     def counted(selection: str) -> str:
-        chosen = parse_selection(selection).resolve(length)
+        chosen = parse_indices(selection).resolve(length)
         return ",".join(map(str, chosen or ()))
 
     site, at, positions = edit.site.partition("@")
     changed = {"site": f"{site}@{counted(positions)}"} if at else {}
-    if isinstance(edit, mt.KnockOut):
+    if isinstance(edit, mt.edit.KnockOut):
         changed["keys"] = counted(edit.keys)
     return dataclasses.replace(edit, **changed)
 
 
 def test_a_swap_in_a_generation_is_the_swap_in_a_run() -> None:
-    model = mt.map(families.build("mistral"))
+    model = mt.open(families.build("mistral"), prove=False)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     others = [[*tokens[:2], 7, *tokens[3:]] for tokens in ROWS]
@@ -214,12 +214,12 @@ def test_a_swap_in_a_generation_is_the_swap_in_a_run() -> None:
     for site in ("1.resid_post@2", "1.attn.v@2", "1.attn.k@2", "0.attn.z[1]@2,3", "1.attn.scores[2]@3"):
         source = model.run(others, capture=site.partition("[")[0].partition("@")[0], padding="left")
         if "scores" in site:  # keys that the window has dropped are not those of the source
-            with model.editing(mt.SwapFrom(site, source)):
+            with model.editing(mt.edit.Patch(site, source)):
                 out = model.hf.generate(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
-            first = model.run(ROWS, edits=[mt.SwapFrom(site, source)], padding="left").logits[:, -1]
+            first = model.run(ROWS, edits=[mt.edit.Patch(site, source)], padding="left").logits[:, -1]
             torch.testing.assert_close(out.logits[0], first, **NEAR)
             continue
-        with model.editing(mt.SwapFrom(site, source)):
+        with model.editing(mt.edit.Patch(site, source)):
             out = model.hf.generate(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
         for i, tokens in enumerate(ROWS):
             alone = model.run([others[i]], capture=list({site.partition("[")[0].partition("@")[0]}))
@@ -228,14 +228,14 @@ def test_a_swap_in_a_generation_is_the_swap_in_a_run() -> None:
             name = site.partition("[")[0].partition("@")[0]
             value = alone[name]
             longer = torch.cat([value, value[:, -1:].expand(-1, 3, *value.shape[2:])], dim=1)
-            run = model.run(rest, edits=[mt.SwapFrom(site, {name: longer})])
+            run = model.run(rest, edits=[mt.edit.Patch(site, {name: longer})])
             got = torch.stack(out.logits, dim=1)[i]
             torch.testing.assert_close(got, run.logits[0, length - 1 :], **NEAR, msg=lambda more, s=site: s + more)
 
 
 def test_a_swap_that_reaches_past_its_source_is_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     source = model.run([row(7)], capture=["1.resid_post", "1.attn.k", "1.attn.scores"])
     for site in ("1.resid_post", "1.resid_post@generated", "1.attn.k", "1.attn.scores"):
-        with pytest.raises(mt.errors.EditError), model.editing(mt.SwapFrom(site, source)):
+        with pytest.raises(mt.errors.EditError), model.editing(mt.edit.Patch(site, source)):
             model.hf.generate(input_ids=torch.tensor([row(7)]), max_new_tokens=3, do_sample=False, pad_token_id=0)

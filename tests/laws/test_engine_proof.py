@@ -14,9 +14,10 @@ from tests import families
 from torch import Tensor
 
 import microtome as mt
-from microtome.model import LayerWeights, Site
-from microtome.model._family import DEFAULT
-from microtome.run import _attention, _open
+from microtome.anatomy import LayerWeights, Site
+from microtome.anatomy._family import DEFAULT
+from microtome.model import _open
+from microtome.run.hook import _attention
 
 IDENTITIES = ("1 inert", "2 residual", "3 heads", "4 neurons", "5 attention", "6 unembed", "7 weights")
 NORMED = {"qwen3", "gemma3", "phi-qknorm", "olmo2", "stablelm-qknorm", "cohere-qknorm", "qwen3_moe", "persimmon"}
@@ -61,7 +62,7 @@ def plain(hf: Any, tokens: Tensor) -> Tensor:
 
 
 def everything(model: mt.Model) -> list[str]:
-    return [str(site) for site in model.anatomy.taps]
+    return [str(site) for site in model.anatomy.hook_points]
 
 
 # ---------------------------------------------------------------------------------------------------- the proof holds
@@ -94,7 +95,7 @@ def test_logits_with_every_site_captured_are_those_of_transformers(name: str) ->
     model = opened(name)
     run = model.run(tokens, capture=everything(model))
     assert torch.equal(run.logits, expected)
-    assert len(run.captured) == len(model.anatomy.taps)
+    assert len(run.captured) == len(model.anatomy.hook_points)
     assert torch.equal(run["logits"], expected)
     assert torch.equal(plain(model.hf, tokens), expected)
 
@@ -154,32 +155,33 @@ def test_families_open_in_narrow_types(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mistral", "bert"])
 def test_a_pattern_in_float64_is_that_of_the_kernel(name: str) -> None:
     hf = families.build(name).double()
-    same = mt.map(hf).run(ids(), edits=[mt.Scale("*.attn.pattern", 1.0)]).logits
+    same = mt.open(hf, prove=False).run(ids(), edits=[mt.edit.Scale("*.attn.pattern", 1.0)]).logits
     assert float((same - plain(hf, ids())).abs().max()) < 1e-12
 
 
 # ---------------------------------------------------------------------------------------- a false map is refused
 
 
-def _swap_tap(anatomy: mt.Anatomy, site: Site, like: Site) -> mt.Anatomy:
-    return replace(anatomy, taps={**anatomy.taps, site: anatomy.taps[like]})
+def _swap_tap(anatomy: mt.anatomy.Anatomy, site: Site, like: Site) -> mt.anatomy.Anatomy:
+    return replace(anatomy, hook_points={**anatomy.hook_points, site: anatomy.hook_points[like]})
 
 
-def _part(anatomy: mt.Anatomy, index: int, **new: Any) -> mt.Anatomy:
+def _part(anatomy: mt.anatomy.Anatomy, index: int, **new: Any) -> mt.anatomy.Anatomy:
     layers = list(anatomy.parts.layers)
     layers[index] = replace(layers[index], **new)
     return replace(anatomy, parts=replace(anatomy.parts, layers=tuple(layers)))
 
 
-def _other_o(anatomy: mt.Anatomy) -> mt.Anatomy:
+def _other_o(anatomy: mt.anatomy.Anatomy) -> mt.anatomy.Anatomy:
     return _part(anatomy, 1, o=anatomy.parts.layers[2].o)
 
 
-def _family(**new: Any) -> Callable[[mt.Anatomy], mt.Anatomy]:
+def _family(**new: Any) -> Callable[[mt.anatomy.Anatomy], mt.anatomy.Anatomy]:
     return lambda a: replace(a, parts=replace(a.parts, family=replace(a.parts.family, **new)))
 
 
-FALSE_MAPS: list[tuple[str, Callable[[mt.Anatomy], mt.Anatomy], str, str]] = [
+MLP_OUT = Site("mlp_out", 1)
+FALSE_MAPS: list[tuple[str, Callable[[mt.anatomy.Anatomy], mt.anatomy.Anatomy], str, str]] = [
     ("llama-gqa", _other_o, "3 heads", "1.W_O"),
     ("llama-gqa", lambda a: _swap_tap(a, Site("attn.z", 1), Site("attn.z", 2)), "3 heads", "1.W_O"),
     ("llama-gqa", lambda a: _swap_tap(a, Site("resid_mid", 1), Site("resid_mid", 0)), "2 residual", "1.resid_mid"),
@@ -199,7 +201,7 @@ FALSE_MAPS: list[tuple[str, Callable[[mt.Anatomy], mt.Anatomy], str, str]] = [
     ("gemma2", lambda a: replace(a, logit_softcap=None), "6 unembed", "logits"),
     (
         "granite",
-        lambda a: replace(a, taps={**a.taps, Site("mlp_out", 1): replace(a.taps[Site("mlp_out", 1)], scale=1.0)}),
+        lambda a: replace(a, hook_points={**a.hook_points, MLP_OUT: replace(a.hook_points[MLP_OUT], scale=1.0)}),
         "2 residual",
         "1.resid_post",
     ),
@@ -209,7 +211,7 @@ FALSE_MAPS: list[tuple[str, Callable[[mt.Anatomy], mt.Anatomy], str, str]] = [
 @pytest.mark.parametrize(("name", "falsify", "identity", "where"), FALSE_MAPS)
 def test_false_map_is_refused_with_place_and_numbers(
     name: str,
-    falsify: Callable[[mt.Anatomy], mt.Anatomy],
+    falsify: Callable[[mt.anatomy.Anatomy], mt.anatomy.Anatomy],
     identity: str,
     where: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -237,9 +239,9 @@ def test_a_huge_activation_hides_no_false_map(
     assert {check.status for check in mt.open(hf).proof} <= {"holds", "does not apply"}
     found, at = _open.anatomy_of, Site(site, 1)
 
-    def falsified(hf: Any, short: str) -> mt.Anatomy:
+    def falsified(hf: Any, short: str) -> mt.anatomy.Anatomy:
         anatomy = found(hf, short)
-        return replace(anatomy, taps={**anatomy.taps, at: replace(anatomy.taps[at], scale=scale)})
+        return replace(anatomy, hook_points={**anatomy.hook_points, at: replace(anatomy.hook_points[at], scale=scale)})
 
     monkeypatch.setattr(_open, "anatomy_of", falsified)
     place = "1.resid_mid" if site == "attn_out" else "1.resid_post"
@@ -271,12 +273,12 @@ def test_a_norm_that_runs_twice_a_forward_is_no_site() -> None:
 
 
 def test_hooks_that_change_something_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = _attention.Watch.visit
+    own = _attention.AttentionHooks.visit
 
     def clumsy(self: Any, slot: str, x: Tensor) -> Tensor:
         return own(self, slot, x) * (1 + 1e-6) if slot == "v" else own(self, slot, x)
 
-    monkeypatch.setattr(_attention.Watch, "visit", clumsy)
+    monkeypatch.setattr(_attention.AttentionHooks, "visit", clumsy)
     with pytest.raises(mt.errors.ProofError, match=r'fails "1 inert" at logits: gap \d.*, allowed 0\.'):
         mt.open(families.build("llama-gqa"))
 
@@ -284,9 +286,9 @@ def test_hooks_that_change_something_are_refused(monkeypatch: pytest.MonkeyPatch
 def test_map_opens_what_the_proof_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _open.anatomy_of
     monkeypatch.setattr(_open, "anatomy_of", lambda hf, short: _other_o(found(hf, short)))
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     assert model.proof == []
-    failed = [c for c in mt.prove(model) if c.status == "fails"]
+    failed = [c for c in model.prove() if c.status == "fails"]
     assert failed
     assert all(c.where.startswith("1.") for c in failed)
     assert all(c.gap > c.tolerance for c in failed)
@@ -330,17 +332,17 @@ def _fail(problem: BaseException) -> Callable[[Tensor], Tensor]:
 LAST = ("final", "final.scale", "logits")
 
 
-def _busy(model: mt.Model, *more: mt.Edit, without: tuple[str, ...] = ()) -> dict[str, Any]:
+def _busy(model: mt.Model, *more: mt.edit.Edit, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """A run that watches everything, edits everything, and takes a path of its own."""
-    names = [n for n in dict.fromkeys(site.name for site in model.anatomy.taps) if n not in without]
+    names = [n for n in dict.fromkeys(site.name for site in model.anatomy.hook_points) if n not in without]
     sites = [name if name in ("embed", *LAST) else f"*.{name}" for name in names]
-    edits = [mt.Scale(site) for site in sites]
-    return {"capture": sites, "edits": [*edits, mt.ScaleBlock(1, 0.5), mt.Skip(1 if without else 2), *more]}
+    edits = [mt.edit.Scale(site) for site in sites]
+    return {"capture": sites, "edits": [*edits, mt.edit.ScaleBlock(1, 0.5), mt.edit.Skip(1 if without else 2), *more]}
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_nothing_is_left_behind(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     hf, tokens = model.hf, ids()
     expected, before = plain(hf, tokens), hf.config._attn_implementation
 
@@ -363,32 +365,35 @@ def test_nothing_is_left_behind(name: str) -> None:
     for problem in (ValueError("mine"), KeyboardInterrupt(), SystemExit(3), torch.OutOfMemoryError("full")):
         for site in ("1.attn.pattern", "1.mlp_out", "0.attn.v"):
             with pytest.raises(type(problem)):
-                model.run(tokens, **_busy(model, mt.Map(site, function=_fail(problem))))
+                model.run(tokens, **_busy(model, mt.edit.Apply(site, function=_fail(problem))))
             check()
     with pytest.raises(KeyboardInterrupt):
         model.run(tokens, observe={"2.resid_post": lambda site, x: _fail(KeyboardInterrupt())(x)})
     check()
     with pytest.raises(mt.errors.EditError):
-        model.run(tokens, capture="*.resid_pre", edits=[mt.Set("2.resid_post", torch.zeros(3))])
+        model.run(tokens, capture="*.resid_pre", edits=[mt.edit.Set("2.resid_post", torch.zeros(3))])
     check()
-    with pytest.raises(KeyboardInterrupt), model.editing(mt.Scale("*.attn.pattern", 0.5), mt.Skip(1)):
+    with pytest.raises(KeyboardInterrupt), model.editing(mt.edit.Scale("*.attn.pattern", 0.5), mt.edit.Skip(1)):
         _fail(KeyboardInterrupt())(tokens)
     check()
 
 
 def test_a_rig_that_cannot_be_installed_is_taken_back() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     layers = list(model.anatomy.parts.layers)
     broken = _part(model.anatomy, 2, block=layers[2].block + ".nowhere")
-    taps = {**broken.taps, Site("resid_post", 2): replace(broken.taps[Site("resid_post", 2)], module="nowhere")}
-    model.anatomy = replace(broken, taps=taps)
+    hook_points = {
+        **broken.hook_points,
+        Site("resid_post", 2): replace(broken.hook_points[Site("resid_post", 2)], module="nowhere"),
+    }
+    model.anatomy = replace(broken, hook_points=hook_points)
     with pytest.raises(AttributeError):
         model.run(ids(), capture=["*.resid_post", "*.attn.q"])
     assert traces(model.hf) == []
 
 
 def test_forward_that_the_user_replaced_is_put_back() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     block = model.hf.model.layers[1]
     own = block.forward
 
@@ -397,7 +402,7 @@ def test_forward_that_the_user_replaced_is_put_back() -> None:
 
     block.forward = mine
     handle = block.register_forward_hook(lambda *_: None)
-    model.run(ids(), edits=[mt.Repeat(1)])
+    model.run(ids(), edits=[mt.edit.Repeat(1)])
     assert block.__dict__["forward"] is mine
     assert len(block._forward_hooks) == 1
     handle.remove()

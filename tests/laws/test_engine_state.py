@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import configuration_utils
 
 import microtome as mt
-from microtome.run import _attention
+from microtome.run.hook import _attention
 
 NEAR = {"rtol": 1e-4, "atol": 2e-5}
-READ = mt.Reading(lambda logits, prompts: logits.flatten(1))
+READ = mt.metric.FunctionMetric(lambda logits, prompts: logits.flatten(1))
 
 
 def ids(rows: int = 2, length: int = 8, seed: int = 3) -> Tensor:
@@ -42,25 +42,34 @@ def traces(hf: nn.Module) -> dict[str, Any]:
 
 def everything(model: mt.Model) -> None:
     """Every way to run a model, those that fail among them."""
-    sites = [str(site) for site in model.anatomy.taps if site.layer in (None, 1)]
+    sites = [str(site) for site in model.anatomy.hook_points if site.layer in (None, 1)]
     base = model.run(ids(), capture=sites)
-    model.run(ids(), edits=[mt.Zero("1.attn.scores"), mt.Skip(0), mt.Freeze(activations=False), mt.ScaleBlock(2, 0.5)])
+    model.run(
+        ids(),
+        edits=[
+            mt.edit.Zero("1.attn.scores"),
+            mt.edit.Skip(0),
+            mt.edit.Freeze(activations=False),
+            mt.edit.ScaleBlock(2, 0.5),
+        ],
+    )
     model.run(ids(), capture="1.attn.pattern", grad=True).logits.sum().backward()
     model.run(ids(), stop_at=1, capture="0.mlp_out")
-    model.sweep(ids(), [mt.Zero("1.attn.z[0]@3"), mt.SwapFrom("1.resid_pre@2", base)], READ, prompts=[0, 1])
-    with model.editing(mt.Zero("1.mlp_out"), mt.KnockOut("1.attn.scores", keys="0")):
+    cells = [mt.edit.Zero("1.attn.z[0]@3"), mt.edit.Patch("1.resid_pre@2", base)]
+    model.sweep(ids(), cells, READ, prompts=[0, 1]).run()
+    with model.editing(mt.edit.Zero("1.mlp_out"), mt.edit.KnockOut("1.attn.scores", keys="0")):
         model.hf.generate(input_ids=ids(1), max_new_tokens=2, do_sample=False, pad_token_id=0)
-        model.run(ids(), edits=[mt.Zero("1.attn.z")])
+        model.run(ids(), edits=[mt.edit.Zero("1.attn.z")])
     failing: list[Callable[[], Any]] = [
-        lambda: model.run(ids(), edits=[mt.Set("1.resid_post", torch.zeros(3))]),
-        lambda: model.run(ids(), edits=[mt.Map("1.attn.scores", _raise)]),
-        lambda: model.run(ids(), edits=[mt.Map("1.mlp_out", _interrupt)]),
+        lambda: model.run(ids(), edits=[mt.edit.Set("1.resid_post", torch.zeros(3))]),
+        lambda: model.run(ids(), edits=[mt.edit.Apply("1.attn.scores", _raise)]),
+        lambda: model.run(ids(), edits=[mt.edit.Apply("1.mlp_out", _interrupt)]),
         lambda: model.run(ids(), capture="2.mlp_out", stop_at=1),
         lambda: model.run(ids(), observe={"1.attn.pattern": _raise}),
-        lambda: model.sweep(ids(), [mt.Map("1.mlp_out", _raise)], READ, prompts=[0]),
-        lambda: model.run(ids(), edits=[mt.Zero("1.attn.z"), mt.Skip(9)]),
-        lambda: _editing(model, mt.Map("1.mlp_out", _raise)),
-        lambda: _editing(model, mt.Zero("1.nothing")),
+        lambda: model.sweep(ids(), [mt.edit.Apply("1.mlp_out", _raise)], READ, prompts=[0]).run(),
+        lambda: model.run(ids(), edits=[mt.edit.Zero("1.attn.z"), mt.edit.Skip(9)]),
+        lambda: _editing(model, mt.edit.Apply("1.mlp_out", _raise)),
+        lambda: _editing(model, mt.edit.Zero("1.nothing")),
     ]
     for fail in failing:
         with pytest.raises((mt.errors.MicrotomeError, ValueError, KeyboardInterrupt)):
@@ -75,7 +84,7 @@ def _interrupt(x: Tensor) -> Tensor:
     raise KeyboardInterrupt
 
 
-def _editing(model: mt.Model, edit: mt.Edit) -> None:
+def _editing(model: mt.Model, edit: mt.edit.Edit) -> None:
     with model.editing(edit):
         model.hf(input_ids=ids())
 
@@ -87,27 +96,27 @@ def test_nothing_is_left_on_a_model(name: str, training: bool) -> None:
     hf.get_input_embeddings().train(not training)  # modes need not be the same everywhere
     weights = {k: v.clone() for k, v in hf.state_dict().items()}
     before, logits = traces(hf), None
-    for opened in (mt.map(hf), mt.open(hf)):
+    for opened in (mt.open(hf, prove=False), mt.open(hf)):
         everything(opened)
         assert traces(hf) == before
         assert all(torch.equal(weights[k], v) for k, v in hf.state_dict().items())
         logits = opened.run(ids()).logits
     with ThreadPoolExecutor(1) as other:  # nobody holds the model
-        torch.testing.assert_close(other.submit(lambda: mt.map(hf).run(ids()).logits).result(5), logits)
+        torch.testing.assert_close(other.submit(lambda: mt.open(hf, prove=False).run(ids()).logits).result(5), logits)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt-prenorm", "bert"])
 def test_a_model_in_training_runs_without_dropout_and_stays_in_training(name: str) -> None:
     hf = families.build(name)
-    expected = mt.map(hf).run(ids()).logits
+    expected = mt.open(hf, prove=False).run(ids()).logits
     hf.train()
     assert not torch.allclose(hf(input_ids=ids()).logits, expected, atol=1e-3)  # it does have dropout
     model = mt.open(hf)
     assert hf.training
     assert torch.equal(model.run(ids()).logits, expected)
-    base = model.sweep(ids(), [mt.Scale("1.mlp_out", 1.0)], READ, prompts=[0]).base
+    base = model.sweep(ids(), [mt.edit.Scale("1.mlp_out", 1.0)], READ, prompts=[0]).run().base
     torch.testing.assert_close(base[0], expected[0, -1], **NEAR)
-    with model.editing(mt.Scale("1.mlp_out", 1.0)):
+    with model.editing(mt.edit.Scale("1.mlp_out", 1.0)):
         torch.testing.assert_close(hf(input_ids=ids()).logits, expected, **NEAR)
     assert all(m.training for m in hf.modules())
 
@@ -116,9 +125,14 @@ def test_a_model_in_training_runs_without_dropout_and_stays_in_training(name: st
 
 
 def test_runs_in_threads_are_those_of_one_thread() -> None:
-    model, again = (lambda hf: (mt.map(hf), mt.map(hf)))(families.build("llama-gqa"))
+    model, again = (lambda hf: (mt.open(hf, prove=False), mt.open(hf, prove=False)))(families.build("llama-gqa"))
     sites = ["1.resid_post", "1.attn.pattern"]
-    edits: list[list[mt.Edit]] = [[], [mt.Zero("0.mlp_out")], [mt.KnockOut("1.attn.scores", keys="0")], [mt.Skip(2)]]
+    edits: list[list[mt.edit.Edit]] = [
+        [],
+        [mt.edit.Zero("0.mlp_out")],
+        [mt.edit.KnockOut("1.attn.scores", keys="0")],
+        [mt.edit.Skip(2)],
+    ]
     expected = [model.run(ids(), capture=sites, edits=e) for e in edits]
 
     def one(i: int) -> mt.Run:
@@ -131,10 +145,10 @@ def test_runs_in_threads_are_those_of_one_thread() -> None:
 
 
 def test_a_model_that_is_edited_elsewhere_is_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     expected = model.run(ids()).logits
-    with model.editing(mt.Zero("1.mlp_out")), ThreadPoolExecutor(1) as other:
-        for work in (lambda: model.run(ids()), lambda: _editing(model, mt.Zero("0.mlp_out"))):
+    with model.editing(mt.edit.Zero("1.mlp_out")), ThreadPoolExecutor(1) as other:
+        for work in (lambda: model.run(ids()), lambda: _editing(model, mt.edit.Zero("0.mlp_out"))):
             with pytest.raises(mt.errors.EditError, match="is being edited by another thread.*open the model twice"):
                 other.submit(work).result(5)
     with ThreadPoolExecutor(1) as other:
@@ -142,18 +156,18 @@ def test_a_model_that_is_edited_elsewhere_is_refused() -> None:
 
 
 def test_an_edit_waits_for_the_run_of_another_thread() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     expected = model.run(ids()).logits
     inside, go = threading.Event(), threading.Event()
 
-    def wait(site: mt.Site, x: Tensor) -> None:
+    def wait(site: mt.anatomy.Site, x: Tensor) -> None:
         inside.set()
         assert go.wait(5)
 
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(model.run, ids(), observe={"0.resid_pre": wait})
         assert inside.wait(5)
-        edited = pool.submit(_editing, model, mt.Zero("1.mlp_out"))
+        edited = pool.submit(_editing, model, mt.edit.Zero("1.mlp_out"))
         assert not edited.done()
         go.set()
         assert torch.equal(slow.result(5).logits, expected)
@@ -161,25 +175,27 @@ def test_an_edit_waits_for_the_run_of_another_thread() -> None:
 
 
 def test_a_run_inside_a_run_is_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises(mt.errors.EditError, match="inside another run"):
-        model.run(ids(), edits=[mt.Map("1.mlp_out", lambda x: model.run(ids(), capture="1.mlp_out")["1.mlp_out"])])
+        model.run(
+            ids(), edits=[mt.edit.Apply("1.mlp_out", lambda x: model.run(ids(), capture="1.mlp_out")["1.mlp_out"])]
+        )
 
 
 def test_a_sweep_inside_editing_is_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
-    cells = [mt.Zero("1.mlp_out@3")]
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    cells = [mt.edit.Zero("1.mlp_out@3")]
     with (
-        model.editing(mt.Zero("1.attn.z[0]")),
+        model.editing(mt.edit.Zero("1.attn.z[0]")),
         pytest.raises(mt.errors.EditError, match="a sweep cannot run inside `editing`.*into every cell"),
     ):
-        model.sweep(ids(), cells, READ, prompts=[0])
-    assert model.sweep(ids(), cells, READ, prompts=[0]).done == 1
+        model.sweep(ids(), cells, READ, prompts=[0]).run()
+    assert model.sweep(ids(), cells, READ, prompts=[0]).run().done == 1
 
 
-@pytest.mark.parametrize("edit", [mt.Skip(0), mt.Repeat(1, 2)])
-def test_a_run_inside_editing_needs_no_cache(edit: mt.Edit) -> None:
-    model = mt.map(families.build("llama-gqa"))
+@pytest.mark.parametrize("edit", [mt.edit.Skip(0), mt.edit.Repeat(1, 2)])
+def test_a_run_inside_editing_needs_no_cache(edit: mt.edit.Edit) -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
     expected = model.run(ids(), edits=[edit]).logits
     with model.editing(edit):
         assert torch.equal(model.run(ids()).logits, expected)
@@ -190,9 +206,9 @@ def test_a_run_inside_editing_needs_no_cache(edit: mt.Edit) -> None:
 
 def test_a_fingerprint_follows_every_weight() -> None:
     hf = families.build("llama-gqa")
-    model = mt.map(hf)
+    model = mt.open(hf, prove=False)
     own = model.fingerprint
-    assert own == mt.map(families.build("llama-gqa")).fingerprint == model.fingerprint
+    assert own == mt.open(families.build("llama-gqa"), prove=False).fingerprint == model.fingerprint
     for name, parameter in hf.named_parameters():
         kept = parameter.detach().clone()
         with torch.no_grad():
@@ -200,26 +216,26 @@ def test_a_fingerprint_follows_every_weight() -> None:
         changed = model.fingerprint
         assert changed != own, name
         assert model.run(ids()).provenance["fingerprint"] == changed
-        assert changed == mt.map(hf).fingerprint
+        assert changed == mt.open(hf, prove=False).fingerprint
         parameter.data = kept  # and back, by another way
         assert model.fingerprint == own, name
     weight = hf.model.layers[1].mlp.down_proj.weight
     weight.data[:, 3] = 0.0  # a neuron, behind the back of autograd
     assert model.fingerprint != own
     hf.model.layers[1].mlp.down_proj = nn.Linear(56, 40, bias=False)
-    assert model.fingerprint == mt.map(hf).fingerprint != own
+    assert model.fingerprint == mt.open(hf, prove=False).fingerprint != own
 
 
 def test_a_fingerprint_knows_types_and_places() -> None:
     hf = families.build("llama-gqa")
-    own = mt.map(hf).fingerprint
+    own = mt.open(hf, prove=False).fingerprint
     q = hf.model.layers[0].self_attn.q_proj.weight
     with torch.no_grad():  # two weights change places: same sums, another model
         flat = q.view(-1)
         flat[[0, 1]] = flat[[1, 0]]
-    assert mt.map(hf).fingerprint != own
-    assert mt.map(families.build("llama-gqa").double()).fingerprint != own
-    assert mt.map(families.build("llama-gqa").bfloat16()).fingerprint != own
+    assert mt.open(hf, prove=False).fingerprint != own
+    assert mt.open(families.build("llama-gqa").double(), prove=False).fingerprint != own
+    assert mt.open(families.build("llama-gqa").bfloat16(), prove=False).fingerprint != own
 
 
 @pytest.mark.parametrize("name", families.NAMES)
@@ -227,7 +243,11 @@ def test_a_model_that_is_saved_and_opened_or_copied_has_the_same_fingerprint(nam
     hf = families.build(name)
     hf.save_pretrained(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "other")
-    assert mt.map(hf).fingerprint == mt.map(tmp_path / "one").fingerprint == mt.map(tmp_path / "other").fingerprint
+    assert (
+        mt.open(hf, prove=False).fingerprint
+        == mt.open(tmp_path / "one", prove=False).fingerprint
+        == mt.open(tmp_path / "other", prove=False).fingerprint
+    )
 
 
 SILENT = {
@@ -244,7 +264,7 @@ HEARD = {
 @pytest.mark.parametrize("entry", [*SILENT, *HEARD])
 def test_a_fingerprint_hears_of_what_changes_numbers_alone(entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = families.build("llama-gqa")
-    model = mt.map(hf)
+    model = mt.open(hf, prove=False)
     own, told = model.fingerprint, hf.config.to_dict()
     assert told.get(entry, "none") != (SILENT | HEARD)[entry]
     deep = {"text_config": {**told, entry: (SILENT | HEARD)[entry]}}
@@ -258,7 +278,7 @@ def test_a_fingerprint_hears_of_what_changes_numbers_alone(entry: str, monkeypat
 
 
 def test_another_version_of_transformers_gives_the_same_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     own = model.fingerprint
     monkeypatch.setattr(configuration_utils, "__version__", "9.9.9")
     assert "9.9.9" in model.hf.config.to_json_string(use_diff=False)
@@ -271,39 +291,41 @@ def test_another_version_of_transformers_gives_the_same_fingerprint(monkeypatch:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"edits": [mt.Zero("2.mlp_out")], "stop_at": 2}, r"Zero\('2.mlp_out'\) can never act: .* before layer 2"),
-        ({"edits": [mt.Zero("1-2.mlp_out")], "stop_at": 2}, "can never act"),
-        ({"edits": [mt.Zero("final")], "stop_at": 2}, "can never act"),
-        ({"edits": [mt.Skip(2)], "stop_at": 2}, r"Skip\(2\) can never act"),
-        ({"edits": [mt.Zero("logits")], "logits": False}, "can never act: the run ends before the unembedding"),
+        ({"edits": [mt.edit.Zero("2.mlp_out")], "stop_at": 2}, r"Zero\('2.mlp_out'\) can never act: .* before layer 2"),
+        ({"edits": [mt.edit.Zero("1-2.mlp_out")], "stop_at": 2}, "can never act"),
+        ({"edits": [mt.edit.Zero("final")], "stop_at": 2}, "can never act"),
+        ({"edits": [mt.edit.Skip(2)], "stop_at": 2}, r"Skip\(2\) can never act"),
+        ({"edits": [mt.edit.Zero("logits")], "logits": False}, "can never act: the run ends before the unembedding"),
         ({"capture": "2.attn_out", "stop_at": 2}, '"2.attn_out" is never reached: the run ends before layer 2'),
         ({"capture": "2.attn_out", "stop_at": 0}, "is never reached"),
         ({"capture": "*.attn_out", "stop_at": 0}, "is never reached"),
         ({"capture": "logits", "logits": False}, '"logits" is never reached'),
         ({"observe": {"final": lambda site, x: None}, "stop_at": 1}, '"final" is never reached'),
-        ({"edits": [mt.Skip(1), mt.Zero("1.mlp_out")]}, r"Zero\('1.mlp_out'\) never acted in this run"),
-        ({"edits": [mt.Skip("*")], "capture": "*.attn.z"}, r'this run never reached "\*.attn.z"'),
-        ({"edits": [mt.Skip(1)], "capture": "0-1.attn.z"}, 'this run never reached "0-1.attn.z"'),
-        ({"edits": [mt.Zero("1.mlp_out@9")]}, "no positions @9"),
-        ({"edits": [mt.Zero("1.mlp_out@generated")]}, "selects nothing in a run"),
+        ({"edits": [mt.edit.Skip(1), mt.edit.Zero("1.mlp_out")]}, r"Zero\('1.mlp_out'\) never acted in this run"),
+        ({"edits": [mt.edit.Skip("*")], "capture": "*.attn.z"}, r'this run never reached "\*.attn.z"'),
+        ({"edits": [mt.edit.Skip(1)], "capture": "0-1.attn.z"}, 'this run never reached "0-1.attn.z"'),
+        ({"edits": [mt.edit.Zero("1.mlp_out@9")]}, "no positions @9"),
+        ({"edits": [mt.edit.Zero("1.mlp_out@generated")]}, "selects nothing in a run"),
     ],
 )
 def test_what_can_never_happen_in_a_run_is_refused(options: dict[str, Any], text: str) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises((mt.errors.EditError, mt.errors.SiteError), match=text):
         model.run(ids(), **options)
 
 
 def test_an_edit_of_no_rows_is_refused() -> None:
     with pytest.raises(mt.errors.EditError, match="names no rows"):
-        mt.Zero("1.mlp_out", rows=())
+        mt.edit.Zero("1.mlp_out", rows=())
 
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_what_ends_early_reaches_all_before_its_end(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     whole = model.run(ids(), capture=["*.resid_pre", "*.mlp_out", "final"])
-    run = model.run(ids(), capture=["embed", "2.resid_pre", "*.mlp_out"], stop_at=2, edits=[mt.Scale("*.mlp_out", 1.0)])
+    run = model.run(
+        ids(), capture=["embed", "2.resid_pre", "*.mlp_out"], stop_at=2, edits=[mt.edit.Scale("*.mlp_out", 1.0)]
+    )
     assert [str(a) for a in run.captured if a.name == "mlp_out"] == ["0.mlp_out", "1.mlp_out"]
     for site in ("2.resid_pre", "1.mlp_out"):
         torch.testing.assert_close(run[site], whole[site], **NEAR)

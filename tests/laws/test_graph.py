@@ -31,11 +31,11 @@ def test_the_published_number_of_edges(n_layers: int, n_heads: int, edges: int) 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gptj"])
 def test_edges_are_the_pairs_that_a_cell_can_be_made_of(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     found = graph(model)
     tokens = [[7, 20, 33]]
     source = model.run(tokens, capture=["embed", "*.attn.z", "*.mlp_out"])
-    metric = mt.LogitDifference(11, foil=13)
+    metric = mt.metric.LogitDifference(11, foil=13)
     assert found.senders[:6] == ("embed", "0.attn.z[0]", "0.attn.z[1]", "0.attn.z[2]", "0.attn.z[3]", "0.mlp_out")
     assert found.receivers[:2] == ("0.attn.q[0]", "0.attn.q[1]")
     assert found.receivers[4] == "0.attn.k[0]"
@@ -44,12 +44,12 @@ def test_edges_are_the_pairs_that_a_cell_can_be_made_of(name: str) -> None:
     for i, sender in enumerate(found.senders):
         for j, receiver in enumerate(found.receivers):
             if found.mask[i, j]:
-                mt.Edge(sender, receiver, source=source)
+                mt.sweep.Edge(sender, receiver, source=source)
             else:
                 with pytest.raises(mt.errors.EditError, match="does not come before"):
-                    model.sweep(tokens, [mt.Edge(sender, receiver, source=source)], metric)
+                    model.sweep(tokens, [mt.sweep.Edge(sender, receiver, source=source)], metric).run()
 
 
 def test_a_stream_with_norms_on_it_has_no_graph() -> None:
     with pytest.raises(mt.errors.SiteError, match="is not a sum over its parts, so that it has no edges"):
-        graph(mt.map(families.build("bert")))
+        graph(mt.open(families.build("bert"), prove=False))

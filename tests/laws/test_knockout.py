@@ -23,15 +23,15 @@ def masked(model: mt.Model, layers: str, queries: list[int], keys: list[int]) ->
         scores[..., keys] = float("-inf")
         return scores
 
-    edits = [mt.Map(f"{layers}.attn.scores@{q}", function=cut) for q in queries]
+    edits = [mt.edit.Apply(f"{layers}.attn.scores@{q}", function=cut) for q in queries]
     return model.run([PROMPT], edits=edits).logits[0, -1].log_softmax(-1)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gptj", "gemma2", "bert"])
 @pytest.mark.parametrize(("queries", "keys"), [(-1, (1, 3)), ((4, 7), 2), ((5, 8), (0, 2))])
 def test_every_cell_is_its_literal_forward(name: str, queries: object, keys: object) -> None:
-    model = mt.map(families.build(name))
-    data = mt.attention_knockout(model, PROMPT, queries=queries, keys=keys, answer=11, window=2)
+    model = mt.open(families.build(name), prove=False)
+    data = mt.explain.attention_knockout(model, PROMPT, queries=queries, keys=keys, answer=11, window=2)
     asked = list(range(*queries)) if isinstance(queries, tuple) else [7]
     cut = list(range(*keys)) if isinstance(keys, tuple) else [keys]
     whole = model.run([PROMPT]).logits[0, -1].log_softmax(-1)[11]
@@ -44,12 +44,14 @@ def test_every_cell_is_its_literal_forward(name: str, queries: object, keys: obj
 
 
 def test_the_control_cuts_as_many_other_keys(model: mt.Model) -> None:
-    data = mt.attention_knockout(model, PROMPT, keys=(1, 7), answer=11, controls=5)  # only key 0 is left: too few
+    data = mt.explain.attention_knockout(
+        model, PROMPT, keys=(1, 7), answer=11, controls=5
+    )  # only key 0 is left: too few
     assert data.attrs["controls"] == 0
     assert bool(data["log_probability_control"].isnull().all())
-    data = mt.attention_knockout(model, PROMPT, keys=(2, 7), queries=7, answer=11, controls=50, window=1)
+    data = mt.explain.attention_knockout(model, PROMPT, keys=(2, 7), queries=7, answer=11, controls=50, window=1)
     assert data.attrs["controls"] == 0
-    data = mt.attention_knockout(model, PROMPT, keys=(4, 7), answer=11, controls=50, window=1)
+    data = mt.explain.attention_knockout(model, PROMPT, keys=(4, 7), answer=11, controls=50, window=1)
     assert data.attrs["controls"] == 4  # 3 of keys 0 to 3
     sets = [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]
     for layer in range(3):
@@ -59,12 +61,12 @@ def test_the_control_cuts_as_many_other_keys(model: mt.Model) -> None:
     low, high = data["log_probability_control_lo"], data["log_probability_control_hi"]
     assert bool((low <= data["log_probability_control"] + 1e-12).all())
     assert bool((data["log_probability_control"] <= high + 1e-12).all())
-    again = mt.attention_knockout(model, PROMPT, keys=(4, 7), answer=11, controls=50, window=1)
+    again = mt.explain.attention_knockout(model, PROMPT, keys=(4, 7), answer=11, controls=50, window=1)
     assert again.equals(data)
 
 
 def test_keys_after_a_query_are_not_missed(model: mt.Model) -> None:
-    data = mt.attention_knockout(model, PROMPT, queries=(2, 6), keys=(5, 8), answer=11, window=3)
+    data = mt.explain.attention_knockout(model, PROMPT, queries=(2, 6), keys=(5, 8), answer=11, window=3)
     expected = masked(model, "*", [5], [5])[11]  # only query 5 can read key 5
     assert float(data["log_probability"][1]) == pytest.approx(float(expected) - float(data["clean_log"]), abs=1e-4)
 
@@ -83,4 +85,4 @@ def test_keys_after_a_query_are_not_missed(model: mt.Model) -> None:
 )
 def test_what_cannot_be_cut_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        mt.attention_knockout(model, PROMPT, **({"keys": (1, 3), "answer": 11} | change))
+        mt.explain.attention_knockout(model, PROMPT, **({"keys": (1, 3), "answer": 11} | change))

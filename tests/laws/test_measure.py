@@ -11,10 +11,10 @@ from tests import families
 from torch import Tensor
 
 import microtome as mt
-from microtome.measure import (
+from microtome.measurements import (
     TextStatistics,
+    ablation_loss,
     head_scores,
-    loss_without,
     neuron_directions,
     neuron_weights,
     pattern_scores,
@@ -67,7 +67,7 @@ def test_a_token_before_the_repeat_moves_nothing_but_itself() -> None:
 
 
 def test_the_repeat_begins_as_the_tokenizer_begins_a_text() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     plain = head_scores(model, sequences=3, length=12)
 
     class Begins:
@@ -77,7 +77,7 @@ def test_the_repeat_begins_as_the_tokenizer_begins_a_text() -> None:
             return {"input_ids": [1, 5] if add_special_tokens else [5]}
 
     seen: list[Tensor] = []
-    begun = mt.map(families.build("llama-gqa"), tokenizer=Begins())
+    begun = mt.open(families.build("llama-gqa"), tokenizer=Begins(), prove=False)
     begun.hf.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     data = head_scores(begun, sequences=3, length=12)
     assert (seen[0][:, 0] == 1).all()
@@ -109,7 +109,7 @@ def test_the_control_looks_at_wrong_offsets_only() -> None:
 
 
 def test_head_scores_depend_on_the_seed_alone() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     one, two, other = (head_scores(model, sequences=3, length=12, seed=s) for s in (0, 0, 1))
     assert one.identical(two)
     assert not one.equals(other)
@@ -120,16 +120,16 @@ def test_head_scores_depend_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox-parallel", "opt-postnorm", "gemma2", "falcon-gqa"])
 def test_losses_without_a_part_are_those_of_literal_runs(name: str) -> None:
-    model = mt.map(families.build(name))
-    data = loss_without(model, ids())
+    model = mt.open(families.build(name), prove=False)
+    data = ablation_loss(model, ids())
     whole = token_loss(model.run(ids()).logits, ids()).mean()
     flat = torch.nn.functional.cross_entropy(model.run(ids()).logits[:, :-1].flatten(0, 1), ids()[:, 1:].flatten())
     assert float(whole) == pytest.approx(float(flat), abs=1e-5)
     for layer in range(3):
         for part, edit in (
-            ("attn", mt.Zero(f"{layer}.attn_out")),
-            ("mlp", mt.Zero(f"{layer}.mlp_out")),
-            ("block", mt.Skip(layer)),
+            ("attn", mt.edit.Zero(f"{layer}.attn_out")),
+            ("mlp", mt.edit.Zero(f"{layer}.mlp_out")),
+            ("block", mt.edit.Skip(layer)),
         ):
             literal = token_loss(model.run(ids(), edits=[edit]).logits, ids()).mean() - whole
             assert float(data[f"loss_skip_{part}"][layer]) == pytest.approx(float(literal), abs=1e-4)
@@ -137,7 +137,7 @@ def test_losses_without_a_part_are_those_of_literal_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox-parallel", "mixtral", "qwen3_moe"])
 def test_text_statistics_are_the_plain_numbers_however_the_text_is_cut(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     tokens, start = ids(), torch.arange(4) * 12
     whole, parts = TextStatistics(model, 3), TextStatistics(model, 3)
     whole.update(TokenBatch(tokens, start, torch.zeros_like(tokens)))
@@ -146,7 +146,7 @@ def test_text_statistics_are_the_plain_numbers_however_the_text_is_cut(name: str
     for a, b in ((whole.layers(), parts.layers()), (whole.heads(), parts.heads()), (whole.neurons(), parts.neurons())):
         for key in a.data_vars:
             assert np.allclose(a[key], b[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
-    neural = [s.layer for s in model.anatomy.taps if s.name == "mlp.post"]
+    neural = [s.layer for s in model.anatomy.hook_points if s.name == "mlp.post"]
     gate = "mlp.gate" if model.anatomy.gated else "mlp.pre"
     wanted = ["*.resid_pre", "*.resid_post", "*.attn_out", "*.attn.result"] + (
         ["*.mlp.post", f"*.{gate}"] if neural else []
@@ -186,7 +186,7 @@ def test_statistics_of_a_narrow_model_are_those_of_its_values_in_float32(name: s
     hf = families.build(name)
     with torch.no_grad():
         hf.get_input_embeddings().weight *= 100  # products of two such streams are beyond float16
-    model = mt.map(hf.to(dtype))
+    model = mt.open(hf.to(dtype), prove=False)
     statistics = TextStatistics(model)
     statistics.update(TokenBatch(ids(), torch.arange(4) * 12, torch.zeros_like(ids())))
     layers, heads = statistics.layers(), statistics.heads()
@@ -216,7 +216,7 @@ def test_neurons_of_a_narrow_model_are_those_of_its_weights_in_float32(name: str
     narrow = families.build(name).to(dtype)
     exact = families.build(name)
     exact.load_state_dict({k: v.float() for k, v in narrow.state_dict().items()})
-    found, expected = (neuron_weights(mt.map(hf), top=3) for hf in (narrow, exact))
+    found, expected = (neuron_weights(mt.open(hf, prove=False), top=3) for hf in (narrow, exact))
     for key in expected.data_vars:
         assert np.allclose(found[key], expected[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
 
@@ -228,7 +228,7 @@ ADDED = [*BEHIND, "granite", "llama-bias", "opt-postnorm", "gpt_neox-parallel"]
 @pytest.mark.parametrize("name", ADDED)
 def test_norms_are_of_what_is_added_to_the_stream(name: str) -> None:
     """A head or neuron is measured after all that stands between it and the stream: the branch's scale, its norm."""
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     statistics = TextStatistics(model)
     statistics.update(TokenBatch(ids(), torch.arange(4) * 12, torch.zeros_like(ids())))
     run = model.run(ids(), capture=["*.attn.result", "*.attn_out", "*.mlp.post", "*.mlp_out"])
@@ -249,7 +249,7 @@ def test_norms_are_of_what_is_added_to_the_stream(name: str) -> None:
 
 def test_a_beginning_of_text_is_not_measured_as_text() -> None:
     """Of a row that begins with it, neurons are measured on the rest; its examples still begin at the row's head."""
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     batch = TokenBatch(ids(), torch.arange(4) * 12, torch.zeros_like(ids()), lead=1)
     statistics = TextStatistics(model, 2)
     statistics.update(batch)
@@ -267,7 +267,7 @@ def test_a_beginning_of_text_is_not_measured_as_text() -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "granite"])
 def test_neuron_weights_are_the_dense_products(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     data = neuron_weights(model, top=3)
     norm = model.final_norm
     assert norm is not None

@@ -27,14 +27,14 @@ def model() -> mt.Model:
     return mt.open(families.build("llama-gqa"))
 
 
-def difference(model: mt.Model, i: int, tokens: list[int], edits: list[mt.Edit] | None = None) -> float:
+def difference(model: mt.Model, i: int, tokens: list[int], edits: list[mt.edit.Edit] | None = None) -> float:
     logits = model.run([tokens], edits=edits or []).logits[0, -1]
     return float(logits[ANSWERS[i]] - logits[FOILS[i]])
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_every_pair_is_its_literal_forwards(model: mt.Model, direction: str) -> None:
-    data = mt.patch_pairs(
+    data = mt.explain.patch_pairs(
         model, CLEAN, CORRUPT, answers=ANSWERS, foils=FOILS, spans=SPANS, sites=SITES, direction=direction, share=False
     )
     assert data["span"].values.tolist() == ["subject", "last"]
@@ -52,7 +52,7 @@ def test_every_pair_is_its_literal_forwards(model: mt.Model, direction: str) -> 
             ("2.attn.pattern[1]", data["attn.pattern[head]_each"][i, 2, 1]),
             ("0.attn.v[1]", data["attn.v[head]_each"][i, 0, 1]),
         ):
-            literal = difference(model, i, start, [mt.SwapFrom(site, source=source)])
+            literal = difference(model, i, start, [mt.edit.Patch(site, source=source)])
             assert float(value) == pytest.approx(literal - began, abs=1e-4)
         assert float(data["clean"][i]) == pytest.approx(difference(model, i, CLEAN[i]), abs=1e-4)
         assert float(data["corrupt"][i]) == pytest.approx(difference(model, i, CORRUPT[i]), abs=1e-4)
@@ -60,13 +60,13 @@ def test_every_pair_is_its_literal_forwards(model: mt.Model, direction: str) -> 
 
 def test_a_pair_is_what_it_is_alone(model: mt.Model) -> None:
     some = [0, 2]
-    data = mt.patch_pairs(
+    data = mt.explain.patch_pairs(
         model, [CLEAN[i] for i in some], [CORRUPT[i] for i in some], answers=[ANSWERS[i] for i in some],
         foils=[FOILS[i] for i in some], sites=["resid_mid"],
     )  # fmt: skip
     gaps = data["clean"] - data["corrupt"]
     for example, i in enumerate(some):
-        alone = mt.activation_patching(
+        alone = mt.explain.activation_patching(
             model, CLEAN[i], CORRUPT[i], answer=ANSWERS[i], foil=FOILS[i], sites=["resid_mid"]
         )
         share = alone["resid_mid"] * float(gaps[example] / gaps.mean())
@@ -77,13 +77,13 @@ def test_a_pair_is_what_it_is_alone(model: mt.Model) -> None:
 
 def test_the_statistics_are_those_of_the_examples(model: mt.Model) -> None:
     arguments = {"answers": ANSWERS, "foils": FOILS, "spans": SPANS, "sites": ["mlp_out"]}
-    data = mt.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments)
+    data = mt.explain.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments)
     each = torch.from_numpy(data["mlp_out_each"].values)
     mean, low, high = mt.stream.mean_interval(each, seed=5)
     for name, x in (("", mean), ("_lo", low), ("_hi", high), ("_p", mt.stream.sign_flip(each, seed=5))):
         assert torch.equal(torch.from_numpy(data[f"mlp_out{name}"].values), x)
-    assert mt.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments).equals(data)
-    many = mt.patch_pairs(
+    assert mt.explain.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments).equals(data)
+    many = mt.explain.patch_pairs(
         model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, spans=SPANS * 5, sites=["mlp_out"]
     )  # more than are held at once
     assert float(abs(many["mlp_out_each"][16:20].values - data["mlp_out_each"].values).max()) < 1e-4
@@ -99,7 +99,7 @@ def test_the_mean_is_the_ratio_of_sums(model: mt.Model, direction: str) -> None:
         "answers": [answers[i] for i in order], "foils": [foils[i] for i in order], "spans": [SPANS[i] for i in order],
         "direction": direction,
     }  # fmt: skip
-    shares, raw = (mt.patch_pairs(model, **arguments, share=share) for share in (True, False))
+    shares, raw = (mt.explain.patch_pairs(model, **arguments, share=share) for share in (True, False))
     gaps = (raw["clean"] - raw["corrupt"]).values * (1 if direction == "denoise" else -1)
     assert float(abs(shares["mlp_out"] - raw["mlp_out_each"].sum("example") / gaps.sum()).max()) < 1e-9
     assert shares.attrs["flipped_gaps"] == 1
@@ -116,17 +116,22 @@ def test_gaps_without_a_clear_mean_are_refused_before_a_sweep(model: mt.Model, m
     with pytest.raises(
         mt.errors.SiteError, match=r"the gaps .* no clear mean .*; got .* 2 of 4 gaps of the other sign"
     ):
-        mt.patch_pairs(
+        mt.explain.patch_pairs(
             model, CLEAN, CORRUPT, answers=[11, 16, 17, 18], foils=[15, 12, 13, 14], spans=SPANS, sites=["mlp_out"]
         )
     with pytest.raises(mt.errors.PromptError, match="pair 19: the clean and the corrupt prompt are the same"):
-        mt.patch_pairs(
+        mt.explain.patch_pairs(
             model, CLEAN * 5, CORRUPT * 4 + CORRUPT[:3] + CLEAN[3:], answers=ANSWERS * 5, foils=FOILS * 5,
             spans=SPANS * 5,
         )  # fmt: skip
     with pytest.raises(mt.errors.SiteError, match="both prompts of pair 0 give the same metric"):
-        mt.patch_pairs(
-            model, CLEAN, CORRUPT, metric=mt.Reading(lambda z, p: 0 * z[:, 0, 0]), spans=SPANS, sites=["mlp_out"]
+        mt.explain.patch_pairs(
+            model,
+            CLEAN,
+            CORRUPT,
+            metric=mt.metric.FunctionMetric(lambda z, p: 0 * z[:, 0, 0]),
+            spans=SPANS,
+            sites=["mlp_out"],
         )
 
 
@@ -138,8 +143,8 @@ def test_stopped_it_keeps_the_pairs_that_are_whole(model: mt.Model, monkeypatch:
         if done >= 32:
             raise KeyboardInterrupt
 
-    whole = mt.patch_pairs(model, CLEAN * 9, CORRUPT * 9, **arguments)
-    told = mt.patch_pairs(model, CLEAN * 9, CORRUPT * 9, progress=stop, **arguments)
+    whole = mt.explain.patch_pairs(model, CLEAN * 9, CORRUPT * 9, **arguments)
+    told = mt.explain.patch_pairs(model, CLEAN * 9, CORRUPT * 9, progress=stop, **arguments)
     assert told.sizes["example"] == told.attrs["examples"] == told["answer"].size == 32
     gaps = told["clean"] - told["corrupt"]
     mean = told["mlp_out_each"].mean("example")
@@ -159,7 +164,7 @@ def test_stopped_it_keeps_the_pairs_that_are_whole(model: mt.Model, monkeypatch:
         return replace(found, effects=effects, done=13)
 
     monkeypatch.setattr(mt.Model, "sweep", cut)
-    told = mt.patch_pairs(model, CLEAN * 9, CORRUPT * 9, **arguments)
+    told = mt.explain.patch_pairs(model, CLEAN * 9, CORRUPT * 9, **arguments)
     assert len(calls) == 2
     assert told.attrs["examples"] == told.sizes["example"] == 18
     assert bool(told["mlp_out_each"].notnull().all())
@@ -167,9 +172,9 @@ def test_stopped_it_keeps_the_pairs_that_are_whole(model: mt.Model, monkeypatch:
 
 def test_a_metric_of_all_pairs_is_read_of_each(model: mt.Model) -> None:
     arguments = {"spans": SPANS * 5, "sites": ["mlp_out"], "share": False}
-    metric = mt.LogitDifference(ANSWERS * 5, foil=FOILS * 5)
-    data = mt.patch_pairs(model, CLEAN * 5, CORRUPT * 5, metric=metric, **arguments)
-    same = mt.patch_pairs(model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, **arguments)
+    metric = mt.metric.LogitDifference(ANSWERS * 5, foil=FOILS * 5)
+    data = mt.explain.patch_pairs(model, CLEAN * 5, CORRUPT * 5, metric=metric, **arguments)
+    same = mt.explain.patch_pairs(model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, **arguments)
     assert float(abs(data["mlp_out_each"] - same["mlp_out_each"]).max()) < 1e-5
     assert data["mlp_out"].attrs["unit"] == "LogitDifference"
 
@@ -188,29 +193,32 @@ def test_a_metric_of_all_pairs_is_read_of_each(model: mt.Model) -> None:
         ({"corrupts": [*CORRUPT[:3], CLEAN[3]]}, "pair 3: the clean and the corrupt prompt are the same"),
         ({"answers": None, "foils": None}, r"there is nothing to read\. To do: give answers= or metric="),
         ({"sites": []}, r"there is no site to patch; got \[\]; allowed: resid_pre, "),
-        ({"metric": mt.LogProbability([11, 12])}, "names fewer tokens than there are prompts; got 2 for 3 prompts"),
+        (
+            {"metric": mt.metric.LogProbability([11, 12])},
+            "names fewer tokens than there are prompts; got 2 for 3 prompts",
+        ),
         ({"sites": ["final"]}, 'cannot patch "final" by layer'),
         ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
-        ({"metric": mt.Probability(11, position=0)}, "does not depend on what is patched, so that every effect"),
+        ({"metric": mt.metric.Probability(11, position=0)}, "does not depend on what is patched, so that every effect"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
     arguments = {"corrupts": CORRUPT, "answers": ANSWERS, "foils": FOILS, "spans": SPANS} | change
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        mt.patch_pairs(model, CLEAN, **arguments)
+        mt.explain.patch_pairs(model, CLEAN, **arguments)
 
 
 def test_the_plan_of_every_sweep_comes_before_its_cells(model: mt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    own = mt.Model.sweep
+    own = mt.sweep.Sweep.run
 
-    def sweep(*given: object, **named: object) -> mt.Sweep:
+    def run(*given: object, **named: object) -> mt.sweep.SweepResult:
         told.append("swept")
         return own(*given, **named)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(mt.Model, "sweep", sweep)
-    mt.patch_pairs(
+    monkeypatch.setattr(mt.sweep.Sweep, "run", run)
+    mt.explain.patch_pairs(
         model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, spans=SPANS * 5, sites=["mlp_out"],
-        planned=lambda plan: told.append(str(plan.cells)),
+        on_plan=lambda plan: told.append(str(plan.cells)),
     )  # fmt: skip
     assert told == [f"{16 * 6}", "swept", f"{4 * 6}", "swept"]  # 3 layers by 2 spans

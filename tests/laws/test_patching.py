@@ -22,7 +22,7 @@ def difference(logits: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_the_stream_where_the_prompts_differ_carries_everything(model: mt.Model, direction: str) -> None:
-    data = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction)
+    data = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction)
     stream = torch.from_numpy(data["resid_pre"].values)
     assert abs(stream[0, 2] - 1) < 1e-4
     assert stream[0, [0, 1, 3, 4]].abs().max() < 1e-4
@@ -30,7 +30,7 @@ def test_the_stream_where_the_prompts_differ_carries_everything(model: mt.Model,
 
 
 def test_cells_equal_literal_forwards(model: mt.Model) -> None:
-    data = mt.activation_patching(
+    data = mt.explain.activation_patching(
         model,
         CLEAN,
         CORRUPT,
@@ -50,27 +50,27 @@ def test_cells_equal_literal_forwards(model: mt.Model) -> None:
         ("0.attn.v[1]", data["attn.v[head]"][0, 1]),
         ("1.attn.pattern[2]", data["attn.pattern[head]"][1, 2]),
     ):
-        got = difference(model.run(CORRUPT, edits=[mt.SwapFrom(site, source=source)]).logits)
+        got = difference(model.run(CORRUPT, edits=[mt.edit.Patch(site, source=source)]).logits)
         assert float(value) == pytest.approx((got - low) / (high - low), abs=1e-4)
 
 
 def test_without_a_foil_the_log_probability_is_read(model: mt.Model) -> None:
-    data = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, sites=["resid_post"])
+    data = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, sites=["resid_post"])
     assert float(data["clean"]) == pytest.approx(float(model.run(CLEAN).logits[0, -1].log_softmax(-1)[11]), abs=1e-5)
 
 
 def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> None:
     clean, corrupt = [*CLEAN, 11, 12], [*CORRUPT, 11, 12]
-    metric = mt.SpanLoss(torch.tensor([[11, 12]]), positions=(4, 5))
-    data = mt.activation_patching(model, clean, corrupt, metric=metric, sites=["mlp_out"])
+    metric = mt.metric.SpanLoss(torch.tensor([[11, 12]]), positions=(4, 5))
+    data = mt.explain.activation_patching(model, clean, corrupt, metric=metric, sites=["mlp_out"])
 
-    def loss(edits: list[mt.Edit], tokens: list[int]) -> float:
+    def loss(edits: list[mt.edit.Edit], tokens: list[int]) -> float:
         log_p = model.run([tokens], edits=edits).logits[0].log_softmax(-1)
         return -float(log_p[4, 11] + log_p[5, 12]) / 2
 
     assert float(data["clean"]) == pytest.approx(loss([], clean), abs=1e-5)
     low, high = loss([], corrupt), loss([], clean)
-    got = loss([mt.SwapFrom("1.mlp_out@2", source=model.run([clean], capture="1.mlp_out"))], corrupt)
+    got = loss([mt.edit.Patch("1.mlp_out@2", source=model.run([clean], capture="1.mlp_out"))], corrupt)
     assert float(data["mlp_out"][1, 2]) == pytest.approx((got - low) / (high - low), abs=1e-3)
 
 
@@ -81,7 +81,7 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
         ({"foil": 11}, 'the foil equals the answer; got "11"'),
         ({"answer": None}, r"there is nothing to read\. To do: give answer= or metric="),
         (
-            {"metric": mt.Probability(11, position=1)},
+            {"metric": mt.metric.Probability(11, position=1)},
             r"the metric does not depend on what is patched, so that every effect would be 0; "
             r"got it reads positions \[1\], and the prompts differ from token 2 on",
         ),
@@ -95,4 +95,4 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
 def test_what_cannot_be_patched_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
     arguments = {"clean": CLEAN, "corrupt": CORRUPT, "answer": 11, "foil": 13} | change
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        mt.activation_patching(model, **arguments)
+        mt.explain.activation_patching(model, **arguments)

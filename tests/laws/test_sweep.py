@@ -12,7 +12,7 @@ from tests import families
 import microtome as mt
 
 SKIPPED = ("attn.scale", "mlp.scale", "mlp.router")
-READ = mt.Reading(lambda logits, prompts: logits.flatten(1), positions=(-1, 5))
+READ = mt.metric.FunctionMetric(lambda logits, prompts: logits.flatten(1), positions=(-1, 5))
 
 
 def tokens(seed: int, length: int = 9) -> torch.Tensor:
@@ -21,44 +21,44 @@ def tokens(seed: int, length: int = 9) -> torch.Tensor:
 
 def one_row(model: mt.Model) -> int:
     """The smallest budget: bytes of a walk of one cell."""
-    return model.plan_sweep(tokens(0)[:1], [mt.Zero("0.resid_pre@0")], READ).bytes
+    return model.sweep(tokens(0)[:1], [mt.edit.Zero("0.resid_pre@0")], READ).plan.bytes
 
 
-def literal(model: mt.Model, row: torch.Tensor, edits: list[mt.Edit]) -> torch.Tensor:
+def literal(model: mt.Model, row: torch.Tensor, edits: list[mt.edit.Edit]) -> torch.Tensor:
     return model.run(row.unsqueeze(0), edits=edits).logits[0, [-1, 5]].flatten()
 
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_equals_one_forward_a_cell(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     clean, corrupt = tokens(0), tokens(1)
-    sites = [s for s in model.anatomy.taps if s.layer in (0, 2) and s.name not in SKIPPED]
+    sites = [s for s in model.anatomy.hook_points if s.layer in (0, 2) and s.name not in SKIPPED]
     source = model.run(corrupt, capture=[str(s) for s in sites])
     places = ("@0", "@4", "@2-5", "")
-    cells: list[mt.SiteEdit] = [mt.SwapFrom(f"{s}{places[i % 4]}", source=source) for i, s in enumerate(sites)]
-    cells += [mt.Zero(f"{s}[0]@3") for s in sites]
-    result = model.sweep(clean, cells, READ, prompts=[i % 2 for i in range(len(cells))])
+    cells: list[mt.edit.SiteEdit] = [mt.edit.Patch(f"{s}{places[i % 4]}", source=source) for i, s in enumerate(sites)]
+    cells += [mt.edit.Zero(f"{s}[0]@3") for s in sites]
+    result = model.sweep(clean, cells, READ, prompts=[i % 2 for i in range(len(cells))]).run()
     assert result.done == len(cells) == len(result.values)
     for i, cell in enumerate(cells):
         row = i % 2
-        edit: mt.Edit = cell
-        if isinstance(cell, mt.SwapFrom):
-            edit = mt.SwapFrom(cell.site, source={str(s): source[str(s)][row : row + 1] for s in sites})
+        edit: mt.edit.Edit = cell
+        if isinstance(cell, mt.edit.Patch):
+            edit = mt.edit.Patch(cell.site, source={str(s): source[str(s)][row : row + 1] for s in sites})
         expected = literal(model, clean[row], [edit])
         gap = (result.values[i] - expected).abs().max()
         assert gap < 1e-4, (cell, float(gap))
 
 
 def test_prompts_of_several_lengths_and_cells_of_several_edits() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     rows = [tokens(2, n)[0].tolist() for n in (7, 11, 7)]
     cells = [
-        [mt.Zero("0.attn.z[1]@2"), mt.Scale("2.mlp_out@3", factor=2.0)],
-        mt.Zero("1.resid_mid@-1"),
-        mt.Zero("*.attn_out"),
+        [mt.edit.Zero("0.attn.z[1]@2"), mt.edit.Scale("2.mlp_out@3", factor=2.0)],
+        mt.edit.Zero("1.resid_mid@-1"),
+        mt.edit.Zero("*.attn_out"),
     ]
     prompts = [1, 2, 0]
-    result = model.sweep(rows, cells, READ, prompts=prompts)
+    result = model.sweep(rows, cells, READ, prompts=prompts).run()
     for i, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
         edits = cell if isinstance(cell, list) else [cell]
         expected = literal(model, torch.tensor(rows[prompt]), list(edits))
@@ -69,23 +69,23 @@ def test_prompts_of_several_lengths_and_cells_of_several_edits() -> None:
 
 
 def test_a_cell_behind_what_is_read_changes_nothing() -> None:
-    model = mt.map(families.build("llama-gqa"))
-    metric = mt.Reading(lambda logits, prompts: logits.flatten(1), positions=(3,))
-    result = model.sweep(tokens(0)[:1], [mt.Zero("0.resid_pre@6"), mt.Zero("0.resid_pre@3")], metric)
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    metric = mt.metric.FunctionMetric(lambda logits, prompts: logits.flatten(1), positions=(3,))
+    result = model.sweep(tokens(0)[:1], [mt.edit.Zero("0.resid_pre@6"), mt.edit.Zero("0.resid_pre@3")], metric).run()
     assert result.effects[0].abs().max() < 1e-5 < result.effects[1].abs().max()
 
 
 def test_a_small_budget_gives_the_same_in_more_walks() -> None:
-    model = mt.map(families.build("gpt2"))
-    cells = [mt.Zero(f"{layer}.resid_pre@{pos}") for layer in range(3) for pos in range(9)]
-    whole = model.sweep(tokens(0)[:1], cells, READ)
-    cut = model.sweep(tokens(0)[:1], cells, READ, budget=one_row(model))
-    assert cut.plan.walks == len(cells) > whole.plan.walks
+    model = mt.open(families.build("gpt2"), prove=False)
+    cells = [mt.edit.Zero(f"{layer}.resid_pre@{pos}") for layer in range(3) for pos in range(9)]
+    whole = model.sweep(tokens(0)[:1], cells, READ).run()
+    cut = model.sweep(tokens(0)[:1], cells, READ, budget=one_row(model)).run()
+    assert cut.plan.passes == len(cells) > whole.plan.passes
     assert (whole.values - cut.values).abs().max() < 1e-4
 
 
 def test_layers_before_a_cell_are_not_computed() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     calls = [0, 0, 0]
     for i, block in enumerate(model.hf.model.layers):
         inner = block.mlp.forward
@@ -95,20 +95,20 @@ def test_layers_before_a_cell_are_not_computed() -> None:
             return inner(x)
 
         block.mlp.forward = counted
-    model.sweep(tokens(0)[:1], [mt.Zero("1.resid_pre@6")], READ)
+    model.sweep(tokens(0)[:1], [mt.edit.Zero("1.resid_pre@6")], READ).run()
     base = 9
     # Layer 1 from column 6 on, and the last MLP where it is read.
     assert calls == [base, base + 3, base + 2]
 
 
 def test_stopped_it_keeps_what_it_has() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
 
     def stop(done: int, everything: int) -> None:
         raise KeyboardInterrupt
 
-    cells = [mt.Zero(f"{layer}.resid_pre@{pos}") for layer in range(3) for pos in range(9)]
-    result = model.sweep(tokens(0)[:1], cells, READ, budget=one_row(model), progress=stop)
+    cells = [mt.edit.Zero(f"{layer}.resid_pre@{pos}") for layer in range(3) for pos in range(9)]
+    result = model.sweep(tokens(0)[:1], cells, READ, budget=one_row(model)).run(stop)
     assert result.done == 1
     assert result.values.isfinite().all(dim=1).sum() == 1
     assert not any(m._forward_pre_hooks for m in model.hf.modules())
@@ -117,50 +117,50 @@ def test_stopped_it_keeps_what_it_has() -> None:
 @pytest.mark.parametrize(
     ("cells", "text"),
     [
-        ([mt.Zero("0.resid_pre@9")], "no positions @9 in prompt 0"),
-        ([mt.Zero("logits")], "a sweep acts inside the layers, not at logits"),
-        ([mt.Zero("0.resid_pre", rows=(0,))], "names rows, but a cell is one row"),
+        ([mt.edit.Zero("0.resid_pre@9")], "no positions @9 in prompt 0"),
+        ([mt.edit.Zero("logits")], "a sweep acts inside the layers, not at logits"),
+        ([mt.edit.Zero("0.resid_pre", rows=(0,))], "names rows, but a cell is one row"),
         ([[]], "cell 0 of the sweep holds no edit"),
-        ([mt.Zero("7.resid_pre")], "no layers 7"),
+        ([mt.edit.Zero("7.resid_pre")], "no layers 7"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(cells: list[mt.SiteEdit], text: str) -> None:
-    model = mt.map(families.build("llama-gqa"))
+def test_what_cannot_be_swept_is_refused(cells: list[mt.edit.SiteEdit], text: str) -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        model.sweep(tokens(0)[:1], cells, READ)
+        model.sweep(tokens(0)[:1], cells, READ).run()
 
 
 def test_a_metric_that_no_cell_can_reach_is_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
-    metric, prompt = mt.LogProbability(11, position=1), tokens(0)[:1]
-    early, late = mt.Zero("0.resid_pre@1"), mt.Zero("0.resid_pre@2-3")
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    metric, prompt = mt.metric.LogProbability(11, position=1), tokens(0)[:1]
+    early, late = mt.edit.Zero("0.resid_pre@1"), mt.edit.Zero("0.resid_pre@2-3")
     match = r"does not depend on what is edited.*; got it reads up to position 1, and the first cell edits from 2 on"
     with pytest.raises(mt.errors.EditError, match=match):
-        model.sweep(prompt, [late, late], metric)
-    effects = model.sweep(prompt, [late, early], metric).effects.tolist()
+        model.sweep(prompt, [late, late], metric).run()
+    effects = model.sweep(prompt, [late, early], metric).run().effects.tolist()
     assert effects[0] == 0 != effects[1]
 
 
 def test_a_budget_below_one_cell_is_refused() -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises(
         mt.errors.BudgetError,
         match=r"one cell of this sweep needs more than memory allows; got .* KiB; allowed: .* which is 1 B less",
     ):
-        model.sweep(tokens(0)[:1], [mt.Zero("0.resid_pre@0")], READ, budget=one_row(model) - 1)
+        model.sweep(tokens(0)[:1], [mt.edit.Zero("0.resid_pre@0")], READ, budget=one_row(model) - 1).run()
 
 
 @pytest.mark.parametrize("name", [n for n in families.NAMES if families.KIND[n] == "causal"])
 def test_reading_two_tokens_computes_only_their_logits(name: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     cells = [
-        mt.Zero(f"{layer}.{site}@{pos}") for layer in (0, 2) for site in ("resid_pre", "mlp_out") for pos in (2, 8)
+        mt.edit.Zero(f"{layer}.{site}@{pos}") for layer in (0, 2) for site in ("resid_pre", "mlp_out") for pos in (2, 8)
     ]
-    metric = mt.LogitDifference([11, 17], foil=[13, 11])
-    whole = mt.Reading(lambda z, p: z[:, 0].gather(1, torch.tensor([11, 17])[p].unsqueeze(1)).squeeze(1)
+    metric = mt.metric.LogitDifference([11, 17], foil=[13, 11])
+    whole = mt.metric.FunctionMetric(lambda z, p: z[:, 0].gather(1, torch.tensor([11, 17])[p].unsqueeze(1)).squeeze(1)
                        - z[:, 0].gather(1, torch.tensor([13, 11])[p].unsqueeze(1)).squeeze(1))  # fmt: skip
     prompts = [i % 2 for i in range(len(cells))]
-    one, other = (model.sweep(tokens(0), cells, m, prompts=prompts) for m in (metric, whole))
+    one, other = (model.sweep(tokens(0), cells, m, prompts=prompts).run() for m in (metric, whole))
     assert (one.values - other.values).abs().max() < 1e-5
     assert (one.base - other.base).abs().max() < 1e-5
     assert one.effects.abs().max() > 1e-3
@@ -168,14 +168,14 @@ def test_reading_two_tokens_computes_only_their_logits(name: str) -> None:
 
 
 def test_statistics_over_prompts_are_those_of_each_prompts_effects(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     prompts = [tokens(seed)[0, : 5 + seed % 3].tolist() for seed in range(6)]
-    cells = [mt.Zero(f"{layer}.mlp_out@-1") for layer in range(3)]
+    cells = [mt.edit.Zero(f"{layer}.mlp_out@-1") for layer in range(3)]
     whose = [number for _ in cells for number in range(6)]  # cell by cell, not prompt by prompt
-    metric = mt.LogitDifference(11, foil=13)
-    swept = model.sweep(prompts, [cell for cell in cells for _ in range(6)], metric, prompts=whose)
+    metric = mt.metric.LogitDifference(11, foil=13)
+    swept = model.sweep(prompts, [cell for cell in cells for _ in range(6)], metric, prompts=whose).run()
     data = mt.explain.over_prompts(swept, seed=3)
-    each = torch.stack([model.sweep([prompt], cells, metric).effects for prompt in prompts])
+    each = torch.stack([model.sweep([prompt], cells, metric).run().effects for prompt in prompts])
     np.testing.assert_allclose(data["effect_each"], each.double(), atol=1e-5)
     mean, low, high = mt.stream.mean_interval(swept.effects.reshape(3, 6).T.double(), seed=3)
     p = mt.stream.sign_flip(swept.effects.reshape(3, 6).T.double(), seed=3)
@@ -188,7 +188,7 @@ def test_statistics_over_prompts_are_those_of_each_prompts_effects(monkeypatch: 
     assert stopped.attrs["examples"] == 5
     np.testing.assert_array_equal(stopped["effect_each"], data["effect_each"].drop_isel(example=2))
     with pytest.raises(mt.errors.DataError, match=r"do not have the same cells; got \[2, 3\] cells"):
-        mt.explain.over_prompts(model.sweep(prompts, [*cells, *cells[:2]], metric, prompts=[0, 0, 0, 1, 1]))
+        mt.explain.over_prompts(model.sweep(prompts, [*cells, *cells[:2]], metric, prompts=[0, 0, 0, 1, 1]).run())
 
 
 @pytest.mark.parametrize(
@@ -196,21 +196,21 @@ def test_statistics_over_prompts_are_those_of_each_prompts_effects(monkeypatch: 
 )
 @pytest.mark.parametrize("name", ["llama-gqa", "bloom"])
 def test_each_prompt_takes_its_own_row_of_a_batch_of_several_lengths(name: str, site: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     prompts = [tokens(seed)[0, :length].tolist() for seed, length in ((0, 5), (1, 8), (2, 6))]
     others = [tokens(seed + 9)[0, : len(prompt)].tolist() for seed, prompt in enumerate(prompts)]
     whole = site.split("[")[0].split("@")[0]
     batch = model.run(others, capture=whole)
     mapping = {whole: batch[whole]}
-    metric = mt.LogitDifference(11, foil=13)
+    metric = mt.metric.LogitDifference(11, foil=13)
     alone = [
-        model.sweep([p], [mt.SwapFrom(site, source=model.run([o], capture=whole))], metric).effects[0]
+        model.sweep([p], [mt.edit.Patch(site, source=model.run([o], capture=whole))], metric).run().effects[0]
         for p, o in zip(prompts, others, strict=True)
     ]
     for source in (batch, mapping):
-        cells = [mt.SwapFrom(site, source=source)] * 3
-        found = model.sweep(prompts, cells, metric, prompts=[0, 1, 2]).effects
+        cells = [mt.edit.Patch(site, source=source)] * 3
+        found = model.sweep(prompts, cells, metric, prompts=[0, 1, 2]).run().effects
         torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-5)
         assert found.abs().min() > 1e-6
         with pytest.raises(mt.errors.EditError, match="a row too many or too few; got 3 rows for 1 prompts"):
-            model.sweep(prompts[:1], cells[:1], metric)
+            model.sweep(prompts[:1], cells[:1], metric).run()

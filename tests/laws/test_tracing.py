@@ -17,22 +17,22 @@ def model() -> mt.Model:
     return mt.open(families.build("llama-gqa"))
 
 
-def probability(model: mt.Model, tokens: list[int], edits: list[mt.Edit]) -> float:
+def probability(model: mt.Model, tokens: list[int], edits: list[mt.edit.Edit]) -> float:
     return float(model.run([tokens], edits=edits).logits[0, -1].softmax(-1)[11])
 
 
 def literal(model: mt.Model, seed: int, std: float, restored: str | None) -> float:
     """One plain forward with noise on the subject and one state put back."""
-    edits: list[mt.Edit] = [mt.Noise("embed@2-3", std=std, seed=seed)]
+    edits: list[mt.edit.Edit] = [mt.edit.Noise("embed@2-3", std=std, seed=seed)]
     if restored is not None:
-        edits.append(mt.SwapFrom(restored, source=model.run([PROMPT], capture=restored.split("@")[0])))
+        edits.append(mt.edit.Patch(restored, source=model.run([PROMPT], capture=restored.split("@")[0])))
     return probability(model, PROMPT, edits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_cell_is_its_literal_forward(name: str) -> None:
-    model = mt.map(families.build(name))
-    data = mt.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=2, window=2, noise=2.0, seed=4)
+    model = mt.open(families.build(name), prove=False)
+    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=2, window=2, noise=2.0, seed=4)
     std = data.attrs["std"]
     assert std == pytest.approx(2 * float(model.run([PROMPT], capture="embed")["embed"][0, 2:4].std()), rel=1e-5)
     for sample in (0, 1):
@@ -58,16 +58,16 @@ def test_every_cell_is_its_literal_forward(name: str) -> None:
 def test_prompts_that_differ_outside_of_the_subject_are_refused(model: mt.Model) -> None:
     match = r"differ outside of the subject; got token 2, .*; allowed: tokens 0 to 0"
     with pytest.raises(mt.errors.PromptError, match=match):
-        mt.causal_trace(model, PROMPT, subject=(0, 1), answer=11, corrupt=OTHER)
+        mt.explain.causal_trace(model, PROMPT, subject=(0, 1), answer=11, corrupt=OTHER)
 
 
 def test_its_ends(model: mt.Model) -> None:
-    data = mt.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=3)
+    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=3)
     clean = float(data["clean"])
     assert clean == pytest.approx(probability(model, PROMPT, []), abs=1e-6)
     assert float(abs(data["corrupt_each"] - clean).min()) > 1e-5  # the noise takes something away, or adds to it
     # Where the last token is the subject, its state in any layer is all that was changed.
-    one = mt.causal_trace(model, PROMPT, subject=(5, 6), answer=11, samples=3, kinds=["resid"])
+    one = mt.explain.causal_trace(model, PROMPT, subject=(5, 6), answer=11, samples=3, kinds=["resid"])
     given_back = one["resid_each"][:, :, 5] + one["corrupt_each"]
     assert float(abs(given_back - clean).max()) < 1e-5
     assert float(abs(one["corrupt_each"] - clean).min()) > 1e-5
@@ -82,7 +82,7 @@ def test_its_ends(model: mt.Model) -> None:
 
 
 def test_a_window_over_all_layers_restores_the_branch_everywhere(model: mt.Model) -> None:
-    data = mt.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=1, window=6, kinds=["mlp", "attn"])
+    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=1, window=6, kinds=["mlp", "attn"])
     for kind, site in (("mlp", "mlp_out"), ("attn", "attn_out")):
         for position in (2, 5):
             expected = literal(model, noise_seed(0, 0), data.attrs["std"], f"*.{site}@{position}") - float(
@@ -93,7 +93,7 @@ def test_a_window_over_all_layers_restores_the_branch_everywhere(model: mt.Model
 
 
 def test_without_noise_nothing_is_lost(model: mt.Model) -> None:
-    data = mt.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=2, noise=0.0)
+    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=2, noise=0.0)
     assert float(data["corrupt"]) == pytest.approx(float(data["clean"]), abs=1e-6)
     for kind in ("resid", "mlp", "attn"):
         assert float(abs(data[kind]).max()) < 1e-6
@@ -101,17 +101,17 @@ def test_without_noise_nothing_is_lost(model: mt.Model) -> None:
 
 def test_seeds_repeat_and_differ(model: mt.Model) -> None:
     arguments = {"subject": SPAN, "answer": 11, "samples": 2, "kinds": ["resid"]}
-    first, again, other = (mt.causal_trace(model, PROMPT, seed=s, **arguments) for s in (1, 1, 7))
+    first, again, other = (mt.explain.causal_trace(model, PROMPT, seed=s, **arguments) for s in (1, 1, 7))
     assert first.equals(again)
     assert float(abs(first["resid"] - other["resid"]).max()) > 1e-6
     drawn = {noise_seed(seed, i) for seed in range(20) for i in range(10)}
     assert len(drawn) == 200  # neighbouring seeds share no sample
-    near = mt.causal_trace(model, PROMPT, seed=2, **arguments)["corrupt_each"].values
+    near = mt.explain.causal_trace(model, PROMPT, seed=2, **arguments)["corrupt_each"].values
     assert abs(near[:, None] - first["corrupt_each"].values).min() > 1e-6
 
 
 def test_another_subject_instead_of_noise(model: mt.Model) -> None:
-    data = mt.causal_trace(model, PROMPT, subject=(2, 3), answer=11, corrupt=OTHER, window=2)
+    data = mt.explain.causal_trace(model, PROMPT, subject=(2, 3), answer=11, corrupt=OTHER, window=2)
     base = probability(model, OTHER, [])
     assert float(data["corrupt"]) == pytest.approx(base, abs=1e-5)
     source = model.run([PROMPT], capture=["*.resid_post", "*.mlp_out", "*.attn_out"])
@@ -120,7 +120,7 @@ def test_another_subject_instead_of_noise(model: mt.Model) -> None:
         ("mlp", 2, 3, "1-2.mlp_out@3"),
         ("attn", 0, 5, "0.attn_out@5"),
     ):
-        expected = probability(model, OTHER, [mt.SwapFrom(site, source=source)]) - base
+        expected = probability(model, OTHER, [mt.edit.Patch(site, source=source)]) - base
         assert float(data[kind][layer, position]) == pytest.approx(expected, abs=1e-4)
     assert float(abs(data["resid"][:, :2]).max()) == 0
 
@@ -143,4 +143,4 @@ def test_another_subject_instead_of_noise(model: mt.Model) -> None:
 def test_what_cannot_be_traced_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
     arguments = {"prompt": PROMPT, "subject": SPAN, "answer": 11} | change
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        mt.causal_trace(model, arguments.pop("prompt"), **arguments)
+        mt.explain.causal_trace(model, arguments.pop("prompt"), **arguments)

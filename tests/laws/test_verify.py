@@ -17,31 +17,31 @@ CLEAN, CORRUPT = [7, 20, 33, 41, 52, 28], [7, 20, 64, 41, 52, 28]
 
 @pytest.fixture(scope="module")
 def model() -> mt.Model:
-    return mt.map(families.build("llama-gqa"))
+    return mt.open(families.build("llama-gqa"), prove=False)
 
 
 def attributed(model: mt.Model, **more: Any) -> Any:
-    return mt.attribute(model, CLEAN, CORRUPT, **({"answer": 11, "foil": 13} | more))
+    return mt.explain.attribute(model, CLEAN, CORRUPT, **({"answer": 11, "foil": 13} | more))
 
 
 def test_exact_scores_agree_and_reversed_ones_do_not(model: mt.Model) -> None:
     known = attributed(model, sites=["attn.z[head]"], verify=12)
     exact = known["attn.z[head]_exact"]
     assert int(exact.notnull().sum()) == 12
-    perfect = mt.verify(model, known.assign({"attn.z[head]": exact}), top=4)
+    perfect = mt.explain.verify(model, known.assign({"attn.z[head]": exact}), top=4)
     assert float(perfect["rank_correlation"][0]) == pytest.approx(1)
     assert float(perfect["recall"][0]) == 1
     # The largest effect gets the smallest score, with its sign kept.
-    wrong = mt.verify(model, known.assign({"attn.z[head]": np.sign(exact) / (1 + 100 * abs(exact))}), top=6)
+    wrong = mt.explain.verify(model, known.assign({"attn.z[head]": np.sign(exact) / (1 + 100 * abs(exact))}), top=6)
     assert float(wrong["recall"][0]) == 0
     # Among effects of one sign the order can be reversed whole: both measures are as low as they can be.
     positive = exact.where(exact > 0)
     n = int(positive.notnull().sum())
     assert n >= 4
-    reversed_ = mt.verify(model, known.assign({"attn.z[head]": 1 / (1 + 100 * positive)}), top=n // 2)
+    reversed_ = mt.explain.verify(model, known.assign({"attn.z[head]": 1 / (1 + 100 * positive)}), top=n // 2)
     assert float(reversed_["recall"][0]) == 0
     assert float(reversed_["rank_correlation"][0]) == pytest.approx(-1)
-    negated = mt.verify(model, known.assign({"attn.z[head]": -exact}), top=6)
+    negated = mt.explain.verify(model, known.assign({"attn.z[head]": -exact}), top=6)
     assert float(negated["rank_correlation"][0]) == pytest.approx(-1)
     assert float(negated["recall"][0]) == 1  # the sizes are right
 
@@ -49,7 +49,7 @@ def test_exact_scores_agree_and_reversed_ones_do_not(model: mt.Model) -> None:
 def test_measured_cells_are_the_patched_runs(model: mt.Model) -> None:
     data = attributed(model, verify=3)
     source = model.run(CORRUPT, capture="*.mlp_out")
-    patched = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise")
+    patched = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise")
     width = data["corrupt"] - data["clean"]
     for site in data.attrs["sites"]:
         found = data[f"{site}_exact"]
@@ -66,12 +66,12 @@ def test_edges_are_measured_as_edge_cells(model: mt.Model) -> None:
     source = model.run(CLEAN, capture=["embed", "*.attn.z", "*.mlp_out"])
     measured = data["score_exact"].stack(edge=("sender", "receiver")).dropna("edge")
     assert measured.sizes["edge"] == 10
-    cells = [mt.Edge(str(s), str(r), source=source) for s, r in measured["edge"].values]
-    effects = model.sweep(CORRUPT, cells, mt.LogitDifference(11, foil=13)).effects
+    cells = [mt.sweep.Edge(str(s), str(r), source=source) for s, r in measured["edge"].values]
+    effects = model.sweep(CORRUPT, cells, mt.metric.LogitDifference(11, foil=13)).run().effects
     assert abs(effects.numpy() - measured.values).max() < 1e-5
     again = attributed(model, method="eap", verify=5, direction="denoise", seed=3)
     assert again.identical(data)
-    other = mt.verify(model, again, top=5, seed=4)["score_exact"]
+    other = mt.explain.verify(model, again, top=5, seed=4)["score_exact"]
     assert not other.equals(data["score_exact"])  # other random others
 
 
@@ -84,15 +84,15 @@ def test_sites_of_few_cells_are_measured_whole(model: mt.Model) -> None:
 
 
 def test_a_stopped_check_says_only_what_it_measured(model: mt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microtome.run._cells._step", lambda *given: 4)
+    monkeypatch.setattr("microtome.sweep._sweep._step", lambda *given: 4)
     scores = attributed(model, sites=["attn.z[head]", "mlp_out"], verify=0)
 
     def stop(done: int, everything: int) -> None:
         if done >= 12:
             raise KeyboardInterrupt
 
-    whole = mt.verify(model, scores, top=5)
-    stopped = mt.verify(model, scores, top=5, progress=stop)
+    whole = mt.explain.verify(model, scores, top=5)
+    stopped = mt.explain.verify(model, scores, top=5, progress=stop)
     assert whole["measured"].values.tolist() == [10, 10]
     assert int(stopped["measured"].sum()) == 12
     for site in ("attn.z[head]", "mlp_out"):
@@ -106,7 +106,7 @@ def test_a_stopped_check_says_only_what_it_measured(model: mt.Model, monkeypatch
 def test_nothing_given_is_changed(model: mt.Model) -> None:
     scores = attributed(model, verify=0)
     before = scores.copy(deep=True)
-    mt.verify(model, scores, top=2)
+    mt.explain.verify(model, scores, top=2)
     assert scores.identical(before)
     assert "recall" not in scores
 
@@ -153,23 +153,23 @@ def test_candidates_are_the_largest_and_never_what_is_no_cell() -> None:
 
 def test_what_cannot_be_checked_is_refused(model: mt.Model) -> None:
     scores = attributed(model, verify=0, method="eap")
-    other = mt.map(families.build("llama-mha"))
+    other = mt.open(families.build("llama-mha"), prove=False)
     with pytest.raises(
         mt.errors.DataError, match=r"these scores come from another model; got .*; allowed: .*open that"
     ):
-        mt.verify(other, scores)
+        mt.explain.verify(other, scores)
     n = graph(model).n_edges
     with pytest.raises(
         mt.errors.DataError, match=f"cannot verify so many candidates; got top={n + 1}; allowed: 1 to {n}"
     ):
-        mt.verify(model, scores, top=n + 1)
+        mt.explain.verify(model, scores, top=n + 1)
     with pytest.raises(mt.errors.DataError, match="got top=0"):
-        mt.verify(model, scores, top=0)
+        mt.explain.verify(model, scores, top=0)
     with pytest.raises(mt.errors.EditError, match="there is no such seed; got -1"):
-        mt.verify(model, scores, top=1, seed=-1)
-    patched = mt.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13)
+        mt.explain.verify(model, scores, top=1, seed=-1)
+    patched = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13)
     with pytest.raises(mt.errors.DataError, match="not scores that can be checked; got a dataset without clean_ids"):
-        mt.verify(model, patched)
+        mt.explain.verify(model, patched)
 
 
 def test_scores_are_checked_by_their_labels_however_they_are_cut_or_turned(model: mt.Model) -> None:
@@ -182,16 +182,18 @@ def test_scores_are_checked_by_their_labels_however_they_are_cut_or_turned(model
         known.transpose("pos", "head", "layer", ...),
     )
     for part in parts:
-        checked = mt.verify(model, part, top=6)
+        checked = mt.explain.verify(model, part, top=6)
         for site, dims in cells.items():
             found = checked[f"{site}_exact"].transpose(*dims)
             assert int(found.notnull().sum()) >= 6
             gap = abs(found - known[f"{site}_exact"].sel({dim: found[dim] for dim in dims}))  # by label
             assert float(gap.max()) < 1e-5, site
     edges = attributed(model, method="eap", verify=20)
-    turned = mt.verify(model, edges.transpose("receiver", "sender", ...).isel(sender=slice(None, None, -1)), top=20)
+    turned = mt.explain.verify(
+        model, edges.transpose("receiver", "sender", ...).isel(sender=slice(None, None, -1)), top=20
+    )
     both = turned["score_exact"].notnull() & edges["score_exact"].notnull()
     assert int(both.sum()) >= 20
     assert float(abs(turned["score_exact"] - edges["score_exact"]).max()) < 1e-5
     with pytest.raises(mt.errors.DataError, match=r"do not say what they are of; got no labels along layer"):
-        mt.verify(model, known.drop_vars("layer"), top=4)
+        mt.explain.verify(model, known.drop_vars("layer"), top=4)

@@ -17,13 +17,13 @@ from tests import families
 import microtome as mt
 from microtome import planted
 
-model = mt.map(families.build("gpt2"))
+model = mt.open(families.build("gpt2"), prove=False)
 ids = [5, 6, 7]
-zero = mt.Zero("0.mlp_out")
+zero = mt.edit.Zero("0.mlp_out")
 program = planted.program("reverse")
 
 
-def swept(*cells, metric=mt.Probability(11)):
+def swept(*cells, metric=mt.metric.Probability(11)):
     return model.sweep(ids, cells, metric)
 
 
@@ -35,51 +35,51 @@ for call in (
     lambda: model.run(ids, capture=["0.mlp_out", 3]),
     lambda: model.run(ids, edits="0.mlp_out"),
     lambda: model.run(ids, edits=None),
-    lambda: model.run(ids, edits=[mt.Zero("0.mlp_out"), 3]),
-    lambda: mt.Add("0.mlp_out", value=[1.0] * 56),
-    lambda: mt.Set("0.mlp_out", value="1"),
-    lambda: mt.Add("0.mlp_out", 1.0, strength="2"),
-    lambda: mt.Mean("0.mlp_out", mean=[1.0]),
-    lambda: mt.Clamp("0.mlp_out", low=2, high=1),
-    lambda: model.run(ids, edits=mt.Map("0.mlp_out", function=lambda x: None)),
-    lambda: mt.measure.head_scores(model, sequences=0),
-    lambda: mt.Probability(" Paris"),
-    lambda: mt.LogProbability([]),
-    lambda: mt.Rank(None),
-    lambda: mt.LogitDifference(" Paris", foil=" Rome"),
-    lambda: mt.SpanLoss([[1, 2], [3]], positions=(-2, -1)),
-    lambda: mt.SpanLoss(" Paris", positions=(-1,)),
-    lambda: mt.SpanLoss([[0.5]], positions=(-1,)),
-    lambda: swept(zero, mt.Skip("1")),
-    lambda: swept([zero, mt.Skip("1")]),
-    lambda: swept([zero, mt.Freeze(norms=True)]),
-    lambda: swept([zero, mt.Edge("embed", "final", source=model.run(ids, capture="embed"))]),
+    lambda: model.run(ids, edits=[mt.edit.Zero("0.mlp_out"), 3]),
+    lambda: mt.edit.Add("0.mlp_out", value=[1.0] * 56),
+    lambda: mt.edit.Set("0.mlp_out", value="1"),
+    lambda: mt.edit.Add("0.mlp_out", 1.0, strength="2"),
+    lambda: mt.edit.Mean("0.mlp_out", mean=[1.0]),
+    lambda: mt.edit.Clamp("0.mlp_out", low=2, high=1),
+    lambda: model.run(ids, edits=mt.edit.Apply("0.mlp_out", function=lambda x: None)),
+    lambda: mt.measurements.head_scores(model, sequences=0),
+    lambda: mt.metric.Probability(" Paris"),
+    lambda: mt.metric.LogProbability([]),
+    lambda: mt.metric.Rank(None),
+    lambda: mt.metric.LogitDifference(" Paris", foil=" Rome"),
+    lambda: mt.metric.SpanLoss([[1, 2], [3]], positions=(-2, -1)),
+    lambda: mt.metric.SpanLoss(" Paris", positions=(-1,)),
+    lambda: mt.metric.SpanLoss([[0.5]], positions=(-1,)),
+    lambda: swept(zero, mt.edit.Skip("1")),
+    lambda: swept([zero, mt.edit.Skip("1")]),
+    lambda: swept([zero, mt.edit.Freeze(norms=True)]),
+    lambda: swept([zero, mt.sweep.Edge("embed", "final", source=model.run(ids, capture="embed"))]),
     lambda: swept([zero, [zero]]),
     lambda: swept(None),
-    lambda: mt.causal_trace(model, ids, subject=(1, 2, 3)),
-    lambda: mt.causal_trace(model, ids, subject=1.5),
-    lambda: mt.causal_trace(model, ids, subject=("a", 2)),
-    lambda: mt.causal_trace(model, ids, subject=None),
-    lambda: mt.causal_trace(model, ids, subject=1, subjects="Paris"),
-    lambda: mt.circuit_recovery(program, corrupt=("token",)),
-    lambda: mt.circuit_recovery(program, corrupt="tokens"),
+    lambda: mt.explain.causal_trace(model, ids, subject=(1, 2, 3)),
+    lambda: mt.explain.causal_trace(model, ids, subject=1.5),
+    lambda: mt.explain.causal_trace(model, ids, subject=("a", 2)),
+    lambda: mt.explain.causal_trace(model, ids, subject=None),
+    lambda: mt.explain.causal_trace(model, ids, subject=1, subjects="Paris"),
+    lambda: mt.explain.circuit_recovery(program, corrupt=("token",)),
+    lambda: mt.explain.circuit_recovery(program, corrupt="tokens"),
     lambda: mt.tasks.build("induction", model, "3"),
     lambda: mt.tasks.build("induction", model, 3, seed=0.5),
     lambda: mt.tasks.build("induction", model, 3, length="a"),
-    lambda: mt.Zero(3),
-    lambda: mt.Zero("0.mlp_out", rows=0),
-    lambda: mt.Zero("0.mlp_out", rows=(0.5,)),
-    lambda: mt.Zero("0.mlp_out", rows=(True, False)),
-    lambda: mt.Noise("0.mlp_out", seed="1"),
-    lambda: mt.SwapFrom("0.mlp_out", source="x"),
-    lambda: model.run(ids, edits=mt.SwapFrom("0.mlp_out", source={"0.mlp_out": [1.0]})),
-    lambda: mt.Skip(1.5),
-    lambda: mt.Skip(None),
-    lambda: mt.Skip(["1"]),
-    lambda: mt.Skip(True),
-    lambda: mt.Skip([]),
-    lambda: mt.Repeat(1, 1.5),
-    lambda: mt.ScaleBlock(1, "2"),
+    lambda: mt.edit.Zero(3),
+    lambda: mt.edit.Zero("0.mlp_out", rows=0),
+    lambda: mt.edit.Zero("0.mlp_out", rows=(0.5,)),
+    lambda: mt.edit.Zero("0.mlp_out", rows=(True, False)),
+    lambda: mt.edit.Noise("0.mlp_out", seed="1"),
+    lambda: mt.edit.Patch("0.mlp_out", source="x"),
+    lambda: model.run(ids, edits=mt.edit.Patch("0.mlp_out", source={"0.mlp_out": [1.0]})),
+    lambda: mt.edit.Skip(1.5),
+    lambda: mt.edit.Skip(None),
+    lambda: mt.edit.Skip(["1"]),
+    lambda: mt.edit.Skip(True),
+    lambda: mt.edit.Skip([]),
+    lambda: mt.edit.Repeat(1, 1.5),
+    lambda: mt.edit.ScaleBlock(1, "2"),
     lambda: model.run(ids, stop_at="1"),
     lambda: model.run(ids, stop_at=True),
     lambda: model.run(ids, observe=["0.mlp_out"]),
@@ -88,13 +88,13 @@ for call in (
     lambda: kept.grad(kept.logits),
     lambda: kept.grad(torch.tensor(1.0)),
     lambda: kept.grad(1.0),
-    lambda: mt.contributions(model, ids, detail=("sources",)),
-    lambda: mt.contributions(model, ids, detail="neurons"),
+    lambda: mt.explain.contributions(model, ids, detail=("sources",)),
+    lambda: mt.explain.contributions(model, ids, detail="neurons"),
     lambda: model.generate("a", max_new_tokens="3"),
     lambda: model.generate("a", max_new_tokens=2.5),
-    lambda: mt.contributions(model, ids, answer=[1]),
-    lambda: mt.contributions(model, ids, answer=True),
-    lambda: mt.Edge("embed", "final", source="x"),
+    lambda: mt.explain.contributions(model, ids, answer=[1]),
+    lambda: mt.explain.contributions(model, ids, answer=True),
+    lambda: mt.sweep.Edge("embed", "final", source="x"),
 ):
     try:
         call()
@@ -116,7 +116,7 @@ SAID = [
     "EditError: Add on 0.mlp_out cannot use this strength; got str; allowed: a number",
     "EditError: Mean on 0.mlp_out cannot use this mean; got list; allowed: a tensor",
     "EditError: Clamp on 0.mlp_out has its bounds crossed; got low=2, high=1",
-    "EditError: the function of Map on 0.mlp_out changed the shape; got NoneType",
+    "EditError: the function of Apply on 0.mlp_out changed the shape; got NoneType",
     "DataError: head_scores cannot use this number of sequences; got 0",
     "EditError: a metric names tokens by their ids; got ' Paris'; allowed: one id, or one a prompt",
     "EditError: a metric names tokens by their ids; got []",
@@ -146,8 +146,8 @@ SAID = [
     "EditError: Zero on 0.mlp_out cannot use these rows; got (0.5,)",
     "EditError: Zero on 0.mlp_out cannot use these rows; got (True, False)",
     "EditError: Noise on 0.mlp_out cannot use this seed; got str; allowed: an integer",
-    "EditError: SwapFrom on 0.mlp_out cannot use this source; got str; allowed: a run, or a mapping",
-    "EditError: the source of SwapFrom does not fit 0.mlp_out; got list; allowed: a tensor [batch, pos, d_model]",
+    "EditError: Patch on 0.mlp_out cannot use this source; got str; allowed: a run, or a mapping",
+    "EditError: the source of Patch does not fit 0.mlp_out; got list; allowed: a tensor [batch, pos, d_model]",
     "SiteError: cannot read layers; got 1.5; allowed: an integer, a range",
     "SiteError: cannot read layers; got None",
     "SiteError: cannot read layers; got ['1']",
@@ -190,12 +190,14 @@ import microtome as mt
 one, three = np.int64(1), np.int64(3)
 half, two = np.float32(0.5), np.float16(2)
 edits = [
-    mt.Add("0.mlp_out", half, half), mt.Scale("1.mlp_out", two), mt.Clamp("1.mlp_out", low=half, high=three),
-    mt.Noise("1.mlp_out", std=half, seed=three), mt.Skip(one), mt.Repeat(one, three), mt.ScaleBlock([one, three], half),
-    mt.Zero("1.mlp_out", rows=np.arange(2)),
+    mt.edit.Add("0.mlp_out", half, half), mt.edit.Scale("1.mlp_out", two),
+    mt.edit.Clamp("1.mlp_out", low=half, high=three),
+    mt.edit.Noise("1.mlp_out", std=half, seed=three), mt.edit.Skip(one),
+    mt.edit.Repeat(one, three), mt.edit.ScaleBlock([one, three], half),
+    mt.edit.Zero("1.mlp_out", rows=np.arange(2)),
 ]
-mt.save_edits(sys.argv[1], edits)
-again = mt.load_edits(sys.argv[1])
+mt.edit.save_edits(sys.argv[1], edits)
+again = mt.edit.load_edits(sys.argv[1])
 assert again == edits, (again, edits)
 print(*again, sep="\\n")
 """
@@ -217,6 +219,6 @@ def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path: Path) -> None:
 
 
 def test_a_lone_edit_is_taken_as_one() -> None:
-    model = mt.map(families.build("gpt2"))
-    edit = mt.Zero("0.mlp_out")
+    model = mt.open(families.build("gpt2"), prove=False)
+    edit = mt.edit.Zero("0.mlp_out")
     assert torch.equal(model.run([5, 6], edits=edit).logits, model.run([5, 6], edits=[edit]).logits)

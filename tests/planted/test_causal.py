@@ -31,11 +31,11 @@ def test_tracing_finds_the_memory_and_the_head_that_reads_it() -> None:
     rows, objects = ask_facts(it.truth)
     other = next(i for i in range(4, 32) if objects[i] != objects[3])
     corrupt = [it.truth["subjects"][other] if p == 3 else t for p, t in enumerate(rows[3])]
-    data = mt.causal_trace(it.model, rows[3], subject=3, answer=objects[3], corrupt=corrupt, window=1)
+    data = mt.explain.causal_trace(it.model, rows[3], subject=3, answer=objects[3], corrupt=corrupt, window=1)
     lost = float(data["clean"] - data["corrupt"])
     assert data.attrs["known"] == 1
     assert lost > 0.8
-    noisy = mt.causal_trace(it.model, rows[3], subject=3, answer=objects[3], window=1, noise=6.0, samples=6)
+    noisy = mt.explain.causal_trace(it.model, rows[3], subject=3, answer=objects[3], window=1, noise=6.0, samples=6)
     gone = float(noisy["clean"] - noisy["corrupt"])
     assert gone > 0.5
     assert float(noisy["resid"][1, 5]) == pytest.approx(gone, abs=1e-4)  # the end decides in the end
@@ -54,7 +54,7 @@ def test_tracing_finds_the_memory_and_the_head_that_reads_it() -> None:
 def test_knock_out_finds_the_layer_that_reads_the_subject() -> None:
     it = planted.fact_memory(0)
     rows, objects = ask_facts(it.truth)
-    data = mt.attention_knockout(it.model, rows[3], queries=-1, keys=3, answer=objects[3], window=1)
+    data = mt.explain.attention_knockout(it.model, rows[3], queries=-1, keys=3, answer=objects[3], window=1)
     assert float(data["relative"][1]) < -0.8
     assert abs(float(data["relative"][0])) < 0.05
     assert float(abs(data["relative_control"]).max()) < 0.2
@@ -69,7 +69,7 @@ def test_pairs_of_several_lengths_find_the_memory() -> None:
     foils = [objects[(i + 13) % 32] for i in range(12)]
     kept = [i for i in range(12) if foils[i] != objects[i]]
     spans = [{"subject": 3 + i % 3, "after": 4 + i % 3, "last": -1} for i in range(12)]
-    data = mt.patch_pairs(
+    data = mt.explain.patch_pairs(
         it.model, [rows[i] for i in kept], [corrupts[i] for i in kept], answers=[objects[i] for i in kept],
         foils=[foils[i] for i in kept], spans=[spans[i] for i in kept], sites=["mlp_out", "attn_out"],
     )  # fmt: skip
@@ -91,7 +91,7 @@ def test_a_planted_backup_head_repairs_with_slope_minus_one(seed: int) -> None:
         rows.append(row)
     (a, main), (b, backup) = truth["main"], truth["backup"]
     main_head, backup_head = f"{a}.attn.z[{main}]", f"{b}.attn.z[{backup}]"
-    data = mt.component_effects(
+    data = mt.explain.component_effects(
         it.model, rows, answers=truth["names"], components="heads", receivers="heads", ablation="zero"
     )
     one = data.sel(component=main_head)
@@ -111,6 +111,6 @@ def test_another_filler_corrupts_nothing_so_that_nothing_restores() -> None:
     rows, objects = ask_facts(it.truth)
     filler = next(f for f in it.truth["fillers"] if f not in rows[3])
     corrupt = [filler if p == 1 else t for p, t in enumerate(rows[3])]
-    data = mt.causal_trace(it.model, rows[3], subject=1, answer=objects[3], corrupt=corrupt, window=1)
+    data = mt.explain.causal_trace(it.model, rows[3], subject=1, answer=objects[3], corrupt=corrupt, window=1)
     assert abs(float(data["clean"] - data["corrupt"])) < 0.01
     assert max(float(abs(data[kind]).max()) for kind in ("resid", "mlp", "attn")) < 0.01

@@ -128,12 +128,12 @@ def test_a_round_trip_changes_nothing(tmp_path: Path, form: tuple[str, str]) -> 
 def test_sweeps_and_padding_hold(tmp_path: Path, form: tuple[str, str]) -> None:
     """Sharing of positions needs the cache, and padding the mask: both are the planted model's own code."""
     model = planted.load(folder(tmp_path / "it", *form)).model
-    cells = [mt.Zero(f"{i}.attn.z[{h}]@{p}") for i in range(2) for h in range(3) for p in range(6)]
-    cells += [mt.Zero(f"{i}.mlp.post[{n}]@{p}") for i in range(2) for n in (0, 5) for p in range(6)]
-    prompt, metric = [1, 2, 3, 4, 5, 6], mt.LogitDifference(answer=0, foil=1)
+    cells = [mt.edit.Zero(f"{i}.attn.z[{h}]@{p}") for i in range(2) for h in range(3) for p in range(6)]
+    cells += [mt.edit.Zero(f"{i}.mlp.post[{n}]@{p}") for i in range(2) for n in (0, 5) for p in range(6)]
+    prompt, metric = [1, 2, 3, 4, 5, 6], mt.metric.LogitDifference(answer=0, foil=1)
     values = [model.run(prompt, edits=[c]).logits[0, -1] for c in cells]
     literal = torch.stack([v[0] - v[1] for v in values])
-    swept = model.sweep(prompt, cells, metric)
+    swept = model.sweep(prompt, cells, metric).run()
     assert (swept.values - literal).abs().max() < 1e-5
     assert swept.effects.abs().max() > 1e-2
     for side in ("left", "right"):
@@ -149,9 +149,9 @@ def test_an_absent_norm_is_the_identity(tmp_path: Path) -> None:
     assert bool((run["final.scale"] == 1).all())
     assert torch.equal(run["0.mlp.in"], run["0.resid_mid"])
     assert (model.unembed(run["1.resid_post"]) - run.logits).abs().max() < 1e-5
-    halved = model.run([1, 2, 3], edits=[mt.Set("final.scale", 2.0)]).logits
+    halved = model.run([1, 2, 3], edits=[mt.edit.Set("final.scale", 2.0)]).logits
     assert (halved - (run.logits - model.b_U) / 2 - model.b_U).abs().max() < 1e-5
-    parts = mt.contributions(model, [1, 2, 3], answer=1)
+    parts = mt.explain.contributions(model, [1, 2, 3], answer=1)
     assert abs(parts["gap"]).max() < 1e-5
 
 

@@ -51,7 +51,7 @@ def repeats(model: mt.Model, rows: int = 12, length: int = 40) -> Tensor:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_head_scores_find_the_induction_circuit(seed: int) -> None:
     it = planted.induction(seed)
-    scores = mt.measure.head_scores(it.model)
+    scores = mt.measurements.head_scores(it.model)
     for score, key in (("induction", "induction_head"), ("previous_token", "previous_token_head")):
         values = torch.from_numpy(scores[score].values).clone()
         assert values[it.truth[key]] > 0.9
@@ -64,7 +64,7 @@ def test_the_repeat_is_continued_by_these_two_heads_alone() -> None:
     it = planted.induction()
     tokens = repeats(it.model)
 
-    def right(edits: list[mt.Edit]) -> float:
+    def right(edits: list[mt.edit.Edit]) -> float:
         # The first token has none before it and takes itself for that: its repeat finds two places.
         said = it.model.run(tokens, edits=edits).logits[:, 41:-1].argmax(-1)
         return float((said == tokens[:, 42:]).float().mean())
@@ -73,8 +73,8 @@ def test_the_repeat_is_continued_by_these_two_heads_alone() -> None:
     for layer in (0, 1):
         for head in range(4):
             inside = (layer, head) in it.truth.values()
-            assert (right([mt.Zero(f"{layer}.attn.z[{head}]")]) < 0.05) == inside
-    assert right([mt.Zero("*.mlp_out")]) == 1.0
+            assert (right([mt.edit.Zero(f"{layer}.attn.z[{head}]")]) < 0.05) == inside
+    assert right([mt.edit.Zero("*.mlp_out")]) == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------- fact memory
@@ -98,12 +98,12 @@ def test_all_facts_are_known_and_each_hangs_on_one_neuron() -> None:
     it = planted.fact_memory()
     tokens, _, answers = fact_prompts(it.truth)
 
-    def right(*edits: mt.Edit) -> Tensor:
+    def right(*edits: mt.edit.Edit) -> Tensor:
         return it.model.run(tokens, edits=edits).logits[:, -1].argmax(-1) == answers
 
     assert bool(right().all())
     for i in (0, 5, 31):
-        known = right(mt.Zero(f"{it.truth['layer']}.mlp.post[{it.truth['neurons'][i]}]")).reshape(32, 4)
+        known = right(mt.edit.Zero(f"{it.truth['layer']}.mlp.post[{it.truth['neurons'][i]}]")).reshape(32, 4)
         assert not known[i].any()
         assert bool(torch.cat([known[:i], known[i + 1 :]]).all())
 
@@ -118,7 +118,7 @@ def test_each_relation_has_its_head() -> None:
         at_subject = pattern.gather(1, columns.unsqueeze(1)).squeeze(1)
         assert at_subject[relation == i].min() > 0.99
         assert pattern[relation != i, 0].min() > 0.99
-        logits = it.model.run(tokens, edits=[mt.Zero(f"{layer}.attn.z[{head}]")]).logits[:, -1]
+        logits = it.model.run(tokens, edits=[mt.edit.Zero(f"{layer}.attn.z[{head}]")]).logits[:, -1]
         right = logits.gather(1, answers.unsqueeze(1)).squeeze(1) > 5
         assert torch.equal(right, relation != i)
 
@@ -135,7 +135,7 @@ def test_the_memory_at_the_subject_decides() -> None:
     other = it.model.run(prompt(9), capture="0.mlp_out")
     assert truth["facts"][9][2] != truth["facts"][4][2]
     for position, expected in ((2, 9), (1, 4), (3, 4), (4, 4)):
-        said = it.model.run(prompt(4), edits=[mt.SwapFrom(f"0.mlp_out@{position}", other)]).logits[0, -1].argmax()
+        said = it.model.run(prompt(4), edits=[mt.edit.Patch(f"0.mlp_out@{position}", other)]).logits[0, -1].argmax()
         assert int(said) == truth["facts"][expected][2]
 
 
@@ -159,8 +159,8 @@ def test_the_backup_makes_up_for_the_main_head(seed: int) -> None:
     (a, main), (b, backup) = truth["main"], truth["backup"]
     capture = ["0.attn.result@-1", "1.attn.result@-1", "final.scale"]
     base = model.run(tokens, capture=capture)
-    held = mt.SwapFrom("final.scale@-1", base)
-    ablated = model.run(tokens, capture=capture, edits=[mt.Zero(f"{a}.attn.z[{main}]"), held])
+    held = mt.edit.Patch("final.scale@-1", base)
+    ablated = model.run(tokens, capture=capture, edits=[mt.edit.Zero(f"{a}.attn.z[{main}]"), held])
 
     def direct(run: mt.Run, layer: int, head: int) -> Tensor:
         """What a head adds to the logit of the name, by the norm of the base run."""
@@ -178,7 +178,7 @@ def test_the_backup_makes_up_for_the_main_head(seed: int) -> None:
     assert direct(base, b, backup).abs().max() < 0.01
     for run, expected in ((base, True), (ablated, True)):
         assert bool((run.logits[:, -1].argmax(-1) == names).all()) == expected
-    both = [mt.Zero(f"{a}.attn.z[{main}]"), mt.Zero(f"{b}.attn.z[{backup}]")]
+    both = [mt.edit.Zero(f"{a}.attn.z[{main}]"), mt.edit.Zero(f"{b}.attn.z[{backup}]")]
     assert float((model.run(tokens, edits=both).logits[:, -1].argmax(-1) == names).float().mean()) < 0.1
 
 
@@ -218,7 +218,9 @@ def test_the_sink_stands_on_one_massive_activation() -> None:
     assert float(run[site][0].max()) == pytest.approx(truth["value"], rel=0.05)
     others = run[site][0, 1:].abs()
     assert others.max() < truth["value"] / 20
-    without = model.run(tokens, capture=patterns, edits=[mt.Zero(f"{truth['layer']}.mlp.post[{truth['neuron']}]@0")])
+    without = model.run(
+        tokens, capture=patterns, edits=[mt.edit.Zero(f"{truth['layer']}.mlp.post[{truth['neuron']}]@0")]
+    )
     for layer, head in truth["heads"]:
         assert run[f"{layer}.attn.pattern"][0, head, 1:, 0].min() > 0.99
         assert without[f"{layer}.attn.pattern"][0, head, 5:, 0].max() < 0.3
@@ -251,7 +253,8 @@ def test_a_direction_speaks_for_the_tokens_that_have_its_feature() -> None:
     base = it.model.run(tokens).logits[0, -1]
     for f in range(0, 64, 9):
         raised = (
-            it.model.run(tokens, edits=[mt.Add("0.resid_post@-1", directions[f], strength=2.0)]).logits[0, -1] - base
+            it.model.run(tokens, edits=[mt.edit.Add("0.resid_post@-1", directions[f], strength=2.0)]).logits[0, -1]
+            - base
         )
         has = activations[:, f] > 0
         if has.any():
@@ -296,11 +299,11 @@ def test_one_direction_sets_the_tone(seed: int) -> None:
     other = torch.where(inside, other, 0.0)
     other = (other - (other @ v) * v) / other.norm()
     for strength, tone in ((2.0, "good"), (-2.0, "bad")):
-        steered = model.run(neutral, edits=[mt.Add(truth["site"], v, strength=strength)]).logits
+        steered = model.run(neutral, edits=[mt.edit.Add(truth["site"], v, strength=strength)]).logits
         assert share(truth, steered, tone) > 0.9
-        control = model.run(neutral, edits=[mt.Add(truth["site"], other, strength=strength)]).logits
+        control = model.run(neutral, edits=[mt.edit.Add(truth["site"], other, strength=strength)]).logits
         assert share(truth, control, tone) == pytest.approx(share(truth, base, tone), abs=0.05)
-    weak = model.run(neutral, edits=[mt.Add(truth["site"], v, strength=0.25)]).logits
+    weak = model.run(neutral, edits=[mt.edit.Add(truth["site"], v, strength=0.25)]).logits
     assert share(truth, weak, "good") == pytest.approx(share(truth, base, "good"), abs=0.02)
 
 
@@ -317,7 +320,9 @@ def test_the_direction_is_written_and_read_where_it_is_said() -> None:
     model, truth = it.model, it.truth
     layer, head = truth["head"]
     good = texts(truth, "good")
-    assert share(truth, model.run(good, edits=[mt.Zero(f"{layer}.attn.z[{head}]")]).logits, "good") < 0.5
-    assert share(truth, model.run(good, edits=[mt.Project(truth["site"], truth["direction"])]).logits, "good") < 0.5
+    assert share(truth, model.run(good, edits=[mt.edit.Zero(f"{layer}.attn.z[{head}]")]).logits, "good") < 0.5
+    assert (
+        share(truth, model.run(good, edits=[mt.edit.Project(truth["site"], truth["direction"])]).logits, "good") < 0.5
+    )
     first = truth["neurons"][0]
-    assert share(truth, model.run(good, edits=[mt.Zero(f"{first[0]}.mlp.post[{first[1]}]")]).logits, "good") < 0.5
+    assert share(truth, model.run(good, edits=[mt.edit.Zero(f"{first[0]}.mlp.post[{first[1]}]")]).logits, "good") < 0.5

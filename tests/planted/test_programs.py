@@ -35,9 +35,9 @@ def edge_effects(it: planted.Planted, c: planted.Corruptions) -> dict[planted.Ed
             head, layer = planted.head_of(receiver), planted.mlp_of(receiver)
             if head is not None:
                 weight = getattr(model.layers[head[0]], f"W_{slot.upper()}")[head[1]]
-                edit = mt.Add(f"{head[0]}.attn.{slot}[{head[1]}]", (change @ weight).unsqueeze(2))
+                edit = mt.edit.Add(f"{head[0]}.attn.{slot}[{head[1]}]", (change @ weight).unsqueeze(2))
             else:
-                edit = mt.Add("final" if layer is None else f"{layer}.mlp.in", change)
+                edit = mt.edit.Add("final" if layer is None else f"{layer}.mlp.in", change)
             gap = outputs(model.run(c.clean, edits=[edit]).logits) - base
             effects[sender, receiver, slot] = max(effects.get((sender, receiver, slot), 0.0), float(gap.abs().max()))
     return effects
@@ -80,7 +80,9 @@ def test_ablation_finds_the_nodes(name: str) -> None:
     bases = [outputs(model.run(c.clean).logits) for c in inputs]
     for node in planted.nodes(model)[2:-1]:
         gaps = [
-            float((outputs(model.run(c.clean, edits=[mt.Zero(planted.sender_of(node))]).logits) - base).abs().max())
+            float(
+                (outputs(model.run(c.clean, edits=[mt.edit.Zero(planted.sender_of(node))]).logits) - base).abs().max()
+            )
             for c, base in zip(inputs, bases, strict=True)
         ]
         assert (max(gaps) > 0.05) == (node in inside), (node, gaps)

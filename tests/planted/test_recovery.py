@@ -19,7 +19,7 @@ NAMES = list(planted.PROGRAMS)
 def test_exact_effects_tell_the_circuit_from_the_rest(name: str) -> None:
     it = planted.program(name)
     # Some of these answer the same to almost everything: they take more inputs to show all of their edges.
-    data = mt.circuit_recovery(it, pairs=24 if name in ("detect_ab", "maximum_so_far") else 6, seed=3)
+    data = mt.explain.circuit_recovery(it, pairs=24 if name in ("detect_ab", "maximum_so_far") else 6, seed=3)
     assert data.attrs["auc"] == 1.0
     assert int(data["true"].sum()) == len(it.truth["edges"])
     assert int((data["score"] == data["score"]).sum()) == len(planted.edges(it.model))
@@ -27,7 +27,7 @@ def test_exact_effects_tell_the_circuit_from_the_rest(name: str) -> None:
 
 def test_tokens_alone_miss_what_positions_carry() -> None:
     it = planted.program("previous_token")
-    data = mt.circuit_recovery(it, pairs=6, seed=3, corrupt=("tokens",))
+    data = mt.explain.circuit_recovery(it, pairs=6, seed=3, corrupt=("tokens",))
     carried = data["score"].sel(sender="pos_embed").where(data["true"].sel(sender="pos_embed"), drop=True)
     assert carried.size > 0
     assert float(abs(carried).max()) < 1e-6
@@ -42,10 +42,10 @@ def test_the_estimate_is_the_slope_of_exact_effects() -> None:
     start, goal = it.model.run(c.clean), it.model.run(c.corrupt)
     way = (goal.logits[:, 1:] - start.logits[:, 1:]).double()
     assert float(way.norm()) > 1e-3
-    metric = mt.Reading(
+    metric = mt.metric.FunctionMetric(
         lambda z, prompts: (z.double() * way).sum((1, 2)) / way.norm(), positions=tuple(range(1, c.clean.shape[1]))
     )
-    data = mt.circuit_recovery(it, pairs=1, seed=seed, corrupt=("tokens",))
+    data = mt.explain.circuit_recovery(it, pairs=1, seed=seed, corrupt=("tokens",))
     eps = 1e-2
     cells, scores = [], []
     for node, x in before.items():
@@ -55,8 +55,8 @@ def test_the_estimate_is_the_slope_of_exact_effects() -> None:
             if score == score:
                 scores.append(score)
                 change = (after[node] - x)[0].detach()
-                cells += [mt.Edge("embed", str(receiver), change=sign * eps * change) for sign in (1, -1)]
-    up, down = it.model.sweep(c.clean, cells, metric).effects.double().reshape(-1, 2).T
+                cells += [mt.sweep.Edge("embed", str(receiver), change=sign * eps * change) for sign in (1, -1)]
+    up, down = it.model.sweep(c.clean, cells, metric).run().effects.double().reshape(-1, 2).T
     expected = ((up - down) / (2 * eps)).abs()
     assert len(scores) == int((data["score"] == data["score"]).sum())
     assert max(scores) > 1e-2
@@ -64,8 +64,8 @@ def test_the_estimate_is_the_slope_of_exact_effects() -> None:
 
 
 def test_first_order_misses_what_exact_effects_find() -> None:
-    """Where attention is saturated or a neuron stands at its kink, the gradient does not tell it from the rest."""
-    data = mt.circuit_recovery(planted.program("successors"), pairs=6, seed=3)
+    """Selection attention is saturated or a neuron stands at its kink, the gradient does not tell it from the rest."""
+    data = mt.explain.circuit_recovery(planted.program("successors"), pairs=6, seed=3)
     assert data.attrs["auc"] == 1.0
     assert data.attrs["auc_eap"] < 0.9
 
@@ -90,7 +90,7 @@ def test_what_has_no_circuit_to_recover_is_refused(
     make: Callable[[], planted.Planted], options: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        mt.circuit_recovery(make(), **options)
+        mt.explain.circuit_recovery(make(), **options)
 
 
 def test_auc_counts_pairs() -> None:

@@ -27,7 +27,7 @@ def test_what_is_inside_matters_and_what_is_outside_does_not(name: str) -> None:
     base = model.run(c.clean).logits[:, 1:].argmax(-1)
     kept: dict[str, float] = {}
     for node in planted.nodes(model)[2:-1]:
-        said = model.run(c.clean, edits=[mt.SwapFrom(planted.sender_of(node), source)]).logits[:, 1:].argmax(-1)
+        said = model.run(c.clean, edits=[mt.edit.Patch(planted.sender_of(node), source)]).logits[:, 1:].argmax(-1)
         kept[node] = float((said == base).double().mean())
     assert min(v for n, v in kept.items() if n not in inside) > 0.97
     assert max(v for n, v in kept.items() if n in inside) < 0.9

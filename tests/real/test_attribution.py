@@ -18,7 +18,7 @@ def model() -> mt.Model:
 
 @pytest.mark.parametrize("method", ["atp", "relp", "eap"])
 def test_the_best_candidates_matter(model: mt.Model, method: str) -> None:
-    data = mt.attribute(
+    data = mt.explain.attribute(
         model,
         CLEAN,
         CORRUPT,

@@ -16,7 +16,7 @@ def model() -> mt.Model:
 
 
 def test_a_fact_is_restored_at_its_subject_and_read_at_the_end(model: mt.Model) -> None:
-    data = mt.causal_trace(
+    data = mt.explain.causal_trace(
         model, PROMPT, subject="Colosseum", corrupt="The Eiffel Tower is in the city of", kinds=["resid"]
     )
     assert data["token"].values[data["subject"].values].tolist() == [" Col", "osse", "um"]
@@ -32,7 +32,7 @@ def test_a_fact_is_restored_at_its_subject_and_read_at_the_end(model: mt.Model) 
 
 
 def test_cutting_the_end_from_the_subject_loses_the_fact(model: mt.Model) -> None:
-    data = mt.attention_knockout(model, PROMPT, keys="The Colosseum", controls=0)
+    data = mt.explain.attention_knockout(model, PROMPT, keys="The Colosseum", controls=0)
     assert data.attrs["keys"] == "The Colosseum"
     assert float(data["relative"][20]) < -0.9
     assert abs(float(data["relative"][2])) < 0.2
@@ -41,7 +41,7 @@ def test_cutting_the_end_from_the_subject_loses_the_fact(model: mt.Model) -> Non
 @pytest.mark.parametrize("text", ["Collosseum", "  ", "Paris"])
 def test_a_subject_that_is_not_there_is_refused(model: mt.Model, text: str) -> None:
     with pytest.raises(mt.errors.PromptError, match=f'the prompt has no subject "{text}"; got "{PROMPT}"'):
-        mt.causal_trace(model, PROMPT, subject=text)
+        mt.explain.causal_trace(model, PROMPT, subject=text)
 
 
 def test_spans_are_found_in_text(model: mt.Model) -> None:
@@ -78,4 +78,4 @@ def test_a_text_inside_a_token_alone_is_refused(model: mt.Model) -> None:
 
 def test_an_answer_of_several_tokens_is_refused_with_how(model: mt.Model) -> None:
     with pytest.raises(mt.errors.PromptError, match=r'" Llanfair" is not one token; .* To do: .* metric=SpanLoss'):
-        mt.activation_patching(model, PROMPT, PROMPT, answer=" Llanfair")
+        mt.explain.activation_patching(model, PROMPT, PROMPT, answer=" Llanfair")

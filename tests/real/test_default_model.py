@@ -61,7 +61,7 @@ def test_opening_again_reads_the_cache_and_hashes_no_weight_twice(
         hashed[data.ctypes.data] += 1
         return zlib.crc32(data)
 
-    monkeypatch.setattr(importlib.import_module("microtome.model._load"), "_dequantise", dequantise)
+    monkeypatch.setattr(importlib.import_module("microtome.anatomy._load"), "_dequantise", dequantise)
     fingerprints = importlib.import_module("microtome.run._fingerprint")
     monkeypatch.setattr(fingerprints, "zlib", SimpleNamespace(crc32=crc32))
     again = mt.open()
@@ -104,7 +104,7 @@ def test_weights_are_views(model: mt.Model) -> None:
 
 
 def test_the_parts_of_an_answer_sum(model: mt.Model) -> None:
-    data = mt.contributions(
+    data = mt.explain.contributions(
         model, "The capital of France is", answer=" Paris", foil=" Rome", detail=("source", "neuron")
     )
     assert float(abs(data["gap"]).max()) < 1e-4
@@ -115,7 +115,7 @@ def test_the_parts_of_an_answer_sum(model: mt.Model) -> None:
 
 
 def test_induction_heads_stand_out_from_their_control(model: mt.Model) -> None:
-    data = mt.measure.head_scores(model, sequences=4)
+    data = mt.measurements.head_scores(model, sequences=4)
     strong = data["induction"] > 0.5
     assert int(strong.sum()) >= 3
     assert float(data["induction_control"].max()) < 0.05
@@ -123,7 +123,7 @@ def test_induction_heads_stand_out_from_their_control(model: mt.Model) -> None:
 
 
 def test_a_fact_is_carried_by_its_subject_and_read_at_the_end(model: mt.Model) -> None:
-    data = mt.activation_patching(
+    data = mt.explain.activation_patching(
         model, "The capital of France is", "The capital of Italy is", answer=" Paris", foil=" Rome", sites=["resid_pre"]
     )
     stream = torch.from_numpy(data["resid_pre"].values)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture(scope="module")
 def model() -> mt.Model:
-    return mt.map()
+    return mt.open(prove=False)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from tests import families
 
 import microtome as mt
 from microtome import planted
+from microtome.anatomy import SITES
 from microtome.atlas._columns import HEADS, LAYERS, NEURONS
-from microtome.model import SITES
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -12,9 +12,11 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,19 @@ from jaxtyping import TypeCheckError
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "microtome"
 SOURCE = ROOT / "src" / PACKAGE
-HOOKS = f"{PACKAGE}.run._hooks"  # the one module that may register hooks
+HOOKS = f"{PACKAGE}.run.hook._hooks"  # the one module that may register hooks
 
 FLOORS = (
     ("errors", "axes"),
-    ("model",),
+    ("anatomy",),
+    ("edit",),
     ("run",),
+    ("metric",),
+    ("sweep",),
+    ("model",),
     ("stream", "tasks", "planted"),
-    ("measure", "explain", "features", "change"),
+    ("method",),
+    ("measurements", "explain", "features", "change"),
     ("claims",),
     ("view",),
     ("atlas",),
@@ -194,7 +201,7 @@ def no_pickle(module: Module) -> Iterator[str]:
 
 
 def hooks_in_one_place(module: Module) -> Iterator[str]:
-    """Only `run/_hooks.py` registers hooks."""
+    """Only `run/hook/_hooks.py` registers hooks."""
     if module.name == HOOKS:
         return
     for node in module.nodes:
@@ -292,6 +299,50 @@ def test_house(rule: Rule) -> None:
     assert not faults, f"{rule.__doc__}\n" + "\n".join(faults)
 
 
+def circles(found: list[Module]) -> list[list[str]]:
+    """Modules that import each other, directly or through others; imports for types and inside functions count too."""
+    names = {module.name for module in found}
+    graph = TopologicalSorter[str]()
+    for module in found:
+        for _, target, name in module.imports():
+            inner = f"{target}.{name}"
+            to = inner if inner in names else target
+            # A package is imported with its modules: its own `__init__` is the face of all of them.
+            if to in names and to != module.name and not module.name.startswith(f"{to}."):
+                graph.add(module.name, to)
+    try:
+        graph.prepare()
+    except CycleError as problem:
+        return [problem.args[1]]
+    return []
+
+
+def test_no_import_circle() -> None:
+    assert not circles([module for _, module in modules()])
+
+
+def test_a_circle_is_found() -> None:
+    lower = "if TYPE_CHECKING:\n    from microtome.run._b import B"
+    pair = [Module("microtome.run._a", lower), Module("microtome.run._b", "def f():\n    from microtome.run import _a")]
+    assert circles(pair)
+    assert not circles(pair[:1])
+
+
+def test_no_room_holds_more_than_a_fifth() -> None:
+    lines: Counter[str] = Counter()
+    for _, module in modules():
+        lines[module.room] += module.text.count("\n")
+    room, most = lines.most_common(1)[0]
+    assert most <= 0.2 * lines.total(), f"{room} holds {most} of {lines.total()} lines"
+
+
+def test_the_face_is_small() -> None:
+    import microtome
+
+    assert len(microtome.__all__) <= 25
+    assert all(hasattr(microtome, name) for name in microtome.__all__)
+
+
 def test_every_array_type_is_of_use() -> None:
     """A name of `axes` that nothing imports is dead."""
     found = [module for _, module in modules()]
@@ -356,8 +407,8 @@ def test_shapes_are_checked_in_tests(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --------------------------------------------------------------------------------------------- every rule can be broken
 
 BAD: list[tuple[Rule, str, str, str]] = [
-    (floors, "model._open", "from microtome.run import Run", "model may not import run"),
-    (floors, "model._open", "def f():\n    from ..run import Run", "model may not import run"),
+    (floors, "anatomy._load", "from microtome.run import Run", "anatomy may not import run"),
+    (floors, "anatomy._load", "def f():\n    from ..run import Run", "anatomy may not import run"),
     (floors, "run._sweep", "import microtome.view", "run may not import view"),
     (floors, "run._sweep", "from microtome import atlas", "run may not import atlas"),
     (floors, "run._sweep", "from microtome import open", "run may not import microtome"),
@@ -365,10 +416,10 @@ BAD: list[tuple[Rule, str, str, str]] = [
     (floors, "run._sweep", "import importlib\nimportlib.import_module('microtome.cli')", "run may not import cli"),
     (floors, "run._sweep", "from microtome.attic import x", "'attic' stands on no floor"),
     (floors, "attic._old", "x = 1", "'attic' stands on no floor"),
-    (privacy, "measure._heads", "from microtome.run._hooks import Hooks", "is private to run"),
-    (privacy, "measure._heads", "from ..explain import _lens", "explain._lens is private to explain"),
+    (privacy, "measurements._heads", "from microtome.run._plan import Plan", "is private to run"),
+    (privacy, "measurements._heads", "from ..explain import _lens", "explain._lens is private to explain"),
     (privacy, "change.edit._rome", "from microtome.features import _fit", "is private to features"),
-    (privacy, "measure._heads", "from microtome import run\nrun._hooks.put()", "_hooks is private to where run"),
+    (privacy, "measurements._heads", "from microtome import run\nrun._hooks.put()", "_hooks is private to where run"),
     (sizes, "run._a", "x = 1\n" * 501, "501 lines, at most 500"),
     (sizes, "run._a", "def f():\n" + "    x = 1\n" * 70, "f has 71 lines, at most 70"),
     (sizes, "run._a", "class A:\n    async def f(self):\n" + "        x = 1\n" * 70, "f has 71 lines"),
@@ -404,16 +455,16 @@ BAD: list[tuple[Rule, str, str, str]] = [
 GOOD: list[tuple[Rule, str, str]] = [
     (
         floors,
-        "measure._heads",
+        "measurements._heads",
         "from microtome.run import Run\nfrom ..explain import lens\nfrom . import _rows",
     ),
     (floors, "cli._app", "import microtome\nfrom microtome.atlas import write"),
-    (privacy, "run._sweep", "from microtome.run._hooks import Hooks\nfrom ._hooks import _inner\nself._x = 1"),
+    (privacy, "run._sweep", "from microtome.run.hook._hooks import HookSet\nfrom ._hooks import _inner\nself._x = 1"),
     (sizes, "run._a", "def f():\n" + "    x = 1\n" * 69),
     (sizes, "run._a", "x = 1\n" * 500),
     (names, "run._commonality", "config = 1"),
     (no_pickle, "run._a", "torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)\njson.load(f)"),
-    (hooks_in_one_place, "run._hooks", "m.register_forward_hook(f)"),
+    (hooks_in_one_place, "run.hook._hooks", "m.register_forward_hook(f)"),
     (hooks_in_one_place, "run._a", "'''Calls register_hook for you.'''\nregister('hook')"),
     (no_device_or_dtype, "run._a", "if x.device.type == 'cuda': ...\ny = x.to(dtype=torch.float64, device=x.device)"),
     (no_device_or_dtype, "cli._app", "device = 'cpu'"),

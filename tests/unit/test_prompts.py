@@ -31,7 +31,7 @@ class Words:
 
 @pytest.fixture(scope="module")
 def model() -> mt.Model:
-    return mt.map(families.build("llama-gqa"), tokenizer=Words())
+    return mt.open(families.build("llama-gqa"), tokenizer=Words(), prove=False)
 
 
 ROWS = [[7, 8, 9, 10], [20, 21]]
@@ -107,9 +107,9 @@ def test_a_generation_gives_texts_alone(model: mt.Model, name: str) -> None:
 
 def test_what_a_models_own_settings_ask_of_a_generation_is_left_out() -> None:
     hf = families.build("llama-gqa")
-    expected = mt.map(hf, tokenizer=Words()).generate("abc", max_new_tokens=3)
+    expected = mt.open(hf, tokenizer=Words(), prove=False).generate("abc", max_new_tokens=3)
     hf.generation_config.return_dict_in_generate = True
-    assert mt.map(hf, tokenizer=Words()).generate("abc", max_new_tokens=3) == expected
+    assert mt.open(hf, tokenizer=Words(), prove=False).generate("abc", max_new_tokens=3) == expected
 
 
 @pytest.mark.parametrize("pad", [families.VOCAB, -1])
@@ -119,7 +119,7 @@ def test_a_pad_outside_the_embedding_is_not_used(model: mt.Model, pad: int, eos:
         pad_token_id = pad
         eos_token_id = eos
 
-    odd = mt.map(families.build("llama-gqa"), tokenizer=Odd())
+    odd = mt.open(families.build("llama-gqa"), tokenizer=Odd(), prove=False)
     got, expected = odd.run(ROWS), model.run(ROWS)
     assert torch.equal(got.logits[got.mask], expected.logits[expected.mask])
     assert odd.generate(["abc", "d"], max_new_tokens=3) == model.generate(["abc", "d"], max_new_tokens=3)
@@ -133,7 +133,7 @@ def test_a_generation_ends_with_the_context(model: mt.Model) -> None:
 
 
 def test_a_generation_needs_a_causal_model() -> None:
-    masked = mt.map(families.build("bert"), tokenizer=Words())
+    masked = mt.open(families.build("bert"), tokenizer=Words(), prove=False)
     with pytest.raises(mt.errors.PromptError, match="looks both ways, and cannot continue a text"):
         masked.generate("abc")
 
@@ -147,7 +147,7 @@ def test_mistakes_inside_a_generation_stay_what_they_are(model: mt.Model) -> Non
     def fail(x: torch.Tensor) -> torch.Tensor:
         raise ValueError("mine")
 
-    with pytest.raises(ValueError, match="mine"), model.editing(mt.Map("1.mlp_out", fail)):
+    with pytest.raises(ValueError, match="mine"), model.editing(mt.edit.Apply("1.mlp_out", fail)):
         model.generate("abc")
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests import families
 
 import microtome as mt
-from microtome.model import RULES, SITES, Address, Selection, parse
+from microtome.anatomy import RULES, SITES, Address, Indices, parse
 
 integers = st.integers(-40, 40)
 
@@ -24,8 +24,8 @@ selections = st.none() | st.lists(ranges(), min_size=1, max_size=4).map(tuple)
 positions = selections | st.sampled_from(sorted(RULES))
 
 
-def selected(data: tuple[tuple[int, int], ...] | None) -> Selection:
-    return Selection(data)
+def selected(data: tuple[tuple[int, int], ...] | None) -> Indices:
+    return Indices(data)
 
 
 @given(st.sampled_from(sorted(SITES)), selections, selections, positions)
@@ -83,7 +83,7 @@ def test_mistakes_are_told(text: str, told: str) -> None:
     ],
 )
 def test_what_a_model_lacks_is_told_with_its_reason(name: str, address: str, told: str) -> None:
-    model = mt.map(families.build(name))
+    model = mt.open(families.build(name), prove=False)
     with pytest.raises(mt.errors.SiteError) as caught:
         model.anatomy.sites(parse(address))
     assert told in str(caught.value)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microtome.errors import DataError
-from microtome.stream import Corpus, TokenBatches, beginning_of, standard_library_text
+from microtome.stream import Corpus, TokenBatches, bos_id, standard_library_text
 
 
 class Words:
@@ -155,13 +155,13 @@ def test_rows_are_the_flat_list_cut_in_order(sizes: list[int], length: int, rows
 
 
 def test_only_a_tokenizer_that_begins_texts_by_itself_has_a_beginning() -> None:
-    assert beginning_of(Words(bos=9, begins=True)) == 9
-    assert beginning_of(Words(bos=9)) is None  # it has such a token, but does not put it there
-    assert beginning_of(Words(bos=None, begins=True)) is None
+    assert bos_id(Words(bos=9, begins=True)) == 9
+    assert bos_id(Words(bos=9)) is None  # it has such a token, but does not put it there
+    assert bos_id(Words(bos=None, begins=True)) is None
     everywhere = Words(bos=9, begins=True)
     everywhere.bos_token_id = ids("a")[0]  # what begins this text anyway
     everywhere.begins = False
-    assert beginning_of(everywhere) is None
+    assert bos_id(everywhere) is None
 
 
 def test_rows_begin_with_the_beginning_that_the_tokenizer_puts_there() -> None:

@@ -22,7 +22,7 @@ FEW = 12
 
 @pytest.fixture(scope="session")
 def default() -> Any:
-    return mt.map().tokenizer
+    return mt.open(prove=False).tokenizer
 
 
 def tokenizer(kind: str, request: pytest.FixtureRequest) -> Any:
@@ -217,7 +217,7 @@ def test_docstring_agreement_pronoun_and_needle() -> None:
 def test_induction_needs_no_text() -> None:
     from tests import families
 
-    model = mt.map(families.build("llama-gqa"))
+    model = mt.open(families.build("llama-gqa"), prove=False)
     task = mt.tasks.build("induction", model, 20, length=7)
     for pair in task:
         once, again = pair.clean_tokens[:7], pair.clean_tokens[7:]
@@ -358,9 +358,9 @@ def test_bad_sources() -> None:
     with pytest.raises(PromptError, match="cannot tokenise with this; got dict; allowed: a model or a tokenizer"):
         mt.tasks.build("fact", {})
     with pytest.raises(PromptError, match='the task "fact" is made of text, and this model has no tokenizer'):
-        mt.tasks.build("fact", mt.map(families.build("llama-gqa")))
+        mt.tasks.build("fact", mt.open(families.build("llama-gqa"), prove=False))
     with pytest.raises(PromptError, match="ends every text with a special token, so that no prompt .* got '</s>'"):
         mt.tasks.build("fact", ByT5Tokenizer())
-    model = mt.map(families.build("llama-gqa"), tokenizer=tokenizers.build("bpe-bos"))
+    model = mt.open(families.build("llama-gqa"), tokenizer=tokenizers.build("bpe-bos"), prove=False)
     with pytest.raises(PromptError, match="the prompt is longer than the model's context: .* tokens, at most 64"):
         mt.tasks.build("needle", model, 3, sentences=16)

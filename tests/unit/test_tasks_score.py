@@ -18,7 +18,7 @@ from microtome.tasks._score import wilson
 
 @pytest.fixture(scope="module")
 def model() -> mt.Model:
-    return mt.map(families.build("llama-gqa"))
+    return mt.open(families.build("llama-gqa"), prove=False)
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,12 @@ def test_the_metric_serves_a_sweep(model: mt.Model, task: mt.tasks.Task) -> None
     for chosen in (task, mt.tasks.build("induction", model, 3, length=5)):
         data = chosen.accuracy(model)
         metric = chosen.metric()
-        assert isinstance(metric, mt.tasks.LogOdds if chosen is task else mt.LogitDifference)
+        assert isinstance(metric, mt.tasks.LogOdds if chosen is task else mt.metric.LogitDifference)
         cells = [
-            mt.SwapFrom("0.resid_pre", source=model.run(tokens, capture="0.resid_pre"))
+            mt.edit.Patch("0.resid_pre", source=model.run(tokens, capture="0.resid_pre"))
             for tokens in chosen.clean_tokens
         ]
-        swept = model.sweep(chosen.corrupt_tokens, cells, metric, prompts=range(len(chosen)))
+        swept = model.sweep(chosen.corrupt_tokens, cells, metric, prompts=range(len(chosen))).run()
         assert torch.allclose(swept.base.double(), torch.tensor(data["difference_corrupt"].values).double(), atol=1e-4)
         assert torch.allclose(swept.values.double(), torch.tensor(data["difference_clean"].values).double(), atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_log_odds_of_single_tokens_is_the_logit_difference() -> None:
     logits, prompts = torch.randn(4, 1, 11, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 0, 1, 2])
     answers, foils = [3, 4, 5], [6, 7, 8]
     odds = mt.tasks.LogOdds([(a,) for a in answers], [(f,) for f in foils])
-    assert torch.equal(odds.read(logits, prompts), mt.LogitDifference(answers, foil=foils).read(logits, prompts))
+    assert torch.equal(odds.read(logits, prompts), mt.metric.LogitDifference(answers, foil=foils).read(logits, prompts))
     with pytest.raises(EditError, match="two sets of tokens that share none; got 2 answers, 1 foils, 1 in both"):
         mt.tasks.LogOdds([(1, 2)], [(2,)])
     with pytest.raises(EditError, match="got 0 answers, 1 foils, 0 in both"):
@@ -122,13 +122,13 @@ def test_intervals_cover_the_truth() -> None:
 
 def test_a_task_goes_with_its_tokenizer() -> None:
     task = mt.tasks.build("fact.next_letter", tokenizers.build("bpe-bos"), 3)
-    other = mt.map(families.build("llama-gqa"), tokenizer=tokenizers.build("wordpiece"))
+    other = mt.open(families.build("llama-gqa"), tokenizer=tokenizers.build("wordpiece"), prove=False)
     with pytest.raises(PromptError, match="built with another tokenizer than that of .*; got other tokens in pair 0"):
         task.accuracy(other)
     masked = next(n for n in families.NAMES if families.KIND[n] == "masked")
     with pytest.raises(ModelUnsupported, match="tasks ask for the next token; got .*, which is not causal"):
-        mt.tasks.build("induction", mt.map(families.build(masked)), 2, length=4).accuracy(
-            mt.map(families.build(masked))
+        mt.tasks.build("induction", mt.open(families.build(masked), prove=False), 2, length=4).accuracy(
+            mt.open(families.build(masked), prove=False)
         )
 
 

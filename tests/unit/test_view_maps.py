@@ -90,14 +90,14 @@ def test_a_dataset_without_maps_is_refused() -> None:
 
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
-    for data in (effects.fake(), wide(80)):
+    for data in (effects.fake(), at_least_float32(80)):
         plain = drawn(data, width)
         assert max(len(row) for row in plain.splitlines()) <= width
         assert "\x1b" not in plain
         assert "\u202e" not in plain
 
 
-def wide(layers: int, rows: int = 6) -> xr.Dataset:
+def at_least_float32(layers: int, rows: int = 6) -> xr.Dataset:
     values = np.zeros((layers, rows))
     values[layers - 1, rows - 1] = -1.0
     return xr.Dataset({"mlp_out": (("layer", "pos"), values, {"unit": "logits"})}, coords={"layer": range(layers)})
@@ -114,7 +114,7 @@ def test_wide_terminal_shows_the_values() -> None:
 
 
 def test_narrow_terminal_shows_signed_tenths_of_the_scale() -> None:
-    text = drawn(wide(30), 80)
+    text = drawn(at_least_float32(30), 80)
     assert line(text, "pos 5").endswith("-9")
     assert line(text, "pos 4").strip() == "pos 4"
     assert "a digit alone counts tenths of the scale" in text
@@ -122,13 +122,13 @@ def test_narrow_terminal_shows_signed_tenths_of_the_scale() -> None:
 
 
 def test_layers_that_do_not_fit_share_a_column_by_the_strongest() -> None:
-    text = drawn(wide(100), 80)
+    text = drawn(at_least_float32(100), 80)
     assert "a column holds the strongest of 3 layers" in text
     assert line(text, "pos 5").endswith("-9")
 
 
 def test_weak_rows_of_a_long_prompt_are_left_out_and_counted() -> None:
-    text = drawn(wide(4, rows=100), 80)
+    text = drawn(at_least_float32(4, rows=100), 80)
     assert "pos 99" in text
     assert f"{100 - MOST_ROWS} rows left out, in which nothing is beyond ±0" in text
 

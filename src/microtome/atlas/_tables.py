@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from microtome.atlas._columns import HEADS, LAYERS, NEURONS, meaning
-from microtome.run import Model
+from microtome.model import Model
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from microtome.atlas._columns import HEADS, LAYERS, NEURONS, meaning
 from microtome.atlas._tables import head_table, layer_table, neuron_table
 from microtome.errors import ModelUnsupported, OutputError, error
-from microtome.measure import TextStatistics, head_scores, loss_without, neuron_weights
-from microtome.run import Model
+from microtome.measurements import TextStatistics, ablation_loss, head_scores, neuron_weights
+from microtome.model import Model
 from microtome.stream import Corpus, TokenBatches, standard_library_text
 from microtome.view import write_pages
 
@@ -177,7 +177,7 @@ def _make(model: Model, batches: TokenBatches, folder: Path, seed: int, progress
     import torch
 
     skipped = torch.cat([sample, *more])
-    without = loss_without(model, skipped, seed=seed, progress=lambda d, n: progress("leaving layers out", d, n))
+    without = ablation_loss(model, skipped, seed=seed, progress=lambda d, n: progress("leaving layers out", d, n))
     lap("loss_without")
     progress("scoring heads", 0, 1)
     scores = head_scores(model, length=min(50, (model.anatomy.n_ctx - 1) // 2), seed=seed)
@@ -230,7 +230,7 @@ def _manifest(
         },
         "text": {
             "source": text.name, "tokens": len(batches.flat), "length": batches[0].tokens.shape[1],
-            "rows_begin_with": None if batches.beginning is None else model.to_words([batches.beginning])[0],
+            "rows_begin_with": None if batches.bos_id is None else model.to_words([batches.bos_id])[0],
             "sequences": -(-len(batches.flat) // batches[0].tokens.shape[1]),
             "sha256": hashlib.sha256(str(batches.flat).encode()).hexdigest(), "short": batches.short,
         },

@@ -60,7 +60,7 @@ def attribute(
     with swept("measuring the best") as said:
         data = estimate(
             opened, clean, corrupt, answer=answer, foil=foil, method=method.value, verify=verify, seed=seed,
-            direction=direction.value, budget=budget, progress=said.progress, planned=said.planned,
+            direction=direction.value, budget=budget, progress=said.progress, on_plan=said.on_plan,
         )  # fmt: skip
     told = {"answer": answer} | ({} if foil is None else {"foil": foil})
     show(data.assign_attrs(told | said.cost), output, top=top, as_json=as_json)

@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 def _entries(folder: Path) -> dict[str, int]:
     """Models that Microtome made in its cache, with their sizes; nothing else that may lie there."""
-    from microtome.model import DEFAULT_NAME, MARK
+    from microtome.anatomy import DEFAULT_NAME, MARK
 
     models = folder / "models"
     # Earlier versions left no mark in the folder of the default model.
@@ -43,7 +43,7 @@ def bare(context: typer.Context, as_json: Json = False) -> None:
 
 def show(as_json: Json = False) -> None:
     """List what is kept, with sizes."""
-    from microtome.model import cache_dir
+    from microtome.anatomy import cache_dir
 
     folder = cache_dir()
     entries = _entries(folder)
@@ -58,7 +58,7 @@ def show(as_json: Json = False) -> None:
 
 def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
     """Delete all of it; the default model is made again when it is next opened."""
-    from microtome.model import cache_dir
+    from microtome.anatomy import cache_dir
 
     folder = cache_dir()
     entries = _entries(folder)

@@ -24,12 +24,11 @@ def check(
     opening: Opening,
 ) -> None:
     """Prove the map of a model: seven identities in every layer. Exit code 4 if one fails."""
-    from microtome.run import prove
     from microtome.view import failed_lines, proof_table
 
-    opened = opening.map()
+    opened = opening.open(prove=False)
     with working("proving the map"):
-        checks = prove(opened)
+        checks = opened.prove()
     failed = [c for c in checks if c.status == "fails"]
     if as_json:
         rows = [vars(c) for c in checks]
@@ -53,16 +52,16 @@ def sites(
     opening: Opening,
 ) -> None:
     """List the sites of a model: what each name means, its axes, and why some are not there."""
-    from microtome.model import SITES
+    from microtome.anatomy import SITES
     from microtome.view import sites_table
 
-    anatomy = opening.map().anatomy
+    anatomy = opening.open(prove=False).anatomy
     if not as_json:
         out.print(sites_table(anatomy))
         return
     rows: list[dict[str, object]] = []
     for name, spec in SITES.items():
-        layers = [s.layer for s in anatomy.taps if s.name == name]
+        layers = [s.layer for s in anatomy.hook_points if s.name == name]
         absent = [why for s, why in anatomy.missing.items() if s.name == name]
         row: dict[str, object] = {"site": name, "axes": list(spec.dims), "meaning": spec.meaning, "layers": layers}
         rows.append(row | {"why_not": "; ".join(dict.fromkeys(absent))})

@@ -31,11 +31,11 @@ def lens(
     opening: Opening,
 ) -> None:
     """The logit lens: the top token after every layer, at every position, coloured by its probability."""
+    from microtome.anatomy import parse_indices
     from microtome.explain import logit_lens
-    from microtome.model import parse_selection
     from microtome.view import lens_table
 
-    selection = None if positions is None else parse_selection(positions, "positions")
+    selection = None if positions is None else parse_indices(positions, "positions")
     opened = opening.open()
     with working("running the prompt"):
         data = logit_lens(opened, prompt, top=top).isel(batch=0)

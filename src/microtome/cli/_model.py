@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from microtome.errors import nearest
 
 if TYPE_CHECKING:
-    from microtome.run import Model
+    from microtome.model import Model
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 out = Console(highlight=False)
@@ -86,24 +86,12 @@ class Opening:
             "trust_remote_code": self.trust,
         }
 
-    def open(self) -> Model:
-        """The opened model, its map proven."""
+    def open(self, *, prove: bool = True) -> Model:
+        """The opened model, its map proven unless told otherwise."""
         import microtome as mt
 
-        with self._said():
-            return mt.open(self.model, **self.arguments())
-
-    def map(self) -> Model:
-        """The model with its map unproven."""
-        import microtome as mt
-
-        with self._said():
-            return mt.map(self.model, **self.arguments())
-
-    @contextmanager
-    def _said(self) -> Iterator[None]:
         with working("opening " + (self.model or "the default model")):
-            yield
+            return mt.open(self.model, prove=prove, **self.arguments())
 
 
 def opens(model: Any = ModelOption) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -18,7 +18,7 @@ from microtome.errors import OutputError, error
 if TYPE_CHECKING:
     import xarray as xr
 
-    from microtome.run import SweepPlan
+    from microtome.sweep import SweepPlan
 
 Page = Annotated[Path | None, typer.Option("--output", "-o", help="Page to write as well: a file ending in .html.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing page.")]
@@ -69,7 +69,7 @@ def patch(
     with swept("patching") as said:
         data = activation_patching(
             opened, clean, corrupt, answer=answer, foil=foil, direction=direction.value,
-            budget=budget, progress=said.progress, planned=said.planned, **sites,
+            budget=budget, progress=said.progress, on_plan=said.on_plan, **sites,
         )  # fmt: skip
     show(data.assign_attrs(said.cost), output, top=top, as_json=as_json)
 
@@ -78,7 +78,7 @@ def patch(
 class Said:
     """What a sweep says while it runs: its plan first, then how far it is."""
 
-    planned: Callable[[SweepPlan], None]
+    on_plan: Callable[[SweepPlan], None]
     progress: Callable[[int, int], None]
     cost: dict[str, Any]
 
@@ -94,7 +94,7 @@ def swept(what: str) -> Iterator[Said]:
     cost: dict[str, Any] = {}
     with progress() as report:
 
-        def planned(plan: SweepPlan) -> None:
+        def on_plan(plan: SweepPlan) -> None:
             cost["plan"] = str(plan)
             reached[1] = plan.cells
             notes.print(f"plan: {plan}", markup=False, soft_wrap=True)
@@ -103,7 +103,7 @@ def swept(what: str) -> Iterator[Said]:
             reached[:] = [done, everything]
             report(what, done, everything)
 
-        yield Said(planned, told, cost)
+        yield Said(on_plan, told, cost)
     if reached[0] < reached[1]:
         raise KeyboardInterrupt
     cost["seconds"] = round(time.perf_counter() - started, 2)

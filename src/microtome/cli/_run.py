@@ -15,7 +15,8 @@ from microtome.errors import OutputError, SiteError, error
 if TYPE_CHECKING:
     import xarray as xr
 
-    from microtome.run import Model, Plan, Run
+    from microtome.model import Model
+    from microtome.run import Plan, Run
 
 ENDINGS = (".safetensors", ".zarr")
 
@@ -47,7 +48,7 @@ def run(
         _show_plan(opening.open().plan(prompt, capture), as_json)
         return
     file = _checked(output, force)
-    from microtome.run import load_edits
+    from microtome.edit import load_edits
 
     changes = [] if edits is None else load_edits(edits)
     opened = opening.open()
@@ -57,12 +58,12 @@ def run(
     _show(result, _next(opened, result), file, as_json)
 
 
-def _show_plan(planned: Plan, as_json: bool) -> None:
+def _show_plan(on_plan: Plan, as_json: bool) -> None:
     if not as_json:
-        out.print(str(planned), markup=False)
+        out.print(str(on_plan), markup=False)
         return
-    kept = {"bytes": planned.bytes_by_address, "logits_bytes": planned.logits_bytes}
-    print_json(kept | {"flops": planned.flops, "seconds": planned.seconds})
+    kept = {"bytes": on_plan.bytes_by_address, "logits_bytes": on_plan.logits_bytes}
+    print_json(kept | {"flops": on_plan.flops, "seconds": on_plan.seconds})
 
 
 def _next(model: Model, result: Run) -> list[tuple[str, float]]:
@@ -141,7 +142,7 @@ def _write(result: Run, output: Path) -> None:
     from safetensors.torch import save_file
 
     from microtome.atlas import put_in_place
-    from microtome.run import apart
+    from microtome.edit import unshared
 
     place = output.resolve()
     partial = place.with_name(f".{place.name}.{os.getpid()}.part")
@@ -150,7 +151,7 @@ def _write(result: Run, output: Path) -> None:
             _dataset(result).to_zarr(partial, mode="w")
             put_in_place(partial, place)
         else:
-            tensors = apart({str(a): x for a, x in result.captured.items()} | {"tokens": result.tokens})
+            tensors = unshared({str(a): x for a, x in result.captured.items()} | {"tokens": result.tokens})
             axes = {str(a): list(result.dims(a)) for a in result.captured}
             told = {k: json.dumps(v) for k, v in (result.provenance | {"axes": axes, "words": result.words}).items()}
             save_file(tensors, partial, metadata=told)

@@ -18,7 +18,7 @@ from microtome.errors import DataError, PromptError, error
 if TYPE_CHECKING:
     import xarray as xr
 
-    from microtome.run import Model
+    from microtome.model import Model
     from microtome.tasks import Pair, Task
 
 NUMBERS = ("accuracy", "accuracy_corrupt", "preferred", "mean_difference_clean", "mean_difference_corrupt")

@@ -47,6 +47,6 @@ def trace(
     with swept("tracing") as said:
         data = causal_trace(
             opened, prompt, subject=subject, answer=answer, corrupt=corrupt, window=window, noise=noise,
-            samples=samples, seed=seed, budget=budget, progress=said.progress, planned=said.planned,
+            samples=samples, seed=seed, budget=budget, progress=said.progress, on_plan=said.on_plan,
         )  # fmt: skip
     show(data.assign_attrs(said.cost), output, top=top, as_json=as_json)

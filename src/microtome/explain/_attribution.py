@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microtome.anatomy import at_least_float32
+from microtome.edit import Freeze
 from microtome.explain._contributions import one_token
 from microtome.explain._edge_scores import captures, changes, contract
 from microtome.explain._graph import graph
@@ -36,8 +38,9 @@ from microtome.explain._patching import (
     refuse_wrong,
 )
 from microtome.explain._verify import verify as measured
-from microtome.model import wide
-from microtome.run import Freeze, Model, Prompt, Run, SweepPlan
+from microtome.model import Model
+from microtome.run import Prompt, Run
+from microtome.sweep import SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -64,7 +67,7 @@ def attribute(
     seed: int = 0,
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    planned: Callable[[SweepPlan], None] | None = None,
+    on_plan: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Estimate what every node or edge would do to the answer, from one gradient, and measure the best ones exactly.
 
@@ -92,7 +95,7 @@ def attribute(
         seed: of the random others.
         budget: bytes that one walk of what is measured may hold.
         progress: called with (done, all) cells measured.
-        planned: called with the plan of what is measured, before its first cell.
+        on_plan: called with the plan of what is measured, before its first cell.
 
     Returns:
         Dataset of scores in logits (nats without a foil), unlike shares of the gap: positive where patching raises the
@@ -118,7 +121,7 @@ def attribute(
     if not verify:
         return data
     most = max(int(np.isfinite(data[name].values).sum()) for name in data.attrs["sites"])
-    return measured(model, data, top=min(verify, most), seed=seed, budget=budget, progress=progress, planned=planned)
+    return measured(model, data, top=min(verify, most), seed=seed, budget=budget, progress=progress, on_plan=on_plan)
 
 
 def _runs(model: Model, pair: Pair, rules: Freeze | None, capture: Sequence[str]) -> tuple[Run, Run, dict[str, Tensor]]:
@@ -137,7 +140,9 @@ def _nodes(model: Model, pair: Pair, rules: Freeze | None, sites: Sequence[str])
         slope = torch.stack([gradient[f"{i}.{name}"] for i in range(model.anatomy.n_layers)])
         found[site] = (
             part.dims,
-            _first_order(wide(goal[part.capture]) - wide(start[part.capture].detach()), slope, part),
+            _first_order(
+                at_least_float32(goal[part.capture]) - at_least_float32(start[part.capture].detach()), slope, part
+            ),
         )
     return _dataset(model, pair, start, goal, found)
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from microtome.anatomy import NormWeights, Site, at_least_float32
 from microtome.errors import PromptError, SiteError, error
-from microtome.model import NormWeights, Site, wide
-from microtome.run import Model, Prompt, Run
+from microtome.model import Model
+from microtome.run import Prompt, Run
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -197,7 +198,7 @@ class _Reader:
         """
         if self.a.logit_softcap is None:
             return self.run[f"logits{self.at}"][:, 0]
-        logits = wide(self.run[f"final{self.at}"][:, 0]) @ wide(self.model.W_U)
+        logits = at_least_float32(self.run[f"final{self.at}"][:, 0]) @ at_least_float32(self.model.W_U)
         return (logits if self.model.b_U is None else logits + self.model.b_U) * self.a.logit_scale
 
     def _logit(self, logits: Tensor) -> Tensor:
@@ -215,7 +216,7 @@ class _Reader:
 
     def _through(self, norm: NormWeights | None, name: str, i: int, raw: Tensor) -> tuple[Tensor, Tensor]:
         """The direction u drawn back through what stands behind a branch, and that norm's own bias read by u."""
-        scale = self.a.taps[Site(name, i)].scale
+        scale = self.a.hook_points[Site(name, i)].scale
         if norm is None:
             return self.u * scale, torch.zeros_like(self.constant)
         u = norm.centre(self.u * norm.gain) / norm.scale(raw).double().unsqueeze(-1) * scale
@@ -225,7 +226,7 @@ class _Reader:
     def _attention(self, i: int, sources: bool) -> dict[str, Tensor]:
         weights = self.model.layers[i]
         z = self.run[f"{i}.attn.z{self.at}"][:, 0]
-        raw = torch.einsum("bhd,hdm->bm", wide(z), wide(weights.W_O))
+        raw = torch.einsum("bhd,hdm->bm", at_least_float32(z), at_least_float32(weights.W_O))
         raw = raw if weights.b_O is None else raw + weights.b_O
         u, bias = self._through(weights.attn_post_norm, "attn_out", i, raw)
         read = torch.einsum("hdm,bm->bhd", weights.W_O.double(), u)
@@ -244,7 +245,7 @@ class _Reader:
         found = {"mlp": (out * self.u).sum(-1)}
         if neurons:
             post = self.run[f"{i}.mlp.post{self.at}"][:, 0]
-            raw = wide(post) @ wide(weights.W_out)
+            raw = at_least_float32(post) @ at_least_float32(weights.W_out)
             raw = raw if weights.b_out is None else raw + weights.b_out
             u, bias = self._through(weights.mlp_post_norm, "mlp_out", i, raw)
             found["mlp_neuron"] = post.double() * (u @ weights.W_out.double().T)

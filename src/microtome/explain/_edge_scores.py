@@ -18,9 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of
+from microtome.edit import Freeze
 from microtome.errors import SiteError, error
-from microtome.model import NormWeights, Site, norm_of, wide
-from microtome.run import Freeze, Model, Run
+from microtome.model import Model
+from microtome.run import Run
 
 
 def captures(model: Model) -> list[str]:
@@ -32,12 +34,15 @@ def captures(model: Model) -> list[str]:
 
 def changes(model: Model, start: Run, goal: Run, rules: Freeze | None) -> Tensor:
     """[sender, pos, d_model] What every sender writes in the goal run minus what it writes in the start run."""
-    found = [wide(goal["embed"]) - wide(start["embed"].detach())]
+    found = [at_least_float32(goal["embed"]) - at_least_float32(start["embed"].detach())]
     for layer in range(model.anatomy.n_layers):
-        here, there = wide(start[f"{layer}.attn.z"].detach()[0]), wide(goal[f"{layer}.attn.z"][0])
-        added = torch.einsum("phd,hdm->hpm", there - here, wide(model.layers[layer].W_O.detach()))
+        here, there = (
+            at_least_float32(start[f"{layer}.attn.z"].detach()[0]),
+            at_least_float32(goal[f"{layer}.attn.z"][0]),
+        )
+        added = torch.einsum("phd,hdm->hpm", there - here, at_least_float32(model.layers[layer].W_O.detach()))
         found.append(_behind(model, layer, here, added, rules))
-        found.append(wide(goal[f"{layer}.mlp_out"]) - wide(start[f"{layer}.mlp_out"].detach()))
+        found.append(at_least_float32(goal[f"{layer}.mlp_out"]) - at_least_float32(start[f"{layer}.mlp_out"].detach()))
     return torch.cat(found)
 
 
@@ -47,7 +52,7 @@ def _behind(model: Model, layer: int, z: Tensor, added: Tensor, rules: Freeze | 
     For y = gain c(x) / s, with s^2 = mean(c(x)^2) + eps:  dy = gain (c(dx) / s - c(x) mean(c(x) c(dx)) / s^3).
     """
     a = model.anatomy
-    path, scale = a.parts.layers[layer].attn_post_norm, a.taps[Site("attn_out", layer)].scale
+    path, scale = a.parts.layers[layer].attn_post_norm, a.hook_points[Site("attn_out", layer)].scale
     if path is None or a.parts.form != "sequential":
         return added * scale
     module, weights = model.hf.get_submodule(path), model.layers[layer]
@@ -55,7 +60,7 @@ def _behind(model: Model, layer: int, z: Tensor, added: Tensor, rules: Freeze | 
     if norm is None:
         raise error(SiteError, f"the norm {path} has no known form", do="use a model with RMS or layer norms")
     form = NormWeights(module, norm)
-    raw = torch.einsum("phd,hdm->pm", z, wide(weights.W_O.detach()))
+    raw = torch.einsum("phd,hdm->pm", z, at_least_float32(weights.W_O.detach()))
     raw = form.centre(raw if weights.b_O is None else raw + weights.b_O.detach())
     size, added = form.scale(raw).to(raw.dtype).unsqueeze(-1), form.centre(added)
     slope = added / size
@@ -75,9 +80,9 @@ def contract(model: Model, start: Run, gradient: dict[str, Tensor], change: Tens
 def at_inputs(model: Model, start: Run, gradient: dict[str, Tensor], layer: int) -> Tensor:
     """[receiver, pos, d_model] Gradients at the inputs of one layer: q, k, v of every query head, then the MLP."""
     stream = f"{layer}.resid_pre"
-    found = [start.pull_back(x, f"{layer}.attn.{name}", stream) for name, x in by_head(start, gradient, layer).items()]
+    found = [start.vjp(x, f"{layer}.attn.{name}", stream) for name, x in by_head(start, gradient, layer).items()]
     read = stream if model.anatomy.parts.form == "parallel" else f"{layer}.resid_mid"
-    found.append(start.pull_back(gradient[f"{layer}.mlp.in"].unsqueeze(0), f"{layer}.mlp.in", read))
+    found.append(start.vjp(gradient[f"{layer}.mlp.in"].unsqueeze(0), f"{layer}.mlp.in", read))
     return torch.cat(found).squeeze(1)
 
 
@@ -86,8 +91,8 @@ def by_head(start: Run, gradient: dict[str, Tensor], layer: int) -> dict[str, Te
     at = {name: f"{layer}.attn.{name}" for name in ("q", "k", "v", "scores", "z")}
     return {
         "q": _one_by_one(gradient[at["q"]], 2),
-        "k": start.pull_back(_one_by_one(gradient[at["scores"]], 1), at["scores"], at["k"]),
-        "v": start.pull_back(_one_by_one(gradient[at["z"]], 2), at["z"], at["v"]),
+        "k": start.vjp(_one_by_one(gradient[at["scores"]], 1), at["scores"], at["k"]),
+        "v": start.vjp(_one_by_one(gradient[at["z"]], 2), at["z"], at["v"]),
     }
 
 

@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from microtome.edit import Patch
 from microtome.errors import EditError, PromptError, error
 from microtome.explain._graph import Graph, graph
 from microtome.explain._patching import DIRECTIONS, aligned, answer_metric, refuse_blind, refuse_unknown
-from microtome.run import Edge, Metric, Model, Prompt, Run, SwapFrom, Sweep, SweepPlan
+from microtome.metric import Metric
+from microtome.model import Model
+from microtome.run import Prompt, Run
+from microtome.sweep import Edge, SweepPlan, SweepResult
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -39,7 +43,7 @@ def node_effects(
     direction: str = "noise",
     budget: int | None = None,
     progress: Progress | None = None,
-    planned: Callable[[SweepPlan], None] | None = None,
+    on_plan: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """What every part of the model is worth: the embedding, each head and each MLP taken from the other run.
 
@@ -59,7 +63,7 @@ def node_effects(
         direction: "noise" starts at the clean prompt, "denoise" at the corrupt one, which must then be a prompt.
         budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
-        planned: called with the plan of the sweep, before its first cell.
+        on_plan: called with the plan of the sweep, before its first cell.
 
     Returns:
         Dataset: `effect` over (sender), in units of the metric, and `base`, the metric before any change. A negative
@@ -75,10 +79,10 @@ def node_effects(
     parts = graph(model)
     metric = answer_metric(model, answer, foil) if metric is None else metric
     start, source = _start_and_source(model, clean, corrupt, direction, metric)
-    cells = [SwapFrom(sender, source=source) for sender in parts.senders]
-    if planned is not None:
-        planned(model.plan_sweep(start, cells, metric, budget=budget))
-    swept = model.sweep(start, cells, metric, budget=budget, progress=progress)
+    cells = [Patch(sender, source=source) for sender in parts.senders]
+    if on_plan is not None:
+        on_plan(model.sweep(start, cells, metric, budget=budget).plan)
+    swept = model.sweep(start, cells, metric, budget=budget).run(progress)
     return _labelled(model, swept.effects, {"sender": parts.senders}, swept.base, "node effects", direction)
 
 
@@ -94,7 +98,7 @@ def edge_effects(
     embeddings: Mapping[str, Tensor] | None = None,
     budget: int | None = None,
     progress: Progress | None = None,
-    planned: Callable[[SweepPlan], None] | None = None,
+    on_plan: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """What every edge of the model is worth: each of its parts as read by each head's q, k and v, each MLP, the logits.
 
@@ -117,7 +121,7 @@ def edge_effects(
             as tokens and positions apart.
         budget: bytes that one walk may hold, with the edges of some layers.
         progress: called with (done, all) edges.
-        planned: called with the plan of each layer's sweep before it.
+        on_plan: called with the plan of each layer's sweep before it.
 
     Returns:
         Dataset: `effect` over (sender, receiver), in units of the metric, NaN where there is no edge or where it was
@@ -139,10 +143,10 @@ def edge_effects(
     done, everything = 0, table.n_edges
     for columns in _by_layer(parts):
         places, edges = table.edges(columns)
-        if planned is not None:
-            planned(model.plan_sweep(start, edges, metric, budget=budget))
+        if on_plan is not None:
+            on_plan(model.sweep(start, edges, metric, budget=budget).plan)
         report = None if progress is None else _from(progress, done, everything)
-        swept: Sweep = model.sweep(start, edges, metric, budget=budget, progress=report)
+        swept: SweepResult = model.sweep(start, edges, metric, budget=budget).run(report)
         effects[places[:, 0], places[:, 1]] = swept.effects.double()
         base, done = swept.base, done + swept.done
         if swept.done < len(edges):  # stopped

@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from microtome.anatomy import Address, Site, parse
+from microtome.edit import Edit, Mean, Patch, Set, SiteEdit, Skip, Zero
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._contributions import refuse_unless_sum
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
 from microtome.explain._patching import aligned, refuse_unknown
-from microtome.measure import means, resampled
-from microtome.model import Address, Site, parse
-from microtome.run import Edit, Mean, Model, Run, Set, SiteEdit, Skip, SwapFrom, Zero
+from microtome.measurements import means, resampled
+from microtome.model import Model
+from microtome.run import Run
 from microtome.stream import slope_interval
 
 if TYPE_CHECKING:
@@ -186,7 +188,7 @@ class _Values:
             if self.ablation == "zero":
                 return Zero(site)
             if self.ablation != "mean":
-                return SwapFrom(site, source=self.sources[example])
+                return Patch(site, source=self.sources[example])
             mean = self.means[f"{Site(address.name, _layer(address))}{self.at}"]
             units = address.units.resolve(mean.shape[0])
             return Mean(site, mean=mean if address.units.is_all or units is None else mean[units])
@@ -237,7 +239,7 @@ class _Example:
         if not self.by_head:
             return branches, branches
         read = torch.einsum("hdm,m->hd", self.model.layers[layer].W_O.double(), self.u)
-        read = read * self.model.anatomy.taps[Site("attn_out", layer)].scale
+        read = read * self.model.anatomy.hook_points[Site("attn_out", layer)].scale
         heads = (run[f"{layer}.attn.z@-1"][:, 0].double() * read).sum(-1)
         return branches, torch.cat([heads, branches[:, 1:]], dim=1)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from microtome.errors import DataError, PromptError, error
 from microtome.explain._contributions import one_token
-from microtome.run import Model, Sweep
+from microtome.model import Model
 from microtome.stream import mean_interval, sign_flip
+from microtome.sweep import SweepResult
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -76,7 +77,7 @@ def summarised(name: str, values: Tensor, dims: Sequence[str], unit: str, seed: 
     return variables
 
 
-def over_prompts(swept: Sweep, *, seed: int = 0) -> xr.Dataset:
+def over_prompts(swept: SweepResult, *, seed: int = 0) -> xr.Dataset:
     """The effects of a sweep on average over its prompts, of which each has the same cells in the same order.
 
     Formula:  mean over prompts of values - base, cell by cell; 95 % bootstrap interval; p-value of sign flips.

@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from microtome.errors import SiteError, error
-from microtome.run import Model
+from microtome.model import Model
 
 INPUTS = ("attn.q", "attn.k", "attn.v")
 

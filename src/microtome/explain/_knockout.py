@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from microtome.edit import KnockOut
 from microtome.errors import EditError, PromptError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
-from microtome.run import KnockOut, LogProbability, Model, Prompt, SweepPlan
+from microtome.metric import LogProbability
+from microtome.model import Model
+from microtome.run import Prompt
 from microtome.stream import mean_interval
+from microtome.sweep import SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -37,7 +41,7 @@ def attention_knockout(
     seed: int = 0,
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    planned: Callable[[SweepPlan], None] | None = None,
+    on_plan: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """In which layers some positions must read others for the answer to come out.
 
@@ -58,7 +62,7 @@ def attention_knockout(
         seed: of the controls and their interval.
         budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
-        planned: called with the plan of the sweep, before its first cell.
+        on_plan: called with the plan of the sweep, before its first cell.
 
     Returns:
         Dataset over (layer), the middle of each window: `probability` and `log_probability` (nats), the change by the
@@ -81,9 +85,9 @@ def attention_knockout(
     n = model.anatomy.n_layers
     windows = [layers_at(*window_of(i, window, n)) for i in range(n)]
     cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
-    if planned is not None:
-        planned(model.plan_sweep(tokens.unsqueeze(0), cells, LogProbability(token), budget=budget))
-    swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), budget=budget, progress=progress)
+    if on_plan is not None:
+        on_plan(model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), budget=budget).plan)
+    swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), budget=budget).run(progress)
     data = _dataset(swept.values.double().reshape(len(sets), n), float(swept.base[0]), seed)
     words = model.to_words(tokens)
     said = {

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from microtome.errors import SiteError, error
-from microtome.run import Model, Prompt
+from microtome.model import Model
+from microtome.run import Prompt
 
 if TYPE_CHECKING:
     import xarray as xr

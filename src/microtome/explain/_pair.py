@@ -10,7 +10,9 @@ from torch import Tensor
 
 from microtome.errors import DataError, error
 from microtome.explain._patching import answer_metric
-from microtome.run import Metric, Model, Run
+from microtome.metric import Metric
+from microtome.model import Model
+from microtome.run import Run
 
 if TYPE_CHECKING:
     import xarray as xr

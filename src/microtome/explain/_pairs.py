@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from microtome.edit import Patch
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
 from microtome.explain._patching import Layout, aligned, layout, refuse_blind, refuse_wrong
 from microtome.explain._spans import Span, at, span_of
-from microtome.run import LogitDifference, LogProbability, Metric, Model, SwapFrom, SweepPlan
+from microtome.metric import LogitDifference, LogProbability, Metric
+from microtome.model import Model
 from microtome.stream import mean_interval
+from microtome.sweep import SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -45,7 +48,7 @@ def patch_pairs(
     seed: int = 0,
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    planned: Callable[[SweepPlan], None] | None = None,
+    on_plan: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Patch every layer and span (or head) in many pairs of prompts, exactly, and say how sure the mean is.
 
@@ -69,7 +72,7 @@ def patch_pairs(
         seed: of the statistics.
         budget: bytes that one walk may hold.
         progress: called with (done, all) pairs.
-        planned: called with the plan of every 16 pairs' sweep, before its first cell.
+        on_plan: called with the plan of every 16 pairs' sweep, before its first cell.
 
     Returns:
         Dataset: for every site its mean effect over (layer, span), (layer, pos) or (layer, head), with `_lo`, `_hi`,
@@ -90,7 +93,7 @@ def patch_pairs(
     axis = "pos" if spans is None else "span"
     layouts = _layouts(model, sites, pairs, places, axis)
     ends = _ends(model, pairs, read, share)  # every refusal comes before the first sweep
-    effects, kept = _measured(model, pairs, layouts, read, direction, budget, progress, planned)
+    effects, kept = _measured(model, pairs, layouts, read, direction, budget, progress, on_plan)
     ends = ends[kept]
     if share:
         gap = float((ends[:, 0] - ends[:, 1]).mean())
@@ -243,14 +246,14 @@ def _measured(
     direction: str,
     budget: int | None,
     progress: Callable[[int, int], None] | None,
-    planned: Callable[[SweepPlan], None] | None,
+    on_plan: Callable[[SweepPlan], None] | None,
 ) -> tuple[Tensor, list[int]]:
     """Effects [example, cell] of the pairs that were measured whole, and which these are: all, unless it is stopped."""
     parts: list[Tensor] = []
     kept: list[int] = []
     try:
         for some in _chunks(len(pairs)):
-            effects, whole = _sweep(model, pairs[some], layouts[some], read(some), direction, budget, planned)
+            effects, whole = _sweep(model, pairs[some], layouts[some], read(some), direction, budget, on_plan)
             done = [i for i in range(len(effects)) if whole or bool(effects[i].isfinite().all())]
             parts.append(effects[done])
             kept += [some.start + i for i in done]
@@ -273,21 +276,21 @@ def _sweep(
     metric: Metric,
     direction: str,
     budget: int | None,
-    planned: Callable[[SweepPlan], None] | None,
+    on_plan: Callable[[SweepPlan], None] | None,
 ) -> tuple[Tensor, bool]:
     """Effects [pair, cell], and whether all were measured; NaN where not."""
     start, goal = (1, 0) if direction == "denoise" else (0, 1)
     wanted = sorted({f"*.{site.removesuffix('[head]')}" for site in layouts[0]})
     source = model.run([pair[goal].tolist() for pair in pairs], capture=wanted, logits=False)
     cells = [
-        [SwapFrom(a, source=source) for part in layouts_of.values() for a in part.addresses] for layouts_of in layouts
+        [Patch(a, source=source) for part in layouts_of.values() for a in part.addresses] for layouts_of in layouts
     ]
     starts = [pair[start].tolist() for pair in pairs]
     whose = [i for i, own in enumerate(cells) for _ in own]
     every = [cell for own in cells for cell in own]
-    if planned is not None:
-        planned(model.plan_sweep(starts, every, metric, prompts=whose, budget=budget))
-    swept = model.sweep(starts, every, metric, prompts=whose, budget=budget)
+    if on_plan is not None:
+        on_plan(model.sweep(starts, every, metric, prompts=whose, budget=budget).plan)
+    swept = model.sweep(starts, every, metric, prompts=whose, budget=budget).run()
     return swept.effects.double().reshape(len(pairs), -1), swept.done == len(whose)
 
 

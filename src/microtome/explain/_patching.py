@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from microtome.anatomy import Site
+from microtome.edit import Patch
 from microtome.errors import EditError, PromptError, SiteError, error
 from microtome.explain._examples import answer_and_foil
 from microtome.explain._spans import at
-from microtome.model import Site
-from microtome.run import LogitDifference, LogProbability, Metric, Model, Prompt, SwapFrom, SweepPlan
+from microtome.metric import LogitDifference, LogProbability, Metric
+from microtome.model import Model
+from microtome.run import Prompt
+from microtome.sweep import SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -40,7 +44,7 @@ def activation_patching(
     direction: str = "denoise",
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    planned: Callable[[SweepPlan], None] | None = None,
+    on_plan: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Patch every layer and position (or head) between a clean and a corrupt prompt, exactly.
 
@@ -64,7 +68,7 @@ def activation_patching(
         direction: "denoise" puts clean values into the corrupt run, "noise" the reverse.
         budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
-        planned: called with the plan of the sweep, before its first cell.
+        on_plan: called with the plan of the sweep, before its first cell.
 
     Returns:
         Dataset of effects as shares of the gap between the two prompts: a variable a site, over (layer, pos) or (layer,
@@ -85,10 +89,10 @@ def activation_patching(
     refuse_blind(model, metric, tokens)
     layouts = {site: layout(model, site, every_position(tokens.shape[1])) for site in sites}
     source = model.run(goal, capture=sorted({part.capture for part in layouts.values()}))
-    cells = [SwapFrom(address, source=source) for layout in layouts.values() for address in layout.addresses]
-    if planned is not None:
-        planned(model.plan_sweep(start, cells, metric, budget=budget))
-    swept = model.sweep(start, cells, metric, budget=budget, progress=progress)
+    cells = [Patch(address, source=source) for layout in layouts.values() for address in layout.addresses]
+    if on_plan is not None:
+        on_plan(model.sweep(start, cells, metric, budget=budget).plan)
+    swept = model.sweep(start, cells, metric, budget=budget).run(progress)
     last = source.logits[:, metric.columns(0, tokens.shape[1])]
     reached = float(metric.read(last, torch.zeros(1, dtype=torch.long, device=last.device))[0])
     began = float(swept.base[0])
@@ -155,7 +159,7 @@ def layout(model: Model, site: str, places: Sequence[tuple[int, int]], axis: str
             allowed=", ".join((*BY_POSITION, *BY_UNIT)),
             do="name one of these",
         )
-    absent = next((i for i in range(n) if Site(name, i) not in model.anatomy.taps), None)
+    absent = next((i for i in range(n) if Site(name, i) not in model.anatomy.hook_points), None)
     if absent is not None:
         raise error(SiteError, f"no {name} in layer {absent}", got=model.anatomy.missing.get(Site(name, absent)))
     if by_unit:

@@ -21,8 +21,10 @@ from microtome.explain._edge_scores import captures, contract
 from microtome.explain._edges import WRITTEN
 from microtome.explain._graph import graph
 from microtome.explain._patching import refuse_unknown
+from microtome.metric import FunctionMetric
+from microtome.model import Model
 from microtome.planted import Planted, PlantedForCausalLM, corruptions, placed, receiver_of, sender_of, writes
-from microtome.run import Edge, Model, Reading
+from microtome.sweep import Edge
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -73,7 +75,7 @@ def circuit_recovery(
     mask = torch.cat([parts.mask[:1], parts.mask])
     score = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.nan)
     eap = score.clone()
-    metric = Reading(change, positions=tuple(range(1, c.clean.shape[1])))
+    metric = FunctionMetric(change, positions=tuple(range(1, c.clean.shape[1])))
     places = mask.nonzero()
     for kind in corrupt:
         tokens, where = (c.corrupt, None) if kind == "tokens" else (c.clean, c.positions)
@@ -89,9 +91,8 @@ def circuit_recovery(
                 else:
                     cells.append(Edge(sender, receiver, source=source))
         prompts = [number for number in range(pairs) for _ in range(len(places))]
-        found = (
-            it.model.sweep(c.clean, cells, metric, prompts=prompts).whole().values.reshape(pairs, -1).amax(0).double()
-        )
+        swept = it.model.sweep(c.clean, cells, metric, prompts=prompts).run().whole()
+        found = swept.values.reshape(pairs, -1).amax(0).double()
         score[mask] = torch.maximum(score[mask], found)
         written = {node if node in names else sender_of(node): after[node] - x for node, x in before.items()}
         changes = torch.stack([written[name].detach() for name in names], dim=1)

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from microtome.errors import PromptError, error
-from microtome.run import Model
+from microtome.model import Model
 
 Span = str | int | Sequence[int]
 """A text in the prompt, one position, or (first, end) with the end left out; negative ones count from the end."""

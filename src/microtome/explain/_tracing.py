@@ -21,12 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microtome.edit import Edit, Noise, Patch, SiteEdit
 from microtome.errors import EditError, PromptError, SiteError, error
 from microtome.explain._contributions import one_token
 from microtome.explain._patching import aligned
 from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
-from microtome.run import Edit, Model, Noise, Probability, Prompt, Run, SiteEdit, SwapFrom, SweepPlan
+from microtome.metric import Probability
+from microtome.model import Model
+from microtome.run import Prompt, Run
 from microtome.stream import mean_interval
+from microtome.sweep import SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -50,7 +54,7 @@ def causal_trace(
     seed: int = 0,
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    planned: Callable[[SweepPlan], None] | None = None,
+    on_plan: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Where a fact about a subject is held: the states that restore the answer after the subject is corrupted.
 
@@ -77,7 +81,7 @@ def causal_trace(
         seed: of the noise (each sample's own seed is drawn from it) and of the bootstrap.
         budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
-        planned: called with the plan of the sweep, before its first cell.
+        on_plan: called with the plan of the sweep, before its first cell.
 
     Returns:
         Dataset of probabilities: a variable a kind (layer, pos) with `_lo` and `_hi`, the 95 % bootstrap interval over
@@ -97,7 +101,7 @@ def causal_trace(
     token = own if answer is None else one_token(model, answer)
     std = noise * _spread(model, clean.tokens, span, subjects) if corrupt is None else 0.0
     broken = _noised(model, clean, span, std, samples, seed) if corrupt is None else _replaced(model, rows, span)
-    data = _measure(model, clean, broken, Probability(token), _Plan(kinds, window, seed, budget, progress, planned))
+    data = _measure(model, clean, broken, Probability(token), _Plan(kinds, window, seed, budget, progress, on_plan))
     data["clean"] = float(clean.logits[0, -1].float().softmax(-1)[token])
     inside = [span[0] <= p < span[1] for p in range(clean.tokens.shape[1])]
     data = data.assign_coords(token=("pos", model.to_words(clean.tokens[0])), subject=("pos", inside))
@@ -134,7 +138,7 @@ class _Plan:
     seed: int
     budget: int | None
     progress: Callable[[int, int], None] | None
-    planned: Callable[[SweepPlan], None] | None
+    on_plan: Callable[[SweepPlan], None] | None
 
 
 def _check(kinds: Sequence[str], window: int, samples: int, noise: float, seed: int) -> None:
@@ -206,9 +210,9 @@ def _measure(model: Model, clean: Run, broken: _Broken, metric: Probability, pla
     samples = max(1, len(broken.streams))
     places = list(product(plan.kinds, range(samples), range(n), range(first, length)))
     cells = [_cell(model, clean, broken, place, plan.window) for place in places]
-    if plan.planned is not None:
-        plan.planned(model.plan_sweep(broken.tokens, cells, metric, budget=plan.budget))
-    swept = model.sweep(broken.tokens, cells, metric, budget=plan.budget, progress=plan.progress)
+    if plan.on_plan is not None:
+        plan.on_plan(model.sweep(broken.tokens, cells, metric, budget=plan.budget).plan)
+    swept = model.sweep(broken.tokens, cells, metric, budget=plan.budget).run(plan.progress)
     zeros = torch.zeros(samples, dtype=torch.long, device=broken.logits.device)
     corrupt = metric.read(broken.logits.unsqueeze(1), zeros).double().cpu()
     effects = torch.zeros(len(plan.kinds), samples, n, length, dtype=torch.float64)
@@ -229,9 +233,9 @@ def _cell(model: Model, clean: Run, broken: _Broken, place: tuple[Kind, int, int
     """The corrupted stream where the restored layers begin, then what is restored."""
     kind, sample, layer, position = place
     low, high = (layer, layer) if kind == "resid" else window_of(layer, window, model.anatomy.n_layers)
-    restored = SwapFrom(f"{layers_at(low, high)}.{SITES[kind]}@{position}", source=clean)
+    restored = Patch(f"{layers_at(low, high)}.{SITES[kind]}@{position}", source=clean)
     if not broken.streams:
         return [restored]
     start = f"{layer}.resid_post" if kind == "resid" else f"{low}.resid_pre"
     everywhere = at(broken.first, clean.tokens.shape[1])
-    return [SwapFrom(start + everywhere, source=broken.streams[sample]), restored]
+    return [Patch(start + everywhere, source=broken.streams[sample]), restored]

@@ -17,10 +17,13 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from microtome.edit import Patch
 from microtome.errors import DataError, error
 from microtome.explain._pair import pair_of
 from microtome.explain._patching import every_position, layout, refuse_seed
-from microtome.run import Edge, Model, Run, SwapFrom, SweepPlan
+from microtome.model import Model
+from microtome.run import Run
+from microtome.sweep import Edge, SweepPlan
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,7 +37,7 @@ def verify(
     seed: int = 0,
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    planned: Callable[[SweepPlan], None] | None = None,
+    on_plan: Callable[[SweepPlan], None] | None = None,
 ) -> xr.Dataset:
     """Measure the best-scored cells of every site exactly, and say how far the scores can be trusted.
 
@@ -52,7 +55,7 @@ def verify(
         seed: of the random others.
         budget: bytes that one walk may hold.
         progress: called with (done, all) cells.
-        planned: called with the plan of the sweep, before its first cell.
+        on_plan: called with the plan of the sweep, before its first cell.
 
     Returns:
         The scores, and for each site `<site>_exact`, the effect metric(cell) - metric(start), NaN where not measured;
@@ -74,9 +77,9 @@ def verify(
     source = _source(model, scores, pair.goal)
     cells = [cell for site in sites for cell in _cells(model, scores, site, source, np.concatenate(chosen[site]))]
     metric = pair.metric(model)
-    if planned is not None:
-        planned(model.plan_sweep(pair.start, cells, metric, budget=budget))
-    swept = model.sweep(pair.start, cells, metric, budget=budget, progress=progress)
+    if on_plan is not None:
+        on_plan(model.sweep(pair.start, cells, metric, budget=budget).plan)
+    swept = model.sweep(pair.start, cells, metric, budget=budget).run(progress)
     return _dataset(scores, flat, chosen, swept.effects.double().numpy(), top, seed)
 
 
@@ -110,7 +113,7 @@ def _source(model: Model, scores: xr.Dataset, goal: Tensor) -> Run:
 
 def _cells(
     model: Model, scores: xr.Dataset, site: str, source: Run, places: Int[ndarray, " cell"]
-) -> list[SwapFrom | Edge]:
+) -> list[Patch | Edge]:
     labels = _labels(scores, site, places)
     if "sender" in labels:
         pairs = zip(labels["sender"], labels["receiver"], strict=True)
@@ -118,7 +121,7 @@ def _cells(
     part = layout(model, site, every_position(source.tokens.shape[1]))
     grid = np.array(part.addresses).reshape(part.shape)
     layers, others = (labels[dim] for dim in part.dims)
-    return [SwapFrom(str(grid[i, j]), source=source) for i, j in zip(layers, others, strict=True)]
+    return [Patch(str(grid[i, j]), source=source) for i, j in zip(layers, others, strict=True)]
 
 
 def _labels(scores: xr.Dataset, site: str, places: Int[ndarray, " cell"]) -> dict[str, ndarray]:

@@ -12,11 +12,12 @@ from random import Random
 import torch
 from torch import Tensor
 
+from microtome.edit import Set
 from microtome.errors import DataError, error
+from microtome.model import Model
 from microtome.planted._folder import Planted
 from microtome.planted._programs import PROGRAMS
 from microtome.planted._truth import head_of, mlp_of, nodes
-from microtome.run import Model, Set
 
 
 @dataclass(frozen=True)

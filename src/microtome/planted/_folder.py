@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from microtome.errors import DataError, ModelBroken, ModelNotFound, ModelUnsupported, OutputError, error, nearest
+from microtome.model import Model
+from microtome.model import open as open_model
 from microtome.planted._network import DIRECTIONS, NORMALIZATIONS, PlantedConfig, PlantedForCausalLM
 from microtome.planted._truth import check_truth
-from microtome.run import Model
-from microtome.run import open as open_model
 
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "d_vocab_out", "n_ctx")
 _IGNORED = (".mask", ".IGNORE")  # buffers of TransformerLens, no weights

@@ -36,7 +36,7 @@ def superposition(
     """
     layout = Layout(features=dimensions)
     it = bench(layout, vocab=tokens, layers=1, heads=4, d_head=16, d_mlp=32, seed=seed)
-    rows = apart(torch.randn(features, dimensions, generator=it.rng))
+    rows = unshared(torch.randn(features, dimensions, generator=it.rng))
     activations = torch.zeros(tokens, features)
     for t in range(tokens):
         which = torch.randperm(features, generator=it.rng)[:active]
@@ -49,7 +49,7 @@ def superposition(
     return it.finish({"directions": directions, "activations": activations, "site": "embed", "rest": rest})
 
 
-def apart(rows: Tensor, steps: int = 300) -> Tensor:
+def unshared(rows: Tensor, steps: int = 300) -> Tensor:
     """Unit vectors [n, width], moved until no two of them overlap much: each step pushes away along cubed overlaps."""
     for _ in range(steps):
         rows = rows / rows.norm(dim=1, keepdim=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from microtome.edit import Edit, Patch
 from microtome.errors import DataError, error, nearest
 from microtome.planted._corruptions import corruptions
 from microtome.planted._folder import Planted, load
 from microtome.planted._programs import program
 from microtome.planted._truth import nodes, sender_of
-from microtome.run import Edit, SwapFrom
 
 TRAINED = ("histogram", "previous_token", "repeats")
 
@@ -85,6 +85,6 @@ def interchange_accuracy(it: Planted, n: int, seed: int) -> dict[str, float]:
     for node in nodes(it.model)[2:-1]:
         expected = wanted
         if node in stands_for:
-            expected = high.model.run(c.clean, edits=[SwapFrom(sender_of(stands_for[node]), source_high)]).logits
-        found[node] = agree([SwapFrom(sender_of(node), source)], expected)
+            expected = high.model.run(c.clean, edits=[Patch(sender_of(stands_for[node]), source_high)]).logits
+        found[node] = agree([Patch(sender_of(node), source)], expected)
     return found

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from microtome.errors import DataError, error, nearest
-from microtome.run import Model
+from microtome.model import Model
 
 EdgeName = tuple[str, str, str]
 

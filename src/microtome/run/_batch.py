@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from microtome.anatomy import Indices, Rule, integer
 from microtome.errors import PromptError, SiteError, error
-from microtome.model import Rule, Selection, integer
 
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
 """Text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a tokenizer gave."""
@@ -53,13 +53,13 @@ class Batch:
             inputs["position_ids"] = (self.mask.long().cumsum(1) - 1).clamp(min=0) + first_position
         return inputs
 
-    def columns(self, positions: Selection | Rule) -> Tensor | None:
+    def columns(self, positions: Indices | Rule) -> Tensor | None:
         """Columns [batch, n] of the selected positions of each row, counted over its real tokens; None for all.
 
         Raises:
             SiteError: a position lies beyond a row, or the rule selects nothing in a run.
         """
-        if positions == "prompt" or (isinstance(positions, Selection) and positions.is_all):
+        if positions == "prompt" or (isinstance(positions, Indices) and positions.is_all):
             return None
         if positions == "generated":
             raise error(

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
+from microtome.anatomy import Address, Site
 from microtome.errors import BudgetError, error
-from microtome.model import Address, Site
 from microtome.run._batch import Batch
-
-if TYPE_CHECKING:
-    from microtome.run._model import Model
-
+from microtome.run._core import LoadedModel
 
 FIXED = 64
 """What a layer costs before its first token, in tokens: reading its weights takes as long as computing so many."""
@@ -49,7 +45,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: bool, grad: bool, pace: float) -> Plan:
+def plan_of(
+    model: LoadedModel, batch: Batch, captures: Sequence[Address], *, logits: bool, grad: bool, pace: float
+) -> Plan:
     """The plan of a run over a batch."""
     a, (rows, width) = model.anatomy, batch.tokens.shape
     size = torch.finfo(model.dtype).bits // 8
@@ -69,7 +67,7 @@ def plan_of(model: Model, batch: Batch, captures: Sequence[Address], *, logits: 
     return Plan(kept, tokens * written * size if logits else 0, flops, work / pace)
 
 
-def _elements(model: Model, batch: Batch, address: Address, site: Site) -> int:
+def _elements(model: LoadedModel, batch: Batch, address: Address, site: Site) -> int:
     a, (rows, width) = model.anatomy, batch.tokens.shape
     sizes = {"batch": rows, "pos": width, "q_pos": width, "k_pos": width}
     sizes |= {axis: a.size(site, axis) for axis in site.spec.dims if axis not in sizes}

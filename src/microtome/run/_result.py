@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from microtome.anatomy import Address, Anatomy, Site, parse
+from microtome.edit import Selection, canonical
 from microtome.errors import SiteError, error
-from microtome.model import Address, Anatomy, Site, parse
 from microtome.run._batch import Batch
-from microtome.run._edits import Where, canonical
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -129,7 +129,7 @@ class Run:
                     do="choose units that exist",
                 )
             units = torch.tensor(chosen, device=x.device)
-        return canonical(Where(site, None, self.batch.columns(address.positions), units).cut(full), site)
+        return canonical(Selection(site, None, self.batch.columns(address.positions), units).cut(full), site)
 
     def dims(self, address: str | Address) -> tuple[str, ...]:
         """The names of the axes of ``run[address]``."""
@@ -238,7 +238,7 @@ class Run:
         wanted = [a for a in self.captured if Site(a.name, _layer(a)) in full]
         return {str(a): self._cut(full[Site(a.name, _layer(a))], Site(a.name, _layer(a)), a) for a in wanted}
 
-    def pull_back(self, gradients: Tensor, of: str, to: str) -> Tensor:
+    def vjp(self, gradients: Tensor, of: str, to: str) -> Tensor:
         """Gradients at one captured site drawn back to an earlier one, through what lies between the two and no more.
 
         Args:

@@ -14,15 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from microtome.anatomy import Address, Anatomy, Indices, Rule, Site
+from microtome.edit import Edit, Freeze, Repeat, ScaleBlock, Selection, SiteEdit, Skip, apply, canonical
 from microtome.errors import EditError, SiteError, error
-from microtome.model import Address, Anatomy, Rule, Selection, Site
 from microtome.run._batch import Batch
-from microtome.run._block_edits import Repeat, ScaleBlock, Skip
-from microtome.run._edits import Edit, SiteEdit, Where, apply, canonical
-from microtome.run._frozen import Freeze, freeze
-from microtome.run._hooks import Rig
-from microtome.run._layers import layer_paths
-from microtome.run._taps import install
+from microtome.run.hook._frozen import freeze
+from microtome.run.hook._hooks import HookSet
+from microtome.run.hook._layer_paths import layer_paths
+from microtome.run.hook._points import install
 
 Observer = Callable[[Site, Tensor], None]
 
@@ -32,14 +31,14 @@ class Stop(Exception):
 
 
 @runtime_checkable
-class Flow(Protocol):
+class Frame(Protocol):
     """Knows the forward that is under way: its shape, and which columns a position names."""
 
     def shape(self) -> tuple[int, int]:
         """Batch and width."""
         ...
 
-    def columns(self, positions: Selection | Rule) -> Tensor | None:
+    def columns(self, positions: Indices | Rule) -> Tensor | None:
         """The columns [batch, n] of positions, counted from the first token ever seen (None: all there are)."""
         ...
 
@@ -60,19 +59,19 @@ class Flow(Protocol):
         ...
 
 
-class OneRun:
+class PromptFrame:
     """The flow of a single forward over a known batch."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self._known: dict[Selection | Rule, Tensor | None] = {}
+        self._known: dict[Indices | Rule, Tensor | None] = {}
 
     def shape(self) -> tuple[int, int]:
         """Batch and width."""
         rows, width = self.batch.tokens.shape
         return rows, width
 
-    def columns(self, positions: Selection | Rule) -> Tensor | None:
+    def columns(self, positions: Indices | Rule) -> Tensor | None:
         """The columns of the positions, found once."""
         if positions not in self._known:
             self._known[positions] = self.batch.columns(positions)
@@ -95,7 +94,7 @@ class OneRun:
         return 1
 
 
-class Live:
+class GenerationFrame:
     """The flow of calls that are not ours, such as generation, with a key/value cache or without.
 
     The first forward of a generation reads the prompt, and positions mean the prompt's ever after. `generated` names
@@ -165,7 +164,7 @@ class Live:
         """Beams, or sequences, of a generation."""
         return max(1, self._shape[0] // self._prompts) if self._generating else 1
 
-    def columns(self, positions: Selection | Rule) -> Tensor | None:
+    def columns(self, positions: Indices | Rule) -> Tensor | None:
         """Columns of all that was seen."""
         assert self._prompt is not None
         shown = self._prompt.tokens
@@ -226,7 +225,7 @@ class Session:
         self,
         model: Any,
         anatomy: Anatomy,
-        flow: Flow,
+        frame: Frame,
         *,
         edits: Sequence[Edit] = (),
         captures: Sequence[Address] = (),
@@ -234,12 +233,12 @@ class Session:
         grad: bool = False,
         stands: bool = False,
     ) -> None:
-        self.model, self.anatomy, self.flow, self.grad = model, anatomy, flow, grad
+        self.model, self.anatomy, self.frame, self.grad = model, anatomy, frame, grad
         self.captured: dict[Address, Tensor] = {}
         self.nodes: dict[Site, Tensor] = {}
         self.fired: set[tuple[int, Site]] = set()
         self.visited: set[Site] = set()
-        self.rig = Rig(model, anatomy.attention, anatomy.n_heads, edits if stands else None)
+        self.hooks = HookSet(model, anatomy.attention, anatomy.n_heads, edits if stands else None)
         self.site_edits = [edit for edit in edits if isinstance(edit, SiteEdit)]
         for edit in edits:
             self._install_other(edit)
@@ -258,11 +257,11 @@ class Session:
         for site in sorted(visitors, key=anatomy.order):
             visitor = visitors[site]
             changes = bool(visitor.edits) or grad
-            install(self.rig, model, site, anatomy.taps[site], visitor, flow.shape, changes)
+            install(self.hooks, model, site, anatomy.hook_points[site], visitor, frame.shape, changes)
 
     def _visitor(self, visitors: dict[Site, _Visitor], site: Site) -> _Visitor:
         place, first = site, Site("attn.scale", site.layer)
-        if site.name == "mlp.scale" and self.anatomy.taps.get(first) == self.anatomy.taps[site]:
+        if site.name == "mlp.scale" and self.anatomy.hook_points.get(first) == self.anatomy.hook_points[site]:
             place = first  # one norm serves both branches: its divisor is one site by two names
         visitor = visitors.setdefault(place, _Visitor(self, place, [], [], []))
         visitor.names.add(site)
@@ -270,9 +269,9 @@ class Session:
 
     def _install_other(self, edit: Edit) -> None:
         if isinstance(edit, Skip | Repeat | ScaleBlock):
-            layer_paths(self.rig, self.anatomy, edit)
+            layer_paths(self.hooks, self.anatomy, edit)
         elif isinstance(edit, Freeze):
-            freeze(self.rig, self.model, self.anatomy, edit, self.flow.shape)
+            freeze(self.hooks, self.model, self.anatomy, edit, self.frame.shape)
         elif not isinstance(edit, SiteEdit):
             raise error(EditError, "not an edit", got=repr(edit), allowed="the edits of microtome", do="pass an edit")
 
@@ -291,7 +290,7 @@ class Session:
             )
         return torch.tensor(chosen, device=x.device)
 
-    def places(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> list[Where]:
+    def places(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> list[Selection]:
         """Where an edit applies in the forward under way; nowhere, and it is an empty list.
 
         One place serves all rows, unless a cache has dropped what is named of some rows and not of others.
@@ -299,12 +298,12 @@ class Session:
         batch, width = canonical(x, site).shape[:2]
         chosen = None if rows is None else self._rows(rows, batch, site).to(x.device)
         # A static cache holds columns that are not there yet; nothing begins before the first.
-        flow = self.flow
-        columns, offset = flow.columns(address.positions), max(flow.end() - width, 0)
+        frame = self.frame
+        columns, offset = frame.columns(address.positions), max(frame.end() - width, 0)
         units = self.units(address, x, site)
 
-        def place(of: Tensor | None, at: Tensor | None) -> Where:
-            return Where(site, of, at, units, None, offset, flow.tokens(), flow.end(), flow.prompt())
+        def place(of: Tensor | None, at: Tensor | None) -> Selection:
+            return Selection(site, of, at, units, None, offset, frame.tokens(), frame.end(), frame.prompt())
 
         if columns is None or columns.shape[1] == 0:
             return [place(chosen, None)] if columns is None else []
@@ -322,7 +321,7 @@ class Session:
 
     def _rows(self, rows: tuple[int, ...], batch: int, site: Site) -> Tensor:
         """The rows of a forward that rows of the prompt are; all beams of a prompt are its rows."""
-        beams = self.flow.beams()
+        beams = self.frame.beams()
         if not all(0 <= r < batch // beams for r in rows):
             allowed = f"0 to {batch // beams - 1}"
             raise error(EditError, f"no rows {rows} at {site}", allowed=allowed, do="choose rows of the batch")

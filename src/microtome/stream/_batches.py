@@ -55,7 +55,7 @@ class TokenBatch:
         return mask
 
 
-def beginning_of(tokenizer: Any) -> int | None:
+def bos_id(tokenizer: Any) -> int | None:
     """The beginning-of-text token that a tokenizer puts before every text by itself, or None if it puts none."""
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
@@ -102,8 +102,8 @@ class TokenBatches:
             what = f'corpus "{corpus.name}" gives too few tokens'
             raise error(DataError, what, got=len(flat), allowed="2 or more", do="give it more text")
         self.short = tokens is not None and len(flat) < tokens
-        self.beginning = beginning_of(tokenizer)
-        lead = [] if self.beginning is None else [self.beginning]
+        self.bos_id = bos_id(tokenizer)
+        lead = [] if self.bos_id is None else [self.bos_id]
         width = length - len(lead)
         kept = len(flat) // width * width or len(flat)
         width = min(width, kept)
@@ -129,7 +129,7 @@ class TokenBatches:
         start = torch.arange(first, first + tokens.shape[0]) * tokens.shape[1]
         index = start[:, None] + torch.arange(tokens.shape[1])
         document = torch.searchsorted(self._firsts, index, right=True) - 1
-        return TokenBatch(tokens, start, document, 0 if self.beginning is None else 1)
+        return TokenBatch(tokens, start, document, 0 if self.bos_id is None else 1)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         return (self[number] for number in range(len(self)))

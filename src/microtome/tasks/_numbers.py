@@ -48,33 +48,33 @@ def addition(tokens: Tokens, rng: Generator) -> Iterator[Draft]:
     """Two worked sums, then one to do. Operands are below 50 where two digits are one token, else sums below ten."""
     spaced = _continues(tokens, "1 + 2 =", [" 3"]) == 1
     lead, behind = (" ", "") if spaced else ("", " ")
-    wide = _continues(tokens, "31 + 26 =" + behind, [lead + "57"]) == 1
+    at_least_float32 = _continues(tokens, "31 + 26 =" + behind, [lead + "57"]) == 1
     template = "{x} + {y} = {z}\n{v} + {w} = {u}\n{a} + {b} =" + behind
     while True:
-        a, b, other = _operands(rng, wide)
+        a, b, other = _operands(rng, at_least_float32)
         right, wrong = a + b, a + other
-        x, y = _example(rng, wide, (right, wrong))
-        v, w = _example(rng, wide, (right, wrong, x + y))
+        x, y = _example(rng, at_least_float32, (right, wrong))
+        v, w = _example(rng, at_least_float32, (right, wrong, x + y))
         values = {"x": x, "y": y, "z": x + y, "v": v, "w": w, "u": v + w, "a": a, "b": b}
         texts = {name: str(value) for name, value in values.items()}
         yield draft(template, texts, {"b": str(other)}, f"{lead}{right}", f"{lead}{wrong}")
 
 
-def _operands(rng: Generator, wide: bool) -> tuple[int, int, int]:
+def _operands(rng: Generator, at_least_float32: bool) -> tuple[int, int, int]:
     """Two operands, and another second one, all sums written with as many digits."""
     while True:
-        if wide:
+        if at_least_float32:
             a, b, other = (int(i) for i in rng.integers(10, 50, 3))
         else:
             a, b, other = (int(i) for i in rng.integers(1, 9, 3))
-        if b != other and (wide or (a + b < 10 and a + other < 10)):
+        if b != other and (at_least_float32 or (a + b < 10 and a + other < 10)):
             return a, b, other
 
 
-def _example(rng: Generator, wide: bool, sums: tuple[int, ...]) -> tuple[int, int]:
+def _example(rng: Generator, at_least_float32: bool, sums: tuple[int, ...]) -> tuple[int, int]:
     """A worked sum whose result is none of these, so that no answer or foil can be copied from it."""
     while True:
-        x, y, _ = _operands(rng, wide)
+        x, y, _ = _operands(rng, at_least_float32)
         if x + y not in sums:
             return x, y
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from microtome.errors import EditError, ModelUnsupported, PromptError, error
-from microtome.run import LogitDifference, Metric, Model
+from microtome.metric import LogitDifference, Metric
+from microtome.model import Model
 from microtome.stream import mean_interval
 from microtome.tasks._pair import Pair
 from microtome.tasks._tokens import Ids, Tokens

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from microtome.errors import PromptError, error
-from microtome.run import Metric, Model
+from microtome.metric import Metric
+from microtome.model import Model
 from microtome.tasks._pair import Pair
 from microtome.tasks._score import metric_of, score
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from microtome.errors import PromptError, error
-from microtome.run import Model
+from microtome.model import Model
 
 Ids = tuple[int, ...]
 Span = tuple[int, int]
@@ -116,7 +116,7 @@ class Tokens:
         return found
 
     def spans(self, text: str, ranges: Mapping[str, Span]) -> dict[str, Span]:
-        """Where stretches of a text lie: (first, end) token positions for (first, end) characters.
+        """Selection stretches of a text lie: (first, end) token positions for (first, end) characters.
 
         Raises:
             Misfit: a stretch does not begin and end where tokens do.

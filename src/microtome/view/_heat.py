@@ -18,16 +18,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from microtome.view._maps import (
-    HeatMap,
-    checks_of,
-    limits_of,
-    maps_of,
-    metric_of,
-    prompts_of,
-    reading_of,
-    tokens_of,
-)
+from microtome.view._maps import HeatMap, checks_of, limits_of, maps_of, metric_of, prompts_of, reading_of, tokens_of
 from microtome.view._terminal import visible
 
 if TYPE_CHECKING:

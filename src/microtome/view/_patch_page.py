@@ -145,7 +145,7 @@ def _map(one: HeatMap, limit: float) -> dict[str, Any]:
 
 def _site(one: HeatMap) -> str | None:
     """The address of a cell, with places for its row and column; none where the map is not one of sites."""
-    from microtome.model import SITES
+    from microtome.anatomy import SITES
 
     name = one.name.removesuffix("[head]")
     if one.across != "layer" or name not in SITES:

@@ -19,8 +19,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     import xarray as xr
 
-    from microtome.model import Anatomy
-    from microtome.run import Check
+    from microtome.anatomy import Anatomy
+    from microtome.model import IdentityCheck
 
 STATUS = {"holds": "green", "fails": "bold red", "does not apply": "dim"}
 WIDEST, NARROWEST, NUMBER = 14, 4, 4  # cells of a token at most and at least, and of " .77"
@@ -44,7 +44,7 @@ def _table(*columns: str) -> Table:
 # ------------------------------------------------------------------------------------------------------ proof and sites
 
 
-def proof_table(checks: Sequence[Check], *, every: bool = False) -> Table:
+def proof_table(checks: Sequence[IdentityCheck], *, every: bool = False) -> Table:
     """The proof of a map: a row for every identity and outcome, or for every place."""
     if every:
         table = _table("identity", "where", "gap", "allowed", "result")
@@ -71,7 +71,7 @@ def _result(status: str, notes: Sequence[str]) -> Text:
     return Text.assemble((status, STATUS[status]), (f" ({note})" if note else "", "dim"))
 
 
-def failed_lines(checks: Sequence[Check], most: int = 10) -> Text:
+def failed_lines(checks: Sequence[IdentityCheck], most: int = 10) -> Text:
     """The places where a proof fails, a line each."""
     lines: list[Text] = []
     for c in checks[:most]:
@@ -84,11 +84,11 @@ def failed_lines(checks: Sequence[Check], most: int = 10) -> Text:
 
 def sites_table(anatomy: Anatomy) -> Table:
     """Every site name: its axes and meaning, and whether this model has it, or why not."""
-    from microtome.model import SITES
+    from microtome.anatomy import SITES
 
     table = _table("site", "axes", "meaning", "here")
     for name, spec in SITES.items():
-        count = len([s for s in anatomy.taps if s.name == name])
+        count = len([s for s in anatomy.hook_points if s.name == name])
         whole = count == (anatomy.n_layers if spec.scope == "layer" else 1)
         why = "; ".join(dict.fromkeys(w for s, w in anatomy.missing.items() if s.name == name))
         here = "yes" if whole else f"{count} of {anatomy.n_layers} layers" if count else "no"

@@ -1,0 +1,275 @@
+"""Weights by the field's names and orientation, as views of the model's own parameters.
+
+    W_E  [vocab, d_model]           W_U  [d_model, vocab]
+    W_Q  [head, d_model, d_head]    W_K, W_V  [kv_head, d_model, d_head]    W_O  [head, d_head, d_model]
+    W_gate, W_in  [d_model, neuron]    W_out  [neuron, d_model]
+    b_Q [head, d_head], b_K, b_V [kv_head, d_head], b_O [d_model], b_gate, b_in [neuron], b_out [d_model], b_U [vocab]
+
+An activation times a weight is the next activation: ``x @ W_in``. In a mixture, W_gate, W_in and W_out have a leading
+expert axis. A view is never a copy, with one exception: queries of grouped fused projections (Falcon's newer
+architecture) are not evenly strided, so their W_Q is a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microtome.anatomy._anatomy import Anatomy, Split, fused_splits
+from microtome.anatomy._discover import Norm, is_conv1d, norm_of
+from microtome.errors import SiteError, error
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in its own type if that is wider: what sums, norms and dot products are taken in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _weight(module: Any) -> Tensor:
+    """Weight of a projection as [out, in]."""
+    return module.weight.T if is_conv1d(module) else module.weight
+
+
+def _bias(module: Any) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
+class NormWeights:
+    """Gain and bias of a norm, ``gain * centred(x) / scale + bias``, and the module that computes it."""
+
+    def __init__(self, module: nn.Module, norm: Norm) -> None:
+        self.module, self.norm = module, norm
+
+    @property
+    def gain(self) -> Tensor | float:
+        """[d_model], or 1.0 for a norm without weights. A sum 1 + w is in float32 at least, as in the models."""
+        weight = getattr(self.module, "weight", None)
+        if not isinstance(weight, Tensor):
+            return 1.0
+        return at_least_float32(weight) + self.norm.offset if self.norm.offset else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[d_model], or None."""
+        return _bias(self.module)
+
+    def centre(self, x: Tensor) -> Tensor:
+        """x [..., d_model], minus its mean where the norm is a layer norm."""
+        return x - x.mean(-1, keepdim=True) if self.norm.centred else x
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What the norm divides by, [...] in float32, for x [..., d_model]."""
+        if self.norm.identity:
+            return x.new_ones(x.shape[:-1], dtype=torch.float32)
+        return (self.centre(x.float()).pow(2).mean(-1) + self.norm.eps).sqrt()
+
+    def apply(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The norm of x [..., d_model], dividing by a given scale [...] instead of its own if there is one."""
+        scale = self.scale(x) if scale is None else scale
+        y = (self.centre(x) / scale.unsqueeze(-1).to(x.dtype) * self.gain).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class LayerWeights:
+    """The weights of one layer, as views."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, index: int) -> None:
+        self._model, self._anatomy, self.index = model, anatomy, index
+        self._parts = anatomy.parts.layers[index]
+
+    def _module(self, path: str | None, name: str) -> Any:
+        if path is None:
+            raise SiteError(f"no {name} in layer {self.index} of {self._anatomy.name}: it has no such projection.")
+        return self._model.get_submodule(path)
+
+    def _qkv(self, name: str) -> tuple[Any, Split]:
+        parts, a = self._parts, self._anatomy
+        if parts.qkv is not None:
+            module = self._model.get_submodule(parts.qkv)
+            return module, fused_splits(a.parts, _weight(module).shape[0], a.n_heads, a.n_kv_heads)[name]
+        path = {"q": parts.q, "k": parts.k, "v": parts.v}[name]
+        module = self._module(path, f"W_{name.upper()}")
+        n = a.n_heads if name == "q" else a.n_kv_heads
+        return module, Split(1, n, _weight(module).shape[0] // n, 0, n)
+
+    def _heads(self, name: str) -> Tensor:
+        module, split = self._qkv(name)
+        view = split.view(_weight(module), 0)
+        flat = view.squeeze(0) if split.groups == 1 else view.flatten(0, 1)
+        return flat.transpose(1, 2)
+
+    def _head_bias(self, name: str) -> Tensor | None:
+        module, split = self._qkv(name)
+        bias = _bias(module)
+        return None if bias is None else split.view(bias, 0).flatten(0, 1)
+
+    @property
+    def W_Q(self) -> Tensor:
+        """[head, d_model, d_head]"""
+        return self._heads("q")
+
+    @property
+    def W_K(self) -> Tensor:
+        """[kv_head, d_model, d_head]"""
+        return self._heads("k")
+
+    @property
+    def W_V(self) -> Tensor:
+        """[kv_head, d_model, d_head]"""
+        return self._heads("v")
+
+    @property
+    def W_O(self) -> Tensor:
+        """[head, d_head, d_model]"""
+        weight = _weight(self._model.get_submodule(self._parts.o))
+        return weight.T.unflatten(0, (self._anatomy.n_heads, -1))
+
+    @property
+    def b_Q(self) -> Tensor | None:
+        """[head, d_head]"""
+        return self._head_bias("q")
+
+    @property
+    def b_K(self) -> Tensor | None:
+        """[kv_head, d_head]"""
+        return self._head_bias("k")
+
+    @property
+    def b_V(self) -> Tensor | None:
+        """[kv_head, d_head]"""
+        return self._head_bias("v")
+
+    @property
+    def b_O(self) -> Tensor | None:
+        """[d_model]"""
+        return _bias(self._model.get_submodule(self._parts.o))
+
+    def _expert(self, name: str) -> Tensor:
+        experts = self._module(self._parts.experts, name)
+        transposed = bool(getattr(experts, "is_transposed", False))
+        if name == "W_out":
+            weight = experts.down_proj
+            return weight if transposed else weight.transpose(1, 2)
+        weight = experts.gate_up_proj if transposed else experts.gate_up_proj.transpose(1, 2)
+        if self._anatomy.parts.family.experts == "interleaved":
+            return weight[..., 0 if name == "W_gate" else 1 :: 2]
+        return weight.chunk(2, dim=-1)[0 if name == "W_gate" else 1]
+
+    def _half(self, k: int) -> tuple[Any, slice]:
+        module = self._module(self._parts.gate_up, "W_gate")
+        width = _weight(module).shape[0] // 2
+        return module, slice(k * width, (k + 1) * width)
+
+    @property
+    def W_gate(self) -> Tensor:
+        """[d_model, neuron]"""
+        if self._parts.experts is not None:
+            return self._expert("W_gate")
+        if self._parts.gate_up is not None:
+            module, half = self._half(0)
+            return _weight(module)[half].T
+        return _weight(self._module(self._parts.gate, "W_gate")).T
+
+    @property
+    def W_in(self) -> Tensor:
+        """[d_model, neuron]"""
+        if self._parts.experts is not None:
+            return self._expert("W_in")
+        if self._parts.gate_up is not None:
+            module, half = self._half(1)
+            return _weight(module)[half].T
+        return _weight(self._module(self._parts.up, "W_in")).T
+
+    @property
+    def W_out(self) -> Tensor:
+        """[neuron, d_model]"""
+        if self._parts.experts is not None:
+            return self._expert("W_out")
+        return _weight(self._module(self._parts.down, "W_out")).T
+
+    def _mlp_bias(self, path: str | None, k: int) -> Tensor | None:
+        if self._parts.experts is not None:
+            return None
+        if path is None and self._parts.gate_up is not None:
+            module, half = self._half(k)
+            bias = _bias(module)
+            return None if bias is None else bias[half]
+        return None if path is None else _bias(self._model.get_submodule(path))
+
+    @property
+    def b_gate(self) -> Tensor | None:
+        """[neuron]"""
+        return self._mlp_bias(self._parts.gate, 0)
+
+    @property
+    def b_in(self) -> Tensor | None:
+        """[neuron]"""
+        return self._mlp_bias(self._parts.up, 1)
+
+    @property
+    def b_out(self) -> Tensor | None:
+        """[d_model]"""
+        return None if self._parts.down is None else _bias(self._model.get_submodule(self._parts.down))
+
+    @property
+    def attn_norm(self) -> NormWeights | None:
+        """The norm that attention reads through."""
+        norm = self._parts.attn_norm
+        return None if norm is None else NormWeights(self._model.get_submodule(norm.path), norm)
+
+    @property
+    def mlp_norm(self) -> NormWeights | None:
+        """The norm that the MLP reads through."""
+        norm = self._parts.mlp_norm
+        return None if norm is None else NormWeights(self._model.get_submodule(norm.path), norm)
+
+    def _behind(self, path: str | None) -> NormWeights | None:
+        if path is None or self._anatomy.parts.form != "sequential":
+            return None
+        module = self._model.get_submodule(path)
+        norm = norm_of(module, path, self._anatomy.d_model)
+        if norm is None:
+            raise error(SiteError, f"the norm {path} has no known form", do="use a model with RMS or layer norms")
+        return NormWeights(module, norm)
+
+    @property
+    def attn_post_norm(self) -> NormWeights | None:
+        """The norm between what attention writes and the stream, or None; a norm on the stream itself is none."""
+        return self._behind(self._parts.attn_post_norm)
+
+    @property
+    def mlp_post_norm(self) -> NormWeights | None:
+        """The norm between what the MLP writes and the stream, or None; a norm on the stream itself is none."""
+        return self._behind(self._parts.mlp_post_norm)
+
+
+class Weights:
+    """The weights outside the layers, and the layers."""
+
+    def __init__(self, model: Any, anatomy: Anatomy) -> None:
+        self._model, self._anatomy = model, anatomy
+        self.layers: tuple[LayerWeights, ...] = tuple(LayerWeights(model, anatomy, i) for i in range(anatomy.n_layers))
+
+    @property
+    def W_E(self) -> Tensor:
+        """[vocab, d_model]"""
+        return self._model.get_input_embeddings().weight
+
+    @property
+    def W_U(self) -> Tensor:
+        """[d_model, vocab]"""
+        return self._model.get_output_embeddings().weight.T
+
+    @property
+    def b_U(self) -> Tensor | None:
+        """[vocab]"""
+        return _bias(self._model.get_output_embeddings())
+
+    @property
+    def final_norm(self) -> NormWeights | None:
+        """The norm before the unembedding."""
+        norm = self._anatomy.parts.final_norm
+        return None if norm is None else NormWeights(self._model.get_submodule(norm.path), norm)

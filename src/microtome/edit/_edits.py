@@ -1,0 +1,389 @@
+"""Edits: what is done to a run, as values.
+
+A site edit names an address and says what becomes of the tensor there. The tensor that it sees is
+``[batch, pos, unit, ...]``, cut to the rows, positions and units that were named (attention scores and patterns as
+``[batch, q_pos, head, k_pos]``), and a value must broadcast against that. Edits are frozen, compare and hash by
+content, print shortly, and are saved as safetensors. They never change what they are given, and a model is itself again
+as soon as the run is over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.anatomy import Address, Site, parse
+from microtome.edit._validate import validate
+from microtome.errors import EditError, error
+
+Values = Tensor | float | int
+
+
+def digest_of(value: object) -> bytes:
+    """What stands for a value in the hash of an edit."""
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous()
+        return f"{flat.dtype}{tuple(flat.shape)}".encode() + flat.reshape(-1).view(torch.uint8).numpy().tobytes()
+    if callable(value):
+        return f"{id(value)}".encode()
+    return repr(value).encode()
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"Tensor{list(value.shape)}"
+    return repr(value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit:
+    """The base of all edits."""
+
+    def digest(self) -> str:
+        """A hash of the kind of edit and all it holds."""
+        parts = [type(self).__name__.encode()] + [
+            f.name.encode() + digest_of(getattr(self, f.name)) for f in fields(self)
+        ]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Edit) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return int(self.digest()[:15], 16)
+
+    def __repr__(self) -> str:
+        shown = [
+            _short(getattr(self, f.name)) if i == 0 else f"{f.name}={_short(getattr(self, f.name))}"
+            for i, f in enumerate(fields(self))
+            if getattr(self, f.name) is not f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SiteEdit(Edit):
+    """An edit of one site.
+
+    Attributes:
+        site: address, with the units and positions to change.
+        rows: rows of the batch to change; all by default.
+    """
+
+    site: str
+    rows: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        parse(self.site)
+        validate(self)
+
+    @property
+    def address(self) -> Address:
+        """The parsed address."""
+        return parse(self.site)
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """What becomes of the selected part x [batch, pos, unit, ...]."""
+        raise TypeError(f"{type(self).__name__} is not an edit that can be applied")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What an edit may need to know of the place it changes: the site, and the rows, columns and units selected.
+
+    In a sweep or a generation the tensor at hand may be one row of a batch, or lack the first columns: `row` and
+    `offset` say which row of another run's tensor it corresponds to, and at which column it begins. `tokens` are the
+    first column and the number of the real tokens of every row of the prompt, `prompt` is how many columns the prompt
+    has (whatever comes after it is real), and `end` is where the columns end; without them every column is real.
+    """
+
+    site: Site
+    rows: Tensor | None
+    columns: Tensor | None
+    units: Tensor | None
+    row: int | None = None
+    offset: int = 0
+    tokens: tuple[tuple[int, int], ...] | None = None
+    end: int = 0
+    prompt: int | None = None
+
+    def real(self, x: Tensor) -> Tensor | None:
+        """[batch, pos] True where the selected part x [batch, pos, ...] lies on real tokens; None if it all does."""
+        width = self.end if self.prompt is None else self.prompt
+        if self.tokens is None or all(span == (0, width) for span in self.tokens):
+            return None
+        spans = torch.tensor(self.tokens, device=x.device).unsqueeze(-1)
+        columns = torch.arange(x.shape[1], device=x.device).unsqueeze(0) if self.columns is None else self.columns
+        columns = columns + self.offset
+        first, length = spans[:, 0], spans[:, 1]
+        real = (columns >= first) & (columns < first + length) | (columns >= width)
+        return real if self.rows is None else real[self.rows]
+
+    def cut_source(self, x: Tensor) -> Tensor:
+        """The corresponding selection of a whole tensor of another run [batch, pos, unit, ...]."""
+        return self.cut(x[:, self.offset :])
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The same selection of another tensor [batch, pos, unit, ...]; a batch of one serves all rows."""
+        if self.columns is not None:
+            columns = self.columns if x.shape[0] != 1 else self.columns[:1]
+            x = x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), columns]
+        if self.rows is not None and x.shape[0] != 1:
+            x = x[self.rows]
+        return x if self.units is None else x[:, :, self.units]
+
+
+def fitted(value: Values, x: Tensor, where: Selection) -> Values:
+    """A value in the type and place of the selected part x.
+
+    Raises:
+        EditError: it does not broadcast against x.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    try:
+        torch.broadcast_to(value, x.shape)
+    except RuntimeError:
+        raise error(
+            EditError,
+            f"a value does not fit {where.site}",
+            got=f"shape {list(value.shape)}",
+            allowed=f"what broadcasts to {list(x.shape)} [batch, pos, unit, ...]",
+            do="change the value's shape, or the units and positions of the address",
+        ) from None
+    return value.to(device=x.device, dtype=x.dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Set(SiteEdit):
+    """Put a value in place: x becomes `value`."""
+
+    value: Values = 0.0
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """Value, broadcast to x."""
+        value = fitted(self.value, x, where)
+        return value.expand_as(x) if isinstance(value, Tensor) else torch.full_like(x, float(value))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(SiteEdit):
+    """Add a value: x + strength * value."""
+
+    value: Values = 0.0
+    strength: float = 1.0
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """The sum."""
+        return x + self.strength * fitted(self.value, x, where)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scale(SiteEdit):
+    """Multiply by a factor."""
+
+    factor: Values = 1.0
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """The product."""
+        return x * fitted(self.factor, x, where)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Zero(SiteEdit):
+    """Put zeros in place."""
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """Zeros like x."""
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mean(SiteEdit):
+    """Put a mean in place: the one given, or that of the selected rows and positions of this very run.
+
+    Pads take no part in it, nor do scores that a mask forbids.
+    """
+
+    mean: Tensor | None = None
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """The mean, the same for every row and position."""
+        if self.mean is None:
+            return _mean(x, where).expand_as(x)
+        value = fitted(self.mean, x, where)
+        assert isinstance(value, Tensor)
+        return value.expand_as(x)
+
+
+def orthonormal(basis: Tensor) -> Tensor:
+    """Columns [d, rank] that span the rows of a basis [n, d] or [d], of which some may depend on others."""
+    rows = basis.detach().reshape(-1, basis.shape[-1])
+    if not bool(rows.isfinite().all()):
+        raise error(EditError, "a basis holds numbers that are not finite", do="leave out what is NaN or infinite")
+    _, size, directions = torch.linalg.svd(rows.double(), full_matrices=False)
+    eps = torch.finfo(rows.dtype).eps if rows.dtype.is_floating_point else 0.0
+    return directions[size > size.max() * eps * max(rows.shape)].T
+
+
+def _mean(x: Tensor, where: Selection) -> Tensor:
+    """The mean over rows and positions that are real and, for scores, allowed."""
+    counted = where.real(x)
+    counted = None if counted is None else counted.reshape(*counted.shape, *[1] * (x.dim() - 2))
+    if where.site.name == "attn.scores":
+        counted = ~forbidden(x) if counted is None else counted & ~forbidden(x)
+    if counted is None:
+        return x.mean(dim=(0, 1), keepdim=True)
+    counted = counted.expand_as(x)
+    total = x.where(counted, x.new_zeros(())).sum((0, 1), keepdim=True)
+    return total / counted.sum((0, 1), keepdim=True).clamp(min=1)
+
+
+def check_width(name: str, width: int, x: Tensor, where: Selection) -> None:
+    """Refuse vectors that are not as wide as the site.
+
+    Raises:
+        EditError: they are not.
+    """
+    if width != x.shape[-1]:
+        raise error(
+            EditError,
+            f"{name} does not fit {where.site}",
+            got=f"last axis of {width}",
+            allowed=f"{x.shape[-1]}",
+            do="use vectors of the site's own width",
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Project(SiteEdit):
+    """Project out of a subspace, or onto it.
+
+    Attributes:
+        basis: [rank, d] or [d]; need be neither orthonormal nor independent, and is not changed.
+        onto: keep only the part inside the subspace, instead of removing it.
+    """
+
+    basis: Tensor | None = None
+    onto: bool = False
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """x minus its part in the span of the basis, or that part."""
+        if self.basis is None:
+            raise error(EditError, f"Project on {where.site} has no basis", do="give basis= [rank, d]")
+        check_width("a basis", self.basis.shape[-1], x, where)
+        q = orthonormal(self.basis).to(device=x.device, dtype=x.dtype)
+        inside = (x @ q) @ q.T
+        return inside if self.onto else x - inside
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rotate(SiteEdit):
+    """Multiply each vector by a matrix: x @ matrix.T, for a rotation [d, d]."""
+
+    matrix: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        matrix = self.matrix
+        if matrix is None or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            got = "nothing" if matrix is None else str(list(matrix.shape))
+            raise error(EditError, f"Rotate on {self.site} needs a square matrix", got=got, do="give matrix= [d, d]")
+        eye = torch.eye(matrix.shape[0], dtype=torch.float64, device=matrix.device)
+        gap = float((matrix.double() @ matrix.double().T - eye).abs().max())
+        if gap > 1e-3:
+            raise error(
+                EditError,
+                f"the matrix of Rotate on {self.site} is not a rotation",
+                got=f"|M Mᵀ - 1| up to {gap:.3g}",
+                allowed="1e-3",
+                do="use Apply for other maps",
+            )
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """The rotated vectors."""
+        assert self.matrix is not None
+        check_width("a rotation", self.matrix.shape[-1], x, where)
+        return x @ self.matrix.to(device=x.device, dtype=x.dtype).T
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clamp(SiteEdit):
+    """Keep values between two bounds."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """x, clamped."""
+        return x if self.low is None and self.high is None else x.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Apply(SiteEdit):
+    """Apply a function of your own to the selected part. It cannot be saved."""
+
+    function: Callable[[Tensor], Tensor] | None = None
+
+    def change(self, x: Tensor, where: Selection) -> Tensor:
+        """What the function returns, in the type and place of x; it must keep the shape."""
+        if self.function is None:
+            raise error(EditError, f"Apply on {where.site} has no function", do="give function=")
+        new: Any = self.function(x.clone())
+        shape = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        if shape != list(x.shape):
+            raise error(
+                EditError,
+                f"the function of Apply on {where.site} changed the shape",
+                got=str(shape),
+                allowed=str(list(x.shape)),
+                do="return a tensor like the one given",
+            )
+        if new.is_complex() and not x.is_complex():
+            raise error(
+                EditError, f"the function of Apply on {where.site} returned complex numbers", do="return real ones"
+            )
+        return new.to(x)
+
+
+def canonical(x: Tensor, site: Site) -> Tensor:
+    """A site's tensor as [batch, pos, unit, ...]: scores and patterns have their head axis moved behind q_pos."""
+    return x.transpose(1, 2) if site.spec.dims[1] == "head" else x
+
+
+def forbidden(scores: Tensor) -> Tensor:
+    """True where a mask forbids attention: minus infinity, or the lowest number, which some families scale later."""
+    return scores <= torch.finfo(scores.dtype).min / 64
+
+
+def apply(edit: SiteEdit, x: Tensor, where: Selection) -> Tensor:
+    """The whole tensor of a site, x in its own axes, with one edit applied. x itself is not changed.
+
+    In scores, what was forbidden stays so: an edit may take away keys, but never gives sight of those behind a mask.
+    """
+    new = _applied(edit, x, where)
+    if where.site.name != "attn.scores":
+        return new
+    return torch.where(forbidden(x) & ~(new < x), x, new)
+
+
+def _applied(edit: SiteEdit, x: Tensor, where: Selection) -> Tensor:
+    full = canonical(x, where.site)
+    if where.rows is None and where.columns is None and where.units is None:
+        return canonical(edit.change(full, where), where.site)
+    new = edit.change(where.cut(full), where)
+    rows = torch.arange(full.shape[0], device=x.device) if where.rows is None else where.rows
+    columns = where.columns
+    if columns is None:
+        columns = torch.arange(full.shape[1], device=x.device).expand(full.shape[0], -1)
+    result = full.clone()
+    index: tuple[Tensor, ...] = (rows.unsqueeze(1), columns[rows])
+    if where.units is not None:
+        index = (rows[:, None, None], columns[rows].unsqueeze(2), where.units)
+    result[index] = new
+    return canonical(result, where.site)

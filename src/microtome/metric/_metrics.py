@@ -1,0 +1,329 @@
+"""What is read off a run: one number a prompt, from logits at the positions that matter.
+
+Formula:  logit difference  z[answer] - z[foil];     probability  softmax(z)[answer];     log-probability of it;
+          rank of the answer (0 is first);   KL(base || row) = sum p_base (log p_base - log p_row), in nats;
+          loss over a span = -mean log p(next token), in nats.
+Check:    against plain torch on random logits; tests/unit/test_metrics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import index
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microtome.errors import EditError, error
+
+if TYPE_CHECKING:
+    from microtome.run import Run
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """Reads logits at some columns of each prompt."""
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of a prompt of some length that it reads."""
+        ...
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """Values [row, ...] from logits [row, read, vocab] of rows that belong to prompts [row]."""
+        ...
+
+
+@runtime_checkable
+class TokenSubsetMetric(Protocol):
+    """A metric that reads few tokens of the vocabulary, so that a sweep need not compute the logits of the others."""
+
+    def token_subset(self) -> tuple[tuple[int, ...], Metric]:
+        """The token ids it reads, and the same metric over logits [row, read, id] of these alone."""
+        ...
+
+
+def _ids(tokens: int | Sequence[int] | Tensor) -> tuple[int, ...]:
+    """The ids that were given: one, or one a prompt.
+
+    Raises:
+        EditError: there are none, or they are not whole numbers, such as the text of a token.
+    """
+    try:
+        listed: list[Any] = np.atleast_1d(np.asarray(tokens.cpu() if isinstance(tokens, Tensor) else tokens)).tolist()
+        ids = tuple(index(t) for t in listed)
+    except (TypeError, ValueError):
+        ids = ()
+    if not ids:
+        raise error(
+            EditError,
+            "a metric names tokens by their ids",
+            got=repr(tokens),
+            allowed="one id, or one a prompt",
+            do="give the id that the tokenizer has for this text",
+        )
+    return ids
+
+
+def _pick(ids: tuple[int, ...], prompts: Tensor) -> Tensor:
+    """The id of each row's prompt; one id serves all prompts.
+
+    Raises:
+        EditError: there are several, and yet fewer than prompts.
+    """
+    needed = max(prompts.tolist(), default=-1) + 1
+    if 1 < len(ids) < needed:
+        raise error(
+            EditError,
+            "a metric names fewer tokens than there are prompts",
+            got=f"{len(ids)} for {needed} prompts",
+            do="give one, or one a prompt",
+        )
+    table = torch.tensor(ids, device=prompts.device)
+    return table[prompts] if len(ids) > 1 else table.expand(len(prompts))
+
+
+def _columns(positions: Sequence[int], prompt: int, length: int) -> list[int]:
+    """The columns of positions, those from the end counted.
+
+    Raises:
+        EditError: one lies outside the prompt.
+    """
+    for position in positions:
+        if not -length <= position < length:
+            raise error(
+                EditError,
+                f"a metric reads position {position} of prompt {prompt}",
+                allowed=f"-{length} to {length - 1}",
+                do="choose a position inside the prompt",
+            )
+    return [p + length if p < 0 else p for p in positions]
+
+
+def _check_shape(what: str, held: Tensor, needed: tuple[int, ...]) -> None:
+    """Refuse what a metric holds if it has too few prompts, or other positions or tokens than are read."""
+    if held.dim() != len(needed) or held.shape[0] < needed[0] or tuple(held.shape[1:]) != needed[1:]:
+        raise error(
+            EditError,
+            f"the {what} does not fit what is read",
+            got=f"shape {list(held.shape)}",
+            allowed=f"{list(needed)}, of at least so many prompts",
+            do="give a row for each prompt, and a place for each position",
+        )
+
+
+@dataclass(frozen=True)
+class _AtOne:
+    """Reads one position of each prompt.
+
+    Attributes:
+        answer: token id, or one a prompt.
+        position: where, counted from the end if negative.
+    """
+
+    answer: int | Sequence[int] | Tensor
+    position: int = -1
+
+    def __post_init__(self) -> None:
+        _ids(self.answer)  # refuses what is no id
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The one column."""
+        return _columns((self.position,), prompt, length)
+
+    def _answer(self, values: Tensor, prompts: Tensor) -> Tensor:
+        return values[:, 0].gather(-1, _pick(_ids(self.answer), prompts).unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class LogitDifference(_AtOne):
+    """Logit of the answer minus logit of the foil.
+
+    Attributes:
+        foil: token id, or one a prompt.
+    """
+
+    foil: int | Sequence[int] | Tensor = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        answers, foils = _ids(self.answer), _ids(self.foil)
+        if len(answers) != len(foils) and 1 not in (len(answers), len(foils)):
+            raise error(
+                EditError,
+                "answers and foils do not go together",
+                got=f"{len(answers)} answers and {len(foils)} foils",
+                do="give one of each a prompt, or one for all",
+            )
+        n = max(len(answers), len(foils))
+        pairs = zip(answers * (n // len(answers)), foils * (n // len(foils)), strict=True)
+        if any(a == f for a, f in pairs):
+            raise error(EditError, "the foil equals the answer", got=f"token {answers[0]}", do="choose another foil")
+
+    def token_subset(self) -> tuple[tuple[int, ...], Metric]:
+        """Answers and foils."""
+        ids = tuple(dict.fromkeys(_ids(self.answer) + _ids(self.foil)))
+        answer, foil = ([ids.index(i) for i in _ids(named)] for named in (self.answer, self.foil))
+        return ids, LogitDifference(answer, self.position, foil=foil)
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], in logits."""
+        logits = logits.float()
+        foil = logits[:, 0].gather(-1, _pick(_ids(self.foil), prompts).unsqueeze(-1)).squeeze(-1)
+        return self._answer(logits, prompts) - foil
+
+
+@dataclass(frozen=True)
+class Probability(_AtOne):
+    """Probability of the answer."""
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], 0 to 1."""
+        return self._answer(logits.float().softmax(-1), prompts)
+
+
+@dataclass(frozen=True)
+class LogProbability(_AtOne):
+    """Log-probability of the answer."""
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], in nats, at most 0."""
+        return self._answer(logits.float().log_softmax(-1), prompts)
+
+
+@dataclass(frozen=True)
+class Rank(_AtOne):
+    """How many tokens outrank the answer."""
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], 0 for the first."""
+        logits = logits.float()
+        own = self._answer(logits, prompts).unsqueeze(-1)
+        return (logits[:, 0] > own).sum(-1).float()
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL from the base run's distribution to the row's, summed over positions.
+
+    Attributes:
+        base: log-probabilities [prompt, read, vocab] of the unedited prompts; see `of`.
+        positions: which positions are read.
+    """
+
+    base: Tensor
+    positions: tuple[int, ...] = (-1,)
+
+    def __post_init__(self) -> None:
+        total = self.base.float().logsumexp(-1)
+        if not torch.allclose(total, torch.zeros_like(total), atol=1e-3):
+            raise error(
+                EditError,
+                "the base of a Divergence is not made of log-probabilities",
+                got=f"they sum to exp({float(total.flatten()[0]):.4g})",
+                do="give logits.log_softmax(-1), or use Divergence.of(logits)",
+            )
+
+    @classmethod
+    def of(cls, base: Run | Tensor, positions: tuple[int, ...] = (-1,)) -> Divergence:
+        """From the run of unedited prompts, or their logits [prompt, pos, vocab] if they are of one length."""
+        if isinstance(base, Tensor):
+            logits, spans = base, ((0, base.shape[1]),) * len(base)
+        else:
+            logits, spans = base.logits, base.batch.spans
+        read = [[first + p for p in _columns(positions, i, length)] for i, (first, length) in enumerate(spans)]
+        rows = torch.arange(len(logits), device=logits.device).unsqueeze(1)
+        own = logits[rows, torch.tensor(read, device=logits.device)]
+        return cls(own.detach().float().log_softmax(-1), positions)
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of the positions."""
+        return _columns(self.positions, prompt, length)
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], in nats, at least 0."""
+        _check_shape("base of a Divergence", self.base, (int(prompts.max()) + 1, *logits.shape[1:]))
+        base = self.base.to(logits.device)[prompts].float()
+        weight = base.exp()
+        gap = base - logits.float().log_softmax(-1)
+        return (weight * gap).where(weight > 0, weight.new_zeros(())).sum((-1, -2))
+
+
+@dataclass(frozen=True)
+class SpanLoss:
+    """Mean loss of known tokens over a span.
+
+    Attributes:
+        targets: [prompt, span] the tokens to be predicted, as a tensor or as lists of one length.
+        positions: where each is predicted from, one a target.
+    """
+
+    targets: Tensor | Sequence[Sequence[int]]
+    positions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        try:
+            targets = torch.as_tensor(self.targets)
+        except (TypeError, ValueError, RuntimeError):
+            targets = torch.empty(0)
+        if targets.is_floating_point():
+            raise error(
+                EditError,
+                "a SpanLoss cannot use these targets",
+                got=repr(self.targets),
+                allowed="token ids, as many for each prompt",
+                do="give a tensor [prompt, span] of whole numbers",
+            )
+        object.__setattr__(self, "targets", targets.long())
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of the positions."""
+        return _columns(self.positions, prompt, length)
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """[row], in nats."""
+        targets = torch.as_tensor(self.targets)
+        _check_shape("targets of a SpanLoss", targets, (int(prompts.max()) + 1, logits.shape[1]))
+        vocab = logits.shape[-1]
+        bad = targets[(targets < 0) | (targets >= vocab)]
+        if len(bad):
+            raise error(
+                EditError,
+                "the targets of a SpanLoss lie outside the vocabulary",
+                got=int(bad[0]),
+                allowed=f"0 to {vocab - 1}",
+                do="name tokens of the model",
+            )
+        targets = targets.to(logits.device)[prompts].unsqueeze(-1)
+        return -logits.float().log_softmax(-1).gather(-1, targets).squeeze(-1).mean(-1)
+
+
+@dataclass(frozen=True)
+class FunctionMetric:
+    """A metric of your own: a function of logits [row, read, vocab] and prompts [row]."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    positions: tuple[int, ...] = (-1,)
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of the positions."""
+        return _columns(self.positions, prompt, length)
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """What the function returns, [row, ...].
+
+        Raises:
+            EditError: it returns something else than a tensor of as many rows.
+        """
+        values = cast("Any", self.function)(logits, prompts)
+        if isinstance(values, Tensor) and values.shape[:1] == prompts.shape:
+            return values
+        got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise error(
+            EditError,
+            "the function of a FunctionMetric returned no value a row",
+            got=got,
+            allowed=f"a tensor of {len(prompts)} rows",
+            do="keep the first axis of the logits",
+        )

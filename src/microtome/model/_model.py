@@ -1,0 +1,262 @@
+"""An open model: run it, edit it, generate with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from microtome.anatomy import Anatomy, integer
+from microtome.edit import Edit, SiteEdit
+from microtome.errors import EditError, PromptError, error
+from microtome.metric import Metric
+from microtome.model._proof import IdentityCheck, prove
+from microtome.run import (
+    Capture,
+    GenerationFrame,
+    LoadedModel,
+    Observer,
+    Plan,
+    Prompt,
+    Run,
+    Session,
+    addresses,
+    pad_id,
+    plan_of,
+    run_forward,
+)
+from microtome.run.hook import HookSet, lock_of
+from microtome.sweep import Cell, Edge, Sweep
+
+NOT_TEXT = (
+    "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+)  # fmt: skip
+"""Options of a generation that ask for more than texts."""
+
+
+class Model(LoadedModel):
+    """An open model: run it, edit it, sweep it, generate with it.
+
+    Attributes:
+        proof: the identities that were checked when it was opened.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, anatomy: Anatomy) -> None:
+        super().__init__(hf, tokenizer, anatomy)
+        self.proof: list[IdentityCheck] = []
+
+    def prove(self) -> list[IdentityCheck]:
+        """Check the identities of the map on a probe batch, and keep the result as `proof`.
+
+        Raises:
+            ModelUnsupported: the model does not run on token ids alone.
+        """
+        self.proof = prove(self)
+        return self.proof
+
+    def plan(self, prompt: Prompt, capture: Capture = (), *, logits: bool = True, grad: bool = False) -> Plan:
+        """What a run would keep and take, before it runs: bytes by site, operations, seconds at the last run's pace."""
+        batch = self.to_batch(prompt)
+        return plan_of(self, batch, addresses(capture), logits=logits, grad=grad, pace=self.pace)
+
+    def run(
+        self,
+        prompt: Prompt,
+        capture: Capture = (),
+        edits: Edit | Sequence[Edit] = (),
+        *,
+        stop_at: int | None = None,
+        logits: bool = True,
+        grad: bool = False,
+        padding: Literal["left", "right"] = "right",
+        observe: Mapping[str, Observer] | None = None,
+        budget: int | None = None,
+    ) -> Run:
+        """Run the model once, keep what is named, and change what the edits say.
+
+        Args:
+            prompt: text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a
+                tokenizer gave.
+            capture: addresses of what to keep, such as ``"*.mlp.post"`` or ``["3.attn.pattern", "final@-1"]``.
+            edits: what to change: one edit, or several in order.
+            stop_at: end before this layer runs; there are no logits then.
+            logits: whether to compute logits; without them the unembedding is not run.
+            grad: keep a graph, so that `Run.grad` gives gradients at every captured site.
+            padding: the side on which shorter rows are padded.
+            observe: functions called with (site, tensor) as the forward reaches an address; nothing is kept.
+            budget: bytes that the captures and logits may take; 80 % of the free memory by default.
+
+        Returns:
+            A `Run`: ``run.logits``, ``run["12.mlp.post"]``, ``run.dataset()``.
+
+        Raises:
+            SiteError: an address matches nothing, or is never reached.
+            PromptError: the prompt cannot be read.
+            EditError: an edit does not fit its site, or never acts; or the model is in use, see `editing`.
+            BudgetError: what is named would not fit in memory.
+        """
+        return run_forward(
+            self, prompt, capture, edits, stop_at=stop_at, logits=logits, grad=grad, padding=padding, observe=observe,
+            budget=budget,
+        )  # fmt: skip
+
+    def sweep(
+        self,
+        prompt: Prompt,
+        cells: Sequence[Cell | Edge],
+        metric: Metric,
+        *,
+        prompts: Sequence[int] | None = None,
+        budget: int | None = None,
+    ) -> Sweep:
+        """Prepare many edited runs of prompts, each read with a metric: exact, and many times faster than one by one.
+
+        Args:
+            prompt: one prompt or several, of any lengths.
+            cells: each an edit, a list of edits, or an `Edge`, of one copy of one prompt; positions are that prompt's.
+            metric: what to read, such as `LogitDifference`.
+            prompts: the number of each cell's prompt; the first by default.
+            budget: bytes that one walk may hold; half of the free memory, at most 2 GiB, by default.
+
+        Returns:
+            A `Sweep`: its `plan` says what it will take; `run()` gives values and effects by cell, and the values of
+            the unedited prompts.
+
+        Raises:
+            SiteError: an address matches nothing, lies outside the layers, or beyond its prompt.
+            EditError: a cell is empty, or the metric does not fit; or the model is being edited.
+            BudgetError: not even one cell fits.
+
+        >>> cells = [Patch(f"{layer}.resid_pre@{pos}", source=corrupt) for layer in range(30) for pos in range(13)]
+        >>> sweep = model.sweep(clean, cells, LogitDifference(answer=paris, foil=rome))
+        >>> effects = sweep.run().effects.reshape(30, 13)
+        """
+        if lock_of(self.hf).active_edits:
+            raise error(
+                EditError,
+                "a sweep cannot run inside `editing`, whose rows are not its cells",
+                got=", ".join(map(repr, lock_of(self.hf).active_edits)),
+                do="put these edits into every cell",
+            )
+        return Sweep(self, prompt, cells, metric, prompts=prompts, budget=budget)
+
+    @contextmanager
+    def editing(self, *edits: Edit) -> Iterator[Model]:
+        """Apply edits to every call inside the block, also to `generate` with its key/value cache.
+
+        In a generation, positions mean those of the prompt; ``@last`` is the newest token at every step, ``@prompt``
+        and ``@generated`` are what they say, and no positions means all. The edits are gone when the block is left,
+        also by an exception or Ctrl-C. An edit that never applied is warned of. The model is in evaluation mode inside
+        the block, and refuses other threads until it is left; a run of theirs is waited for.
+
+        >>> with model.editing(Add("12.resid_post@last", direction, strength=4.0)):
+        ...     print(model.generate("I think"))
+        """
+        frame = GenerationFrame()
+        session = Session(self.hf, self.anatomy, frame, edits=edits, stands=True)
+        calls = 0
+
+        def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal calls
+            calls += 1
+            frame.begin(args, kwargs)
+
+        def generate(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+            given = args[0] if args else next((x for x in named if x is not None), None)
+            with frame.generating(1 if given is None else len(given), kwargs.get("attention_mask")):
+                return own(*args, **kwargs)
+
+        session.hooks.before("", begin)
+        if hasattr(self.hf, "generate"):
+            session.hooks.around("", generate, "generate")
+        with session.hooks:
+            yield self
+        fired = {number for number, _ in session.fired}
+        idle = [e for e in edits if isinstance(e, SiteEdit) and id(e) not in fired]
+        if calls and idle:
+            warnings.warn(f"these edits never applied: {idle}", stacklevel=3)
+
+    def generate(self, prompt: Prompt, *, max_new_tokens: int = 32, **options: Any) -> str | list[str]:
+        """Continue a text, or several; greedy unless told otherwise.
+
+        Args:
+            prompt: one text or several.
+            max_new_tokens: how many tokens to add at most.
+            options: what the `generate` of `transformers` takes, such as ``do_sample=True``.
+
+        Returns:
+            What was added: a text for a text, a list for a list.
+
+        Raises:
+            PromptError: the model has no tokenizer or looks both ways, the prompt is empty or leaves no room in the
+                context, or the options are none.
+        """
+        if not self.anatomy.causal:
+            raise error(
+                PromptError, f"{self.anatomy.name} looks both ways, and cannot continue a text", do="use a causal model"
+            )
+        _refuse_options(max_new_tokens, options)
+        if self.tokenizer is None:
+            raise error(
+                PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids"
+            )
+        batch = self.to_batch(prompt, "left")
+        room = self.anatomy.n_ctx - batch.tokens.shape[1]
+        if max_new_tokens > room:
+            raise error(
+                PromptError,
+                "the prompt leaves too little room in the model's context",
+                got=f"{max_new_tokens} new tokens",
+                allowed=f"{room}",
+                do="shorten the prompt",
+            )
+        pad = pad_id(self.tokenizer, self.anatomy.d_vocab)
+        # A model's own settings may ask for more than tokens.
+        options = {"do_sample": False, "pad_token_id": pad} | options | {"return_dict_in_generate": False}
+        inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask.long(), "max_new_tokens": max_new_tokens}
+        hooks, began = HookSet(self.hf, self.anatomy.attention, self.anatomy.n_heads), False
+
+        def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal began
+            began = True
+
+        hooks.before("", begin)
+        with torch.no_grad(), hooks:
+            try:
+                out = self.hf.generate(**inputs, **options)
+            except (ValueError, TypeError) as problem:
+                if began:  # it is none of the options
+                    raise
+                said = " ".join(str(problem).split())
+                raise error(
+                    PromptError, "transformers cannot generate this way", got=said, do="change options"
+                ) from problem
+        texts = [self.tokenizer.decode(row[batch.tokens.shape[1] :], skip_special_tokens=True) for row in out]
+        return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
+
+
+def _refuse_options(max_new_tokens: int, options: Mapping[str, Any]) -> None:
+    """Refuse a generation that adds nothing, or of which more than its texts is asked.
+
+    Raises:
+        PromptError: it is one of these.
+    """
+    try:
+        adds = integer(max_new_tokens) >= 1
+    except TypeError:
+        adds = False
+    if not adds:
+        got = f"max_new_tokens={max_new_tokens!r}"
+        raise error(PromptError, "a generation adds tokens", got=got, allowed="1 or more", do="ask for a whole number")
+    asked = [name for name in NOT_TEXT if options.get(name)]
+    if asked:
+        raise error(
+            PromptError,
+            "a generation here gives texts and nothing else",
+            got=", ".join(f"{name}={options[name]!r}" for name in asked),
+            do="use model.hf.generate on token ids",
+        )

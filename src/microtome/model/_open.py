@@ -1,0 +1,131 @@
+"""Open a model: load it, map it, prove the map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from microtome.anatomy import Anatomy, anatomy_of, load
+from microtome.errors import MicrotomeError, ModelError, ModelUnsupported, error
+from microtome.model._model import Model
+from microtome.model._proof import require_proven
+
+
+def open(
+    name_or_path: Any = None,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    prove: bool = True,
+) -> Model:
+    """Open a language model and prove the map of its inside.
+
+    Args:
+        name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel` (which is left as it is,
+            runs in evaluation mode whatever its own, and takes none of `dtype`, `device`,
+            `revision` and `trust_remote_code`), or nothing for the
+            default model (SmolLM2-135M-Instruct).
+        tokenizer: for an already loaded model, which takes token ids without one; else instead of the model's own.
+        dtype: of the weights of a model that is loaded here; float32 by default, so that identities are tight.
+        device: where to put a model that is loaded here; the accelerator if there is one.
+        revision: of a hub model.
+        trust_remote_code: whether code that comes with the model may run.
+        prove: whether to check the map; without it, to look at why a proof fails: `model.prove()` gives all checks.
+
+    Returns:
+        A `Model`, on whose map all seven identities hold (see ``model.proof``).
+
+    Raises:
+        ModelError: it is not found, damaged, or not a language model; or it is already loaded and is asked to be
+            another.
+        ProofError: its map fails an identity; `open(prove=False)` and `microtome check` show the whole proof.
+    """
+    model = _load(name_or_path, tokenizer, dtype, device, revision, trust_remote_code)
+    if prove:
+        require_proven(model, model.prove())
+    return model
+
+
+def _load(
+    name_or_path: Any,
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Model:
+    """A model that is loaded, unless it is already, and mapped."""
+    if name_or_path is None or isinstance(name_or_path, str | Path):
+        target = _accelerator() if device is None else _usable(device)
+        hf, tokenizer, name = load(
+            name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, tokenizer=tokenizer
+        )
+        hf = hf if target is None else hf.to(target)
+        return Model(hf, tokenizer, _anatomy(hf, name))
+    if not hasattr(name_or_path, "get_output_embeddings") or not hasattr(name_or_path, "config"):
+        raise error(
+            ModelUnsupported,
+            "cannot open this object as a model",
+            got=type(name_or_path).__name__,
+            allowed="a name, a folder, a GGUF file, or a transformers PreTrainedModel",
+            do="load it with transformers first",
+        )
+    asked = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code or None}
+    ignored = [name for name, value in asked.items() if value is not None]
+    if ignored:
+        raise error(
+            ModelError,
+            "a model that is already loaded is left as it is",
+            got=", ".join(f"{name}={asked[name]}" for name in ignored),
+            do="leave these out and load or move it so with transformers, or give its name instead",
+        )
+    hf = name_or_path
+    name = Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name
+    return Model(hf, tokenizer, _anatomy(hf, name))
+
+
+def _anatomy(hf: Any, name: str) -> Anatomy:
+    """The map of a loaded model.
+
+    Raises:
+        ModelUnsupported: it has parts of no known form.
+    """
+    try:
+        return anatomy_of(hf, name)
+    except MicrotomeError:
+        raise
+    except Exception as problem:  # whatever parts of an unknown family make of being looked at
+        raise error(
+            ModelUnsupported,
+            f"the parts of {name} ({type(hf).__name__}) are of no known form, so that it cannot be mapped",
+            got=f"{type(problem).__name__}: {' '.join(str(problem).split())}",
+            do="open a model of a family that is known",
+        ) from problem
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """A device that a tensor can be made on.
+
+    Raises:
+        ModelError: there is no such device here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        here = dict.fromkeys(str(d) for d in (_accelerator(), torch.get_default_device()) if d is not None)
+        raise error(
+            ModelError,
+            "cannot put a model on this device",
+            got=str(device),
+            allowed=", ".join(here),
+            do="name one of these",
+        ) from problem
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -1,0 +1,150 @@
+"""A model that is loaded and mapped: its parts, weights, words and provenance. What runs it stands on this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from microtome.anatomy import Anatomy, LayerWeights, NormWeights, Weights
+from microtome.errors import SiteError, error
+from microtome.run._batch import Batch, Prompt, to_batch
+from microtome.run._fingerprint import Fingerprint
+
+_version = cache(version)  # every run records them, and reading a package's metadata takes as long as a small forward
+
+
+class LoadedModel:
+    """A model that is loaded and mapped; its weights are untouched.
+
+    Attributes:
+        hf: the `PreTrainedModel` itself.
+        tokenizer: its tokenizer, or None.
+        anatomy: sizes, and where every site is.
+        pace: floating-point operations a second of its last run, reading the weights counted as if it were some.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, anatomy: Anatomy) -> None:
+        self.hf, self.tokenizer, self.anatomy = hf, tokenizer, anatomy
+        self._weights = Weights(hf, anatomy)
+        self.pace = 2e10
+        self._fingerprint = Fingerprint(hf)
+
+    def __repr__(self) -> str:
+        a = self.anatomy
+        sizes = f"{a.n_layers} layers, {a.n_heads} heads, {a.d_mlp} neurons, d_model {a.d_model}"
+        return f"{type(self).__name__}({a.name}: {sizes})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are made of."""
+        return self.hf.dtype
+
+    @property
+    def layers(self) -> tuple[LayerWeights, ...]:
+        """The weights of each layer, by the field's names, as views."""
+        return self._weights.layers
+
+    @property
+    def W_E(self) -> Tensor:
+        """Token embedding [vocab, d_model]."""
+        return self._weights.W_E
+
+    @property
+    def W_U(self) -> Tensor:
+        """Unembedding [d_model, vocab]."""
+        return self._weights.W_U
+
+    @property
+    def b_U(self) -> Tensor | None:
+        """Bias of the unembedding [vocab], or None."""
+        return self._weights.b_U
+
+    @property
+    def final_norm(self) -> NormWeights | None:
+        """The norm before the unembedding."""
+        return self._weights.final_norm
+
+    def unembed(self, resid: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Logits [..., vocab] that the residual stream resid [..., d_model] would give if the model ended there.
+
+        Args:
+            resid: residual stream before the final norm.
+            scale: [...] divisor of the final norm, to hold it fixed; its own by default.
+
+        Raises:
+            SiteError: no final norm of a known form stands before the unembedding (encoders, for one).
+        """
+        norm = self.final_norm
+        if norm is None or self.W_U.shape[0] != self.anatomy.d_model:
+            raise error(
+                SiteError,
+                f"the residual stream of {self.anatomy.name} cannot be read as logits",
+                got="a head with a transform of its own between the stream and the unembedding",
+                do="use a causal model with a final norm",
+            )
+        if resid.shape[-1] != self.anatomy.d_model:
+            raise error(
+                SiteError,
+                "this is no residual stream",
+                got=f"shape {list(resid.shape)}",
+                allowed=f"[..., {self.anatomy.d_model}]",
+                do="give a stream of this model",
+            )
+        logits = norm.apply(resid, scale) @ self.W_U
+        logits = logits if self.b_U is None else logits + self.b_U
+        logits = logits * self.anatomy.logit_scale if self.anatomy.logit_scale != 1.0 else logits
+        cap = self.anatomy.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def n_parameters(self) -> int:
+        """How many parameters the model has; tied ones count once."""
+        return sum(p.numel() for p in self.hf.parameters())
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of a hash over the configuration and all weights, as they are now."""
+        return self._fingerprint.exact()
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What every result records: model, fingerprint, dtype and versions.
+
+        The weights are read again only where something shows that they changed; see `Fingerprint`.
+        """
+        return {
+            "model": self.anatomy.name,
+            "fingerprint": self._fingerprint.current(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "microtome": _version("microtome"),
+            "transformers": _version("transformers"),
+            "torch": torch.__version__,
+        }
+
+    def to_batch(self, prompt: Prompt, padding: Literal["left", "right"] = "right") -> Batch:
+        """Tokens, mask and lengths of a prompt.
+
+        Raises:
+            PromptError: it is empty, too long, or not of this vocabulary.
+        """
+        a = self.anatomy
+        return to_batch(prompt, self.tokenizer, n_vocab=a.d_vocab, n_ctx=a.n_ctx, side=padding, device=self.device)
+
+    def to_tokens(self, prompt: Prompt) -> Tensor:
+        """Token ids [batch, pos] of a prompt, padded on the right."""
+        return self.to_batch(prompt).tokens
+
+    def to_words(self, tokens: Tensor | Sequence[int]) -> list[str]:
+        """The text of each token of one row, or its number where there is no tokenizer."""
+        ids: list[int] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        return [str(i) if self.tokenizer is None else self.tokenizer.decode([i]) for i in ids]

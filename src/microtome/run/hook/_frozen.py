@@ -1,0 +1,101 @@
+"""Frozen passes: non-linear parts held constant for gradients, while values stay what they are.
+
+norm                y = gain * centre(x) / sg[scale(x)] + bias
+attention pattern   z = sg[A] v
+gate, whole         y = sg[act(g)] * u
+gate, ratio         y = g sg[act(g) / g] * u
+half products       y/2 + sg[y/2]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from microtome.anatomy import Anatomy, NormWeights, Site, norm_of
+from microtome.edit import Freeze
+from microtome.errors import EditError, error
+from microtome.run.hook._hooks import HookSet
+from microtome.run.hook._points import Shape, divided, divisor, input_of, install, with_input
+
+
+def _tie(value: Tensor, linear: Tensor) -> Tensor:
+    """The value of one tensor with the gradient of another."""
+    return value.detach() + (linear - linear.detach())
+
+
+def freeze(hooks: HookSet, model: Any, anatomy: Anatomy, edit: Freeze, shape: Shape) -> None:
+    """Install a frozen pass."""
+    if edit.norms:
+        for path in _norm_paths(model, anatomy):
+            norm = norm_of(model.get_submodule(path), path, anatomy.d_model)
+            if norm is None:
+                raise error(
+                    EditError,
+                    f"the norm {path} has no known form, so it cannot be frozen",
+                    do="use Freeze(norms=False)",
+                )
+            hooks.after(path, _frozen_norm(NormWeights(model.get_submodule(path), norm)))
+    for i, layer in enumerate(anatomy.parts.layers):
+        if edit.patterns:
+            hooks.attention(layer.attn).frozen = True
+        if edit.activations:
+            if layer.act is None:
+                raise error(
+                    EditError,
+                    f"layer {i} has no activation module of its own, so it cannot be frozen",
+                    do="use Freeze(activations=False)",
+                )
+            whole = edit.activations != "ratio" and bool(layer.gate or layer.gate_up)
+            hooks.after(layer.act, _frozen_gate if whole else _frozen_ratio)
+        if edit.half_products and (layer.gate or layer.gate_up):
+            hooks.before(_product_of(i, layer.down), _halved)
+        if edit.mlps:
+            site = Site("mlp_out", i)
+            install(hooks, model, site, anatomy.hook_points[site], lambda x: x.detach(), shape, edits=True)
+
+
+def _norm_paths(model: Any, anatomy: Anatomy) -> list[str]:
+    parts = anatomy.parts
+    paths = [n.path for layer in parts.layers for n in (layer.attn_norm, layer.mlp_norm) if n is not None]
+    paths += [p for layer in parts.layers for p in (layer.attn_post_norm, layer.mlp_post_norm) if p is not None]
+    for attn in (layer.attn for layer in parts.layers):
+        inside = model.get_submodule(attn).named_modules(prefix=attn)
+        paths += [p for p, m in inside if "Norm" in type(m).__name__ and not list(m.children())]
+    return list(dict.fromkeys([*paths, parts.final_norm.path] if parts.final_norm else paths))
+
+
+def _frozen_norm(norm: NormWeights) -> Any:
+    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = input_of(args, kwargs)
+        held = divisor(output, norm, x).detach()
+        return divided(_tie(output, norm.apply(x, held)), held)
+
+    return after
+
+
+def _product_of(i: int, down: str | None) -> str:
+    """The module that reads the product of gate and up branch."""
+    if down is None:
+        raise error(
+            EditError,
+            f"the products of layer {i} are inside its experts, so they cannot be halved",
+            do="use Freeze(half_products=False)",
+        )
+    return down
+
+
+def _halved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = input_of(args, kwargs)
+    return with_input(args, kwargs, _tie(x, x / 2))
+
+
+def _frozen_gate(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    return output.detach()
+
+
+def _frozen_ratio(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    x = input_of(args, kwargs)
+    ratio = (output / x.where(x != 0, x.new_ones(()))).detach()
+    return _tie(output, x * ratio)

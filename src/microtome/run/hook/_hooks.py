@@ -1,0 +1,161 @@
+"""The one module that touches a model: it registers hooks, wraps forwards, and takes it all back.
+
+A `HookSet` collects what is wanted (functions before, after and around modules, and inside attention), installs it on
+entering and removes it on leaving, also after an exception or Ctrl-C. A module that nobody asked about is untouched.
+While it is installed the model is in evaluation mode, and no other thread runs it. A rig of edits that stand
+(`standing`) may have others inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from microtome.anatomy import hiding_kernel
+from microtome.edit import Edit
+from microtome.errors import SiteError, error
+from microtome.run.hook._attention import AttentionHooks, InlineAttention, interface_name, is_unwatched, watching
+from microtome.run.hook._lock import evaluating, lock_of
+
+Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+After = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
+Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class HookSet:
+    """Functions to run in and around the modules of one model, installed for the length of a `with` block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: Literal["interface", "inline"],
+        n_heads: int,
+        active_edits: Sequence[Edit] | None = None,
+    ) -> None:
+        self._standing = active_edits
+        self._model, self._attention_kind, self._n_heads = model, attention, n_heads
+        self._before: dict[str, list[Before]] = {}
+        self._after: dict[str, list[After]] = {}
+        self._around: dict[tuple[str, str], list[Around]] = {}
+        self._watches: dict[str, AttentionHooks] = {}
+        self._stack = ExitStack()
+
+    def before(self, path: str, function: Before) -> None:
+        """Run a function on the arguments of a module; what it returns replaces them."""
+        self._before.setdefault(path, []).append(function)
+
+    def after(self, path: str, function: After) -> None:
+        """Run a function on the arguments and output of a module; what it returns replaces the output."""
+        self._after.setdefault(path, []).append(function)
+
+    def around(self, path: str, function: Around, method: str = "forward") -> None:
+        """Run a function in place of a module's forward, or of another method, which it gets."""
+        self._around.setdefault((path, method), []).append(function)
+
+    def attention(self, path: str) -> AttentionHooks:
+        """What to do inside one attention module."""
+        return self._watches.setdefault(path, AttentionHooks())
+
+    def __enter__(self) -> HookSet:
+        try:
+            self._stack.enter_context(lock_of(self._model).take(self._standing))
+            self._stack.enter_context(evaluating(self._model))
+            self._install()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _install(self) -> None:
+        for path, before in self._before.items():
+            self._keep(self._module(path).register_forward_pre_hook(_pre_hook(before), with_kwargs=True))
+        for path, after in self._after.items():
+            self._keep(self._module(path).register_forward_hook(_post_hook(after), with_kwargs=True))
+        for (path, method), around in self._around.items():
+            for function in around:
+                self._wrap(self._module(path), function, method)
+        if self._watches:
+            self._install_attention()
+
+    def _module(self, path: str) -> nn.Module:
+        return self._model.get_submodule(path)
+
+    def _keep(self, handle: RemovableHandle) -> None:
+        self._stack.callback(handle.remove)
+
+    def _wrap(self, module: nn.Module, function: Around, method: str = "forward") -> None:
+        had = module.__dict__.get(method)
+        inner = getattr(module, method)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return function(inner, args, kwargs)
+
+        def restore() -> None:
+            if had is None:
+                module.__dict__.pop(method, None)
+            else:
+                module.__dict__[method] = had
+
+        self._stack.callback(restore)
+        module.__dict__[method] = wrapped
+
+    def _install_attention(self) -> None:
+        for path, watch in self._watches.items():
+            module = self._module(path)
+            self._refuse_hidden(path, module, watch)
+            # One wrapper serves all rigs that watch a module: the first that came, which is the last to go.
+            first = is_unwatched(module)
+            self._stack.enter_context(watching(module, watch))
+            if self._attention_kind == "inline" and first:
+                self._wrap(module, InlineAttention.around(module, self._n_heads))
+        if self._attention_kind == "interface":
+            for config in _configs(self._model):
+                self._stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
+                config._attn_implementation_internal = interface_name(config._attn_implementation)
+
+    def _refuse_hidden(self, path: str, module: nn.Module, watch: AttentionHooks) -> None:
+        kernel = hiding_kernel(getattr(module, "config", None))
+        if self._attention_kind == "interface" and watch.wants_pattern and kernel is not None:
+            raise error(
+                SiteError,
+                f"scores and patterns of {path} cannot be read under the attention kernel {kernel}: it hides its masks",
+                allowed="eager or sdpa",
+                do='call model.hf.set_attn_implementation("sdpa")',
+            )
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return [config for config in found.values() if getattr(config, "_attn_implementation", None) is not None]
+
+
+def _pre_hook(functions: list[Before]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed = False
+        for function in functions:
+            new = function(args, kwargs)
+            if new is not None:
+                (args, kwargs), changed = new, True
+        return (args, kwargs) if changed else None
+
+    return hook
+
+
+def _post_hook(functions: list[After]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        changed = False
+        for function in functions:
+            new = function(args, kwargs, output)
+            if new is not None:
+                output, changed = new, True
+        return output if changed else None
+
+    return hook

@@ -1,0 +1,76 @@
+"""Layer paths: blocks skipped, repeated or scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from microtome.anatomy import Anatomy, parse_indices
+from microtome.edit import Repeat, ScaleBlock, Skip
+from microtome.errors import EditError, SiteError, error
+from microtome.run.hook._hooks import HookSet
+from microtome.run.hook._points import input_of, output_of, with_input, with_output
+
+
+def layer_paths(hooks: HookSet, anatomy: Anatomy, edit: Skip | Repeat | ScaleBlock) -> None:
+    """Install a `Skip`, `Repeat` or `ScaleBlock` around the blocks it names."""
+    layers = parse_indices(edit.layers, "layers").resolve(anatomy.n_layers)
+    if layers is None:
+        raise error(
+            SiteError,
+            f"no layers {edit.layers} for {edit!r} in {anatomy.name}",
+            allowed=f"layers 0 to {anatomy.n_layers - 1}",
+            do="choose layers of the model",
+        )
+    if isinstance(edit, Repeat) and edit.times < 1:
+        raise error(EditError, f"{edit!r} cannot run a block {edit.times} times", allowed="1 or more", do="use Skip")
+    for layer in layers:
+        block = anatomy.parts.layers[layer].block
+        if isinstance(edit, Skip):
+            hooks.around(block, _skip(layer, anatomy.attention == "inline"))
+        elif isinstance(edit, Repeat):
+            hooks.around(block, _repeat(edit.times))
+        else:
+            hooks.after(block, _scale(edit.factor))
+
+
+def _cached(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None
+
+
+def _skip(layer: int, tuples: bool) -> Any:
+    def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if layer == 0 and _cached(kwargs):
+            raise error(
+                EditError,
+                "layer 0 cannot be skipped while a key/value cache counts positions by it",
+                do="pass use_cache=False",
+            )
+        hidden = input_of(args, kwargs)
+        # Blocks whose attention is their own still return a tuple; those that use the interface return the tensor.
+        return (hidden, None) if tuples else hidden
+
+    return around
+
+
+def _repeat(times: int) -> Any:
+    def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _cached(kwargs):
+            raise error(
+                EditError, "a block cannot be repeated while its keys and values are cached", do="pass use_cache=False"
+            )
+        output = forward(*args, **kwargs)
+        for _ in range(times - 1):
+            args, kwargs = with_input(args, kwargs, output_of(output))
+            output = forward(*args, **kwargs)
+        return output
+
+    return around
+
+
+def _scale(factor: float) -> Any:
+    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        before, now = input_of(args, kwargs), output_of(output)
+        return with_output(output, before + factor * (now - before))
+
+    return after

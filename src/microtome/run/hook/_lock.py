@@ -1,0 +1,94 @@
+"""Whose turn it is to run a model: one forward at a time, and no other thread inside somebody's edits.
+
+Hooks sit on the model itself, so that whoever runs it meanwhile would be watched and changed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Condition, Lock, get_ident
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from microtome.edit import Edit
+from microtome.errors import EditError, error
+
+
+class ModelLock:
+    """The turns of one model.
+
+    Attributes:
+        standing: the edits of the `editing` blocks that are open.
+    """
+
+    def __init__(self) -> None:
+        self.active_edits: list[Edit] = []
+        self._owner: int | None = None
+        self._running, self._blocks = False, 0
+        self._free = Condition()
+
+    @contextmanager
+    def take(self, edits: Sequence[Edit] | None = None) -> Iterator[None]:
+        """Run the model in this block; with edits, keep it edited, and run it inside.
+
+        Raises:
+            EditError: another thread edits the model, or this one is already inside a run.
+        """
+        with self._free:
+            self._wait()
+            self._owner = get_ident()
+            self._running, self._blocks = edits is None, self._blocks + (edits is not None)
+            self.active_edits.extend(edits or ())
+        try:
+            yield
+        finally:
+            with self._free:
+                if edits is None:
+                    self._running = False
+                else:
+                    self._blocks -= 1
+                    del self.active_edits[len(self.active_edits) - len(edits) :]
+                if not (self._running or self._blocks):
+                    self._owner = None
+                self._free.notify_all()
+
+    def _wait(self) -> None:
+        while self._owner not in (None, get_ident()):
+            if self._blocks:
+                raise error(
+                    EditError,
+                    "this model is being edited by another thread",
+                    do="wait until its `editing` block is left, or open the model twice",
+                )
+            self._free.wait()
+        if self._running:
+            raise error(
+                EditError,
+                "a run cannot start inside another run of the same model",
+                do="capture first, and run again when it is over",
+            )
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, ModelLock] = WeakKeyDictionary()
+_LOCK = Lock()
+
+
+def lock_of(model: nn.Module) -> ModelLock:
+    """The turns of a model, the same for all that opened it."""
+    with _LOCK:
+        return _LOCKS.setdefault(model, ModelLock())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; after the block each module is in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,227 @@
+"""Taps become hooks: for each way a site can lie in a model, how its tensor is read and how an edit is written back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.anatomy import HookPoint, NormWeights, Site
+from microtome.run.hook._hooks import HookSet
+
+Visit = Callable[[Tensor], Tensor | None]
+Shape = Callable[[], tuple[int, int]]
+"""Batch and width of the forward that is under way: some modules see them flattened into one axis."""
+
+
+def install(hooks: HookSet, model: Any, site: Site, point: HookPoint, visit: Visit, shape: Shape, edits: bool) -> None:
+    """Show the tensor of a site to `visit` in every forward of a rig, and put in place what it returns."""
+    if point.side == "attention":
+        watch = hooks.attention(point.module)
+        watch.add(site.name.removeprefix("attn."), visit if point.heads is None else _shared(visit, point.heads), edits)
+    elif point.side in ("input", "inplace"):
+        hooks.before(point.module, _before(point, visit, shape))
+    elif point.side == "output":
+        hooks.after(point.module, _after(point, visit, shape))
+    elif point.side == "norm":
+        assert point.norm is not None
+        hooks.after(point.module, _norm(NormWeights(model.get_submodule(point.module), point.norm), visit, shape))
+    elif point.side == "result":
+        hooks.after(point.module, _result(model.get_submodule(point.module), point, visit))
+    elif point.side == "router":
+        hooks.after(point.module, _router(visit, shape))
+    elif point.side == "experts":
+        hooks.after(point.module, _experts(model.get_submodule(point.module), visit, shape))
+    else:
+        hooks.after(point.module, _logits(visit))
+
+
+def read(point: HookPoint, raw: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The value of a site in the tensor that a module holds: [batch, pos, ...]."""
+    x = raw.unflatten(0, shape) if raw.dim() == 2 else raw
+    if point.split is not None:
+        x = point.split.view(x).flatten(-3)
+    if point.heads is not None:
+        x = x.unflatten(-1, (point.heads, -1))
+    return x * point.scale if point.scale != 1.0 else x
+
+
+def write(point: HookPoint, raw: Tensor, value: Tensor) -> Tensor:
+    """A tensor like `raw`, in which the site has a new value."""
+    if point.scale != 1.0:
+        value = value / point.scale
+    if point.heads is not None:
+        value = value.flatten(-2)
+    if point.split is None:
+        return value.reshape(raw.shape)
+    new = raw.clone()
+    view = point.split.view(new)
+    view.copy_(value.reshape(view.shape))
+    return new
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a module."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    return kwargs["hidden_states"]
+
+
+def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, with other hidden states."""
+    if args and isinstance(args[0], Tensor):
+        return (new, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": new}
+
+
+def output_of(output: Any) -> Tensor:
+    """The hidden states in the output of a module: it, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_output(output: Any, new: Tensor) -> Any:
+    """The output, with other hidden states."""
+    return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+def _before(point: HookPoint, visit: Visit, shape: Shape) -> Any:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raw = input_of(args, kwargs)
+        new = visit(read(point, raw, shape()))
+        if new is None:
+            return None
+        if point.side == "inplace":
+            # The block keeps this very tensor for its residual sum: writing into it changes both readers.
+            raw.copy_(new.reshape(raw.shape))
+            return None
+        return with_input(args, kwargs, write(point, raw, new))
+
+    return before
+
+
+def _after(point: HookPoint, visit: Visit, shape: Shape) -> Any:
+    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        raw = output_of(output)
+        value = read(point, raw, shape())
+        new = visit(value.clone() if point.clone else value)
+        if new is None:
+            return None
+        return with_output(output, write(point, raw, new.clone() if point.clone else new))
+
+    return after
+
+
+def made_of(output: Tensor, part: str, compute: Callable[[], Tensor]) -> Tensor:
+    """What an output was made of: what an earlier edit left on it, or else what is computed."""
+    known = getattr(output, part, None)
+    return compute() if known is None else known
+
+
+def remembering(output: Tensor, part: str, value: Tensor) -> Tensor:
+    """An output that remembers what it was made of, so that whoever looks at that next sees it changed, once."""
+    setattr(output, part, value)
+    return output
+
+
+def divisor(output: Tensor, norm: NormWeights, x: Tensor) -> Tensor:
+    """What a norm's output was divided by: what an earlier edit put there, or the scale of its input x."""
+    return made_of(output, "divisor", lambda: norm.scale(x))
+
+
+def divided(output: Tensor, by: Tensor) -> Tensor:
+    """A norm's output that remembers what divided it."""
+    return remembering(output, "divisor", by)
+
+
+def _norm(norm: NormWeights, visit: Visit, shape: Shape) -> Any:
+    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        own = divisor(output, norm, input_of(args, kwargs))
+        new = visit(own.unflatten(0, shape()) if own.dim() == 1 else own)
+        if new is None:
+            return None
+        new = new.reshape(own.shape)
+        factor = (own / new).unsqueeze(-1).to(output.dtype)
+        bias = 0.0 if norm.bias is None else norm.bias
+        return divided((output - bias) * factor + bias, new)
+
+    return after
+
+
+def _result(o: Any, point: HookPoint, visit: Visit) -> Any:
+    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def compute() -> Tensor:
+            z = input_of(args, kwargs).unflatten(-1, (point.heads or 1, -1))
+            weight = o.weight if type(o).__name__ == "Conv1D" else o.weight.T
+            return torch.einsum("bphd,hdm->bphm", z, weight.unflatten(0, (point.heads or 1, -1)))
+
+        whole = output_of(output)
+        own = made_of(whole, "results", compute)
+        new = visit(own)
+        return None if new is None else with_output(output, remembering(whole + (new - own).sum(2), "results", new))
+
+    return after
+
+
+def _shared(visit: Visit, heads: int) -> Visit:
+    """Keys or values once each, also in models that repeat them for every query head before they are seen."""
+
+    def shared(x: Tensor) -> Tensor | None:
+        times = x.shape[2] // heads
+        if times == 1:
+            return visit(x)
+        new = visit(x[:, :, ::times])
+        return None if new is None else new.repeat_interleave(times, dim=2)
+
+    return shared
+
+
+def _router(visit: Visit, shape: Shape) -> Any:
+    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        logits, weights, chosen = output
+        dense = torch.zeros(*logits.shape, dtype=weights.dtype, device=weights.device).scatter(-1, chosen, weights)
+        new = visit(dense.unflatten(0, shape()))
+        if new is None:
+            return None
+        new = new.flatten(0, 1)
+        unused = torch.ones_like(new, dtype=torch.bool).scatter(-1, chosen, value=False)
+        if bool((new.detach()[unused] != 0).any()):
+            # Experts are used that the router did not choose: each token gets all that have a weight.
+            most = int((new.detach() != 0).sum(-1).max())
+            chosen = new.detach().abs().topk(max(most, chosen.shape[-1]), dim=-1).indices
+        return logits, new.gather(-1, chosen), chosen
+
+    return after
+
+
+def _experts(experts: Any, visit: Visit, shape: Shape) -> Any:
+    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        def compute() -> Tensor:
+            hidden, chosen, weights = args
+            each = range(chosen.shape[1])
+            return torch.stack([experts.forward(hidden, chosen[:, [i]], weights[:, [i]]) for i in each], dim=1)
+
+        own = made_of(output, "slots", compute)
+        new = visit(own.unflatten(0, shape()))
+        if new is None:
+            return None
+        new = new.flatten(0, 1)
+        return remembering(output + (new - own).sum(1), "slots", new)
+
+    return after
+
+
+def _logits(visit: Visit) -> Any:
+    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        new = visit(logits)
+        if new is None:
+            return None
+        if isinstance(output, tuple):
+            return (new, *output[1:])
+        changed = type(output)(**output)
+        changed["logits"] = new
+        return changed
+
+    return after

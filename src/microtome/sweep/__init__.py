@@ -1,0 +1,9 @@
+"""Sweeps: many edited runs in a few passes, exactly."""
+
+from microtome.sweep._edges import RECEIVERS as RECEIVERS
+from microtome.sweep._edges import SENDERS as SENDERS
+from microtome.sweep._edges import Edge as Edge
+from microtome.sweep._pass import Cell as Cell
+from microtome.sweep._sweep import Sweep as Sweep
+from microtome.sweep._sweep import SweepPlan as SweepPlan
+from microtome.sweep._sweep import SweepResult as SweepResult

@@ -1,0 +1,375 @@
+"""Exact sweeps: thousands of edited runs in a few passes over the layers.
+
+A cell is one edited run of one prompt. All cells whose first affected position is p share one walk:
+
+    1 the model's own forward runs on the positions from p on, with the base run's keys and values before them;
+    2 at layer l the rows of the cells that first act there join the batch, with what the base run had entering l,
+      so that layers before l are never computed for them;
+    3 each row's edits are applied to that row alone;
+    4 only the positions that the metric reads go through the last MLP and the unembedding, and only the tokens that it
+      reads have their logits computed.
+
+The forward, its masks and its positions are the model's: only the batch grows inside it. What comes out is equal to one
+forward a cell, to rounding.
+
+Cost:   a cell at layer l and position p costs (L - l)/L * (T - p)/T of a forward.
+Check:  equal to one literal forward a cell for every site and family; tests/laws/test_sweep.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from microtome.anatomy import Address, Indices, Site
+from microtome.edit import Selection, SiteEdit, apply, canonical
+from microtome.errors import EditError, SiteError, error
+from microtome.run import Batch, LoadedModel
+from microtome.run.hook import HookSet, input_of, install, output_of, with_input, with_output
+
+Cell = SiteEdit | Sequence[SiteEdit]
+
+
+@dataclass(frozen=True)
+class _Act:
+    """One edit in one layer: the site it names, the one where it is done, its address, and the columns it changes."""
+
+    edit: SiteEdit
+    named: Site
+    site: Site
+    address: Address
+    columns: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell ready to run: its place in the result, its prompt, its acts, where it joins, and from which column on."""
+
+    place: int
+    prompt: int
+    acts: tuple[_Act, ...]
+    entry: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the base run left for its edited copies: the stream before every layer, keys and values, and logits.
+
+    Attributes:
+        prompts: the prompts of this batch, by number, all of one length.
+        stream: [layer, batch, pos, d_model], what enters each layer.
+        keys, values: by layer, as the model caches them.
+        read: [batch, read] columns that the metric reads.
+        ids: [vocab] the tokens whose logits it reads, or None for all.
+        logits: [batch, read, vocab].
+    """
+
+    prompts: tuple[int, ...]
+    tokens: Tensor
+    stream: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    read: Tensor
+    ids: Tensor | None
+    logits: Tensor
+
+
+class _Prefix(DynamicLayer):
+    """Keys and values of the base run before column `first`, put in front of every row's own; nothing is stored."""
+
+    def __init__(self, batched_pass: BatchedPass, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.within, self.prefix = batched_pass, (keys, values)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The base's prefix for each row, followed by the row's own."""
+        rows = self.within.bases
+        keys, values = (x.narrow(-2, 0, self.within.first)[rows] for x in self.prefix)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+    def get_seq_length(self) -> int:
+        """Columns before the rows' own."""
+        return self.within.first
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns attended to, and the first of them."""
+        return self.within.first + query_length, 0
+
+
+class BatchedPass:
+    """One pass over the layers for cells that begin at one column."""
+
+    def __init__(self, model: LoadedModel, base: Base, rows: Sequence[Row], first: int) -> None:
+        self.model, self.base, self.first = model, base, first
+        self.rows = sorted(rows, key=lambda r: r.entry)
+        self.bases = torch.tensor([base.prompts.index(r.prompt) for r in self.rows])[:0]
+        self._all = torch.tensor([base.prompts.index(r.prompt) for r in self.rows], device=base.tokens.device)
+        self._entries = [r.entry for r in self.rows]
+        self._width = base.tokens.shape[1]
+        self._active = 0
+
+    def run(self) -> Tensor:
+        """Logits [row, read, vocab] of the rows, in the order of `rows`."""
+        model = self.model
+        hooks = HookSet(model.hf, model.anatomy.attention, model.anatomy.n_heads)
+        for i, layer in enumerate(model.anatomy.parts.layers):
+            hooks.before(layer.block, self._enter(i))
+            hooks.around(layer.block, self._block)
+        self._install_acts(hooks)
+        self._narrow_last(hooks)
+        unembedding = model.anatomy.parts.unembedding
+        hooks.before(unembedding, self._read)
+        if self.base.ids is not None:
+            hooks.around(unembedding, _some_logits(model.hf.get_submodule(unembedding), self.base.ids))
+        inputs: dict[str, Any] = {"input_ids": self.base.tokens[:1, self.first :]}
+        if self.first:
+            cache = DynamicCache()
+            cache.layers.extend(_Prefix(self, k, v) for k, v in zip(self.base.keys, self.base.values, strict=True))
+            inputs |= {"past_key_values": cache, "use_cache": True}
+        elif model.anatomy.causal:
+            inputs["use_cache"] = False
+        with torch.no_grad(), hooks:
+            return model.hf(**inputs).logits
+
+    def _enter(self, layer: int) -> Any:
+        def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return with_input(args, kwargs, self._join(input_of(args, kwargs), layer))
+
+        return before
+
+    def _block(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._active:
+            # No row acts this early: what the forward carries is one stand-in row, which no layer needs to see.
+            hidden = input_of(args, kwargs)
+            return (hidden, None) if self.model.anatomy.attention == "inline" else hidden
+        args, kwargs = _widened(args, kwargs, self._active)
+        return forward(*args, **kwargs)
+
+    def _join(self, hidden: Tensor, layer: int) -> Tensor:
+        """The batch with the rows that first act at this layer."""
+        stop = sum(e <= layer for e in self._entries)
+        if stop == self._active:
+            return hidden
+        new = self.base.stream[layer, self._all[self._active : stop], self.first :]
+        hidden = torch.cat([hidden, new]) if self._active else new
+        self._active, self.bases = stop, self._all[:stop]
+        return hidden
+
+    def _columns(self) -> Tensor:
+        """[row, read] The columns that the metric reads; those before `first` are read off the base later."""
+        return (self.base.read[self.bases] - self.first).clamp(min=0)
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return with_input(args, kwargs, _columns_of(input_of(args, kwargs), self._columns()))
+
+    def _narrow_last(self, hooks: HookSet) -> None:
+        """Let the last MLP see only the columns that are read: it does not mix them, and nothing comes after it."""
+        last = self.model.anatomy.n_layers - 1
+        edited = any(act.site.layer == last and act.site.name.startswith("mlp") for r in self.rows for act in r.acts)
+        path = self.model.anatomy.parts.layers[last].mlp
+        if path is None or edited or self.base.read.shape[1] >= self._width - self.first:
+            return
+
+        def token_subset(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            shape, columns = input_of(args, kwargs).shape, self._columns()
+
+            def cut(value: Any) -> Any:
+                return _columns_of(value, columns) if isinstance(value, Tensor) and value.shape == shape else value
+
+            output = forward(*map(cut, args), **{k: cut(v) for k, v in kwargs.items()})
+            some = output_of(output)
+            index = columns.unsqueeze(-1).expand(-1, -1, some.shape[-1])
+            return with_output(output, some.new_zeros(shape).scatter(1, index, some))
+
+        hooks.around(path, token_subset)
+
+    def _install_acts(self, hooks: HookSet) -> None:
+        at: dict[Site, list[tuple[int, _Act]]] = {}
+        for number, row in enumerate(self.rows):
+            for act in row.acts:
+                at.setdefault(act.site, []).append((number, act))
+        model = self.model
+        for site in sorted(at, key=model.anatomy.order):
+            point = model.anatomy.hook_points[site]
+            install(hooks, model.hf, site, point, self._visit(site, at[site]), self._shape, edits=True)
+
+    def _shape(self) -> tuple[int, int]:
+        return self._active, self._width - self.first
+
+    def _visit(self, site: Site, acts: list[tuple[int, _Act]]) -> Callable[[Tensor], Tensor | None]:
+        def visit(x: Tensor) -> Tensor:
+            x = x.clone()
+            # Keys and values are seen with the prefix in front, everything else without.
+            offset = self._width - canonical(x, site).shape[1]
+            for number, act in acts:
+                row = x[number : number + 1]
+                x[number : number + 1] = apply(act.edit, row, self._where(row, site, act, offset, number))
+            return x
+
+        return visit
+
+    def _where(self, x: Tensor, site: Site, act: _Act, offset: int, number: int) -> Selection:
+        columns = None
+        if act.columns is not None:
+            columns = torch.tensor([act.columns], device=x.device) - offset
+        elif offset < self.first:
+            columns = torch.arange(self.first - offset, x.shape[1], device=x.device).unsqueeze(0)
+        units = act.address.units
+        chosen = None
+        if not units.is_all:
+            chosen = torch.tensor(units.resolve(canonical(x, site).shape[2]), device=x.device)
+        return Selection(
+            act.named, None, columns, chosen, self.rows[number].prompt, offset, ((0, self._width),), self._width
+        )
+
+
+def _widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[str, Any]]:
+    """Arguments made for one row, for many: tensors with a batch axis of one are expanded, not copied."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == 1:
+            return value.expand(rows, *value.shape[1:])
+        return tuple(widen(v) for v in value) if isinstance(value, tuple) else value
+
+    at_least_float32 = {k: v if k == "hidden_states" else widen(v) for k, v in kwargs.items()}
+    bias = at_least_float32.get("alibi")
+    if isinstance(bias, Tensor) and bias.dim() == 3:  # its first axis is batch times head
+        at_least_float32["alibi"] = bias.repeat(rows, 1, 1)
+    return ((args[0], *map(widen, args[1:])) if args else args), at_least_float32
+
+
+def _columns_of(x: Tensor, columns: Tensor) -> Tensor:
+    """Columns [row, read] of x [row, pos, d_model]."""
+    return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _some_logits(unembedding: Any, ids: Tensor) -> Any:
+    """The unembedding for some tokens only; what the model does to logits after it is done to these."""
+    weight, bias = unembedding.weight[ids], getattr(unembedding, "bias", None)
+    bias = None if bias is None else bias[ids]
+
+    def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return torch.nn.functional.linear(input_of(args, kwargs), weight, bias)
+
+    return around
+
+
+def base_of(
+    model: LoadedModel, batch: Batch, prompts: Sequence[int], read: Tensor, ids: Tensor | None, cached: bool
+) -> Base:
+    """Run prompts of one length unedited, and keep what sweeps over them need."""
+    n = model.anatomy.n_layers
+    tokens = batch.tokens
+    streams: list[Tensor] = [torch.empty(0)] * n
+    hooks = HookSet(model.hf, model.anatomy.attention, model.anatomy.n_heads)
+
+    def keep(i: int) -> Any:
+        def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            streams[i] = input_of(args, kwargs)
+
+        return before
+
+    def select(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return with_input(args, kwargs, _columns_of(input_of(args, kwargs), read))
+
+    for i, layer in enumerate(model.anatomy.parts.layers):
+        hooks.before(layer.block, keep(i))
+    unembedding = model.anatomy.parts.unembedding
+    hooks.before(unembedding, select)
+    if ids is not None:
+        hooks.around(unembedding, _some_logits(model.hf.get_submodule(unembedding), ids))
+    cache = DynamicCache()
+    inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if cached else {}
+    if not cached and model.anatomy.causal:
+        inputs["use_cache"] = False
+    with torch.no_grad(), hooks:
+        logits: Tensor = model.hf(input_ids=tokens, **inputs).logits
+    layers: list[Any] = list(cache.layers) if cached else []
+    keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
+    return Base(tuple(prompts), tokens, torch.stack(streams), keys, values, read, ids, logits)
+
+
+def rows_of(model: LoadedModel, batch: Batch, cells: Sequence[Cell], prompts: Sequence[int]) -> list[Row]:
+    """Cells made ready: every edit narrowed to one layer, moved to where it first acts.
+
+    Raises:
+        SiteError: an address matches nothing, or positions lie beyond a prompt.
+        EditError: a cell is empty or holds what is no edit of a site, or its edit names rows.
+    """
+    n = model.anatomy.n_layers
+    rows: list[Row] = []
+    for place, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
+        edits = _edits_of(cell, place)
+        acts: list[_Act] = []
+        for edit in edits:
+            if edit.rows is not None:
+                raise error(EditError, f"{edit!r} names rows, but a cell is one row", do="give prompts= instead")
+            columns = _columns(edit, batch.lengths[prompt], prompt)
+            acts += [_act(edit, site, columns, n) for site in model.anatomy.sites(edit.address)]
+        entry = min(_entry(act.site) for act in acts)
+        firsts = [0 if act.columns is None else min(act.columns) for act in acts]
+        rows.append(Row(place, prompt, tuple(acts), entry, min(firsts)))
+    return rows
+
+
+def _edits_of(cell: object, place: int) -> list[SiteEdit]:
+    """The edits of a cell, if it holds such as act at sites and nothing else.
+
+    Raises:
+        EditError: it holds none, or something else.
+    """
+    edits = list(cast("Sequence[object]", cell)) if isinstance(cell, Sequence) else [cell]
+    if not edits:
+        raise error(EditError, f"cell {place} of the sweep holds no edit", do="give at least one")
+    found = [edit for edit in edits if isinstance(edit, SiteEdit)]
+    if len(found) < len(edits):
+        other = next(edit for edit in edits if not isinstance(edit, SiteEdit))
+        raise error(
+            EditError,
+            f"cell {place} of the sweep holds what no cell can",
+            got=repr(other),
+            allowed="edits of sites, or one Edge by itself",
+            do="give each Edge a cell of its own, and other edits to run(edits=)",
+        )
+    return found
+
+
+def _columns(edit: SiteEdit, length: int, prompt: int) -> tuple[int, ...] | None:
+    positions = edit.address.positions
+    if positions == "last":
+        return (length - 1,)
+    if isinstance(positions, Indices) and not positions.is_all:
+        chosen = positions.resolve(length)
+        if chosen is None:
+            raise error(
+                SiteError,
+                f"no positions @{positions} in prompt {prompt} for {edit!r}",
+                allowed=f"0 to {length - 1}, or -{length} to -1",
+                do="choose positions inside the prompt",
+            )
+        return tuple(chosen)
+    if positions == "generated":
+        raise error(SiteError, '"@generated" selects nothing in a sweep', do="name positions of the prompt")
+    return None
+
+
+def _act(edit: SiteEdit, named: Site, columns: tuple[int, ...] | None, n_layers: int) -> _Act:
+    """The edit in one layer; what leaves a layer is edited as what enters the next, which computes nothing twice."""
+    if named.layer is None and named.name != "embed":
+        raise error(SiteError, f"a sweep acts inside the layers, not at {named}", do="edit the last resid_post instead")
+    site = named
+    if named.name == "resid_post" and named.layer is not None and named.layer + 1 < n_layers:
+        site = Site("resid_pre", named.layer + 1)
+    return _Act(edit, named, site, edit.address.at(named.layer), columns)
+
+
+def _entry(site: Site) -> int:
+    return 0 if site.layer is None else site.layer

@@ -1,0 +1,459 @@
+"""Run a sweep: group its cells, walk each group, and read every row with a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microtome.anatomy import Site
+from microtome.edit import Zero
+from microtome.errors import BudgetError, EditError, error
+from microtome.metric import Metric, TokenSubsetMetric
+from microtome.run import FIXED, Batch, LoadedModel, Prompt, free_memory, in_bytes, plan_of
+from microtome.sweep._edges import Edge, Edges, bytes_of_edges
+from microtome.sweep._pass import Base, BatchedPass, Cell, Row, base_of, rows_of
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep will do.
+
+    Attributes:
+        cells: how many edited runs.
+        walks: how many passes over the layers they take.
+        forwards: their cost in forwards of one whole prompt, without what is shared.
+        flops: floating-point operations, two a weight and token.
+        bytes: the most that is held at once: the base run of some prompts, the rows of one walk, and for edges what
+            their senders change and their branches give.
+        seconds: at the pace of this model's last run; a first guess before any.
+        shares: what is shared: "layers and positions", or "layers only" where attention is not causal.
+    """
+
+    cells: int
+    passes: int
+    forwards: float
+    flops: float
+    bytes: int
+    seconds: float
+    shares: str
+
+    def __str__(self) -> str:
+        seconds = f"{self.seconds:.2g}" if self.seconds < 10 else f"{self.seconds:,.0f}"
+        return (
+            f"{self.cells} cells in {self.passes} passes, sharing {self.shares}: {self.forwards:.1f} forwards, "
+            f"{self.flops:.2g} operations, {self.bytes / 2**20:.0f} MiB at a time, about {seconds} s"
+        )
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The result of a sweep.
+
+    Attributes:
+        values: [cell, ...] the metric of every cell, in float32; NaN for cells not reached when it was stopped.
+        base: [prompt, ...] the metric of the unedited prompts.
+        effects: values minus the base of each cell's prompt.
+        plan: what was done.
+        done: how many cells were reached.
+        prompts: the number of each cell's prompt.
+    """
+
+    values: Tensor
+    base: Tensor
+    effects: Tensor
+    plan: SweepPlan
+    done: int
+    prompts: tuple[int, ...]
+
+    def whole(self) -> SweepResult:
+        """This sweep, if it reached all of its cells.
+
+        Raises:
+            KeyboardInterrupt: it was stopped before.
+        """
+        if self.done < self.plan.cells:
+            raise KeyboardInterrupt
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Prompts of one length, with the columns that the metric reads."""
+
+    prompts: tuple[int, ...]
+    batch: Batch
+    read: Tensor
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Bytes that a sweep may hold, and those of them that its edges hold beside their cells."""
+
+    allowed: int
+    edges: int
+
+    @property
+    def left(self) -> int:
+        """What is left for base runs and walks."""
+        return self.allowed - self.edges
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A sweep that is planned and not yet run."""
+
+    which: list[int]
+    metric: Metric
+    ids: Tensor | None
+    groups: list[_Group]
+    passes: list[tuple[_Group, int, list[Row]]]
+    plan: SweepPlan
+
+
+class Sweep:
+    """A sweep that is prepared: it knows what it will take, and runs when told to.
+
+    Attributes:
+        plan: what it will do.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompt: Prompt,
+        cells: Sequence[Cell | Edge],
+        metric: Metric,
+        *,
+        prompts: Sequence[int] | None = None,
+        budget: int | None = None,
+    ) -> None:
+        """Check, group and plan the cells; see `Model.sweep`."""
+        self._model, self._cells, self._metric, self._prompts = model, cells, metric, prompts
+        self._batch = model.to_batch(prompt)
+        _check(self._batch, cells, prompts)
+        self._room = _room(model, self._batch, cells, prompts, budget)
+        # What an edge changes is known only when its branch has run: until then a cell of the same layer stands for it.
+        self._ready = self._prepare([_stand_in(model, cell) if isinstance(cell, Edge) else cell for cell in cells])
+
+    @property
+    def plan(self) -> SweepPlan:
+        """What it will do."""
+        return self._ready.plan
+
+    def _prepare(self, cells: Sequence[Cell]) -> _Ready:
+        return _prepare(self._model, self._batch, cells, self._metric, self._prompts, self._room)
+
+    def run(self, progress: Callable[[int, int], None] | None = None) -> SweepResult:
+        """Run every cell.
+
+        Args:
+            progress: called with (done, all) cells.
+
+        Returns:
+            Values and effects by cell. Stopped with Ctrl-C it keeps the cells that were reached; `SweepResult.whole` is
+            for those who need them all.
+        """
+        if any(isinstance(cell, Edge) for cell in self._cells):
+            self._ready = self._prepare(_without_edges(self._model, self._batch, self._cells, self._prompts))
+        return _run(self._model, self._ready, len(self._cells), progress)
+
+
+def _stand_in(model: LoadedModel, edge: Edge) -> Zero:
+    """A cell that costs what an edge does at most: it acts in the same layer, from the first position on."""
+    layer = model.anatomy.n_layers - 1 if edge.layer is None else edge.layer
+    return Zero(f"{layer}.resid_pre")
+
+
+def _without_edges(
+    model: LoadedModel, batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None
+) -> list[Cell]:
+    """The cells, edges made into ordinary ones."""
+    found = [cell for cell in cells if not isinstance(cell, Edge)]
+    if len(found) == len(cells):
+        return found
+    by_length: dict[int, list[int]] = {}
+    for place, cell in enumerate(cells):
+        if isinstance(cell, Edge):
+            by_length.setdefault(batch.lengths[0 if prompts is None else prompts[place]], []).append(place)
+    made: dict[int, Cell] = {}
+    for length, places in by_length.items():
+        which = [0 if prompts is None else prompts[place] for place in places]
+        numbers = sorted(set(which))
+        edges = [cell for cell in (cells[place] for place in places) if isinstance(cell, Edge)]
+        made |= dict(
+            zip(places, Edges(model, batch.tokens[numbers, :length], numbers).cells(edges, which), strict=True)
+        )
+    return [made[place] if isinstance(cell, Edge) else cell for place, cell in enumerate(cells)]
+
+
+def _prepare(
+    model: LoadedModel,
+    batch: Batch,
+    cells: Sequence[Cell],
+    metric: Metric,
+    prompts: Sequence[int] | None,
+    room: _Room,
+) -> _Ready:
+    which = [0] * len(cells) if prompts is None else list(prompts)
+    _check_metric(model, metric, len(batch.lengths))
+    rows = rows_of(model, batch, cells, which)
+    _refuse_unread(model, batch, metric, rows)
+    ids, over = _narrowed(model, metric)
+    vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)
+    groups = _groups(model, batch, metric, room.left, vocab)
+    passes: list[tuple[_Group, int, list[Row]]] = []
+    most = 0
+    for group in groups:
+        length, read = group.batch.tokens.shape[1], group.read.shape[1]
+        held = room.edges + len(group.prompts) * _prompt_bytes(model, length, read, vocab)
+        each = _row_bytes(model, length, read, vocab)
+        mine = [(group, first, part) for first, part in _passes(model, group, rows, _step(held, each, room.allowed))]
+        passes += mine
+        most = max(most, held + each * max((len(part) for _, _, part in mine), default=0))
+    return _Ready(which, over, ids, groups, passes, _plan(model, len(rows), passes, most))
+
+
+def _run(model: LoadedModel, ready: _Ready, cells: int, progress: Callable[[int, int], None] | None) -> SweepResult:
+    """Run a sweep that is ready, group by group and pass by pass."""
+    values: Tensor | None = None
+    base_values: list[Tensor | None] = [None] * sum(len(group.prompts) for group in ready.groups)
+    done = 0
+    try:
+        for group in ready.groups:
+            base = base_of(model, group.batch, group.prompts, group.read, ready.ids, cached=model.anatomy.causal)
+            read = ready.metric.read(base.logits, torch.tensor(group.prompts, device=base.logits.device))
+            for prompt_number, value in zip(group.prompts, read.float(), strict=True):
+                base_values[prompt_number] = value
+            for _, first, part in (w for w in ready.passes if w[0] is group):
+                found = _run_pass(model, base, part, first, ready.metric).float()
+                if values is None:
+                    values = torch.full((cells, *found.shape[1:]), torch.nan, dtype=found.dtype)
+                values[torch.tensor([r.place for r in part])] = found.cpu()
+                done += len(part)
+                if progress is not None:
+                    progress(done, cells)
+    except KeyboardInterrupt:
+        if values is None:
+            raise
+    known = next(v for v in base_values if v is not None)
+    bases = torch.stack([torch.full_like(known, torch.nan) if v is None else v for v in base_values]).cpu()
+    if values is None:
+        values = torch.empty((0, *bases.shape[1:]))
+    effects = values - bases[torch.tensor(ready.which, dtype=torch.long)]
+    return SweepResult(values, bases, effects, ready.plan, done, tuple(ready.which))
+
+
+def _narrowed(model: LoadedModel, metric: Metric) -> tuple[Tensor | None, Metric]:
+    """The tokens that a metric reads, and the metric over these alone, where it says so; None for all."""
+    # A head with a transform of its own between the stream and the unembedding, as BERT's, is left whole.
+    if not isinstance(metric, TokenSubsetMetric) or not model.anatomy.causal:
+        return None, metric
+    ids, over = metric.token_subset()
+    return torch.tensor(ids, device=model.device), over
+
+
+def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None) -> None:
+    n = len(batch.lengths)
+    if prompts is None:
+        if n > 1:
+            raise error(EditError, f"a sweep over {n} prompts must say whose each cell is", do="give prompts=")
+        prompts = [0] * len(cells)
+    if len(prompts) != len(cells):
+        raise error(EditError, "a sweep needs one prompt number a cell", got=f"{len(prompts)} for {len(cells)} cells")
+    if any(not 0 <= p < n for p in prompts):
+        raise error(EditError, "a cell names a prompt that is not there", got=max(prompts), allowed=f"0 to {n - 1}")
+    for edit in (edit for cell in cells for edit in (cell if isinstance(cell, Sequence) else (cell,))):
+        rows = _source_rows(edit)
+        if rows not in (None, 1, n):
+            raise error(
+                EditError,
+                f"the source of {edit!r} has a row too many or too few",
+                got=f"{rows} rows for {n} prompts",
+                do="run one other prompt, or one a prompt",
+            )
+
+
+def _source_rows(edit: object) -> int | None:
+    """How many rows the source of an edit has; None where it has none, or no tensors."""
+    source = getattr(edit, "source", None)
+    batch = getattr(source, "batch", None)
+    if batch is not None:
+        return len(batch.lengths)
+    held = [len(x) for x in source.values() if isinstance(x, Tensor)] if isinstance(source, Mapping) else []
+    return max(held, default=None)
+
+
+def _check_metric(model: LoadedModel, metric: Metric, prompts: int) -> None:
+    """Refuse a metric that names tokens outside the vocabulary, or another number of answers than there are prompts."""
+    vocab = model.anatomy.size(Site("logits"), "vocab")
+    for name in ("answer", "foil"):
+        named = getattr(metric, name, None)
+        if named is None:
+            continue
+        ids = torch.as_tensor(named).reshape(-1).tolist()
+        bad = next((i for i in ids if not 0 <= i < vocab), None)
+        if bad is not None:
+            raise error(
+                EditError, f"the {name} of a metric lies outside the vocabulary", got=bad, allowed=f"0 to {vocab - 1}"
+            )
+        if len(ids) not in (1, prompts):
+            raise error(
+                EditError,
+                f"a metric has another number of {name}s than there are prompts",
+                got=f"{len(ids)} for {prompts} prompts",
+                do="give one, or one a prompt",
+            )
+
+
+def _refuse_unread(model: LoadedModel, batch: Batch, metric: Metric, rows: Sequence[Row]) -> None:
+    """Refuse a metric that reads only what comes before every cell: no value could differ from the base."""
+    last = {i: max(metric.columns(i, batch.lengths[i])) for i in {row.prompt for row in rows}}
+    if rows and model.anatomy.causal and all(last[row.prompt] < row.first for row in rows):
+        row = rows[0]
+        raise error(
+            EditError,
+            "the metric does not depend on what is edited, so that every effect would be 0",
+            got=f"it reads up to position {last[row.prompt]}, and the first cell edits from {row.first} on",
+            do="read a later position",
+        )
+
+
+def _groups(model: LoadedModel, batch: Batch, metric: Metric, room: int, vocab: int) -> list[_Group]:
+    """Prompts of one length together, as many as fit in half of the room."""
+    lengths: dict[tuple[int, int], list[int]] = {}
+    columns = {i: metric.columns(i, n) for i, n in enumerate(batch.lengths)}
+    for i, n in enumerate(batch.lengths):
+        lengths.setdefault((n, len(columns[i])), []).append(i)
+    groups: list[_Group] = []
+    for (length, read_at), members in sorted(lengths.items()):
+        step = max(1, room // 2 // _prompt_bytes(model, length, read_at, vocab))
+        for first in range(0, len(members), step):
+            part = members[first : first + step]
+            tokens = torch.stack([batch.tokens[i, batch.pads[i] : batch.pads[i] + length] for i in part])
+            read = torch.tensor([columns[i] for i in part], device=tokens.device)
+            groups.append(_Group(tuple(part), Batch(tokens, (length,) * len(part), (0,) * len(part)), read))
+    return groups
+
+
+def _room(
+    model: LoadedModel, batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None, budget: int | None
+) -> _Room:
+    """What a sweep may hold, and what of it its edges do.
+
+    Raises:
+        BudgetError: the edges hold all of it.
+    """
+    allowed = budget if budget is not None else min(int(0.5 * free_memory(model.device)), 2 * 2**30)
+    which = [0] * len(cells) if prompts is None else prompts
+    edges = [(cell, prompt) for cell, prompt in zip(cells, which, strict=True) if isinstance(cell, Edge)]
+    room = _Room(allowed, bytes_of_edges(model, edges, batch.lengths))
+    if room.left <= 0 and edges:
+        raise error(
+            BudgetError,
+            f"{len(edges)} edges need more than memory allows",
+            got=in_bytes(room.edges),
+            allowed=in_bytes(allowed),
+            do="measure fewer edges at a time, or raise budget=",
+        )
+    return room
+
+
+def _step(held: int, each: int, allowed: int) -> int:
+    """How many rows a walk may hold beside what is held already.
+
+    Raises:
+        BudgetError: not even one.
+    """
+    if held + each > allowed:
+        raise error(
+            BudgetError,
+            "one cell of this sweep needs more than memory allows",
+            got=in_bytes(held + each),
+            allowed=f"{in_bytes(allowed)}, which is {in_bytes(held + each - allowed)} less",
+            do="shorten the prompt, read fewer positions, or raise budget=",
+        )
+    return (allowed - held) // each
+
+
+def _passes(model: LoadedModel, group: _Group, rows: Sequence[Row], step: int) -> Iterator[tuple[int, list[Row]]]:
+    """The rows of a group, cut into walks by first column and by what memory allows."""
+    mine = [r for r in rows if r.prompt in set(group.prompts)]
+    by_first: dict[int, list[Row]] = {}
+    for row in mine:
+        by_first.setdefault(row.first if model.anatomy.causal else 0, []).append(row)
+    for first, together in _joined(by_first, group.batch.tokens.shape[1], model.anatomy.n_layers):
+        together.sort(key=lambda r: r.entry)
+        for at in range(0, len(together), step):
+            yield first, together[at : at + step]
+
+
+def _joined(by_first: dict[int, list[Row]], length: int, n_layers: int) -> list[tuple[int, list[Row]]]:
+    """Join neighbouring groups where one walk over more columns is cheaper than two walks.
+
+    The cost of a walk is, summed over the layers it computes, FIXED plus rows times columns; the best cut of the
+    groups, sorted by first column, into runs of neighbours is found by dynamic programming.
+    """
+    firsts = sorted(by_first)
+    entries = [torch.bincount(torch.tensor([r.entry for r in by_first[f]]), minlength=n_layers) for f in firsts]
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for stop in range(1, len(firsts) + 1):
+        options: list[tuple[float, int]] = []
+        joined = torch.zeros(n_layers, dtype=torch.long)
+        for start in range(stop - 1, -1, -1):
+            joined = joined + entries[start]
+            active = joined.cumsum(0)
+            cost = FIXED * int((active > 0).sum()) + int(active.sum()) * (length - firsts[start])
+            options.append((best[start][0] + cost, start))
+        best.append(min(options))
+    runs: list[tuple[int, list[Row]]] = []
+    stop = len(firsts)
+    while stop:
+        start = best[stop][1]
+        runs.append((firsts[start], [row for f in firsts[start:stop] for row in by_first[f]]))
+        stop = start
+    return runs
+
+
+def _row_bytes(model: LoadedModel, length: int, read: int, vocab: int) -> int:
+    a = model.anatomy
+    kv = 4 * a.n_heads * a.d_head * length
+    return 4 * (length * (6 * a.d_model + 3 * a.d_mlp) + kv + a.n_heads * length * length + 3 * read * vocab)
+
+
+def _prompt_bytes(model: LoadedModel, length: int, read: int, vocab: int) -> int:
+    """What the base run keeps of one prompt: the stream before every layer, keys and values, and what is read."""
+    a = model.anatomy
+    return 4 * (a.n_layers * length * (a.d_model + 2 * a.n_kv_heads * a.d_head) + read * vocab)
+
+
+def _plan(model: LoadedModel, cells: int, passes: Sequence[tuple[_Group, int, list[Row]]], most: int) -> SweepPlan:
+    n = model.anatomy.n_layers
+    forwards = flops = work = 0.0
+    for group in dict.fromkeys(group for group, _, _ in passes):
+        length = group.batch.tokens.shape[1]
+        one = plan_of(model, Batch(group.batch.tokens[:1], (length,), (0,)), [], logits=False, grad=False, pace=1.0)
+        mine = [(first, part) for g, first, part in passes if g is group]
+        cost = sum((n - row.entry) / n * (length - first) / length for first, part in mine for row in part)
+        # Every walk reads the weights of the layers that it computes, which takes as long as FIXED tokens.
+        read = sum((n - min(row.entry for row in part)) / n for _, part in mine) + 1
+        forwards += cost
+        flops += (cost + len(group.prompts)) * one.flops
+        work += (cost + len(group.prompts) + read * FIXED / length) * one.flops
+    shares = "layers and positions" if model.anatomy.causal else "layers only, as attention sees both ways"
+    return SweepPlan(cells, len(passes), forwards, flops, most, work / model.pace, shares)
+
+
+def _run_pass(model: LoadedModel, base: Base, part: list[Row], first: int, metric: Metric) -> Tensor:
+    batched_pass = BatchedPass(model, base, part, first)
+    logits = batched_pass.run()
+    owners = [base.prompts.index(r.prompt) for r in batched_pass.rows]
+    before = base.read[owners] < first
+    if bool(before.any()):
+        logits = torch.where(before.unsqueeze(-1), base.logits[owners], logits)
+    prompts = torch.tensor([r.prompt for r in batched_pass.rows], device=logits.device)
+    values = metric.read(logits, prompts)
+    order = {row.place: i for i, row in enumerate(batched_pass.rows)}
+    return values[torch.tensor([order[r.place] for r in part], device=values.device)]
