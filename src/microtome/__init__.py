@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from microtome import sweep as sweep
     from microtome import tasks as tasks
     from microtome import view as view
+    from microtome.context import Settings as Settings
+    from microtome.context import settings as settings
+    from microtome.method import methods as methods
+    from microtome.method.runner import measure as measure
     from microtome.model import Model as Model
     from microtome.model import open as open
     from microtome.run import Run as Run
@@ -36,7 +40,11 @@ _ROOMS = (
     "anatomy", "atlas", "edit", "errors", "explain", "measurements", "metric", "planted", "stream", "sweep", "tasks",
     "view",
 )  # fmt: skip
-_HOME = {"Model": "model", "Run": "run", "Task": "tasks", "open": "model"}
+_HOME = {
+    "Model": "model:Model", "Run": "run:Run", "Settings": "context:Settings", "Task": "tasks:Task",
+    "measure": "method.runner:measure", "methods": "method:methods", "open": "model:open",
+    "settings": "context:settings",
+}  # fmt: skip
 
 __all__ = sorted([*_HOME, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -45,7 +53,8 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return import_module(f"microtome.{name}")
     if name in _HOME:
-        value = getattr(import_module(f"microtome.{_HOME[name]}"), name)
+        room, _, attribute = _HOME[name].partition(":")
+        value = getattr(import_module(f"microtome.{room}"), attribute)
         globals()[name] = value
         return value
     if name == "__version__":

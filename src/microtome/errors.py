@@ -10,6 +10,8 @@
     ├── PromptError           text or tokens that the model cannot take
     ├── EditError             an edit whose value does not fit its site
     ├── BudgetError           a run that would not fit in memory
+    ├── ArgumentError         an argument or a setting outside what is allowed
+    ├── DeclarationError      a method whose declaration lacks something, or clashes with another's
     ├── OutputError           a file or folder that cannot be written
     └── DataError             text, tables or shards that cannot be read
 
@@ -75,6 +77,18 @@ class BudgetError(MicrotomeError):
     """A run that would not fit in the memory that it may use."""
 
     exit_code = 8
+
+
+class ArgumentError(MicrotomeError):
+    """An argument or a setting outside what is allowed."""
+
+    exit_code = 2
+
+
+class DeclarationError(MicrotomeError):
+    """A method whose declaration lacks something, names what does not exist, or clashes with another's."""
+
+    exit_code = 2
 
 
 class OutputError(MicrotomeError):

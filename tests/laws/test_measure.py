@@ -140,9 +140,9 @@ def test_text_statistics_are_the_plain_numbers_however_the_text_is_cut(name: str
     model = mt.open(families.build(name), prove=False)
     tokens, start = ids(), torch.arange(4) * 12
     whole, parts = TextStatistics(model, 3), TextStatistics(model, 3)
-    whole.update(TokenBatch(tokens, start, torch.zeros_like(tokens)))
+    whole.update(TokenBatch.of(tokens, start))
     for i in (0, 2):
-        parts.update(TokenBatch(tokens[i : i + 2], start[i : i + 2], torch.zeros_like(tokens[:2])))
+        parts.update(TokenBatch.of(tokens[i : i + 2], start[i : i + 2]))
     for a, b in ((whole.layers(), parts.layers()), (whole.heads(), parts.heads()), (whole.neurons(), parts.neurons())):
         for key in a.data_vars:
             assert np.allclose(a[key], b[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
@@ -188,7 +188,7 @@ def test_statistics_of_a_narrow_model_are_those_of_its_values_in_float32(name: s
         hf.get_input_embeddings().weight *= 100  # products of two such streams are beyond float16
     model = mt.open(hf.to(dtype), prove=False)
     statistics = TextStatistics(model)
-    statistics.update(TokenBatch(ids(), torch.arange(4) * 12, torch.zeros_like(ids())))
+    statistics.update(TokenBatch.of(ids()))
     layers, heads = statistics.layers(), statistics.heads()
     parallel = model.anatomy.parts.form == "parallel"
     there = ["resid_pre", "resid_pre" if parallel else "resid_mid", "resid_post", "attn_out", "mlp_out"]
@@ -230,7 +230,7 @@ def test_norms_are_of_what_is_added_to_the_stream(name: str) -> None:
     """A head or neuron is measured after all that stands between it and the stream: the branch's scale, its norm."""
     model = mt.open(families.build(name), prove=False)
     statistics = TextStatistics(model)
-    statistics.update(TokenBatch(ids(), torch.arange(4) * 12, torch.zeros_like(ids())))
+    statistics.update(TokenBatch.of(ids()))
     run = model.run(ids(), capture=["*.attn.result", "*.attn_out", "*.mlp.post", "*.mlp_out"])
     weights = neuron_weights(model, top=0)
     for i, layer in enumerate(model.layers):
@@ -250,7 +250,7 @@ def test_norms_are_of_what_is_added_to_the_stream(name: str) -> None:
 def test_a_beginning_of_text_is_not_measured_as_text() -> None:
     """Of a row that begins with it, neurons are measured on the rest; its examples still begin at the row's head."""
     model = mt.open(families.build("llama-gqa"), prove=False)
-    batch = TokenBatch(ids(), torch.arange(4) * 12, torch.zeros_like(ids()), lead=1)
+    batch = TokenBatch.of(ids(), lead=1)
     statistics = TextStatistics(model, 2)
     statistics.update(batch)
     data, run = statistics.neurons(), model.run(ids(), capture=["*.mlp.post", "*.mlp.gate"])

@@ -133,7 +133,7 @@ def test_means_are_those_of_the_runs(model: mt.Model) -> None:
     assert (edited[0, 2] - got["1.attn.z"]).abs().max() < 1e-5
     same = mt.measurements.means(model, torch.tensor(ROWS[:2]), "1.mlp_out")["1.mlp_out"]
     batches = [
-        mt.stream.TokenBatch(torch.tensor([r]), torch.zeros(1, dtype=torch.long), torch.zeros(1, 5, dtype=torch.long))
+        mt.stream.TokenBatch.of(torch.tensor([r]))
         for r in ROWS[:2]
     ]
     assert (mt.measurements.means(model, batches, "1.mlp_out")["1.mlp_out"] - same).abs().max() < 1e-6

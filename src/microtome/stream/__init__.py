@@ -2,7 +2,8 @@
 
     corpus      `standard_library_text`, `standard_library_code`, `read_text`, `joined`, `Corpus.of`
     batches     `TokenBatches` yields `TokenBatch`
-    statistics  `Moments`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`, `Covariance`, `Histogram`, `Quantiles`
+    statistics  `Moments`, `ExampleMeans`, `Extremes`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`,
+                `Covariance`, `Histogram`, `Quantiles`
     confidence  `mean_interval`, `slope_interval`, `sign_flip`
 
 Every statistic is an `Accumulator`: `update(values, ...)`, `merge(other)`, `result()`, `state()`, `save`, `load`.
@@ -21,6 +22,10 @@ from microtome.stream._corpus import standard_library_code as standard_library_c
 from microtome.stream._corpus import standard_library_text as standard_library_text
 from microtome.stream._covariance import Covariance as Covariance
 from microtome.stream._covariance import CovarianceResult as CovarianceResult
+from microtome.stream._examples import ExampleMeans as ExampleMeans
+from microtome.stream._examples import ExampleMeansResult as ExampleMeansResult
+from microtome.stream._extremes import Extremes as Extremes
+from microtome.stream._extremes import ExtremesResult as ExtremesResult
 from microtome.stream._firing import Cooccurrence as Cooccurrence
 from microtome.stream._firing import CooccurrenceResult as CooccurrenceResult
 from microtome.stream._firing import Counter as Counter

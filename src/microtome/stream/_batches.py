@@ -11,7 +11,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,14 +37,26 @@ class TokenBatch:
     """Rows of tokens, and where they are from; all int64.
 
     `tokens` [batch, pos]; `start` [batch], the global index of each row's first token; `document` [batch, pos], the
-    number of the document that each token is from, where a separator counts to the document before it. The first
+    number of the document that each token is from, where a separator counts to the document before it; `position`
+    [batch, pos], its place in that document; `group` [batch, pos], the number of the document's group. The first
     `lead` tokens of every row are no text: 1 where the rows begin with a beginning-of-text token.
     """
 
     tokens: Tokens
     start: Tensor
     document: Tensor
+    position: Tensor
+    group: Tensor
     lead: int = 0
+
+    @classmethod
+    def of(cls, tokens: Tokens, start: Tensor | None = None, lead: int = 0) -> Self:
+        """Rows of tokens that are of one document each, numbered by row; `start` as if they stood one after another."""
+        rows, width = tokens.shape
+        start = torch.arange(rows) * width if start is None else start
+        document = (start // width).unsqueeze(1).expand(rows, width)
+        position = (torch.arange(width) - lead).clamp(min=0).expand(rows, width)
+        return cls(tokens, start, document, position, torch.zeros_like(document), lead)
 
     @property
     def text(self) -> Tensor | None:
@@ -129,7 +142,8 @@ class TokenBatches:
         start = torch.arange(first, first + tokens.shape[0]) * tokens.shape[1]
         index = start[:, None] + torch.arange(tokens.shape[1])
         document = torch.searchsorted(self._firsts, index, right=True) - 1
-        return TokenBatch(tokens, start, document, 0 if self.bos_id is None else 1)
+        position = (self._text_before(index) - self._text_before(self._firsts)[document]).clamp(min=0)
+        return TokenBatch(tokens, start, document, position, self._group[document], 0 if self.bos_id is None else 1)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         return (self[number] for number in range(len(self)))
@@ -144,9 +158,26 @@ class TokenBatches:
         """The group of the document that the token at a global index is from."""
         return self.corpus.group_of(self.document_of(index))
 
-    @property
+    def _text_before(self, index: Tensor) -> Tensor:
+        """How many tokens of the text come before a global index; those that begin rows are none."""
+        if self.bos_id is None:
+            return index
+        width = self._table.shape[1]
+        return index - index // width - (index % width > 0).to(index)
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """The names of the groups of the documents reached, in the order in which they come."""
+        return tuple(dict.fromkeys(self.corpus.group_of(number) for number in range(len(self.ranges))))
+
+    @cached_property
     def _firsts(self) -> Tensor:
         return torch.tensor([first for first, _ in self.ranges], dtype=torch.int64)
+
+    @cached_property
+    def _group(self) -> Tensor:
+        numbers = {name: number for number, name in enumerate(self.groups)}
+        return torch.tensor([numbers[self.corpus.group_of(i)] for i in range(len(self.ranges))], dtype=torch.int64)
 
 
 def _shifted(index: int, width: int) -> int:

@@ -10,17 +10,19 @@ _ENUMERATED = 12
 
 
 def mean_interval(
-    values: Tensor, *, level: float = 0.95, draws: int = 1000, seed: int = 0
+    values: Tensor, *, weights: Tensor | None = None, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over examples with a percentile bootstrap interval.
 
-    Formula:  quantiles (1 - level)/2 and (1 + level)/2 of mean(values[resample]), examples drawn with replacement.
+    Formula:  quantiles (1 - level)/2 and (1 + level)/2 of mean(values[resample]), examples drawn with replacement;
+              with weights, where values are sums over as much as the weights say, of sum(values) / sum(weights).
     Source:   Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979. Departs: none.
     Cost:     draws x values, as one matrix product in float64.
     Check:    covers the true mean of normal samples at the stated level; tests/unit/test_tasks_score.py.
 
     Args:
         values: [example, ...].
+        weights: [example] how much each example counts; its value is then a sum over that much.
         level: coverage.
         draws: how many resamples.
         seed: of the resampling.
@@ -29,8 +31,10 @@ def mean_interval(
         Mean, low and high, each [...], float64. With one example, low and high are NaN: nothing is known.
     """
     flat = values.double().reshape(values.shape[0], -1)
-    mean = flat.mean(0)
     n = flat.shape[0]
+    weight = torch.ones(n, dtype=torch.float64) if weights is None else weights.double()
+    weight = weight.to(flat.device).unsqueeze(1)
+    mean = flat.sum(0) / weight.sum()
     if n < 2:
         nothing = torch.full_like(mean, torch.nan)
         return mean.reshape(values.shape[1:]), nothing.reshape(values.shape[1:]), nothing.reshape(values.shape[1:])
@@ -39,7 +43,8 @@ def mean_interval(
     counts = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(
         1, picks, torch.ones(draws, n, dtype=torch.float64)
     )
-    means = (counts.to(flat.device) / n) @ flat
+    counts = counts.to(flat.device)
+    means = (counts @ flat) / (counts @ weight)
     edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=flat.device)
     low, high = torch.quantile(means, edges, dim=0)
     shape = values.shape[1:]

@@ -1,0 +1,120 @@
+"""What every method takes and no method declares: seed, memory budget, progress, plan, device.
+
+One `Settings` value holds them, and a context sets them for all that runs inside it, in this thread alone:
+
+>>> with mt.settings(seed=1, budget="2 GiB"):
+...     mt.measure(model, "induction")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from operator import index
+from typing import Any
+
+from microtome.errors import ArgumentError, error
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, all)."""
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every method that runs.
+
+    Attributes:
+        seed: of every random draw: tokens, noise, controls, resampling.
+        budget: bytes that a run or a sweep may hold; by default what each of them chooses from the free memory.
+        progress: called with (stage, done, all) while a method runs.
+        on_plan: called with the plan of every sweep before its first cell.
+        device: where `open` puts a model; the accelerator if there is one, by default.
+    """
+
+    seed: int = 0
+    budget: int | None = None
+    progress: Progress | None = None
+    on_plan: Callable[[object], None] | None = None
+    device: Any = None
+
+    def report(self, stage: str, done: int, everything: int) -> None:
+        """Report progress, where somebody listens."""
+        if self.progress is not None:
+            self.progress(stage, done, everything)
+
+    def counting(self, stage: str) -> Callable[[int, int], None]:
+        """A function of (done, all) that reports one stage."""
+        return lambda done, everything: self.report(stage, done, everything)
+
+
+_CURRENT: ContextVar[Settings] = ContextVar("microtome_settings", default=Settings())  # noqa: B039 (it is frozen)
+
+
+def current() -> Settings:
+    """The settings that hold here."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def settings(**changes: Any) -> Iterator[Settings]:
+    """Set some of the settings for all that runs inside the block; the others stay as they are outside.
+
+    Args:
+        changes: fields of `Settings`; `budget` also as text, such as "2 GiB".
+
+    Raises:
+        ArgumentError: there is no such setting, or it cannot have this value; says what is allowed.
+    """
+    unknown = [name for name in changes if name not in Settings.__dataclass_fields__]
+    if unknown:
+        allowed = ", ".join(Settings.__dataclass_fields__)
+        raise error(ArgumentError, f'no setting "{unknown[0]}"', allowed=allowed, do="name one of these")
+    if "seed" in changes:
+        changes["seed"] = seed_of(changes["seed"])
+    if changes.get("budget") is not None:
+        changes["budget"] = bytes_of(changes["budget"])
+    token = _CURRENT.set(replace(current(), **changes))
+    try:
+        yield current()
+    finally:
+        _CURRENT.reset(token)
+
+
+def seed_of(value: Any) -> int:
+    """A seed that every generator takes.
+
+    Raises:
+        ArgumentError: it is no integer of 0 or more.
+    """
+    try:
+        seed = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        seed = -1
+    if seed < 0:
+        raise error(ArgumentError, "seed must be an integer of 0 or more", got=repr(value), do="choose another seed")
+    return seed
+
+
+def bytes_of(value: Any) -> int:
+    """A number of bytes, also from text: "2 GiB", "500MB", "4096".
+
+    Raises:
+        ArgumentError: it is no size.
+    """
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match and match[2].lower() in _UNITS:
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    try:
+        size = -1 if isinstance(value, bool | str) else index(value)
+    except TypeError:
+        size = -1
+    if size < 0:
+        allowed = 'a number of bytes, or text such as "2 GiB"'
+        raise error(ArgumentError, "budget must be a size in memory", got=repr(value), allowed=allowed, do="give one")
+    return size

@@ -1,0 +1,66 @@
+"""How much each attention head adds to the residual stream.
+
+Formula:  result_norm of a head = mean |scale * gain * centre(z W_O) / divisor|, over all tokens but each row's first:
+          the branch's scale included, and where a norm stands behind the branch that norm too, its divisor held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from microtome.anatomy import Site, at_least_float32
+from microtome.method import Column, Kept, Seen, Source, Statistic, measure
+from microtome.model import Model
+from microtome.stream import ExampleMeans
+
+
+@measure(
+    "head_norms",
+    of="head",
+    sites="attn.z",
+    title="what heads add",
+    question="How much does each head add to the residual stream?",
+    columns=(
+        Column(
+            "result_norm", "norm", "mean norm of what the head adds to the stream, without each row's first token",
+            "none: a size, to be compared with that of other heads", (0, None),
+        ),
+    ),
+    source=Source("Elhage et al.", "A Mathematical Framework for Transformer Circuits", 2021, where="attention heads"),
+    cost="one product [head, d_head, d_head] a token and layer",
+    check="tests/laws/test_measures.py",
+)  # fmt: skip
+class HeadNorms(Statistic):
+    """The mean norm of what each head adds to the stream: |scale * gain * centre(z W_O) / divisor|.
+
+    The branch's scale is included, and where a norm stands behind the branch that norm too, its divisor held.
+    """
+
+    def __init__(self) -> None:
+        """The products of each head's output weights with themselves are made once a layer."""
+        self._grams: dict[int, Tensor] = {}
+
+    def start(self, model: Model, layer: int | None) -> Kept:
+        """The mean of every head."""
+        return {"result_norm": ExampleMeans(model.anatomy.n_heads)}
+
+    def _gram(self, seen: Seen) -> Tensor:
+        """[head, d_head, d_head] G of |what a head adds|^2 = z G z, but for the divisor of a norm behind the branch."""
+        layer = seen.layer or 0
+        if layer not in self._grams:
+            weights, point = seen.model.layers[layer], seen.model.anatomy.hook_points[Site("attn_out", layer)]
+            write, after = at_least_float32(weights.W_O) * point.scale, weights.attn_post_norm
+            write = write if after is None else after.centre(write) * after.gain
+            self._grams[layer] = write @ write.transpose(1, 2)
+        return self._grams[layer]
+
+    def update(self, kept: Kept, seen: Seen) -> None:
+        """Take in one batch."""
+        z, weights = at_least_float32(seen["attn.z"]), seen.model.layers[seen.layer or 0]
+        norm = torch.einsum("bphd,hde,bphe->bph", z, self._gram(seen), z).clamp(min=0).sqrt()
+        after = weights.attn_post_norm
+        if after is not None:
+            raw = z.flatten(2) @ at_least_float32(weights.W_O).flatten(0, 1)
+            norm = norm / after.scale(raw if weights.b_O is None else raw + weights.b_O).unsqueeze(-1)
+        kept["result_norm"].update(norm, seen.examples, seen.later)

@@ -1,0 +1,90 @@
+"""The loss of the next token, and what each layer and branch is worth in it.
+
+Formula:  loss = mean over tokens of -log p(next), in nats;
+          loss_skip = mean over tokens of -log p_without(next) + log p(next), a branch adding zero, a block skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from microtome.context import current
+from microtome.edit import Edit, Skip, Zero
+from microtome.method import Column, Seen, Source, Text, measure
+
+WHOLE = "none: the loss of the whole model is what it is compared with"
+CHART = "Loss when a part is skipped"
+CHECK = "tests/laws/test_measures.py"
+
+
+def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Loss of each next token in nats [batch, pos - 1], from logits [batch, pos, vocab]; one row at a time."""
+    rows = [
+        torch.logsumexp(row[:-1].float(), -1) - row[:-1].gather(-1, target[1:, None]).squeeze(-1).float()
+        for row, target in zip(logits, tokens, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+@measure(
+    "loss",
+    of="model",
+    sites="logits",
+    title="loss of the next token",
+    question="How well does the model predict the text?",
+    columns=(Column("loss", "nats", "mean loss of the next token", "none: a size", (0, None)),),
+    source=Source("Shannon", "A Mathematical Theory of Communication", 1948, where="section 6, entropy"),
+    cost="one forward with logits, and a logsumexp over them",
+    check=CHECK,
+)
+def loss(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean loss of the next token in nats, with its interval over rows."""
+    tokens = seen.tokens
+    found = torch.nn.functional.pad(token_loss(seen["logits"], tokens), (1, 0))
+    predicted = torch.ones(tokens.shape, dtype=torch.bool)
+    predicted[:, 0] = False  # nothing comes before the first token to predict it from
+    return {"loss": (found, predicted)}
+
+
+def _skipped(name: str, part: str, title: str) -> Column:
+    meaning = f"rise of the loss when {part} adds nothing: loss without it minus loss of the whole model"
+    return Column(name, "nats", meaning, WHOLE, title=title, chart=CHART)
+
+
+@measure(
+    "ablation_loss",
+    of="layer",
+    on=Text(sequences=8, width=128),
+    title="loss without a part",
+    question="What is each layer, and each of its branches, worth to the loss?",
+    columns=(
+        _skipped("loss_skip_attn", "attention", "attention"),
+        _skipped("loss_skip_mlp", "the MLP", "MLP"),
+        _skipped("loss_skip_block", "the whole block", "block"),
+    ),
+    source=Source(
+        "Men et al.", "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024,
+        "2403.03853", departs="measured, not predicted",
+    ),
+    cost="3 L forwards of the first sequences of the text, each from its own layer on: about 1.5 L whole ones",
+    check=CHECK,
+)  # fmt: skip
+def ablation_loss(seen: Seen) -> dict[str, Tensor]:
+    """Rise of the loss when a layer's attention, its MLP, or the whole block adds nothing; by row [example, layer]."""
+    model, tokens = seen.model, seen.tokens
+    branches: dict[str, Callable[[int], Edit]] = {
+        "attn": lambda i: Zero(f"{i}.attn_out"), "mlp": lambda i: Zero(f"{i}.mlp_out"), "block": Skip,
+    }  # fmt: skip
+    base = model.run(tokens, capture="*.resid_pre")
+    whole = token_loss(base.logits, tokens).double().mean(1)
+    rows: dict[str, list[Tensor]] = {f"loss_skip_{name}": [] for name in branches}
+    for i in range(model.anatomy.n_layers):
+        for name, edit in branches.items():
+            # What comes before layer i is the same with and without it: start from what it read.
+            run = model.run(tokens, edits=edit(i), start_at=i, given=base[f"{i}.resid_pre"])
+            rows[f"loss_skip_{name}"].append(token_loss(run.logits, tokens).double().mean(1) - whole)
+        current().report("leaving layers out", i + 1, model.anatomy.n_layers)
+    return {name: torch.stack(values, dim=1) for name, values in rows.items()}

@@ -1,0 +1,37 @@
+"""What a declaration turns into: checks, settings, passes over a text, labelled results, commands, documentation.
+
+A method is declared once, by one of three decorators, and everything that surrounds it follows:
+
+    @measure     of a model: its layers, heads, neurons; any set of measures runs in as few passes as their inputs allow
+    @question    about prompts: who wrote an answer, what carries it, what it needs
+    @change      of a model: edits that can be run under, saved and taken back
+"""
+
+from microtome.method._arguments import Parameter as Parameter
+from microtome.method._declare import DIMS as DIMS
+from microtome.method._declare import Argument as Argument
+from microtome.method._declare import Column as Column
+from microtome.method._declare import Method as Method
+from microtome.method._declare import Source as Source
+from microtome.method._look import RepeatedTokens as RepeatedTokens
+from microtome.method._look import Text as Text
+from microtome.method._look import Weights as Weights
+from microtome.method._look import corpus_of as corpus_of
+from microtome.method._measure import Measure as Measure
+from microtome.method._measure import measure as measure
+from microtome.method._pass import Bound as Bound
+from microtome.method._pass import Pass as Pass
+from microtome.method._question import Found as Found
+from microtome.method._question import Question as Question
+from microtome.method._question import question as question
+from microtome.method._question import run_sweep as run_sweep
+from microtome.method._registry import Entry as Entry
+from microtome.method._registry import declared as declared
+from microtome.method._registry import forget as forget
+from microtome.method._registry import index as index
+from microtome.method._registry import methods as methods
+from microtome.method._registry import register as register
+from microtome.method._result import Result as Result
+from microtome.method._statistic import Kept as Kept
+from microtome.method._statistic import Seen as Seen
+from microtome.method._statistic import Statistic as Statistic

@@ -1,0 +1,225 @@
+"""What a method declares, once: its arguments, its columns, its source, and what proves it.
+
+Everything that surrounds a method is made from these values: the checks of its arguments, its command with options and
+help, units and meanings in datasets and tables, its place on the pages, and its row in docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from microtome.anatomy import SITES
+from microtome.errors import DeclarationError, error
+
+Kind = Literal["measure", "question", "change"]
+Unit = Literal["model", "layer", "head", "neuron"]
+
+DIMS: dict[str, tuple[str, ...]] = {
+    "model": (), "layer": ("layer",), "head": ("layer", "head"), "neuron": ("layer", "neuron"),
+}  # fmt: skip
+"""The axes of a column of each unit."""
+
+NONE = "none: "
+"""How a control begins that is no column, but the reason why there is none."""
+
+SUFFIXES = ("lo", "hi", "p", "each", "exact")
+"""Endings of the variables that belong to a column: ends of its interval, p-value, examples, exact measurement."""
+
+_NAME = re.compile(r"[a-z][a-z0-9_.]*(\[[a-z]+\])?")
+_DYNAMIC = re.compile(r"<[a-z]+>")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What an argument of a method is; written once, as a part of its annotation.
+
+    >>> window: Annotated[int, Argument("layers restored at once", "layers", least=1)] = 10
+
+    Attributes:
+        meaning: what it says, as help of the command and in the documentation.
+        unit: of the value, such as "tokens" or "layers".
+        least, most: limits of a number, both allowed.
+        choices: the words that are allowed.
+        from_text: how a command reads it from text, where text is not the value itself.
+        positional: whether the command takes it by position, without an option.
+        flag: the option's name, where it is not the argument's.
+    """
+
+    meaning: str
+    unit: str = ""
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    from_text: Callable[[str], Any] | None = None
+    positional: bool = False
+    flag: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method comes from.
+
+    Attributes:
+        authors, title, year: of the paper.
+        arxiv: its id there, if it has one.
+        where: equation or section.
+        departs: in what the method differs from it, and why; "none" where it does not.
+    """
+
+    authors: str
+    title: str
+    year: int
+    arxiv: str | None = None
+    where: str = ""
+    departs: str = "none"
+
+    def __str__(self) -> str:
+        place = f" (arXiv {self.arxiv})" if self.arxiv else ""
+        section = f", {self.where}" if self.where else ""
+        return f'{self.authors}, "{self.title}", {self.year}{place}{section}'
+
+
+@dataclass(frozen=True)
+class Column:
+    """One quantity that a method gives.
+
+    Attributes:
+        name: of the variable; ``<site>`` stands for one variable a name that the method chooses when it runs.
+        unit: "share", "nats", "logits", "cosine", ...; a quantity without one says "1".
+        meaning: in a sentence.
+        control: the column that this one is to be compared with, or "none: " and the reason.
+        range: the least and the largest value that it can have, None where there is no end.
+        dims: its axes where they are not those of the measure's unit; of a question, its axes.
+        extra: axes behind those, such as ("rank",).
+        interval: whether it is a mean over examples, with ends of its 95 % interval.
+        test: whether a sign-flip p-value belongs to it too.
+        title, chart, log: how pages draw it: its heading, the chart that it shares with others, a logarithmic axis.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    control: str = ""
+    range: tuple[float | None, float | None] = (None, None)
+    dims: tuple[str, ...] | None = None
+    extra: tuple[str, ...] = ()
+    interval: bool = True
+    test: bool = False
+    title: str = ""
+    chart: str = ""
+    log: bool = False
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The attributes of its variable in a dataset."""
+        told: dict[str, Any] = {"unit": self.unit, "meaning": self.meaning, "range": list(self.range)}
+        told["control"] = "" if self.control.startswith(NONE) else self.control
+        shown = {"title": self.title, "chart": self.chart, "log": self.log}
+        return told | {name: value for name, value in shown.items() if value}
+
+    def holds(self, name: str) -> bool:
+        """Whether a variable of this name is one of the column's."""
+        return name == self.name or bool(_DYNAMIC.fullmatch(self.name))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as it was declared.
+
+    Attributes:
+        name: what it is called by, in calls and as a command.
+        kind: "measure" of a model, "question" about prompts, "change" of a model.
+        question: what it answers, as a question.
+        summary: the first line of its docstring.
+        arguments: by name.
+        columns: what it gives; a change gives edits instead.
+        source: the papers.
+        cost: forwards, backwards and memory as a formula.
+        check: the tests that prove it.
+        call: how to write it, on the default model.
+        of: what a measure is of.
+        atlas: whether the atlas runs it.
+        title: what results and pages call it.
+        function: what computes it.
+        home: the module that declares it.
+    """
+
+    name: str
+    kind: Kind
+    question: str
+    summary: str
+    columns: tuple[Column, ...]
+    source: tuple[Source, ...]
+    cost: str
+    check: str
+    function: Callable[..., Any]
+    call: str = ""
+    of: Unit | None = None
+    atlas: bool = False
+    title: str = ""
+    arguments: Mapping[str, Argument] = field(default_factory=dict[str, Argument])
+    sites: tuple[str, ...] = ()
+
+    @property
+    def home(self) -> str:
+        """The module that declares it."""
+        return self.function.__module__
+
+    def column(self, name: str) -> Column | None:
+        """The column that a variable is of, or None: exact names first, then those chosen at run time."""
+        exact = [column for column in self.columns if column.name == name]
+        return next(iter(exact or [column for column in self.columns if column.holds(name)]), None)
+
+
+def validate(method: Method) -> None:
+    """Refuse a declaration that lacks something or contradicts itself.
+
+    Raises:
+        DeclarationError: in one line: what is missing or wrong, of which method.
+    """
+    of = f'the {method.kind} "{method.name}"'
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", method.name):
+        raise _wrong(of, "needs a name of small letters, digits and _", method.name)
+    missing = [name for name in ("question", "summary", "source", "cost", "check") if not getattr(method, name)]
+    if method.kind != "change" and not method.columns:
+        missing.append("columns")
+    if missing:
+        raise _wrong(of, f"lacks {' and '.join(missing)}")
+    _validate_columns(of, method)
+    for name in method.sites:
+        if name not in SITES:
+            raise _wrong(of, f'names the site "{name}", which does not exist', allowed=", ".join(SITES))
+    for name, argument in method.arguments.items():
+        if not argument.meaning:
+            raise _wrong(of, f'has an argument "{name}" without a meaning')
+
+
+def _validate_columns(of: str, method: Method) -> None:
+    names = [column.name for column in method.columns]
+    for column in method.columns:
+        what = f'has a column "{column.name}"'
+        if not (_NAME.fullmatch(column.name) or _DYNAMIC.fullmatch(column.name)):
+            raise _wrong(of, f"{what} whose name is not small letters, digits, _ and .")
+        if column.name.rpartition("_")[2] in SUFFIXES:
+            raise _wrong(
+                of, f"{what}, whose ending belongs to intervals", allowed="names without " + ", ".join(SUFFIXES)
+            )
+        if names.count(column.name) > 1:
+            raise _wrong(of, f"{what} twice")
+        for part in ("unit", "meaning"):
+            if not getattr(column, part):
+                raise _wrong(of, f"{what} without a {part}")
+        serves = any(other.control == column.name for other in method.columns)
+        if not column.control and not serves:
+            raise _wrong(of, f"{what} without a control", do=f'name a column, or write "{NONE}" and the reason')
+        if column.control and not column.control.startswith(NONE) and column.control not in names:
+            raise _wrong(of, f'{what} whose control "{column.control}" is no column of it', allowed=", ".join(names))
+        if method.kind == "question" and column.dims is None and not _DYNAMIC.fullmatch(column.name):
+            raise _wrong(of, f"{what} without dims")
+
+
+def _wrong(of: str, what: str, got: object = None, *, allowed: str | None = None, do: str | None = None) -> Exception:
+    return error(DeclarationError, f"{of} {what}", got=got, allowed=allowed, do=do or "complete its declaration")

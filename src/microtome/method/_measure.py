@@ -1,0 +1,140 @@
+"""A measure: declared once, run with any others in as few passes as their inputs allow, merged across machines."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from microtome.anatomy import SITES, Site, parse
+from microtome.errors import SiteError, error
+from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of
+from microtome.method._declare import DIMS, Column, Method, Source, Unit
+from microtome.method._look import Look, Text, Weights
+from microtome.method._registry import register
+from microtome.method._statistic import MeanOverExamples, Statistic
+from microtome.model import Model
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """A measure as it was declared.
+
+    Attributes:
+        method: the declaration.
+        on: what it looks at, with the defaults of its arguments.
+        optional: sites that it sees where the model has them.
+    """
+
+    method: Method
+    on: Look
+    optional: tuple[str, ...]
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Its own arguments: those of the function behind what is seen, or of the statistic's `__init__`."""
+        function = self.method.function
+        return parameters_of(function, 0 if isinstance(function, type) else 1)
+
+    @property
+    def look_parameters(self) -> tuple[Parameter, ...]:
+        """The arguments of what it looks at, with the defaults that it declares."""
+        own = {p.name: p for p in parameters_of(type(self.on))} if fields(self.on) else {}
+        return tuple(Parameter(p.name, p.type, getattr(self.on, p.name), p.argument, p.optional) for p in own.values())
+
+    def statistic(self, arguments: Mapping[str, Any]) -> Statistic:
+        """What keeps its values, with arguments that are checked here."""
+        given = checked(self.parameters, arguments)
+        function: Any = self.method.function
+        if isinstance(function, type):
+            made = function(**given)
+            assert isinstance(made, Statistic)
+            return made
+        assert self.method.of is not None
+        dims = len(DIMS[self.method.of]) - (0 if self.whole else self.method.of != "model")
+        return MeanOverExamples(function, dims, given)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it sees whole batches and no sites: it runs the model itself, and gives all layers at once."""
+        return not self.method.sites and not isinstance(self.on, Weights)
+
+    def layers(self, model: Model) -> list[int | None]:
+        """The layers in which the model has all that it looks at; None for a measure of the whole model.
+
+        Raises:
+            SiteError: there is no such layer; says which site is missing and why.
+        """
+        a = model.anatomy
+        if self.whole or all(SITES[name].scope == "model" for name in self.method.sites):
+            for name in self.method.sites:
+                a.sites(parse(name))
+            return [None] if self.method.of == "model" or self.whole else list(range(a.n_layers))
+        inner = [name for name in self.method.sites if SITES[name].scope == "layer"]
+        there = [i for i in range(a.n_layers) if all(Site(name, i) in a.hook_points for name in inner)]
+        if not there:
+            gone = next(name for name in inner if Site(name, 0) not in a.hook_points)
+            why = a.missing.get(Site(gone, 0)) or a.missing.get(Site(gone)) or "it does not apply to this model"
+            what = f'the measure "{self.method.name}" needs {gone}, which {a.name} has in no layer'
+            raise error(SiteError, what, got=why, do="leave the measure out")
+        return list(there)
+
+
+def measure(
+    name: str,
+    *,
+    of: Unit,
+    question: str,
+    columns: Sequence[Column],
+    source: Source | Sequence[Source],
+    cost: str,
+    check: str,
+    on: Look | None = None,
+    sites: str | Sequence[str] = (),
+    optional: str | Sequence[str] = (),
+    atlas: bool = True,
+    title: str = "",
+) -> Callable[[M], M]:
+    """Declare a measure: a function from what is `Seen` to values by column, or a `Statistic`.
+
+    A function gives, for each column, values [example, pos, unit] or [example, unit] of one layer (of all layers where
+    it declares no sites and runs the model itself); their mean over what counts, and its interval over examples, are
+    made of them. Of weights it gives the columns themselves, [unit], layer by layer.
+
+    Args:
+        name: what it is called by.
+        of: what it is of: "model", "layer", "head" or "neuron".
+        question: what it answers.
+        columns: what it gives.
+        source: the papers.
+        cost: as a formula.
+        check: the tests that prove it.
+        on: what it looks at; a text by default.
+        sites: the site names that it sees, in layers that have all of them.
+        optional: those that it sees where they are there.
+        atlas: whether the atlas runs it.
+        title: what results and pages call it.
+
+    Raises:
+        DeclarationError: something is missing or wrong; in one line.
+    """
+
+    def declare(function: M) -> M:
+        given: Any = function
+        docs = inspect.getdoc(given) or ""
+        own = parameters_of(given, 0 if isinstance(given, type) else 1)
+        look = Text() if on is None else on
+        arguments = arguments_of((*own, *(parameters_of(type(look)) if fields(look) else ())))
+        method = Method(
+            name, "measure", question, docs.partition("\n")[0], tuple(columns),
+            (source,) if isinstance(source, Source) else tuple(source), cost, check, given,
+            call=f'mt.measure(model, "{name}")', of=of, atlas=atlas, title=title, arguments=arguments,
+            sites=(sites,) if isinstance(sites, str) else tuple(sites),
+        )  # fmt: skip
+        register(Measure(method, look, (optional,) if isinstance(optional, str) else tuple(optional)))
+        return function
+
+    return declare

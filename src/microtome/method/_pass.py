@@ -1,0 +1,199 @@
+"""One pass over a look for any number of measures: every site is seen once, whoever needs it.
+
+Law:   the measures of one pass give what each gives alone; parts of a look that are merged give what the whole gives.
+Check: tests/laws/test_measures.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from microtome.anatomy import SITES, Site
+from microtome.context import current
+from microtome.errors import DataError, error
+from microtome.method._declare import DIMS
+from microtome.method._measure import Measure
+from microtome.method._statistic import Kept, MeanOverExamples, Seen, Statistic, intervals
+from microtome.model import Model
+from microtome.stream import TokenBatch
+
+
+@dataclass(eq=False)
+class Bound:
+    """A measure with its arguments, on one model, and what it has kept: by group (None without) and layer."""
+
+    measure: Measure
+    statistic: Statistic
+    layers: list[int | None]
+    kept: dict[tuple[int | None, int | None], Kept] = field(default_factory=dict[tuple[int | None, int | None], Kept])
+
+    def sites(self, model: Model, layer: int | None) -> set[str]:
+        """The sites that it sees in a layer."""
+        there = [n for n in self.measure.optional if Site(n, layer) in model.anatomy.hook_points]
+        return {*self.measure.method.sites, *there}
+
+
+class Pass:
+    """Measures that look at the same batches.
+
+    Args:
+        model: an open model.
+        bound: the measures.
+        look: what they look at.
+        groups: the names of the groups to keep apart, by number; none keeps all tokens together.
+    """
+
+    def __init__(self, model: Model, bound: Sequence[Bound], look: Any, groups: Sequence[str] | None = None) -> None:
+        self.model, self.bound, self.look = model, list(bound), look
+        self.groups = None if groups is None else tuple(groups)
+        self._held: dict[int | None, dict[str, Tensor]] = {}
+        self._waiting: dict[int | None, list[tuple[Bound, set[str]]]] = {}
+
+    def update(self, batch: TokenBatch) -> None:
+        """Run one batch, and let every measure see its part."""
+        self._held, self._waiting = {}, {}
+        seeing = [b for b in self.bound if not b.measure.whole]
+        for one in seeing:
+            for layer in one.layers:
+                self._waiting.setdefault(layer, []).append((one, one.sites(self.model, layer)))
+        with torch.no_grad():
+            if seeing:
+                observe = self._observers(batch)
+                self.model.run(batch.tokens, observe=observe, logits="logits" in observe)
+            for one in self.bound:
+                if one.measure.whole:
+                    self._show(one, None, batch)
+        self._held, self._waiting = {}, {}
+
+    def _observers(self, batch: TokenBatch) -> dict[str, Callable[[Site, Tensor], None]]:
+        """What is to be called at each address that some measure waits for."""
+        layers: dict[str, list[int]] = {}
+        found: dict[str, Callable[[Site, Tensor], None]] = {}
+
+        def see(site: Site, x: Tensor) -> None:
+            self._see(site, x, batch)
+
+        for layer, waiting in self._waiting.items():
+            for name in {name for _, sites in waiting for name in sites}:
+                if SITES[name].scope == "model":
+                    found[name] = see
+                elif layer is not None:
+                    layers.setdefault(name, []).append(layer)
+        for name, numbers in layers.items():
+            found[f"{','.join(map(str, sorted(numbers)))}.{name}"] = see
+        return found
+
+    def _see(self, site: Site, x: Tensor, batch: TokenBatch) -> None:
+        waiting = self._waiting.get(site.layer, [])
+        held = self._held.setdefault(site.layer, {})
+        held[site.name] = x
+        ready = [one for one, sites in waiting if sites <= held.keys()]
+        self._waiting[site.layer] = [(one, sites) for one, sites in waiting if not sites <= held.keys()]
+        for one in ready:
+            self._show(one, site.layer, batch)
+        # What nobody waits for any more is let go, so that no more than one layer is ever held.
+        needed = {name for _, sites in self._waiting[site.layer] for name in sites}
+        self._held[site.layer] = {name: x for name, x in held.items() if name in needed}
+
+    def _show(self, one: Bound, layer: int | None, batch: TokenBatch) -> None:
+        text = batch.text
+        seen = Seen(self.model, layer, batch, self.look, text, self._held.get(layer))
+        statistic = one.statistic
+        values = statistic.values(seen) if isinstance(statistic, MeanOverExamples) else None
+        for group, mask in self._masks(batch, text):
+            kept = one.kept.setdefault((group, layer), statistic.start(self.model, layer))
+            part = Seen(self.model, layer, batch, self.look, mask, self._held.get(layer))
+            if values is None:
+                statistic.update(kept, part)
+            else:
+                assert isinstance(statistic, MeanOverExamples)
+                statistic.take(kept, values, part)
+
+    def _masks(self, batch: TokenBatch, text: Tensor | None) -> list[tuple[int | None, Tensor | None]]:
+        """The groups of a batch, with the tokens of each that count."""
+        if self.groups is None:
+            return [(None, text)]
+        masks: list[tuple[int | None, Tensor | None]] = []
+        for number in batch.group.unique().tolist():
+            mask = batch.group == number
+            masks.append((number, mask if text is None else mask & text))
+        return masks
+
+    def merge(self, other: Pass) -> Pass:
+        """Take in what another pass of the same measures has kept, and return this one.
+
+        Raises:
+            DataError: it is of other measures.
+        """
+        names = [[b.measure.method.name for b in p.bound] for p in (self, other)]
+        if names[0] != names[1] or self.groups != other.groups:
+            raise error(DataError, "cannot merge passes of other measures", got=names[1], allowed=str(names[0]))
+        for mine, theirs in zip(self.bound, other.bound, strict=True):
+            for key, kept in theirs.kept.items():
+                own = mine.kept.setdefault(key, {})
+                for name, accumulator in kept.items():
+                    own[name] = own[name].merge(accumulator) if name in own else accumulator.copy()
+        return self
+
+    def results(self) -> dict[str, xr.Dataset]:
+        """The columns of every measure, by its name.
+
+        Raises:
+            DataError: nothing was counted.
+        """
+        return {one.measure.method.name: self._result(one) for one in self.bound}
+
+    def _result(self, one: Bound) -> xr.Dataset:
+        groups: list[int | None] = [None] if self.groups is None else list(range(len(self.groups)))
+        tables = [self._of_group(one, group) for group in groups]
+        known = next((table for table in tables if table), None)
+        if known is None:
+            raise error(DataError, f'the measure "{one.measure.method.name}" has counted nothing', do="give it text")
+        return _dataset(self.model, one, tables, known, self.groups)
+
+    def _of_group(self, one: Bound, group: int | None) -> dict[str, Tensor]:
+        """The columns of one group, layers stacked; empty where nothing of it was counted."""
+        rows: dict[str, list[Tensor]] = {}
+        for layer in one.layers:
+            kept = one.kept.get((group, layer))
+            if kept is None:
+                return {}
+            ends = intervals(kept, one.measure.method.columns, current().seed)
+            for name, x in {**one.statistic.result(kept), **ends}.items():
+                rows.setdefault(name, []).append(x)
+        stacked = one.layers != [None]
+        return {name: torch.stack(x) if stacked else x[0] for name, x in rows.items()}
+
+
+def _dataset(
+    model: Model, one: Bound, tables: list[dict[str, Tensor]], known: dict[str, Tensor], groups: Sequence[str] | None
+) -> xr.Dataset:
+    method = one.measure.method
+    assert method.of is not None
+    unit = DIMS[method.of]
+    variables: dict[str, Any] = {}
+    for name, like in known.items():
+        parts = [table.get(name, torch.full_like(like, torch.nan)) for table in tables]
+        x = parts[0] if groups is None else torch.stack(parts)
+        column = method.column(name.removesuffix("_lo").removesuffix("_hi"))
+        dims = (*(() if groups is None else ("group",)), *unit, *(() if column is None else column.extra))
+        x = x.squeeze(-1) if x.dim() == len(dims) + 1 else x  # a value without axes is kept as one of one unit
+        variables[name] = (dims, x.cpu().numpy())
+    return xr.Dataset(variables, coords=coordinates(model, unit, one.layers, groups))
+
+
+def coordinates(
+    model: Model, unit: Sequence[str], layers: Sequence[int | None], groups: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The labels of the axes of a measure's unit."""
+    a = model.anatomy
+    every = list(range(a.n_layers)) if list(layers) == [None] else list(layers)
+    sizes: dict[str, Any] = {"layer": every, "head": list(range(a.n_heads)), "neuron": list(range(a.d_mlp))}
+    found = {dim: sizes[dim] for dim in unit}
+    return found if groups is None else found | {"group": list(groups)}

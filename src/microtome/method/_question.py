@@ -1,0 +1,194 @@
+"""A question about prompts: declared once; checks, statistics, labels, provenance and its command follow."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from microtome.context import current
+from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of
+from microtome.method._declare import Column, Method, Source
+from microtome.method._registry import register
+from microtome.method._result import Result, counting, labelled, provenance, spent
+from microtome.metric import Metric
+from microtome.model import Model
+from microtome.run import Prompt
+from microtome.stream import mean_interval, sign_flip
+from microtome.sweep import Cell, Edge, SweepResult
+
+P = ParamSpec("P")
+
+
+@dataclass
+class Found:
+    """What a question's function hands over; the frame makes a `Result` of it.
+
+    Attributes:
+        values: by column, the values with the axes that it declares, or (axes, values).
+        each: by column, the same with a first axis of examples: mean, interval, p-value and `_each` are made of it.
+        coords: labels of axes, as `xarray` takes them.
+        attrs: what else is to be said, plain values.
+        units: by column, a unit that is only known now.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    each: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    coords: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    units: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A question as it was declared.
+
+    Attributes:
+        method: the declaration.
+        parameters: of its function behind the model.
+        reading: how a value is to be read, in a sentence or two.
+        command: its name on the command line; none where it takes what no command line can.
+    """
+
+    method: Method
+    parameters: tuple[Parameter, ...]
+    reading: str
+    command: str
+
+    def ask(self, model: Model, given: Mapping[str, Any]) -> Result:
+        """The answer, with arguments that are checked here."""
+        arguments = checked(self.parameters, given)
+        with counting() as cost:
+            found: Any = self.method.function(model, **arguments)
+            data = found if isinstance(found, xr.Dataset) else _dataset(self.method, found)
+            told = provenance(model, self.method, arguments, cost) | {"reading": self.reading}
+            own = dict(data.attrs)
+            return Result(labelled(self.method, data).assign_attrs(told | own))
+
+
+def question(
+    name: str,
+    *,
+    question: str,
+    columns: Sequence[Column],
+    source: Source | Sequence[Source],
+    cost: str,
+    check: str,
+    call: str,
+    reading: str = "",
+    command: str = "",
+    title: str = "",
+) -> Callable[[Callable[P, Any]], Callable[P, Result]]:
+    """Declare a question: a function of a model and prompts that gives `Found`.
+
+    Args:
+        name: of the function.
+        question: what it answers.
+        columns: what it gives, each with its axes.
+        source: the papers.
+        cost: as a formula.
+        check: the tests that prove it.
+        call: how to write it on the default model.
+        reading: how a value is to be read, in a sentence or two.
+        command: its name on the command line; all its required arguments must then declare themselves.
+        title: what results and pages call it.
+
+    Raises:
+        DeclarationError: something is missing or wrong; in one line.
+    """
+
+    def declare(function: Callable[P, Any]) -> Callable[P, Result]:
+        parameters = parameters_of(function, 1)
+        docs = inspect.getdoc(function) or ""
+        method = Method(
+            name, "question", question, docs.partition("\n")[0], tuple(columns),
+            (source,) if isinstance(source, Source) else tuple(source), cost, check, function,
+            call=call, title=title, arguments=arguments_of(parameters),
+        )  # fmt: skip
+        made = Question(method, parameters, reading, command)
+        register(made)
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def ask(*args: P.args, **kwargs: P.kwargs) -> Result:
+            bound = signature.bind(*args, **kwargs).arguments
+            model: Any = bound.pop(next(iter(signature.parameters)))
+            return made.ask(model, bound)
+
+        return ask
+
+    return declare
+
+
+def run_sweep(
+    model: Model,
+    prompt: Prompt,
+    cells: Sequence[Cell | Edge],
+    metric: Metric,
+    *,
+    prompts: Sequence[int] | None = None,
+    stage: str = "patching",
+) -> SweepResult:
+    """Run a sweep under the settings that hold: its plan is told and kept before its first cell, its progress reported.
+
+    Args:
+        model: the model.
+        prompt: one or several, as `Model.sweep` takes them, and so are the next three.
+        cells: edited runs.
+        metric: what is read of each.
+        prompts: the number of each cell's prompt.
+        stage: what its progress is called.
+    """
+    settings = current()
+    sweep = model.sweep(prompt, cells, metric, prompts=prompts, budget=settings.budget)
+    spent(sweep.plan)
+    if settings.on_plan is not None:
+        settings.on_plan(sweep.plan)
+    return sweep.run(settings.counting(stage))
+
+
+def _dataset(method: Method, found: Found) -> xr.Dataset:
+    variables: dict[str, Any] = {}
+    for name, given in found.values.items():
+        dims, x = _placed(method, name, given)
+        variables[name] = (dims, _array(x), _unit(found, name))
+    for name, given in found.each.items():
+        dims, x = _placed(method, name, given)
+        variables |= summarised(method, name, dims, x, _unit(found, name))
+    return xr.Dataset(variables, coords=dict(found.coords), attrs=dict(found.attrs))
+
+
+def _unit(found: Found, name: str) -> dict[str, str]:
+    return {"unit": found.units[name]} if name in found.units else {}
+
+
+def _placed(method: Method, name: str, given: Any) -> tuple[tuple[str, ...], Any]:
+    """The axes of a value, given with it or declared, and the value."""
+    if isinstance(given, tuple):
+        return given[0], given[1]
+    column = method.column(name)
+    return (() if column is None or column.dims is None else column.dims), given
+
+
+def _array(x: Any) -> Any:
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+def summarised(
+    method: Method, name: str, dims: Sequence[str], values: Tensor, attrs: Mapping[str, str]
+) -> dict[str, Any]:
+    """Values [example, ...] as variables: mean, `_lo` and `_hi`, `_p` where the column has a test, and `_each`."""
+    column = method.column(name)
+    mean, low, high = mean_interval(values, seed=current().seed)
+    parts = {"": mean, "_lo": low, "_hi": high}
+    if column is not None and column.test:
+        parts["_p"] = sign_flip(values, seed=current().seed)
+    told = {end: {"unit": "probability"} if end == "_p" else dict(attrs) for end in parts}
+    found: dict[str, Any] = {name + end: (tuple(dims), _array(x), told[end]) for end, x in parts.items()}
+    return found | {f"{name}_each": (("example", *dims), _array(values.double()), dict(attrs))}

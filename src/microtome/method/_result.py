@@ -1,0 +1,117 @@
+"""Results: labelled datasets that say what they are, where they come from, and show themselves in a notebook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import xarray as xr
+
+from microtome.context import current
+from microtome.errors import DeclarationError, error
+from microtome.method._declare import SUFFIXES, Column, Method
+from microtome.model import Model
+
+SPLIT = "_"
+
+
+class Result(xr.Dataset):
+    """An `xarray.Dataset` of a method: variables with unit, meaning and control, attributes with its provenance."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        from microtome import view
+
+        return view.html(self)
+
+
+@dataclass
+class Cost:
+    """What one call has cost so far."""
+
+    started: float = field(default_factory=time.perf_counter)
+    plans: list[str] = field(default_factory=list[str])
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """As attributes of a result."""
+        told: dict[str, Any] = {"seconds": round(time.perf_counter() - self.started, 2)}
+        return told | ({"plan": self.plans[0] if len(self.plans) == 1 else self.plans} if self.plans else {})
+
+
+_COST: ContextVar[Cost | None] = ContextVar("microtome_cost", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[Cost]:
+    """Count the cost of what runs in the block; a method called by another counts to that one's cost too."""
+    outer = _COST.get()
+    cost = Cost()
+    token = _COST.set(cost)
+    try:
+        yield cost
+    finally:
+        _COST.reset(token)
+        if outer is not None:
+            outer.plans += cost.plans
+
+
+def spent(plan: object) -> None:
+    """Add the plan of a sweep to the cost of the call under way."""
+    cost = _COST.get()
+    if cost is not None:
+        cost.plans.append(str(plan))
+
+
+def provenance(model: Model, method: Method, arguments: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
+    """The attributes of a result: method, source, arguments, seed, cost, and the model's own."""
+    plain = {k: v for k, v in arguments.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
+    told = {"method": method.title or method.name.replace("_", " "), "question": method.question}
+    told |= {"source": "; ".join(map(str, method.source)), "seed": current().seed}
+    return dict(model.provenance) | plain | told | cost.attrs
+
+
+def labelled(method: Method, data: xr.Dataset) -> xr.Dataset:
+    """A dataset whose variables carry what the method declares of them.
+
+    Raises:
+        DeclarationError: a variable is none of its columns, or lacks an axis that its column has.
+    """
+    for name in map(str, data.data_vars):
+        column, ending = column_of(method, name)
+        if column is None:
+            what = f'the {method.kind} "{method.name}" gives "{name}", which it does not declare'
+            allowed = ", ".join(c.name for c in method.columns)
+            raise error(DeclarationError, what, allowed=allowed, do="add a column to its declaration")
+        own = dict(data[name].attrs)
+        data[name].attrs.update(_attrs(column, ending) | own)
+    return data
+
+
+def _attrs(column: Column, ending: str) -> dict[str, Any]:
+    told = column.attrs
+    if ending in ("lo", "hi"):
+        meaning = (
+            f"{'lower' if ending == 'lo' else 'upper'} end of the 95 % interval over examples of: {column.meaning}"
+        )
+        return {"unit": column.unit, "meaning": meaning}
+    if ending == "p":
+        meaning = f"two-sided p-value of sign flips over examples of: {column.meaning}"
+        return {"unit": "probability", "meaning": meaning, "range": [0, 1]}
+    return {"unit": column.unit, "meaning": column.meaning} if ending else told
+
+
+def column_of(method: Method, name: str) -> tuple[Column | None, str]:
+    """The column that a variable belongs to, and its ending: `lo` of "induction_lo"."""
+    exact = next((c for c in method.columns if c.name == name), None)
+    if exact is not None:
+        return exact, ""
+    base, _, ending = name.rpartition(SPLIT)
+    if ending in SUFFIXES and base:
+        return method.column(base), ending
+    return method.column(name), ""

@@ -1,0 +1,167 @@
+"""What one pass over a look shows a measure, and what the measure keeps of it.
+
+A measure is either a function from what it sees to values, one a token or one an example, of which the frame keeps the
+mean and its interval; or a `Statistic`, which keeps accumulators of its own. Both merge.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.errors import DataError, error
+from microtome.method._declare import Column
+from microtome.model import Model
+from microtome.stream import ExampleMeans, TokenBatch
+
+Kept = dict[str, Any]
+"""Accumulators by name; each is an `Accumulator` of `microtome.stream`."""
+
+Values = Mapping[str, Tensor | tuple[Tensor, Tensor]]
+"""By column: values [example, pos, *unit] or [example, *unit], or these with a mask of the tokens that count."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a measure sees at once: one layer of one batch, or of the weights.
+
+    Attributes:
+        model: the model.
+        layer: the layer, or None for a measure of the whole model.
+        batch: the tokens; None where only weights are looked at.
+        look: what is looked at, with its arguments.
+        mask: [example, pos] the tokens that count: those of the text and, where groups are kept, of one group.
+    """
+
+    model: Model
+    layer: int | None
+    batch: TokenBatch | None
+    look: Any
+    mask: Tensor | None = None
+    _held: Mapping[str, Tensor] | None = None
+
+    def __getitem__(self, site: str) -> Tensor:
+        """The tensor of a site that the measure declares, [example, pos, ...]."""
+        assert self._held is not None
+        return self._held[site]
+
+    def __contains__(self, site: str) -> bool:
+        return self._held is not None and site in self._held
+
+    @property
+    def tokens(self) -> Tensor:
+        """Token ids [example, pos]."""
+        assert self.batch is not None
+        return self.batch.tokens.to(self.model.device)
+
+    @property
+    def examples(self) -> Tensor:
+        """[example] What each row is called."""
+        assert self.batch is not None
+        return self.batch.start
+
+    @property
+    def lead(self) -> int:
+        """How many tokens of every row stand before its text."""
+        return 0 if self.batch is None else self.batch.lead
+
+    @property
+    def later(self) -> Tensor:
+        """[example, pos] The tokens that count, without the first one of each row, where attention sinks live."""
+        assert self.batch is not None
+        mask = torch.ones(self.batch.tokens.shape, dtype=torch.bool) if self.mask is None else self.mask.clone()
+        mask[:, 0] = False
+        return mask
+
+    def at(self, layer: int) -> Seen:
+        """The same batch, in another layer."""
+        return replace(self, layer=layer)
+
+
+class Statistic(ABC):
+    """A measure that keeps accumulators of its own; arguments of the measure are those of its `__init__`."""
+
+    @abstractmethod
+    def start(self, model: Model, layer: int | None) -> Kept:
+        """Fresh accumulators, by name, for one layer (None: the whole model)."""
+
+    @abstractmethod
+    def update(self, kept: Kept, seen: Seen) -> None:
+        """Take in what was seen of one batch; `seen.mask` says which tokens count."""
+
+    def result(self, kept: Kept) -> Mapping[str, Tensor]:
+        """The columns, each with the axes of the measure's unit in one layer: the means that were kept by example."""
+        return {name: held.result().mean for name, held in kept.items() if isinstance(held, ExampleMeans)}
+
+
+class MeanOverExamples(Statistic):
+    """A measure that is a function from what is seen to values: their mean is kept, example by example."""
+
+    def __init__(self, function: Callable[..., Values], dims: int, arguments: Mapping[str, Any]) -> None:
+        """Keep the means of what a function gives; `dims` is how many axes a value has behind its example (and pos)."""
+        self.function, self.dims, self.arguments = function, dims, dict(arguments)
+
+    def start(self, model: Model, layer: int | None) -> Kept:
+        """Nothing yet: the sizes are known with the first values."""
+        return {}
+
+    def values(self, seen: Seen) -> Values:
+        """What the function gives for one batch."""
+        return self.function(seen, **self.arguments)
+
+    def update(self, kept: Kept, seen: Seen) -> None:
+        """Take in one batch."""
+        self.take(kept, self.values(seen), seen)
+
+    def take(self, kept: Kept, values: Values, seen: Seen) -> None:
+        """Take in the values of one batch, of which `seen.mask` says what counts."""
+        for name, given in values.items():
+            x, own = given if isinstance(given, tuple) else (given, None)
+            by_token = x.dim() - 1 > self.dims
+            shape = tuple(x.shape[2 if by_token else 1 :]) or (1,)
+            if name not in kept:
+                kept[name] = ExampleMeans(shape)
+            held: ExampleMeans = kept[name]
+            mask = _both(own, seen.mask) if by_token else _whole(seen)
+            held.update(x.reshape(*x.shape[: 2 if by_token else 1], *shape), seen.examples, mask)
+
+
+def intervals(kept: Kept, columns: tuple[Column, ...], seed: int) -> dict[str, Tensor]:
+    """The ends of the intervals, `_lo` and `_hi`, of the columns whose means were kept by example."""
+    found: dict[str, Tensor] = {}
+    for column in columns:
+        held = kept.get(column.name)
+        if column.interval and isinstance(held, ExampleMeans):
+            found[f"{column.name}_lo"], found[f"{column.name}_hi"] = held.result().interval(seed=seed)
+    return found
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Tokens that two masks count."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other.to(one.device)
+
+
+def _whole(seen: Seen) -> Tensor | None:
+    """[example] Which whole examples count.
+
+    Raises:
+        DataError: some of an example counts and some does not, because a row holds several groups.
+    """
+    if seen.mask is None or seen.batch is None:
+        return None
+    text = seen.batch.text
+    text = torch.ones_like(seen.mask) if text is None else text
+    some, every = (seen.mask & text).any(1), (seen.mask | ~text).all(1)
+    if bool((some & ~every).any()):
+        raise error(
+            DataError, "a row of the text holds several groups, and this measure has one value a row",
+            do="give each group as a text of its own: text={name: corpus}, with length= so that rows fill",
+        )  # fmt: skip
+    return every
