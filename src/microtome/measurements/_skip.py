@@ -5,13 +5,13 @@ Formula:  delta = mean over tokens of -log p_without(next) + log p(next), in nat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from microtome.edit import Edit, Set, Skip, Zero
+from microtome.edit import Edit, Skip, Zero
 from microtome.model import Model
 from microtome.stream import mean_interval
 
@@ -61,12 +61,8 @@ def ablation_loss(
     found: dict[str, list[Tensor]] = {name: [] for name in branches}
     done = 0
     for i in range(n):
-        # What comes before layer i is the same with and without it: start from what it read.
-        start: Sequence[Edit] = (
-            [] if i == 0 else [Skip(f"0-{i - 1}"), Set(f"{i}.resid_pre", value=base[f"{i}.resid_pre"])]
-        )
         for name, edit in branches.items():
-            run = model.run(tokens, edits=[*start, edit(i)])
+            run = model.run(tokens, edits=edit(i), start_at=i, given=base[f"{i}.resid_pre"])
             found[name].append(token_loss(run.logits, tokens).double().mean(1) - whole)
             done += 1
             if progress is not None:
