@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import Address, Site, parse
-from microtome.edit import Edit, Mean, Patch, Set, SiteEdit, Skip, Zero
+from microtome.edit import Mean, Patch, SiteEdit, Zero
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._contributions import refuse_unless_sum
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
@@ -257,11 +257,9 @@ class _Example:
 
     def _ablate(self, layer: int, ablations: list[SiteEdit]) -> dict[str, Tensor]:
         """One run with a row an ablation, from the layer on: what comes before it is the clean run's."""
-        edits: list[Edit] = [Set(f"{layer}.resid_pre", value=self.streams[layer])]
-        edits += [] if layer == 0 else [Skip(f"0-{layer - 1}")]
-        edits += [replace(edit, rows=(row,)) for row, edit in enumerate(ablations)]
-        tokens = self.tokens.expand(len(ablations), -1)
-        run = self.model.run(tokens, capture=self._read(layer), edits=edits, logits=False)
+        n, edits = len(ablations), [replace(edit, rows=(row,)) for row, edit in enumerate(ablations)]
+        tokens, stream = self.tokens.expand(n, -1), self.streams[layer].expand(n, -1, -1)
+        run = self.model.run(tokens, self._read(layer), edits, start_at=layer, given=stream, logits=False)
         changes = [
             tuple(new - old for new, old in zip(self._parts(run, i), self.parts[i], strict=True))
             for i in range(layer, self.n)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from microtome.anatomy import Anatomy, integer
 from microtome.edit import Edit, SiteEdit
@@ -68,6 +69,8 @@ class Model(LoadedModel):
         capture: Capture = (),
         edits: Edit | Sequence[Edit] = (),
         *,
+        start_at: int | None = None,
+        given: Tensor | None = None,
         stop_at: int | None = None,
         logits: bool = True,
         grad: bool = False,
@@ -82,6 +85,9 @@ class Model(LoadedModel):
                 tokenizer gave.
             capture: addresses of what to keep, such as ``"*.mlp.post"`` or ``["3.attn.pattern", "final@-1"]``.
             edits: what to change: one edit, or several in order.
+            start_at: the first layer to compute; needs `given`. Sites before it cannot be captured or edited.
+            given: [batch, pos, d_model] residual stream that enters layer `start_at`, such as its ``resid_pre`` in
+                another run of the same prompt.
             stop_at: end before this layer runs; there are no logits then.
             logits: whether to compute logits; without them the unembedding is not run.
             grad: keep a graph, so that `Run.grad` gives gradients at every captured site.
@@ -95,12 +101,13 @@ class Model(LoadedModel):
         Raises:
             SiteError: an address matches nothing, or is never reached.
             PromptError: the prompt cannot be read.
-            EditError: an edit does not fit its site, or never acts; or the model is in use, see `editing`.
+            EditError: an edit does not fit its site, or never acts; `given` has another shape; or the model is in
+                use, see `editing`.
             BudgetError: what is named would not fit in memory.
         """
         return run_forward(
-            self, prompt, capture, edits, stop_at=stop_at, logits=logits, grad=grad, padding=padding, observe=observe,
-            budget=budget,
+            self, prompt, capture, edits, start_at=start_at, given=given, stop_at=stop_at, logits=logits, grad=grad,
+            padding=padding, observe=observe, budget=budget,
         )  # fmt: skip
 
     def sweep(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from microtome.anatomy import Address, Anatomy, Site, integer, parse, parse_indices
-from microtome.edit import Edit, Repeat, ScaleBlock, SiteEdit, Skip
+from microtome.edit import Edit, Repeat, ScaleBlock, Set, SiteEdit, Skip
 from microtome.errors import EditError, SiteError, error
 from microtome.run._batch import Batch, Prompt
 from microtome.run._core import LoadedModel
@@ -62,6 +64,8 @@ def run_forward(
     capture: Capture = (),
     edits: Edit | Sequence[Edit] = (),
     *,
+    start_at: int | None = None,
+    given: Tensor | None = None,
     stop_at: int | None = None,
     logits: bool = True,
     grad: bool = False,
@@ -70,16 +74,20 @@ def run_forward(
     budget: int | None = None,
     strict: bool = True,
 ) -> Run:
-    """Run a model once, see `Model.run`; `strict=False` lets pass what was named and never reached."""
+    """Run a model once, see `Model.run`; `strict=False` accepts addresses and edits that are never reached."""
     batch, captures, edits = model.to_batch(prompt, padding), addresses(capture), edits_of(edits)
-    _refuse_no_layer(model, stop_at)
-    logits = logits and stop_at is None
+    extent = _Extent(model.anatomy, start_at, stop_at, logits)
+    logits = extent.logits
     watchers = _watchers(observe)
-    _refuse_beyond(model, [*captures, *watchers], edits, stop_at, logits)
+    extent.refuse_outside([*captures, *watchers], edits)
+    edits = [*_start(model, batch, start_at, given), *edits]
     plan = plan_of(model, batch, captures, logits=logits, grad=grad, pace=model.pace)
     refuse_if_over(plan, budget, model.device)
     frame = PromptFrame(batch)
-    session = Session(model.hf, model.anatomy, frame, edits=edits, captures=captures, observers=watchers, grad=grad)
+    session = Session(
+        model.hf, model.anatomy, frame, edits=edits, captures=captures, observers=watchers, grad=grad,
+        first=start_at or 0,
+    )  # fmt: skip
     for address in captures:
         frame.columns(address.positions)
     _end(model, session, stop_at, logits)
@@ -92,23 +100,116 @@ def run_forward(
     )  # fmt: skip
 
 
-def _refuse_no_layer(model: LoadedModel, stop_at: int | None) -> None:
-    """Refuse to stop where there is no layer.
+@dataclass
+class _Extent:
+    """The part of a forward that is computed: from layer `start_at` on, up to layer `stop_at` or to the logits."""
+
+    anatomy: Anatomy
+    start_at: int | None
+    stop_at: int | None
+    logits: bool
+
+    def __post_init__(self) -> None:
+        for name, layer in (("start", self.start_at), ("stop", self.stop_at)):
+            self._refuse_no_layer(name, layer)
+        if self.start_at is not None and self.stop_at is not None and self.stop_at <= self.start_at:
+            raise error(
+                SiteError,
+                "a run must stop after the layer at which it starts",
+                got=f"start_at={self.start_at}, stop_at={self.stop_at}",
+                do="choose a later stop_at, or leave it out",
+            )
+        self.logits = self.logits and self.stop_at is None
+
+    def _refuse_no_layer(self, name: str, layer: object) -> None:
+        try:
+            found = layer is None or 0 <= integer(layer) < self.anatomy.n_layers
+        except TypeError:
+            found = False
+        if not found:
+            raise error(
+                SiteError,
+                f"cannot {name} at layer {layer!r} of {self.anatomy.name}",
+                allowed=f"0 to {self.anatomy.n_layers - 1}",
+                do="choose a layer of the model",
+            )
+
+    def _outside(self, site: Site) -> str | None:
+        """Why a site is not computed, or None."""
+        before = site.name == "embed" if site.layer is None else site.layer < (self.start_at or 0)
+        if self.start_at is not None and before:
+            return f"the run starts at layer {self.start_at}"
+        if self.stop_at is None:
+            return "the run ends before the unembedding" if site.name == "logits" and not self.logits else None
+        if site.layer is None:
+            after = site.name != "embed"
+        else:
+            after = site.layer > self.stop_at or (site.layer == self.stop_at and site.name != "resid_pre")
+        return f"the run ends before layer {self.stop_at}" if after else None
+
+    def _never(self, address: Address) -> str | None:
+        """Why an address is not reached, or None; of ``*`` any layer is enough."""
+        reasons = {site: self._outside(site) for site in self.anatomy.sites(address)}
+        if _enough(self.anatomy, address, {site for site, reason in reasons.items() if reason is None}):
+            return None
+        return next(reason for reason in reasons.values() if reason is not None)
+
+    def _never_acts(self, edit: Edit) -> str | None:
+        """Why an edit cannot act, or None."""
+        if isinstance(edit, SiteEdit):
+            return self._never(edit.address)
+        if not isinstance(edit, Skip | Repeat | ScaleBlock):
+            return None
+        chosen = parse_indices(edit.layers, "layers")
+        layers = chosen.resolve(self.anatomy.n_layers) or [0]
+        if self.stop_at is not None and min(layers) >= self.stop_at:
+            return f"the run ends before layer {self.stop_at}"
+        first = max(layers) if chosen.is_all else min(layers)
+        return f"the run starts at layer {self.start_at}" if first < (self.start_at or 0) else None
+
+    def refuse_outside(self, seen: Sequence[Address], edits: Sequence[Edit]) -> None:
+        """Refuse what lies before the start or after the end of a run.
+
+        Raises:
+            SiteError: a capture, or an observed address, does.
+            EditError: an edit does.
+        """
+        for address in seen:
+            why = self._never(address)
+            if why is not None:
+                raise error(SiteError, f'"{address}" is never reached: {why}', do="let the run reach it")
+        for edit in edits:
+            why = self._never_acts(edit)
+            if why is not None:
+                raise error(EditError, f"{edit!r} can never act: {why}", do="let the run reach it")
+
+
+def _start(model: LoadedModel, batch: Batch, start_at: int | None, given: Any) -> list[Edit]:
+    """The edits by which a run starts at a layer with a given stream: earlier blocks are skipped.
 
     Raises:
-        SiteError: it is not the number of one.
+        EditError: there is a layer without a stream or the reverse, or the stream has another shape.
     """
-    try:
-        found = stop_at is None or 0 <= integer(stop_at) < model.anatomy.n_layers
-    except TypeError:
-        found = False
-    if not found:
+    if start_at is None and given is None:
+        return []
+    if start_at is None or given is None:
         raise error(
-            SiteError,
-            f"cannot stop at layer {stop_at!r} of {model.anatomy.name}",
-            allowed=f"0 to {model.anatomy.n_layers - 1}",
-            do="choose a layer of the model",
+            EditError,
+            "start_at and given go together",
+            got=f"no {'start_at' if start_at is None else 'given'}",
+            do="give the layer, and the residual stream [batch, pos, d_model] that enters it",
         )
+    shape = [*batch.tokens.shape, model.anatomy.d_model]
+    if not isinstance(given, Tensor) or list(given.shape) != shape:
+        raise error(
+            EditError,
+            f"given is not a residual stream that can enter layer {start_at}",
+            got=f"shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__,
+            allowed=f"a tensor {shape} [batch, pos, d_model]",
+            do="give resid_pre of that layer, of a run over prompts of the same shape",
+        )
+    skipped = [Skip(f"0-{start_at - 1}")] if start_at else []
+    return [*skipped, Set(f"{start_at}.resid_pre", value=given)]
 
 
 def _watchers(observe: Any) -> dict[Address, Observer]:
@@ -154,47 +255,9 @@ def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence
         except Stop:
             return None
     took = time.perf_counter() - started
-    model.pace = plan_of(model, batch, [], logits=True, grad=False, pace=1.0).seconds / took
+    if not uncached:  # a forward of another number of layers says nothing about the pace of a whole one
+        model.pace = plan_of(model, batch, [], logits=True, grad=False, pace=1.0).seconds / took
     return output
-
-
-def _refuse_beyond(
-    model: LoadedModel, seen: Sequence[Address], edits: Sequence[Edit], stop_at: int | None, logits: bool
-) -> None:
-    """Refuse what lies behind the end of a run that ends early.
-
-    Raises:
-        SiteError: a capture, or something observed, does.
-        EditError: an edit does.
-    """
-    if logits:
-        return
-    a = model.anatomy
-    where = "the unembedding" if stop_at is None else f"layer {stop_at}"
-
-    def reached(site: Site) -> bool:
-        if stop_at is None:
-            return site.name != "logits"
-        if site.layer is None:
-            return site.name == "embed"
-        return site.layer < stop_at or (site.layer == stop_at and site.name == "resid_pre")
-
-    for address in seen:
-        if not _enough(a, address, {s for s in a.sites(address) if reached(s)}):
-            raise error(
-                SiteError, f'"{address}" is never reached: the run ends before {where}', do="let it run further"
-            )
-    for edit in edits:
-        if isinstance(edit, SiteEdit):
-            acts = _enough(a, edit.address, {s for s in a.sites(edit.address) if reached(s)})
-        elif isinstance(edit, Skip | Repeat | ScaleBlock):
-            layers = parse_indices(edit.layers, "layers")
-            first = min(layers.resolve(a.n_layers) or (0,))
-            acts = stop_at is None or first < stop_at
-        else:
-            acts = True
-        if not acts:
-            raise error(EditError, f"{edit!r} can never act: the run ends before {where}", do="let it run further")
 
 
 def _enough(anatomy: Anatomy, address: Address, reached: set[Site]) -> bool:

@@ -232,25 +232,27 @@ class Session:
         observers: Mapping[Address, Observer] | None = None,
         grad: bool = False,
         stands: bool = False,
+        first: int = 0,
     ) -> None:
         self.model, self.anatomy, self.frame, self.grad = model, anatomy, frame, grad
         self.captured: dict[Address, Tensor] = {}
         self.nodes: dict[Site, Tensor] = {}
         self.fired: set[tuple[int, Site]] = set()
         self.visited: set[Site] = set()
+        self._first = first
         self.hooks = HookSet(model, anatomy.attention, anatomy.n_heads, edits if stands else None)
         self.site_edits = [edit for edit in edits if isinstance(edit, SiteEdit)]
         for edit in edits:
             self._install_other(edit)
         visitors: dict[Site, _Visitor] = {}
         for edit in self.site_edits:
-            for site in anatomy.sites(edit.address):
+            for site in self._sites(edit.address):
                 self._visitor(visitors, site).edits.append((edit, edit.address))
         for address in captures:
-            for site in anatomy.sites(address):
+            for site in self._sites(address):
                 self._visitor(visitors, site).captures.append(address.at(site.layer))
         for address, observe in (observers or {}).items():
-            for site in anatomy.sites(address):
+            for site in self._sites(address):
                 self._visitor(visitors, site).observers.append(observe)
         if grad:
             self._visitor(visitors, Site("embed"))
@@ -258,6 +260,10 @@ class Session:
             visitor = visitors[site]
             changes = bool(visitor.edits) or grad
             install(self.hooks, model, site, anatomy.hook_points[site], visitor, frame.shape, changes)
+
+    def _sites(self, address: Address) -> list[Site]:
+        """The sites of an address in the layers that are computed."""
+        return [s for s in self.anatomy.sites(address) if s.layer is None or s.layer >= self._first]
 
     def _visitor(self, visitors: dict[Site, _Visitor], site: Site) -> _Visitor:
         place, first = site, Site("attn.scale", site.layer)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import Address, NormWeights, Site, parse
-from microtome.edit import Add, Edit, Set, SiteEdit, Skip, Source
+from microtome.edit import Add, Set, SiteEdit, Source
 from microtome.errors import EditError, SiteError, error
 from microtome.run import LoadedModel, Run, run_forward
 
@@ -341,12 +341,11 @@ class Edges:
             rows = torch.tensor([one.row for one in part], device=stream.device)
             changed = torch.stack([stream[one.row] + self.change(one) for one in part])
             read = changed if norm is None else norm.module(changed)
-            edits: list[Edit] = [] if layer == 0 else [Skip(f"0-{layer - 1}")]
-            edits.append(Set(f"{layer}.resid_pre", value=self.base[f"{layer}.resid_pre"][rows]))
-            edits.append(Set(f"{layer}.{into}", value=read))
+            edits = [Set(f"{layer}.{into}", value=read)]
             edits += [Set(f"{layer}.{name}", value=self.base[f"{layer}.{name}"][rows]) for name in held]
-            site = f"{layer}.{out}"
-            found += run_forward(self.model, self.tokens[rows], capture=site, edits=edits, stop_at=stop, logits=False)[
-                site
-            ]
+            site, given = f"{layer}.{out}", self.base[f"{layer}.resid_pre"][rows]
+            run = run_forward(
+                self.model, self.tokens[rows], site, edits, start_at=layer, given=given, stop_at=stop, logits=False
+            )
+            found += run[site]
         return dict(zip(senders, found, strict=True))
