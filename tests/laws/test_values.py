@@ -132,10 +132,7 @@ def test_means_are_those_of_the_runs(model: mt.Model) -> None:
     ]
     assert (edited[0, 2] - got["1.attn.z"]).abs().max() < 1e-5
     same = mt.measurements.means(model, torch.tensor(ROWS[:2]), "1.mlp_out")["1.mlp_out"]
-    batches = [
-        mt.stream.TokenBatch.of(torch.tensor([r]))
-        for r in ROWS[:2]
-    ]
+    batches = [mt.stream.TokenBatch.of(torch.tensor([r])) for r in ROWS[:2]]
     assert (mt.measurements.means(model, batches, "1.mlp_out")["1.mlp_out"] - same).abs().max() < 1e-6
     with pytest.raises(mt.errors.DataError, match="means needs text"):
         mt.measurements.means(model, iter([]), "1.mlp_out")

@@ -30,6 +30,7 @@ HOOKS = f"{PACKAGE}.run.hook._hooks"  # the one module that may register hooks
 
 FLOORS = (
     ("errors", "axes"),
+    ("context",),
     ("anatomy",),
     ("edit",),
     ("run",),

@@ -9,47 +9,78 @@ Formula:  in the window of layers w(l) = max(0, l - w//2) .. min(L, l + ceil(w/2
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from microtome.context import current
 from microtome.edit import KnockOut
-from microtome.errors import EditError, PromptError, error
-from microtome.explain._contributions import one_token
-from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
+from microtome.errors import PromptError, error
+from microtome.explain._answers import own_answer
+from microtome.explain._spans import at, layers_at, one_row, span_of, window_of
+from microtome.method import (
+    AnswerToken,
+    Argument,
+    Column,
+    Found,
+    PromptText,
+    Source,
+    Span,
+    question,
+    run_sweep,
+    span_from_text,
+)
 from microtome.metric import LogProbability
 from microtome.model import Model
-from microtome.run import Prompt
 from microtome.stream import mean_interval
-from microtome.sweep import SweepPlan
 
-if TYPE_CHECKING:
-    import xarray as xr
+START = "none: the run without a cut, which changes are from"
+UNITS = {"probability": "probability", "log_probability": "nats", "relative": "share"}
 
 
+def _changed(name: str, meaning: str) -> tuple[Column, Column]:
+    control = f"{name}_control"
+    return (
+        Column(name, UNITS[name], f"change of the {meaning} by the cut", control, dims=("layer",)),
+        Column(control, UNITS[name], f"mean change of the {meaning} when as many random keys are cut", dims=("layer",)),
+    )
+
+
+@question(
+    "attention_knockout",
+    command="knockout",
+    title="attention knock-out",
+    question="In which layers must some positions read others for the answer to come out?",
+    columns=(
+        *_changed("probability", "probability of the answer"),
+        *_changed("log_probability", "log-probability of the answer"),
+        *_changed("relative", "probability of the answer, as a share of it,"),
+        Column("clean", "probability", "probability of the answer in the whole run", START, (0, 1), dims=()),
+        Column("clean_log", "nats", "log-probability of the answer in the whole run", START, dims=()),
+    ),
+    source=Source(
+        "Geva et al.", "Dissecting Recall of Factual Associations in Auto-Regressive Language Models", 2023,
+        "2304.14767", "section 5", departs="a control of other keys; absolute changes, the relative one beside them",
+    ),
+    cost="one forward and a sweep of (1 + controls) x L cells",
+    check="tests/laws/test_knockout.py",
+    call='mt.explain.attention_knockout(model, "The Colosseum is in the city of", keys="The Colosseum")',
+    reading="Each layer is the middle of the layers that are cut: below 0, the answer needs what was cut.",
+)  # fmt: skip
 def attention_knockout(
     model: Model,
-    prompt: Prompt,
+    prompt: PromptText,
     *,
-    queries: Span = -1,
-    keys: Span,
-    answer: str | int | None = None,
-    window: int = 9,
-    controls: int = 5,
-    seed: int = 0,
-    budget: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    on_plan: Callable[[SweepPlan], None] | None = None,
-) -> xr.Dataset:
+    queries: Annotated[
+        Span, Argument("positions that can no longer read: a text, or positions", from_text=span_from_text)
+    ] = -1,
+    keys: Annotated[Span, Argument("positions that they can no longer read", from_text=span_from_text)],
+    answer: AnswerToken = None,
+    window: Annotated[int, Argument("layers cut at once", "layers", least=1)] = 9,
+    controls: Annotated[int, Argument("random sets of other keys", "sets", least=0)] = 5,
+) -> Found:
     """In which layers some positions must read others for the answer to come out.
-
-    Formula:  see the head of this file.
-    Source:   Geva et al., "Dissecting Recall of Factual Associations in Auto-Regressive Language Models", 2023 (arXiv
-              2304.14767), section 5. Departs: a control of other keys; absolute changes, the relative one beside them.
-    Cost:     one forward and a sweep of (1 + controls) x L cells.
-    Check:    equals literal forwards; cutting keys after the queries changes nothing; tests/laws/test_knockout.py.
 
     Args:
         model: an open model whose attention scores can be seen.
@@ -59,68 +90,36 @@ def attention_knockout(
         answer: one token; the model's own answer by default.
         window: how many layers are cut at once; 9, as in the paper.
         controls: how many random sets of other keys.
-        seed: of the controls and their interval.
-        budget: bytes that one walk may hold.
-        progress: called with (done, all) cells.
-        on_plan: called with the plan of the sweep, before its first cell.
 
     Returns:
-        Dataset over (layer), the middle of each window: `probability` and `log_probability` (nats), the change by the
-        cut, and `relative`, the change of probability as a share of it; for each `_control`, the mean over the random
-        keys, and `_control_lo`, `_control_hi`, its 95 % bootstrap interval (NaN where fewer than two sets exist);
-        `clean` and `clean_log`, of the whole run. Negative: the answer needs what was cut.
+        Dataset over (layer), the middle of each window. Negative: the answer needs what was cut.
 
     Raises:
         PromptError: a span is not in the prompt, or queries cannot read the keys anyway.
         SiteError: the model's attention scores are not seen.
-        EditError: a number is too small; BudgetError: not even one cell fits.
+        BudgetError: not even one cell fits.
     """
-    _check(window, controls)
     tokens = one_row(model.to_batch(prompt).tokens)
     asked, cut = span_of(model, tokens, queries, "queries"), span_of(model, tokens, keys, "keys")
-    _refuse_unread(model, asked, cut)
-    own = int(model.run(tokens.unsqueeze(0)).logits[0, -1].argmax())
-    token = own if answer is None else one_token(model, answer)
-    sets = [list(range(*cut)), *_other_keys(model, asked, cut, len(tokens), controls, seed)]
+    if model.anatomy.causal and cut[0] >= asked[1]:
+        raise error(
+            PromptError, "the queries cannot read the keys anyway", got=f"queries {asked}, keys {cut}",
+            allowed="keys before the last query", do="name queries that come later",
+        )  # fmt: skip
+    token, attrs = own_answer(model, tokens, answer)
+    sets = [list(range(*cut)), *_other_keys(model, asked, cut, len(tokens), controls)]
     n = model.anatomy.n_layers
     windows = [layers_at(*window_of(i, window, n)) for i in range(n)]
     cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
-    if on_plan is not None:
-        on_plan(model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), budget=budget).plan)
-    swept = model.sweep(tokens.unsqueeze(0), cells, LogProbability(token), budget=budget).run(progress)
-    data = _dataset(swept.values.double().reshape(len(sets), n), float(swept.base[0]), seed)
+    swept = run_sweep(model, tokens.unsqueeze(0), cells, LogProbability(token), stage="cutting attention").whole()
     words = model.to_words(tokens)
-    said = {
-        "answer": model.to_words([token])[0],
-        "known": int(token == own),
-        "window": window,
-        "controls": len(sets) - 1,
-    }
-    spans = {"queries": "".join(words[slice(*asked)]), "keys": "".join(words[slice(*cut)])}
-    return data.assign_attrs(model.provenance | {"method": "attention knock-out", "seed": seed} | said | spans)
-
-
-def _check(window: int, controls: int) -> None:
-    if window < 1 or controls < 0:
-        got = f"window {window}, controls {controls}"
-        raise error(
-            EditError, "a knock-out cannot take these", got=got, allowed="1 or more, and 0 or more", do="raise it"
-        )
-
-
-def _refuse_unread(model: Model, asked: tuple[int, int], cut: tuple[int, int]) -> None:
-    if model.anatomy.causal and cut[0] >= asked[1]:
-        raise error(
-            PromptError,
-            "the queries cannot read the keys anyway",
-            got=f"queries {asked}, keys {cut}",
-            allowed="keys before the last query",
-            do="name queries that come later",
-        )
+    attrs |= {"controls": len(sets) - 1, "queries": "".join(words[slice(*asked)]), "keys": "".join(words[slice(*cut)])}
+    values, base = swept.values.double().reshape(len(sets), n), float(swept.base[0])
+    return Found(_changes(values, base), coords={"layer": list(range(n))}, attrs=attrs)
 
 
 def _other_keys(
-    model: Model, asked: tuple[int, int], cut: tuple[int, int], length: int, controls: int, seed: int
+    model: Model, asked: tuple[int, int], cut: tuple[int, int], length: int, controls: int
 ) -> list[list[int]]:
     """Random sets of as many keys as are cut, among those that the first query can read but itself."""
     last = asked[0] if model.anatomy.causal else length
@@ -128,28 +127,26 @@ def _other_keys(
     size = cut[1] - cut[0]
     if len(free) < size:
         return []
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(current().seed)
     drawn = {
         tuple(sorted(free[i] for i in torch.randperm(len(free), generator=generator)[:size])) for _ in range(controls)
     }
     return [list(s) for s in sorted(drawn)]
 
 
-def _dataset(values: Tensor, base: float, seed: int) -> xr.Dataset:
-    """Changes [set, layer] of log-probability, and of probability, the first set the one that was asked for."""
-    import xarray as xr
-
+def _changes(values: Tensor, base: float) -> dict[str, Tensor | float]:
+    """Changes [set, layer] of the log-probability and the probability, the first set the one that was asked for."""
     whole = torch.tensor(base, dtype=torch.float64).exp()
     changes = {
-        "probability": (values.exp() - whole, "probability"),
-        "log_probability": (values - base, "nats"),
-        "relative": (values.exp() / whole - 1, "share of the probability"),
+        "probability": values.exp() - whole,
+        "log_probability": values - base,
+        "relative": values.exp() / whole - 1,
     }
-    variables: dict[str, object] = {}
-    for name, (x, unit) in changes.items():
-        variables[name] = ("layer", x[0].numpy(), {"unit": unit})
-        control = mean_interval(x[1:], seed=seed) if len(x) > 1 else [torch.full_like(x[0], torch.nan)] * 3
-        for suffix, y in zip(("_control", "_control_lo", "_control_hi"), control, strict=True):
-            variables[name + suffix] = ("layer", y.numpy(), {"unit": unit})
-    data = xr.Dataset(variables, coords={"layer": list(range(values.shape[1]))})  # pyright: ignore[reportArgumentType]
-    return data.assign(clean=float(whole), clean_log=base)
+    found: dict[str, Tensor | float] = {"clean": float(whole), "clean_log": base}
+    for name, x in changes.items():
+        found[name] = x[0]
+        nothing = torch.full_like(x[0], torch.nan)
+        control = mean_interval(x[1:], seed=current().seed) if len(x) > 1 else (nothing, nothing, nothing)
+        for ending, y in zip(("", "_lo", "_hi"), control, strict=True):
+            found[f"{name}_control{ending}"] = y
+    return found

@@ -1,81 +1,87 @@
-"""The logit lens: what the model would say if it stopped after each layer.
+"""The logit lens: what the model would say if it ended after each layer.
 
-Formula:  lens_l = unembed(norm(resid_l)),  resid_l the residual stream entering layer l, and leaving the last one.
+Formula:  logits_l = unembed(final_norm(resid_pre_l)), l = 0 .. L, where l = L is the stream after the last layer, so
+          that logits_L are the model's own.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import torch
 
-from microtome.errors import SiteError, error
+from microtome.errors import PromptError, error
+from microtome.method import Argument, Column, Found, PromptText, Source, question
 from microtome.model import Model
-from microtome.run import Prompt
 
-if TYPE_CHECKING:
-    import xarray as xr
+PLACED = ("layer", "batch", "pos")
+LAST = "none: the last layer's is the model's own"
 
 
-def logit_lens(model: Model, prompt: Prompt, *, top: int = 5) -> xr.Dataset:
-    """Top tokens and their probabilities at every layer and position, and how the final answer rises.
-
-    Formula:  softmax(unembed(norm(resid_l))), layers 0 to L; layer L is the model's own output.
-    Source:   nostalgebraist, "interpreting GPT: the logit lens", 2020. Departs: none.
-    Cost:     one forward, and an unembedding of every position a layer; memory for one layer's logits.
-    Check:    layer L equals the model's logits (norm applied once, not twice); tests/laws/test_explain.py.
+@question(
+    "logit_lens",
+    command="lens",
+    title="logit lens",
+    question="What would the model say if it ended after each layer?",
+    columns=(
+        Column("word", "token", "the likeliest tokens, as text", LAST, dims=(*PLACED, "rank"), shade="probability"),
+        Column("token", "token", "the likeliest tokens, by id", LAST, dims=(*PLACED, "rank")),
+        Column("probability", "probability", "of the likeliest tokens", LAST, (0, 1), dims=(*PLACED, "rank")),
+        Column("answer_probability", "probability", "of the model's own answer", LAST, (0, 1), dims=PLACED),
+        Column("answer_rank", "tokens", "how many tokens outrank the model's own answer", LAST, (0, None), dims=PLACED),
+        Column("entropy", "nats", "entropy of the distribution", LAST, (0, None), dims=PLACED),
+    ),
+    source=Source("nostalgebraist", "interpreting GPT: the logit lens", 2020),
+    cost="one forward, and L + 1 unembeddings of its positions",
+    check="tests/laws/test_explain.py",
+    call='mt.explain.logit_lens(model, "The capital of France is")',
+    reading="Each cell is the token that the stream after a layer reads as, coloured by its probability.",
+)
+def logit_lens(
+    model: Model,
+    prompt: PromptText,
+    *,
+    top: Annotated[int, Argument("tokens per position", "tokens", least=1)] = 1,
+) -> Found:
+    """Read the residual stream after every layer as logits.
 
     Args:
         model: an open model with a final norm.
-        prompt: what to run; one row or several of one length.
-        top: how many tokens to keep at each place; the whole vocabulary at most.
+        prompt: one prompt, or several of one length.
+        top: tokens per position.
 
     Returns:
-        Dataset over (layer 0..L, batch, pos, rank): `token` ids, `word`, `probability`; and over (layer, batch, pos):
-        `answer_probability` and `answer_rank` (0 is first) of the model's own final token, and `entropy` in nats.
+        Dataset over (layer, batch, pos), layers 0 (the embedding) to L (the model's own answer).
 
     Raises:
-        SiteError: the model has no final norm that the stream could be read through, or rows differ in length.
+        PromptError: the prompts have several lengths.
+        SiteError: the stream cannot be read as logits.
     """
-    import xarray as xr
-
     batch = model.to_batch(prompt)
     if batch.padded:
-        raise error(SiteError, "the lens reads rows of one length", got=str(list(batch.lengths)), do="run them apart")
+        lengths = str(sorted(set(batch.lengths)))
+        raise error(PromptError, "the lens reads prompts of one length", got=lengths, do="run them one by one")
     n = model.anatomy.n_layers
-    run = model.run(prompt, capture=["*.resid_pre", f"{n - 1}.resid_post"])
+    run = model.run(batch, capture=["*.resid_pre", f"{n - 1}.resid_post"])
     answer = run.logits.argmax(-1, keepdim=True)
-    rows: dict[str, list[torch.Tensor]] = {k: [] for k in ("token", "probability", "answer", "rank", "entropy")}
+    rows: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():
         for i in range(n + 1):
-            resid = run[f"{i}.resid_pre"] if i < n else run[f"{n - 1}.resid_post"]
-            logp = model.unembed(resid).float().log_softmax(-1)
-            best = logp.topk(min(top, logp.shape[-1]), dim=-1)
-            own = logp.gather(-1, answer)
-            rows["token"].append(best.indices)
-            rows["probability"].append(best.values.exp())
-            rows["answer"].append(own.exp().squeeze(-1))
-            rows["rank"].append((logp > own).sum(-1))
-            rows["entropy"].append(-(logp.exp() * logp).sum(-1))
-    stacked = {k: torch.stack(v).cpu() for k, v in rows.items()}
-    ids = stacked["token"]
-    known = {t: model.to_words([t])[0] for t in sorted(set(ids.flatten().tolist()))}
-    words = [[[[known[t] for t in p] for p in b] for b in layer] for layer in ids.tolist()]
-    ranked, placed = ("layer", "batch", "pos", "rank"), ("layer", "batch", "pos")
-    return xr.Dataset(
-        {
-            "token": (ranked, ids.numpy()),
-            "word": (ranked, words),
-            "probability": (ranked, stacked["probability"].numpy()),
-            "answer_probability": (placed, stacked["answer"].numpy()),
-            "answer_rank": (placed, stacked["rank"].numpy()),
-            "entropy": (placed, stacked["entropy"].numpy(), {"unit": "nats"}),
-        },
-        coords={
-            "layer": list(range(n + 1)),
-            "pos": list(range(ids.shape[2])),
-            "prompt": (("batch", "pos"), run.words),
-            "answer": (("batch", "pos"), [model.to_words(row) for row in answer.squeeze(-1)]),
-        },
-        attrs=model.provenance | {"method": "logit lens", "layers": f"{n} is after the last layer"},
-    )
+            stream = run[f"{i}.resid_pre"] if i < n else run[f"{n - 1}.resid_post"]
+            log_p = model.unembed(stream).float().log_softmax(-1)
+            best, own = log_p.topk(min(top, log_p.shape[-1]), dim=-1), log_p.gather(-1, answer)
+            found = {
+                "token": best.indices, "probability": best.values.exp(), "answer_probability": own.exp().squeeze(-1),
+                "answer_rank": (log_p > own).sum(-1), "entropy": -(log_p.exp() * log_p).sum(-1),
+            }  # fmt: skip
+            for name, x in found.items():
+                rows.setdefault(name, []).append(x)
+    values = {name: torch.stack(x).cpu() for name, x in rows.items()}
+    ids = values["token"]
+    words = {t: model.to_words([t])[0] for t in ids.unique().tolist()}
+    text = [[[[words[t] for t in p] for p in b] for b in layer] for layer in ids.tolist()]
+    coords = {
+        "layer": list(range(n + 1)), "pos": list(range(ids.shape[2])), "prompt": (("batch", "pos"), run.words),
+        "answer": (("batch", "pos"), [model.to_words(row) for row in answer.squeeze(-1)]),
+    }  # fmt: skip
+    return Found(values | {"word": text}, coords=coords, attrs={"layers": f"{n} is after the last layer"})

@@ -37,9 +37,13 @@ def _share(name: str, meaning: str, control: str = "uniform_share") -> Column:
         _share("induction", "the token after the earlier occurrence, in the second half", "induction_control"),
         _share("induction_control", "keys as far away as induction's, but 2 to 8 positions off", ""),
         _share("first_token", "the first token"),
-        _share("uniform_share", "one key, if attention were spread evenly", ""),
+        Column(
+            "uniform_share", "share", "attention to any one key, if it were spread evenly", range=(0, 1), interval=False
+        ),
         Column("entropy", "nats", "mean entropy of the pattern's rows", "uniform_entropy", range=(0, None)),
-        Column("uniform_entropy", "nats", "the same, if attention were spread evenly", range=(0, None)),
+        Column(
+            "uniform_entropy", "nats", "the same, if attention were spread evenly", range=(0, None), interval=False
+        ),
     ),
     source=(
         Source(

@@ -21,6 +21,10 @@ from microtome.method._measure import Measure as Measure
 from microtome.method._measure import measure as measure
 from microtome.method._pass import Bound as Bound
 from microtome.method._pass import Pass as Pass
+from microtome.method._prompts import AnswerToken as AnswerToken
+from microtome.method._prompts import PromptText as PromptText
+from microtome.method._prompts import Span as Span
+from microtome.method._prompts import span_from_text as span_from_text
 from microtome.method._question import Found as Found
 from microtome.method._question import Question as Question
 from microtome.method._question import question as question

@@ -96,6 +96,7 @@ class Column:
         extra: axes behind those, such as ("rank",).
         interval: whether it is a mean over examples, with ends of its 95 % interval.
         test: whether a sign-flip p-value belongs to it too.
+        shade: of a text column, the numeric column that colours it.
         title, chart, log: how pages draw it: its heading, the chart that it shares with others, a logarithmic axis.
     """
 
@@ -108,6 +109,7 @@ class Column:
     extra: tuple[str, ...] = ()
     interval: bool = True
     test: bool = False
+    shade: str = ""
     title: str = ""
     chart: str = ""
     log: bool = False
@@ -117,7 +119,7 @@ class Column:
         """The attributes of its variable in a dataset."""
         told: dict[str, Any] = {"unit": self.unit, "meaning": self.meaning, "range": list(self.range)}
         told["control"] = "" if self.control.startswith(NONE) else self.control
-        shown = {"title": self.title, "chart": self.chart, "log": self.log}
+        shown = {"shade": self.shade, "title": self.title, "chart": self.chart, "log": self.log}
         return told | {name: value for name, value in shown.items() if value}
 
     def holds(self, name: str) -> bool:

@@ -179,7 +179,8 @@ def _dataset(
     unit = DIMS[method.of]
     variables: dict[str, Any] = {}
     for name, like in known.items():
-        parts = [table.get(name, torch.full_like(like, torch.nan)) for table in tables]
+        nothing = torch.nan if like.is_floating_point() else -1  # of a group without tokens
+        parts = [table[name] if name in table else torch.full_like(like, nothing) for table in tables]
         x = parts[0] if groups is None else torch.stack(parts)
         column = method.column(name.removesuffix("_lo").removesuffix("_hi"))
         dims = (*(() if groups is None else ("group",)), *unit, *(() if column is None else column.extra))

@@ -16,7 +16,7 @@ from microtome.context import current
 from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of
 from microtome.method._declare import Column, Method, Source
 from microtome.method._registry import register
-from microtome.method._result import Result, counting, labelled, provenance, spent
+from microtome.method._result import Result, column_of, counting, labelled, provenance, spent
 from microtome.metric import Metric
 from microtome.model import Model
 from microtome.run import Prompt
@@ -69,7 +69,7 @@ class Question:
             data = found if isinstance(found, xr.Dataset) else _dataset(self.method, found)
             told = provenance(model, self.method, arguments, cost) | {"reading": self.reading}
             own = dict(data.attrs)
-            return Result(labelled(self.method, data).assign_attrs(told | own))
+            return Result.of(labelled(self.method, data).assign_attrs(told | own))
 
 
 def question(
@@ -114,12 +114,14 @@ def question(
         made = Question(method, parameters, reading, command)
         register(made)
         signature = inspect.signature(function)
+        first = next(iter(signature.parameters))
 
         @functools.wraps(function)
         def ask(*args: P.args, **kwargs: P.kwargs) -> Result:
-            bound = signature.bind(*args, **kwargs).arguments
-            model: Any = bound.pop(next(iter(signature.parameters)))
-            return made.ask(model, bound)
+            known = {name: value for name, value in kwargs.items() if name in signature.parameters}
+            given = dict(signature.bind_partial(*args, **known).arguments) | kwargs  # what is unknown is refused below
+            model: Any = given.pop(first)
+            return made.ask(model, given)
 
         return ask
 
@@ -172,7 +174,7 @@ def _placed(method: Method, name: str, given: Any) -> tuple[tuple[str, ...], Any
     """The axes of a value, given with it or declared, and the value."""
     if isinstance(given, tuple):
         return given[0], given[1]
-    column = method.column(name)
+    column, _ = column_of(method, name)
     return (() if column is None or column.dims is None else column.dims), given
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import xarray as xr
 
@@ -23,6 +23,11 @@ class Result(xr.Dataset):
     """An `xarray.Dataset` of a method: variables with unit, meaning and control, attributes with its provenance."""
 
     __slots__ = ()
+
+    @classmethod
+    def of(cls, data: xr.Dataset) -> Self:
+        """A dataset as a result."""
+        return cls(data.data_vars, data.coords, data.attrs)
 
     def _repr_html_(self) -> str:
         from microtome import view

@@ -54,7 +54,7 @@ def measure(
     """
     found, attrs = results(model, names, text=text, groups=groups, options=options)
     merged = xr.merge(found.values(), join="outer", compat="no_conflicts", combine_attrs="drop")
-    result = Result(merged.assign_attrs(attrs))
+    result = Result.of(merged.assign_attrs(attrs))
     for data in found.values():
         for name, array in data.data_vars.items():
             result[name].attrs.update(array.attrs)

@@ -1,0 +1,98 @@
+"""Answers as tokens: one, or one an example; the model's own where none is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from microtome.errors import PromptError, error
+from microtome.metric import LogitDifference, LogProbability, Metric
+from microtome.model import Model
+
+Answer = str | int | Sequence[str] | Sequence[int]
+"""One token for all examples, or one an example: as text of one token, or as its id."""
+
+
+def one_token(model: Model, text: str | int) -> int:
+    """The id of a text of one token; an id is itself.
+
+    Raises:
+        PromptError: it is several tokens, with the tokens that it is, lies outside the vocabulary, or is none.
+    """
+    given: Any = text
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise error(
+            PromptError, "cannot read a token", got=repr(given), allowed="a text or an id", do="give one of these"
+        )
+    if isinstance(text, int):
+        if not 0 <= text < model.anatomy.d_vocab:
+            allowed = f"0 to {model.anatomy.d_vocab - 1}"
+            raise error(PromptError, f"token id {text} is not in the vocabulary", allowed=allowed, do="choose another")
+        return text
+    if model.tokenizer is None:
+        do = "pass a token id, or open the model with tokenizer="
+        raise error(PromptError, f'cannot read "{text}": this model was opened without a tokenizer', do=do)
+    ids: list[int] = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if ids == [unknown] and text != model.tokenizer.unk_token:
+        raise error(PromptError, f'"{text}" is not in the vocabulary', do="choose another word, or pass a token id")
+    if len(ids) != 1:
+        raise error(
+            PromptError,
+            f'"{text}" is not one token',
+            got=str(model.to_words(ids)) if ids else "no tokens",
+            allowed="one token, usually with its leading space",
+            do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
+        )
+    return ids[0]
+
+
+def answers_of(model: Model, given: Answer, n: int, what: str = "answer") -> list[int]:
+    """The token of each of n examples.
+
+    Raises:
+        PromptError: there are not as many as examples, or one is several tokens.
+    """
+    listed = [given] * n if isinstance(given, str | int) else list(given)
+    if len(listed) != n:
+        raise error(PromptError, f"there must be one {what} per example", got=len(listed), allowed=str(n))
+    return [one_token(model, a) for a in listed]
+
+
+def answers_and_foils(model: Model, answer: Answer, foil: Answer | None, n: int) -> tuple[list[int], list[int] | None]:
+    """The tokens of the answers and of the foils of n examples.
+
+    Raises:
+        PromptError: not one per example, not one token, or a foil that equals its answer.
+    """
+    answers = answers_of(model, answer, n)
+    if foil is None:
+        return answers, None
+    foils = answers_of(model, foil, n, "foil")
+    same = next((i for i, (a, f) in enumerate(zip(answers, foils, strict=True)) if a == f), None)
+    if same is not None:
+        where = f" in example {same}" if n > 1 else ""
+        word = model.to_words([answers[same]])[0]
+        raise error(PromptError, f"the foil equals the answer{where}", got=f'"{word}"', do="choose another foil")
+    return answers, foils
+
+
+def answer_metric(model: Model, answer: Answer | None, foil: Answer | None, n: int = 1) -> Metric:
+    """The logit difference of answer and foil at the last position, or without a foil the answer's log-probability.
+
+    Raises:
+        PromptError: there is no answer, one of them is not one token, or they are the same.
+    """
+    if answer is None:
+        raise error(PromptError, "there is nothing to read", do="give answer= or metric=")
+    answers, foils = answers_and_foils(model, answer, foil, n)
+    return LogProbability(answers) if foils is None else LogitDifference(answers, foil=foils)
+
+
+def own_answer(model: Model, tokens: Tensor, answer: str | int | None) -> tuple[int, dict[str, Any]]:
+    """The token that is read of one prompt [pos], the model's own by default; and what a result says of it."""
+    own = int(model.run(tokens.unsqueeze(0)).logits[0, -1].argmax())
+    token = own if answer is None else one_token(model, answer)
+    return token, {"answer": model.to_words([token])[0], "known": int(token == own)}
