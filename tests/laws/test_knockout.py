@@ -80,7 +80,7 @@ def test_keys_after_a_query_are_not_missed(model: mt.Model) -> None:
         ),
         ({"keys": (6, 12)}, r"the prompt has no such keys; got \(6, 12\)"),
         ({"keys": "word"}, "keys given as text, but the model has no tokenizer"),
-        ({"window": 0}, "a knock-out cannot take these; got window 0"),
+        ({"window": 0}, r"window must be an integer of 1 or more \(layers\); got 0"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:

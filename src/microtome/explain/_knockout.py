@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from torch import Tensor
 
 from microtome.context import current
 from microtome.edit import KnockOut
@@ -33,7 +32,6 @@ from microtome.method import (
 )
 from microtome.metric import LogProbability
 from microtome.model import Model
-from microtome.stream import mean_interval
 
 START = "none: the run without a cut, which changes are from"
 UNITS = {"probability": "probability", "log_probability": "nats", "relative": "share"}
@@ -72,27 +70,13 @@ def attention_knockout(
     model: Model,
     prompt: PromptText,
     *,
-    queries: Annotated[
-        Span, Argument("positions that can no longer read: a text, or positions", from_text=span_from_text)
-    ] = -1,
+    queries: Annotated[Span, Argument("positions that can no longer read", from_text=span_from_text)] = -1,
     keys: Annotated[Span, Argument("positions that they can no longer read", from_text=span_from_text)],
     answer: AnswerToken = None,
     window: Annotated[int, Argument("layers cut at once", "layers", least=1)] = 9,
     controls: Annotated[int, Argument("random sets of other keys", "sets", least=0)] = 5,
 ) -> Found:
     """In which layers some positions must read others for the answer to come out.
-
-    Args:
-        model: an open model whose attention scores can be seen.
-        prompt: one prompt.
-        queries: which positions can no longer read: a text in the prompt, a position, or (first, end).
-        keys: what they can no longer read.
-        answer: one token; the model's own answer by default.
-        window: how many layers are cut at once; 9, as in the paper.
-        controls: how many random sets of other keys.
-
-    Returns:
-        Dataset over (layer), the middle of each window. Negative: the answer needs what was cut.
 
     Raises:
         PromptError: a span is not in the prompt, or queries cannot read the keys anyway.
@@ -115,7 +99,16 @@ def attention_knockout(
     words = model.to_words(tokens)
     attrs |= {"controls": len(sets) - 1, "queries": "".join(words[slice(*asked)]), "keys": "".join(words[slice(*cut)])}
     values, base = swept.values.double().reshape(len(sets), n), float(swept.base[0])
-    return Found(_changes(values, base), coords={"layer": list(range(n))}, attrs=attrs)
+    whole = torch.tensor(base, dtype=torch.float64).exp()
+    changes = {
+        "probability": values.exp() - whole, "log_probability": values - base, "relative": values.exp() / whole - 1,
+    }  # fmt: skip
+    return Found(
+        {name: x[0] for name, x in changes.items()} | {"clean": float(whole), "clean_log": base},
+        each={f"{name}_control": x[1:] for name, x in changes.items()},
+        coords={"layer": list(range(n))},
+        attrs=attrs,
+    )
 
 
 def _other_keys(
@@ -132,21 +125,3 @@ def _other_keys(
         tuple(sorted(free[i] for i in torch.randperm(len(free), generator=generator)[:size])) for _ in range(controls)
     }
     return [list(s) for s in sorted(drawn)]
-
-
-def _changes(values: Tensor, base: float) -> dict[str, Tensor | float]:
-    """Changes [set, layer] of the log-probability and the probability, the first set the one that was asked for."""
-    whole = torch.tensor(base, dtype=torch.float64).exp()
-    changes = {
-        "probability": values.exp() - whole,
-        "log_probability": values - base,
-        "relative": values.exp() / whole - 1,
-    }
-    found: dict[str, Tensor | float] = {"clean": float(whole), "clean_log": base}
-    for name, x in changes.items():
-        found[name] = x[0]
-        nothing = torch.full_like(x[0], torch.nan)
-        control = mean_interval(x[1:], seed=current().seed) if len(x) > 1 else (nothing, nothing, nothing)
-        for ending, y in zip(("", "_lo", "_hi"), control, strict=True):
-            found[f"{name}_control{ending}"] = y
-    return found

@@ -45,14 +45,6 @@ def logit_lens(
 ) -> Found:
     """Read the residual stream after every layer as logits.
 
-    Args:
-        model: an open model with a final norm.
-        prompt: one prompt, or several of one length.
-        top: tokens per position.
-
-    Returns:
-        Dataset over (layer, batch, pos), layers 0 (the embedding) to L (the model's own answer).
-
     Raises:
         PromptError: the prompts have several lengths.
         SiteError: the stream cannot be read as logits.

@@ -10,8 +10,8 @@ from functools import cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from microtome.anatomy import integer
-from microtome.errors import ArgumentError, error, nearest
-from microtome.method._declare import Argument
+from microtome.errors import ArgumentError, DeclarationError, error, nearest
+from microtome.method._declare import Argument, Method
 
 MISSING = inspect.Parameter.empty
 
@@ -61,6 +61,18 @@ def arguments_of(parameters: Iterable[Parameter]) -> dict[str, Argument]:
     return {p.name: p.argument for p in parameters if p.argument is not None}
 
 
+def require_declared(method: Method, parameters: Iterable[Parameter]) -> None:
+    """Refuse a method one of whose arguments says nothing of itself.
+
+    Raises:
+        DeclarationError: names the argument.
+    """
+    bare = [p.name for p in parameters if p.argument is None]
+    if bare:
+        what = f'the {method.kind} "{method.name}" has an argument "{bare[0]}" without an Argument in its annotation'
+        raise error(DeclarationError, what, do="write Annotated[type, Argument(meaning)]")
+
+
 def checked(parameters: Sequence[Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call with their defaults, each of the type and inside the limits that it declares.
 
@@ -92,13 +104,13 @@ def _checked(p: Parameter, value: Any) -> Any:
         return _number(p.name, p.argument, value, whole=True)
     if p.type is float:
         return _number(p.name, p.argument, value, whole=False)
-    if choices := _choices(p):
+    if choices := choices_of(p):
         several = get_origin(p.type) in (tuple, Sequence, list) or p.type is Sequence
         return _words(p.name, choices, value) if several else _word(p.name, choices, value)
     return value
 
 
-def _choices(p: Parameter) -> tuple[str, ...]:
+def choices_of(p: Parameter) -> tuple[str, ...]:
     """The words that a parameter allows: those it declares, or those of its `Literal` type."""
     if p.argument is not None and p.argument.choices:
         return p.argument.choices

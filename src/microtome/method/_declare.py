@@ -45,7 +45,7 @@ class Argument:
         choices: the words that are allowed.
         from_text: how a command reads it from text, where text is not the value itself.
         positional: whether the command takes it by position, without an option.
-        flag: the option's name, where it is not the argument's.
+        command: whether the command takes it at all.
     """
 
     meaning: str
@@ -55,7 +55,7 @@ class Argument:
     choices: tuple[str, ...] = ()
     from_text: Callable[[str], Any] | None = None
     positional: bool = False
-    flag: str | None = None
+    command: bool = True
 
 
 @dataclass(frozen=True)

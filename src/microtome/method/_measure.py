@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from microtome.anatomy import SITES, Site, parse
 from microtome.errors import SiteError, error
-from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of
+from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared
 from microtome.method._declare import DIMS, Column, Method, Source, Unit
+from microtome.method._document import docstring
 from microtome.method._look import Look, Text, Weights
 from microtome.method._registry import register
 from microtome.method._statistic import MeanOverExamples, Statistic
@@ -134,7 +135,9 @@ def measure(
             call=f'mt.measure(model, "{name}")', of=of, atlas=atlas, title=title, arguments=arguments,
             sites=(sites,) if isinstance(sites, str) else tuple(sites),
         )  # fmt: skip
+        require_declared(method, own)
         register(Measure(method, look, (optional,) if isinstance(optional, str) else tuple(optional)))
+        given.__doc__ = docstring(method, own)
         return function
 
     return declare

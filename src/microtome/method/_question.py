@@ -13,8 +13,9 @@ import xarray as xr
 from torch import Tensor
 
 from microtome.context import current
-from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of
+from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared
 from microtome.method._declare import Column, Method, Source
+from microtome.method._document import docstring
 from microtome.method._registry import register
 from microtome.method._result import Result, column_of, counting, labelled, provenance, spent
 from microtome.metric import Metric
@@ -111,6 +112,7 @@ def question(
             (source,) if isinstance(source, Source) else tuple(source), cost, check, function,
             call=call, title=title, arguments=arguments_of(parameters),
         )  # fmt: skip
+        require_declared(method, parameters)
         made = Question(method, parameters, reading, command)
         register(made)
         signature = inspect.signature(function)
@@ -123,6 +125,7 @@ def question(
             model: Any = given.pop(first)
             return made.ask(model, given)
 
+        ask.__doc__ = docstring(method, parameters)
         return ask
 
     return declare

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, resources
 from importlib.metadata import EntryPoint, entry_points
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from microtome.errors import ArgumentError, DeclarationError, error, nearest
 from microtome.method._declare import Kind, Method, validate
@@ -30,6 +30,7 @@ ENTRY_POINTS = "microtome.methods"
 KINDS: tuple[Kind, ...] = ("measure", "question", "change")
 
 
+@runtime_checkable
 class Declared(Protocol):
     """What a decorator leaves: a declaration, and what runs it."""
 

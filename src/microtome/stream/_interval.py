@@ -30,7 +30,7 @@ def mean_interval(
     Returns:
         Mean, low and high, each [...], float64. With one example, low and high are NaN: nothing is known.
     """
-    flat = values.double().reshape(values.shape[0], -1)
+    flat = values.double().reshape(values.shape[0], values.shape[1:].numel())
     n = flat.shape[0]
     weight = torch.ones(n, dtype=torch.float64) if weights is None else weights.double()
     weight = weight.to(flat.device).unsqueeze(1)
