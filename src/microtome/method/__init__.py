@@ -8,6 +8,8 @@ A method is declared once, by one of three decorators, and everything that surro
 """
 
 from microtome.method._arguments import Parameter as Parameter
+from microtome.method._change import Change as Change
+from microtome.method._change import change as change
 from microtome.method._declare import DIMS as DIMS
 from microtome.method._declare import Argument as Argument
 from microtome.method._declare import Column as Column

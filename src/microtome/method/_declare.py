@@ -127,7 +127,7 @@ class Column:
         return name == self.name or bool(_DYNAMIC.fullmatch(self.name))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """A method as it was declared.
 

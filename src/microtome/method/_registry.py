@@ -12,6 +12,7 @@ The name is that of a method, the value the module that declares it.
 from __future__ import annotations
 
 import ast
+import html
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,21 @@ class Entry:
     module: str
     summary: str
     problem: str = ""
+
+
+class Methods(dict[str, Method]):
+    """Methods by name; shows itself as a list of names and the questions that they answer."""
+
+    def __repr__(self) -> str:
+        widest = max(map(len, self), default=0)
+        return "\n".join(f"{name:{widest}}  {method.question}" for name, method in self.items())
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><td><code>{html.escape(m.call)}</code></td><td>{html.escape(m.question)}</td></tr>"
+            for m in self.values()
+        )
+        return f"<table><tr><th>call</th><th>question</th></tr>{''.join(rows)}</table>"
 
 
 _DECLARED: dict[str, Declared] = {}
@@ -121,7 +137,7 @@ def declared(name: str) -> Declared:
     return _DECLARED[name]
 
 
-def methods(kind: Kind | None = None) -> dict[str, Method]:
+def methods(kind: Kind | None = None) -> Methods:
     """All methods by name, imported: those of one kind, or all. What cannot be imported is warned of and left out."""
     for entry in list(index().values()):
         if entry.name in _DECLARED or (kind is not None and entry.kind not in (kind, None)):
@@ -131,7 +147,7 @@ def methods(kind: Kind | None = None) -> dict[str, Method]:
         except ArgumentError as problem:
             warnings.warn(str(problem), stacklevel=2)
     chosen = {name: d.method for name, d in _DECLARED.items() if kind in (None, d.method.kind)}
-    return dict(sorted(chosen.items()))
+    return Methods(sorted(chosen.items()))
 
 
 def _unknown(name: str) -> ArgumentError:
