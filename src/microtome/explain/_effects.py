@@ -28,7 +28,7 @@ from microtome.explain._contributions import refuse_unless_sum
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
 from microtome.explain._patching import aligned, refuse_unknown
 from microtome.model import Model
-from microtome.run import Run
+from microtome.run import Batch, Run
 from microtome.stream import slope_interval
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ABLATIONS = ("zero", "mean", "resample", "corrupt")
 RECEIVERS = ("branches", "heads")
-Prompts = Sequence[str] | Sequence[Sequence[int]] | Tensor
+Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor | Batch
 BRANCHES = ("attn_out", "mlp_out")
 
 
@@ -95,7 +95,7 @@ def component_effects(
     refuse_unknown("ablation", ablation, ABLATIONS)
     refuse_unknown("receivers", receivers, RECEIVERS)
     refuse_unless_sum(model)
-    rows = _rows(model, prompts)
+    rows = model.to_batch(prompts).rows
     named = _components(model, components, receivers)
     wanted, others = answer_and_foil(model, answers, foils, len(rows))
     values = _Values(model, rows, named, ablation, corrupts, text, "" if everywhere else "@-1", seed)
@@ -110,11 +110,6 @@ def component_effects(
     how = {"ablation": ablation, "positions": "all" if everywhere else "last", "seed": seed}
     data = _dataset(named, _receivers(model, receivers), stacked, seed)
     return data.assign_attrs(model.provenance | {"method": "component effects"} | how)
-
-
-def _rows(model: Model, prompts: Prompts) -> list[list[int]]:
-    batch = model.to_batch(prompts)
-    return [row[:n].tolist() for row, n in zip(batch.tokens, batch.lengths, strict=True)]
 
 
 def _components(model: Model, components: Sequence[str] | str, receivers: str) -> list[Address]:
@@ -152,7 +147,7 @@ class _Values:
     def __init__(
         self,
         model: Model,
-        rows: list[list[int]],
+        rows: list[Tensor],
         named: list[Address],
         ablation: str,
         corrupts: Prompts | None,
@@ -171,7 +166,7 @@ class _Values:
         elif ablation == "corrupt":
             if corrupts is None:
                 raise error(PromptError, "there is nothing to ablate with", do="give corrupts=, one an example")
-            others = _rows(model, corrupts)
+            others = model.to_batch(corrupts).rows
             if len(others) != len(rows):
                 raise error(
                     PromptError, "there must be one corrupt prompt an example", got=len(others), allowed=len(rows)
@@ -205,10 +200,10 @@ def _layer(address: Address) -> int:
 class _Example:
     """One prompt: its clean run, and what ablations change at its last position."""
 
-    def __init__(self, model: Model, row: list[int], answer: int, foil: int | None, receivers: str) -> None:
+    def __init__(self, model: Model, row: Tensor, answer: int, foil: int | None, receivers: str) -> None:
         self.model, self.by_head = model, receivers == "heads"
         self.read = [answer] if foil is None else [answer, foil]
-        self.tokens = torch.tensor([row], device=model.device)
+        self.tokens = row.unsqueeze(0)
         self.n = model.anatomy.n_layers
         base = model.run(self.tokens, capture=["*.resid_pre", "final.scale@-1", *self._read(0)], logits=False)
         self.streams = [base[f"{i}.resid_pre"] for i in range(self.n)]
