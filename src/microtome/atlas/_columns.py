@@ -79,3 +79,33 @@ def meaning(table: dict[str, tuple[str, str]], column: str) -> dict[str, str]:
     base = column.removesuffix("_lo").removesuffix("_hi")
     unit, text = table[column] if column in table else table[base]
     return {"unit": unit, "meaning": text + (_INTERVAL if column != base else "")}
+
+
+_NORM, _LOSS = "Residual stream norm", "Loss when a part is skipped"
+_ADDED, _COSINE, _SIZE = (
+    "What a branch adds, over what it is added to", "Cosine with the residual stream", "Largest and median activation",
+)  # fmt: skip
+
+DRAWN: dict[str, dict[str, str | bool]] = {
+    "resid_pre_norm": {"chart": _NORM, "title": "before", "log": True},
+    "resid_mid_norm": {"chart": _NORM, "title": "between", "log": True},
+    "resid_post_norm": {"chart": _NORM, "title": "after", "log": True},
+    "resid_post_norm_first": {"chart": _NORM, "title": "after, first token", "log": True},
+    "attn_share": {"chart": _ADDED, "title": "attention", "log": True},
+    "mlp_share": {"chart": _ADDED, "title": "MLP", "log": True},
+    "attn_cos": {"chart": _COSINE, "title": "attention"},
+    "mlp_cos": {"chart": _COSINE, "title": "MLP"},
+    "block_cos": {"chart": _COSINE, "title": "block"},
+    "max_abs": {"chart": _SIZE, "title": "largest", "log": True},
+    "median_abs": {"chart": _SIZE, "title": "median", "log": True},
+    "loss_skip_attn": {"chart": _LOSS, "title": "attention"},
+    "loss_skip_mlp": {"chart": _LOSS, "title": "MLP"},
+    "loss_skip_block": {"chart": _LOSS, "title": "block"},
+    "induction": {"control": "induction_control"},
+}
+"""How the pages draw a column: the chart it shares with others, its label there, and its control."""
+
+
+def described(table: dict[str, tuple[str, str]], column: str) -> dict[str, str | bool]:
+    """Unit and meaning of a column, and how the pages draw it."""
+    return {**meaning(table, column), **(DRAWN.get(column, {}) if column in table else {})}

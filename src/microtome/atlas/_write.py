@@ -21,7 +21,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from microtome.atlas._columns import HEADS, LAYERS, NEURONS, meaning
+from microtome.atlas._columns import HEADS, LAYERS, NEURONS, described
 from microtome.atlas._tables import head_table, layer_table, neuron_table
 from microtome.errors import ModelUnsupported, OutputError, error
 from microtome.measurements import TextStatistics, ablation_loss, head_scores, neuron_weights
@@ -200,8 +200,7 @@ def _make(model: Model, batches: TokenBatches, folder: Path, seed: int, progress
     manifest["scored_on"] = {"sequences": scores.attrs["sequences"], "tokens_each": 2 * scores.attrs["length"]}
     vocab = model.to_words(list(range(model.anatomy.d_vocab)))
     words = [vocab[t] for t in batches.flat]
-    layers, heads, neurons = (tables[name][0] for name in ("layers", "heads", "neurons"))
-    write_pages(folder, manifest, layers, heads, neurons, words, vocab)
+    write_pages(folder, manifest, {name: table for name, (table, _) in tables.items()}, words, vocab)
     written = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest["files"] = ["manifest.json", *written]
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -239,7 +238,7 @@ def _manifest(
         "versions": {k: provenance[k] for k in ("microtome", "transformers", "torch")} | {"pyarrow": pa.__version__},
         "cost": cost,
         "tables": {
-            name: {"rows": table.num_rows, "columns": {c: meaning(meanings, c) for c in table.column_names}}
+            name: {"rows": table.num_rows, "columns": {c: described(meanings, c) for c in table.column_names}}
             for name, (table, meanings) in tables.items()
         },
     }  # fmt: skip

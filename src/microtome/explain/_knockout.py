@@ -97,7 +97,14 @@ def attention_knockout(
         "controls": len(sets) - 1,
     }
     spans = {"queries": "".join(words[slice(*asked)]), "keys": "".join(words[slice(*cut)])}
+    said |= {"metric": "probability of the answer", "reading": READING}
     return data.assign_attrs(model.provenance | {"method": "attention knock-out", "seed": seed} | said | spans)
+
+
+READING = (
+    "By how much the answer changes where the queries may not read the keys, in a window of layers around each layer; "
+    "the control cuts random other keys. Below 0 the answer needs what was cut."
+)
 
 
 def _check(window: int, controls: int) -> None:
@@ -147,7 +154,7 @@ def _dataset(values: Tensor, base: float, seed: int) -> xr.Dataset:
     }
     variables: dict[str, object] = {}
     for name, (x, unit) in changes.items():
-        variables[name] = ("layer", x[0].numpy(), {"unit": unit})
+        variables[name] = ("layer", x[0].numpy(), {"unit": unit, "control": f"{name}_control"})
         control = mean_interval(x[1:], seed=seed) if len(x) > 1 else [torch.full_like(x[0], torch.nan)] * 3
         for suffix, y in zip(("_control", "_control_lo", "_control_hi"), control, strict=True):
             variables[name + suffix] = ("layer", y.numpy(), {"unit": unit})

@@ -65,17 +65,23 @@ def logit_lens(model: Model, prompt: Prompt, *, top: int = 5) -> xr.Dataset:
     return xr.Dataset(
         {
             "token": (ranked, ids.numpy()),
-            "word": (ranked, words),
+            "word": (ranked, words, {"title": "top tokens", "shade": "probability"}),
             "probability": (ranked, stacked["probability"].numpy()),
-            "answer_probability": (placed, stacked["answer"].numpy()),
-            "answer_rank": (placed, stacked["rank"].numpy()),
+            "answer_probability": (placed, stacked["answer"].numpy(), {"unit": "probability"}),
+            "answer_rank": (placed, stacked["rank"].numpy(), {"unit": "rank"}),
             "entropy": (placed, stacked["entropy"].numpy(), {"unit": "nats"}),
         },
         coords={
-            "layer": list(range(n + 1)),
+            "layer": ("layer", list(range(n + 1)), {"last": "out"}),
             "pos": list(range(ids.shape[2])),
             "prompt": (("batch", "pos"), run.words),
             "answer": (("batch", "pos"), [model.to_words(row) for row in answer.squeeze(-1)]),
         },
-        attrs=model.provenance | {"method": "logit lens", "layers": f"{n} is after the last layer"},
+        attrs=model.provenance
+        | {
+            "method": "logit lens",
+            "reading": "Each cell holds the tokens that the model would put first if it stopped before that layer; "
+            "the last row is its output.",
+            "layers": f"{n} is after the last layer",
+        },
     )
