@@ -38,10 +38,10 @@ FLOORS = (
     ("sweep",),
     ("model",),
     ("stream", "tasks", "planted"),
+    ("view",),
     ("method",),
     ("measurements", "explain", "features", "change"),
     ("claims",),
-    ("view",),
     ("atlas",),
     ("",),  # the public face: microtome/__init__.py
     ("cli",),

@@ -175,7 +175,7 @@ def _make(model: Model, batches: TokenBatches, folder: Path, chosen: Sequence[st
     manifest = _manifest(model, batches, measured, cost, made)
     vocab = model.to_words(list(range(model.anatomy.d_vocab)))
     words = [vocab[t] for t in batches.flat]
-    write_pages(folder, manifest, made["layers"], made["heads"], made["neurons"], words, vocab)
+    write_pages(folder, manifest, made, words, vocab)
     written = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest["files"] = ["manifest.json", *written]
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -33,7 +33,7 @@ def lens(
     """The logit lens: the top token after every layer, at every position, coloured by its probability."""
     from microtome.anatomy import parse_indices
     from microtome.explain import logit_lens
-    from microtome.view import lens_table
+    from microtome.view import terminal
 
     selection = None if positions is None else parse_indices(positions, "positions")
     opened = opening.open()
@@ -44,10 +44,10 @@ def lens(
     if chosen is None:
         allowed = f"0 to {size - 1}, or -{size} to -1"
         raise error(SiteError, f"no positions {positions} in this prompt", allowed=allowed, do="choose among these")
-    if not as_json:
-        out.print(lens_table(data, out.width, every=every, positions=chosen))
-        return
     data = data.isel(layer=sorted(range(data.sizes["layer"] - 1, -1, -every)), pos=chosen)
+    if not as_json:
+        out.print(terminal(data[["word", "probability"]], out.width))
+        return
     names = ("layer", "prompt", "answer", "word", "probability", "answer_probability", "answer_rank", "entropy")
     print_json({"pos": chosen} | {n: data[n].values.tolist() for n in names} | {"provenance": data.attrs})
 
@@ -67,7 +67,7 @@ def contributions(
 ) -> None:
     """Who wrote the answer: every part's exact share of the logit; the parts sum to it."""
     from microtome.explain import contributions as measure
-    from microtome.view import contributions_table, parts_of
+    from microtome.view import PartsList, forms, terminal
 
     detail: list[Any] = [*(["source"] if source else []), *(["neuron"] if neurons else [])]
     opened = opening.open()
@@ -75,8 +75,9 @@ def contributions(
         data = measure(opened, prompt, answer=answer, foil=foil, position=position, detail=tuple(detail))
     data = data.isel(batch=0)
     if not as_json:
-        out.print(contributions_table(data, top=top))
+        out.print(terminal(data, out.width, top=top))
         return
-    rows = [{"part": p.name, "logits": p.logits} | ({"reads": p.reads} if source else {}) for p in parts_of(data)]
+    (parts,) = forms(data).of(PartsList)
+    rows = [{"part": p.name, "logits": p.value} | ({"reads": p.reads} if source else {}) for p in parts.parts]
     told = {"answer": str(data["answer"].values), "foil": foil, "position": position, "logit": float(data["logit"])}
     print_json(told | {"gap": float(data["gap"]), "parts": rows, "provenance": data.attrs})

@@ -124,22 +124,23 @@ def check_page(output: Path | None, force: bool) -> None:
 
 def show(data: xr.Dataset, output: Path | None, *, top: int, as_json: bool) -> None:
     """Write the page if one was asked for, then say the maps to a person, or all values to a script."""
-    from microtome.view import heat_maps, write_patch_page
+    from microtome.view import terminal, write_page
 
     if output is not None:
-        write_patch_page(output, data)
+        write_page(output, data)
     if as_json:
         print_json(_values(data) | ({} if output is None else {"page": str(output)}))
         return
-    out.print(heat_maps(data, out.width, top=top))
+    out.print(terminal(data, out.width, top=top))
     if output is not None:
         out.print(f"page written to {output}", markup=False, soft_wrap=True)
 
 
 def _values(data: xr.Dataset) -> dict[str, Any]:
-    from microtome.view import checks_of, maps_of, tokens_of
+    from microtome.view import HeatMap, LabelTable, forms, tokens_of
 
-    maps = [one.name for one in maps_of(data) if one.listed]
+    found = forms(data)
+    maps = [one.name for one in found.of(HeatMap) if one.listed]
     scalars = {str(n): v.item() for n, v in data.data_vars.items() if v.ndim == 0}
     held = {
         name: {
@@ -150,6 +151,11 @@ def _values(data: xr.Dataset) -> dict[str, Any]:
         }
         for name in maps
     }
-    checks = checks_of(data)
+    checks = {
+        row: {column.name: float(column.values[i]) for column in table.columns}
+        for table in found.of(LabelTable)
+        if table.axis == "site"
+        for i, row in enumerate(table.rows)
+    }
     told = scalars | {"tokens": tokens_of(data), "maps": held} | ({"checks": checks} if checks else {})
     return told | {"provenance": data.attrs}

@@ -125,7 +125,22 @@ def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
     if "attn_source" in data:
         data = data.assign_coords(source=(("batch", "k_pos"), run.words))
     held = "scale held at its value in this run"
-    return data.assign_attrs(model.provenance | {"method": "direct logit attribution", "final_norm": held})
+    mlp = ["mlp_neuron", "mlp_bias"] if "mlp_neuron" in data else ["mlp"]
+    shown = {"parts": ["embed", "constant", "attn", "attn_bias", *mlp], "sum_of": "logit", "reading": READING}
+    titles = {
+        "embed": "embedding",
+        "attn": "heads",
+        "attn_bias": "attention bias",
+        "mlp": "MLP",
+        "mlp_bias": "MLP bias",
+    }
+    titles |= {"logit": "logit" if reader.foils is None else "logit difference"}
+    for name in titles.keys() & data.data_vars:
+        data[name].attrs["title"] = titles[str(name)]
+    return data.assign_attrs(model.provenance | {"method": "direct logit attribution", "final_norm": held} | shown)
+
+
+READING = "What each part adds to the logit of the answer, or to its difference from the foil's: the parts sum to it."
 
 
 def one_token(model: Model, text: str | int) -> int:

@@ -284,6 +284,7 @@ def _dataset(named: list[Address], receivers: list[str], found: dict[str, Tensor
     kinds = [(a.name, _layer(a) if a.name == "attn.z" else None) for a in named]
     alike = torch.tensor([[float(a == b and i != j) for j, b in enumerate(kinds)] for i, a in enumerate(kinds)])
     control = alike.double() @ total.mean(0) / alike.double().sum(1)  # NaN where it has no like
+    variables["total"][2]["control"] = "total_control"
     variables["total_control"] = ("component", control.numpy(), {"unit": "logits"})
     variables["clean"] = ("example", found["clean"].numpy(), {"unit": "logits"})
     coords = {"component": [str(a) for a in named], "receiver": receivers}

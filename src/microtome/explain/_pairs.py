@@ -19,7 +19,7 @@ from torch import Tensor
 from microtome.edit import Patch
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
-from microtome.explain._patching import Layout, aligned, layout, refuse_blind, refuse_wrong
+from microtome.explain._patching import READING, Layout, aligned, layout, refuse_blind, refuse_wrong
 from microtome.explain._spans import Span, at, span_of
 from microtome.metric import LogitDifference, LogProbability, Metric
 from microtome.model import Model
@@ -100,7 +100,7 @@ def patch_pairs(
         effects = effects / (gap if direction == "denoise" else -gap)
     data = _dataset(layouts[0], effects, "share of the mean gap" if share else unit, ends, seed)
     coords = {axis: names} | {name: ("example", [said[i] for i in kept]) for name, said in words.items()}
-    told = {"method": "activation patching", "direction": direction, "seed": seed}
+    told = {"method": "activation patching", "direction": direction, "seed": seed, "reading": READING[direction]}
     return data.assign_coords(coords).assign_attrs(model.provenance | told)
 
 
