@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from microtome.atlas._columns import HEADS, LAYERS, NEURONS, meaning
 from microtome.atlas._tables import head_table, layer_table, neuron_table
 from microtome.errors import ModelUnsupported, OutputError, error
+from microtome.files import atomic
 from microtome.measurements import TextStatistics, ablation_loss, head_scores, neuron_weights
 from microtome.model import Model
 from microtome.stream import Corpus, TokenBatches, standard_library_text
@@ -73,24 +73,9 @@ def write_atlas(
     length = min(length, model.anatomy.n_ctx)
     batches = TokenBatches(corpus or standard_library_text(), model.tokenizer, length=length, rows=rows, tokens=tokens)
     place = out.resolve()
-    partial = place.parent / f".{place.name}.{os.getpid()}.part"
-    try:
-        partial.mkdir(parents=True)
+    with atomic(place, "the atlas to", folder=True) as partial:
         _make(model, batches, partial, seed, progress or (lambda stage, done, all: None))
         check_out(place)  # it took minutes: something may have come meanwhile
-        put_in_place(partial, place)
-    except (OSError, OutputError) as problem:
-        cause = problem.__cause__ if isinstance(problem, OutputError) else problem
-        if not isinstance(cause, OSError):
-            raise
-        raise error(
-            OutputError,
-            f"cannot write the atlas to {out}",
-            got=cause.strerror or str(cause),
-            do="check the folder and the free space of its disk",
-        ) from problem
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out / "index.html"
 
 
@@ -143,20 +128,6 @@ def _files(folder: Path) -> set[str]:
         return set(manifest["files"]) if manifest["kind"] == KIND else set()
     except (OSError, ValueError, TypeError, KeyError):
         return set()
-
-
-def put_in_place(made: Path, place: Path) -> None:
-    """Move a folder to its place; what stood there is deleted only when the new one stands, else put back."""
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    try:
-        if place.exists():
-            place.replace(old)
-        made.replace(place)
-    finally:
-        if old.exists() and not place.exists():
-            old.replace(place)
-        elif old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _make(model: Model, batches: TokenBatches, folder: Path, seed: int, progress: Progress) -> None:

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import html
 import math
-import os
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from microtome.errors import OutputError, error
+from microtome.files import atomic
 from microtome.view._maps import (
     HeatMap,
     checks_of,
@@ -68,16 +67,8 @@ def write_patch_page(path: Path, data: xr.Dataset, *, title: str | None = None) 
         OutputError: the file cannot be written.
     """
     page = patch_page(data, title=title)
-    place = Path(path).resolve()
-    partial = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
+    with atomic(Path(path).resolve()) as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(place)
-    except OSError as problem:
-        do = "check the folder and its space"
-        raise error(OutputError, f"cannot write {path}", got=str(problem), do=do) from problem
-    finally:
-        partial.unlink(missing_ok=True)
     return Path(path)
 
 
