@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from microtome.atlas._tables import described, tables
 from microtome.context import current
 from microtome.errors import ModelUnsupported, OutputError, error
+from microtome.files import atomic
 from microtome.method import corpus_of, methods
 from microtome.method.runner import Measured, run_measures
 from microtome.model import Model
@@ -76,24 +76,9 @@ def write_atlas(
     corpus = standard_library_text() if text is None else corpus_of(text)
     batches = TokenBatches(corpus, model.tokenizer, length=length, rows=rows, tokens=tokens)
     place = out.resolve()
-    partial = place.parent / f".{place.name}.{os.getpid()}.part"
-    try:
-        partial.mkdir(parents=True)
+    with atomic(place, "the atlas to", folder=True) as partial:
         _make(model, batches, partial, chosen, options)
         check_out(place)  # it took minutes: something may have come meanwhile
-        put_in_place(partial, place)
-    except (OSError, OutputError) as problem:
-        cause = problem.__cause__ if isinstance(problem, OutputError) else problem
-        if not isinstance(cause, OSError):
-            raise
-        raise error(
-            OutputError,
-            f"cannot write the atlas to {out}",
-            got=cause.strerror or str(cause),
-            do="check the folder and the free space of its disk",
-        ) from problem
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out / "index.html"
 
 
@@ -146,20 +131,6 @@ def _files(folder: Path) -> set[str]:
         return set(manifest["files"]) if manifest["kind"] == KIND else set()
     except (OSError, ValueError, TypeError, KeyError):
         return set()
-
-
-def put_in_place(made: Path, place: Path) -> None:
-    """Move a folder to its place; what stood there is deleted only when the new one stands, else put back."""
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    try:
-        if place.exists():
-            place.replace(old)
-        made.replace(place)
-    finally:
-        if old.exists() and not place.exists():
-            old.replace(place)
-        elif old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _make(model: Model, batches: TokenBatches, folder: Path, chosen: Sequence[str], options: Mapping[str, Any]) -> None:

@@ -81,7 +81,8 @@ def logit_lens(
     words = {t: model.to_words([t])[0] for t in ids.unique().tolist()}
     text = [[[[words[t] for t in p] for p in b] for b in layer] for layer in ids.tolist()]
     coords = {
-        "layer": ("layer", list(range(n + 1)), {"last": "out"}), "pos": list(range(ids.shape[2])), "prompt": (("batch", "pos"), run.words),
+        "layer": ("layer", list(range(n + 1)), {"last": "out"}), "pos": list(range(ids.shape[2])),
+        "prompt": (("batch", "pos"), run.words),
         "answer": (("batch", "pos"), [model.to_words(row) for row in answer.squeeze(-1)]),
     }  # fmt: skip
     return Found(values | {"word": text}, coords=coords, attrs={"layers": f"{n} is after the last layer"})

@@ -9,13 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import os
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from microtome.errors import DataError, OutputError, error
+from microtome.errors import DataError, error
+from microtome.files import atomic
 from microtome.view._canvas import Canvas
 from microtome.view._dataset import (
     metric_of,
@@ -59,16 +59,8 @@ def write_page(path: Path, data: xr.Dataset, *, title: str | None = None) -> Pat
         OutputError: the file cannot be written.
     """
     page = page_text(data, title=title)
-    place = Path(path).resolve()
-    partial = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
+    with atomic(Path(path).resolve()) as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(place)
-    except OSError as problem:
-        do = "check the folder and its space"
-        raise error(OutputError, f"cannot write {path}", got=str(problem), do=do) from problem
-    finally:
-        partial.unlink(missing_ok=True)
     return Path(path)
 
 
