@@ -30,7 +30,7 @@ HOOKS = f"{PACKAGE}.run.hook._hooks"  # the one module that may register hooks
 
 FLOORS = (
     ("errors", "axes"),
-    ("context", "files"),
+    ("catalogue", "context", "files"),
     ("anatomy",),
     ("edit",),
     ("run",),

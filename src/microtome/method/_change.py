@@ -27,13 +27,10 @@ class Change:
     Attributes:
         method: the declaration.
         parameters: of its function behind the model.
-        command: its name on the command line, which writes the edits to a file; none where it takes what no command
-            line can.
     """
 
     method: Method
     parameters: tuple[Parameter, ...]
-    command: str
 
     def make(self, model: Model, given: Mapping[str, Any]) -> list[Edit]:
         """The edits, with arguments that are checked here."""
@@ -78,10 +75,10 @@ def change(
         sources = (source,) if isinstance(source, Source) else tuple(source)
         method = Method(
             name, "change", question, summary, (), sources, cost, check, function,
-            call=call, title=title, arguments=arguments_of(parameters),
+            call=call, command=command, title=title, arguments=arguments_of(parameters),
         )  # fmt: skip
         require_declared(method, parameters)
-        made = Change(method, parameters, command)
+        made = Change(method, parameters)
         register(made)
         signature = inspect.signature(function)
         first = next(iter(signature.parameters))
