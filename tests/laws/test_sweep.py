@@ -212,5 +212,7 @@ def test_each_prompt_takes_its_own_row_of_a_batch_of_several_lengths(name: str, 
         found = model.sweep(prompts, cells, metric, prompts=[0, 1, 2]).run().effects
         torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-5)
         assert found.abs().min() > 1e-6
-        with pytest.raises(mt.errors.EditError, match="a row too many or too few; got 3 rows for 1 prompts"):
+        with pytest.raises(
+            mt.errors.EditError, match="another number of rows than there are prompts; got 3 rows for 1"
+        ):
             model.sweep(prompts[:1], cells[:1], metric).run()
