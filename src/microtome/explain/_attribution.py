@@ -118,7 +118,9 @@ def attribute(
     refuse_blind(model, pair.metric(model), pair.tokens)
     rules = RELP if method == "relp" and rules is None else rules
     data = _edges(model, pair, rules) if method == "eap" else _nodes(model, pair, rules, sites)
-    data = data.assign_attrs(_told(direction, foil), method=_NAMES[method], rules=repr(rules) if rules else "plain")
+    data = data.assign_attrs(
+        _told(direction, foil, verify), method=_NAMES[method], rules=repr(rules) if rules else "plain"
+    )
     if not verify:
         return data
     most = max(int(np.isfinite(data[name].values).sum()) for name in data.attrs["sites"])
@@ -127,14 +129,15 @@ def attribute(
 
 READING = (
     "Each cell is an estimate, from one gradient, of what taking it from the {given} run would do to the {metric}: "
-    "above 0 raises it. What was measured exactly stands beside it."
+    "above 0 raises it."
 )
 
 
-def _told(direction: str, foil: object) -> dict[str, str]:
+def _told(direction: str, foil: object, verify: int) -> dict[str, str]:
     """What was read, and how a score is to be read."""
     given, metric = "corrupt" if direction == "noise" else "clean", metric_words(foil)
-    return {"metric": metric, "reading": READING.format(given=given, metric=metric)}
+    exact = " The strongest were measured as well: see exact." if verify else ""
+    return {"metric": metric, "reading": READING.format(given=given, metric=metric) + exact}
 
 
 def _runs(model: Model, pair: Pair, rules: Freeze | None, capture: Sequence[str]) -> tuple[Run, Run, dict[str, Tensor]]:

@@ -71,6 +71,11 @@ class Forms:
     not_drawn: tuple[str, ...] = ()
     limits: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def signed(self) -> set[str]:
+        """The scales with values below zero."""
+        return {one.scale for one in self.of(HeatMap) if (one.values < 0).any()}
+
     def of(self, kind: type) -> list[Any]:
         """The forms of one kind."""
         return [form for form in self.shown if isinstance(form, kind)]
@@ -113,7 +118,7 @@ def forms(data: xr.Dataset) -> Forms:
 def _form(data: xr.Dataset, name: str, axes: Sequence[str]) -> Form | None:
     """The form of a variable with axes; none where there is none."""
     if not is_numeric(data, name):
-        dims = [str(dim) for dim in data[name].dims if dim != "rank"]
+        dims = sorted(str(dim) for dim in data[name].dims if dim != "rank")
         return token_map(data, name) if dims == ["layer", "pos"] else None
     if not all(axes) or len(axes) > 2 or 0 in data[name].shape:
         return None
