@@ -47,8 +47,8 @@ def test_accuracy_is_what_single_runs_say(model: mt.Model, task: mt.tasks.Task) 
     assert float(data["accuracy"]) == float(data["top1_clean"].mean())
     assert float(data["mean_difference_clean"]) == pytest.approx(float(data["difference_clean"].mean()))
     for name in ("accuracy", "accuracy_corrupt", "preferred", "mean_difference_clean", "mean_difference_corrupt"):
-        assert float(data[name + "_low"]) <= float(data[name]) <= float(data[name + "_high"])
-        assert float(data[name + "_low"]) < float(data[name + "_high"])
+        assert float(data[name + "_lo"]) <= float(data[name]) <= float(data[name + "_hi"])
+        assert float(data[name + "_lo"]) < float(data[name + "_hi"])
     assert data.attrs["task"] == "induction"
     assert data.attrs["fingerprint"] == model.fingerprint
 

@@ -158,12 +158,12 @@ def _dataset(it: Planted, score: Tensor, eap: Tensor, seed: int, corrupt: tuple[
 
 
 def auc(higher: Tensor, lower: Tensor) -> float:
-    """How well one number tells two groups apart: the area under the ROC curve.
+    """Area under the ROC curve: how well a score separates two groups.
 
     Formula:  mean over i, j of 1[higher_i > lower_j] + 1[higher_i = lower_j] / 2.
     Source:   Hanley and McNeil, "The Meaning and Use of the Area under a Receiver Operating Characteristic (ROC)
-              Curve", 1982. Departs: none.
-    Cost:     higher x lower comparisons.
+              Curve", 1982; scikit-learn's `roc_auc_score`. Departs: none.
+    Cost:     one sort of n + m scores.
     Check:    equal to a count by hand; tests/planted/test_recovery.py.
 
     Args:
@@ -171,7 +171,11 @@ def auc(higher: Tensor, lower: Tensor) -> float:
         lower: [m] scores of the others.
 
     Returns:
-        0 to 1; 0.5 where the number says nothing. NaN where a group is empty.
+        0 to 1; 0.5 where the score separates nothing. NaN where a group is empty.
     """
-    wins = (higher.unsqueeze(1) > lower).double() + 0.5 * (higher.unsqueeze(1) == lower).double()
-    return float(wins.mean())
+    if not (len(higher) and len(lower)):
+        return float("nan")
+    from sklearn.metrics import roc_auc_score
+
+    scores, positive = torch.cat([higher, lower]), torch.arange(len(higher) + len(lower)) < len(higher)
+    return float(roc_auc_score(positive.numpy(), scores.detach().cpu().numpy()))

@@ -10,7 +10,7 @@ Formula:  rank correlation = Spearman's, of scores and exact effects over the k 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -144,15 +144,13 @@ def _labels(scores: xr.Dataset, site: str, places: Int[ndarray, " cell"]) -> dic
 
 
 def rank_correlation(a: Float[ndarray, " cell"], b: Float[ndarray, " cell"]) -> float:
-    """Spearman's correlation, ties sharing their mean rank; NaN where either is constant."""
+    """Spearman's correlation, by SciPy: tied values share their mean rank. NaN where either is constant."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+    from scipy.stats import spearmanr
 
-
-def _ranks(x: Float[ndarray, " cell"]) -> Float[ndarray, " cell"]:
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    found: Any = spearmanr(a, b)
+    return float(found.statistic)
 
 
 def recall(best: Float[ndarray, " top"], others: Float[ndarray, " others"], n_cells: int) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ def score(model: Model, pairs: Sequence[Pair], text: bool, seed: int) -> xr.Data
     }
     for name, (each, interval, unit) in means.items():
         low, high = interval(each.astype(np.float64))
-        for ending, value in (("", float(each.mean())), ("_low", low), ("_high", high)):
+        for ending, value in (("", float(each.mean())), ("_lo", low), ("_hi", high)):
             data[name + ending] = ((), value, {"unit": unit})
     return data
 
@@ -147,10 +147,11 @@ Interval = Callable[[np.ndarray], tuple[float, float]]
 
 
 def wilson(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a share. Unlike a bootstrap it has a width where all are right, or none.
+    """95 % Wilson score interval of a share, by SciPy. Unlike a bootstrap it has a width where all are right, or none.
 
     Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
     """
-    n, p, z = len(values), float(values.mean()), 1.959963984540054
-    centre, half = p + z * z / (2 * n), z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    from scipy.stats import binomtest
+
+    interval: Any = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

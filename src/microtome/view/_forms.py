@@ -88,7 +88,8 @@ def forms(data: xr.Dataset) -> Forms:
     Heat maps of one unit share one scale, whose end is `limits[unit]`; a map without a unit has its own.
     """
     data = without_batch(data)
-    names = [name for name in own_variables(data) if name not in in_header(data)]
+    drawn = [name for name in own_variables(data) if data[name].attrs.get("drawn", True)]
+    names = [name for name in drawn if name not in in_header(data)]
     found: list[Form] = []
     unknown: list[str] = []
     facts: list[str] = []
