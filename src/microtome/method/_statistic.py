@@ -86,6 +86,10 @@ class Seen:
 class Statistic(ABC):
     """A measure that keeps accumulators of its own; arguments of the measure are those of its `__init__`."""
 
+    def prepare(self, model: Model, layers: Sequence[int | None]) -> None:
+        """Make what the weights alone determine, before the model runs: inside a forward its parts are hooked."""
+        return
+
     @abstractmethod
     def start(self, model: Model, layer: int | None) -> Kept:
         """Fresh accumulators, by name, for one layer (None: the whole model)."""
@@ -132,7 +136,7 @@ class MeanOverExamples(Statistic):
 
 
 def intervals(layers: Sequence[Kept], columns: Sequence[Column], seed: int) -> dict[str, Tensor]:
-    """The ends `_lo` and `_hi` [layer, *unit] of the columns whose means were kept by example, of all layers at once."""
+    """The ends `_lo` and `_hi` [layer, *unit] of columns whose means were kept by example, all layers at once."""
     found: dict[str, Tensor] = {}
     for column in columns:
         held = [kept.get(column.name) for kept in layers]
