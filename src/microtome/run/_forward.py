@@ -93,10 +93,9 @@ def run_forward(
     output = _forward(model, session, batch, edits, grad)
     if strict:
         _refuse_idle(session, [*captures, *watchers])
-    return Run(
-        model.anatomy, batch, None if output is None else output.logits, session.captured, session.nodes,
-        model.to_words, model.provenance,
-    )  # fmt: skip
+    captured, nodes = session.take()
+    given = None if output is None else output.logits
+    return Run(model.anatomy, batch, given, captured, nodes, model.to_words, model.provenance)
 
 
 @dataclass

@@ -119,6 +119,14 @@ class Session:
         """The sites of an address in the layers that are computed."""
         return [s for s in self.anatomy.sites(address) if s.layer is None or s.layer >= self._first]
 
+    def take(self) -> tuple[dict[Address, Tensor], dict[Site, Tensor]]:
+        """What was captured, with the nodes of its gradients; the session keeps none of it.
+
+        Session and hooks refer to each other, so what it kept would stay in memory until the next garbage collection.
+        """
+        captured, nodes, self.captured, self.nodes = self.captured, self.nodes, {}, {}
+        return captured, nodes
+
     def _visitor(self, visitors: dict[Site, _Visitor], site: Site) -> _Visitor:
         place, first = site, Site("attn.scale", site.layer)
         if site.name == "mlp.scale" and self.anatomy.hook_points.get(first) == self.anatomy.hook_points[site]:

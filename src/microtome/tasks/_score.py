@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 AT_ONCE = 1024
-"""How many tokens are run at a time."""
+"""Tokens per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class LogOdds:
     """Log-odds of a set of answers against a set of foils, at the last position; sets may differ by prompt.
 
     Attributes:
-        answers: one set of token ids a prompt.
-        foils: one set a prompt.
+        answers: one set of token ids per prompt.
+        foils: one set of token ids per prompt.
     """
 
     answers: Sequence[Ids]
@@ -46,11 +46,16 @@ class LogOdds:
     def __post_init__(self) -> None:
         if len(self.answers) != len(self.foils):
             got = f"{len(self.answers)} and {len(self.foils)} sets"
-            raise error(EditError, "answers and foils do not go together", got=got, do="give a set of each a prompt")
+            raise error(
+                EditError,
+                "answers and foils differ in number",
+                got=got,
+                do="give one of each per prompt",
+            )
         for right, wrong in zip(self.answers, self.foils, strict=True):
             if not right or not wrong or set(right) & set(wrong):
                 got = f"{len(right)} answers, {len(wrong)} foils, {len(set(right) & set(wrong))} in both"
-                raise error(EditError, "answers and foils must be two sets of tokens that share none", got=got)
+                raise error(EditError, "answers and foils must be two disjoint sets of tokens", got=got)
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The last column."""
@@ -61,7 +66,7 @@ class LogOdds:
         needed = max(prompts.tolist(), default=-1) + 1
         if needed > len(self.answers):
             got = f"{len(self.answers)} for {needed} prompts"
-            raise error(EditError, "there are fewer sets of tokens than prompts", got=got, do="give one a prompt")
+            raise error(EditError, "fewer sets of tokens than prompts", got=got, do="give one set per prompt")
         rows = zip(logits[:, 0], prompts.tolist(), strict=True)
         return torch.stack([z[[*self.answers[p]]].logsumexp(0) - z[[*self.foils[p]]].logsumexp(0) for z, p in rows])
 
@@ -93,7 +98,7 @@ def require_fit(model: Model, pairs: Sequence[Pair], text: bool) -> None:
                 PromptError,
                 f"the task was built with another tokenizer than that of {model.anatomy.name}",
                 got=f"other tokens in pair {number}",
-                do="build it anew with this model",
+                do="build it again with this model",
             )
 
 

@@ -77,7 +77,7 @@ class Task:
 
         Formula:  see the head of tasks/_score.py.
         Source:   logit difference as in Wang et al., 2022 (arXiv 2211.00593). Departs: of sets of tokens, the log-odds.
-        Cost:     two forwards a pair, in batches of prompts of one length.
+        Cost:     two forwards per pair, in batches of prompts of one length.
         Check:    equals answers read one prompt at a time; tests/unit/test_tasks_score.py.
 
         Args:
@@ -100,7 +100,7 @@ class Task:
         return data.assign_attrs(model.provenance | self._told | {"method": "task accuracy", "bootstrap_seed": seed})
 
     def known_by(self, model: Model) -> Task:
-        """The pairs whose clean prompt the model answers rightly, with `attrs` that say how many it did.
+        """The pairs whose clean prompt the model answers correctly, with the accuracy in `attrs`.
 
         Raises:
             PromptError: it answers none, or there is none.
