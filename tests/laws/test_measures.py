@@ -175,12 +175,12 @@ def test_measures_of_a_text_are_the_plain_numbers_however_it_is_cut(name: str) -
         assert float(data["median_abs"][i]) == pytest.approx(float(medians.mean()), rel=1e-5)
         heads = run[f"{i}.attn.result"][:, 1:].norm(dim=-1).mean((0, 1))
         assert np.allclose(data["result_norm"][i], heads, rtol=1e-4)
-    for at, i in enumerate(neural):
+    for i in neural:
         post = run[f"{i}.mlp.post"]
-        assert np.allclose(data["firing_rate"][at], (run[f"{i}.{gate}"] > 0).double().mean((0, 1)))
-        assert np.allclose(data["std"][at], post.double().std((0, 1), correction=0), rtol=1e-5)
-        assert np.allclose(data["example_value"][at], post.amax(1).sort(0, descending=True).values[:3].T)
-        best = data["example_index"].values[at, 5, 0]
+        assert np.allclose(data["firing_rate"].sel(layer=i), (run[f"{i}.{gate}"] > 0).double().mean((0, 1)))
+        assert np.allclose(data["std"].sel(layer=i), post.double().std((0, 1), correction=0), rtol=1e-5)
+        assert np.allclose(data["example_value"].sel(layer=i), post.amax(1).sort(0, descending=True).values[:3].T)
+        best = int(data["example_index"].sel(layer=i).values[5, 0])
         assert float(post.flatten(0, 1)[best, 5]) == pytest.approx(float(post[..., 5].max()))
     loss = float(token_loss(model.run(tokens).logits, tokens).mean())
     assert float(data["loss"]) == pytest.approx(loss, abs=1e-5)
