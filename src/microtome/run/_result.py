@@ -186,7 +186,7 @@ class Run:
         if spec.unit != "batch":
             units = None if address.units.is_all else address.units.resolve(self.anatomy.units(sites[0]))
             coords[spec.unit] = units or list(range(x.shape[dims.index(spec.unit)]))
-        columns = self.batch.frame.columns_of(address.positions)
+        columns = self.batch.frame.columns_of(address.positions, self.tokens.device)
         whole = [dim for dim in dims if dim == "k_pos" or (dim == spec.pos and columns is None)]
         for dim in whole:
             coords[dim] = self._labels(None)
@@ -203,8 +203,9 @@ class Run:
     def _labels(self, columns: Tensor | None) -> list[int] | None:
         """Positions of columns over the real tokens, from the start or else from the end; None where rows disagree."""
         frame = replace(self.batch.frame, columns=columns)
-        from_start = frame.positions(self.tokens.shape[1], torch.device("cpu"))
-        for positions in (from_start, from_start - torch.tensor(self.batch.lengths).unsqueeze(1)):
+        device = self.tokens.device
+        from_start = frame.positions(self.tokens.shape[1], device)
+        for positions in (from_start, from_start - torch.tensor(self.batch.lengths, device=device).unsqueeze(1)):
             if bool((positions == positions[:1]).all()):
                 return positions[0].tolist()
         return None
