@@ -64,7 +64,7 @@ def test_the_estimate_is_the_slope_of_exact_effects() -> None:
 
 
 def test_first_order_misses_what_exact_effects_find() -> None:
-    """Selection attention is saturated or a neuron stands at its kink, the gradient does not tell it from the rest."""
+    """Where attention is saturated or a neuron stands at its kink, the gradient does not tell it from the rest."""
     data = mt.explain.circuit_recovery(planted.program("successors"), pairs=6, seed=3)
     assert data.attrs["auc"] == 1.0
     assert data.attrs["auc_eap"] < 0.9

@@ -1,4 +1,4 @@
-"""Selection text comes from, and what is said when it cannot be read."""
+"""Where text comes from, and what is said when it cannot be read."""
 
 from __future__ import annotations
 

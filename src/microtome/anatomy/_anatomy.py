@@ -173,7 +173,7 @@ def in_features(module: nn.Module) -> int:
 
 
 def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, Split]:
-    """Selection q, k and v lie in the output of a fused projection of `size` features."""
+    """Where q, k and v lie in the output of a fused projection of `size` features."""
     layout = parts.family.fused_qkv
     if layout == "per_head":
         width = size // (3 * n_heads)

@@ -116,7 +116,7 @@ class Tokens:
         return found
 
     def spans(self, text: str, ranges: Mapping[str, Span]) -> dict[str, Span]:
-        """Selection stretches of a text lie: (first, end) token positions for (first, end) characters.
+        """Where stretches of a text lie: (first, end) token positions for (first, end) characters.
 
         Raises:
             Misfit: a stretch does not begin and end where tokens do.
