@@ -180,8 +180,11 @@ def test_neurons_show_the_strongest_and_the_distribution_of_each_layer() -> None
     assert section["strongest"][0] == ["3", "17", 2.5, None, None, 0.3125]
     assert section["beside"] == ["control"]
     assert np.asarray(section["counts"]).tolist() == counts.tolist()
+    data = data.assign({f"selectivity_{end}": data["selectivity"] + x for end, x in (("lo", -0.25), ("hi", 0.5))})
     turned = forms(data.transpose("neuron", "layer")).of(NeuronMap)[0]
     np.testing.assert_array_equal(turned.values, form.values)
+    np.testing.assert_array_equal(turned.low, form.values - 0.25)
+    np.testing.assert_array_equal(turned.high, form.values + 0.5)
     np.testing.assert_array_equal(turned.beside["control"], form.beside["control"])
     assert f"layer 3: {counts[3, -1]:,} neurons from" in " ".join(Markup(html(data)).titles)
 
