@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import NormWeights, Site, at_least_float32
-from microtome.errors import PromptError, SiteError, error
+from microtome.errors import SiteError, error
+from microtome.explain._answers import one_token
 from microtome.model import Model
 from microtome.run import Prompt, Run
 
@@ -126,40 +127,6 @@ def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
         data = data.assign_coords(source=(("batch", "k_pos"), run.words))
     held = "scale held at its value in this run"
     return data.assign_attrs(model.provenance | {"method": "direct logit attribution", "final_norm": held})
-
-
-def one_token(model: Model, text: str | int) -> int:
-    """The id of a text of one token; an id is itself.
-
-    Raises:
-        PromptError: it is several tokens, with the tokens that it is, lies outside the vocabulary, or is none.
-    """
-    given: Any = text
-    if isinstance(given, bool) or not isinstance(given, str | int):
-        raise error(
-            PromptError, "cannot read a token", got=repr(given), allowed="a text or an id", do="give one of these"
-        )
-    if isinstance(text, int):
-        if not 0 <= text < model.anatomy.d_vocab:
-            allowed = f"0 to {model.anatomy.d_vocab - 1}"
-            raise error(PromptError, f"token id {text} is not in the vocabulary", allowed=allowed, do="choose another")
-        return text
-    if model.tokenizer is None:
-        do = "pass a token id, or open the model with tokenizer="
-        raise error(PromptError, f'cannot read "{text}": this model was opened without a tokenizer', do=do)
-    ids: list[int] = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
-    if ids == [unknown] and text != model.tokenizer.unk_token:
-        raise error(PromptError, f'"{text}" is not in the vocabulary', do="choose another word, or pass a token id")
-    if len(ids) != 1:
-        raise error(
-            PromptError,
-            f'"{text}" is not one token',
-            got=str(model.to_words(ids)) if ids else "no tokens",
-            allowed="one token, usually with its leading space",
-            do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
-        )
-    return ids[0]
 
 
 class _Reader:
