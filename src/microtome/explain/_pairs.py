@@ -55,7 +55,7 @@ Spans = Annotated[
 
 @dataclass(frozen=True)
 class _Later:
-    """A metric of many prompts, read of those from a number on."""
+    """A metric of many prompts, read of some that begin at a number."""
 
     metric: Metric
     first: int
@@ -74,7 +74,7 @@ class Pairs:
     """Clean and corrupt prompts, and what is read of them.
 
     Attributes:
-        tokens: of each pair, the clean prompt and the corrupt one.
+        tokens: of each pair [2, pos], the clean prompt and the corrupt one.
         metric: what is read of prompt i for pair i.
         answer_ids, foil_ids: the tokens that it compares, where it is of single tokens.
         answer, foil: in words, one per pair; none where another metric is read.
@@ -82,7 +82,7 @@ class Pairs:
         groups: of each pair, where its task tells them.
     """
 
-    tokens: tuple[Int[Tensor, "2 pos"], ...]
+    tokens: tuple[Tensor, ...]
     metric: Metric
     answer_ids: tuple[int, ...] = ()
     foil_ids: tuple[int, ...] = ()
@@ -96,9 +96,9 @@ class Pairs:
 
     def __getitem__(self, some: slice) -> Pairs:
         """Some of them, numbered anew."""
-        first = some.indices(len(self))[0]
         answers, foils = self.answer_ids[some], self.foil_ids[some]
-        metric = _of_tokens(answers, foils) if answers else _Later(self.metric, first) if first else self.metric
+        later = self.metric if len(self.tokens[some]) == len(self) else _Later(self.metric, some.indices(len(self))[0])
+        metric = _of_tokens(answers, foils) if answers else later
         return replace(
             self, tokens=self.tokens[some], metric=metric, answer_ids=answers, foil_ids=foils,
             answer=self.answer[some], foil=self.foil[some], groups=self.groups[some],
