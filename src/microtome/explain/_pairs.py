@@ -27,10 +27,12 @@ SMALLEST_GAP = 1e-4
 """What rounding may leave of the difference between two equal metrics."""
 
 Clean = Annotated[
-    Given, Argument("the prompt with the answer, or several; or a task, or a .csv or .jsonl file", positional=True)
+    Given,
+    Argument("the prompt with the answer, or several; a task; a .csv or .jsonl file", positional=True, from_text=str),
 ]
 Corrupt = Annotated[
-    Prompt | None, Argument("as many tokens with another answer, one per clean prompt", positional=True)
+    Prompt | None,
+    Argument("as many tokens with another answer, one per clean prompt", positional=True, from_text=str),
 ]
 AnswerOfClean = Annotated[
     Answer | None, Argument("the clean prompt's answer, one token, or one per pair", from_text=str)
