@@ -1,9 +1,9 @@
 """Why a model said what it said: lenses and exact decompositions."""
 
+from microtome.explain._answers import one_token as one_token
 from microtome.explain._attribution import RELP as RELP
 from microtome.explain._attribution import attribute as attribute
 from microtome.explain._contributions import contributions as contributions
-from microtome.explain._contributions import one_token as one_token
 from microtome.explain._edges import edge_effects as edge_effects
 from microtome.explain._edges import node_effects as node_effects
 from microtome.explain._effects import component_effects as component_effects

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from microtome.anatomy import at_least_float32
 from microtome.edit import Freeze
-from microtome.explain._contributions import one_token
+from microtome.explain._answers import one_token
 from microtome.explain._edge_scores import captures, changes, contract
 from microtome.explain._graph import graph
 from microtome.explain._pair import Pair
