@@ -26,17 +26,10 @@ from microtome.edit import Freeze
 from microtome.explain._answers import one_token
 from microtome.explain._edge_scores import captures, changes, contract
 from microtome.explain._graph import graph
+from microtome.explain._layout import BY_POSITION, Layout, every_position, layout
 from microtome.explain._pair import Pair
-from microtome.explain._patching import (
-    BY_POSITION,
-    Layout,
-    aligned,
-    every_position,
-    layout,
-    refuse_blind,
-    refuse_unknown,
-    refuse_wrong,
-)
+from microtome.explain._pairs import aligned, require_effect_on_metric
+from microtome.explain._patching import refuse_unknown, refuse_wrong
 from microtome.explain._verify import verify as measured
 from microtome.model import Model
 from microtome.run import Prompt, Run
@@ -114,7 +107,7 @@ def attribute(
     refuse_wrong(direction, BY_POSITION if method == "eap" else sites, seed)
     foil_id = None if foil is None else one_token(model, foil)
     pair = Pair(aligned(model, clean, corrupt), one_token(model, answer), foil_id, direction)
-    refuse_blind(model, pair.metric(model), pair.tokens)
+    require_effect_on_metric(model, pair.metric(model), pair.tokens)
     rules = RELP if method == "relp" and rules is None else rules
     data = _edges(model, pair, rules) if method == "eap" else _nodes(model, pair, rules, sites)
     data = data.assign_attrs(method=_NAMES[method], rules="plain" if rules is None else repr(rules))

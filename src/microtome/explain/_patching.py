@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Site
 from microtome.edit import Patch
-from microtome.errors import EditError, PromptError, SiteError, error
-from microtome.explain._examples import answer_and_foil
-from microtome.explain._spans import at
-from microtome.metric import LogitDifference, LogProbability, Metric
+from microtome.errors import EditError, SiteError, error
+from microtome.explain._answers import answer_metric
+from microtome.explain._layout import BY_POSITION, BY_UNIT, Layout, every_position, layout
+from microtome.explain._pairs import aligned, require_effect_on_metric
+from microtome.metric import Metric
 from microtome.model import Model
 from microtome.run import Prompt
 from microtome.sweep import SweepPlan
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 DIRECTIONS = ("noise", "denoise")
-BY_POSITION = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn.q", "attn.k", "attn.v", "attn.z")
-BY_UNIT = ("attn.q[head]", "attn.k[head]", "attn.v[head]", "attn.z[head]", "attn.pattern[head]", "mlp.post[neuron]")
 
 
 def activation_patching(
@@ -86,7 +84,7 @@ def activation_patching(
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
     own = {} if metric is None else {"metric": type(metric).__name__}
     metric = answer_metric(model, answer, foil) if metric is None else metric
-    refuse_blind(model, metric, tokens)
+    require_effect_on_metric(model, metric, tokens)
     layouts = {site: layout(model, site, every_position(tokens.shape[1])) for site in sites}
     source = model.run(goal, capture=sorted({part.capture for part in layouts.values()}))
     cells = [Patch(address, source=source) for layout in layouts.values() for address in layout.addresses]
@@ -125,49 +123,11 @@ def _dataset(layouts: dict[str, Layout], shares: Tensor) -> xr.Dataset:
     import xarray as xr
 
     variables: dict[str, tuple[tuple[str, str], object, dict[str, str]]] = {}
-    parts = shares.split([len(layout.addresses) for layout in layouts.values()])
-    for (site, layout), part in zip(layouts.items(), parts, strict=True):
-        variables[site] = (layout.dims, part.reshape(layout.shape).double().numpy(), {"unit": "share of the gap"})
+    parts = shares.split([len(part.addresses) for part in layouts.values()])
+    for (site, part), x in zip(layouts.items(), parts, strict=True):
+        variables[site] = (part.dims, x.reshape(part.shape).double().numpy(), {"unit": "share of the gap"})
     data = xr.Dataset(variables)  # pyright: ignore[reportArgumentType]
     return data.assign_coords(layer=list(range(data.sizes["layer"])))
-
-
-class Layout:
-    """The addresses of a site's cells, the axes that they fill, and what to capture for them."""
-
-    def __init__(self, name: str, addresses: list[str], dims: tuple[str, str], shape: tuple[int, int]) -> None:
-        self.addresses, self.dims, self.shape, self.capture = addresses, dims, shape, f"*.{name}"
-
-
-def every_position(length: int) -> list[tuple[int, int]]:
-    """Each position of a prompt as a place (first, end) of its own."""
-    return [(p, p + 1) for p in range(length)]
-
-
-def layout(model: Model, site: str, places: Sequence[tuple[int, int]], axis: str = "pos", units_at: str = "") -> Layout:
-    """The cells of a site: every layer by every place (first, end), or by every unit at some positions.
-
-    Raises:
-        SiteError: the site has no positions, no units, or is not in every layer.
-    """
-    name, by_unit = site.partition("[")[0], site.endswith("]")
-    n = model.anatomy.n_layers
-    if site not in (*BY_POSITION, *BY_UNIT):
-        raise error(
-            SiteError,
-            f'cannot patch "{site}" by layer',
-            allowed=", ".join((*BY_POSITION, *BY_UNIT)),
-            do="name one of these",
-        )
-    absent = next((i for i in range(n) if Site(name, i) not in model.anatomy.hook_points), None)
-    if absent is not None:
-        raise error(SiteError, f"no {name} in layer {absent}", got=model.anatomy.missing.get(Site(name, absent)))
-    if by_unit:
-        units = model.anatomy.units(Site(name, 0))
-        addresses = [f"{i}.{name}[{u}]{units_at}" for i in range(n) for u in range(units)]
-        return Layout(name, addresses, ("layer", Site(name, 0).spec.unit), (n, units))
-    addresses = [f"{i}.{name}{at(*place)}" for i in range(n) for place in places]
-    return Layout(name, addresses, ("layer", axis), (n, len(places)))
 
 
 def refuse_unknown(what: str, value: str, allowed: Sequence[str]) -> None:
@@ -207,63 +167,3 @@ def refuse_seed(seed: int) -> None:
     """
     if seed < 0:
         raise error(EditError, "there is no such seed", got=seed, allowed="0 or more", do="choose another")
-
-
-def refuse_blind(model: Model, metric: Metric, tokens: Tensor, number: int | None = None) -> None:
-    """Refuse a metric that no patch can reach: the prompts [2, pos] are one, or differ after what it reads of them.
-
-    Raises:
-        PromptError: there is nothing to patch.
-        SiteError: it reads only what comes before they differ; says where.
-    """
-    differ = (tokens[0] != tokens[1]).nonzero().flatten().tolist()
-    pair = "" if number is None else f"pair {number}: "
-    if not differ:
-        raise error(
-            PromptError, f"{pair}the clean and the corrupt prompt are the same, so that there is nothing to patch",
-            do="change what the answer depends on",
-        )  # fmt: skip
-    reads = metric.columns(number or 0, tokens.shape[1])
-    if model.anatomy.causal and max(reads) < differ[0]:
-        raise error(
-            SiteError,
-            f"{pair}the metric does not depend on what is patched, so that every effect would be 0",
-            got=f"it reads positions {reads}, and the prompts differ from token {differ[0]} on",
-            do="read a later position",
-        )
-
-
-def answer_metric(model: Model, answer: str | int | None, foil: str | int | None) -> Metric:
-    """The logit difference of answer and foil at the last position, or without a foil the answer's log-probability.
-
-    Raises:
-        PromptError: there is no answer, one of them is not one token, or they are the same.
-    """
-    if answer is None:
-        raise error(PromptError, "there is nothing to read", do="give answer= or metric=")
-    answers, foils = answer_and_foil(model, answer, foil, 1)
-    return LogProbability(answers[0]) if foils is None else LogitDifference(answers[0], foil=foils[0])
-
-
-def aligned(model: Model, clean: Prompt, corrupt: Prompt) -> Tensor:
-    """Tokens [2, pos] of two prompts of one length.
-
-    Raises:
-        PromptError: their lengths differ; names the first difference.
-    """
-    rows = [model.to_batch(p).tokens for p in (clean, corrupt)]
-    if any(r.shape[0] != 1 for r in rows):
-        raise error(PromptError, "patching takes one clean and one corrupt prompt", got=str([r.shape[0] for r in rows]))
-    lengths = [r.shape[1] for r in rows]
-    if lengths[0] != lengths[1]:
-        words = [model.to_words(r[0]) for r in rows]
-        at = next((i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b), min(lengths))
-        there = [str(row[at : at + 3]) if row[at:] else "its end" for row in words]
-        raise error(
-            PromptError,
-            f"the prompts do not align: they differ first at token {at}",
-            got=f"{lengths[0]} and {lengths[1]} tokens, {there[0]} against {there[1]}",
-            allowed="the same number of tokens",
-            do="reword one so that every token has its counterpart",
-        )
-    return torch.cat(rows)

@@ -24,7 +24,7 @@ from torch import Tensor
 from microtome.edit import Edit, Noise, Patch, SiteEdit
 from microtome.errors import EditError, PromptError, SiteError, error
 from microtome.explain._answers import one_token
-from microtome.explain._patching import aligned
+from microtome.explain._pairs import aligned
 from microtome.explain._spans import Span, at, layers_at, one_row, span_of, window_of
 from microtome.metric import Probability
 from microtome.model import Model
