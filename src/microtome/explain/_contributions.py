@@ -31,8 +31,8 @@ WHOLE = "none: what the parts sum to"
 BATCH, LAYER, HEAD = ("batch",), ("batch", "layer"), ("batch", "layer", "head")
 
 
-def _column(name: str, meaning: str, dims: tuple[str, ...] = BATCH, control: str = TERM) -> Column:
-    return Column(name, "logits", meaning, control, dims=dims)
+def _column(name: str, meaning: str, dims: tuple[str, ...] = BATCH, title: str = "", control: str = TERM) -> Column:
+    return Column(name, "logits", meaning, control, dims=dims, title=title)
 
 
 @question(
@@ -42,15 +42,15 @@ def _column(name: str, meaning: str, dims: tuple[str, ...] = BATCH, control: str
     question="How much does each part of the model add to a logit?",
     columns=(
         _column("logit", "the logit of the answer, or its difference to the foil's; before a cap", control=WHOLE),
-        _column("embed", "what the embedding adds"),
-        _column("attn", "what each head adds", HEAD),
-        _column("attn_bias", "what the output bias of attention and of a norm behind it add", LAYER),
-        _column("mlp", "what each MLP adds", LAYER),
+        _column("embed", "what the embedding adds", title="embedding"),
+        _column("attn", "what each head adds", HEAD, "heads"),
+        _column("attn_bias", "what the output bias of attention and of a norm behind it add", LAYER, "attention bias"),
+        _column("mlp", "what each MLP adds", LAYER, "MLP"),
         _column("constant", "what the biases of the final norm and of the unembedding add"),
         _column("gap", "the logit minus the sum of all parts", control="none: 0 but for rounding"),
         _column("attn_source", "what each head adds by the position that it reads", (*HEAD, "k_pos")),
-        _column("mlp_neuron", "what each neuron adds", (*LAYER, "neuron")),
-        _column("mlp_bias", "what the output bias of each MLP adds, where neurons are told apart", LAYER),
+        _column("mlp_neuron", "what each neuron adds", (*LAYER, "neuron"), "neurons"),
+        _column("mlp_bias", "what the output bias of each MLP adds, where neurons are told apart", LAYER, "MLP bias"),
     ),
     source=Source(
         "Elhage et al.", "A Mathematical Framework for Transformer Circuits", 2021,
@@ -96,7 +96,9 @@ def contributions(
         coords["source"] = (("batch", "k_pos"), run.words)
     attrs = {name: text[0] if len(text) == 1 else text for name, text in told.items()}
     attrs["metric"] = "logit of the answer" if reader.foils is None else "logit difference"
-    return Found(values, coords=coords, attrs=attrs | {"parts": list(PARTS), "sum_of": "logit"})
+    mlp = ["mlp_neuron", "mlp_bias"] if "neuron" in detail else ["mlp"]
+    attrs |= {"parts": ["embed", "constant", "attn", "attn_bias", *mlp], "sum_of": "logit"}
+    return Found(values, coords=coords, attrs=attrs)
 
 
 def refuse_unless_sum(model: Model) -> None:

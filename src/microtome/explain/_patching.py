@@ -82,7 +82,7 @@ def activation_patching(
     refuse_wrong(direction, sites)
     tokens = aligned(model, clean, corrupt)
     start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
-    own = {} if metric is None else {"metric": type(metric).__name__}
+    own = {"metric": metric_words(foil) if metric is None else type(metric).__name__, "reading": READING[direction]}
     metric = answer_metric(model, answer, foil) if metric is None else metric
     require_effect_on_metric(model, metric, tokens)
     layouts = {site: layout(model, site, every_position(tokens.shape[1])) for site in sites}
@@ -100,6 +100,19 @@ def activation_patching(
     data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
     said = {k: _word(model, token) for k, token in (("answer", answer), ("foil", foil)) if token is not None}
     return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
+
+
+READING = {
+    "denoise": "Each cell is one run of the corrupt prompt with one activation taken from the clean run: 0 leaves the "
+    "corrupt answer, 1 restores the clean one.",
+    "noise": "Each cell is one run of the clean prompt with one activation taken from the corrupt run: 0 leaves the "
+    "clean answer, 1 turns it into the corrupt one.",
+}
+
+
+def metric_words(foil: object) -> str:
+    """What is read off each run, in words."""
+    return "log-probability of the answer" if foil is None else "logit difference"
 
 
 def _gap(began: float, reached: float) -> float:

@@ -108,7 +108,19 @@ def causal_trace(
     said = {"answer": model.to_words([token])[0], "known": int(token == own), "window": window, "seed": seed}
     noised = {"noise": noise, "std": std, "samples": samples}
     how = noised if corrupt is None else {"replaced": "".join(model.to_words(rows[1][0]))}
-    return data.assign_attrs(model.provenance | {"method": "causal tracing"} | said | how)
+    return data.assign_attrs(model.provenance | {"method": "causal tracing"} | _read(window) | said | how)
+
+
+def _read(window: int) -> dict[str, str]:
+    """What is read off each run, and how a cell is to be read."""
+    branches = f" Branches are given back over {window} layers at once." if window > 1 else ""
+    return {"metric": "probability of the answer", "reading": READING + branches}
+
+
+READING = (
+    "Each cell is the run whose subject is corrupted, with one state given back as the clean run had it: by how much "
+    "that raises the probability of the answer."
+)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class LoadedModel:
         }
 
     def to_batch(self, prompt: Prompt, padding: Literal["left", "right"] = "right") -> Batch:
-        """Tokens, mask and lengths of a prompt.
+        """Tokens, mask and lengths of a prompt; a `Batch` stays as it is.
 
         Raises:
             PromptError: it is empty, too long, or not of this vocabulary.
