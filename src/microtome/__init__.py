@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from microtome import anatomy as anatomy
     from microtome import atlas as atlas
+    from microtome import change as change
     from microtome import edit as edit
     from microtome import errors as errors
     from microtome import explain as explain
@@ -31,19 +32,20 @@ if TYPE_CHECKING:
     from microtome.context import settings as settings
     from microtome.method import methods as methods
     from microtome.method.runner import measure as measure
+    from microtome.method.runner import measures as measures
     from microtome.model import Model as Model
     from microtome.model import open as open
     from microtome.run import Run as Run
     from microtome.tasks import Task as Task
 
 _ROOMS = (
-    "anatomy", "atlas", "edit", "errors", "explain", "measurements", "metric", "planted", "stream", "sweep", "tasks",
-    "view",
+    "anatomy", "atlas", "change", "edit", "errors", "explain", "measurements", "metric", "planted", "stream", "sweep",
+    "tasks", "view",
 )  # fmt: skip
 _HOME = {
     "Model": "model:Model", "Run": "run:Run", "Settings": "context:Settings", "Task": "tasks:Task",
-    "measure": "method.runner:measure", "methods": "method:methods", "open": "model:open",
-    "settings": "context:settings",
+    "measure": "method.runner:measure", "measures": "method.runner:measures", "methods": "method:methods",
+    "open": "model:open", "settings": "context:settings",
 }  # fmt: skip
 
 __all__ = sorted([*_HOME, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]

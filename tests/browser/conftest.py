@@ -88,7 +88,7 @@ def fake() -> dict[str, Any]:
             for name, table in tables.items()
         },
     }  # fmt: skip
-    return {"manifest": manifest, **tables, "tokens": tokens, "vocab": vocab}
+    return {"manifest": manifest, "tables": tables, "tokens": tokens, "vocab": vocab}
 
 
 def _with_interval(columns: dict[str, Any], name: str, values: np.ndarray) -> None:

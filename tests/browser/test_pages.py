@@ -46,13 +46,13 @@ def test_layer_page_shows_its_row_with_intervals_and_its_units(
     page: Path, dom: Reader, text: Reader, fake: dict[str, Any]
 ) -> None:
     words = text(page, "#/layer/1")
-    row = fake["layers"].slice(1, 1).to_pylist()[0]
+    row = fake["tables"]["layers"].slice(1, 1).to_pylist()[0]
     lo, hi = row["loss_skip_attn_lo"], row["loss_skip_attn_hi"]
     assert f"loss skip attn {row['loss_skip_attn']:.2f} [{lo:.2f}, {hi:.2f}]" in words
     assert re.search(r"median abs –", words), "what was not measured is a dash"
     document = dom(page, "#/layer/1")
     assert addresses(document, "head") == ["1.0", "1.1", "1.2", "1.3"]
-    neurons = fake["neurons"].slice(70, 70).sort_by([("max", "descending")])
+    neurons = fake["tables"]["neurons"].slice(70, 70).sort_by([("max", "descending")])
     assert addresses(document, "neuron") == [f"1.{n}" for n in neurons["neuron"].to_pylist()[:50]]
 
 
@@ -62,7 +62,7 @@ def test_infinite_value_is_a_dash(page: Path, text: Reader) -> None:
 
 def test_head_page_shows_scores_and_siblings(page: Path, text: Reader, fake: dict[str, Any]) -> None:
     words = text(page, "#/head/2.1")
-    row = fake["heads"].slice(9, 1).to_pylist()[0]
+    row = fake["tables"]["heads"].slice(9, 1).to_pylist()[0]
     assert "Head 2.1" in words
     assert "2.attn.z[1]" in words
     assert "role 9" in words
@@ -102,7 +102,7 @@ def test_hostile_tokens_stay_text(page: Path, dom: Reader, text: Reader, fake: d
 
 
 def test_list_sorts_by_permalink(page: Path, dom: Reader, fake: dict[str, Any]) -> None:
-    order = fake["neurons"].sort_by([("max", "descending")]).select(["layer", "neuron"]).to_pylist()
+    order = fake["tables"]["neurons"].sort_by([("max", "descending")]).select(["layer", "neuron"]).to_pylist()
     expected = [f"{row['layer']}.{row['neuron']}" for row in order]
     document = dom(page, "#/neurons?sort=max&desc=1")
     assert addresses(document, "neuron") == expected[:50]
@@ -133,7 +133,7 @@ def test_lists_filter_by_layer_number_and_name(page: Path, dom: Reader, fake: di
     assert addresses(dom(page, "#/heads?q=role%2011"), "head") == ["2.3"]
     assert addresses(dom(page, "#/heads?q=ROLE%20induction>0.5&sort=induction&desc=1"), "head") == [
         f"{row['layer']}.{row['head']}"
-        for row in fake["heads"].sort_by([("induction", "descending")]).to_pylist()
+        for row in fake["tables"]["heads"].sort_by([("induction", "descending")]).to_pylist()
         if row["induction"] > 0.5
     ]
     assert addresses(dom(page, "#/layers?q=1"), "layer") == ["1"]

@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_nothing(cli: Cli, saved: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "write_text", full)
     done = cli("patch", *PAIR, "--answer", "mat", "-m", saved, "-o", tmp_path / "p.html")
-    check(done, 9, "OutputError: cannot write", "No space left on device", "check the folder and its space")
+    check(done, 9, "OutputError: cannot write", "No space left on device", "check the folder and its free space")
     assert not list(tmp_path.iterdir())
 
 

@@ -67,8 +67,8 @@ def test_each_ablation_is_its_literal_forward(ablation: str, everywhere: bool) -
         everywhere=everywhere, seed=3,
     )  # fmt: skip
     sites = ["0.mlp_out", "1.attn.z", "2.attn_out"]
-    means = mt.measurements.means(model, ROWS, [s + at for s in sites])
-    drawn = mt.measurements.resampled(model, ROWS, sites, seed=3)
+    means = mt.change.means(model, ROWS, [s + at for s in sites])
+    drawn = mt.change.resampled(model, ROWS, sites, seed=3)
     for i in range(3):
         clean = difference(model.run([ROWS[i]]).logits, i)
         for name, site in zip(names, sites, strict=True):

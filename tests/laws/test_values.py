@@ -120,7 +120,7 @@ def test_projecting_out_a_dependent_basis_removes_its_span_and_no_more(model: mt
 
 def test_means_are_those_of_the_runs(model: mt.Model) -> None:
     wanted = ["1.mlp_out", "*.attn.z", "2.mlp.post[3-5]@-1"]
-    got = mt.measurements.means(model, ROWS, wanted)
+    got = mt.change.means(model, ROWS, wanted)
     runs = [model.run([row], capture=wanted) for row in ROWS]
     assert set(got) == {"1.mlp_out", "0.attn.z", "1.attn.z", "2.attn.z", "2.mlp.post[3-5]@-1"}
     for address, mean in got.items():
@@ -131,16 +131,16 @@ def test_means_are_those_of_the_runs(model: mt.Model) -> None:
         "1.attn.z"
     ]
     assert (edited[0, 2] - got["1.attn.z"]).abs().max() < 1e-5
-    same = mt.measurements.means(model, torch.tensor(ROWS[:2]), "1.mlp_out")["1.mlp_out"]
+    same = mt.change.means(model, torch.tensor(ROWS[:2]), "1.mlp_out")["1.mlp_out"]
     batches = [mt.stream.TokenBatch.of(torch.tensor([r])) for r in ROWS[:2]]
-    assert (mt.measurements.means(model, batches, "1.mlp_out")["1.mlp_out"] - same).abs().max() < 1e-6
+    assert (mt.change.means(model, batches, "1.mlp_out")["1.mlp_out"] - same).abs().max() < 1e-6
     with pytest.raises(mt.errors.DataError, match="means needs text"):
-        mt.measurements.means(model, iter([]), "1.mlp_out")
+        mt.change.means(model, iter([]), "1.mlp_out")
 
 
 def test_resampling_takes_another_prompts_values(model: mt.Model) -> None:
     rows = [[i, 20, 33 + i] for i in range(5, 11)]
-    source = mt.measurements.resampled(model, rows, "*.attn_out", seed=2)
+    source = mt.change.resampled(model, rows, "*.attn_out", seed=2)
     plain = model.run(rows, capture="*.attn_out")["1.attn_out"]
     gaps = (source["1.attn_out"][:, None] - plain[None]).abs().amax((2, 3))
     taken = gaps.argmin(1)
@@ -151,7 +151,7 @@ def test_resampling_takes_another_prompts_values(model: mt.Model) -> None:
     for i in range(6):
         edit = mt.edit.Set("1.attn_out", value=plain[taken[i]][None])
         assert (swept.values[i] - model.run([rows[i]], edits=[edit]).logits[0, -1]).abs().max() < 1e-4
-    again = mt.measurements.resampled(model, rows, "*.attn_out", seed=2)
+    again = mt.change.resampled(model, rows, "*.attn_out", seed=2)
     assert torch.equal(again["0.attn_out"], source["0.attn_out"])
     with pytest.raises(mt.errors.DataError, match="prompt 2 cannot be resampled; got no other prompt of 7 tokens"):
-        mt.measurements.resampled(model, ROWS, "1.attn_out")
+        mt.change.resampled(model, ROWS, "1.attn_out")

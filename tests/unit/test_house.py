@@ -30,7 +30,7 @@ HOOKS = f"{PACKAGE}.run.hook._hooks"  # the one module that may register hooks
 
 FLOORS = (
     ("errors", "axes"),
-    ("context",),
+    ("catalogue", "context", "files"),
     ("anatomy",),
     ("edit",),
     ("run",),
@@ -38,10 +38,10 @@ FLOORS = (
     ("sweep",),
     ("model",),
     ("stream", "tasks", "planted"),
+    ("view",),
     ("method",),
     ("measurements", "explain", "features", "change"),
     ("claims",),
-    ("view",),
     ("atlas",),
     ("",),  # the public face: microtome/__init__.py
     ("cli",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from tests import families
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
 
 import microtome as mt
+from microtome.run import Batch
 
 NEAR = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -58,6 +59,45 @@ def test_one_row_or_no_mask(model: mt.Model) -> None:
         assert model.to_tokens(ids).tolist() == [[7, 8]]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_is_a_prompt_and_keeps_its_padding(model: mt.Model, side: Literal["left", "right"]) -> None:
+    batch = model.to_batch(ROWS, side)
+    run = model.run(batch, "1.attn.z@-1")
+    expected = model.run(ROWS, "1.attn.z@-1", padding=side)
+    assert run.batch.spans == expected.batch.spans == batch.spans
+    assert torch.equal(run["1.attn.z@-1"], expected["1.attn.z@-1"])
+    assert torch.equal(run.logits, expected.logits)
+    assert [row.tolist() for row in batch.rows] == ROWS
+    cells = [mt.edit.Zero("0.mlp_out@0"), mt.edit.Zero("1.attn.z[1]@-1")]
+    metric = mt.metric.LogProbability(7)
+    whole = model.sweep(ROWS, cells, metric, prompts=[1, 0]).run()
+    torch.testing.assert_close(model.sweep(batch, cells, metric, prompts=[1, 0]).run().values, whole.values, **NEAR)
+    assert model.generate(batch, max_new_tokens=3) == model.generate(ROWS, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_edges_of_a_padded_batch_are_those_of_its_rows(model: mt.Model, side: Literal["left", "right"]) -> None:
+    edge = mt.sweep.Edge("0.mlp_out", "1.mlp.in", change=torch.ones(2, families.D_MODEL))
+    metric = mt.metric.LogProbability(7)
+    batch = model.to_batch(ROWS, side)
+    found, alone = (model.sweep(p, [edge], metric, prompts=n).run() for p, n in ((batch, [1]), (ROWS[1:], None)))
+    assert alone.effects.abs().max() > 1e-3
+    torch.testing.assert_close(found.values, alone.values, **NEAR)
+
+
+def test_a_run_keeps_the_tokens_that_it_was_given(model: mt.Model) -> None:
+    tokens = torch.tensor([[7, 8, 9]])
+    run = model.run(tokens)
+    tokens[0, 0] = 30
+    assert run.tokens.tolist() == [[7, 8, 9]]
+
+
+@pytest.mark.parametrize(("lengths", "pads"), [((2, 2), (0, 0)), ((3,), (0,)), ((2,), (1,)), ((2,), ()), ((1,), (-1,))])
+def test_a_batch_whose_rows_do_not_fit_is_refused(lengths: tuple[int, ...], pads: tuple[int, ...]) -> None:
+    with pytest.raises(mt.errors.PromptError, match=r"lengths and pads of a batch do not fit its tokens; got lengths"):
+        Batch(torch.tensor([[7, 8]]), lengths, pads)
+
+
 @pytest.mark.parametrize(
     ("prompt", "text"),
     [
@@ -69,6 +109,11 @@ def test_one_row_or_no_mask(model: mt.Model) -> None:
         ([[7, 101]], "a token id lies outside the vocabulary; got 101; allowed: 0 to 100"),
         ([7, -1], "a token id lies outside the vocabulary; got -1"),
         (torch.tensor([2**40]), "a token id lies outside the vocabulary"),
+        ([7, 2**70], "a token id lies outside the vocabulary; got 1180591620717411303424"),
+        ([torch.tensor([7]), torch.tensor([8, 101])], "a token id lies outside the vocabulary; got 101"),
+        ([torch.tensor([7.0])], "must hold integer token ids"),
+        (Batch(torch.tensor([[7, 101]]), (2,), (0,)), "a token id lies outside the vocabulary; got 101"),
+        (Batch(torch.tensor([[7, 8]]), (0,), (0,)), "the prompt is empty"),
         ({"input_ids": [[7.5]]}, "a token id must be an integer; got 7.5"),
         ({"input_ids": [["a"]]}, "a token id must be an integer; got 'a'"),
         ({"input_ids": [7, "a"]}, "cannot read the prompt"),

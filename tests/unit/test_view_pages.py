@@ -44,7 +44,7 @@ def read(path: Path) -> Any:
 
 
 def test_writes_one_page_with_everything_beside_it(tmp_path: Path) -> None:
-    page = write_pages(tmp_path / "new", MANIFEST, **tables(), tokens=HOSTILE, vocab=HOSTILE)
+    page = write_pages(tmp_path / "new", MANIFEST, tables=tables(), tokens=HOSTILE, vocab=HOSTILE)
     assert page == tmp_path / "new" / "index.html"
     text = page.read_text(encoding="utf-8")
     assert "&lt;/title&gt;&lt;b&gt;$name" in text
@@ -57,7 +57,7 @@ def test_writes_one_page_with_everything_beside_it(tmp_path: Path) -> None:
 
 
 def test_nothing_is_loaded_from_a_network(tmp_path: Path) -> None:
-    write_pages(tmp_path, MANIFEST, **tables(), tokens=HOSTILE, vocab=HOSTILE)
+    write_pages(tmp_path, MANIFEST, tables=tables(), tokens=HOSTILE, vocab=HOSTILE)
     for path in tmp_path.rglob("*.*"):
         found = set(re.findall(r"(?:https?:)?//[\w.]+\.\w+[^\s\"']*", path.read_text(encoding="utf-8")))
         assert found <= {"http://www.w3.org/2000/svg"}, (path.name, found)
@@ -65,7 +65,7 @@ def test_nothing_is_loaded_from_a_network(tmp_path: Path) -> None:
 
 
 def test_data_files_survive_every_token(tmp_path: Path) -> None:
-    write_pages(tmp_path, MANIFEST, **tables(), tokens=HOSTILE, vocab=HOSTILE)
+    write_pages(tmp_path, MANIFEST, tables=tables(), tokens=HOSTILE, vocab=HOSTILE)
     data = tmp_path / "assets" / "data"
     for path in data.rglob("*.js"):
         raw = path.read_text(encoding="ascii")
@@ -76,7 +76,7 @@ def test_data_files_survive_every_token(tmp_path: Path) -> None:
 
 
 def test_neurons_are_sorted_split_by_layer_and_reindexed(tmp_path: Path) -> None:
-    write_pages(tmp_path, MANIFEST, **tables(), tokens=HOSTILE, vocab=HOSTILE)
+    write_pages(tmp_path, MANIFEST, tables=tables(), tokens=HOSTILE, vocab=HOSTILE)
     data = tmp_path / "assets" / "data"
     listed, details = read(data / "neurons" / "0.js"), read(data / "details" / "0.js")
     assert listed["columns"] == {"layer": [0, 0], "neuron": [0, 1], "firing_rate": [None, 0], "promoted": [[], [0]]}
@@ -90,7 +90,7 @@ def test_neurons_are_sorted_split_by_layer_and_reindexed(tmp_path: Path) -> None
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_pages(tmp_path / name, MANIFEST, **tables(), tokens=HOSTILE, vocab=HOSTILE)
+        write_pages(tmp_path / name, MANIFEST, tables=tables(), tokens=HOSTILE, vocab=HOSTILE)
     for path in (tmp_path / "a").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
 
@@ -99,9 +99,8 @@ def test_an_atlas_without_heads_or_neurons_is_written(tmp_path: Path) -> None:
     none = {
         "layers": tables()["layers"],
         "heads": tables()["heads"].slice(0, 0),
-        "neurons": tables()["neurons"].slice(0, 0),
     }
-    page = write_pages(tmp_path, {}, **none, tokens=[], vocab=[])
+    page = write_pages(tmp_path, {}, tables=none, tokens=[], vocab=[])
     assert "Atlas of a model" in page.read_text(encoding="utf-8")
     assert read(tmp_path / "assets" / "data" / "model.js")["neurons"] == []
 
@@ -162,18 +161,24 @@ def test_pack_tokens_and_count_firing() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"layers": pa.table({"depth": [1]})}, 'the table "layers" lacks layer; got depth.'),
+        ({"tables": {"layers": pa.table({"depth": [1]})}}, 'the table "layers" lacks layer; got depth.'),
+        (
+            {"tables": {"groups": pa.table({})}},
+            'there are no pages for a table "groups"; allowed: layers, heads, neurons',
+        ),
         ({"vocab": ["a"]}, 'column "promoted" of the neuron table leaves the vocabulary; got 1 to 5; allowed: 0 to 0.'),
         ({"tokens": ["a"]}, 'column "example_index" of the neuron table leaves the text; got 0 to 6; allowed: 0 to 0.'),
     ],
 )
 def test_what_cannot_be_shown_is_refused(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    held = tables() | change.get("tables", {})
+    given = {"tokens": HOSTILE, "vocab": HOSTILE} | change | {"tables": held}
     with pytest.raises(DataError, match=re.escape(told)):
-        write_pages(tmp_path, MANIFEST, **({**tables(), "tokens": HOSTILE, "vocab": HOSTILE} | change))
+        write_pages(tmp_path, MANIFEST, **given)
     assert list(tmp_path.iterdir()) == [], "nothing is written before the checks"
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="the pages cannot be written to"):
-        write_pages(tmp_path / "file", MANIFEST, **tables(), tokens=HOSTILE, vocab=HOSTILE)
+        write_pages(tmp_path / "file", MANIFEST, tables=tables(), tokens=HOSTILE, vocab=HOSTILE)

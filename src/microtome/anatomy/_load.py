@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any
 
 import platformdirs
 import torch
-from safetensors import SafetensorError
 
-from microtome.errors import ModelBroken, ModelNotFound, ModelUnsupported, OutputError, error
+from microtome.errors import ModelBroken, ModelNotFound, ModelUnsupported, error
+from microtome.files import atomic
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -250,23 +249,13 @@ def default_folder() -> Path | None:
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         return None
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
+    do = "free some space, or set MICROTOME_CACHE to another folder"
+    # Where another process finishes first, its folder is as good as ours.
+    with atomic(folder, "the default model to", folder=True, keep=_is_current, do=do) as partial:
         made: dict[str, Any] = {"made_from": files[0].name}
         (partial / MARK).write_text(json.dumps(made))  # so that what is left of a crash can be cleared
         _dequantise(files[0], partial)
         (partial / MARK).write_text(json.dumps(made | {"format": FORMAT}))  # last: now the folder is whole
-        _move(partial, folder)
-    except (OSError, SafetensorError) as problem:
-        raise error(
-            OutputError,
-            f"cannot write the default model to {folder}",
-            got=str(problem),
-            do="free some space, or set MICROTOME_CACHE to another folder",
-        ) from problem
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -294,24 +283,3 @@ def _is_current(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(mark, dict) and mark.get("format") == FORMAT and (folder / "config.json").is_file()
-
-
-def _move(partial: Path, folder: Path) -> None:
-    """Put a finished folder in its place, and take away what an earlier version left there."""
-    stale = partial.with_suffix(".stale")
-    try:
-        if not _is_current(folder):
-            with suppress(FileNotFoundError):
-                folder.rename(stale)
-                if not stale.is_symlink():
-                    (stale / MARK).touch()  # as above
-        partial.replace(folder)
-    except OSError:
-        # Another process finished first: its folder is as good as ours.
-        if not _is_current(folder):
-            raise
-    finally:
-        if stale.is_dir() and not stale.is_symlink():
-            shutil.rmtree(stale, ignore_errors=True)
-        else:
-            stale.unlink(missing_ok=True)

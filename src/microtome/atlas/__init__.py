@@ -1,5 +1,4 @@
 """The atlas of a model: every layer, head and neuron measured, as tables and as pages."""
 
 from microtome.atlas._write import check_out as check_out
-from microtome.atlas._write import put_in_place as put_in_place
 from microtome.atlas._write import write_atlas as write_atlas

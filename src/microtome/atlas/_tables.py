@@ -1,73 +1,90 @@
-"""Datasets become tables: one row a layer, a head or a neuron."""
+"""Datasets become tables: one row a layer, a head or a neuron, each column with what its measure declares of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import xarray as xr
 
-from microtome.atlas._columns import HEADS, LAYERS, NEURONS, meaning
+from microtome.method import DIMS, Method
 from microtome.model import Model
 
-if TYPE_CHECKING:
-    import xarray as xr
+TABLES = {"layer": "layers", "head": "heads", "neuron": "neurons"}
+"""The table of each unit that measures are of; what is of the whole model stands in the manifest."""
+
+KEYS = {
+    "layer": "number of the block, from 0",
+    "head": "number of the query head, from 0",
+    "kv_head": "the key/value head that it shares",
+    "neuron": "number of the neuron, from 0",
+}
 
 
-def layer_table(*data: xr.Dataset) -> pa.Table:
-    """A row a layer, from datasets over (layer)."""
-    columns = _columns(data, ("layer",))
-    layers = np.asarray(data[0]["layer"].values)
-    return _table({"layer": layers.astype(np.int32)} | columns, LAYERS)
+def tables(model: Model, found: Sequence[tuple[Method, xr.Dataset]]) -> dict[str, pa.Table]:
+    """A table a unit, from the measures of it."""
+    return {name: _table(model, unit, [(m, d) for m, d in found if m.of == unit]) for unit, name in TABLES.items()}
 
 
-def head_table(model: Model, *data: xr.Dataset) -> pa.Table:
-    """A row a head, from datasets over (layer, head)."""
-    a = model.anatomy
-    layer, head = np.divmod(np.arange(a.n_layers * a.n_heads, dtype=np.int32), a.n_heads)
-    kv_head = head // (a.n_heads // a.n_kv_heads)
-    return _table({"layer": layer, "head": head, "kv_head": kv_head} | _columns(data, ("layer", "head")), HEADS)
-
-
-def neuron_table(*data: xr.Dataset) -> pa.Table:
-    """A row a neuron, from datasets over (layer, neuron) and (layer, neuron, rank)."""
-    layers = np.asarray(data[0]["layer"].values)
-    n = int(data[0].sizes["neuron"]) if "neuron" in data[0].sizes else 0
-    keys = {
-        "layer": np.repeat(layers, n).astype(np.int32),
-        "neuron": np.tile(np.arange(n), len(layers)).astype(np.int32),
-    }
-    return _table(keys | _columns(data, ("layer", "neuron")), NEURONS)
-
-
-def _columns(data: tuple[xr.Dataset, ...], keys: tuple[str, ...]) -> dict[str, Any]:
-    """Variables over `keys` flattened to one axis; those with one axis more as lists."""
-    found: dict[str, Any] = {}
-    for part in data:
-        for name, array in part.data_vars.items():
-            if tuple(array.dims[: len(keys)]) != keys:
-                continue
-            values = np.asarray(array.values)
-            values = values.astype(np.float32) if values.dtype == np.float64 else values
-            values = values.astype(np.int32) if values.dtype == np.int64 else values
-            found[str(name)] = values.reshape(-1, *values.shape[len(keys) :])
+def described(table: pa.Table) -> dict[str, dict[str, Any]]:
+    """What each column of a table says of itself: unit, meaning, and what else it declares."""
+    found: dict[str, dict[str, Any]] = {}
+    for field in table.schema:
+        metadata: Mapping[bytes, bytes] = field.metadata or {}
+        found[field.name] = {key.decode(): _read(value.decode(), key) for key, value in metadata.items()}
     return found
 
 
-def _table(columns: dict[str, Any], meanings: dict[str, tuple[str, str]]) -> pa.Table:
-    order = {name: i for i, name in enumerate(meanings)}
-    names = sorted(columns, key=lambda n: (order[n.removesuffix("_lo").removesuffix("_hi")], n))
-    arrays = {name: _array(columns[name]) for name in names}
-    fields = [pa.field(name, arrays[name].type, metadata=dict(meaning(meanings, name))) for name in names]
+def _read(text: str, key: bytes) -> Any:
+    return json.loads(text) if key in (b"range", b"log") else text
+
+
+def _table(model: Model, unit: str, found: Sequence[tuple[Method, xr.Dataset]]) -> pa.Table:
+    dims = DIMS[unit]
+    whole = xr.merge([d for _, d in found], join="outer", compat="no_conflicts", combine_attrs="drop")
+    columns = _keys(model, dims, whole)
+    attrs: dict[str, dict[str, Any]] = {key: {"unit": "1", "meaning": KEYS[key]} for key in columns}
+    for method, data in found:
+        named = [c.name + ending for c in method.columns for ending in ("", "_lo", "_hi")]
+        for name in (name for name in named if name in data):
+            columns[name] = _flat(whole[name], dims)
+            attrs[name] = dict(data[name].attrs)
+    arrays = {name: _array(values) for name, values in columns.items()}
+    fields = [pa.field(name, array.type, metadata=_metadata(attrs[name])) for name, array in arrays.items()]
     return pa.table(list(arrays.values()), schema=pa.schema(fields))
 
 
+def _keys(model: Model, dims: Sequence[str], whole: xr.Dataset) -> dict[str, Any]:
+    """The columns that name a row."""
+    sizes = [np.asarray(whole[dim].values) if dim in whole.coords else np.arange(0) for dim in dims]
+    grid = np.meshgrid(*sizes, indexing="ij")
+    keys: dict[str, Any] = {dim: x.reshape(-1).astype(np.int32) for dim, x in zip(dims, grid, strict=True)}
+    if "head" in keys:
+        keys["kv_head"] = keys["head"] // (model.anatomy.n_heads // model.anatomy.n_kv_heads)
+    return keys
+
+
+def _flat(array: xr.DataArray, dims: Sequence[str]) -> npt.NDArray[Any]:
+    """A row a unit; axes behind those of the unit stay, as lists."""
+    extra = [dim for dim in array.dims if dim not in dims]
+    values = np.asarray(array.transpose(*dims, *extra).values)
+    values = values.astype(np.float32) if values.dtype == np.float64 else values
+    values = values.astype(np.int32) if values.dtype == np.int64 else values
+    return values.reshape(-1, *values.shape[len(dims) :])
+
+
+def _metadata(attrs: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in attrs.items() if value != ""}
+
+
 def _array(values: npt.NDArray[Any]) -> pa.Array:
-    flat = pa.array(values.reshape(-1))
-    if values.dtype.kind == "f":
-        finite = np.isfinite(values.reshape(-1))
-        flat = flat if finite.all() else pa.array(values.reshape(-1), mask=~finite)
+    flat = values.reshape(-1)
+    missing = ~np.isfinite(flat) if values.dtype.kind == "f" else np.zeros(flat.shape, bool)
+    made = pa.array(flat, mask=missing) if missing.any() else pa.array(flat)
     if values.ndim == 1:
-        return flat
-    return pa.ListArray.from_arrays(np.arange(0, values.size + 1, values.shape[1], dtype=np.int32), flat)
+        return made
+    return pa.ListArray.from_arrays(np.arange(0, values.size + 1, values.shape[1], dtype=np.int32), made)

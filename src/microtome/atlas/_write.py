@@ -10,9 +10,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,16 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from microtome.atlas._columns import HEADS, LAYERS, NEURONS, meaning
-from microtome.atlas._tables import head_table, layer_table, neuron_table
+from microtome.atlas._tables import described, tables
+from microtome.context import current
 from microtome.errors import ModelUnsupported, OutputError, error
-from microtome.measurements import TextStatistics, ablation_loss, head_scores, neuron_weights
+from microtome.files import atomic
+from microtome.method import corpus_of, methods
+from microtome.method.runner import Measured, run_measures
 from microtome.model import Model
-from microtome.stream import Corpus, TokenBatches, standard_library_text
+from microtome.stream import TokenBatches, standard_library_text
 from microtome.view import write_pages
 
-Progress = Callable[[str, int, int], None]
 KIND = "microtome atlas"
 
 
@@ -37,27 +37,27 @@ def write_atlas(
     model: Model,
     out: str | Path,
     *,
-    corpus: Corpus | None = None,
+    text: Any = None,
+    measures: Sequence[str] | None = None,
     tokens: int = 20_000,
     length: int = 256,
     rows: int = 4,
-    seed: int = 0,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> Path:
-    """Measure a causal model and write its atlas.
+    """Measure a causal model and write its atlas: all measures that say so, as tables and as pages.
 
-    Cost:  one pass over the text with statistics, about 1.5 L forwards of 1,024 tokens for the losses without a layer,
-           16 forwards of 100 tokens for the heads, and 2 d_model vocab operations a neuron for its tokens.
+    Cost:  what `mt.measure` of its measures costs; docs/atlas.md has the figures of the default model.
 
     Args:
         model: an open causal model with a tokenizer.
         out: the folder to write; it must not exist, be empty, or hold an earlier atlas, which is replaced.
-        corpus: the text; the documentation topics of the standard library by default.
-        tokens: how many of its tokens to read.
-        length: tokens a row.
-        rows: rows a batch.
-        seed: of random tokens and bootstraps.
-        progress: called with (stage, done, all).
+        text: a corpus, the path of a file, or texts; the documentation topics of the standard library by default.
+        measures: which to run; all that are declared for the atlas by default. What the model lacks the sites for is
+            left out, and the manifest says why.
+        tokens: how many tokens of the text to read.
+        length: tokens in a row.
+        rows: rows in a batch.
+        options: arguments of measures, such as ``examples=10``.
 
     Returns:
         The path of `index.html`.
@@ -66,31 +66,19 @@ def write_atlas(
         OutputError: the folder holds something else, or cannot be written.
         DataError: the text has too few tokens.
         ModelUnsupported: the model is not causal, or was opened without a tokenizer.
+        ArgumentError: there is no such measure or argument.
     """
     out = Path(out)
     check_out(out)
     _check_model(model)
     length = min(length, model.anatomy.n_ctx)
-    batches = TokenBatches(corpus or standard_library_text(), model.tokenizer, length=length, rows=rows, tokens=tokens)
+    chosen = [m.name for m in methods("measure").values() if m.atlas] if measures is None else list(measures)
+    corpus = standard_library_text() if text is None else corpus_of(text)
+    batches = TokenBatches(corpus, model.tokenizer, length=length, rows=rows, tokens=tokens)
     place = out.resolve()
-    partial = place.parent / f".{place.name}.{os.getpid()}.part"
-    try:
-        partial.mkdir(parents=True)
-        _make(model, batches, partial, seed, progress or (lambda stage, done, all: None))
+    with atomic(place, "the atlas to", folder=True) as partial:
+        _make(model, batches, partial, chosen, options)
         check_out(place)  # it took minutes: something may have come meanwhile
-        put_in_place(partial, place)
-    except (OSError, OutputError) as problem:
-        cause = problem.__cause__ if isinstance(problem, OutputError) else problem
-        if not isinstance(cause, OSError):
-            raise
-        raise error(
-            OutputError,
-            f"cannot write the atlas to {out}",
-            got=cause.strerror or str(cause),
-            do="check the folder and the free space of its disk",
-        ) from problem
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out / "index.html"
 
 
@@ -145,79 +133,41 @@ def _files(folder: Path) -> set[str]:
         return set()
 
 
-def put_in_place(made: Path, place: Path) -> None:
-    """Move a folder to its place; what stood there is deleted only when the new one stands, else put back."""
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    try:
-        if place.exists():
-            place.replace(old)
-        made.replace(place)
-    finally:
-        if old.exists() and not place.exists():
-            old.replace(place)
-        elif old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _make(model: Model, batches: TokenBatches, folder: Path, seed: int, progress: Progress) -> None:
+def _make(model: Model, batches: TokenBatches, folder: Path, chosen: Sequence[str], options: Mapping[str, Any]) -> None:
     started = time.perf_counter()
-    cost: dict[str, float] = {}
-
-    def lap(stage: str) -> None:
-        cost[stage] = round(time.perf_counter() - started - sum(cost.values()), 2)
-
-    progress("reading the text", 0, len(batches))
-    statistics = TextStatistics(model)
-    for done, batch in enumerate(batches, 1):
-        statistics.update(batch)
-        progress("reading the text", done, len(batches))
-    lap("text")
-    sample = batches[0].tokens[:, :128].to(model.device)
-    more = [b.tokens[:, :128].to(model.device) for b in list(batches)[1:2]]
-    import torch
-
-    skipped = torch.cat([sample, *more])
-    without = ablation_loss(model, skipped, seed=seed, progress=lambda d, n: progress("leaving layers out", d, n))
-    lap("loss_without")
-    progress("scoring heads", 0, 1)
-    scores = head_scores(model, length=min(50, (model.anatomy.n_ctx - 1) // 2), seed=seed)
-    progress("scoring heads", 1, 1)
-    lap("heads")
-    weights = neuron_weights(model, progress=lambda d, n: progress("reading neurons", d, n))
-    lap("neurons")
-    progress("writing", 0, 1)
-    tables = {
-        "layers": (layer_table(statistics.layers(), without), LAYERS),
-        "heads": (head_table(model, scores, statistics.heads()), HEADS),
-        "neurons": (neuron_table(statistics.neurons(), weights), NEURONS),
-    }
-    for name, (table, _) in tables.items():
+    report = current().report
+    measured = run_measures(model, chosen, text=batches, options=options, lenient=True)
+    found = [(method, data) for method, data in measured.datasets.items() if method.of != "model"]
+    made = tables(model, found)
+    report("writing", 0, 1)
+    for name, table in made.items():
         pq.write_table(table, folder / f"{name}.parquet")
-    cost["seconds"] = round(time.perf_counter() - started, 2)
-    cost["peak_memory_bytes"] = peak_memory()
-    manifest = _manifest(model, batches, statistics.loss, seed, cost, tables)
-    manifest["skipped_on"] = {"sequences": skipped.shape[0], "tokens_each": skipped.shape[1]}
-    manifest["scored_on"] = {"sequences": scores.attrs["sequences"], "tokens_each": 2 * scores.attrs["length"]}
+    cost = {**measured.seconds, "seconds": round(time.perf_counter() - started, 2), "peak_memory_bytes": peak_memory()}
+    manifest = _manifest(model, batches, measured, cost, made)
     vocab = model.to_words(list(range(model.anatomy.d_vocab)))
     words = [vocab[t] for t in batches.flat]
-    layers, heads, neurons = (tables[name][0] for name in ("layers", "heads", "neurons"))
-    write_pages(folder, manifest, layers, heads, neurons, words, vocab)
+    write_pages(folder, manifest, made, words, vocab)
     written = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest["files"] = ["manifest.json", *written]
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    progress("writing", 1, 1)
+    report("writing", 1, 1)
 
 
 def _manifest(
     model: Model,
     batches: TokenBatches,
-    loss: float,
-    seed: int,
-    cost: dict[str, float],
-    tables: dict[str, tuple[pa.Table, dict[str, tuple[str, str]]]],
+    measured: Measured,
+    cost: Mapping[str, float],
+    made: Mapping[str, pa.Table],
 ) -> dict[str, Any]:
     a, provenance = model.anatomy, model.provenance
     text = batches.corpus
+    whole = {
+        str(name): float(value)
+        for method, data in measured.datasets.items()
+        for name, value in data.data_vars.items()
+        if method.of == "model"
+    }
     return {
         "kind": KIND,
         "microtome": provenance["microtome"],
@@ -234,14 +184,19 @@ def _manifest(
             "sequences": -(-len(batches.flat) // batches[0].tokens.shape[1]),
             "sha256": hashlib.sha256(str(batches.flat).encode()).hexdigest(), "short": batches.short,
         },
-        "loss": loss,
-        "seed": seed,
+        **whole,
+        "seed": current().seed,
         "versions": {k: provenance[k] for k in ("microtome", "transformers", "torch")} | {"pyarrow": pa.__version__},
-        "cost": cost,
-        "tables": {
-            name: {"rows": table.num_rows, "columns": {c: meaning(meanings, c) for c in table.column_names}}
-            for name, (table, meanings) in tables.items()
+        "cost": dict(cost),
+        "measures": {
+            method.name: {
+                "question": method.question, "source": "; ".join(map(str, method.source)), "check": method.check,
+                "looked_at": measured.looks[method.name],
+            }
+            for method in measured.datasets
         },
+        "left_out": dict(measured.left_out),
+        "tables": {name: {"rows": table.num_rows, "columns": described(table)} for name, table in made.items()},
     }  # fmt: skip
 
 

@@ -26,11 +26,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from microtome.cli import _atlas, _attribute, _cache, _check, _explain, _model, _patch, _run, _tasks, _trace
+from microtome.cli import _atlas, _cache, _check, _model, _run, _tasks
+from microtome.cli._methods import MeasureGroup, MethodGroup
 from microtome.errors import BudgetError, MicrotomeError, OutputError, error
 
 app = typer.Typer(
     name="microtome",
+    cls=MethodGroup,
     help="See inside transformer language models, change them, and say how sure you are.",
     no_args_is_help=True,
     add_completion=False,
@@ -65,9 +67,13 @@ def options(
     _model.notes.quiet = quiet
 
 
-COMMANDS = (_check, _atlas, _explain, _patch, _trace, _attribute, _run, _tasks, _cache)
+COMMANDS = (_check, _atlas, _run, _tasks, _cache)
 for command in COMMANDS:
     command.register(app)
+app.add_typer(
+    typer.Typer(cls=MeasureGroup, no_args_is_help=True), name="measure",
+    help="Measure a model: one measure, or several with commas between them, in as few passes as they need.",
+)  # fmt: skip
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -26,8 +26,10 @@ def _entries(folder: Path) -> dict[str, int]:
     from microtome.anatomy import DEFAULT_NAME, MARK
 
     models = folder / "models"
-    # Earlier versions left no mark in the folder of the default model.
-    made = [m for m in models.iterdir() if m.name == DEFAULT_NAME or (m / MARK).is_file()] if models.is_dir() else []
+    # Earlier versions left no mark in the folder of the default model, and a crash may leave it under a hidden name.
+    own = (DEFAULT_NAME, f".{DEFAULT_NAME}.")
+    held = list(models.iterdir()) if models.is_dir() else []
+    made = [m for m in held if m.name == own[0] or m.name.startswith(own[1]) or (m / MARK).is_file()]
     return {
         m.relative_to(folder).as_posix(): sum(f.stat().st_size for f in m.rglob("*") if f.is_file())
         for m in sorted(made)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from microtome.cli._model import Json, Opening, opens, out, print_json, working
 from microtome.errors import OutputError, SiteError, error
+from microtome.files import atomic
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -135,36 +136,18 @@ def _ours(output: Path) -> bool:
 
 
 def _write(result: Run, output: Path) -> None:
-    import os
-    import shutil
-
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from microtome.atlas import put_in_place
     from microtome.edit import unshared
 
-    place = output.resolve()
-    partial = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
+    with atomic(output.resolve()) as partial:
         if output.suffix == ".zarr":
             _dataset(result).to_zarr(partial, mode="w")
-            put_in_place(partial, place)
         else:
             tensors = unshared({str(a): x for a, x in result.captured.items()} | {"tokens": result.tokens})
             axes = {str(a): list(result.dims(a)) for a in result.captured}
             told = {k: json.dumps(v) for k, v in (result.provenance | {"axes": axes, "words": result.words}).items()}
             save_file(tensors, partial, metadata=told)
-            partial.replace(place)
-    except (OSError, SafetensorError) as problem:
-        raise error(
-            OutputError, f"cannot write {output}", got=str(problem), do="check the folder and its space"
-        ) from problem
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
 
 
 def _dataset(result: Run) -> xr.Dataset:

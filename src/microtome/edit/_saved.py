@@ -18,7 +18,8 @@ from microtome.edit._freeze import Freeze
 from microtome.edit._knockout import KnockOut
 from microtome.edit._noise import Noise
 from microtome.edit._patch import Patch
-from microtome.errors import DataError, EditError, OutputError, error
+from microtome.errors import DataError, EditError, error
+from microtome.files import atomic
 
 KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind
@@ -59,15 +60,8 @@ def save_edits(path: str | Path, edits: list[Edit]) -> None:
             else:
                 entry[f.name] = value
         listing.append(entry)
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    try:
+    with atomic(path, "edits to") as partial:
         save_file(unshared(tensors), partial, metadata={"edits": json.dumps(listing)})
-        partial.replace(path)
-    except (OSError, SafetensorError) as problem:
-        raise error(OutputError, f"cannot write edits to {path}", got=str(problem), do="check the folder") from problem
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_edits(path: str | Path) -> list[Edit]:

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import Address, Site, parse
+from microtome.change import means, resampled
 from microtome.edit import Mean, Patch, SiteEdit, Zero
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._contributions import refuse_unless_sum
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
 from microtome.explain._pairs import aligned
 from microtome.explain._patching import refuse_unknown
-from microtome.measurements import means, resampled
 from microtome.model import Model
-from microtome.run import Run
+from microtome.run import Batch, Run
 from microtome.stream import slope_interval
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ABLATIONS = ("zero", "mean", "resample", "corrupt")
 RECEIVERS = ("branches", "heads")
-Prompts = Sequence[str] | Sequence[Sequence[int]] | Tensor
+Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor | Batch
 BRANCHES = ("attn_out", "mlp_out")
 
 
@@ -96,7 +96,7 @@ def component_effects(
     refuse_unknown("ablation", ablation, ABLATIONS)
     refuse_unknown("receivers", receivers, RECEIVERS)
     refuse_unless_sum(model)
-    rows = _rows(model, prompts)
+    rows = model.to_batch(prompts).rows
     named = _components(model, components, receivers)
     wanted, others = answer_and_foil(model, answers, foils, len(rows))
     values = _Values(model, rows, named, ablation, corrupts, text, "" if everywhere else "@-1", seed)
@@ -111,11 +111,6 @@ def component_effects(
     how = {"ablation": ablation, "positions": "all" if everywhere else "last", "seed": seed}
     data = _dataset(named, _receivers(model, receivers), stacked, seed)
     return data.assign_attrs(model.provenance | {"method": "component effects"} | how)
-
-
-def _rows(model: Model, prompts: Prompts) -> list[list[int]]:
-    batch = model.to_batch(prompts)
-    return [row[:n].tolist() for row, n in zip(batch.tokens, batch.lengths, strict=True)]
 
 
 def _components(model: Model, components: Sequence[str] | str, receivers: str) -> list[Address]:
@@ -153,7 +148,7 @@ class _Values:
     def __init__(
         self,
         model: Model,
-        rows: list[list[int]],
+        rows: list[Tensor],
         named: list[Address],
         ablation: str,
         corrupts: Prompts | None,
@@ -172,7 +167,7 @@ class _Values:
         elif ablation == "corrupt":
             if corrupts is None:
                 raise error(PromptError, "there is nothing to ablate with", do="give corrupts=, one an example")
-            others = _rows(model, corrupts)
+            others = model.to_batch(corrupts).rows
             if len(others) != len(rows):
                 raise error(
                     PromptError, "there must be one corrupt prompt an example", got=len(others), allowed=len(rows)
@@ -206,10 +201,10 @@ def _layer(address: Address) -> int:
 class _Example:
     """One prompt: its clean run, and what ablations change at its last position."""
 
-    def __init__(self, model: Model, row: list[int], answer: int, foil: int | None, receivers: str) -> None:
+    def __init__(self, model: Model, row: Tensor, answer: int, foil: int | None, receivers: str) -> None:
         self.model, self.by_head = model, receivers == "heads"
         self.read = [answer] if foil is None else [answer, foil]
-        self.tokens = torch.tensor([row], device=model.device)
+        self.tokens = row.unsqueeze(0)
         self.n = model.anatomy.n_layers
         base = model.run(self.tokens, capture=["*.resid_pre", "final.scale@-1", *self._read(0)], logits=False)
         self.streams = [base[f"{i}.resid_pre"] for i in range(self.n)]
@@ -290,6 +285,7 @@ def _dataset(named: list[Address], receivers: list[str], found: dict[str, Tensor
     kinds = [(a.name, _layer(a) if a.name == "attn.z" else None) for a in named]
     alike = torch.tensor([[float(a == b and i != j) for j, b in enumerate(kinds)] for i, a in enumerate(kinds)])
     control = alike.double() @ total.mean(0) / alike.double().sum(1)  # NaN where it has no like
+    variables["total"][2]["control"] = "total_control"
     variables["total_control"] = ("component", control.numpy(), {"unit": "logits"})
     variables["clean"] = ("example", found["clean"].numpy(), {"unit": "logits"})
     coords = {"component": [str(a) for a in named], "receiver": receivers}

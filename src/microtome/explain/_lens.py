@@ -24,7 +24,15 @@ LAST = "none: the last layer's is the model's own"
     title="logit lens",
     question="What would the model say if it ended after each layer?",
     columns=(
-        Column("word", "token", "the likeliest tokens, as text", LAST, dims=(*PLACED, "rank"), shade="probability"),
+        Column(
+            "word",
+            "token",
+            "the likeliest tokens, as text",
+            LAST,
+            dims=(*PLACED, "rank"),
+            shade="probability",
+            title="top tokens",
+        ),
         Column("token", "token", "the likeliest tokens, by id", LAST, dims=(*PLACED, "rank")),
         Column("probability", "probability", "of the likeliest tokens", LAST, (0, 1), dims=(*PLACED, "rank")),
         Column("answer_probability", "probability", "of the model's own answer", LAST, (0, 1), dims=PLACED),
@@ -54,7 +62,7 @@ def logit_lens(
         lengths = str(sorted(set(batch.lengths)))
         raise error(PromptError, "the lens reads prompts of one length", got=lengths, do="run them one by one")
     n = model.anatomy.n_layers
-    run = model.run(batch, capture=["*.resid_pre", f"{n - 1}.resid_post"])
+    run = model.run(batch.tokens, capture=["*.resid_pre", f"{n - 1}.resid_post"])
     answer = run.logits.argmax(-1, keepdim=True)
     rows: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():
@@ -73,7 +81,8 @@ def logit_lens(
     words = {t: model.to_words([t])[0] for t in ids.unique().tolist()}
     text = [[[[words[t] for t in p] for p in b] for b in layer] for layer in ids.tolist()]
     coords = {
-        "layer": list(range(n + 1)), "pos": list(range(ids.shape[2])), "prompt": (("batch", "pos"), run.words),
+        "layer": ("layer", list(range(n + 1)), {"last": "out"}), "pos": list(range(ids.shape[2])),
+        "prompt": (("batch", "pos"), run.words),
         "answer": (("batch", "pos"), [model.to_words(row) for row in answer.squeeze(-1)]),
     }  # fmt: skip
     return Found(values | {"word": text}, coords=coords, attrs={"layers": f"{n} is after the last layer"})

@@ -112,13 +112,13 @@ class Pairs:
         """How many tokens the prompts of each pair have."""
         return [pair.shape[1] for pair in self.tokens]
 
-    def start(self, direction: str) -> list[list[int]]:
+    def start(self, direction: str) -> list[Tensor]:
         """The prompts that are patched: the corrupt ones to denoise, the clean ones to noise."""
-        return [pair[int(direction == "denoise")].tolist() for pair in self.tokens]
+        return [pair[int(direction == "denoise")] for pair in self.tokens]
 
-    def goal(self, direction: str) -> list[list[int]]:
+    def goal(self, direction: str) -> list[Tensor]:
         """The prompts that values are taken from."""
-        return [pair[int(direction != "denoise")].tolist() for pair in self.tokens]
+        return [pair[int(direction != "denoise")] for pair in self.tokens]
 
     def read(self, run: Run) -> Float[Tensor, " pair"]:
         """The metric of a run of one prompt of each pair."""
@@ -205,9 +205,8 @@ def _aligned(model: Model, cleans: Prompt, corrupts: Prompt) -> tuple[Tensor, ..
         raise error(PromptError, what, got=counts[1], allowed=str(counts[0]), do="give as many of each")
     found: list[Tensor] = []
     for i in range(counts[0]):
-        rows = [side.tokens[i, pads : pads + n].tolist() for side in sides for pads, n in (side.spans[i],)]
         try:
-            found.append(aligned(model, *rows))
+            found.append(aligned(model, *(side.rows[i] for side in sides)))
         except PromptError as problem:
             raise PromptError(f"pair {i}: {problem}") if counts[0] > 1 else problem from None
     return tuple(found)

@@ -44,8 +44,10 @@ TOGETHER = 16
 ENDS = ("clean", "corrupt")
 AS_IS = "none: the prompts as they are, which the gap lies between"
 READING = {
-    "denoise": "1: this part's clean value alone restores the clean answer in the corrupt run; 0: it does nothing.",
-    "noise": "1: without this part's clean value nothing of the clean answer is left; 0: nothing is lost.",
+    "denoise": "Each cell is one run of the corrupt prompt with one activation taken from the clean run: 0 leaves the "
+    "corrupt answer, 1 restores the clean one.",
+    "noise": "Each cell is one run of the clean prompt with one activation taken from the corrupt run: 0 leaves the "
+    "clean answer, 1 turns it into the corrupt one.",
 }
 
 
@@ -151,7 +153,7 @@ def _ends(model: Model, pairs: Pairs, share: bool) -> Float[Tensor, "pair 2"]:
     found = torch.empty(len(pairs), 2, dtype=torch.float64)
     for some in _chunks(len(pairs)):
         for side in (0, 1):
-            rows = [pair[side].tolist() for pair in pairs.tokens[some]]
+            rows = [pair[side] for pair in pairs.tokens[some]]
             found[some, side] = pairs[some].read(model.run(rows)).detach().double().cpu()
     for i, (clean, corrupt) in enumerate(found.tolist()):
         if abs(clean - corrupt) < SMALLEST_GAP:
@@ -231,6 +233,11 @@ def _told(model: Model, pairs: Pairs, kept: list[int], gaps: Tensor) -> tuple[di
 
 
 DIRECTIONS = ("noise", "denoise")
+
+
+def metric_words(foil: object) -> str:
+    """What is read off each run, in words."""
+    return "log-probability of the answer" if foil is None else "logit difference"
 
 
 def refuse_unknown(what: str, value: str, allowed: Sequence[str]) -> None:

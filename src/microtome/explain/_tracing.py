@@ -66,8 +66,8 @@ def _gain(kind: str, what: str) -> Column:
     cost="three forwards and a sweep of kinds x samples x L x (T - first) cells, each about half a forward",
     check="tests/laws/test_tracing.py, tests/planted/test_causal.py",
     call='mt.explain.causal_trace(model, "The Colosseum is in the city of", subject="The Colosseum")',
-    reading="Above 0, giving this state back to the run that lost its subject helps the answer. Of the branches each "
-    "layer is the middle of a window.",
+    reading="Each cell is the run whose subject is corrupted, with one state given back as the clean run had it: by "
+    "how much that raises the answer's probability. Branches are given back over `window` layers around the one named.",
 )  # fmt: skip
 def causal_trace(
     model: Model,
@@ -108,7 +108,7 @@ def causal_trace(
         {"clean": float(clean.logits[0, -1].float().softmax(-1)[token])},
         each={"corrupt": before} | dict(zip(kinds, effects, strict=True)),
         coords={"layer": list(range(n)), "token": ("pos", model.to_words(rows[0][0])), "subject": ("pos", inside)},
-        attrs=attrs,
+        attrs=attrs | {"metric": "probability of the answer"},
     )
 
 

@@ -206,4 +206,6 @@ def _dataset(
             columns[name].append(value if whole else float("nan"))
         columns["measured"].append(int(np.isfinite(mine).sum()))
     data = data.assign({name: ("site", values) for name, values in columns.items()})
-    return data.assign_coords(site=list(chosen)).assign_attrs(verified_top=top, seed=seed)
+    return data.assign_coords(site=("site", list(chosen), {"title": "how far the estimates hold"})).assign_attrs(
+        verified_top=top, seed=seed
+    )

@@ -2,6 +2,4 @@
 
 from microtome.measurements._induction import pattern_scores as pattern_scores
 from microtome.measurements._loss import token_loss as token_loss
-from microtome.measurements._means import means as means
-from microtome.measurements._means import resampled as resampled
 from microtome.measurements._neuron_weights import neuron_directions as neuron_directions

@@ -8,6 +8,9 @@ A method is declared once, by one of three decorators, and everything that surro
 """
 
 from microtome.method._arguments import Parameter as Parameter
+from microtome.method._arguments import choices_of as choices_of
+from microtome.method._change import Change as Change
+from microtome.method._change import change as change
 from microtome.method._declare import DIMS as DIMS
 from microtome.method._declare import Argument as Argument
 from microtome.method._declare import Column as Column
@@ -29,7 +32,8 @@ from microtome.method._question import Found as Found
 from microtome.method._question import Question as Question
 from microtome.method._question import question as question
 from microtome.method._question import run_sweep as run_sweep
-from microtome.method._registry import Entry as Entry
+from microtome.method._registry import Declared as Declared
+from microtome.method._registry import Methods as Methods
 from microtome.method._registry import declared as declared
 from microtome.method._registry import forget as forget
 from microtome.method._registry import index as index

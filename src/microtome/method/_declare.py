@@ -127,7 +127,7 @@ class Column:
         return name == self.name or bool(_DYNAMIC.fullmatch(self.name))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """A method as it was declared.
 
@@ -142,6 +142,7 @@ class Method:
         cost: forwards, backwards and memory as a formula.
         check: the tests that prove it.
         call: how to write it, on the default model.
+        command: its name on the command line, if it has one.
         of: what a measure is of.
         atlas: whether the atlas runs it.
         title: what results and pages call it.
@@ -159,6 +160,7 @@ class Method:
     check: str
     function: Callable[..., Any]
     call: str = ""
+    command: str = ""
     of: Unit | None = None
     atlas: bool = False
     title: str = ""

@@ -54,13 +54,11 @@ class Question:
         method: the declaration.
         parameters: of its function behind the model.
         reading: how a value is to be read, in a sentence or two.
-        command: its name on the command line; none where it takes what no command line can.
     """
 
     method: Method
     parameters: tuple[Parameter, ...]
     reading: str
-    command: str
 
     def ask(self, model: Model, given: Mapping[str, Any]) -> Result:
         """The answer, with arguments that are checked here."""
@@ -110,10 +108,10 @@ def question(
         method = Method(
             name, "question", question, docs.partition("\n")[0], tuple(columns),
             (source,) if isinstance(source, Source) else tuple(source), cost, check, function,
-            call=call, title=title, arguments=arguments_of(parameters),
+            call=call, command=command, title=title, arguments=arguments_of(parameters),
         )  # fmt: skip
         require_declared(method, parameters)
-        made = Question(method, parameters, reading, command)
+        made = Question(method, parameters, reading)
         register(made)
         signature = inspect.signature(function)
         first = next(iter(signature.parameters))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ import xarray as xr
 from torch import Tensor
 
 from microtome.context import current
-from microtome.errors import ArgumentError, error, nearest
+from microtome.errors import ArgumentError, SiteError, error, nearest
 from microtome.method._arguments import checked
-from microtome.method._declare import DIMS
+from microtome.method._declare import DIMS, Method
 from microtome.method._look import Batches, Look, Text, Weights
 from microtome.method._measure import Measure
 from microtome.method._pass import Bound, Pass, coordinates
-from microtome.method._registry import declared
+from microtome.method._registry import Methods, declared, methods
 from microtome.method._result import Cost, Result, counting, labelled, provenance
 from microtome.method._statistic import Seen
 from microtome.model import Model
@@ -52,34 +53,84 @@ def measure(
 
     >>> mt.measure(model, "induction", "firing", tokens=5_000)
     """
-    found, attrs = results(model, names, text=text, groups=groups, options=options)
-    merged = xr.merge(found.values(), join="outer", compat="no_conflicts", combine_attrs="drop")
-    result = Result.of(merged.assign_attrs(attrs))
-    for data in found.values():
+    measured = run_measures(model, names, text=text, groups=groups, options=options)
+    parts = measured.datasets.values()
+    result = Result.of(xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop"))
+    for data in parts:
         for name, array in data.data_vars.items():
             result[name].attrs.update(array.attrs)
-    return result
+    return result.assign_attrs(measured.attrs)
 
 
-def results(
-    model: Model, names: Sequence[str], *, text: Any, groups: bool | Sequence[str], options: Mapping[str, Any]
-) -> tuple[dict[str, xr.Dataset], dict[str, Any]]:
-    """The datasets of measures by name, and the attributes of all of them."""
-    measures = [_measure(name) for name in dict.fromkeys(names)]
-    if not measures:
+def measures() -> Methods:
+    """All measures by name."""
+    return methods("measure")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measures gave, before it is merged.
+
+    Attributes:
+        datasets: by method.
+        attrs: provenance of all of them.
+        looks: by name, what each looked at.
+        seconds: by what was looked at, how long that took.
+        left_out: by name, why a measure could not run on this model.
+    """
+
+    datasets: Mapping[Method, xr.Dataset]
+    attrs: Mapping[str, Any]
+    looks: Mapping[str, str]
+    seconds: Mapping[str, float]
+    left_out: Mapping[str, str]
+
+
+def run_measures(
+    model: Model,
+    names: Sequence[str],
+    *,
+    text: Any = None,
+    groups: bool | Sequence[str] = False,
+    options: Mapping[str, Any] | None = None,
+    lenient: bool = False,
+) -> Measured:
+    """Run measures, each dataset by itself; `lenient` leaves out those that the model lacks the sites for."""
+    options = {} if options is None else options
+    chosen = [_measure(name) for name in dict.fromkeys(names)]
+    if not chosen:
         raise error(ArgumentError, "no measure is named", do='name one or more, such as "induction"')
-    _check_options(measures, options)
+    _check_options(chosen, options)
+    found: dict[str, xr.Dataset] = {}
+    left_out: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     with counting() as cost:
-        found: dict[str, xr.Dataset] = {}
-        for look, bound in _bound(model, measures, text, options).items():
+        bound = _bound(model, chosen, text, options, left_out if lenient else None)
+        for look, some in bound.items():
+            started = time.perf_counter()
             if isinstance(look, Weights):
-                found |= {one.measure.method.name: _of_weights(model, one) for one in bound}
+                found |= {one.measure.method.name: _of_weights(model, one) for one in some}
             else:
-                found |= _of_batches(model, look, bound, groups)
-        for one in measures:
-            found[one.method.name] = labelled(one.method, found[one.method.name])
-        attrs = _attrs(model, measures, options, cost)
-    return {one.method.name: found[one.method.name] for one in measures}, attrs
+                found |= _of_batches(model, look, some, groups)
+            stage = _stage(look)
+            seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
+        ran = [one for one in chosen if one.method.name in found]
+        datasets = {one.method: labelled(one.method, found[one.method.name]) for one in ran}
+        attrs = _attrs(model, ran, options, cost)
+    looks = {one.measure.method.name: _described(look) for look, some in bound.items() for one in some}
+    return Measured(datasets, attrs, looks, seconds, left_out)
+
+
+def _described(look: Look) -> str:
+    """What is looked at, in words."""
+    if isinstance(look, Weights):
+        return "weights"
+    if isinstance(look, Text):
+        cut = (
+            "" if look.sequences is None else f", its first {look.sequences} rows, at most {look.width} tokens of each"
+        )
+        return f"text{cut}"
+    return f"{look.sequences} sequences of {look.period} random tokens that repeat once"
 
 
 def _measure(name: str) -> Measure:
@@ -104,7 +155,9 @@ def _check_options(measures: Sequence[Measure], options: Mapping[str, Any]) -> N
             raise error(ArgumentError, what, allowed=", ".join(known), do=near.strip() or "name one of these")
 
 
-def _bound(model: Model, measures: Sequence[Measure], text: Any, options: Mapping[str, Any]) -> dict[Look, list[Bound]]:
+def _bound(
+    model: Model, measures: Sequence[Measure], text: Any, options: Mapping[str, Any], left_out: dict[str, str] | None
+) -> dict[Look, list[Bound]]:
     """The measures with their arguments, by what they look at."""
     found: dict[Look, list[Bound]] = {}
     for one in measures:
@@ -115,7 +168,14 @@ def _bound(model: Model, measures: Sequence[Measure], text: Any, options: Mappin
             names = {p.name for p in one.look_parameters}
             given = checked(one.look_parameters, {k: v for k, v in options.items() if k in names})
             look = replace(look, **given | ({"text": text} if isinstance(look, Text) else {}))
-        found.setdefault(look, []).append(Bound(one, statistic, one.layers(model)))
+        try:
+            layers = one.layers(model)
+        except SiteError as problem:
+            if left_out is None:
+                raise
+            left_out[one.method.name] = str(problem)
+            continue
+        found.setdefault(look, []).append(Bound(one, statistic, layers))
     return found
 
 
@@ -137,6 +197,8 @@ def _of_batches(model: Model, look: Look, bound: list[Bound], groups: bool | Seq
 
 
 def _stage(look: Look) -> str:
+    if isinstance(look, Weights):
+        return "reading weights"
     if isinstance(look, Text):
         return "reading the text" if look.sequences is None else "reading the first sequences"
     return "reading repeated tokens"
@@ -160,7 +222,7 @@ def _of_weights(model: Model, one: Bound) -> xr.Dataset:
         for done, layer in enumerate(one.layers, 1):
             for name, x in function(Seen(model, layer, None, one.measure.on), **arguments).items():
                 rows.setdefault(name, []).append(x.cpu())
-            current().report(f"reading weights: {method.name}", done, len(one.layers))
+            current().report("reading weights", done, len(one.layers))
     unit = DIMS[method.of]
     variables: dict[str, Any] = {}
     for name, values in rows.items():

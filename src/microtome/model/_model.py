@@ -16,6 +16,7 @@ from microtome.errors import EditError, PromptError, error
 from microtome.metric import Metric
 from microtome.model._proof import IdentityCheck, prove
 from microtome.run import (
+    Batch,
     Capture,
     GenerationFrame,
     LoadedModel,
@@ -81,8 +82,8 @@ class Model(LoadedModel):
         """Run the model once, keep what is named, and change what the edits say.
 
         Args:
-            prompt: text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], or what a
-                tokenizer gave.
+            prompt: text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], what a
+                tokenizer gave, or a `Batch`, which keeps its padding.
             capture: addresses of what to keep, such as ``"*.mlp.post"`` or ``["3.attn.pattern", "final@-1"]``.
             edits: what to change: one edit, or several in order.
             start_at: the first layer to compute; needs `given`. Sites before it cannot be captured or edited.
@@ -211,7 +212,7 @@ class Model(LoadedModel):
             raise error(
                 PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids"
             )
-        batch = self.to_batch(prompt, "left")
+        batch = self.to_batch(prompt.rows if isinstance(prompt, Batch) else prompt, "left")
         room = self.anatomy.n_ctx - batch.tokens.shape[1]
         if max_new_tokens > room:
             raise error(

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from microtome.errors import DataError, ModelBroken, ModelNotFound, ModelUnsupported, OutputError, error, nearest
+from microtome.files import atomic
 from microtome.model import Model
 from microtome.model import open as open_model
 from microtome.planted._network import DIRECTIONS, NORMALIZATIONS, PlantedConfig, PlantedForCausalLM
@@ -108,21 +107,19 @@ def save(model: Model, folder: str | Path, *, truth: Mapping[str, Any] | None = 
         raise error(ModelUnsupported, "only planted models have this form", got=got, do="use hf.save_pretrained")
     if truth:
         check_truth(model, truth)
-    if path.exists():
-        raise error(OutputError, f"{path} exists already", do="name a new folder")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.mkdir(parents=True)
+    _refuse_existing(path)
+    with atomic(path, folder=True, do="name another folder") as partial:
         save_file(arrays_of(model), partial / "model.safetensors")
         _write_json(partial / "config.json", _written_config(model.hf))
         if truth:
             _write_json(partial / "truth.json", dict(truth))
-        partial.replace(path)
-    except OSError as problem:
-        raise error(OutputError, f"cannot write {path}", got=str(problem), do="name another folder") from problem
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _refuse_existing(path)  # it may have come meanwhile
     return path
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise error(OutputError, f"{path} exists already", do="name a new folder")
 
 
 def arrays_of(model: Model) -> dict[str, Tensor]:

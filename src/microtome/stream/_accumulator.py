@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from microtome.errors import DataError, OutputError, error
+from microtome.errors import DataError, error
+from microtome.files import atomic
 
 FORMAT = "microtome-accumulator-1"
 _KINDS: dict[str, type[Accumulator]] = {}
@@ -116,14 +116,8 @@ class Accumulator(ABC):
         path = Path(path)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state().items()}
         metadata = {"format": FORMAT, "kind": self.kind, "sha256": _digest(self.kind, state)}
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            part.write_bytes(save(state, metadata))
-            part.replace(path)
-        except (OSError, SafetensorError) as cause:
-            part.unlink(missing_ok=True)
-            why = getattr(cause, "strerror", None) or str(cause)
-            raise error(OutputError, f'cannot write "{path}" ({why})', do="check the folder and its space") from cause
+        with atomic(path) as partial:
+            partial.write_bytes(save(state, metadata))
         return path
 
     @classmethod

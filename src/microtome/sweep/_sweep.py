@@ -179,13 +179,12 @@ def _without_edges(
         if isinstance(cell, Edge):
             by_length.setdefault(batch.lengths[0 if prompts is None else prompts[place]], []).append(place)
     made: dict[int, Cell] = {}
-    for length, places in by_length.items():
+    for places in by_length.values():
         which = [0 if prompts is None else prompts[place] for place in places]
         numbers = sorted(set(which))
+        tokens = torch.stack([batch.rows[i] for i in numbers])
         edges = [cell for cell in (cells[place] for place in places) if isinstance(cell, Edge)]
-        made |= dict(
-            zip(places, Edges(model, batch.tokens[numbers, :length], numbers).cells(edges, which), strict=True)
-        )
+        made |= dict(zip(places, Edges(model, tokens, numbers).cells(edges, which), strict=True))
     return [made[place] if isinstance(cell, Edge) else cell for place, cell in enumerate(cells)]
 
 
@@ -328,11 +327,12 @@ def _groups(model: LoadedModel, batch: Batch, metric: Metric, room: int, vocab: 
     for i, n in enumerate(batch.lengths):
         lengths.setdefault((n, len(columns[i])), []).append(i)
     groups: list[_Group] = []
+    rows = batch.rows
     for (length, read_at), members in sorted(lengths.items()):
         step = max(1, room // 2 // _prompt_bytes(model, length, read_at, vocab))
         for first in range(0, len(members), step):
             part = members[first : first + step]
-            tokens = torch.stack([batch.tokens[i, batch.pads[i] : batch.pads[i] + length] for i in part])
+            tokens = torch.stack([rows[i] for i in part])
             read = torch.tensor([columns[i] for i in part], device=tokens.device)
             groups.append(_Group(tuple(part), Batch(tokens, (length,) * len(part), (0,) * len(part)), read))
     return groups

@@ -1,19 +1,26 @@
-"""What a reader sees: pages that open from disk without a network, and tables and maps in a terminal."""
+"""What a reader sees: pages that open from disk without a network, figures in a notebook, and tables in a terminal.
+
+A result is drawn by the axes of its variables: see `forms`.
+"""
 
 from __future__ import annotations
 
-from microtome.view._heat import heat_maps as heat_maps
-from microtome.view._maps import HeatMap as HeatMap
-from microtome.view._maps import checks_of as checks_of
-from microtome.view._maps import maps_of as maps_of
-from microtome.view._maps import tokens_of as tokens_of
+from microtome.view._dataset import tokens_of as tokens_of
+from microtome.view._forms import Form as Form
+from microtome.view._forms import Forms as Forms
+from microtome.view._forms import forms as forms
+from microtome.view._heat_map import HeatMap as HeatMap
+from microtome.view._neurons import NeuronMap as NeuronMap
+from microtome.view._page import write_page as write_page
 from microtome.view._pages import write_pages as write_pages
-from microtome.view._patch_page import write_patch_page as write_patch_page
-from microtome.view._terminal import Part as Part
-from microtome.view._terminal import contributions_table as contributions_table
-from microtome.view._terminal import failed_lines as failed_lines
-from microtome.view._terminal import lens_table as lens_table
-from microtome.view._terminal import parts_of as parts_of
-from microtome.view._terminal import proof_table as proof_table
-from microtome.view._terminal import sites_table as sites_table
-from microtome.view._terminal import visible as visible
+from microtome.view._parts import Part as Part
+from microtome.view._parts import PartsList as PartsList
+from microtome.view._proof import failed_lines as failed_lines
+from microtome.view._proof import proof_table as proof_table
+from microtome.view._proof import sites_table as sites_table
+from microtome.view._render import html as html
+from microtome.view._render import terminal as terminal
+from microtome.view._series import Series as Series
+from microtome.view._tables import FactList as FactList
+from microtome.view._tables import LabelTable as LabelTable
+from microtome.view._token_map import TokenMap as TokenMap

@@ -14,6 +14,7 @@ Nothing is loaded from a network. A page opened from disk may not fetch, which i
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -43,6 +44,9 @@ DIGITS = 6
 NEURON_DIGITS = 4
 """Significant digits of the neuron table, which is large."""
 
+KEYS = {"layers": ("layer",), "heads": ("layer", "head"), "neurons": ("layer", "neuron")}
+"""The tables that have pages, and the columns that name their rows."""
+
 CHUNK = 65536
 """Tokens of the text in one data file."""
 
@@ -50,9 +54,7 @@ CHUNK = 65536
 def write_pages(
     folder: Path,
     manifest: dict[str, Any],
-    layers: pa.Table,
-    heads: pa.Table,
-    neurons: pa.Table,
+    tables: Mapping[str, pa.Table],
     tokens: list[str],
     vocab: list[str],
 ) -> Path:
@@ -62,31 +64,30 @@ def write_pages(
 
     Args:
         folder: where to write; made if it is not there.
-        manifest: what was measured, on which model and text, at which cost; `manifest["tables"]` gives each column's
-            unit and meaning, which the pages show.
-        layers: one row a layer, with a column `layer`.
-        heads: one row an attention head, with columns `layer` and `head`.
-        neurons: one row a neuron, with columns `layer` and `neuron`; the list columns `promoted` and `suppressed` hold
-            vocabulary ids, `example_index` and `example_start` places in `tokens`.
+        manifest: what was measured, on which model and text, at which cost. Its `["tables"][table]["columns"][name]`
+            describes a column: `unit` and `meaning`, and where wanted its `title`, the `chart` that it shares with
+            others, whether that is `log`, and the name of its `control`.
+        tables: "layers", one row a layer with a column `layer`; "heads", with columns `layer` and `head`; "neurons",
+            with columns `layer` and `neuron`, whose list columns `promoted` and `suppressed` hold vocabulary ids, and
+            `example_index` and `example_start` places in `tokens`. A table that is not there has no rows.
         tokens: every token of the text, in order.
         vocab: every string of the vocabulary; only those in use are written.
 
-    Columns beyond those named are shown too: floats, integers, booleans, text, and lists of numbers. `X_lo` and `X_hi`
-    are the ends of the 95 % interval of `X`.
+    Columns beyond those named are shown too, each in its place: floats are drawn, on the overview as well; integers,
+    booleans, text and lists of numbers are listed. `X_lo` and `X_hi` are the ends of the 95 % interval of `X`.
 
     Returns:
         The path of `index.html`.
 
     Raises:
-        DataError: a table lacks a column it must have, or points outside the text or the vocabulary.
+        DataError: a table has no pages, lacks a column it must have, or points outside the text or the vocabulary.
         OutputError: the folder cannot be written.
     """
-    for name, table, needed in (
-        ("layers", layers, ("layer",)),
-        ("heads", heads, ("layer", "head")),
-        ("neurons", neurons, ("layer", "neuron")),
-    ):
-        _require(name, table, needed)
+    if unknown := [name for name in tables if name not in KEYS]:
+        raise error(DataError, f'there are no pages for a table "{unknown[0]}"', allowed=", ".join(KEYS))
+    layers, heads, neurons = (tables[name] if name in tables else _without_rows(keys) for name, keys in KEYS.items())
+    for (name, keys), table in zip(KEYS.items(), (layers, heads, neurons), strict=True):
+        _require(name, table, keys)
     check_examples(neurons, len(tokens))
     neurons, strings = reindex_vocab(neurons, vocab)
     try:
@@ -158,6 +159,10 @@ def _write_static(folder: Path, name: str) -> Path:
 
 def _save(data: Path, name: str, value: str) -> None:
     (data / f"{name}.js").write_text(script(name, value), encoding="ascii")
+
+
+def _without_rows(keys: tuple[str, ...]) -> pa.Table:
+    return pa.table({key: pa.array([], pa.int32()) for key in keys})
 
 
 def _require(name: str, table: pa.Table, needed: tuple[str, ...]) -> None:

@@ -78,12 +78,12 @@
   }
 
   /** A line, with dots for the points that have no neighbour to draw it to. */
-  function curve(values, k, x, y) {
+  function curve(values, kind, x, y) {
     const known = (i) => (values[i] ?? null) !== null;
     const alone = (i) => known(i) && !known(i - 1) && !known(i + 1);
     return [
-      s("path", { class: `line c${k}`, d: path(values, x, y) }),
-      values.map((value, i) => alone(i) && s("circle", { class: `dot c${k}`, cx: x(i), cy: y(value), r: 2 })),
+      s("path", { class: `line ${kind}`, d: path(values, x, y) }),
+      values.map((value, i) => alone(i) && s("circle", { class: `dot ${kind}`, cx: x(i), cy: y(value), r: 2 })),
     ];
   }
 
@@ -101,10 +101,12 @@
 
   /**
    * Lines over layers. The legend reads out the values under the pointer, or where the arrow keys are.
-   *   layers  the layer of each point           series  [{ name, title, values, lo, hi }], lo and hi may be null
-   *   log     whether ratios matter             open    what a click on a layer does
+   *   layers  the layer of each point           series  [{ name, title, values, lo, hi, control, beside }]
+   *   log     whether ratios matter             open    what a click on a layer does, if anything
+   *   axis    what the points are               note    what stands beside the title
+   * Of a series, lo and hi may be null; a control is dashed; `beside` holds further values by name, which are read out.
    */
-  function lines({ title, layers, series, log: wantLog, open }) {
+  function lines({ title, layers, series, log: wantLog, open = null, axis = "layer", note = "" }) {
     const [width, height, left, right, top, bottom] = [420, 190, 44, 412, 8, 168];
     const known = series
       .flatMap(({ values, lo, hi }) => [...values, ...(lo || []), ...(hi || [])])
@@ -114,19 +116,23 @@
     const { y, log, ticks: levels } = scale(known, top, bottom, wantLog);
     const x = (i) => left + (layers.length > 1 ? (i / (layers.length - 1)) * (right - left) : (right - left) / 2);
     const guide = s("line", { class: "guide", y1: top, y2: bottom, visibility: "hidden" });
-    const where = h("span", { class: "where" }, log ? "log scale" : "");
+    const rest = [note, log && "log scale"].filter(Boolean).join(", ");
+    const where = h("span", { class: "where" }, rest);
     const readings = series.map(() => h("output", {}));
+    const own = series.filter(({ control }) => !control);
+    const colour = (k) => (series[k].control ? "control" : `c${Math.min(4, own.indexOf(series[k]))}`);
     let current = null;
 
     function point(i) {
       current = i;
       guide.setAttribute("visibility", i === null ? "hidden" : "visible");
-      where.textContent = i === null ? (log ? "log scale" : "") : `layer ${layers[i]}`;
+      where.textContent = i === null ? rest : `${axis} ${layers[i]}`;
       if (i !== null) for (const end of ["x1", "x2"]) guide.setAttribute(end, x(i));
-      series.forEach(({ values, lo, hi }, k) => {
+      series.forEach(({ values, lo, hi, beside }, k) => {
+        const more = Object.entries(beside || {}).map(([name, of]) => (i === null ? "" : `, ${name} ${number(of[i])}`));
         const ends =
           i !== null && lo && lo[i] !== null && hi[i] !== null ? ` [${number(lo[i])}, ${number(hi[i])}]` : "";
-        readings[k].textContent = i === null ? "" : number(values[i]) + ends;
+        readings[k].textContent = i === null ? "" : number(values[i]) + ends + more.join("");
       });
     }
 
@@ -142,47 +148,49 @@
       if (step) {
         event.preventDefault();
         point(Math.max(0, Math.min(layers.length - 1, current === null ? 0 : current + step)));
-      } else if (event.key === "Enter" && current !== null) open(layers[current]);
+      } else if (event.key === "Enter" && current !== null) open?.(layers[current]);
     }
 
     const svg = s(
       "svg",
       {
         viewBox: `0 0 ${width} ${height}`,
-        class: "lines",
+        class: open ? "lines" : "lines still",
         role: "img",
         tabindex: 0,
-        "aria-label": `${title} by layer; left and right arrows read values`,
+        "aria-label": `${title} by ${axis}; left and right arrows read values`,
         pointermove: (event) => point(nearest(event)),
         pointerleave: () => point(null),
         blur: () => point(null),
-        click: (event) => open(layers[nearest(event)]),
+        click: (event) => open?.(layers[nearest(event)]),
         keydown: press,
       },
       axes({ levels, layers, x, y, left, right, height }),
-      series.map(({ lo, hi }, k) => lo && hi && s("path", { class: `band c${k}`, d: band(lo, hi, x, y) })),
+      series.map(({ lo, hi }, k) => lo && hi && s("path", { class: `band ${colour(k)}`, d: band(lo, hi, x, y) })),
       guide,
-      series.map(({ values }, k) => curve(values, k, x, y)),
+      series.map(({ values }, k) => curve(values, colour(k), x, y)),
     );
     const legend = series.map(({ name, title: meaning }, k) =>
-      h("span", { class: `key c${k}`, title: meaning }, name, readings[k]),
+      h("span", { class: `key ${colour(k)}`, title: meaning }, name, readings[k]),
     );
     return h("figure", {}, h("figcaption", {}, h("b", {}, title), where, h("span", { class: "legend" }, legend)), svg);
   }
 
   /**
    * A heat map, layers from left to right. `cell(column, row)` gives { value, text, href } or null for a blank.
-   * Strength is opacity, so that it reads on light and dark; negative values take the second colour.
+   * Strength is opacity, so that it reads on light and dark; negative values take the second colour. With `root`, it is
+   * the square root of the value, for counts.
    */
-  function heat({ title, meaning, columns, rows, across, down, cell }) {
+  function heat({ title, meaning, columns, rows, across, down, cell, root = false }) {
     const size = Math.max(5, Math.min(20, 560 / columns.length));
     const tall = Math.max(5, Math.min(16, 300 / rows.length));
     const [left, top] = [44, 4];
     const [width, height] = [left + size * columns.length + 4, top + tall * rows.length + 20];
-    const cells = columns.flatMap((column, i) => rows.map((row, j) => ({ i, j, ...cell(column, row) })));
+    const cells = columns.flatMap((column, i) => rows.map((row, j) => ({ i, j, ...cell(column, row, i, j) })));
     const most = Math.max(...cells.map(({ value }) => Math.abs(value ?? 0))) || 1;
     const rest = `0 to ${number(most, Number.isInteger(most) ? "int" : "float")}`;
     const reading = h("output", {}, rest);
+    const strength = root ? Math.sqrt : (share) => share;
     const draw = ({ i, j, value, text, href }) => {
       if (text === undefined) return null;
       const place = { x: left + i * size, y: top + j * tall, width: size - 1, height: tall - 1 };
@@ -192,7 +200,7 @@
           : s("rect", {
               ...place,
               class: value < 0 ? "cold" : "hot",
-              "fill-opacity": (0.04 + (0.96 * Math.abs(value)) / most).toFixed(3),
+              "fill-opacity": (0.04 + 0.96 * strength(Math.abs(value) / most)).toFixed(3),
             });
       const show = { pointerenter: () => (reading.textContent = text), focus: () => (reading.textContent = text) };
       return s("a", { href, tabindex: -1, "aria-label": text, ...show }, box);

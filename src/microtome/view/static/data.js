@@ -68,6 +68,18 @@
       return this.types[name] === "float";
     }
 
+    /** The column that a column is to be compared with, as the manifest says; null where there is none. */
+    controlOf(name) {
+      const control = this.described[name]?.control;
+      return control && this.isQuantity(control) ? control : null;
+    }
+
+    /** The columns that are drawn for themselves: amounts that are no control of another. */
+    quantities() {
+      const controls = new Set(this.names.map((name) => this.controlOf(name)));
+      return this.names.filter((name) => this.isQuantity(name) && !controls.has(name));
+    }
+
     value(name, row) {
       return this.has(name) ? this.columns[name][row] : null;
     }

@@ -4,65 +4,61 @@
 (function (atlas) {
   const { h, number, count, plural, measured, href, paths, chart } = atlas;
 
-  /* Columns that are read together. A column of the layer table that is named nowhere here gets a chart of its own. */
-  const CHARTS = [
-    {
-      title: "Residual stream norm",
-      columns: ["resid_pre_norm", "resid_mid_norm", "resid_post_norm", "resid_post_norm_first"],
-      labels: ["before", "between", "after", "after, first token"],
-      log: true,
-    },
-    { title: "Loss when a part is skipped", columns: ["loss_skip_attn", "loss_skip_mlp", "loss_skip_block"], labels: ["attention", "MLP", "block"] },
-    {
-      title: "What a branch adds, over what it is added to",
-      columns: ["attn_share", "mlp_share"],
-      labels: ["attention", "MLP"],
-      log: true,
-    },
-    { title: "Cosine with the residual stream", columns: ["attn_cos", "mlp_cos", "block_cos"], labels: ["attention", "MLP", "block"] },
-    { title: "Largest and median activation", columns: ["max_abs", "median_abs"], labels: ["largest", "median"], log: true },
-  ];
+  /** A column as a heading: its title, else its name. */
+  const heading = (table, name) => {
+    const words = table.described[name]?.title || name.replaceAll("_", " ");
+    return words.charAt(0).toUpperCase() + words.slice(1);
+  };
 
-  /** A column as a heading. */
-  const heading = (name) => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
+  /**
+   * The charts of a table: columns that the manifest gives one `chart` are drawn together, in the order they stand, with
+   * their `title` as labels; a column without one gets a chart of its own.
+   */
+  function grouped(table) {
+    const found = new Map();
+    for (const name of table.quantities()) {
+      if (!table.columns[name].some((value) => value !== null)) continue;
+      const { chart: title, log } = table.described[name] || {};
+      const one = title ? found.get(title) || { title, names: [], log: false } : { title: heading(table, name), names: [], log: false };
+      one.names.push(name);
+      one.log ||= Boolean(log);
+      found.set(title || ` ${name}`, one);
+    }
+    return [...found.values()];
+  }
 
   function layerCharts(table) {
-    const there = (name) => table.has(name) && table.columns[name].some((value) => value !== null);
-    const taken = new Set(CHARTS.flatMap(({ columns }) => columns));
-    const rest = table.names.filter((name) => table.isQuantity(name) && !taken.has(name));
-    const own = rest.map((name) => ({ title: heading(name), columns: [name] }));
-    const named = (names) =>
-      Object.fromEntries(atlas.groups(names).flatMap(({ members }) => members.map(({ name, label }) => [name, label])));
-    return [...CHARTS, ...own].map(({ title, columns, labels, log }) => {
-      const names = columns.filter(there);
-      if (!names.length) return null;
-      const label = labels ? Object.fromEntries(columns.map((name, i) => [name, labels[i]])) : named(names);
-      return chart.lines({
-        title,
-        log,
-        layers: table.columns.layer,
-        open: (layer) => (location.hash = href(paths.layer(layer))),
-        series: names.map((name) => ({
-          name: names.length > 1 ? label[name] : "", // alone it is what the title says
-          title: `${name}: ${table.meaning(name)}`,
-          values: table.columns[name],
-          lo: table.hasInterval(name) ? table.columns[`${name}_lo`] : null,
-          hi: table.hasInterval(name) ? table.columns[`${name}_hi`] : null,
-        })),
+    return grouped(table).map(({ title, names, log }) => {
+      const own = Object.fromEntries(
+        atlas.groups(names).flatMap(({ members }) => members.map(({ name, label }) => [name, label])),
+      );
+      const series = names.flatMap((name) => {
+        const label = names.length > 1 ? table.described[name]?.title || own[name] : ""; // alone it is what the title says
+        const line = { name: label, title: `${name}: ${table.meaning(name)}`, values: table.columns[name] };
+        const ends = table.hasInterval(name) ? { lo: table.columns[`${name}_lo`], hi: table.columns[`${name}_hi`] } : {};
+        const control = table.controlOf(name);
+        if (!control) return [{ ...line, ...ends }];
+        const beside = { name: `${label} control`.trim(), title: table.meaning(control), control: true };
+        return [{ ...line, ...ends }, { ...beside, values: table.columns[control] }];
       });
+      const open = (layer) => (location.hash = href(paths.layer(layer)));
+      return chart.lines({ title, log, layers: table.columns.layer, open, series });
     });
   }
 
-  /** The scores of heads: the columns that have an interval. */
-  const scores = (table) => table.names.filter((name) => table.hasInterval(name));
+  /** What a cell says beside its value: the control, where there is one. */
+  function besideValue(table, name, row) {
+    const control = table.controlOf(name);
+    return control ? `, control ${number(table.value(control, row))}` : "";
+  }
 
   function headMaps(table) {
     const distinct = (name) => [...new Set(table.columns[name])].sort((a, b) => a - b);
     const [columns, rows] = [distinct("layer"), distinct("head")];
     const rowOf = new Map(table.rows().map((row) => [table.address(row), row]));
-    return scores(table).map((name) =>
+    return table.quantities().map((name) =>
       chart.heat({
-        title: heading(name),
+        title: heading(table, name),
         meaning: table.meaning(name),
         columns,
         rows,
@@ -75,40 +71,29 @@
           const ends = table.bounds(name, row);
           const interval =
             ends && ends.lo !== null && ends.hi !== null ? ` [${number(ends.lo)}, ${number(ends.hi)}]` : "";
-          return { value, text: `${layer}.${head}: ${number(value)}${interval}`, href: href(table.path(row)) };
+          const text = `${layer}.${head}: ${number(value)}${interval}${besideValue(table, name, row)}`;
+          return { value, text, href: href(table.path(row)) };
         },
       }),
     );
   }
 
   function topHeads(table) {
-    return scores(table).map((name) => {
-      const best = table
-        .sorted(
-          table.rows((row) => table.value(name, row) !== null),
-          name,
-          true,
-        )
-        .slice(0, 6);
+    return table.quantities().map((name) => {
+      const there = table.rows((row) => table.value(name, row) !== null);
+      const best = table.sorted(there, name, true).slice(0, 6);
       const all = href("/heads", new URLSearchParams({ sort: name, desc: "1" }));
-      return h(
-        "div",
-        {},
-        h("h3", {}, h("a", { href: all, title: table.meaning(name) }, heading(name))),
+      const line = (row) =>
         h(
-          "ol",
-          { class: "top" },
-          best.map((row) =>
-            h(
-              "li",
-              {},
-              h("a", { href: href(table.path(row)) }, table.address(row)),
-              " ",
-              measured(table.value(name, row), "float", table.bounds(name, row)),
-            ),
-          ),
-        ),
-      );
+          "li",
+          {},
+          h("a", { href: href(table.path(row)) }, table.address(row)),
+          " ",
+          measured(table.value(name, row), "float", table.bounds(name, row)),
+          h("span", { class: "interval" }, besideValue(table, name, row)),
+        );
+      const link = h("a", { href: all, title: table.meaning(name) }, heading(table, name));
+      return h("div", {}, h("h3", {}, link), h("ol", { class: "top" }, best.map(line)));
     });
   }
 

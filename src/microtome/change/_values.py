@@ -90,8 +90,7 @@ def resampled(model: Model, prompts: Prompt, sites: str | Sequence[str], *, seed
     batch = model.to_batch(prompts)
     other = others(batch.lengths, seed)
     wanted = [sites] if isinstance(sites, str) else list(sites)
-    rows = [batch.tokens[i, : batch.lengths[i]].tolist() for i in other]
-    run = model.run(rows, capture=wanted, logits=False)
+    run = model.run([batch.rows[i] for i in other], capture=wanted, logits=False)
     named: list[Site] = [site for s in wanted for site in model.anatomy.sites(parse(s))]
     return {str(site): run.whole(site) for site in named}
 

@@ -1,4 +1,4 @@
-"""The page of a causal result, as a browser draws it from disk and as a hand and a keyboard read it."""
+"""The page of a result, as a browser draws it from disk and as a hand and a keyboard read it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import xarray as xr
 from tests import effects
 from tests.browser.tab import Tab
 
-from microtome.view import write_patch_page
+from microtome.view import write_page
 
 pytestmark = pytest.mark.browser
 
@@ -23,7 +23,7 @@ TIP = "document.querySelector('.tip').hidden ? '' : document.querySelector('.tip
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_patch_page(tmp_path_factory.mktemp("page") / "effects.html", effects.fake())
+    return write_page(tmp_path_factory.mktemp("page") / "effects.html", effects.fake())
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_the_table_sorts_filters_and_leads_to_the_map(tab: Tab, page: Path) -> N
 
 
 def test_estimates_show_their_exact_values(tab: Tab, tmp_path: Path) -> None:
-    tab.open(write_patch_page(tmp_path / "a.html", effects.estimated()))
+    tab.open(write_page(tmp_path / "a.html", effects.estimated()))
     assert tab.complaints == []
     heads = tab.eval("[...document.querySelectorAll('.strongest th')].map((t) => t.innerText)")
     assert [h for h in heads if h in ("estimate", "exact", "value")] == ["estimate", "exact"]
@@ -196,7 +196,7 @@ def test_estimates_show_their_exact_values(tab: Tab, tmp_path: Path) -> None:
 
 
 def test_edges_are_named_by_their_ends_and_drawn_by_layer(tab: Tab, tmp_path: Path) -> None:
-    tab.open(write_patch_page(tmp_path / "a.html", effects.edges()))
+    tab.open(write_page(tmp_path / "a.html", effects.edges()))
     assert tab.complaints == []
     assert tab.eval("[...document.querySelectorAll('figcaption b')].map((b) => b.innerText)") == [
         "score", "strongest score between two layers"
@@ -213,7 +213,7 @@ def test_edges_are_named_by_their_ends_and_drawn_by_layer(tab: Tab, tmp_path: Pa
 
 
 def test_a_traced_fact_marks_its_subject(tab: Tab, tmp_path: Path) -> None:
-    tab.open(write_patch_page(tmp_path / "a.html", effects.traced()))
+    tab.open(write_page(tmp_path / "a.html", effects.traced()))
     assert tab.complaints == []
     assert tab.eval("[...document.querySelectorAll('.prompts .hit')].length") == 2
     assert tab.eval("document.querySelector('.prompts').innerText").split()[-1] == "0.2500"
@@ -240,7 +240,7 @@ def test_a_long_prompt_of_a_deep_model_fits_too(tab: Tab, tmp_path: Path) -> Non
     coords = {"layer": range(80), "token": ("pos", [f" word{i}" for i in range(200)])}
     data = xr.Dataset({"mlp_out": (("layer", "pos"), values, {"unit": "logits"})}, coords=coords)
     tab.resize(390, 844)
-    tab.open(write_patch_page(tmp_path / "long.html", data))
+    tab.open(write_page(tmp_path / "long.html", data))
     assert tab.complaints == []
     assert tab.eval("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert tab.eval("document.querySelectorAll('.cells *').length") < 600, "cells of one shade are one element"

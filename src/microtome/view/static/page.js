@@ -1,4 +1,5 @@
-/* The page of a causal result: maps of one scale, a tooltip that follows pointer and keys, and the strongest cells. */
+/* The page of a result: maps of one scale with a tooltip that follows pointer and keys, their strongest cells, and the
+ * sections of all that is no map. */
 "use strict";
 
 (function (atlas) {
@@ -33,7 +34,7 @@
   const marked = new Set(data.marked);
   const words = (pos) => [...new Set(spoken.map(({ tokens }) => tokens[pos]))];
   const tokenNames = (pos) => words(pos).map(alone).join("/");
-  const isPlace = (map) => map.down === "pos" && spoken.length > 0;
+  const isPlace = (map) => map.by_token && spoken.length > 0;
   const numbered = (axis, name) => (/^\d+$/.test(name) ? `${axis.replace("sender ", "")} ${name}` : alone(name));
   const rowName = (map, row) => (isPlace(map) ? tokenNames(row) : numbered(map.down, map.rows[row]));
   const address = (map, row, column) =>
@@ -66,7 +67,7 @@
   }
 
   const LETTER = 7.2; // pixels of a letter of a row's name
-  const longest = Math.max(...drawn.map((map) => map.across.length), ...drawn.flatMap((map) => map.rows.map((_, row) => [...rowName(map, row)].length)));
+  const longest = Math.max(0, ...drawn.map((map) => map.across.length), ...drawn.flatMap((map) => map.rows.map((_, row) => [...rowName(map, row)].length)));
 
   /** How large the cells of a map are in so many pixels, and where they begin: in all maps at one place. */
   function measure(map, width) {
@@ -101,12 +102,12 @@
   /* The tooltip. */
 
   function tell(map, row, column, box) {
-    const [value, lo, hi, exact] = [map.values, map.lo, map.hi, map.exact].map((of) => of && of[row][column]);
+    const [value, lo, hi] = [map.values, map.lo, map.hi].map((of) => of && of[row][column]);
     const where = [`${map.across} ${map.columns[column]}`, `${map.down === "pos" ? "position" : map.down} ${map.rows[row]}`];
     const chips = isPlace(map) ? spoken.slice(0, words(row).length) : [];
     tip.replaceChildren(
       h("p", {}, h("b", {}, value === null ? hole(map) : signed(value)), value === null ? "" : ` ${map.unit}`, interval(lo, hi)),
-      map.exact ? h("p", {}, `exact: ${signed(exact)}`) : "",
+      ...Object.entries(map.beside).map(([name, of]) => h("p", {}, `${name}: ${signed(of[row][column])}`)),
       h("p", {}, where.join(", ")),
       ...chips.map(({ role, tokens }) => h("p", {}, chips.length > 1 ? `${role} ` : "", token(tokens[row]))),
       h("p", { class: "where" }, map.site ? address(map, row, column) : map.title),
@@ -237,23 +238,25 @@
 
   /* The strongest cells. */
 
-  const checked = data.maps.some((map) => map.strongest.some((cell) => cell[5] !== null));
+  const known = (name) => data.maps.some((map) => map.strongest.some((cell) => more(map, cell)[name] !== undefined));
+  const more = (map, cell) => Object.fromEntries(Object.keys(map.beside).map((name, i) => [name, cell[5 + i]]));
+  const further = ["exact", "control", "p"].filter(known); // what is told beside a value
   const edges = listed.every(ofEdges); // whose name says both ends
-  const WANTED = { column: !edges, row: !edges, token: listed.some(isPlace), exact: checked };
+  const WANTED = { column: !edges, row: !edges, token: listed.some(isPlace) };
   const COLUMNS = [
     { name: "site", kind: "site", of: ({ map, row, column }) => address(map, row, column) },
     { name: "column", kind: "int", of: ({ map, column }) => place(map.columns[column], column) },
     { name: "row", kind: "int", of: ({ map, row }) => place(map.rows[row], row) },
     { name: "token", kind: "tokens", of: ({ map, row }) => (isPlace(map) ? tokenNames(row) : "") },
     { name: "value", kind: "float", of: ({ value }) => value },
-    { name: "exact", kind: "float", of: ({ exact }) => exact ?? -Infinity },
+    ...further.map((name) => ({ name, kind: "float", of: ({ told }) => told[name] ?? -Infinity })),
     { name: "size", kind: "bar-cell", of: ({ value }) => Math.abs(value) },
   ].filter(({ name }) => WANTED[name] ?? true);
   const place = (name, at) => (/^\d+$/.test(name) ? Number(name) : (name ?? at));
 
   function head(name) {
     const axes = (which) => [...new Set(listed.map((map) => map[which]))].join(" or ").replace("pos", "position");
-    return { column: axes("across"), row: axes("down"), value: checked ? "estimate" : "value" }[name] ?? name;
+    return { column: axes("across"), row: axes("down"), value: further.includes("exact") ? "estimate" : "value" }[name] ?? name;
   }
 
   function bar(map, value) {
@@ -264,12 +267,15 @@
 
   function table() {
     const all = data.maps.flatMap((map) =>
-      map.strongest.map(([row, column, value, lo, hi, exact], rank) => ({ map, rank, row, column, value, lo, hi, exact })),
+      map.strongest.map((cell, rank) => {
+        const [row, column, value, lo, hi] = cell;
+        return { map, rank, row, column, value, lo, hi, told: more(map, cell) };
+      }),
     );
     let [by, down, only, whole] = ["size", true, "", false];
     const body = h("tbody", {});
     const tally = h("p", { class: "note", role: "status" });
-    const more = h("button", { class: "more", type: "button", click: () => ((whole = true), fill()) });
+    const wholeList = h("button", { class: "more", type: "button", click: () => ((whole = true), fill()) });
 
     function go({ map, row, column }) {
       const view = views.find((candidate) => candidate.map === map);
@@ -280,7 +286,7 @@
     }
 
     function line(cell) {
-      const { map, value, lo, hi, exact } = cell;
+      const { map, value, lo, hi, told } = cell;
       const name = address(map, cell.row, cell.column);
       const show = { type: "button", title: "show it in its map", click: () => go(cell) };
       const cells = {
@@ -289,7 +295,7 @@
         row: map.rows[cell.row],
         token: isPlace(map) ? h("code", { class: "token" }, tokenNames(cell.row)) : "",
         value: [signed(value), h("span", { class: "interval" }, interval(lo, hi))],
-        exact: signed(exact),
+        ...Object.fromEntries(further.map((name) => [name, signed(told[name])])),
         size: bar(map, value),
       };
       return h("tr", {}, COLUMNS.map((column) => h("td", { class: column.kind }, cells[column.name])));
@@ -306,8 +312,8 @@
       const cells = listed.filter(({ name }) => !only || name === only).reduce((sum, { size }) => sum + size, 0);
       const each = only || listed.length === 1 ? "" : " of each map";
       tally.textContent = `the ${whole ? count(found.length) : `${most} strongest${each}`} of ${count(cells)} cells`;
-      more.hidden = chosen.length === found.length;
-      more.textContent = `Show the ${count(found.length)} strongest`;
+      wholeList.hidden = chosen.length === found.length;
+      wholeList.textContent = `Show the ${count(found.length)} strongest`;
       for (const th of heads) {
         if (th.dataset.by === by) th.setAttribute("aria-sort", down ? "descending" : "ascending");
         else th.removeAttribute("aria-sort");
@@ -329,7 +335,7 @@
       h("h2", {}, "Strongest cells"),
       h("div", { class: "filter" }, h("label", {}, "of ", pick), tally),
       h("div", { class: "scroll", tabindex: -1 }, h("table", {}, h("thead", {}, h("tr", {}, heads)), body)),
-      more,
+      wholeList,
     );
   }
 
@@ -348,33 +354,12 @@
     );
   }
 
-  /** What exact measurement said of the estimates. */
-  function checks() {
-    if (!data.checks.length) return null;
-    const [names, ...rows] = data.checks;
-    const text = (value) => (typeof value === "string" ? value : number(value, Number.isInteger(value) ? "int" : "float"));
-    return h(
-      "section",
-      { class: "strongest" },
-      h("h2", {}, "How far the estimates hold"),
-      h(
-        "div",
-        { class: "scroll" },
-        h(
-          "table",
-          { class: "checks" },
-          h("thead", {}, h("tr", {}, names.map((name) => h("th", { scope: "col" }, name)))),
-          h("tbody", {}, rows.map((row) => h("tr", {}, row.map((value) => h("td", {}, text(value)))))),
-        ),
-      ),
-    );
-  }
-
   function footer() {
     const facts = data.facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
     return h("footer", {}, h("h2", {}, "What was run"), h("dl", { class: "facts" }, facts));
   }
 
+  const sections = atlas.sections({ data, words });
   const large = data.maps.filter((map) => !map.values);
   const figures = drawn.map(show);
   const grids = h("div", { class: "grids" }, figures);
@@ -392,13 +377,19 @@
       h("h1", {}, data.title),
       h("p", { class: "lede" }, data.lede),
       prompts(),
-      drawn.length && scale(redraw),
+      sections.first,
+      drawn.length > 0 && scale(redraw),
       grids,
+      sections.lines,
+      sections.neurons,
       large.map(({ title, name, size }) => h("p", { class: "note" }, `${title === name ? name : `${title} (${name})`} has ${count(size)} cells, too many to draw: its strongest are listed.`)),
-      h("div", { class: "below" }, table(), h("div", {}, checks(), footer())),
+      data.not_drawn.length > 0 && h("p", { class: "note" }, `Not drawn: ${data.not_drawn.join("; ")}.`),
+      listed.length > 0
+        ? h("div", { class: "below" }, table(), h("div", {}, sections.beside, footer()))
+        : [sections.beside, footer()],
       s("svg", { class: "defs", "aria-hidden": "true" }, hatch),
     ]
-      .flat()
+      .flat(Infinity)
       .filter(Boolean),
   );
   document.body.append(tip);

@@ -1,0 +1,187 @@
+"""Commands made from declarations: one a question, one a change, and `measure` for any set of measures.
+
+The names of all commands are known without importing a method; a method is imported when its command is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from microtome.catalogue import Entry, entries
+from microtome.cli._model import Opening, notes, opens, progress
+from microtome.cli._options import shared, signed, slot_of, values_of
+from microtome.cli._results import check_output, shown, write_edits
+from microtome.errors import ArgumentError, error
+
+if TYPE_CHECKING:
+    from microtome.method import Change, Declared, Question
+
+PANELS = {"question": "Questions about prompts", "change": "Changes of a model", "measure": "Measures of a model"}
+
+
+class MethodGroup(TyperGroup):
+    """A group whose commands are those that it is given, and those of the methods of some kinds."""
+
+    kinds: tuple[str, ...] = ("question", "change")
+
+    def entries(self) -> Mapping[str, Entry]:
+        """The methods that have a command here, by the name of the command."""
+        found: dict[str, Entry] = {}
+        for entry in entries().values():
+            name = entry.name if "measure" in self.kinds else entry.command
+            if name and entry.kind in (*self.kinds, None):
+                found[name] = entry
+        return found
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, its own first."""
+        return [*super().list_commands(ctx), *sorted(self.entries().keys() - self.commands.keys())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command by name; of a method that is not loaded yet, what the help needs."""
+        known = super().get_command(ctx, cmd_name)
+        entry = None if known is not None else self.entries().get(cmd_name)
+        if entry is None:
+            return known
+        panel = PANELS.get(entry.kind or "", "Commands")
+        help_text = (entry.problem or entry.summary).replace("[", "\\[")
+        return TyperCommand(cmd_name, help=help_text, rich_help_panel=panel)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is called, made from its method where it is one."""
+        if args:
+            self.load(args[0])
+        return super().resolve_command(ctx, args)
+
+    def load(self, name: str) -> Any:
+        """Make the command of a method, or of several with commas between them; None where there is no such method."""
+        if name not in self.commands:
+            entries = self.entries()
+            names = [entries[part].name if part in entries else part for part in name.split(",")]
+            if any(part in entries for part in name.split(",")):
+                self.add_command(command_of(name, names), name)
+        return self.commands.get(name)
+
+
+class MeasureGroup(MethodGroup):
+    """The commands of measures."""
+
+    kinds = ("measure",)
+
+
+def command_of(name: str, names: Sequence[str]) -> Any:
+    """The command of a question, a change, or some measures."""
+    from microtome.method import Change, Measure, Question, declared
+
+    made = [declared(one) for one in names]
+    first = made[0]
+    if isinstance(first, Question):
+        call = _ask(first)
+    elif isinstance(first, Change):
+        call = _change(first)
+    else:
+        measures = [one for one in made if isinstance(one, Measure)]
+        if len(measures) < len(made):
+            other = next(one.method for one in made if not isinstance(one, Measure))
+            raise error(ArgumentError, f'"{other.name}" is a {other.kind}, not a measure', do="name measures alone")
+        call = _measure(measures)
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command(name, help=_help(made))(call)
+    return typer.main.get_command(app)
+
+
+def _help(made: Sequence[Declared]) -> str:
+    told = [f"{one.method.question}\n\n{one.method.summary}" for one in made] if len(made) < 2 else []
+    told = told or [f"{one.method.name}: {one.method.question}" for one in made]
+    sources = "\n\n".join(f"Source: {source}." for one in made for source in one.method.source)
+    return "\n\n".join([*told, sources]).replace("[", "\\[")
+
+
+def _ask(question: Question) -> Callable[..., None]:
+    """What the command of a question does."""
+    slots = [slot for p in question.parameters if (slot := slot_of(p)) is not None]
+    own = {slot.name for slot in slots}
+    axes = {dim for column in question.method.columns for dim in column.dims or ("layer", "pos")}
+    slots += shared("seed", "budget", "output", "force", *(() if "top" in own else ("top",)))
+    slots += shared(*(("every", "positions") if {"layer", "pos"} <= axes else ()), "as_json")
+
+    def call(*, opening: Opening, **given: Any) -> None:
+        output, force = given.pop("output"), given.pop("force")
+        check_output(output, force, (".html",))
+        display = {k: given.pop(k) for k in ("top", "every", "positions") if k in given and k not in own}
+        as_json = given.pop("as_json")
+        with _settled(given):
+            data = question.ask(opening.open(), values_of(question.parameters, given))
+        shown(data, output, as_json=as_json, **display)
+
+    return opens()(signed(call, slots))
+
+
+def _change(change: Change) -> Callable[..., None]:
+    """What the command of a change does: write its edits."""
+    slots = [slot for p in change.parameters if (slot := slot_of(p)) is not None]
+    slots += shared("seed", "budget", "output", "force", "as_json")
+
+    def call(*, opening: Opening, **given: Any) -> None:
+        output, force, as_json = given.pop("output"), given.pop("force"), given.pop("as_json")
+        check_output(output, force, (".safetensors",), required=True)
+        with _settled(given):
+            edits = change.make(opening.open(), values_of(change.parameters, given))
+        write_edits(output, edits, as_json=as_json)
+
+    return opens()(signed(call, slots))
+
+
+def _measure(measures: Sequence[Any]) -> Callable[..., None]:
+    """What the command of some measures does."""
+    parameters = {p.name: p for one in measures for p in (*one.parameters, *one.look_parameters)}
+    slots = [slot for p in parameters.values() if p.name != "text" and (slot := slot_of(p)) is not None]
+    reads = "text" in parameters
+    slots += shared(*(("text", "groups") if reads else ()), "seed", "budget", "output", "force", "top", "as_json")
+    names = [one.method.name for one in measures]
+
+    def call(*, opening: Opening, **given: Any) -> None:
+        from microtome.method.runner import measure
+
+        output, force, top = given.pop("output"), given.pop("force"), given.pop("top")
+        as_json, groups = given.pop("as_json"), given.pop("groups", None)
+        check_output(output, force, (".html",))
+        text = given.pop("text", None)
+        with _settled(given):
+            options = values_of(list(parameters.values()), given)
+            wanted: Any = True if groups == ["*"] else groups or False
+            data = measure(opening.open(), *names, text=text, groups=wanted, **options)
+        shown(data, output, top=top, as_json=as_json)
+
+    return opens()(signed(call, slots))
+
+
+@contextmanager
+def _settled(given: dict[str, Any]) -> Iterator[None]:
+    """Settings from the options of a command, its plan and progress on stderr.
+
+    Raises:
+        KeyboardInterrupt: a sweep was stopped before its last cell: what it kept is no whole result.
+    """
+    from microtome.context import settings
+
+    reached: dict[str, tuple[int, int]] = {}
+    with progress() as bars:
+
+        def report(stage: str, done: int, everything: int) -> None:
+            reached[stage] = (done, everything)
+            bars(stage, done, everything)
+
+        def on_plan(plan: object) -> None:
+            notes.print(f"plan: {plan}", markup=False, soft_wrap=True)
+
+        chosen = {"seed": given.pop("seed"), "budget": given.pop("budget")}
+        with settings(**chosen, progress=report, on_plan=on_plan):
+            yield
+    if any(done < everything for done, everything in reached.values()):
+        raise KeyboardInterrupt

@@ -1,0 +1,122 @@
+"""Which form a variable takes: by the axes it has, never by the method that made it.
+
+    (layer, pos), (layer, head), (layer, span)   heat map, layers from left to right       _heat_map.py
+    (group, group), (node, node)                 heat map, rows to columns                 _heat_map.py
+    (layer), (pos), (head)                       line with its interval and control        _series.py
+    (layer, neuron)                              strongest neurons, distribution by layer  _neurons.py
+    text over (layer, pos)                       tokens in cells, coloured by `shade`      _token_map.py
+    (site), (component), (group)                 a row a name, a column a variable         _tables.py
+    ()                                           facts                                     _tables.py
+    `parts` that sum to `sum_of`                 bars, largest first, with their sum       _parts.py
+
+What has other axes is drawn nowhere and listed by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from microtome.view._dataset import axis_kind, in_header, is_numeric, own_variables, without_batch
+from microtome.view._heat_map import HeatMap, by_layer, heat_map, limits_of
+from microtome.view._neurons import neuron_map
+from microtome.view._parts import parts_list
+from microtome.view._series import series
+from microtome.view._tables import fact_list, label_table
+from microtome.view._token_map import token_map
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from rich.console import RenderableType
+
+    from microtome.view._canvas import Canvas
+
+ORDERED = ("layer", "pos", "head", "kv_head", "span", "neuron")
+"""Axes along which a line can be drawn; the places on the others are names."""
+
+
+@runtime_checkable
+class Form(Protocol):
+    """One variable, or several that are shown together, in the three places where it can be seen."""
+
+    @property
+    def kind(self) -> str:
+        """Which form it is: "map", "series", "neurons", "tokens", "table", "facts" or "parts"."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The variables that it shows."""
+        ...
+
+    def terminal(self, canvas: Canvas) -> list[RenderableType]:
+        """What a terminal shows, top to bottom."""
+        ...
+
+    def figure(self, canvas: Canvas) -> str:
+        """Static markup for a notebook: no script, colours that read on light and dark."""
+        ...
+
+    def section(self, canvas: Canvas) -> dict[str, Any]:
+        """What the script of a page draws, as plain values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of a dataset in the order of its variables, and the variables that have none, with their axes."""
+
+    shown: tuple[Form, ...]
+    not_drawn: tuple[str, ...] = ()
+    limits: dict[str, float] = field(default_factory=dict)
+
+    def of(self, kind: type) -> list[Any]:
+        """The forms of one kind."""
+        return [form for form in self.shown if isinstance(form, kind)]
+
+
+def forms(data: xr.Dataset) -> Forms:
+    """The form of each variable.
+
+    A batch of one is dropped; the ends of an interval, controls and shades are shown with the variable they belong to.
+    Heat maps of one unit share one scale, whose end is `limits[unit]`; a map without a unit has its own.
+    """
+    data = without_batch(data)
+    names = [name for name in own_variables(data) if name not in in_header(data)]
+    found: list[Form] = []
+    unknown: list[str] = []
+    facts: list[str] = []
+    named: dict[str, list[str]] = {}
+    if "parts" in data.attrs and (parts := parts_list(data)) is not None:
+        found.append(parts)
+        names = [name for name in names if name not in parts.names or data[name].ndim]
+        names = [name for name in names if name != parts.sum_of]
+    for name in names:
+        axes = [axis_kind(str(dim)) for dim in data[name].dims]
+        if not axes:
+            facts.append(name)
+        elif len(axes) == 1 and axes[0] and axes[0] not in ORDERED and is_numeric(data, name):
+            named.setdefault(str(data[name].dims[0]), []).append(name)
+        elif (form := _form(data, name, axes)) is not None:
+            found.append(form)
+            if isinstance(form, HeatMap) and (form.down, form.across) == ("sender", "receiver"):
+                found.append(by_layer(form))
+        else:
+            unknown.append(f"{name} over ({', '.join(map(str, data[name].dims))})")
+    found += [label_table(data, axis, variables) for axis, variables in named.items()]
+    found += [fact_list(data, facts)] if facts else []
+    maps = [form for form in found if isinstance(form, HeatMap)]
+    return Forms(tuple(found), tuple(unknown), limits_of(maps))
+
+
+def _form(data: xr.Dataset, name: str, axes: Sequence[str]) -> Form | None:
+    """The form of a variable with axes; none where there is none."""
+    if not is_numeric(data, name):
+        dims = [str(dim) for dim in data[name].dims if dim != "rank"]
+        return token_map(data, name) if dims == ["layer", "pos"] else None
+    if not all(axes) or len(axes) > 2 or 0 in data[name].shape:
+        return None
+    if len(axes) == 1:
+        return series(data, name)
+    return neuron_map(data, name) if set(axes) == {"layer", "neuron"} else heat_map(data, name)

@@ -1,0 +1,159 @@
+"""Variables over names, a row a name and a column a variable; and single numbers as facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from microtome.view import _svg
+from microtome.view._dataset import beside, control, is_numeric, labels, numbers, title, unit
+from microtome.view._page_values import rounded
+from microtome.view._text import interval, plain_table, printable, unsigned, visible
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from rich.console import RenderableType
+
+    from microtome.view._canvas import Canvas
+
+MOST_ROWS = 60
+"""Rows of a table in a terminal or a notebook."""
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """A variable over names, with its interval and control."""
+
+    name: str
+    title: str
+    unit: str
+    values: np.ndarray
+    low: np.ndarray | None
+    high: np.ndarray | None
+    whole: bool
+
+    def told(self, row: int) -> str:
+        """A value in words."""
+        value = float(self.values[row])
+        if math.isnan(value):
+            return "–"
+        ends = "" if self.low is None or self.high is None else interval(float(self.low[row]), float(self.high[row]))
+        return (f"{value:,.0f}" if self.whole else unsigned(value)) + ends
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTable:
+    """All variables over one axis of names, such as the sites that were checked, or the components of a model."""
+
+    axis: str
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[Column, ...]
+    kind: Literal["table"] = "table"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The variables."""
+        return tuple(column.name for column in self.columns)
+
+    def _texts(self) -> tuple[list[str], list[list[str]]]:
+        heads = [self.axis, *(column.title for column in self.columns)]
+        return heads, [[visible(row), *(c.told(i) for c in self.columns)] for i, row in enumerate(self.rows)]
+
+    def terminal(self, canvas: Canvas) -> list[RenderableType]:
+        """A row a name."""
+        heads, texts = self._texts()
+        table = plain_table()
+        for i, head in enumerate(heads):
+            table.add_column(Text(printable(head), "dim"), justify="right" if i else "left")
+        for row in texts[:MOST_ROWS]:
+            table.add_row(*(Text(text) for text in row))
+        left = len(texts) - MOST_ROWS
+        more = [Text(f"{left} more rows", "dim")] if left > 0 else []
+        return [Text(printable(self.title), "bold"), table, *more, Text()]
+
+    def figure(self, canvas: Canvas) -> str:
+        """The same as a table."""
+        heads, texts = self._texts()
+        more = [f"{len(texts) - MOST_ROWS} more rows"] if len(texts) > MOST_ROWS else []
+        return _svg.figure(self.title, "", _svg.rows(texts[:MOST_ROWS], heads), more)
+
+    def section(self, canvas: Canvas) -> dict[str, Any]:
+        """The values by row."""
+        heads = [self.axis, *(f"{c.title} ({c.unit})" if c.unit else c.title for c in self.columns)]
+
+        def cell(column: Column, row: int) -> list[float | None]:
+            ends = [] if column.low is None or column.high is None else [column.low[row], column.high[row]]
+            return [rounded(float(x)) for x in (column.values[row], *ends)]
+
+        body = [[row, *(cell(column, i) for column in self.columns)] for i, row in enumerate(self.rows)]
+        return {"kind": self.kind, "title": self.title, "heads": heads, "rows": body}
+
+
+def label_table(data: xr.Dataset, axis: str, names: Sequence[str]) -> LabelTable:
+    """The table of the variables over an axis, each followed by its control."""
+    columns: list[Column] = []
+    for name in names:
+        whole = data[name].dtype.kind in "iub"
+        low, high = beside(data, name, "_lo"), beside(data, name, "_hi")
+        columns.append(Column(name, title(data, name), unit(data, name), numbers(data, name), low, high, whole))
+        if (other := control(data, name)) is not None:
+            told = f"{title(data, name)}, control"
+            columns.append(Column(f"{name}, control", told, unit(data, name), other, None, None, whole))
+    heading = data[axis].attrs.get("title") if axis in data.coords else None
+    return LabelTable(axis, str(heading or f"by {axis.replace('_', ' ')}"), labels(data, axis), tuple(columns))
+
+
+@dataclass(frozen=True)
+class FactList:
+    """Single values, each with its name and unit."""
+
+    facts: tuple[tuple[str, str, str], ...]
+    kind: Literal["facts"] = "facts"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The variables."""
+        return tuple(name for name, _, _ in self.facts)
+
+    def terminal(self, canvas: Canvas) -> list[RenderableType]:
+        """A line a fact."""
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for _, heading, value in self.facts:
+            table.add_row(Text(printable(heading), "dim"), Text(printable(value)))
+        return [table, Text()]
+
+    def figure(self, canvas: Canvas) -> str:
+        """The same as a table."""
+        return _svg.rows([(heading, value) for _, heading, value in self.facts])
+
+    def section(self, canvas: Canvas) -> dict[str, Any]:
+        """The same as texts."""
+        return {"kind": self.kind, "facts": [[heading, value] for _, heading, value in self.facts]}
+
+
+def fact_list(data: xr.Dataset, names: Sequence[str]) -> FactList:
+    """The single values of a dataset, with interval, control and unit."""
+    return FactList(tuple((name, title(data, name), _fact(data, name)) for name in names))
+
+
+def _fact(data: xr.Dataset, name: str) -> str:
+    if not is_numeric(data, name):
+        return str(data[name].values.item())
+    if data[name].dtype.kind in "iu":
+        text = f"{int(data[name]):,}"
+    elif data[name].dtype.kind == "b":
+        text = "yes" if bool(data[name]) else "no"
+    else:
+        text = unsigned(float(numbers(data, name)))
+    low, high = (beside(data, name, end) for end in ("_lo", "_hi"))
+    text += "" if low is None or high is None else interval(float(low), float(high))
+    text += f" {unit(data, name)}".rstrip()
+    other = control(data, name)
+    return text if other is None else f"{text} (control {unsigned(float(other))})"

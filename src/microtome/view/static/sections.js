@@ -1,0 +1,147 @@
+/* The sections of a result's page that are no maps: lines, neurons, tokens, parts, tables and facts, by their kind. */
+"use strict";
+
+(function (atlas) {
+  const { h, s, number, count, plural, alone, chart } = atlas;
+  const minus = (text) => text.replaceAll("-", "\u2212");
+  const signed = (value) => (value === null ? "not measured" : minus((value > 0 ? "+" : "") + value.toPrecision(4)));
+  const ends = (lo, hi) => ((lo ?? null) === null || (hi ?? null) === null ? "" : ` [${signed(lo)}, ${signed(hi)}]`);
+  const head = (names) =>
+    h("thead", {}, h("tr", {}, names.map((name, i) => h("th", { scope: "col", class: i ? "float" : null }, name))));
+  const scroll = (...children) => h("div", { class: "scroll", tabindex: -1 }, children);
+  const heading = ({ title, name, meaning }) =>
+    h("h2", { title: meaning }, title, name && name !== title ? h("code", { class: "where" }, ` ${name}`) : "");
+
+  /** A bar of a value, from a zero in the middle where any value is negative. */
+  function bar(value, most, both) {
+    const [zero, room] = both ? [60, 58] : [1, 117];
+    const size = ((value ?? 0) / most) * room;
+    const box = { class: value < 0 ? "cold" : "hot", x: Math.min(zero, zero + size), y: 2, width: Math.abs(size), height: 9 };
+    return s("svg", { width: 120, height: 13, "aria-hidden": "true" }, s("rect", box), s("line", { x1: zero, x2: zero, y1: 0, y2: 13 }));
+  }
+
+  const largest = (values) => Math.max(...values.map((value) => Math.abs(value ?? 0))) || 1;
+
+  function series({ title, name, unit, meaning, axis, places, values, lo, hi, beside }) {
+    const { control, ...others } = beside;
+    const lines = [{ name: control ? "measured" : "", title: meaning, values, lo, hi, beside: others }];
+    if (control) lines.push({ name: "control", title: `control of ${title}`, values: control, control: true });
+    return chart.lines({ title: title === name ? title : `${title} (${name})`, note: unit, axis, layers: places, series: lines });
+  }
+
+  function neurons(part) {
+    const { layers, edges, counts, strongest, beside, unit, size } = part;
+    const bins = counts[0].map((_, bin) => bin).reverse();
+    const picture = chart.heat({
+      title: "how many neurons have which value",
+      columns: layers,
+      rows: bins.map((bin) => number(edges[bin])),
+      across: "layer",
+      down: unit || "value",
+      root: true,
+      cell(layer, label, i, j) {
+        const n = counts[i][bins[j]];
+        return { value: n, text: `layer ${layer}: ${count(n)} from ${number(edges[bins[j]])} to ${number(edges[bins[j] + 1])}` };
+      },
+    });
+    const most = largest(strongest.map((row) => row[2]));
+    const both = strongest.some((row) => row[2] < 0);
+    const rows = strongest.map(([layer, neuron, value, lo, hi, ...more]) =>
+      h(
+        "tr",
+        {},
+        h("td", { class: "site" }, `L${layer}N${neuron}`),
+        h("td", { class: "float" }, signed(value), h("span", { class: "interval" }, ends(lo, hi))),
+        more.map((of) => h("td", { class: "float" }, signed(of))),
+        h("td", { class: "bar-cell" }, bar(value, most, both)),
+      ),
+    );
+    const tally = `the ${strongest.length} strongest of ${plural(size, "neuron")}`;
+    return h(
+      "section",
+      { class: "strongest neurons" },
+      heading(part),
+      h("div", { class: "beside-list" }, picture, h("div", {}, h("p", { class: "note" }, tally),
+        h("div", { class: "scroll short", tabindex: 0 }, h("table", {}, head(["neuron", unit || "value", ...beside, ""]), h("tbody", {}, rows))))),
+    );
+  }
+
+  function tokens(part, page) {
+    const { layers, places, cells, shade, every } = part;
+    const tip = (cell) => cell.map(([word, value]) => `${alone(word)}${shade ? ` ${number(value)}` : ""}`).join("\n");
+    const chip = ([word, , share]) => {
+      const line = h("span", { class: "word" }, alone(word));
+      line.style.setProperty("--share", `${Math.round(75 * share)}%`);
+      return line;
+    };
+    const body = cells.map((row, i) =>
+      h("tr", {}, h("th", { scope: "row" }, layers[i]), row.map((cell) => h("td", { title: tip(cell) }, cell.map(chip)))),
+    );
+    const name = (i) => page.words(i).map(alone).join("/");
+    const notes = [shade && `coloured by ${shade}`, every > 1 && `every ${every}th layer`].filter(Boolean).join("; ");
+    return h(
+      "section",
+      { class: "tokens" },
+      heading(part),
+      notes && h("p", { class: "note" }, notes),
+      scroll(
+        h(
+          "table",
+          { class: "word-map" },
+          h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "layer"), places.map((place, i) => h("th", { scope: "col" }, name(i), " ", h("span", { class: "where" }, `@${place}`))))),
+          h("tbody", {}, body),
+        ),
+      ),
+    );
+  }
+
+  function parts({ unit, parts: all, more, sum, heading: whole, whole: measured }) {
+    const most = largest(all.map(([, value]) => value));
+    const both = all.some(([, value]) => value < 0);
+    const reads = all.some(([, , from]) => from);
+    const rows = all.map(([name, value, from]) =>
+      h("tr", {}, h("td", { class: "site" }, name), h("td", { class: "float" }, signed(value)), h("td", { class: "bar-cell" }, bar(value, most, both)), reads && h("td", {}, from)),
+    );
+    if (more[0]) rows.push(h("tr", {}, h("td", {}, `${count(more[0])} more`), h("td", { class: "float" }, signed(more[1]))));
+    const last = h("tr", { class: "sum" }, h("td", {}, "sum"), h("td", { class: "float" }, signed(sum)));
+    const table = h("table", {}, head(["part", unit || "value", "", ...(reads ? ["reads from"] : [])]), h("tbody", {}, rows));
+    return h(
+      "section",
+      { class: "strongest parts" },
+      h("h2", {}, "Parts"),
+      h("div", { class: "scroll short", tabindex: 0 }, table),
+      h("table", {}, h("tbody", {}, last)),
+      measured !== null && h("p", { class: "note" }, `${whole} as measured ${signed(measured)}`),
+    );
+  }
+
+  function table({ title, heads, rows }) {
+    const cell = ([value, lo, hi]) => [number(value, Number.isInteger(value) ? "int" : "float"), h("span", { class: "interval" }, ends(lo, hi))];
+    return h(
+      "section",
+      { class: "strongest" },
+      h("h2", {}, title[0].toUpperCase() + title.slice(1)),
+      scroll(h("table", { class: "checks" }, head(heads), h("tbody", {}, rows.map(([name, ...values]) => h("tr", {}, h("td", {}, alone(name)), values.map((value) => h("td", { class: "float" }, cell(value)))))))),
+    );
+  }
+
+  const facts = ({ facts: all }) =>
+    h("section", {}, h("dl", { class: "facts" }, all.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])));
+
+  const SECTIONS = { neurons, tokens, parts, table, facts };
+
+  /** All sections of one page; lines stand side by side. */
+  function sections(page) {
+    const { sections: all } = page.data;
+    const lines = all.filter(({ kind }) => kind === "series").map(series);
+    const of = (...kinds) => all.filter(({ kind }) => kinds.includes(kind)).map((part) => SECTIONS[part.kind](part, page));
+    return {
+      first: of("parts", "tokens"),
+      lines: lines.length ? h("section", {}, h("h2", {}, "Lines"), h("div", { class: "charts" }, lines)) : null,
+      neurons: of("neurons"),
+      beside: of("facts", "table"),
+    };
+  }
+
+  Object.assign(atlas, { sections });
+})(window.atlas);
