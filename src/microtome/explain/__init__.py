@@ -1,9 +1,9 @@
 """Why a model said what it said: lenses and exact decompositions."""
 
+from microtome.explain._answers import one_token as one_token
 from microtome.explain._attribution import RELP as RELP
 from microtome.explain._attribution import attribute as attribute
 from microtome.explain._contributions import contributions as contributions
-from microtome.explain._contributions import one_token as one_token
 from microtome.explain._edges import edge_effects as edge_effects
 from microtome.explain._edges import node_effects as node_effects
 from microtome.explain._effects import component_effects as component_effects
@@ -12,8 +12,7 @@ from microtome.explain._graph import Graph as Graph
 from microtome.explain._graph import graph as graph
 from microtome.explain._knockout import attention_knockout as attention_knockout
 from microtome.explain._lens import logit_lens as logit_lens
-from microtome.explain._pairs import patch_pairs as patch_pairs
-from microtome.explain._patching import activation_patching as activation_patching
+from microtome.explain._patching import patch as patch
 from microtome.explain._recovery import auc as auc
 from microtome.explain._recovery import circuit_recovery as circuit_recovery
 from microtome.explain._spans import span_of as span_of

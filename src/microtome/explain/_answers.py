@@ -8,11 +8,24 @@ from typing import Any
 from torch import Tensor
 
 from microtome.errors import PromptError, error
-from microtome.metric import LogitDifference, LogProbability, Metric
+from microtome.metric import Divergence, LogitDifference, LogProbability, Metric, Probability, Rank, SpanLoss
 from microtome.model import Model
+from microtome.tasks import LogOdds
 
 Answer = str | int | Sequence[str] | Sequence[int]
 """One token for all examples, or one an example: as text of one token, or as its id."""
+
+READS: dict[type, tuple[str, str]] = {
+    LogitDifference: ("logit difference", "logits"), LogProbability: ("log-probability of the answer", "nats"),
+    Probability: ("probability of the answer", "probability"), Rank: ("rank of the answer", "tokens"),
+    SpanLoss: ("mean loss of the tokens", "nats"), Divergence: ("KL divergence from the base", "nats"),
+    LogOdds: ("log-odds of the answers against the foils", "logits"),
+}  # fmt: skip
+
+
+def metric_in_words(metric: Metric) -> tuple[str, str]:
+    """What a metric reads, and its unit."""
+    return READS.get(type(metric), (type(metric).__name__, f"units of {type(metric).__name__}"))
 
 
 def one_token(model: Model, text: str | int) -> int:

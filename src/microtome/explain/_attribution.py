@@ -23,21 +23,13 @@ from torch import Tensor
 
 from microtome.anatomy import at_least_float32
 from microtome.edit import Freeze
-from microtome.explain._contributions import one_token
+from microtome.explain._answers import one_token
 from microtome.explain._edge_scores import captures, changes, contract
 from microtome.explain._graph import graph
+from microtome.explain._layout import BY_POSITION, Layout, every_position, layout
 from microtome.explain._pair import Pair
-from microtome.explain._patching import (
-    BY_POSITION,
-    Layout,
-    aligned,
-    every_position,
-    layout,
-    metric_words,
-    refuse_blind,
-    refuse_unknown,
-    refuse_wrong,
-)
+from microtome.explain._pairs import aligned, require_effect_on_metric
+from microtome.explain._patching import refuse_unknown, refuse_wrong
 from microtome.explain._verify import verify as measured
 from microtome.model import Model
 from microtome.run import Prompt, Run
@@ -115,29 +107,14 @@ def attribute(
     refuse_wrong(direction, BY_POSITION if method == "eap" else sites, seed)
     foil_id = None if foil is None else one_token(model, foil)
     pair = Pair(aligned(model, clean, corrupt), one_token(model, answer), foil_id, direction)
-    refuse_blind(model, pair.metric(model), pair.tokens)
+    require_effect_on_metric(model, pair.metric(model), pair.tokens)
     rules = RELP if method == "relp" and rules is None else rules
     data = _edges(model, pair, rules) if method == "eap" else _nodes(model, pair, rules, sites)
-    data = data.assign_attrs(
-        _told(direction, foil, verify), method=_NAMES[method], rules=repr(rules) if rules else "plain"
-    )
+    data = data.assign_attrs(method=_NAMES[method], rules="plain" if rules is None else repr(rules))
     if not verify:
         return data
     most = max(int(np.isfinite(data[name].values).sum()) for name in data.attrs["sites"])
     return measured(model, data, top=min(verify, most), seed=seed, budget=budget, progress=progress, on_plan=on_plan)
-
-
-READING = (
-    "Each cell is an estimate, from one gradient, of what taking it from the {given} run would do to the {metric}: "
-    "above 0 raises it."
-)
-
-
-def _told(direction: str, foil: object, verify: int) -> dict[str, str]:
-    """What was read, and how a score is to be read."""
-    given, metric = "corrupt" if direction == "noise" else "clean", metric_words(foil)
-    exact = " The strongest were measured as well: see exact." if verify else ""
-    return {"metric": metric, "reading": READING.format(given=given, metric=metric) + exact}
 
 
 def _runs(model: Model, pair: Pair, rules: Freeze | None, capture: Sequence[str]) -> tuple[Run, Run, dict[str, Tensor]]:

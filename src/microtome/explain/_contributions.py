@@ -8,60 +8,77 @@ Formula:  x_final = embed + sum_l (attn_out_l + mlp_out_l),  logit_t = u . x_fin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.anatomy import NormWeights, Site, at_least_float32
-from microtome.errors import PromptError, SiteError, error
+from microtome.errors import SiteError, error
+from microtome.explain._answers import Answer, answers_and_foils
+from microtome.method import Argument, Column, Found, PromptText, Source, question
 from microtome.model import Model
-from microtome.run import Prompt, Run
+from microtome.run import Run
 
-if TYPE_CHECKING:
-    import xarray as xr
+Detail = Literal["source", "neuron"]
 
-Detail = Literal["component", "source", "neuron"]
+PARTS = ("embed", "attn", "attn_bias", "mlp", "constant")
+"""What sums to the logit."""
+
+TERM = "none: the terms of a sum are compared with each other"
+WHOLE = "none: what the parts sum to"
+BATCH, LAYER, HEAD = ("batch",), ("batch", "layer"), ("batch", "layer", "head")
 
 
+def _column(name: str, meaning: str, dims: tuple[str, ...] = BATCH, title: str = "", control: str = TERM) -> Column:
+    return Column(name, "logits", meaning, control, dims=dims, title=title)
+
+
+@question(
+    "contributions",
+    command="contributions",
+    title="direct logit attribution",
+    question="How much does each part of the model add to a logit?",
+    columns=(
+        _column("logit", "the logit of the answer, or its difference to the foil's; before a cap", control=WHOLE),
+        _column("embed", "what the embedding adds", title="embedding"),
+        _column("attn", "what each head adds", HEAD, "heads"),
+        _column("attn_bias", "what the output bias of attention and of a norm behind it add", LAYER, "attention bias"),
+        _column("mlp", "what each MLP adds", LAYER, "MLP"),
+        _column("constant", "what the biases of the final norm and of the unembedding add"),
+        _column("gap", "the logit minus the sum of all parts", control="none: 0 but for rounding"),
+        _column("attn_source", "what each head adds by the position that it reads", (*HEAD, "k_pos")),
+        _column("mlp_neuron", "what each neuron adds", (*LAYER, "neuron"), "neurons"),
+        _column("mlp_bias", "what the output bias of each MLP adds, where neurons are told apart", LAYER, "MLP bias"),
+    ),
+    source=Source(
+        "Elhage et al.", "A Mathematical Framework for Transformer Circuits", 2021,
+        departs="norms behind a branch (Gemma 2) are drawn through too, with their scale held",
+    ),
+    cost="one forward; memory for one position of every layer, and all patterns and values with sources",
+    check="tests/laws/test_explain.py",
+    call='mt.explain.contributions(model, "The capital of France is", answer=" Paris", foil=" Rome")',
+    reading="A positive part raises the answer; embedding, heads, MLPs and biases sum to the logit.",
+)  # fmt: skip
 def contributions(
     model: Model,
-    prompt: Prompt,
+    prompt: PromptText,
     *,
-    answer: str | int | None = None,
-    foil: str | int | None = None,
-    position: int = -1,
-    detail: tuple[Detail, ...] = (),
-) -> xr.Dataset:
-    """How much each part of the model adds to a logit at one position; the parts sum to the logit.
-
-    Formula:  logit_t = constant + embed.u + sum_l [ sum_h head_lh.u + attn_bias_l.u + mlp_l.u ]
-    Source:   direct logit attribution, as in Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021.
-              Departs: norms behind a branch (Gemma 2) are drawn through too, with their scale held.
-    Cost:     one forward; memory for one position of every layer, and the patterns if sources are asked for.
-    Check:    the sum equals the logit to 1e-4, for every family with a final norm; tests/laws/test_explain.py.
-
-    Args:
-        model: an open model with a final norm.
-        prompt: one prompt, or several.
-        answer: the token whose logit is explained, as text of one token or an id; by default the model's own answer.
-        foil: explain the difference to this token's logit instead.
-        position: where, counted from the end of each row if negative.
-        detail: also "source" (each head by the position that it reads) and "neuron".
-
-    Returns:
-        Dataset, in logits: `embed` (batch), `attn` (batch, layer, head), `attn_bias` and `mlp` (batch, layer),
-        `constant` (batch), `logit` (batch), and `gap` = logit minus the sum of all parts; with detail, `attn_source`
-        (batch, layer, head, k_pos) and `mlp_neuron` (batch, layer, neuron), `mlp_bias` (batch, layer). A positive part
-        raises the answer. For models that cap logits, `logit` is before the cap.
+    answer: Annotated[
+        Answer | None, Argument("the answer, one token or one a prompt; the model's own without it")
+    ] = None,
+    foil: Annotated[Answer | None, Argument("explain the difference to the logit of this token")] = None,
+    position: Annotated[int, Argument("position explained, counted from the end of the prompt if negative")] = -1,
+    detail: Annotated[tuple[Detail, ...], Argument("heads by source position, MLPs by neuron")] = (),
+) -> Found:
+    """Split a logit at one position exactly into what each part of the model adds to it.
 
     Raises:
-        SiteError: the model adds to a stream in a way that has no such sum (norms on the stream itself), or there is no
-            such detail.
-        PromptError: the answer or the foil is not one token.
+        SiteError: the model's logits are no such sum (norms on the stream itself).
+        PromptError: the answer or the foil is not one token, or they are the same.
     """
     refuse_unless_sum(model)
-    detail = _details(detail)
     at = f"@{position}"
     said = "logits" if model.anatomy.logit_softcap is None else "final"
     wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{said}{at}"]
@@ -70,7 +87,18 @@ def contributions(
     run = model.run(prompt, capture=wanted)
     with torch.no_grad():
         reader = _Reader(model, run, at, answer, foil)
-        return _dataset(reader, reader.parts(detail)).assign_attrs(position=position)
+        values = reader.values(detail)
+    coords = {"layer": list(range(model.anatomy.n_layers)), "head": list(range(model.anatomy.n_heads))}
+    words = {"answer": reader.answers, "foil": reader.foils}
+    told = {name: model.to_words(ids) for name, ids in words.items() if ids is not None}
+    coords |= {name: ("batch", text) for name, text in told.items()}
+    if "source" in detail:
+        coords["source"] = (("batch", "k_pos"), run.words)
+    attrs = {name: text[0] if len(text) == 1 else text for name, text in told.items()}
+    attrs["metric"] = "logit of the answer" if reader.foils is None else "logit difference"
+    mlp = ["mlp_neuron", "mlp_bias"] if "neuron" in detail else ["mlp"]
+    attrs |= {"parts": ["embed", "constant", "attn", "attn_bias", *mlp], "sum_of": "logit"}
+    return Found(values, coords=coords, attrs=attrs)
 
 
 def refuse_unless_sum(model: Model) -> None:
@@ -82,131 +110,38 @@ def refuse_unless_sum(model: Model) -> None:
     a = model.anatomy
     if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
         raise error(
-            SiteError,
-            f"the logits of {a.name} are not a sum over its parts",
+            SiteError, f"the logits of {a.name} are not a sum over its parts",
             got="norms on the residual stream itself, or a head with a transform of its own",
             do="use a causal model with norms before its branches",
-        )
-
-
-def _details(given: Any) -> tuple[Detail, ...]:
-    """The details asked for, one alone or several.
-
-    Raises:
-        SiteError: one of them is none.
-    """
-    asked: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given)
-    wrong = [name for name in asked if name not in get_args(Detail)]
-    if wrong:
-        allowed = ", ".join(f'"{name}"' for name in get_args(Detail))
-        raise error(
-            SiteError, "contributions have no such detail", got=repr(wrong[0]), allowed=allowed, do="name one of these"
-        )
-    return asked
-
-
-def _dataset(reader: _Reader, parts: dict[str, Tensor]) -> xr.Dataset:
-    """The parts with their axes, the gap that they leave, and the words that they are about."""
-    import xarray as xr
-
-    model, run = reader.model, reader.run
-    dims = {
-        "embed": (), "constant": (), "logit": (), "attn": ("layer", "head"), "attn_bias": ("layer",), "mlp": ("layer",),
-        "attn_source": ("layer", "head", "k_pos"), "mlp_neuron": ("layer", "neuron"), "mlp_bias": ("layer",),
-    }  # fmt: skip
-    data = xr.Dataset({k: (("batch", *dims[k]), v.cpu().numpy(), {"unit": "logits"}) for k, v in parts.items()})
-    whole = data["embed"] + data["constant"] + data["attn"].sum(("layer", "head"))
-    data["gap"] = data["logit"] - whole - data["attn_bias"].sum("layer") - data["mlp"].sum("layer")
-    labels = {"layer": range(model.anatomy.n_layers), "head": range(model.anatomy.n_heads)}
-    data = data.assign_coords({k: list(v) for k, v in labels.items()})
-    data = data.assign_coords(answer=("batch", model.to_words(reader.answers)))
-    if reader.foils is not None:
-        data = data.assign_coords(foil=("batch", model.to_words(reader.foils)))
-    if "attn_source" in data:
-        data = data.assign_coords(source=(("batch", "k_pos"), run.words))
-    held = "scale held at its value in this run"
-    mlp = ["mlp_neuron", "mlp_bias"] if "mlp_neuron" in data else ["mlp"]
-    shown = {"parts": ["embed", "constant", "attn", "attn_bias", *mlp], "sum_of": "logit", "reading": READING}
-    titles = {
-        "embed": "embedding",
-        "attn": "heads",
-        "attn_bias": "attention bias",
-        "mlp": "MLP",
-        "mlp_bias": "MLP bias",
-    }
-    titles |= {"logit": "logit" if reader.foils is None else "logit difference"}
-    for name in titles.keys() & data.data_vars:
-        data[name].attrs["title"] = titles[str(name)]
-    return data.assign_attrs(model.provenance | {"method": "direct logit attribution", "final_norm": held} | shown)
-
-
-READING = "What each part adds to the logit of the answer, or to its difference from the foil's: the parts sum to it."
-
-
-def one_token(model: Model, text: str | int) -> int:
-    """The id of a text of one token; an id is itself.
-
-    Raises:
-        PromptError: it is several tokens, with the tokens that it is, lies outside the vocabulary, or is none.
-    """
-    given: Any = text
-    if isinstance(given, bool) or not isinstance(given, str | int):
-        raise error(
-            PromptError, "cannot read a token", got=repr(given), allowed="a text or an id", do="give one of these"
-        )
-    if isinstance(text, int):
-        if not 0 <= text < model.anatomy.d_vocab:
-            allowed = f"0 to {model.anatomy.d_vocab - 1}"
-            raise error(PromptError, f"token id {text} is not in the vocabulary", allowed=allowed, do="choose another")
-        return text
-    if model.tokenizer is None:
-        do = "pass a token id, or open the model with tokenizer="
-        raise error(PromptError, f'cannot read "{text}": this model was opened without a tokenizer', do=do)
-    ids: list[int] = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
-    if ids == [unknown] and text != model.tokenizer.unk_token:
-        raise error(PromptError, f'"{text}" is not in the vocabulary', do="choose another word, or pass a token id")
-    if len(ids) != 1:
-        raise error(
-            PromptError,
-            f'"{text}" is not one token',
-            got=str(model.to_words(ids)) if ids else "no tokens",
-            allowed="one token, usually with its leading space",
-            do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
-        )
-    return ids[0]
+        )  # fmt: skip
 
 
 class _Reader:
     """Reads what was written at one position through the final norm, in the direction of the answer."""
 
-    def __init__(self, model: Model, run: Run, at: str, answer: str | int | None, foil: str | int | None) -> None:
-        self.model, self.run, self.at = model, run, at
-        self.a = model.anatomy
+    def __init__(self, model: Model, run: Run, at: str, answer: Answer | None, foil: Answer | None) -> None:
+        self.model, self.run, self.at, self.a = model, run, at, model.anatomy
         norm = model.final_norm
         assert norm is not None
-        batch = run.tokens.shape[0]
         logits = self._before_cap()
-        self.answers: Tensor = logits.argmax(-1) if answer is None else torch.full((batch,), one_token(model, answer))
-        self.answers = self.answers.to(run.tokens.device)
-        self.foils = None if foil is None else torch.full_like(self.answers, one_token(model, foil))
-        unembed = model.W_U[:, self.answers].T.double()
-        if self.foils is not None:
-            unembed = unembed - model.W_U[:, self.foils].T.double()
-        unembed = unembed * self.a.logit_scale
-        scale = run[f"final.scale{at}"].double()
-        self.u = norm.centre(unembed * norm.gain) / scale
-        self.constant = torch.zeros(batch, dtype=torch.float64, device=self.u.device)
+        own = logits.argmax(-1).tolist() if answer is None else answer
+        self.answers, self.foils = answers_and_foils(model, own, foil, len(logits))
+        unembed = self._difference(model.W_U.T).double() * self.a.logit_scale
+        self.u = norm.centre(unembed * norm.gain) / run[f"final.scale{at}"].double()
+        self.constant = unembed.new_zeros(len(logits))
         if norm.bias is not None:
             self.constant = self.constant + unembed @ norm.bias.double()
         if model.b_U is not None:
-            bias = model.b_U.double() * self.a.logit_scale
-            self.constant = self.constant + bias[self.answers]
-            self.constant = self.constant - (0.0 if self.foils is None else bias[self.foils])
-        self.logit = self._logit(logits.double())
+            self.constant = self.constant + self._difference(model.b_U).double() * self.a.logit_scale
+        self.logit = self._difference(logits.T).diagonal()
 
-    def _before_cap(self) -> Tensor:
-        """Logits [batch, vocab] as the model gave them; under a cap, as they enter it.
+    def _difference(self, x: Tensor) -> Tensor:
+        """[row, ...] What x [vocab, ...] holds for the answer of each row, minus what it holds for the foil."""
+        own = x[self.answers].double()
+        return own if self.foils is None else own - x[self.foils].double()
+
+    def _before_cap(self) -> Float[Tensor, "batch vocab"]:
+        """The logits as the model gave them; under a cap, as they enter it.
 
         A cap cannot be undone: far beyond it every logit is the cap itself. So they are formed anew from what the
         unembedding reads.
@@ -216,53 +151,45 @@ class _Reader:
         logits = at_least_float32(self.run[f"final{self.at}"][:, 0]) @ at_least_float32(self.model.W_U)
         return (logits if self.model.b_U is None else logits + self.model.b_U) * self.a.logit_scale
 
-    def _logit(self, logits: Tensor) -> Tensor:
-        own = logits.gather(1, self.answers.unsqueeze(1)).squeeze(1)
-        return own if self.foils is None else own - logits.gather(1, self.foils.unsqueeze(1)).squeeze(1)
-
-    def parts(self, detail: tuple[Detail, ...]) -> dict[str, Tensor]:
+    def values(self, detail: tuple[Detail, ...]) -> dict[str, Tensor]:
+        """All columns, [batch, ...] in float64."""
         rows: dict[str, list[Tensor]] = {}
-        for i in range(self.a.n_layers):
-            for name, value in (self._attention(i, "source" in detail) | self._mlp(i, "neuron" in detail)).items():
+        for i, z in enumerate(self.run[f"*.attn.z{self.at}"][:, :, 0]):
+            own = self._attention(i, z, "source" in detail) | (self._neurons(i) if "neuron" in detail else {})
+            for name, value in own.items():
                 rows.setdefault(name, []).append(value)
-        found = {name: torch.stack(values, dim=1) for name, values in rows.items()}
-        embed = (self.run[f"embed{self.at}"][:, 0].double() * self.u).sum(-1)
-        return {"embed": embed, "constant": self.constant, "logit": self.logit} | found
+        found = {name: torch.stack(values, dim=1).double() for name, values in rows.items()}
+        found["mlp"] = (self.run[f"*.mlp_out{self.at}"][:, :, 0].double() * self.u).sum(-1).T
+        found["embed"] = (self.run[f"embed{self.at}"][:, 0].double() * self.u).sum(-1)
+        found |= {"constant": self.constant, "logit": self.logit}
+        return found | {"gap": self.logit - sum(found[name].reshape(len(self.logit), -1).sum(1) for name in PARTS)}
 
-    def _through(self, norm: NormWeights | None, name: str, i: int, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """The direction u drawn back through what stands behind a branch, and that norm's own bias read by u."""
-        scale = self.a.hook_points[Site(name, i)].scale
-        if norm is None:
-            return self.u * scale, torch.zeros_like(self.constant)
-        u = norm.centre(self.u * norm.gain) / norm.scale(raw).double().unsqueeze(-1) * scale
-        bias = torch.zeros_like(self.constant) if norm.bias is None else (self.u * norm.bias).sum(-1) * scale
-        return u, bias
-
-    def _attention(self, i: int, sources: bool) -> dict[str, Tensor]:
+    def _attention(self, i: int, z: Float[Tensor, "batch head d_head"], sources: bool) -> dict[str, Tensor]:
         weights = self.model.layers[i]
-        z = self.run[f"{i}.attn.z{self.at}"][:, 0]
-        raw = torch.einsum("bhd,hdm->bm", at_least_float32(z), at_least_float32(weights.W_O))
-        raw = raw if weights.b_O is None else raw + weights.b_O
-        u, bias = self._through(weights.attn_post_norm, "attn_out", i, raw)
-        read = torch.einsum("hdm,bm->bhd", weights.W_O.double(), u)
-        found = {"attn": (z.double() * read).sum(-1), "attn_bias": bias}
-        if weights.b_O is not None:
-            found["attn_bias"] = bias + u @ weights.b_O.double()
+        w, b = at_least_float32(weights.W_O).flatten(0, 1), weights.b_O
+        u, bias = self._through("attn_out", i, weights.attn_post_norm, z.flatten(1), w, b)
+        read = (u.to(w.dtype) @ w.T).reshape(z.shape)  # [batch, head, d_head]
+        found = {"attn": (z.double() * read.double()).sum(-1), "attn_bias": bias}
         if sources:
-            pattern, v = self.run[f"{i}.attn.pattern{self.at}"][:, :, 0].double(), self.run[f"{i}.attn.v"].double()
-            v = v.repeat_interleave(z.shape[1] // v.shape[2], dim=2)
-            found["attn_source"] = pattern * torch.einsum("bkhd,bhd->bhk", v, read)
+            pattern, v = self.run[f"{i}.attn.pattern{self.at}"][:, :, 0].double(), self.run[f"{i}.attn.v"]
+            v = v.repeat_interleave(z.shape[1] // v.shape[2], dim=2).double()
+            found["attn_source"] = pattern * torch.einsum("bkhd,bhd->bhk", v, read.double())
         return found
 
-    def _mlp(self, i: int, neurons: bool) -> dict[str, Tensor]:
+    def _neurons(self, i: int) -> dict[str, Tensor]:
         weights = self.model.layers[i]
-        out = self.run[f"{i}.mlp_out{self.at}"][:, 0].double()
-        found = {"mlp": (out * self.u).sum(-1)}
-        if neurons:
-            post = self.run[f"{i}.mlp.post{self.at}"][:, 0]
-            raw = at_least_float32(post) @ at_least_float32(weights.W_out)
-            raw = raw if weights.b_out is None else raw + weights.b_out
-            u, bias = self._through(weights.mlp_post_norm, "mlp_out", i, raw)
-            found["mlp_neuron"] = post.double() * (u @ weights.W_out.double().T)
-            found["mlp_bias"] = bias if weights.b_out is None else bias + u @ weights.b_out.double()
-        return found
+        post, w, b = self.run[f"{i}.mlp.post{self.at}"][:, 0], at_least_float32(weights.W_out), weights.b_out
+        u, bias = self._through("mlp_out", i, weights.mlp_post_norm, post, w, b)
+        return {"mlp_neuron": post.double() * (u.to(w.dtype) @ w.T), "mlp_bias": bias}
+
+    def _through(
+        self, name: str, i: int, norm: NormWeights | None, x: Tensor, w: Tensor, b: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The direction u drawn back to what x @ w + b gives, through a norm behind it; and what the biases add."""
+        scale = self.a.hook_points[Site(name, i)].scale
+        u, bias = self.u * scale, torch.zeros_like(self.constant)
+        if norm is not None:
+            raw = x.to(w.dtype) @ w if b is None else x.to(w.dtype) @ w + b
+            u = norm.centre(self.u * norm.gain) / norm.scale(raw).double().unsqueeze(-1) * scale
+            bias = bias if norm.bias is None else self.u @ norm.bias.double() * scale
+        return u, bias if b is None else bias + u @ b.double()

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from microtome.edit import Patch
 from microtome.errors import EditError, PromptError, error
+from microtome.explain._answers import answer_metric
 from microtome.explain._graph import Graph, graph
-from microtome.explain._patching import DIRECTIONS, aligned, answer_metric, refuse_blind, refuse_unknown
+from microtome.explain._pairs import aligned, require_effect_on_metric
+from microtome.explain._patching import DIRECTIONS, refuse_unknown
 from microtome.metric import Metric
 from microtome.model import Model
 from microtome.run import Prompt, Run
@@ -213,7 +215,7 @@ def _start_and_source(
     if isinstance(corrupt, Run):
         return _beside(model, clean, corrupt, direction), corrupt
     tokens = aligned(model, clean, corrupt)
-    refuse_blind(model, metric, tokens)
+    require_effect_on_metric(model, metric, tokens)
     start, other = (tokens[:1], tokens[1:]) if direction == "noise" else (tokens[1:], tokens[:1])
     return start, model.run(other, capture=WRITTEN, logits=False)
 

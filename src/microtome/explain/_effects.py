@@ -26,7 +26,8 @@ from microtome.edit import Mean, Patch, SiteEdit, Zero
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._contributions import refuse_unless_sum
 from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
-from microtome.explain._patching import aligned, refuse_unknown
+from microtome.explain._pairs import aligned
+from microtome.explain._patching import refuse_unknown
 from microtome.model import Model
 from microtome.run import Batch, Run
 from microtome.stream import slope_interval

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, PromptError, error
-from microtome.explain._contributions import one_token
+from microtome.explain._answers import one_token
 from microtome.model import Model
 from microtome.stream import mean_interval, sign_flip
 from microtome.sweep import SweepResult

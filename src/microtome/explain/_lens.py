@@ -61,7 +61,7 @@ def logit_lens(
         lengths = str(sorted(set(batch.lengths)))
         raise error(PromptError, "the lens reads prompts of one length", got=lengths, do="run them one by one")
     n = model.anatomy.n_layers
-    run = model.run(batch, capture=["*.resid_pre", f"{n - 1}.resid_post"])
+    run = model.run(batch.tokens, capture=["*.resid_pre", f"{n - 1}.resid_post"])
     answer = run.logits.argmax(-1, keepdim=True)
     rows: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, error
-from microtome.explain._patching import answer_metric
+from microtome.explain._answers import answer_metric
 from microtome.metric import Metric
 from microtome.model import Model
 from microtome.run import Run

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from microtome.edit import Patch
 from microtome.errors import DataError, error
+from microtome.explain._layout import every_position, layout
 from microtome.explain._pair import pair_of
-from microtome.explain._patching import every_position, layout, refuse_seed
+from microtome.explain._patching import refuse_seed
 from microtome.model import Model
 from microtome.run import Run
 from microtome.sweep import Edge, SweepPlan

@@ -13,7 +13,7 @@ from torch import Tensor
 from microtome.anatomy import Anatomy, LayerWeights, NormWeights, Weights
 from microtome.errors import SiteError, error
 from microtome.run._batch import Batch, Prompt, to_batch
-from microtome.run._fingerprint import Fingerprint
+from microtome.run._fingerprint import Fingerprint, tensors_of
 
 _version = cache(version)  # every run records them, and reading a package's metadata takes as long as a small forward
 
@@ -109,7 +109,7 @@ class LoadedModel:
     @property
     def n_parameters(self) -> int:
         """How many parameters the model has; tied ones count once."""
-        return sum(p.numel() for p in self.hf.parameters())
+        return sum(t.numel() for t in tensors_of(self.hf) if isinstance(t, torch.nn.Parameter))
 
     @property
     def fingerprint(self) -> str:

@@ -67,7 +67,7 @@ class Fingerprint:
         return self._known if self._known and (marks, seen) == (self._marks, self._seen) else self.exact()
 
     def _look(self) -> None:
-        tensors = [*self._hf.parameters(), *self._hf.buffers()]
+        tensors = tensors_of(self._hf)
         marks = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         if [m[:2] for m in marks] != [m[:2] for m in self._marks]:
             self._views = [_samples(t) for t in tensors if t.is_contiguous()]
@@ -76,6 +76,25 @@ class Fingerprint:
         for view in self._views:
             groups.setdefault((view.device, view.dtype), []).append(view)
         self._seen = b"".join(bytes(_bytes(torch.cat(views))) for views in groups.values())
+
+
+def tensors_of(module: Any) -> list[Tensor]:
+    """The parameters and buffers of a module and of all inside it, each once; without names, which take most time."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+    waiting = [module]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        parts = vars(one)
+        for held in (parts["_parameters"], parts["_buffers"]):
+            for tensor in held.values():
+                if tensor is not None:
+                    found[id(tensor)] = tensor
+        waiting += [inner for inner in parts["_modules"].values() if inner is not None]
+    return list(found.values())
 
 
 def _told(config: Any) -> str:
