@@ -45,8 +45,8 @@ class HeadNorms(Statistic):
         self._norms: dict[int, NormWeights | None] = {}
         for layer in (layer for layer in layers if layer is not None):
             weights, point = model.layers[layer], model.anatomy.hook_points[Site("attn_out", layer)]
-            write, after = at_least_float32(weights.W_O.detach()) * point.scale, weights.attn_post_norm
-            write = write if after is None else after.centre(write) * after.gain.detach()
+            write, after = at_least_float32(weights.W_O) * point.scale, weights.attn_post_norm
+            write = write if after is None else after.centre(write) * after.gain
             self._grams[layer], self._norms[layer] = write @ write.transpose(1, 2), after
 
     def start(self, model: Model, layer: int | None) -> Kept:

@@ -52,8 +52,9 @@ class Pass:
     def __init__(self, model: Model, bound: Sequence[Bound], look: Any, groups: Sequence[str] | None = None) -> None:
         self.model, self.bound, self.look = model, list(bound), look
         self.groups = None if groups is None else tuple(groups)
-        for one in self.bound:
-            one.statistic.prepare(model, one.layers)
+        with torch.no_grad():
+            for one in self.bound:
+                one.statistic.prepare(model, one.layers)
         self._held: dict[int | None, dict[str, Tensor]] = {}
         self._waiting: dict[int | None, list[tuple[Bound, set[str]]]] = {}
 
