@@ -76,7 +76,7 @@ def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
 def measure(model: mt.Model, pair: tuple[str, str, str, str]) -> dict[str, xr.Dataset]:
     """Scores by method, and the exact effects, all in logits."""
     clean, corrupt, answer, foil = pair
-    exact = mt.explain.activation_patching(model, clean, corrupt, answer=answer, foil=foil, direction="noise")
+    exact = mt.explain.patch(model, clean, corrupt, answer=answer, foil=foil, direction="noise")
     found = {
         m: mt.explain.attribute(model, clean, corrupt, answer=answer, foil=foil, method=m, verify=0)
         for m in ("atp", "relp")

@@ -174,7 +174,8 @@ def test_statistics_over_prompts_are_those_of_each_prompts_effects(monkeypatch: 
     whose = [number for _ in cells for number in range(6)]  # cell by cell, not prompt by prompt
     metric = mt.metric.LogitDifference(11, foil=13)
     swept = model.sweep(prompts, [cell for cell in cells for _ in range(6)], metric, prompts=whose).run()
-    data = mt.explain.over_prompts(swept, seed=3)
+    with mt.settings(seed=3):
+        data = mt.explain.over_prompts(swept)
     each = torch.stack([model.sweep([prompt], cells, metric).run().effects for prompt in prompts])
     np.testing.assert_allclose(data["effect_each"], each.double(), atol=1e-5)
     mean, low, high = mt.stream.mean_interval(swept.effects.reshape(3, 6).T.double(), seed=3)

@@ -170,7 +170,12 @@ def pairs_of(
         SiteError: the metric reads only what comes before the prompts of a pair differ.
         DataError: the file cannot be read as pairs.
     """
-    task = _task(model, clean, corrupt)
+    task = task_of(model, clean) if corrupt is None else None
+    if corrupt is None and task is None:
+        do = "give corrupt=, a Task, or the path of a .csv or .jsonl file of pairs"
+        raise error(PromptError, "there is no corrupt prompt", do=do)
+    if corrupt is not None and isinstance(clean, Task):
+        raise error(PromptError, "a task has corrupt prompts of its own", got="corrupt=", do="leave it out")
     sides: list[Any] = [clean, corrupt] if task is None else [task.clean_tokens, task.corrupt_tokens]
     tokens = _aligned(model, *sides)
     pairs = _reading(model, tokens, task, answer, foil, metric)
@@ -180,20 +185,18 @@ def pairs_of(
     return replace(pairs, spans=_spans(model, tokens, task, spans), groups=groups)
 
 
-def _task(model: Model, clean: Given, corrupt: Prompt | None) -> Task | None:
-    """The task that was given, as it is or as a file; None where these are prompts."""
-    file = isinstance(clean, os.PathLike) or (isinstance(clean, str) and clean.lower().endswith(SUFFIXES))
-    if corrupt is None and file:
-        return read(clean, model)  # pyright: ignore[reportArgumentType]
-    if not isinstance(clean, Task):
-        if corrupt is None:
-            do = "give corrupt=, a Task, or the path of a .csv or .jsonl file of pairs"
-            raise error(PromptError, "there is no corrupt prompt", do=do)
+def task_of(model: Model, given: Given) -> Task | None:
+    """The task that was given, as it is or as the path of a file of pairs; None where these are prompts.
+
+    Raises:
+        PromptError: the task was built with another tokenizer; DataError: the file cannot be read as pairs.
+    """
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(SUFFIXES)):
+        return read(given, model)
+    if not isinstance(given, Task):
         return None
-    if corrupt is not None:
-        raise error(PromptError, "a task has corrupt prompts of its own", got="corrupt=", do="leave it out")
-    require_fit(model, clean.pairs, clean.text)
-    return clean
+    require_fit(model, given.pairs, given.text)
+    return given
 
 
 def _aligned(model: Model, cleans: Prompt, corrupts: Prompt) -> tuple[Tensor, ...]:

@@ -79,7 +79,7 @@ def causal_trace(
     window: Annotated[int, Argument("layers of a branch restored at once", "layers", least=1)] = 10,
     noise: Annotated[float, Argument("size of the noise", "standard deviations of the embeddings", least=0)] = 3.0,
     samples: Annotated[int, Argument("draws of the noise", "draws", least=1)] = 10,
-    subjects: Annotated[Sequence[str], Argument("texts whose embeddings set the noise's scale")] = (),
+    subjects: Annotated[Sequence[str], Argument("texts that set the noise's scale", command=False)] = (),
     kinds: Annotated[Sequence[str], Argument("what is restored", choices=tuple(SITES))] = tuple(SITES),
 ) -> Found:
     """Where a fact about a subject is held: the states that restore the answer after the subject is corrupted.
