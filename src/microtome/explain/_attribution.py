@@ -118,9 +118,7 @@ def attribute(
     refuse_blind(model, pair.metric(model), pair.tokens)
     rules = RELP if method == "relp" and rules is None else rules
     data = _edges(model, pair, rules) if method == "eap" else _nodes(model, pair, rules, sites)
-    data = data.assign_attrs(
-        _told(direction, foil, verify), method=_NAMES[method], rules=repr(rules) if rules else "plain"
-    )
+    data = data.assign_attrs(_told(direction, foil, verify), method=_NAMES[method], rules=str(rules or "plain"))
     if not verify:
         return data
     most = max(int(np.isfinite(data[name].values).sum()) for name in data.attrs["sites"])
