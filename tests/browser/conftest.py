@@ -111,8 +111,9 @@ def _with_interval(columns: dict[str, Any], name: str, values: np.ndarray) -> No
 def _layers(g: np.random.Generator) -> pa.Table:
     columns: dict[str, Any] = {"layer": np.arange(LAYERS)}
     norms, shares = ("resid_pre_norm", "resid_mid_norm", "resid_post_norm"), ("attn_share", "mlp_share")
-    for name in (*norms, *shares, "new_measure", "new_random", "new_other"):
+    for name in (*norms, *shares, "new_measure"):
         columns[name] = g.random(LAYERS) + 1
+    columns["new_random"], columns["new_other"] = [1.5, 1.0, 1.25], [1.25, 1.75, 1.5]
     columns["max_abs_dim"] = [3, 1, 15]
     columns["median_abs"] = [0.25, None, float("inf")]
     _with_interval(columns, "loss_skip_attn", g.random(LAYERS) + 3)
@@ -126,7 +127,7 @@ def _heads(g: np.random.Generator) -> pa.Table:
     for name in ("previous_token", "induction"):
         _with_interval(columns, name, g.random(rows))
     columns["entropy"] = g.random(rows) * 3
-    columns["new_head"], columns["new_head_random"] = g.random(rows) + 1, g.random(rows) / 64
+    columns["new_head"], columns["new_head_random"] = np.arange(rows) * 0.11 + 1, np.arange(rows) / 64
     columns["label"] = [f"role {i}" for i in range(rows)]
     return pa.table(columns)
 
