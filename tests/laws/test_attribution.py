@@ -22,9 +22,8 @@ EDGED = [
 
 
 def scores(model: mt.Model, method: str = "atp", **more: Any) -> Any:
-    return mt.explain.attribute(
-        model, CLEAN, CORRUPT, **({"answer": 11, "foil": 13, "method": method, "verify": 0} | more)
-    )
+    given: dict[str, Any] = {"answer": 11, "foil": 13, "method": method, "verify": 0, "direction": "noise"}
+    return mt.explain.attribute(model, CLEAN, CORRUPT, **(given | more))
 
 
 def exact(model: mt.Model, **more: Any) -> Any:
@@ -188,7 +187,7 @@ def test_the_edges_of_a_sender_add_up_to_its_node(name: str, rules: mt.edit.Free
 
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa", "falcon-gqa", "gemma2", "gpt_oss", "bloom"])
 def test_heads_of_a_group_share_out_the_gradient_of_its_keys(name: str) -> None:
-    from microtome.explain._edge_scores import by_head, captures
+    from microtome.explain._first_order import by_head, captures
 
     model = mt.open(families.build(name), prove=False)
     run = model.run([CLEAN], capture=captures(model), grad=True)
@@ -263,16 +262,16 @@ def test_a_result_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "text"),
     [
-        ("llama-gqa", {"method": "ig"}, 'no attribution method "ig"; allowed: atp, relp, eap'),
+        ("llama-gqa", {"method": "ig"}, "method must be one of atp, relp, eap; got 'ig'"),
         ("llama-gqa", {"foil": 11}, "the foil equals the answer"),
-        ("llama-gqa", {"sites": []}, r"there is no site to patch; got \[\]"),
-        ("llama-gqa", {"sites": ["logits"]}, 'cannot patch "logits" by layer'),
+        ("llama-gqa", {"sites": []}, "sites names nothing; allowed: resid_pre, "),
+        ("llama-gqa", {"sites": ["logits"]}, "sites must be one of resid_pre, .*; got 'logits'"),
         ("llama-gqa", {"answer": " Paris", "foil": None}, "this model was opened without a tokenizer"),
-        ("llama-gqa", {"direction": "both"}, 'no direction "both"; allowed: noise, denoise'),
+        ("llama-gqa", {"direction": "both"}, "direction must be one of denoise, noise; got 'both'"),
         ("bert", {"method": "eap"}, "so that it has no edges"),
         ("mixtral", {"method": "relp"}, "layer 0 has no activation module of its own"),
-        ("llama-gqa", {"seed": -1}, "there is no such seed; got -1; allowed: 0 or more"),
-        ("llama-gqa", {"verify": -1}, "cannot verify so many candidates; got top=-1"),
+        ("llama-gqa", {"answer": None, "foil": None}, "there is nothing to read"),
+        ("llama-gqa", {"verify": -1}, r"verify must be an integer of 0 or more \(cells\); got -1"),
     ],
 )
 def test_what_cannot_be_attributed_is_refused(name: str, change: dict[str, Any], text: str) -> None:

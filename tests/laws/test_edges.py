@@ -237,9 +237,8 @@ def test_every_edge_of_the_table_is_that_edge_alone(name: str) -> None:
     clean, corrupt = ids(0), ids(1)
     plans: list[mt.sweep.SweepPlan] = []
     told: list[tuple[int, int]] = []
-    data = mt.explain.edge_effects(
-        model, clean, corrupt, answer=11, foil=13, on_plan=plans.append, progress=lambda d, n: told.append((d, n))
-    )
+    with mt.settings(on_plan=plans.append, progress=lambda stage, d, n: told.append((d, n))):
+        data = mt.explain.edge_effects(model, clean, corrupt, answer=11, foil=13, direction="noise")
     table, mask = data["effect"].values, mt.explain.graph(model).mask.numpy()
     assert table.shape == mask.shape
     assert ((table == table) == mask).all()  # missing where there is no edge
@@ -258,9 +257,10 @@ def test_parts_of_the_embedding_are_senders_of_their_own() -> None:
     tokens = (model.W_E[corrupt] - model.W_E[clean])[0].detach()
     nothing = torch.zeros_like(tokens)
     data = mt.explain.edge_effects(
-        model, clean, corrupt, answer=11, foil=13, embeddings={"tokens": tokens, "positions": nothing}
-    )
-    whole = mt.explain.edge_effects(model, clean, corrupt, answer=11, foil=13)
+        model, clean, corrupt, answer=11, foil=13, direction="noise",
+        embeddings={"tokens": tokens, "positions": nothing},
+    )  # fmt: skip
+    whole = mt.explain.edge_effects(model, clean, corrupt, answer=11, foil=13, direction="noise")
     gap = data["effect"].sel(sender="tokens").values - whole["effect"].sel(sender="embed").values
     assert abs(gap).max() < 1e-4
     assert abs(data["effect"].sel(sender="positions")).max() < 1e-5
@@ -270,11 +270,12 @@ def test_parts_of_the_embedding_are_senders_of_their_own() -> None:
 def test_stopped_it_keeps_the_edges_that_were_reached() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
 
-    def stop(done: int, everything: int) -> None:
+    def stop(stage: str, done: int, everything: int) -> None:
         if done > 60:
             raise KeyboardInterrupt
 
-    data = mt.explain.edge_effects(model, ids(0), ids(1), answer=11, foil=13, progress=stop)
+    with mt.settings(progress=stop):
+        data = mt.explain.edge_effects(model, ids(0), ids(1), answer=11, foil=13)
     finite = int((data["effect"] == data["effect"]).sum())
     assert 60 < finite == data.attrs["measured"] < data.attrs["n_edges"]
 
@@ -286,17 +287,18 @@ def test_what_has_no_start_or_no_end_is_refused(method: Any) -> None:
     corrupt[0, 4] = 99
     source, two = captured(model, corrupt), captured(model, torch.cat([corrupt, ids(1)]))
     for change, text in (
-        ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
+        ({"direction": "sideways"}, "direction must be one of denoise, noise; got 'sideways'"),
         ({"corrupt": source, "direction": "denoise"}, "a run that values are taken from cannot be where they are put"),
         ({"corrupt": two}, "takes from a run of one row; got 1 prompts and a run of 2 rows"),
         ({"clean": torch.cat([clean, clean]), "corrupt": source}, "got 2 prompts and a run of 1 rows"),
         ({"metric": mt.metric.Probability(11, position=3)}, r"every effect would be 0; got it reads positions \[3\]"),
     ):
-        arguments = {"clean": clean, "corrupt": corrupt, "answer": 11} | change
+        arguments: dict[str, Any] = {"clean": clean, "corrupt": corrupt, "answer": 11, "direction": "noise"} | change
         with pytest.raises(mt.errors.MicrotomeError, match=text):
             method(model, **arguments)
-    given = mt.explain.node_effects(model, clean, source, answer=11)
-    assert given["effect"].equals(mt.explain.node_effects(model, clean, corrupt, answer=11)["effect"])
+    noise: dict[str, Any] = {"answer": 11, "direction": "noise"}
+    given = mt.explain.node_effects(model, clean, source, **noise)
+    assert given["effect"].equals(mt.explain.node_effects(model, clean, corrupt, **noise)["effect"])
 
 
 def test_a_plan_counts_what_edges_hold_and_a_budget_below_it_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from tests import families
 
 import microtome as mt
-from microtome.explain._edge_scores import changes
+from microtome.explain._first_order import changes
 
 CLEAN, CORRUPT = [7, 20, 33, 41, 52, 28], [7, 20, 64, 41, 52, 28]
 ROWS = [CLEAN, [9, 21, 34, 42, 53, 60], [8, 22, 35, 43, 54, 61]]
@@ -74,7 +74,7 @@ def test_differences_of_runs_are_taken_in_float32() -> None:
     torch.testing.assert_close(found[at + 4], change["1.mlp_out"][0])
     logits = start.logits[0, -1].double()
     slope = start.grad(logits[PAIR["answer"]] - logits[PAIR["foil"]])["1.mlp_out"]
-    scores = mt.explain.attribute(model, CLEAN, CORRUPT, **PAIR, sites=["mlp_out"], verify=0)
+    scores = mt.explain.attribute(model, CLEAN, CORRUPT, **PAIR, sites=["mlp_out"], verify=0, direction="noise")
     exact = (change["1.mlp_out"].double() * slope.double()).sum(-1)[0]
     assert np.allclose(scores["mlp_out"][1], exact, rtol=1e-6, atol=1e-9)
 

@@ -25,6 +25,7 @@ def test_the_best_candidates_matter(model: mt.Model, method: str) -> None:
         answer=" Paris",
         foil=" Rome",
         method=method,
+        direction="noise",
         sites=["mlp_out", "attn.z[head]"],
         verify=20,
     )

@@ -4,169 +4,114 @@ Formula:  node  score(n)      = (n_goal - n_start) . R_n,      summed over the a
           edge  score(u -> v) = (u_goal - u_start) . R_in(v),  summed over positions and d_model,
           where R is the gradient of the metric m in the start run, taken with the method's backward rules. Both are the
           first-order part of m(cell) - m(start), the effect that a sweep measures: same unit, same sign.
-Source:   Kramár, Lieberum, Shah, Nanda, "AtP*: An efficient and scalable method for localizing LLM behaviour to
-          components", 2024 (arXiv 2403.00745); Syed, Rager, Conmy, "Attribution Patching Outperforms Automated Circuit
-          Discovery", 2023 (arXiv 2310.10348); Jafari, Eberle, Khakzar, Nanda, "RelP: Faithful and Efficient Circuit
-          Discovery in Language Models via Relevance Patching", 2025 (arXiv 2508.21258).
 Rules:    plain gradients (AtP, EAP), or those of RelP: norms x / sg[scale], attention sg[A] v, activations
           x sg[act(x) / x], products y/2 + sg[y/2] with y = gate * up, where sg stops the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from microtome.anatomy import at_least_float32
 from microtome.edit import Freeze
-from microtome.explain._answers import one_token
-from microtome.explain._edge_scores import captures, changes, contract
-from microtome.explain._graph import graph
-from microtome.explain._layout import BY_POSITION, Layout, every_position, layout
-from microtome.explain._pair import Pair
-from microtome.explain._pairs import aligned, require_effect_on_metric
-from microtome.explain._patching import refuse_unknown, refuse_wrong
-from microtome.explain._verify import verify as measured
+from microtome.explain._first_order import edge_scores, node_scores
+from microtome.explain._layout import DEFAULT_SITES, LAYOUTS
+from microtome.explain._pair import CleanAnswer, CleanPrompt, CorruptAnswer, CorruptPrompt, one_pair, record
+from microtome.explain._pairs import Direction
+from microtome.explain._verify import SCORES, measure_best, site_axis
+from microtome.method import Argument, Found, Source, question
 from microtome.model import Model
-from microtome.run import Prompt, Run
-from microtome.sweep import SweepPlan
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 RELP = Freeze(norms=True, patterns=True, activations="ratio", half_products=True)
 """The backward rules of RelP."""
 
-_NAMES = {"atp": "attribution patching", "relp": "RelP", "eap": "edge attribution patching"}
-_SITES = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]")
+NAMES = {"atp": "attribution patching", "relp": "RelP", "eap": "edge attribution patching"}
+READING = (
+    "Each value is an estimate, from one gradient, of what taking this part from the {given} run would do to the "
+    "{metric}: above 0 raises it. What was measured exactly stands beside it."
+)
 
 
+@question(
+    "attribute",
+    command="attribute",
+    title="attribution",
+    question="What would every activation or edge do to the answer, estimated from one gradient?",
+    columns=SCORES,
+    source=(
+        Source(
+            "Kramár, Lieberum, Shah, Nanda",
+            "AtP*: An efficient and scalable method for localizing LLM behaviour to components", 2024, "2403.00745",
+        ),
+        Source(
+            "Syed, Rager, Conmy", "Attribution Patching Outperforms Automated Circuit Discovery", 2023, "2310.10348",
+            departs="edges into shared keys and values are told apart by query head; a norm behind a branch is gone "
+            "through to first order",
+        ),
+        Source(
+            "Jafari, Eberle, Khakzar, Nanda",
+            "RelP: Faithful and Efficient Circuit Discovery in Language Models via Relevance Patching", 2025,
+            "2508.21258",
+        ),
+    ),
+    cost="two forwards and one backward, EAP with 3 H + 1 gradients [pos, d_model] per layer; then a sweep of "
+    "2 * verify cells per site",
+    check="tests/laws/test_attribution.py",
+    call='mt.explain.attribute(model, "The capital of France is", "The capital of Italy is", answer=" Paris", '
+    'foil=" Rome")',
+)  # fmt: skip
 def attribute(
     model: Model,
-    clean: Prompt,
-    corrupt: Prompt,
+    clean: CleanPrompt,
+    corrupt: CorruptPrompt,
     *,
-    answer: str | int,
-    foil: str | int | None = None,
-    method: str = "atp",
-    sites: Sequence[str] = _SITES,
-    rules: Freeze | None = None,
-    direction: str = "noise",
-    verify: int = 50,
-    seed: int = 0,
-    budget: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    on_plan: Callable[[SweepPlan], None] | None = None,
-) -> xr.Dataset:
+    answer: CleanAnswer = None,
+    foil: CorruptAnswer = None,
+    method: Annotated[Literal["atp", "relp", "eap"], Argument("atp or relp for nodes, eap for edges")] = "atp",
+    sites: Annotated[
+        Sequence[str], Argument("nodes by layer and position, or [unit] at all positions", choices=LAYOUTS)
+    ] = DEFAULT_SITES,
+    rules: Annotated[Freeze | None, Argument("backward rules instead of the method's own", command=False)] = None,
+    direction: Direction = "denoise",
+    verify: Annotated[
+        int, Argument("best cells of each site to measure exactly, beside as many random others", "cells", least=0)
+    ] = 50,
+) -> Found:
     """Estimate what every node or edge would do to the answer, from one gradient, and measure the best ones exactly.
 
-    Formula:  see the head of this file; m is the logit difference of answer and foil, or the answer's log-probability.
-    Source:   AtP as in Kramár et al., 2024 (arXiv 2403.00745); EAP: Syed et al., 2023 (arXiv 2310.10348); RelP: Jafari
-              et al., 2025 (arXiv 2508.21258); titles in the head of this file. Departs: edges into shared keys and
-              values are told apart by query head; a norm behind a branch is gone through to first order.
-    Cost:     two forwards and one backward. EAP forms all attention scores, and draws gradients back through the
-              projections of each layer once a query head and input (q, k, v), which is not a backward of the model:
-              memory is 3H + 1 gradients [pos, d_model] at a time. Checking is a sweep of 2 * verify cells a site.
-    Check:    exact where the model is linear, otherwise wrong by O(eps^2); edges of a sender add up to its node;
-              relevance is conserved; tests/laws/test_attribution.py.
-
-    Args:
-        model: an open model.
-        clean: the prompt with the answer.
-        corrupt: the same number of tokens, with another answer.
-        answer: the clean prompt's answer, one token.
-        foil: the corrupt prompt's answer; without it the answer's log-probability is read.
-        method: "atp" or "relp" for nodes, "eap" for edges.
-        sites: for nodes, as in `activation_patching`.
-        rules: backward rules instead of the method's own: what a `Freeze` holds. ``RELP`` makes EAP into its RelP form.
-        direction: "noise" starts at the clean prompt and puts corrupt values in, "denoise" the reverse.
-        verify: how many of the best of each site to measure exactly, beside as many random others; 0 for none.
-        seed: of the random others.
-        budget: bytes that one walk of what is measured may hold.
-        progress: called with (done, all) cells measured.
-        on_plan: called with the plan of what is measured, before its first cell.
-
-    Returns:
-        Dataset of scores in logits (nats without a foil), unlike shares of the gap: positive where patching raises the
-        metric. Nodes: a variable a site, over (layer, pos) or (layer, unit). Edges: `score` over (sender, receiver),
-        NaN where there is no edge. `clean` and `corrupt` hold the metric of the two prompts. With what `verify` adds.
+    Nodes have a variable per site, over (layer, pos) or (layer, unit); edges have `score`, NaN where there is no edge.
+    With ``rules=mt.explain.RELP`` EAP takes its RelP form.
 
     Raises:
         PromptError: the prompts do not align, answer or foil is not one token, or the foil is the answer.
-        SiteError: there is no site, one cannot be patched this way, or the model has no edges.
-        EditError: there is no such method, direction or seed, or the rules do not fit the model.
-
-    >>> scores = attribute(model, clean, corrupt, answer=" Paris", foil=" Rome", method="relp")
-    >>> scores["mlp_out"], scores["mlp_out_exact"], scores["recall"].sel(site="mlp_out")
+        SiteError: a layer lacks a site, or the model has no edges.
+        EditError: the rules do not fit the model.
     """
-    refuse_unknown("attribution method", method, tuple(_NAMES))
-    refuse_wrong(direction, BY_POSITION if method == "eap" else sites, seed)
-    foil_id = None if foil is None else one_token(model, foil)
-    pair = Pair(aligned(model, clean, corrupt), one_token(model, answer), foil_id, direction)
-    require_effect_on_metric(model, pair.metric(model), pair.tokens)
+    pair = one_pair(model, clean, corrupt, answer=answer, foil=foil)
     rules = RELP if method == "relp" and rules is None else rules
-    data = _edges(model, pair, rules) if method == "eap" else _nodes(model, pair, rules, sites)
-    data = data.assign_attrs(method=_NAMES[method], rules="plain" if rules is None else repr(rules))
-    if not verify:
-        return data
-    most = max(int(np.isfinite(data[name].values).sum()) for name in data.attrs["sites"])
-    return measured(model, data, top=min(verify, most), seed=seed, budget=budget, progress=progress, on_plan=on_plan)
-
-
-def _runs(model: Model, pair: Pair, rules: Freeze | None, capture: Sequence[str]) -> tuple[Run, Run, dict[str, Tensor]]:
-    """Both runs, and the gradient of the metric at all that the first one captured: two forwards and one backward."""
-    start = model.run(pair.start, capture=capture, edits=[] if rules is None else [rules], grad=True)
-    goal = model.run(pair.goal, capture=capture)
-    return start, goal, start.grad(pair.read(model, start))
-
-
-def _nodes(model: Model, pair: Pair, rules: Freeze | None, sites: Sequence[str]) -> xr.Dataset:
-    layouts = {site: layout(model, site, every_position(pair.tokens.shape[1])) for site in sites}
-    start, goal, gradient = _runs(model, pair, rules, sorted({part.capture for part in layouts.values()}))
-    found: dict[str, tuple[tuple[str, ...], Tensor]] = {}
-    for site, part in layouts.items():
-        name = part.capture.removeprefix("*.")
-        slope = torch.stack([gradient[f"{i}.{name}"] for i in range(model.anatomy.n_layers)])
-        found[site] = (
-            part.dims,
-            _first_order(
-                at_least_float32(goal[part.capture]) - at_least_float32(start[part.capture].detach()), slope, part
-            ),
-        )
-    return _dataset(model, pair, start, goal, found)
-
-
-def _first_order(change: Tensor, slope: Tensor, part: Layout) -> Tensor:
-    """[layer, pos or unit] The products, summed over what a cell covers; both are [layer, 1, pos, unit, ...]."""
-    product = change.double() * slope.double()
-    product = product.squeeze(1).movedim(1 if part.dims[1] == "pos" else 2, 1)
-    return product.flatten(2).sum(-1) if product.dim() > 2 else product
-
-
-def _edges(model: Model, pair: Pair, rules: Freeze | None) -> xr.Dataset:
-    listed = graph(model)
-    start, goal, gradient = _runs(model, pair, rules, captures(model))
-    scores = contract(model, start, gradient, changes(model, start, goal, rules))
-    scores = scores.masked_fill(~listed.mask.to(scores.device), torch.nan)
-    data = _dataset(model, pair, start, goal, {"score": (("sender", "receiver"), scores)})
-    return data.assign_coords(sender=list(listed.senders), receiver=list(listed.receivers))
-
-
-def _dataset(
-    model: Model, pair: Pair, start: Run, goal: Run, found: dict[str, tuple[tuple[str, ...], Tensor]]
-) -> xr.Dataset:
-    import xarray as xr
-
-    unit = {"unit": "logits" if pair.foil is not None else "nats"}
-    data = xr.Dataset({name: (dims, x.cpu().numpy(), unit) for name, (dims, x) in found.items()})
-    ends = [float(pair.read(model, run).detach()) for run in (start, goal)]
-    data["clean"], data["corrupt"] = ends if pair.direction == "noise" else ends[::-1]
-    # Every cell is labelled, so that scores can be cut and turned round and still be checked.
-    data = data.assign_coords({str(dim): np.arange(size) for dim, size in data.sizes.items()})
-    words = [model.to_words(row) for row in pair.tokens]
-    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    return data.assign_attrs(model.provenance | pair.attrs() | {"sites": list(found)})
+    if method == "eap":
+        ends, scores = edge_scores(model, pair, direction, rules)
+    else:
+        ends, scores = node_scores(model, pair, direction, rules, sites)
+    told: dict[str, Any] = {
+        "method": NAMES[method],
+        "rules": "plain" if rules is None else repr(rules),
+        "sites": list(scores),
+    }
+    told |= record(pair, direction)
+    told["reading"] = READING.format(given="clean" if direction == "denoise" else "corrupt", metric=told["metric"])
+    start, goal = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
+    values: dict[str, Any] = {start: ends[0], goal: ends[1]} | {name: (x.dims, x.values) for name, x in scores.items()}
+    units = dict.fromkeys(values, pair.unit)
+    words = [model.to_words(row) for row in pair.tokens[0]]
+    coords: dict[str, Any] = {str(dim): x[dim].values for x in scores.values() for dim in x.dims}
+    coords |= {"clean_token": ("pos", words[0]), "corrupt_token": ("pos", words[1])}
+    if verify:
+        top = min(verify, max(int(np.isfinite(x.values).sum()) for x in scores.values()))
+        found = measure_best(model, pair, direction, scores, top)
+        units |= {name: pair.unit for name in found if name.endswith("_exact")}
+        values |= {name: (dims, x) for name, (dims, x, *_) in found.items()}
+        coords["site"], told["verified_top"] = site_axis(list(scores)), top
+    return Found(values, coords=coords, attrs=told, units=units)

@@ -8,7 +8,7 @@ Formula:  x_final = embed + sum_l (attn_out_l + mlp_out_l),  logit_t = u . x_fin
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -88,7 +88,7 @@ def contributions(
     with torch.no_grad():
         reader = _Reader(model, run, at, answer, foil)
         values = reader.values(detail)
-    coords = {"layer": list(range(model.anatomy.n_layers)), "head": list(range(model.anatomy.n_heads))}
+    coords: dict[str, Any] = {"layer": list(range(model.anatomy.n_layers)), "head": list(range(model.anatomy.n_heads))}
     words = {"answer": reader.answers, "foil": reader.foils}
     told = {name: model.to_words(ids) for name, ids in words.items() if ids is not None}
     coords |= {name: ("batch", text) for name, text in told.items()}

@@ -1,67 +1,60 @@
-"""A clean and a corrupt prompt, which of them is patched, and what is read: kept with scores, to check them by."""
+"""One clean and one corrupt prompt: how a question takes them, and how scores keep them to be checked by."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import Tensor
-
-from microtome.errors import DataError, error
-from microtome.explain._answers import answer_metric
+from microtome.errors import DataError, PromptError, error
+from microtome.explain._pairs import Pairs, pairs_of
+from microtome.method import Argument
 from microtome.metric import Metric
 from microtome.model import Model
-from microtome.run import Run
+from microtome.run import Prompt, Run
 
 if TYPE_CHECKING:
     import xarray as xr
 
+CleanPrompt = Annotated[Prompt, Argument("the prompt with the answer", positional=True)]
+CorruptPrompt = Annotated[Prompt, Argument("as many tokens with another answer", positional=True)]
+CorruptOrRun = Annotated[
+    Prompt | Run, Argument("as many tokens with another answer; or its run, in place of the prompt", positional=True)
+]
+CleanAnswer = Annotated[str | int | None, Argument("the clean prompt's answer, one token", from_text=str)]
+CorruptAnswer = Annotated[
+    str | int | None, Argument("the corrupt prompt's answer; without it only the answer is read", from_text=str)
+]
 
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """One question to a model.
 
-    Attributes:
-        tokens: [2, pos], the clean prompt and the corrupt one.
-        answer, foil: token ids; no foil, no difference.
-        direction: "noise" starts at the clean prompt, "denoise" at the corrupt one.
+def one_pair(
+    model: Model,
+    clean: Prompt,
+    corrupt: Prompt,
+    *,
+    answer: str | int | None,
+    foil: str | int | None,
+    metric: Metric | None = None,
+) -> Pairs:
+    """The pair that is meant, alone.
+
+    Raises:
+        PromptError: there are several, or what `pairs_of` refuses.
     """
-
-    tokens: Tensor
-    answer: int
-    foil: int | None
-    direction: str
-
-    @property
-    def start(self) -> Tensor:
-        """[1, pos] The prompt that is patched."""
-        return self.tokens[:1] if self.direction == "noise" else self.tokens[1:]
-
-    @property
-    def goal(self) -> Tensor:
-        """[1, pos] The prompt that values are taken from."""
-        return self.tokens[1:] if self.direction == "noise" else self.tokens[:1]
-
-    def metric(self, model: Model) -> Metric:
-        """What is read."""
-        return answer_metric(model, self.answer, self.foil)
-
-    def read(self, model: Model, run: Run) -> Tensor:
-        """The metric of a run of one of the prompts, a scalar."""
-        metric = self.metric(model)
-        logits = run.logits[:, metric.columns(0, self.tokens.shape[1])]
-        return metric.read(logits, torch.zeros(1, dtype=torch.long, device=logits.device))[0]
-
-    def attrs(self) -> dict[str, Any]:
-        """What a result must record to be checked later."""
-        clean, corrupt = self.tokens.tolist()
-        ids = {"answer_id": self.answer} | ({} if self.foil is None else {"foil_id": self.foil})
-        return {"clean_ids": clean, "corrupt_ids": corrupt, "direction": self.direction} | ids
+    pairs = pairs_of(model, clean, corrupt, answer=answer, foil=foil, metric=metric)
+    if len(pairs) != 1:
+        what = "this takes one clean and one corrupt prompt"
+        raise error(PromptError, what, got=f"{len(pairs)} of each", do="ask about each pair by itself")
+    return pairs
 
 
-def pair_of(model: Model, scores: xr.Dataset) -> Pair:
-    """The pair that scores are about.
+def record(pair: Pairs, direction: str) -> dict[str, Any]:
+    """What a result must say of its pair to be checked later."""
+    clean, corrupt = pair.tokens[0].tolist()
+    ids = {name: own[0] for name, own in (("answer_id", pair.answer_ids), ("foil_id", pair.foil_ids)) if own}
+    return pair.attrs() | {"clean_ids": clean, "corrupt_ids": corrupt, "direction": direction} | ids
+
+
+def recorded(model: Model, scores: xr.Dataset) -> tuple[Pairs, str]:
+    """The pair that scores are about, and their direction.
 
     Raises:
         DataError: the scores are of another model, or of no pair.
@@ -69,21 +62,15 @@ def pair_of(model: Model, scores: xr.Dataset) -> Pair:
     attrs = scores.attrs
     missing = [k for k in ("fingerprint", "clean_ids", "corrupt_ids", "direction", "answer_id") if k not in attrs]
     if missing:
-        raise error(
-            DataError,
-            "these are not scores that can be checked",
-            got=f"a dataset without {', '.join(missing)}",
-            do="pass what `attribute` returned",
-        )
+        got, do = f"a dataset without {', '.join(missing)}", "pass what `attribute` returned"
+        raise error(DataError, "these are not scores that can be checked", got=got, do=do)
     if attrs["fingerprint"] != model.fingerprint:
         raise error(
-            DataError,
-            "these scores come from another model",
+            DataError, "these scores come from another model",
             got=f"{attrs.get('model')} ({attrs['fingerprint']})",
-            allowed=f"{model.anatomy.name} ({model.fingerprint})",
-            do="open that model, or attribute again",
-        )
+            allowed=f"{model.anatomy.name} ({model.fingerprint})", do="open that model, or attribute again",
+        )  # fmt: skip
     rows = [[int(i) for i in attrs[key]] for key in ("clean_ids", "corrupt_ids")]
     foil = attrs.get("foil_id")
-    tokens = torch.tensor(rows, device=model.device)
-    return Pair(tokens, int(attrs["answer_id"]), None if foil is None else int(foil), attrs["direction"])
+    ids = {"answer": int(attrs["answer_id"]), "foil": None if foil is None else int(foil)}
+    return one_pair(model, *rows, **ids), str(attrs["direction"])

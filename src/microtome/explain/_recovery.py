@@ -11,97 +11,104 @@ Formula:  an edge's score is the largest |change of any output| over pairs and o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from microtome.errors import DataError, EditError, ModelUnsupported, error
-from microtome.explain._edge_scores import captures, contract
+from microtome.context import current
+from microtome.errors import DataError, ModelUnsupported, error
 from microtome.explain._edges import WRITTEN
+from microtome.explain._first_order import captures, contract
 from microtome.explain._graph import graph
-from microtome.explain._patching import refuse_unknown
+from microtome.method import Argument, Column, Found, Source, question, run_sweep
 from microtome.metric import FunctionMetric
 from microtome.model import Model
-from microtome.planted import Planted, PlantedForCausalLM, corruptions, placed, receiver_of, sender_of, writes
+from microtome.planted import (
+    Corruptions,
+    Planted,
+    PlantedForCausalLM,
+    corruptions,
+    placed,
+    receiver_of,
+    sender_of,
+    writes,
+)
 from microtome.sweep import Edge
 
-if TYPE_CHECKING:
-    import xarray as xr
-
 Corruption = Literal["tokens", "positions"]
-CORRUPTIONS: tuple[Corruption, ...] = ("tokens", "positions")
+
+CHANCE = "none: 0.5 is chance"
+TRUTH = "none: the truth, which edges are in the circuit, stands beside it"
+EDGE = ("sender", "receiver")
 
 
+@question(
+    "circuit_recovery",
+    title="circuit recovery",
+    question="How well do the scores of edges tell a circuit that is known from the rest?",
+    columns=(
+        Column("score", "outputs", "largest change of an output that the edge alone makes", TRUTH, (0, None), EDGE),
+        Column("eap", "outputs", "the same, estimated from gradients", TRUTH, (0, None), EDGE),
+        Column("true", "1", "whether the edge is in the circuit", "none: the truth", (0, 1), EDGE),
+        Column("auc", "AUC", "how well exact scores tell the circuit from the rest", CHANCE, (0, 1), ()),
+        Column("auc_eap", "AUC", "how well estimated scores tell the circuit from the rest", CHANCE, (0, 1), ()),
+    ),
+    source=(
+        Source(
+            "Gupta et al.", "InterpBench", 2024, "2407.14494",
+            departs="positions are shuffled too, since an edge from the positional embedding shows under nothing else",
+        ),
+        Source(
+            "Syed, Rager, Conmy", "Attribution Patching Outperforms Automated Circuit Discovery", 2023, "2310.10348",
+            departs="of a metric that needs no answer",
+        ),
+    ),
+    cost="per corruption a sweep with a cell for every edge of every pair, and a forward and a backward per pair",
+    check="tests/planted/test_recovery.py",
+    call='mt.explain.circuit_recovery(mt.planted.program("reverse"))',
+)  # fmt: skip
 def circuit_recovery(
-    it: Planted, *, pairs: int = 16, seed: int = 0, corrupt: tuple[Corruption, ...] = CORRUPTIONS
-) -> xr.Dataset:
+    it: Planted,
+    *,
+    pairs: Annotated[int, Argument("random inputs, each with its corruptions", "inputs", least=1)] = 16,
+    corrupt: Annotated[Sequence[Corruption], Argument("what is changed in the inputs")] = ("tokens", "positions"),
+) -> Found:
     """Score every edge of a planted model exactly, and say how well the scores tell its circuit from the rest.
 
-    Formula:  see the head of this file.
-    Source:   compiled circuits as ground truth, as in Gupta et al., "InterpBench", 2024 (arXiv 2407.14494). Departs:
-              positions are shuffled too, since an edge from the positional embedding shows under nothing else.
-              The estimate is edge attribution patching, Syed, Rager, Conmy, 2023 (arXiv 2310.10348), of a metric that
-              needs no answer.
-    Cost:     a sweep a corruption, with a cell for every edge of every pair; a forward and a backward a pair.
-    Check:    AUC 1 on every compiled program, and below where positions are not shuffled; the estimate is the slope of
-              exact effects; tests/planted.
-
-    Args:
-        it: a planted model with its truth.
-        pairs: how many inputs.
-        seed: of the inputs and their corruptions.
-        corrupt: which corruptions to use.
-
-    Returns:
-        Dataset over (sender, receiver), `pos_embed` a sender of its own: `score` and `eap`, the estimate, in units of
-        the outputs, and `true`; NaN and False where there is no edge; attributes `auc` and `auc_eap`.
+    The positional embedding is a sender of its own, `pos_embed`. NaN and False where there is no edge.
 
     Raises:
-        DataError: the truth names no edges, or there are no pairs.
+        DataError: the truth names no edges.
         ModelUnsupported: the truth is about another kind of model than a compiled one.
-        EditError: there is no such corruption, or none is asked for.
     """
-    _check(it, corrupt)
-    c = corruptions(it, pairs, seed)
-    parts, names = graph(it.model), ["embed", "pos_embed"]
-    base = it.model.run(c.clean).logits[:, 1:].detach()
-    before = writes(it.model, c.clean)
-
-    def change(logits: Tensor, prompts: Tensor) -> Tensor:
-        return (logits - base[prompts]).abs().amax((1, 2))
-
-    names += parts.senders[1:]
-    mask = torch.cat([parts.mask[:1], parts.mask])
+    _require_circuit(it)
+    c = corruptions(it, pairs, current().seed)
+    parts = graph(it.model)
+    names, mask = ["embed", "pos_embed", *parts.senders[1:]], torch.cat([parts.mask[:1], parts.mask])
     score = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.nan)
-    eap = score.clone()
-    metric = FunctionMetric(change, positions=tuple(range(1, c.clean.shape[1])))
-    places = mask.nonzero()
+    eap, before = score.clone(), writes(it.model, c.clean)
     for kind in corrupt:
         tokens, where = (c.corrupt, None) if kind == "tokens" else (c.clean, c.positions)
-        edits = [] if where is None else [placed(it.model, tokens, where)]
-        source, after = it.model.run(tokens, capture=WRITTEN, edits=edits), writes(it.model, tokens, where)
-        cells: list[Edge] = []
-        for number in range(pairs):
-            own = {name: (after[name] - before[name])[number].detach() for name in names[:2]}
-            for u, v in places.tolist():
-                sender, receiver = names[u], parts.receivers[v]
-                if sender in own:
-                    cells.append(Edge("embed", receiver, change=own[sender]))
-                else:
-                    cells.append(Edge(sender, receiver, source=source))
-        prompts = [number for number in range(pairs) for _ in range(len(places))]
-        swept = it.model.sweep(c.clean, cells, metric, prompts=prompts).run().whole()
-        found = swept.values.reshape(pairs, -1).amax(0).double()
-        score[mask] = torch.maximum(score[mask], found)
+        after = writes(it.model, tokens, where)
         written = {node if node in names else sender_of(node): after[node] - x for node, x in before.items()}
         changes = torch.stack([written[name].detach() for name in names], dim=1)
-        eap[mask] = torch.maximum(eap[mask], estimated(it.model, c.clean, changes, source.logits[:, 1:])[mask])
-    return _dataset(it, score, eap, seed, corrupt)
+        exact, goal = _measured(it, c, tokens, where, changes, mask)
+        score[mask] = torch.maximum(score[mask], exact)
+        eap[mask] = torch.maximum(eap[mask], estimated(it.model, c.clean, changes, goal)[mask])
+    true = torch.zeros_like(mask)
+    for sender, receiver, slot in it.truth["edges"]:
+        true[names.index(sender_of(sender)), parts.receivers.index(receiver_of(receiver, slot))] = True
+    found = {f"auc{end}": auc(x[mask & true], x[mask & ~true]) for end, x in (("", score), ("_eap", eap))}
+    coords = {"sender": names, "receiver": list(parts.receivers)}
+    return Found(
+        {"score": score, "eap": eap, "true": true} | found, coords=coords, attrs={"corrupt": ", ".join(corrupt)}
+    )
 
 
-def _check(it: Planted, corrupt: Sequence[str]) -> None:
-    """Refuse what has no circuit of edges to be recovered, and corruptions that there are not."""
+def _require_circuit(it: Planted) -> None:
+    """Refuse what has no circuit of edges to be recovered."""
     do = "pass what planted.program gave, or a folder of this form whose truth has edges"
     if not it.truth.get("edges"):
         about = "it names nodes alone" if it.truth.get("nodes") else None
@@ -109,24 +116,46 @@ def _check(it: Planted, corrupt: Sequence[str]) -> None:
     if not isinstance(it.model.hf, PlantedForCausalLM):
         got = type(it.model.hf).__name__
         raise error(ModelUnsupported, "positions can be shuffled in planted networks alone", got=got, do=do)
-    if not corrupt:
-        allowed = ", ".join(CORRUPTIONS)
-        raise error(EditError, "there is no corruption to recover by", got="()", allowed=allowed, do="name one")
-    for kind in (corrupt,) if isinstance(corrupt, str) else corrupt:
-        refuse_unknown("corruption", kind, CORRUPTIONS)
-    if isinstance(corrupt, str):
-        got, do = repr(corrupt), f'write ("{corrupt}",)'
-        raise error(EditError, "corruptions are given as a tuple", got=got, do=do)
 
 
-def estimated(model: Model, clean: Tensor, changes: Tensor, goal: Tensor) -> Tensor:
-    """[sender, receiver] The largest |first-order change| of the outputs, over prompts, along the way to the goal's.
+def _measured(
+    it: Planted, c: Corruptions, tokens: Tensor, where: Tensor | None, changes: Tensor, mask: Tensor
+) -> tuple[Float[Tensor, " edge"], Float[Tensor, "prompt pos vocab"]]:
+    """The largest change of an output that each edge alone makes, over prompts; and the corrupt run's outputs."""
+    parts, pairs = graph(it.model), len(c.clean)
+    names = ["embed", "pos_embed", *parts.senders[1:]]
+    base = it.model.run(c.clean).logits[:, 1:].detach()
+
+    def change(logits: Tensor, prompts: Tensor) -> Tensor:
+        return (logits - base[prompts]).abs().amax((1, 2))
+
+    edits = [] if where is None else [placed(it.model, tokens, where)]
+    source = it.model.run(tokens, capture=WRITTEN, edits=edits)
+    edges = [(u, parts.receivers[v]) for u, v in mask.nonzero().tolist()]
+    cells = [
+        Edge("embed", receiver, change=changes[n, u]) if u < 2 else Edge(names[u], receiver, source=source)
+        for n in range(pairs)
+        for u, receiver in edges
+    ]
+    metric = FunctionMetric(change, positions=tuple(range(1, c.clean.shape[1])))
+    prompts = [number for number in range(pairs) for _ in edges]
+    swept = run_sweep(it.model, c.clean, cells, metric, prompts=prompts, stage="measuring edges").whole()
+    return swept.values.reshape(pairs, -1).amax(0).double(), source.logits[:, 1:]
+
+
+def estimated(
+    model: Model,
+    clean: Int[Tensor, "prompt pos"],
+    changes: Float[Tensor, "prompt sender pos d_model"],
+    goal: Float[Tensor, "prompt output vocab"],
+) -> Float[Tensor, "sender receiver"]:
+    """The largest |first-order change| of the outputs, over prompts, along the way to the goal's.
 
     Args:
         model: a planted model.
-        clean: [prompt, pos] where the gradient is taken.
-        changes: [prompt, sender, pos, d_model] what each sender writes more in the corrupt run.
-        goal: [prompt, pos - 1, vocab] the outputs of the corrupt run.
+        clean: where the gradient is taken.
+        changes: what each sender writes more in the corrupt run.
+        goal: the outputs of the corrupt run, at all positions but the first.
     """
     found: list[Tensor] = []
     for tokens, change, end in zip(clean, changes, goal, strict=True):
@@ -139,39 +168,21 @@ def estimated(model: Model, clean: Tensor, changes: Tensor, goal: Tensor) -> Ten
     return torch.stack(found).amax(0)
 
 
-def _dataset(it: Planted, score: Tensor, eap: Tensor, seed: int, corrupt: tuple[Corruption, ...]) -> xr.Dataset:
-    import xarray as xr
-
-    parts = graph(it.model)
-    senders = ["embed", "pos_embed", *parts.senders[1:]]
-    true = torch.zeros(len(senders), len(parts.receivers), dtype=torch.bool)
-    for sender, receiver, slot in it.truth["edges"]:
-        true[senders.index(sender_of(sender)), parts.receivers.index(receiver_of(receiver, slot))] = True
-    edges = score.isfinite()
-    data = xr.Dataset(
-        {name: (("sender", "receiver"), x.numpy()) for name, x in (("score", score), ("eap", eap), ("true", true))},
-        coords={"sender": senders, "receiver": list(parts.receivers)},
-    )
-    told = {f"auc{end}": auc(x[edges & true], x[edges & ~true]) for end, x in (("", score), ("_eap", eap))}
-    attributes = told | {"method": "circuit recovery", "seed": seed, "corrupt": ", ".join(corrupt)}
-    return data.assign_attrs(it.model.provenance | attributes)
-
-
-def auc(higher: Tensor, lower: Tensor) -> float:
-    """How well one number tells two groups apart: the area under the ROC curve.
+def auc(higher: Float[Tensor, " n"], lower: Float[Tensor, " m"]) -> float:
+    """How well one number tells two groups apart: the area under the ROC curve, of Hanley and McNeil, 1982.
 
     Formula:  mean over i, j of 1[higher_i > lower_j] + 1[higher_i = lower_j] / 2.
-    Source:   Hanley and McNeil, "The Meaning and Use of the Area under a Receiver Operating Characteristic (ROC)
-              Curve", 1982. Departs: none.
-    Cost:     higher x lower comparisons.
-    Check:    equal to a count by hand; tests/planted/test_recovery.py.
 
     Args:
-        higher: [n] scores that should be the greater ones.
-        lower: [m] scores of the others.
+        higher: scores that should be the greater ones.
+        lower: scores of the others.
 
     Returns:
         0 to 1; 0.5 where the number says nothing. NaN where a group is empty.
     """
-    wins = (higher.unsqueeze(1) > lower).double() + 0.5 * (higher.unsqueeze(1) == lower).double()
-    return float(wins.mean())
+    from sklearn.metrics import roc_auc_score
+
+    if not len(higher) or not len(lower):
+        return float("nan")
+    scores, own = torch.cat([higher, lower]), torch.arange(len(higher) + len(lower)) < len(higher)
+    return float(roc_auc_score(own.numpy(), scores.cpu().numpy()))

@@ -9,95 +9,135 @@ Formula:  rank correlation = Spearman's, of scores and exact effects over the k 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Float, Int
 from numpy import ndarray
-from torch import Tensor
 
+from microtome.context import current
 from microtome.edit import Patch
 from microtome.errors import DataError, error
 from microtome.explain._layout import every_position, layout
-from microtome.explain._pair import pair_of
-from microtome.explain._patching import refuse_seed
+from microtome.explain._pair import recorded
+from microtome.explain._pairs import Pairs
+from microtome.method import Argument, Column, Source, question, run_sweep
 from microtome.model import Model
 from microtome.run import Run
-from microtome.sweep import Edge, SweepPlan
+from microtome.sweep import Edge
 
-if TYPE_CHECKING:
-    import xarray as xr
+MEASURED = "none: random cells are measured beside the best"
+SCORES = (
+    Column("score", "logits", "estimated effect of taking the edge from the other run", MEASURED,
+           dims=("sender", "receiver")),
+    Column("<site>", "logits", "estimated effect of taking the activation from the other run", MEASURED),
+    Column("clean", "logits", "the metric of the clean prompt", "corrupt", dims=()),
+    Column("corrupt", "logits", "the metric of the corrupt prompt", "clean", dims=()),
+    Column("rank_correlation", "correlation", "of scores and exact effects, among the cells of the best scores",
+           "rank_correlation_others", (-1, 1), dims=("site",)),
+    Column("rank_correlation_others", "correlation", "of scores and exact effects, among random other cells",
+           range=(-1, 1), dims=("site",)),
+    Column("recall", "share", "of the cells of the largest exact effects, how many are among the best scores",
+           "none: random scores would find as large a share as that of the cells that are measured", (0, 1),
+           dims=("site",)),
+    Column("measured", "cells", "how many cells were measured exactly", "none: a count", (0, None), dims=("site",)),
+)  # fmt: skip
+"""The columns of scores, which `attribute` estimates and `verify` measures."""
+
+Cells = Mapping[str, xr.DataArray]
+Chosen = tuple[Int[ndarray, " top"], Int[ndarray, " others"]]
 
 
+@question(
+    "verify",
+    title="attribution, verified",
+    question="How far can estimated scores be trusted?",
+    columns=SCORES,
+    source=Source(
+        "Kramár, Lieberum, Shah, Nanda",
+        "AtP*: An efficient and scalable method for localizing LLM behaviour to components", 2024, "2403.00745",
+        "verification of the best candidates",
+        departs="recall is estimated by weighting the sample, instead of a bound on the chance of misses",
+    ),
+    cost="one forward and a sweep of 2 * top cells per site",
+    check="tests/laws/test_verify.py",
+    call="mt.explain.verify(model, scores, top=50)",
+)  # fmt: skip
 def verify(
     model: Model,
-    scores: xr.Dataset,
+    scores: Annotated[xr.Dataset, Argument("what `attribute` returned", command=False)],
     *,
-    top: int = 50,
-    seed: int = 0,
-    budget: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    on_plan: Callable[[SweepPlan], None] | None = None,
+    top: Annotated[int, Argument("best cells of each site, and as many random others", "cells", least=1)] = 50,
 ) -> xr.Dataset:
     """Measure the best-scored cells of every site exactly, and say how far the scores can be trusted.
 
-    Formula:  see the head of this file.
-    Source:   as a first filter whose misses are bounded by sampling, Kramár, Lieberum, Shah, Nanda, "AtP*: An efficient
-              and scalable method for localizing LLM behaviour to components", 2024 (arXiv 2403.00745). Departs: recall
-              is estimated by weighting the sample, instead of a bound on the chance of misses.
-    Cost:     one forward and a sweep of 2 * top cells a site.
-    Check:    exact scores give 1 and 1, reversed ones -1 and 0; tests/laws/test_verify.py.
-
-    Args:
-        model: the model that the scores come from.
-        scores: what `attribute` returned.
-        top: how many candidates of each site, and how many random others; all, for sites that have fewer.
-        seed: of the random others.
-        budget: bytes that one walk may hold.
-        progress: called with (done, all) cells.
-        on_plan: called with the plan of the sweep, before its first cell.
-
-    Returns:
-        The scores, and for each site `<site>_exact`, the effect metric(cell) - metric(start), NaN where not measured;
-        over `site`: `rank_correlation`, `rank_correlation_others`, `recall` and `measured` (cells). `verified_top` and
-        `seed` are among the attributes. A correlation is NaN where there are fewer than two cells, or all are equal.
-        Stopped by Ctrl-C, it keeps what was measured; all that is said of a site not measured to its end is NaN.
+    Beside the scores there is `<site>_exact`, the effect metric(cell) - metric(start), NaN where not measured. A
+    correlation is NaN where there are fewer than two cells, or all are equal. Stopped by Ctrl-C, it keeps what was
+    measured; all that is said of a site not measured to its end is NaN.
 
     Raises:
         DataError: the scores are of another model, of no pair, without labels, or have fewer than `top` cells.
-        EditError: there is no such seed; BudgetError: not even one cell fits.
+        BudgetError: not even one cell fits.
     """
-    refuse_seed(seed)
-    pair = pair_of(model, scores)
+    pair, direction = recorded(model, scores)
     sites = [str(name) for name in scores.attrs["sites"]]
-    flat = {site: np.asarray(scores[site].values, dtype=np.float64).reshape(-1) for site in sites}
-    _check_top(top, max(int(np.isfinite(x).sum()) for x in flat.values()))
-    random = np.random.default_rng(seed)
-    chosen = {site: candidates(x, top, random) for site, x in flat.items()}
-    source = _source(model, scores, pair.goal)
-    cells = [cell for site in sites for cell in _cells(model, scores, site, source, np.concatenate(chosen[site]))]
-    metric = pair.metric(model)
-    if on_plan is not None:
-        on_plan(model.sweep(pair.start, cells, metric, budget=budget).plan)
-    swept = model.sweep(pair.start, cells, metric, budget=budget).run(progress)
-    return _dataset(scores, flat, chosen, swept.effects.double().numpy(), top, seed)
-
-
-def _check_top(top: int, most: int) -> None:
-    if not 1 <= top <= most:
+    most = max(int(np.isfinite(scores[site].values).sum()) for site in sites)
+    if top > most:
+        do = "choose a top in that range, or verify=0 to check nothing"
         raise error(
-            DataError,
-            "cannot verify so many candidates",
-            got=f"top={top}",
-            allowed=f"1 to {most}, the number of cells",
-            do="choose a top in that range, or verify=0 to check nothing",
-        )
+            DataError, "cannot verify so many candidates", got=f"top={top}",
+            allowed=f"1 to {most}, the number of cells", do=do,
+        )  # fmt: skip
+    found = measure_best(model, pair, direction, {site: scores[site] for site in sites}, top)
+    own = {name: value for name, value in scores.attrs.items() if name not in ("seconds", "plan")}
+    told = own | {"verified_top": top, "seed": current().seed}
+    return scores.assign(found).assign_coords(site=site_axis(sites)).assign_attrs(told)
 
 
-def candidates(
-    scores: Float[ndarray, " cell"], top: int, random: np.random.Generator
-) -> tuple[Int[ndarray, " top"], Int[ndarray, " others"]]:
+def site_axis(sites: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
+    """The coordinate of the sites that were verified."""
+    return "site", list(sites), {"title": "how far the estimates hold"}
+
+
+def measure_best(model: Model, pair: Pairs, direction: str, scores: Cells, top: int) -> dict[str, Any]:
+    """Variables by name: exact effects of the best-scored and of random other cells of each site, and what they say."""
+    random = np.random.default_rng(current().seed)
+    flat = {site: np.asarray(x.values, dtype=np.float64).reshape(-1) for site, x in scores.items()}
+    chosen = {site: candidates(x, top, random) for site, x in flat.items()}
+    source = _source(model, pair, direction, scores)
+    places = {site: np.concatenate(both) for site, both in chosen.items()}
+    cells = [cell for site, x in scores.items() for cell in _cells(model, x, site, source, places[site])]
+    swept = run_sweep(model, pair.start(direction), cells, pair.metric, stage="measuring the best")
+    effects = np.split(swept.effects.double().numpy(), np.cumsum([len(b) + len(o) for b, o in chosen.values()])[:-1])
+    found: dict[str, Any] = {}
+    rows: dict[str, list[float]] = {}
+    for site, mine in zip(scores, effects, strict=True):
+        exact = np.full(flat[site].shape, np.nan)
+        exact[places[site]] = mine
+        unit = {"unit": pair.unit}
+        found[f"{site}_exact"] = (scores[site].dims, exact.reshape(scores[site].shape), unit)
+        for name, value in _told(flat[site], chosen[site], mine).items():
+            rows.setdefault(name, []).append(value)
+    return found | {name: (("site",), values) for name, values in rows.items()}
+
+
+def _told(scores: Float[ndarray, " cell"], places: Chosen, effects: Float[ndarray, " measured"]) -> dict[str, float]:
+    """What the exact effects say of the scores of one site; NaN where a stopped sweep left some of them out."""
+    best, others = places
+    first, rest = np.split(effects, [len(best)])
+    told = {
+        "rank_correlation": rank_correlation(scores[best], first),
+        "rank_correlation_others": rank_correlation(scores[others], rest),
+        "recall": recall(first, rest, int(np.isfinite(scores).sum())),
+    }
+    whole, measured = bool(np.isfinite(effects).all()), int(np.isfinite(effects).sum())
+    # NaN would sort like the largest effect and rank like a number.
+    return {name: value if whole else float("nan") for name, value in told.items()} | {"measured": measured}
+
+
+def candidates(scores: Float[ndarray, " cell"], top: int, random: np.random.Generator) -> Chosen:
     """The places of the `top` largest |scores|, best first, and of as many random others; NaN is no cell."""
     there = np.flatnonzero(np.isfinite(scores))
     ordered = there[np.argsort(-np.abs(scores[there]), kind="stable")]
@@ -105,15 +145,17 @@ def candidates(
     return best, np.sort(random.choice(rest, size=min(len(best), len(rest)), replace=False))
 
 
-def _source(model: Model, scores: xr.Dataset, goal: Tensor) -> Run:
-    if "sender" in scores.dims:
-        return model.run(goal, capture=["embed", "*.attn.z", "*.mlp_out"], logits=False)
-    layouts = [layout(model, str(site), every_position(goal.shape[1])) for site in scores.attrs["sites"]]
-    return model.run(goal, capture=sorted({layout.capture for layout in layouts}), logits=False)
+def _source(model: Model, pair: Pairs, direction: str, scores: Cells) -> Run:
+    if any("sender" in x.dims for x in scores.values()):
+        wanted = ["embed", "*.attn.z", "*.mlp_out"]
+    else:
+        layouts = [layout(model, site, every_position(pair.lengths[0])) for site in scores]
+        wanted = sorted({part.capture for part in layouts})
+    return model.run(pair.goal(direction), capture=wanted, logits=False)
 
 
 def _cells(
-    model: Model, scores: xr.Dataset, site: str, source: Run, places: Int[ndarray, " cell"]
+    model: Model, scores: xr.DataArray, site: str, source: Run, places: Int[ndarray, " cell"]
 ) -> list[Patch | Edge]:
     labels = _labels(scores, site, places)
     if "sender" in labels:
@@ -125,35 +167,30 @@ def _cells(
     return [Patch(str(grid[i, j]), source=source) for i, j in zip(layers, others, strict=True)]
 
 
-def _labels(scores: xr.Dataset, site: str, places: Int[ndarray, " cell"]) -> dict[str, ndarray]:
+def _labels(scores: xr.DataArray, site: str, places: Int[ndarray, " cell"]) -> dict[str, ndarray]:
     """By axis, what the flat places of a site's scores are called: scores may be cut out, or turned round.
 
     Raises:
         DataError: an axis has no labels.
     """
-    data = scores[site]
-    bare = [dim for dim in data.dims if dim not in data.coords]
+    bare = [dim for dim in scores.dims if dim not in scores.coords]
     if bare:
         raise error(
-            DataError,
-            f"the scores of {site} do not say what they are of",
-            got=f"no labels along {', '.join(map(str, bare))}",
-            do="keep the coordinates that `attribute` returned",
-        )
-    indices = np.unravel_index(places, data.shape)
-    return {str(dim): data[dim].values[at] for dim, at in zip(data.dims, indices, strict=True)}
+            DataError, f"the scores of {site} do not say what they are of",
+            got=f"no labels along {', '.join(map(str, bare))}", do="keep the coordinates that `attribute` returned",
+        )  # fmt: skip
+    indices = np.unravel_index(places, scores.shape)
+    return {str(dim): scores[dim].values[at] for dim, at in zip(scores.dims, indices, strict=True)}
 
 
 def rank_correlation(a: Float[ndarray, " cell"], b: Float[ndarray, " cell"]) -> float:
     """Spearman's correlation, ties sharing their mean rank; NaN where either is constant."""
+    from scipy.stats import spearmanr
+
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(x: Float[ndarray, " cell"]) -> Float[ndarray, " cell"]:
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    found: Any = spearmanr(a, b)
+    return float(found.statistic)
 
 
 def recall(best: Float[ndarray, " top"], others: Float[ndarray, " others"], n_cells: int) -> float:
@@ -173,39 +210,3 @@ def recall(best: Float[ndarray, " top"], others: Float[ndarray, " others"], n_ce
     before = np.cumsum(weights[order]) - weights[order]
     counted = np.clip(k - before, 0, weights[order])
     return float(counted[order < k].sum() / k)
-
-
-def _dataset(
-    scores: xr.Dataset,
-    flat: dict[str, Float[ndarray, " cell"]],
-    chosen: dict[str, tuple[Int[ndarray, " top"], Int[ndarray, " others"]]],
-    effects: Float[ndarray, " measured"],
-    top: int,
-    seed: int,
-) -> xr.Dataset:
-    data = scores.copy()
-    columns: dict[str, list[float]] = {
-        "rank_correlation": [], "rank_correlation_others": [], "recall": [], "measured": []
-    }  # fmt: skip
-    at = 0
-    for site, (best, others) in chosen.items():
-        mine = effects[at : at + len(best) + len(others)]
-        at += len(mine)
-        exact = np.full(flat[site].shape, np.nan)
-        exact[np.concatenate([best, others])] = mine
-        data[f"{site}_exact"] = (scores[site].dims, exact.reshape(scores[site].shape), scores[site].attrs)
-        first, rest = np.split(mine, [len(best)])
-        # A sweep that was stopped leaves NaN, which sorts like the largest effect and ranks like a number.
-        whole = bool(np.isfinite(mine).all())
-        told = (
-            rank_correlation(flat[site][best], first),
-            rank_correlation(flat[site][others], rest),
-            recall(first, rest, int(np.isfinite(flat[site]).sum())),
-        )
-        for name, value in zip(columns, told, strict=False):
-            columns[name].append(value if whole else float("nan"))
-        columns["measured"].append(int(np.isfinite(mine).sum()))
-    data = data.assign({name: ("site", values) for name, values in columns.items()})
-    return data.assign_coords(site=("site", list(chosen), {"title": "how far the estimates hold"})).assign_attrs(
-        verified_top=top, seed=seed
-    )

@@ -83,7 +83,7 @@ def checked(parameters: Sequence[Parameter], given: Mapping[str, Any]) -> dict[s
     for name in given:
         if name not in names:
             what = f'no argument "{name}".{nearest(name, names)}'.removesuffix(".")
-            raise error(ArgumentError, what, allowed=", ".join(names) or "no arguments")
+            raise error(ArgumentError, what, allowed=", ".join(names) or "no arguments", do="use these names")
     found: dict[str, Any] = {}
     for p in parameters:
         if p.name in given:
@@ -106,7 +106,7 @@ def _checked(p: Parameter, value: Any) -> Any:
         return _number(p.name, p.argument, value, whole=False)
     if choices := choices_of(p):
         several = get_origin(p.type) in (tuple, Sequence, list) or p.type is Sequence
-        return _words(p.name, choices, value) if several else _word(p.name, choices, value)
+        return _words(p, choices, value) if several else _word(p.name, choices, value)
     return value
 
 
@@ -165,10 +165,10 @@ def _word(name: str, choices: tuple[str, ...], value: Any) -> str:
     return value
 
 
-def _words(name: str, choices: tuple[str, ...], value: Any) -> tuple[str, ...]:
-    words: tuple[Any, ...] = (value,) if isinstance(value, str) else tuple(value)
+def _words(p: Parameter, choices: tuple[str, ...], value: Any) -> tuple[str, ...]:
+    words: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     for word in words:
-        _word(name, choices, word)
-    if not words:
-        raise error(ArgumentError, f"{name} names nothing", allowed=", ".join(choices), do="name one or more")
+        _word(p.name, choices, word)
+    if not words and p.default != ():
+        raise error(ArgumentError, f"{p.name} names nothing", allowed=", ".join(choices), do="name one or more")
     return words

@@ -17,7 +17,7 @@ from microtome.method._arguments import Parameter, arguments_of, checked, parame
 from microtome.method._declare import Column, Method, Source
 from microtome.method._document import docstring
 from microtome.method._registry import register
-from microtome.method._result import Result, column_of, counting, labelled, provenance, spent
+from microtome.method._result import Result, Subject, column_of, counting, labelled, provenance, spent
 from microtome.metric import Metric
 from microtome.model import Model
 from microtome.run import Prompt
@@ -60,7 +60,7 @@ class Question:
     parameters: tuple[Parameter, ...]
     reading: str
 
-    def ask(self, model: Model, given: Mapping[str, Any]) -> Result:
+    def ask(self, model: Subject, given: Mapping[str, Any]) -> Result:
         """The answer, with arguments that are checked here."""
         arguments = checked(self.parameters, given)
         with counting() as cost:

@@ -7,16 +7,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import xarray as xr
 
 from microtome.context import current
 from microtome.errors import DeclarationError, error
 from microtome.method._declare import SUFFIXES, Column, Method
-from microtome.model import Model
 
 SPLIT = "_"
+
+
+@runtime_checkable
+class Subject(Protocol):
+    """What a result is about: a model, or what holds one and its truth."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What its results record of it."""
+        ...
 
 
 class Result(xr.Dataset):
@@ -73,12 +82,12 @@ def spent(plan: object) -> None:
         cost.plans.append(str(plan))
 
 
-def provenance(model: Model, method: Method, arguments: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
+def provenance(subject: Subject, method: Method, arguments: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
     """The attributes of a result: method, source, arguments, seed, cost, and the model's own."""
     plain = {k: v for k, v in arguments.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
     told = {"method": method.title or method.name.replace("_", " "), "question": method.question}
     told |= {"source": "; ".join(map(str, method.source)), "seed": current().seed}
-    return dict(model.provenance) | plain | told | cost.attrs
+    return dict(subject.provenance) | plain | told | cost.attrs
 
 
 def labelled(method: Method, data: xr.Dataset) -> xr.Dataset:

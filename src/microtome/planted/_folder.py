@@ -51,6 +51,11 @@ class Planted:
     model: Model
     truth: Mapping[str, Any]
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What every result about it records: that of its model."""
+        return self.model.provenance
+
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Planted:
     """Open a folder of weights with the standard names of TransformerLens, and what is known of its inside.

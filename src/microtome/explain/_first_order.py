@@ -1,4 +1,4 @@
-"""Edges to first order: what every sender writes more, against the gradient at every input that reads the stream.
+"""Scores to first order: of nodes, their change against their gradient; of edges, against that at what reads them.
 
 The input of one head's queries is the stream as its norm reads it. Its gradient is that of the head's queries alone,
 drawn back through rotation, projection and norm to the stream. Where heads share keys and values, the gradient there is
@@ -15,14 +15,75 @@ Check:    over the heads of a group they add up to the gradient of the shared ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
+import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of
 from microtome.edit import Freeze
 from microtome.errors import SiteError, error
+from microtome.explain._graph import graph
+from microtome.explain._layout import Layout, every_position, layout
+from microtome.explain._pairs import Pairs
 from microtome.model import Model
 from microtome.run import Run
+
+Scored = tuple[list[float], dict[str, xr.DataArray]]
+"""The metric of the start and of the goal run, and labelled scores by site."""
+
+
+def _runs(model: Model, pair: Pairs, direction: str, rules: Freeze | None, capture: Sequence[str]) -> Any:
+    """Both runs, the gradient of the metric at all that the first one captured, and the metric of both."""
+    start = model.run(pair.start(direction), capture=capture, edits=[] if rules is None else [rules], grad=True)
+    goal = model.run(pair.goal(direction), capture=capture)
+    read = pair.read(start)[0]
+    return start, goal, start.grad(read), [float(read.detach()), float(pair.read(goal)[0])]
+
+
+def node_scores(model: Model, pair: Pairs, direction: str, rules: Freeze | None, sites: Sequence[str]) -> Scored:
+    """Scores of every site, over layers by positions or by units.
+
+    Raises:
+        SiteError: a layer lacks a site.
+    """
+    layouts = {site: layout(model, site, every_position(pair.lengths[0])) for site in sites}
+    wanted = sorted({part.capture for part in layouts.values()})
+    start, goal, gradient, ends = _runs(model, pair, direction, rules, wanted)
+    found: dict[str, xr.DataArray] = {}
+    for site, part in layouts.items():
+        name = part.capture.removeprefix("*.")
+        slope = torch.stack([gradient[f"{i}.{name}"] for i in range(model.anatomy.n_layers)])
+        change = at_least_float32(goal[part.capture]) - at_least_float32(start[part.capture].detach())
+        x = _first_order(change, slope, part).cpu().numpy()
+        scores = xr.DataArray(x, dims=part.dims)
+        found[site] = scores.assign_coords({dim: np.arange(size) for dim, size in scores.sizes.items()})
+    return ends, found
+
+
+def _first_order(change: Tensor, slope: Tensor, part: Layout) -> Float[Tensor, "layer cell"]:
+    """The products, summed over what a cell covers; both are [layer, 1, pos, unit, ...]."""
+    product = change.double() * slope.double()
+    product = product.squeeze(1).movedim(1 if part.dims[1] == "pos" else 2, 1)
+    return product.flatten(2).sum(-1) if product.dim() > 2 else product
+
+
+def edge_scores(model: Model, pair: Pairs, direction: str, rules: Freeze | None) -> Scored:
+    """Scores of every edge, NaN where there is none.
+
+    Raises:
+        SiteError: the model has no edges.
+    """
+    listed = graph(model)
+    start, goal, gradient, ends = _runs(model, pair, direction, rules, captures(model))
+    scores = contract(model, start, gradient, changes(model, start, goal, rules))
+    scores = scores.masked_fill(~listed.mask.to(scores.device), torch.nan).cpu().numpy()
+    axes = {"sender": list(listed.senders), "receiver": list(listed.receivers)}
+    return ends, {"score": xr.DataArray(scores, dims=tuple(axes), coords=axes)}
 
 
 def captures(model: Model) -> list[str]:
