@@ -169,7 +169,7 @@ class _Reader:
         w, b = at_least_float32(weights.W_O).flatten(0, 1), weights.b_O
         u, bias = self._through("attn_out", i, weights.attn_post_norm, z.flatten(1), w, b)
         read = (u.to(w.dtype) @ w.T).reshape(z.shape)  # [batch, head, d_head]
-        found = {"attn": (z.double() * read.double()).sum(-1), "attn_bias": bias}
+        found = {"attn": (z * read).sum(-1), "attn_bias": bias}
         if sources:
             pattern, v = self.run[f"{i}.attn.pattern{self.at}"][:, :, 0].double(), self.run[f"{i}.attn.v"]
             v = v.repeat_interleave(z.shape[1] // v.shape[2], dim=2).double()
