@@ -131,8 +131,10 @@ class Selection:
     def cut(self, x: Tensor) -> Tensor:
         """The same selection of another tensor [batch, pos, unit, ...]; a batch of one serves all rows."""
         if self.columns is not None:
-            columns = self.columns if x.shape[0] != 1 else self.columns[:1]
-            x = x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), columns]
+            if x.shape[0] == 1:
+                x = x[:, self.columns[0]]
+            else:
+                x = x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), self.columns]
         if self.rows is not None and x.shape[0] != 1:
             x = x[self.rows]
         return x if self.units is None else x[:, :, self.units]
