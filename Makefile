@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export NO_MKDOCS_2_WARNING ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install atlas test test-full check format docs bench bench-peers clean
+.PHONY: help install atlas test test-full check quick format methods docs bench bench-peers clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +37,9 @@ check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+quick: check  ## the short loop: check, and the unit tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/unit
+
 test: check  ## what CI runs: check, the tests that are not slow, the docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not alone"
 	$(BIN)/pytest -n 0 -m "alone and not slow"
@@ -50,6 +53,10 @@ test-full: check  ## the same with the slow tests
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+methods: $(STAMP)  ## write docs/methods.md from the declarations of all methods
+	$(BIN)/python -m microtome.method > docs/methods.md.part
+	mv docs/methods.md.part docs/methods.md
 
 docs: $(STAMP)  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet

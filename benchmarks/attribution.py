@@ -79,7 +79,7 @@ def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
 def measure(model: mt.Model, pair: tuple[str, str, str, str]) -> dict[str, xr.Dataset]:
     """Scores by method, and the exact effects, all in logits."""
     clean, corrupt, answer, foil = pair
-    exact = mt.explain.activation_patching(model, clean, corrupt, answer=answer, foil=foil, direction="noise")
+    exact = mt.explain.patch(model, clean, corrupt, answer=answer, foil=foil, direction="noise")
     given: dict[str, Any] = {"answer": answer, "foil": foil, "direction": "noise", "verify": 0}
     found = {m: mt.explain.attribute(model, clean, corrupt, method=m, **given) for m in ("atp", "relp")}
     found["exact"] = exact[list(SITES)] * (exact["corrupt"] - exact["clean"])

@@ -247,7 +247,7 @@ def repair(model: mt.Model, top: int = 3, each: int = 20) -> dict[str, Any]:
     beside = [f"{i}.attn.z[{h}]" for i in sorted({i for i, _ in chosen}) for h in range(model.anatomy.n_heads)]
     prompts, answers, foils = pairs_of_names(model, 7, each)
     data = mt.explain.component_effects(
-        model, prompts, answers=answers, foils=foils, components=names + [n for n in beside if n not in names],
+        model, prompts, answer=answers, foil=foils, components=names + [n for n in beside if n not in names],
         ablation="mean", receivers="heads",
     )  # fmt: skip
     said: dict[str, Any] = {}

@@ -118,7 +118,7 @@ def sixteen(model: mt.Model, clean: str, corrupt: str, repeats: int) -> dict[str
 def patching(model: mt.Model, clean: str, corrupt: str) -> dict[str, Any]:
     """Three sites by position, and every head."""
     started = time.perf_counter()
-    data = mt.explain.activation_patching(model, clean, corrupt, answer=" Paris", foil=" Berlin")
+    data = mt.explain.patch(model, clean, corrupt, answer=" Paris", foil=" Berlin")
     seconds = time.perf_counter() - started
     return {"cells": sum(v.size for v in data.values()) - 2, "seconds": seconds, "positions": data.sizes["pos"]}
 

@@ -45,13 +45,17 @@ class Entry:
     problem: str = ""
 
 
+REGISTERED: dict[str, Entry] = {}
+"""Methods that were registered in this process, whoever declared them."""
+
+
 def entries() -> dict[str, Entry]:
-    """Every method of the package and of entry points, by name."""
+    """Every method of the package, of entry points, and registered in this process, by name."""
     found = {entry.name: entry for entry in own()}
     for point in points():
         command = point.name.replace("_", "-")
         found.setdefault(point.name, Entry(point.name, None, point.value, f"from {point.value}", command))
-    return found
+    return found | REGISTERED
 
 
 def points() -> list[EntryPoint]:

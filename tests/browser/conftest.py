@@ -30,6 +30,15 @@ HOSTILE = [IMAGE, '"; alert(1)//', "a\u2028b", "\\", "<!--", "\u202eright"]
 WORDS = [*HOSTILE, " Paris", " is", " the", " capital", "\n", "\t", "  ", " ", "\ud83d", "é", " France"]
 
 
+DRAWN: dict[str, dict[str, Any]] = {
+    "new_measure": {"chart": "New together", "title": "one", "control": "new_random"},
+    "attn_share": {"chart": "Added", "title": "attention"},
+    "new_other": {"chart": "New together", "title": "other"},
+    "new_head": {"title": "new <i>score", "control": "new_head_random"},
+}
+"""What the manifest says of how to draw columns that no page has heard of."""
+
+
 @pytest.fixture(scope="session")
 def browser() -> str:
     """The path of a Chromium; tests that need one are skipped where there is none."""
@@ -84,11 +93,15 @@ def fake() -> dict[str, Any]:
         "seed": 7, "versions": {"python": "3.11"}, "cost": {"seconds": 700.0, "peak_memory_bytes": 3 * 2**30},
         "created": "2026-01-01T00:00:00Z", "loss": float("nan"), "microtome": "0",
         "tables": {
-            name: {"columns": {c: {"unit": "unit", "meaning": f"meaning of {c}"} for c in table.column_names}}
+            name: {"columns": {column: _described(column) for column in table.column_names}}
             for name, table in tables.items()
         },
     }  # fmt: skip
     return {"manifest": manifest, "tables": tables, "tokens": tokens, "vocab": vocab}
+
+
+def _described(column: str) -> dict[str, Any]:
+    return {"unit": "unit", "meaning": f"meaning of {column}"} | DRAWN.get(column, {})
 
 
 def _with_interval(columns: dict[str, Any], name: str, values: np.ndarray) -> None:
@@ -97,8 +110,10 @@ def _with_interval(columns: dict[str, Any], name: str, values: np.ndarray) -> No
 
 def _layers(g: np.random.Generator) -> pa.Table:
     columns: dict[str, Any] = {"layer": np.arange(LAYERS)}
-    for name in ("resid_pre_norm", "resid_mid_norm", "resid_post_norm", "attn_share", "mlp_share", "new_measure"):
+    norms, shares = ("resid_pre_norm", "resid_mid_norm", "resid_post_norm"), ("attn_share", "mlp_share")
+    for name in (*norms, *shares, "new_measure"):
         columns[name] = g.random(LAYERS) + 1
+    columns["new_random"], columns["new_other"] = [1.5, 1.0, 1.25], [1.25, 1.75, 1.5]
     columns["max_abs_dim"] = [3, 1, 15]
     columns["median_abs"] = [0.25, None, float("inf")]
     _with_interval(columns, "loss_skip_attn", g.random(LAYERS) + 3)
@@ -112,6 +127,7 @@ def _heads(g: np.random.Generator) -> pa.Table:
     for name in ("previous_token", "induction"):
         _with_interval(columns, name, g.random(rows))
     columns["entropy"] = g.random(rows) * 3
+    columns["new_head"], columns["new_head_random"] = np.arange(rows) * 0.11 + 1, np.arange(rows) / 64
     columns["label"] = [f"role {i}" for i in range(rows)]
     return pa.table(columns)
 

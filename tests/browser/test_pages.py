@@ -32,7 +32,7 @@ def test_overview_shows_shape_charts_maps_and_provenance(page: Path, dom: Reader
     words = text(page, "")
     for expected in (
         "Fake <b>& small", "12,345 parameters", "4 heads of 4, 2 key/value", "16 → 70 → 16", "× 3 blocks", "12 min",
-        "3.00 GiB", "made up", "loss – nats per token", "New measure", "Previous token",
+        "3.00 GiB", "made up", "loss – nats per token", "New together", "Previous token",
     ):  # fmt: skip
         assert expected in words, expected
     document = dom(page, "#/")
@@ -40,6 +40,38 @@ def test_overview_shows_shape_charts_maps_and_provenance(page: Path, dom: Reader
     assert 'href="#/layer/2?q=firing_rate' in document
     assert document.count('class="lines"') >= 4
     assert "max abs dim" not in words, "an index is not drawn as a quantity"
+
+
+CHARTS = """[...document.querySelectorAll(".charts figure")].map((f) => [
+  f.querySelector("b").textContent,
+  [...f.querySelectorAll(".key")].map((k) => k.textContent),
+  f.querySelectorAll(".line:not(.control)").length,
+  f.querySelectorAll(".line.control").length,
+])"""
+MAPS = "[...document.querySelectorAll('.maps figcaption b')].map((b) => b.textContent)"
+
+
+def test_columns_that_no_page_has_heard_of_come_to_their_place(page: Path, browser: str, fake: dict[str, Any]) -> None:
+    """The manifest says which columns share a chart, what they are called there, and what their control is."""
+    tab = Tab(browser)
+    try:
+        tab.open(page)
+        charts = tab.eval(CHARTS)
+        assert ["New together", ["one", "one control", "other"], 2, 1] in charts
+        assert ["Added", [""], 1, 0] in charts, "a chart of one column"
+        assert ["Mlp share", [""], 1, 0] in charts, "a column without a chart has its own"
+        titles = [title for title, *_ in charts]
+        assert titles.index("Added") < titles.index("New together"), "in the order in which the columns stand"
+        assert not [title for title in titles if "random" in title], "a control has no chart of its own"
+        assert tab.eval(MAPS) == ["Previous token", "Induction", "Entropy", "New <i>score", "Firing rate"]
+        row = fake["tables"]["heads"].slice(5, 1).to_pylist()[0]
+        cells = "[...document.querySelectorAll('.maps figure')][3].querySelectorAll('a')"
+        told = tab.eval(f"[...{cells}].map((a) => a.getAttribute('aria-label')).find((t) => t.startsWith('1.1:'))")
+        number = lambda x: f"{x:.3g}" if x >= 0.1 else f"{x:.4f}" if x >= 0.001 else f"{x:.1e}"  # noqa: E731
+        assert told == f"1.1: {number(row['new_head'])}, control {number(row['new_head_random'])}"
+        assert tab.complaints == []
+    finally:
+        tab.close()
 
 
 def test_layer_page_shows_its_row_with_intervals_and_its_units(

@@ -13,7 +13,7 @@ import xarray as xr
 from tests import effects
 from tests.browser.tab import Tab
 
-from microtome.view import write_page
+from microtome.view import html, write_page
 
 pytestmark = pytest.mark.browser
 
@@ -244,3 +244,68 @@ def test_a_long_prompt_of_a_deep_model_fits_too(tab: Tab, tmp_path: Path) -> Non
     assert tab.complaints == []
     assert tab.eval("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert tab.eval("document.querySelectorAll('.cells *').length") < 600, "cells of one shade are one element"
+
+
+@pytest.mark.parametrize("make", effects.EVERY, ids=lambda make: make.__name__)
+def test_every_form_is_drawn_in_its_window(tab: Tab, tmp_path: Path, make: Callable[[], xr.Dataset]) -> None:
+    place = write_page(tmp_path / "a.html", make())
+    for width in (1280, 390):
+        tab.resize(width, 800)
+        tab.open(place)
+        assert tab.eval("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width
+    assert tab.complaints == []
+    assert tab.eval("document.scripts.length") == 2
+    assert tab.eval("document.querySelectorAll('main i').length") == 0, "no name became markup"
+
+
+def test_a_line_is_read_with_its_interval_and_its_control(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_page(tmp_path / "a.html", effects.over_layers()))
+    assert tab.eval("document.querySelector('figcaption b').textContent") == "change of the loss (change)"
+    assert tab.eval("document.querySelectorAll('.line.control').length") == 1
+    tab.eval("document.querySelector('.lines').focus()")
+    for _ in range(2):
+        tab.press("ArrowRight", 39)
+    told = tab.eval("document.querySelector('.legend').innerText")
+    assert "measured−1.50 [−1.63, −1.38]" in told.replace("\n", "")
+    assert "control0.0625" in told.replace("\n", "")
+    assert tab.eval("document.querySelector('.where').textContent") == "layer 1"
+    assert "12,000 tokens" in tab.eval("document.querySelector('.facts').innerText")
+
+
+def test_neurons_are_listed_beside_their_distribution(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_page(tmp_path / "a.html", effects.over_neurons()))
+    first = tab.eval("[...document.querySelector('.neurons tbody tr').cells].map((c) => c.innerText)")
+    assert first[:3] == ["L3N17", "+2.500", "+0.3125"]
+    assert tab.eval("document.querySelectorAll('.neurons .heat a').length") == 4 * 24
+
+
+def test_tokens_stand_in_cells_from_the_last_layer_down(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_page(tmp_path / "a.html", effects.words()))
+    rows = tab.eval("[...document.querySelectorAll('.word-map tbody tr')].map((r) => r.innerText.split(/\\s+/))")
+    assert [row[0] for row in rows] == ["out", "1", "0"]
+    assert rows[0][-2:] == ["·<i>Paris", "↵"]
+    share = "[...document.querySelectorAll('.word')].map((w) => w.style.getPropertyValue('--share'))"
+    assert tab.eval(share)[8:10] == ["72%", "75%"]
+    assert tab.eval("document.querySelector('.word-map tbody td:last-child').title") == "·<i>Paris 0.966\n↵ 1.00"
+
+
+def test_parts_end_in_their_sum(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_page(tmp_path / "a.html", effects.parts()))
+    words = tab.eval("document.querySelector('.parts').innerText")
+    assert "L0H0\t+3.000" in words
+    assert "·France +2.25, <i> +0.75" in words
+    assert re.search(r"sum\s+\+1\.875\s+logit as measured \+1\.875", words)
+
+
+def test_a_fragment_fits_a_notebook_in_light_and_dark(tab: Tab, tmp_path: Path) -> None:
+    place = tmp_path / "a.html"
+    for colours in ("background:#fff;color:#111", "background:#111;color:#ddd"):
+        place.write_text(f'<!doctype html><meta charset="utf-8"><body style="{colours}">{html(effects.fake())}')
+        tab.resize(900, 700)
+        tab.open(place)
+        assert tab.requests[-1] == place.as_uri()
+        assert tab.eval("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        fill = tab.eval("getComputedStyle(document.querySelector('svg text')).fill")
+        assert fill == ("rgb(17, 17, 17)" if "#fff" in colours else "rgb(221, 221, 221)")
+    assert tab.complaints == []
+    assert len(set(tab.requests)) == 1

@@ -35,7 +35,7 @@ def test_the_list_has_every_task_with_its_numbers(cli: Cli, spoken: Path) -> Non
     assert [row["name"] for row in told["tasks"]] == mt.tasks.names()
     for row in told["tasks"]:
         assert "refused" in row or (
-            0 <= row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] <= 1 and row["example"]["answer"]
+            0 <= row["accuracy_lo"] <= row["accuracy"] <= row["accuracy_hi"] <= 1 and row["example"]["answer"]
         )
     assert sum("refused" in row for row in told["tasks"]) < 4
     table = cli("tasks", "-m", spoken, "-n", 2)

@@ -286,7 +286,7 @@ def test_prompts_that_do_not_align_are_refused() -> None:
 
 
 def test_rules_that_do_not_fit_together_are_refused() -> None:
-    with pytest.raises(mt.errors.EditError, match="cannot halve products whose gate is held as a whole"):
+    with pytest.raises(mt.errors.EditError, match="cannot halve products while the whole gate is frozen"):
         mt.edit.Freeze(half_products=True)
     with pytest.raises(mt.errors.EditError, match="cannot hold such activations; got 'gates'"):
         mt.edit.Freeze(activations="gates")  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def test_direct_and_repairs_sum_to_the_whole_with_the_norm_held(name: str) -> No
     names = ["0.attn_out", "0.mlp_out", "1.attn.z[2]", "1.mlp_out", "2.attn_out", "0.attn.z[1]"]
     for receivers in ("branches", "heads") if plain else ("branches",):
         data = mt.explain.component_effects(
-            model, ROWS, answers=ANSWERS, foils=FOILS, components=names, receivers=receivers, ablation="zero"
+            model, ROWS, answer=ANSWERS, foil=FOILS, components=names, receivers=receivers, ablation="zero"
         )
         for i in range(3):
             before = held(model, i, [])
@@ -52,6 +52,8 @@ def test_direct_and_repairs_sum_to_the_whole_with_the_norm_held(name: str) -> No
                 assert float(one["total_each"][i]) == pytest.approx(literal - clean, abs=1e-4)
                 assert float(data["clean"][i]) == pytest.approx(clean, abs=1e-4)
                 assert float(one["norm_each"][i]) == pytest.approx(literal - clean - whole, abs=1e-4)
+        assert float(abs(data["total_each"]).max()) > 0.01  # effects and repairs stand out of the tolerance
+        assert float(abs(data["repair_each"]).max()) > 0.002
     if name in PARALLEL:  # an MLP beside the attention cannot repair it
         assert abs(float(data["repair_each"].sel(component="0.attn_out", receiver="0.mlp_out").max())) < 1e-6
 
@@ -61,11 +63,12 @@ def test_direct_and_repairs_sum_to_the_whole_with_the_norm_held(name: str) -> No
 def test_each_ablation_is_its_literal_forward(ablation: str, everywhere: bool) -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
     names, at = ["0.mlp_out", "1.attn.z[2]", "2.attn_out"], "" if everywhere else "@-1"
-    corrupts = OTHERS if ablation == "corrupt" else None
-    data = mt.explain.component_effects(
-        model, ROWS, answers=ANSWERS, foils=FOILS, components=names, ablation=ablation, corrupts=corrupts,
-        everywhere=everywhere, seed=3,
-    )  # fmt: skip
+    corrupt = OTHERS if ablation == "corrupt" else None
+    with mt.settings(seed=3):
+        data = mt.explain.component_effects(
+            model, ROWS, answer=ANSWERS, foil=FOILS, components=names, ablation=ablation, corrupt=corrupt,
+            everywhere=everywhere,
+        )  # fmt: skip
     sites = ["0.mlp_out", "1.attn.z", "2.attn_out"]
     means = mt.change.means(model, ROWS, [s + at for s in sites])
     drawn = mt.change.resampled(model, ROWS, sites, seed=3)
@@ -85,9 +88,7 @@ def test_each_ablation_is_its_literal_forward(ablation: str, everywhere: bool) -
 
 def test_all_components_and_what_cannot_act() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    data = mt.explain.component_effects(
-        model, ROWS, answers=11, components="heads", receivers="heads", ablation="zero", seed=1
-    )
+    data = mt.explain.component_effects(model, ROWS, answer=11, components="heads", receivers="heads", ablation="zero")
     assert data.sizes["component"] == data.sizes["receiver"] == 3 * 5
     repair = abs(data["repair_each"].values)
     layer = [int(str(c).split(".")[0]) for c in data["component"].values]
@@ -100,13 +101,13 @@ def test_all_components_and_what_cannot_act() -> None:
     totals = data["total"].values
     assert float(data["total_control"][0]) == pytest.approx(totals[1:4].mean())
     assert float(data["total_control"][4]) == pytest.approx(totals[[9, 14]].mean())  # the MLPs of other layers
-    branches = mt.explain.component_effects(model, ROWS, answers=11, ablation="zero")
+    branches = mt.explain.component_effects(model, ROWS, answer=11, ablation="zero")
     totals = branches["total"].values
     for i in range(6):  # attention and MLP by turns
         others = [j for j in range(6) if j % 2 == i % 2 and j != i]
         assert float(branches["total_control"][i]) == pytest.approx(totals[others].mean())
     alone = mt.explain.component_effects(
-        model, ROWS, answers=11, components=["1.attn.z[2]", "2.mlp_out"], ablation="zero"
+        model, ROWS, answer=11, components=["1.attn.z[2]", "2.mlp_out"], ablation="zero"
     )
     assert bool(alone["total_control"].isnull().all())  # nothing is like them
     assert data.attrs["ablation"] == "zero"
@@ -129,9 +130,24 @@ def test_only_the_rows_that_are_read_are_widened() -> None:
             return made
 
     with Widened():
-        mt.explain.component_effects(model, ROWS, answers=ANSWERS, foils=FOILS)
+        mt.explain.component_effects(model, ROWS, answer=ANSWERS, foil=FOILS)
     assert shapes
     assert tuple(sorted(model.W_U.shape)) not in shapes
+
+
+def test_a_task_gives_prompts_answers_and_corrupt_prompts() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    task = mt.tasks.build("induction", model, 3, length=4)
+    data = mt.explain.component_effects(model, task, components=["1.mlp_out", "heads"], ablation="corrupt")
+    same = mt.explain.component_effects(
+        model, task.clean_tokens, answer=[p.answer_ids[0] for p in task], foil=[p.foil_ids[0] for p in task],
+        corrupt=task.corrupt_tokens, components=["1.mlp_out", "heads"], ablation="corrupt",
+    )  # fmt: skip
+    assert data.equals(same)
+    assert data["component"].values[:2].tolist() == ["1.mlp_out", "0.attn.z[0]"]
+    assert data.attrs["examples"] == 3
+    assert data.attrs["metric"] == "logit difference"
+    assert float(abs(data["total"]).max()) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -139,28 +155,26 @@ def test_only_the_rows_that_are_read_are_widened() -> None:
     [
         ({"components": ["0.resid_pre"]}, '"0.resid_pre" is not a component; allowed: heads'),
         ({"components": ["0.attn_out@2"]}, '"0.attn_out@2" is not a component'),
-        ({"answers": [11, 12]}, "there must be one answer an example; got 2; allowed: 3"),
-        ({"foils": ANSWERS}, 'the foil equals the answer in example 0; got "11"'),
-        ({"answers": " Paris"}, 'cannot read " Paris": this model was opened without a tokenizer'),
-        ({"ablation": "sideways"}, 'no ablation "sideways"; allowed: zero, mean, resample, corrupt'),
-        ({"receivers": "sideways"}, 'no receivers "sideways"; allowed: branches, heads'),
+        ({"answer": [11, 12]}, "there must be one answer per example; got 2; allowed: 3"),
+        ({"foil": ANSWERS}, 'the foil equals the answer in example 0; got "11"'),
+        ({"answer": " Paris"}, 'cannot read " Paris": this model was opened without a tokenizer'),
+        ({"ablation": "sideways"}, "ablation must be one of zero, mean, resample, corrupt; got 'sideways'"),
+        ({"receivers": "sideways"}, "receivers must be one of branches, heads; got 'sideways'"),
         ({"ablation": "corrupt"}, "there is nothing to ablate with"),
-        ({"ablation": "corrupt", "corrupts": OTHERS[:2]}, "one corrupt prompt an example; got 2; allowed: 3"),
-        ({"ablation": "corrupt", "corrupts": [[1, 2], *OTHERS[1:]]}, "differ first at token 0; got 5 and 2 tokens"),
-        ({"prompts": [*ROWS, [5, 6]], "answers": 11, "foils": 12, "ablation": "resample"}, "no other prompt of 2"),
+        ({"ablation": "corrupt", "corrupt": OTHERS[:2]}, "one corrupt prompt per prompt; got 2; allowed: 3"),
+        ({"ablation": "corrupt", "corrupt": [[1, 2], *OTHERS[1:]]}, "differ first at token 0; got 5 and 2 tokens"),
+        ({"prompts": [*ROWS, [5, 6]], "answer": 11, "foil": 12, "ablation": "resample"}, "no other prompt of 2"),
     ],
 )  # fmt: skip
 def test_what_has_no_effect_to_measure_is_refused(change: dict[str, object], text: str) -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    arguments = {"prompts": ROWS, "answers": ANSWERS, "foils": FOILS} | change
+    arguments = {"prompts": ROWS, "answer": ANSWERS, "foil": FOILS} | change
     with pytest.raises(mt.errors.MicrotomeError, match=text):
         mt.explain.component_effects(model, arguments.pop("prompts"), **arguments)
 
 
 def test_models_without_such_a_sum_are_refused() -> None:
     with pytest.raises(mt.errors.SiteError, match="are not a sum over its parts"):
-        mt.explain.component_effects(mt.open(families.build("bert"), prove=False), ROWS, answers=11)
+        mt.explain.component_effects(mt.open(families.build("bert"), prove=False), ROWS, answer=11)
     with pytest.raises(mt.errors.SiteError, match="a norm stands behind the heads"):
-        mt.explain.component_effects(
-            mt.open(families.build("gemma2"), prove=False), ROWS, answers=11, receivers="heads"
-        )
+        mt.explain.component_effects(mt.open(families.build("gemma2"), prove=False), ROWS, answer=11, receivers="heads")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -265,3 +268,34 @@ def test_positions_beyond_the_shortest_row_are_refused() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises(mt.errors.SiteError, match="no positions @6 in row 0; allowed: 0 to 2"):
         model.run([[5, 6, 7], [5, 6, 7, 8, 9, 10, 11]], capture="0.resid_pre@6")
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No garbage is collected: what is freed is freed because nothing refers to it any more."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("grad", [False, True])
+def test_captures_are_freed_with_the_run_and_not_while_anything_of_it_is_alive(grad: bool) -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    addresses = ["*.mlp.post", "*.resid_post", "1.attn.z[2]@-1"]
+    first = model.run(ids(), capture=addresses, grad=grad)
+    expected = {address: x.detach().clone() for address, x in first.captured.items()}
+    held = [weakref.ref(x) for x in first.captured.values()]
+    kept, view, array = first["0.mlp.post"], first["1.mlp.post"][:, 2:], first["1.resid_post"].detach().numpy()
+    del first
+    if not grad:  # autograd's graph refers to the tensors too, from tensors that are alive
+        assert [ref() is not None for ref in held].count(True) <= 3
+    for seed in (4, 5):
+        model.run(ids(seed=seed), capture=addresses, grad=grad)
+    of = {str(address): x for address, x in expected.items()}
+    assert torch.equal(kept.detach(), of["0.mlp.post"])
+    assert torch.equal(view.detach(), of["1.mlp.post"][:, 2:])
+    assert np.array_equal(array, of["1.resid_post"].numpy())
+    del kept, view, array
+    assert not any(ref() is not None for ref in held)

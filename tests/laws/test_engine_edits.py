@@ -56,7 +56,7 @@ def test_every_site_can_be_changed_and_the_change_is_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", families.NAMES)
-def test_standing_edits_come_before_those_of_a_run_inside(name: str) -> None:
+def test_active_edits_come_before_those_of_a_run_inside(name: str) -> None:
     """As if both were given to the run, in logits and in what it sees."""
     model = mt.open(families.build(name), prove=False)
     for site in [str(s) for s in model.anatomy.hook_points if s.layer in (None, 1)]:
@@ -359,7 +359,7 @@ def test_rows_are_prompts_whatever_number_of_beams_they_have(model: mt.Model, ho
         steered = model.hf.generate(input_ids=prompts[1:], **options)
     assert both.tolist() == [*plain.tolist(), *steered.tolist()]
     with (
-        pytest.raises(mt.errors.EditError, match=r"no rows \(2,\) at 1.resid_post; allowed: 0 to 1"),
+        pytest.raises(mt.errors.EditError, match=r"no rows \(2,\) in this batch; allowed: 0 to 1"),
         model.editing(mt.edit.Add("1.resid_post", push, rows=(2,))),
     ):
         model.hf.generate(prompts, **options)

@@ -224,7 +224,7 @@ DECODER = {
 UNKNOWN = {
     "its blocks return lists": ("OpenAIGPT", SMALL, "ProofError", 'fails "1 inert" at 0.resid_post: gap inf.*Error: '),
     "its attention has no batch": ("XGLM", DECODER, "ProofError", "fails .* at .*attn.*RuntimeError: einsum"),
-    "it does not run": ("Xmod", TINY, "ModelUnsupported", "cannot run 8 tokens, watched by nobody; got ValueError"),
+    "it does not run": ("Xmod", TINY, "ModelUnsupported", "cannot run 8 tokens even without hooks; got ValueError"),
     "it has no attention": ("Mamba", TINY, "ModelUnsupported", "has no list of 2 blocks with attention inside"),
     "its residual is scaled": ("HyperCLOVAX", TINY, "ProofError", 'fails "2 residual" at 0.resid_mid: gap'),
 }

@@ -26,7 +26,7 @@ LATENT = {"deepseek_v3-qlora", "deepseek_v3-noqlora"}
 MIXTURES = {"mixtral", "qwen3_moe", "gpt_oss"} | LATENT
 # What a proof may leave open: which identity, in which families, and why.
 OPEN: dict[tuple[str, str], set[str]] = {
-    ("6 unembed", "the head has a transform of its own, or no norm stands before it"): {
+    ("6 unembed", "the head has a transform of its own, or no norm precedes it"): {
         "opt-postnorm",
         "bert",
         "roberta",

@@ -17,17 +17,17 @@ CLEAN, CORRUPT = [7, 20, 33, 41, 52, 28], [7, 20, 64, 41, 52, 28]
 ROWS = [CLEAN, [9, 21, 34, 42, 53, 60], [8, 22, 35, 43, 54, 61]]
 PAIR = {"answer": 11, "foil": 13}
 METHODS: dict[str, tuple[str, Callable[[mt.Model], object]]] = {
-    "activation_patching": ("mlp_out", lambda m: mt.explain.activation_patching(m, CLEAN, CORRUPT, **PAIR)),
-    "patch_pairs": (
+    "patch": ("mlp_out", lambda m: mt.explain.patch(m, CLEAN, CORRUPT, **PAIR)),
+    "patch, of several": (
         "mlp_out",
-        lambda m: mt.explain.patch_pairs(m, [CLEAN], [CORRUPT], answers=11, foils=13, sites=["mlp_out"], share=False),
+        lambda m: mt.explain.patch(m, [CLEAN] * 2, [CORRUPT] * 2, **PAIR, sites=["mlp_out"], share=False),
     ),
     "node_effects": ("effect", lambda m: mt.explain.node_effects(m, CLEAN, CORRUPT, **PAIR)),
     "edge_effects": ("effect", lambda m: mt.explain.edge_effects(m, CLEAN, CORRUPT, **PAIR)),
     "atp": ("mlp_out", lambda m: mt.explain.attribute(m, CLEAN, CORRUPT, **PAIR, verify=3)),
     "relp": ("mlp_out", lambda m: mt.explain.attribute(m, CLEAN, CORRUPT, **PAIR, method="relp", verify=3)),
     "eap": ("score", lambda m: mt.explain.attribute(m, CLEAN, CORRUPT, **PAIR, method="eap", verify=3)),
-    "component_effects": ("total", lambda m: mt.explain.component_effects(m, ROWS, answers=11, foils=13)),
+    "component_effects": ("total", lambda m: mt.explain.component_effects(m, ROWS, answer=11, foil=13)),
     "causal_trace": ("resid", lambda m: mt.explain.causal_trace(m, CLEAN, subject=(2, 4), answer=11, samples=2)),
     "attention_knockout": (
         "log_probability",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from tests import families
+from tests import families, tokenizers
 
 import microtome as mt
 
@@ -34,8 +35,8 @@ def difference(model: mt.Model, i: int, tokens: list[int], edits: list[mt.edit.E
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_every_pair_is_its_literal_forwards(model: mt.Model, direction: str) -> None:
-    data = mt.explain.patch_pairs(
-        model, CLEAN, CORRUPT, answers=ANSWERS, foils=FOILS, spans=SPANS, sites=SITES, direction=direction, share=False
+    data = mt.explain.patch(
+        model, CLEAN, CORRUPT, answer=ANSWERS, foil=FOILS, spans=SPANS, sites=SITES, direction=direction, share=False
     )
     assert data["span"].values.tolist() == ["subject", "last"]
     assert data["mlp_out"].dims == ("layer", "span")
@@ -60,15 +61,13 @@ def test_every_pair_is_its_literal_forwards(model: mt.Model, direction: str) -> 
 
 def test_a_pair_is_what_it_is_alone(model: mt.Model) -> None:
     some = [0, 2]
-    data = mt.explain.patch_pairs(
-        model, [CLEAN[i] for i in some], [CORRUPT[i] for i in some], answers=[ANSWERS[i] for i in some],
-        foils=[FOILS[i] for i in some], sites=["resid_mid"],
+    data = mt.explain.patch(
+        model, [CLEAN[i] for i in some], [CORRUPT[i] for i in some], answer=[ANSWERS[i] for i in some],
+        foil=[FOILS[i] for i in some], sites=["resid_mid"],
     )  # fmt: skip
     gaps = data["clean"] - data["corrupt"]
     for example, i in enumerate(some):
-        alone = mt.explain.activation_patching(
-            model, CLEAN[i], CORRUPT[i], answer=ANSWERS[i], foil=FOILS[i], sites=["resid_mid"]
-        )
+        alone = mt.explain.patch(model, CLEAN[i], CORRUPT[i], answer=ANSWERS[i], foil=FOILS[i], sites=["resid_mid"])
         share = alone["resid_mid"] * float(gaps[example] / gaps.mean())
         assert float(abs(data["resid_mid_each"][example] - share).max()) < 1e-4
     assert data["resid_mid"].dims == ("layer", "pos")
@@ -76,15 +75,17 @@ def test_a_pair_is_what_it_is_alone(model: mt.Model) -> None:
 
 
 def test_the_statistics_are_those_of_the_examples(model: mt.Model) -> None:
-    arguments = {"answers": ANSWERS, "foils": FOILS, "spans": SPANS, "sites": ["mlp_out"]}
-    data = mt.explain.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments)
+    arguments = {"answer": ANSWERS, "foil": FOILS, "spans": SPANS, "sites": ["mlp_out"]}
+    with mt.settings(seed=5):
+        data = mt.explain.patch(model, CLEAN, CORRUPT, **arguments)
+        again = mt.explain.patch(model, CLEAN, CORRUPT, **arguments)
     each = torch.from_numpy(data["mlp_out_each"].values)
     mean, low, high = mt.stream.mean_interval(each, seed=5)
     for name, x in (("", mean), ("_lo", low), ("_hi", high), ("_p", mt.stream.sign_flip(each, seed=5))):
         assert torch.equal(torch.from_numpy(data[f"mlp_out{name}"].values), x)
-    assert mt.explain.patch_pairs(model, CLEAN, CORRUPT, seed=5, **arguments).equals(data)
-    many = mt.explain.patch_pairs(
-        model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, spans=SPANS * 5, sites=["mlp_out"]
+    assert again.equals(data)
+    many = mt.explain.patch(
+        model, CLEAN * 5, CORRUPT * 5, answer=ANSWERS * 5, foil=FOILS * 5, spans=SPANS * 5, sites=["mlp_out"]
     )  # more than are held at once
     assert float(abs(many["mlp_out_each"][16:20].values - data["mlp_out_each"].values).max()) < 1e-4
 
@@ -95,11 +96,11 @@ def test_the_mean_is_the_ratio_of_sums(model: mt.Model, direction: str) -> None:
     foils, answers = [*FOILS[:2], ANSWERS[2], FOILS[3]], [*ANSWERS[:2], FOILS[2], ANSWERS[3]]
     order = [0, 0, 0, 1, 1, 1, 2]
     arguments = {
-        "cleans": [CLEAN[i] for i in order], "corrupts": [CORRUPT[i] for i in order], "sites": ["mlp_out"],
-        "answers": [answers[i] for i in order], "foils": [foils[i] for i in order], "spans": [SPANS[i] for i in order],
+        "clean": [CLEAN[i] for i in order], "corrupt": [CORRUPT[i] for i in order], "sites": ["mlp_out"],
+        "answer": [answers[i] for i in order], "foil": [foils[i] for i in order], "spans": [SPANS[i] for i in order],
         "direction": direction,
     }  # fmt: skip
-    shares, raw = (mt.explain.patch_pairs(model, **arguments, share=share) for share in (True, False))
+    shares, raw = (mt.explain.patch(model, **arguments, share=share) for share in (True, False))
     gaps = (raw["clean"] - raw["corrupt"]).values * (1 if direction == "denoise" else -1)
     assert float(abs(shares["mlp_out"] - raw["mlp_out_each"].sum("example") / gaps.sum()).max()) < 1e-9
     assert shares.attrs["flipped_gaps"] == 1
@@ -116,16 +117,16 @@ def test_gaps_without_a_clear_mean_are_refused_before_a_sweep(model: mt.Model, m
     with pytest.raises(
         mt.errors.SiteError, match=r"the gaps .* no clear mean .*; got .* 2 of 4 gaps of the other sign"
     ):
-        mt.explain.patch_pairs(
-            model, CLEAN, CORRUPT, answers=[11, 16, 17, 18], foils=[15, 12, 13, 14], spans=SPANS, sites=["mlp_out"]
+        mt.explain.patch(
+            model, CLEAN, CORRUPT, answer=[11, 16, 17, 18], foil=[15, 12, 13, 14], spans=SPANS, sites=["mlp_out"]
         )
     with pytest.raises(mt.errors.PromptError, match="pair 19: the clean and the corrupt prompt are the same"):
-        mt.explain.patch_pairs(
-            model, CLEAN * 5, CORRUPT * 4 + CORRUPT[:3] + CLEAN[3:], answers=ANSWERS * 5, foils=FOILS * 5,
+        mt.explain.patch(
+            model, CLEAN * 5, CORRUPT * 4 + CORRUPT[:3] + CLEAN[3:], answer=ANSWERS * 5, foil=FOILS * 5,
             spans=SPANS * 5,
         )  # fmt: skip
     with pytest.raises(mt.errors.SiteError, match="both prompts of pair 0 give the same metric"):
-        mt.explain.patch_pairs(
+        mt.explain.patch(
             model,
             CLEAN,
             CORRUPT,
@@ -136,25 +137,27 @@ def test_gaps_without_a_clear_mean_are_refused_before_a_sweep(model: mt.Model, m
 
 
 def test_stopped_it_keeps_the_pairs_that_are_whole(model: mt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = {"answers": ANSWERS * 9, "foils": FOILS * 9, "spans": SPANS * 9, "sites": ["mlp_out"]}
+    arguments = {"answer": ANSWERS * 9, "foil": FOILS * 9, "spans": SPANS * 9, "sites": ["mlp_out"]}
 
-    def stop(done: int, everything: int) -> None:
-        assert everything == 36
-        if done >= 32:
+    def stop(stage: str, done: int, everything: int) -> None:
+        if stage == "patching pairs 33-36 of 36":
             raise KeyboardInterrupt
 
-    whole = mt.explain.patch_pairs(model, CLEAN * 9, CORRUPT * 9, **arguments)
-    told = mt.explain.patch_pairs(model, CLEAN * 9, CORRUPT * 9, progress=stop, **arguments)
-    assert told.sizes["example"] == told.attrs["examples"] == told["answer"].size == 32
+    whole = mt.explain.patch(model, CLEAN * 9, CORRUPT * 9, **arguments)
+    with mt.settings(progress=stop):
+        told = mt.explain.patch(model, CLEAN * 9, CORRUPT * 9, **arguments)
+    kept = [*range(32), 32, 34]  # of the last four, the two of one length came first
+    assert told.sizes["example"] == told.attrs["examples"] == told["answer"].size == 34
+    assert told["answer"].values.tolist() == whole["answer"].values[kept].tolist()
     gaps = told["clean"] - told["corrupt"]
     mean = told["mlp_out_each"].mean("example")
     assert float(abs(told["mlp_out"] - mean).max()) < 1e-12
     ratio = float((whole["clean"] - whole["corrupt"]).mean() / gaps.mean())
-    assert float(abs(told["mlp_out_each"] - whole["mlp_out_each"][:32] * ratio).max()) < 1e-6
+    assert float(abs(told["mlp_out_each"] - whole["mlp_out_each"][kept] * ratio).max()) < 1e-6
     # Ctrl-C inside a sweep, which keeps what it has and says how much.
-    real, calls = mt.Model.sweep, []
+    real, calls = mt.sweep.Sweep.run, []
 
-    def cut(self: mt.Model, *given: object, **named: object) -> object:
+    def cut(self: mt.sweep.Sweep, *given: object, **named: object) -> object:
         calls.append(1)
         found = real(self, *given, **named)
         if len(calls) < 2:
@@ -163,8 +166,8 @@ def test_stopped_it_keeps_the_pairs_that_are_whole(model: mt.Model, monkeypatch:
         effects[2 * 6 + 1 :] = torch.nan  # two pairs and one cell, of 3 layers x 2 spans a pair
         return replace(found, effects=effects, done=13)
 
-    monkeypatch.setattr(mt.Model, "sweep", cut)
-    told = mt.explain.patch_pairs(model, CLEAN * 9, CORRUPT * 9, **arguments)
+    monkeypatch.setattr(mt.sweep.Sweep, "run", cut)
+    told = mt.explain.patch(model, CLEAN * 9, CORRUPT * 9, **arguments)
     assert len(calls) == 2
     assert told.attrs["examples"] == told.sizes["example"] == 18
     assert bool(told["mlp_out_each"].notnull().all())
@@ -173,10 +176,89 @@ def test_stopped_it_keeps_the_pairs_that_are_whole(model: mt.Model, monkeypatch:
 def test_a_metric_of_all_pairs_is_read_of_each(model: mt.Model) -> None:
     arguments = {"spans": SPANS * 5, "sites": ["mlp_out"], "share": False}
     metric = mt.metric.LogitDifference(ANSWERS * 5, foil=FOILS * 5)
-    data = mt.explain.patch_pairs(model, CLEAN * 5, CORRUPT * 5, metric=metric, **arguments)
-    same = mt.explain.patch_pairs(model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, **arguments)
+    data = mt.explain.patch(model, CLEAN * 5, CORRUPT * 5, metric=metric, **arguments)
+    same = mt.explain.patch(model, CLEAN * 5, CORRUPT * 5, answer=ANSWERS * 5, foil=FOILS * 5, **arguments)
     assert float(abs(data["mlp_out_each"] - same["mlp_out_each"]).max()) < 1e-5
-    assert data["mlp_out"].attrs["unit"] == "LogitDifference"
+    assert data["mlp_out"].attrs["unit"] == "logits"
+    assert data.attrs["metric"] == "logit difference"
+
+
+def test_the_axes_of_a_result_are_not_interchanged(model: mt.Model) -> None:
+    """Heads differ from layers in number and spans in order: each value stands where its own cell is."""
+    some = {"answer": ANSWERS[:3], "foil": FOILS[:3], "share": False}
+    data = mt.explain.patch(model, CLEAN[:3], CORRUPT[:3], spans=SPANS[:3], sites=["mlp_out", "attn.z[head]"], **some)
+    turned = [dict(reversed(list(own.items()))) for own in SPANS[:3]]
+    other = mt.explain.patch(model, CLEAN[:3], CORRUPT[:3], spans=turned, sites=["attn.z[head]", "mlp_out"], **some)
+    assert other["span"].values.tolist() == ["last", "subject"]
+    for name in ("mlp_out", "attn.z[head]"):
+        assert float(abs(data[f"{name}_each"] - other[f"{name}_each"]).max()) < 1e-5
+    assert data["attn.z[head]"].shape == (3, 4)
+    assert float(abs(data["mlp_out"].sel(span="subject") - data["mlp_out"].sel(span="last")).max()) > 1e-4
+
+
+def test_one_mapping_of_spans_serves_all_pairs_and_one_pair_too(model: mt.Model) -> None:
+    one = {"answer": ANSWERS[:2], "foil": FOILS[:2], "sites": ["mlp_out"], "share": False}
+    data = mt.explain.patch(model, CLEAN[:2], CORRUPT[:2], spans={"last": -1}, **one)
+    places = mt.explain.patch(model, CLEAN[:2], CORRUPT[:2], spans=[{"last": (4, 5)}, {"last": (6, 7)}], **one)
+    assert data.equals(places)
+    alone = mt.explain.patch(
+        model, CLEAN[1], CORRUPT[1], answer=12, foil=16, spans={"last": -1}, sites=["mlp_out"], share=False
+    )
+    assert alone["mlp_out"].dims == ("layer", "span")
+    assert float(abs(alone["mlp_out"] - data["mlp_out_each"][1]).max()) < 1e-5
+
+
+def test_a_task_is_its_prompts_and_answers(model: mt.Model) -> None:
+    task = mt.tasks.build("induction", model, 5, length=4)
+    rows = {"answer": [p.answer_ids[0] for p in task], "foil": [p.foil_ids[0] for p in task]}
+    arguments = {"sites": ["mlp_out", "attn.z[head]"], "share": False}
+    data = mt.explain.patch(model, task, **arguments)
+    same = mt.explain.patch(model, task.clean_tokens, task.corrupt_tokens, **rows, **arguments)
+    assert data.drop_vars("group").equals(same)
+    assert data["group"].values.tolist() == ["length 4"] * 5
+    assert data["mlp_out"].dims == ("layer", "pos")
+    assert data["mlp_out"].attrs["unit"] == "logits"
+    alone = mt.explain.patch(model, task[1:2], **arguments)
+    assert alone["mlp_out"].dims == ("layer", "pos")
+    assert float(abs(alone["mlp_out"] - data["mlp_out_each"][1]).max()) < 1e-5
+    longer = mt.tasks.build("induction", model, 2, length=6)
+    mixed = replace(task, pairs=(*task.pairs[:2], *longer.pairs))
+    spanned = mt.explain.patch(model, mixed, **arguments)
+    assert spanned["span"].values.tolist() == ["previous", "source", "end"]
+    first = int(task[0].spans["source"][0])
+    assert float(spanned["mlp_out_each"][0].sel(span="source")[1]) == pytest.approx(
+        float(data["mlp_out_each"][0, 1, first]), abs=1e-5
+    )
+    with pytest.raises(mt.errors.PromptError, match=r"a task has corrupt prompts of its own; got corrupt="):
+        mt.explain.patch(model, task, task.corrupt_tokens)
+
+
+def test_a_file_of_pairs_is_its_task(tmp_path: Path) -> None:
+    tokenizer = tokenizers.build("bpe-bos")
+    hf = families.build("llama-gqa")
+    hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = mt.open(hf, tokenizer=tokenizer, prove=False)
+    path = tmp_path / "pairs.csv"
+    rows = ["clean,corrupt,answer,foil,subject", "One apple and two,One dog and two, apples, dogs,apple"]
+    rows.append("I see the key near the door; it,I see the keys near the door; it, is, are,key")
+    path.write_text("\n".join(rows), encoding="utf-8")
+    task = mt.tasks.read(path, model)
+    arguments = {"sites": ["mlp_out"], "share": False}
+    expected = mt.explain.patch(model, task, **arguments)
+    assert expected["span"].values.tolist() == ["subject", "end", "subject_last"]
+    for given in (path, str(path)):
+        assert mt.explain.patch(model, given, **arguments).equals(expected)
+    sets = replace(task, pairs=tuple(replace(p, answer_ids=(*p.answer_ids, 7)) for p in task.pairs))
+    data = mt.explain.patch(model, sets, **arguments)
+    assert data.attrs["metric"] == "log-odds of the answers against the foils"
+    logits = model.run(task.clean_tokens[:1]).logits[0, -1].double()
+    right = logits[[*sets[0].answer_ids]].logsumexp(0) - logits[[*sets[0].foil_ids]].logsumexp(0)
+    assert float(data["clean"][0]) == pytest.approx(float(right), abs=1e-4)
+    other = mt.open(hf, tokenizer=tokenizers.build("bpe-three-digits"), prove=False)
+    with pytest.raises(mt.errors.PromptError, match="the task was built with another tokenizer"):
+        mt.explain.patch(other, task)
+    with pytest.raises(mt.errors.DataError, match="there is no such file"):
+        mt.explain.patch(model, "nothing.csv")
 
 
 @pytest.mark.parametrize(
@@ -186,26 +268,26 @@ def test_a_metric_of_all_pairs_is_read_of_each(model: mt.Model) -> None:
         ({"spans": SPANS[:3]}, "there must be spans for each pair; got 3; allowed: 4"),
         ({"spans": [{"a": 1}, {"b": 1}, {"a": 1}, {"a": 1}]}, "the pairs have no span in common"),
         ({"spans": [*SPANS[:3], {"subject": 9, "last": 5}]}, "the prompt has no such subject; got 9"),
-        ({"corrupts": CORRUPT[:3]}, "one corrupt prompt a clean one; got 3; allowed: 4"),
-        ({"corrupts": [*CORRUPT[:3], [6, 73]]}, "pair 3: the prompts do not align: they differ first at token 1"),
-        ({"foils": [15, 16, 17, 18]}, 'the foil equals the answer in example 2; got "17"'),
-        ({"answers": [11, 12]}, "there must be one answer an example; got 2; allowed: 4"),
-        ({"corrupts": [*CORRUPT[:3], CLEAN[3]]}, "pair 3: the clean and the corrupt prompt are the same"),
-        ({"answers": None, "foils": None}, r"there is nothing to read\. To do: give answers= or metric="),
-        ({"sites": []}, r"there is no site to patch; got \[\]; allowed: resid_pre, "),
+        ({"corrupt": CORRUPT[:3]}, "one corrupt prompt per clean one; got 3; allowed: 4"),
+        ({"corrupt": [*CORRUPT[:3], [6, 73]]}, "pair 3: the prompts do not align: they differ first at token 1"),
+        ({"foil": [15, 16, 17, 18]}, 'the foil equals the answer in example 2; got "17"'),
+        ({"answer": [11, 12]}, "there must be one answer per example; got 2; allowed: 4"),
+        ({"corrupt": [*CORRUPT[:3], CLEAN[3]]}, "pair 3: the clean and the corrupt prompt are the same"),
+        ({"answer": None, "foil": None}, r"there is nothing to read\. To do: give answer= or metric="),
+        ({"sites": []}, r"sites names nothing; allowed: resid_pre, "),
         (
             {"metric": mt.metric.LogProbability([11, 12])},
             "names fewer tokens than there are prompts; got 2 for 3 prompts",
         ),
-        ({"sites": ["final"]}, 'cannot patch "final" by layer'),
-        ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
+        ({"sites": ["final"]}, "sites must be one of resid_pre, .*; got 'final'"),
+        ({"direction": "sideways"}, "direction must be one of denoise, noise; got 'sideways'"),
         ({"metric": mt.metric.Probability(11, position=0)}, "does not depend on what is patched, so that every effect"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
-    arguments = {"corrupts": CORRUPT, "answers": ANSWERS, "foils": FOILS, "spans": SPANS} | change
+    arguments = {"corrupt": CORRUPT, "answer": ANSWERS, "foil": FOILS, "spans": SPANS} | change
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        mt.explain.patch_pairs(model, CLEAN, **arguments)
+        mt.explain.patch(model, CLEAN, **arguments)
 
 
 def test_the_plan_of_every_sweep_comes_before_its_cells(model: mt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +299,8 @@ def test_the_plan_of_every_sweep_comes_before_its_cells(model: mt.Model, monkeyp
         return own(*given, **named)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(mt.sweep.Sweep, "run", run)
-    mt.explain.patch_pairs(
-        model, CLEAN * 5, CORRUPT * 5, answers=ANSWERS * 5, foils=FOILS * 5, spans=SPANS * 5, sites=["mlp_out"],
-        on_plan=lambda plan: told.append(str(plan.cells)),
-    )  # fmt: skip
+    with mt.settings(on_plan=lambda plan: told.append(str(plan.cells))):
+        mt.explain.patch(
+            model, CLEAN * 5, CORRUPT * 5, answer=ANSWERS * 5, foil=FOILS * 5, spans=SPANS * 5, sites=["mlp_out"]
+        )
     assert told == [f"{16 * 6}", "swept", f"{4 * 6}", "swept"]  # 3 layers by 2 spans

@@ -22,7 +22,7 @@ def difference(logits: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_the_stream_where_the_prompts_differ_carries_everything(model: mt.Model, direction: str) -> None:
-    data = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction)
+    data = mt.explain.patch(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction)
     stream = torch.from_numpy(data["resid_pre"].values)
     assert abs(stream[0, 2] - 1) < 1e-4
     assert stream[0, [0, 1, 3, 4]].abs().max() < 1e-4
@@ -30,7 +30,7 @@ def test_the_stream_where_the_prompts_differ_carries_everything(model: mt.Model,
 
 
 def test_cells_equal_literal_forwards(model: mt.Model) -> None:
-    data = mt.explain.activation_patching(
+    data = mt.explain.patch(
         model,
         CLEAN,
         CORRUPT,
@@ -55,14 +55,14 @@ def test_cells_equal_literal_forwards(model: mt.Model) -> None:
 
 
 def test_without_a_foil_the_log_probability_is_read(model: mt.Model) -> None:
-    data = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, sites=["resid_post"])
+    data = mt.explain.patch(model, CLEAN, CORRUPT, answer=11, sites=["resid_post"])
     assert float(data["clean"]) == pytest.approx(float(model.run(CLEAN).logits[0, -1].log_softmax(-1)[11]), abs=1e-5)
 
 
 def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> None:
     clean, corrupt = [*CLEAN, 11, 12], [*CORRUPT, 11, 12]
     metric = mt.metric.SpanLoss(torch.tensor([[11, 12]]), positions=(4, 5))
-    data = mt.explain.activation_patching(model, clean, corrupt, metric=metric, sites=["mlp_out"])
+    data = mt.explain.patch(model, clean, corrupt, metric=metric, sites=["mlp_out"])
 
     def loss(edits: list[mt.edit.Edit], tokens: list[int]) -> float:
         log_p = model.run([tokens], edits=edits).logits[0].log_softmax(-1)
@@ -86,13 +86,15 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
             r"got it reads positions \[1\], and the prompts differ from token 2 on",
         ),
         ({"corrupt": CLEAN}, "the clean and the corrupt prompt are the same, so that there is nothing to patch"),
-        ({"direction": "sideways"}, 'no direction "sideways"; allowed: noise, denoise'),
-        ({"sites": []}, r"there is no site to patch; got \[\]; allowed: resid_pre, "),
-        ({"sites": ["logits"]}, 'cannot patch "logits" by layer'),
+        ({"direction": "sideways"}, "direction must be one of denoise, noise; got 'sideways'"),
+        ({"sites": []}, r"sites names nothing; allowed: resid_pre, "),
+        ({"sites": ["logits"]}, "sites must be one of resid_pre, .*; got 'logits'"),
+        ({"share": "no"}, "share must be True or False; got 'no'"),
+        ({"corrupt": None}, r"there is no corrupt prompt\. To do: give corrupt=, a Task, or the path of a .csv"),
         ({"answer": " Paris", "foil": None}, 'cannot read " Paris": this model was opened without a tokenizer'),
     ],
 )
 def test_what_cannot_be_patched_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:
     arguments = {"clean": CLEAN, "corrupt": CORRUPT, "answer": 11, "foil": 13} | change
     with pytest.raises(mt.errors.MicrotomeError, match=text):
-        mt.explain.activation_patching(model, **arguments)
+        mt.explain.patch(model, **arguments)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import permutation_test
 
-from microtome.stream import sign_flip, slope_interval
+from microtome.stream import mean_interval, sign_flip, slope_interval
 
 NUMBERS = st.floats(-100, 100, allow_subnormal=False).map(lambda x: round(x, 3))
 
@@ -48,6 +50,16 @@ def test_sign_scale_and_order_do_not_matter(values: list[float], factor: float) 
         assert p >= 2 / 2 ** len(values) - 1e-12
 
 
+def test_equals_scipy_where_all_signs_are_tried() -> None:
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.4
+
+    def mean(x: np.ndarray, axis: int) -> np.ndarray:
+        return x.mean(axis=axis)
+
+    found = permutation_test((x.numpy(),), mean, permutation_type="samples", vectorized=True, axis=0)
+    assert torch.allclose(sign_flip(x), torch.from_numpy(found.pvalue))
+
+
 def test_random_signs_agree_with_symmetric_data_and_see_a_shift() -> None:
     x = torch.randn(20, 4000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     p = sign_flip(x, draws=2000)
@@ -65,6 +77,22 @@ def test_shapes_and_what_is_unknown() -> None:
     assert float(sign_flip(torch.zeros(5))) == 1.0
     assert bool(sign_flip(torch.ones(1, 2)).isnan().all())
     assert sign_flip(torch.tensor([[1.0, 1.0], [1.0, float("nan")]])).isnan().tolist() == [False, True]
+
+
+def test_intervals_of_means_are_the_quantiles_of_resampled_means() -> None:
+    """Every resample of three examples is known, and so are the quantiles of their means."""
+    x = torch.tensor([0.0, 1.0, 5.0], dtype=torch.float64)
+    every = torch.tensor([sum(draw) / 3 for draw in product(x.tolist(), repeat=3)], dtype=torch.float64)
+    mean, low, high = mean_interval(x, level=0.8, draws=20_000)
+    assert float(mean) == 2
+    edges = torch.quantile(every, torch.tensor([0.1, 0.9], dtype=torch.float64))
+    assert torch.allclose(torch.stack([low, high]), edges)
+    wide = mean_interval(torch.stack([x, 10 * x, torch.full_like(x, torch.nan), torch.ones(3).double()], 1), seed=3)
+    assert torch.allclose(10 * wide[1][0], wide[1][1])  # all columns have the same resamples
+    assert bool(wide[1][2].isnan())
+    assert wide[1][3] == wide[2][3] == 1
+    assert all(torch.equal(a, b) for a, b in zip(mean_interval(x, seed=4), mean_interval(x, seed=4), strict=True))
+    assert bool(mean_interval(torch.ones(1, 2))[1].isnan().all())
 
 
 def test_slopes_are_exact_on_lines_and_covered_with_noise() -> None:

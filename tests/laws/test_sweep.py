@@ -174,7 +174,8 @@ def test_statistics_over_prompts_are_those_of_each_prompts_effects(monkeypatch: 
     whose = [number for _ in cells for number in range(6)]  # cell by cell, not prompt by prompt
     metric = mt.metric.LogitDifference(11, foil=13)
     swept = model.sweep(prompts, [cell for cell in cells for _ in range(6)], metric, prompts=whose).run()
-    data = mt.explain.over_prompts(swept, seed=3)
+    with mt.settings(seed=3):
+        data = mt.explain.over_prompts(swept)
     each = torch.stack([model.sweep([prompt], cells, metric).run().effects for prompt in prompts])
     np.testing.assert_allclose(data["effect_each"], each.double(), atol=1e-5)
     mean, low, high = mt.stream.mean_interval(swept.effects.reshape(3, 6).T.double(), seed=3)
@@ -212,5 +213,7 @@ def test_each_prompt_takes_its_own_row_of_a_batch_of_several_lengths(name: str, 
         found = model.sweep(prompts, cells, metric, prompts=[0, 1, 2]).run().effects
         torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-5)
         assert found.abs().min() > 1e-6
-        with pytest.raises(mt.errors.EditError, match="a row too many or too few; got 3 rows for 1 prompts"):
+        with pytest.raises(
+            mt.errors.EditError, match="another number of rows than there are prompts; got 3 rows for 1"
+        ):
             model.sweep(prompts[:1], cells[:1], metric).run()

@@ -72,9 +72,9 @@ def test_noise_is_saved_and_read_again(tmp_path, model: mt.Model) -> None:
     ("arguments", "text"),
     [
         (("1.attn.scores",), "Noise cannot act on attn.scores"),
-        (("embed", -1.0), "has no such scale; got -1.0"),
-        (("embed", float("nan")), "has no such scale; got nan"),
-        (("embed", 1.0, -1), "has no such seed; got -1"),
+        (("embed", -1.0), "std of Noise on embed must be 0 or more; got -1.0"),
+        (("embed", float("nan")), "must be 0 or more; got nan"),
+        (("embed", 1.0, -1), "seed of Noise on embed must be 0 or more; got -1"),
     ],
 )
 def test_noise_that_makes_no_sense_is_refused(arguments: tuple[object, ...], text: str) -> None:

@@ -69,9 +69,9 @@ def test_pairs_of_several_lengths_find_the_memory() -> None:
     foils = [objects[(i + 13) % 32] for i in range(12)]
     kept = [i for i in range(12) if foils[i] != objects[i]]
     spans = [{"subject": 3 + i % 3, "after": 4 + i % 3, "last": -1} for i in range(12)]
-    data = mt.explain.patch_pairs(
-        it.model, [rows[i] for i in kept], [corrupts[i] for i in kept], answers=[objects[i] for i in kept],
-        foils=[foils[i] for i in kept], spans=[spans[i] for i in kept], sites=["mlp_out", "attn_out"],
+    data = mt.explain.patch(
+        it.model, [rows[i] for i in kept], [corrupts[i] for i in kept], answer=[objects[i] for i in kept],
+        foil=[foils[i] for i in kept], spans=[spans[i] for i in kept], sites=["mlp_out", "attn_out"],
     )  # fmt: skip
     assert float(data["mlp_out"].sel(layer=0, span="subject")) == pytest.approx(1, abs=0.1)
     assert float(data["attn_out"].sel(layer=1, span="last")) == pytest.approx(1, abs=0.1)
@@ -92,7 +92,7 @@ def test_a_planted_backup_head_repairs_with_slope_minus_one(seed: int) -> None:
     (a, main), (b, backup) = truth["main"], truth["backup"]
     main_head, backup_head = f"{a}.attn.z[{main}]", f"{b}.attn.z[{backup}]"
     data = mt.explain.component_effects(
-        it.model, rows, answers=truth["names"], components="heads", receivers="heads", ablation="zero"
+        it.model, rows, answer=truth["names"], components="heads", receivers="heads", ablation="zero"
     )
     one = data.sel(component=main_head)
     assert float(one["slope"]) == pytest.approx(truth["slope"], abs=0.05)

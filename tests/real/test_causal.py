@@ -78,4 +78,4 @@ def test_a_text_inside_a_token_alone_is_refused(model: mt.Model) -> None:
 
 def test_an_answer_of_several_tokens_is_refused_with_how(model: mt.Model) -> None:
     with pytest.raises(mt.errors.PromptError, match=r'" Llanfair" is not one token; .* To do: .* metric=SpanLoss'):
-        mt.explain.activation_patching(model, PROMPT, PROMPT, answer=" Llanfair")
+        mt.explain.patch(model, PROMPT, PROMPT, answer=" Llanfair")

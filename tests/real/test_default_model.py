@@ -123,7 +123,7 @@ def test_induction_heads_stand_out_from_their_control(model: mt.Model) -> None:
 
 
 def test_a_fact_is_carried_by_its_subject_and_read_at_the_end(model: mt.Model) -> None:
-    data = mt.explain.activation_patching(
+    data = mt.explain.patch(
         model, "The capital of France is", "The capital of Italy is", answer=" Paris", foil=" Rome", sites=["resid_pre"]
     )
     stream = torch.from_numpy(data["resid_pre"].values)

@@ -27,11 +27,11 @@ def model() -> mt.Model:
 )
 def test_it_answers(model: mt.Model, name: str, least: float) -> None:
     data = mt.tasks.build(name, model, 24).accuracy(model)
-    assert float(data["accuracy_low"]) > least
-    assert float(data["accuracy_corrupt_high"]) < 0.35
+    assert float(data["accuracy_lo"]) > least
+    assert float(data["accuracy_corrupt_hi"]) < 0.35
     assert float(data["preferred"]) > 0.9
-    assert float(data["mean_difference_clean_low"]) > 1
-    assert float(data["mean_difference_corrupt_high"]) < -1
+    assert float(data["mean_difference_clean_lo"]) > 1
+    assert float(data["mean_difference_corrupt_hi"]) < -1
 
 
 def test_known_capitals_are_capitals(model: mt.Model) -> None:

@@ -70,7 +70,7 @@ NOTES = {
     "latent attention: keys and values have no weights of their own": "latent attention",
     "attention looks both ways": "attention both ways",
     "the layer is a mixture: experts are checked by identity 4": "mixture",
-    "the head has a transform of its own, or no norm stands before it": "norms on the stream",
+    "the head has a transform of its own, or no norm precedes it": "norms on the stream",
     "model.decoder projects the stream to another width before the unembedding": "a projection before the unembedding",
 }
 

@@ -79,7 +79,7 @@ def test_mistakes_are_told(text: str, told: str) -> None:
         ("gpt2", "0.mlp.gate", "no site 0.mlp.gate in GPT2LMHeadModel: the MLP is not gated: see mlp.pre."),
         ("gptj", "*.resid_mid", "both branches read resid_pre (parallel block)"),
         ("mixtral", "1.mlp.post", "the layer is a mixture: see mlp.router and mlp.experts"),
-        ("bert", "final.scale", "no norm of a known form stands here"),
+        ("bert", "final.scale", "there is no norm of a known form"),
     ],
 )
 def test_what_a_model_lacks_is_told_with_its_reason(name: str, address: str, told: str) -> None:

@@ -47,8 +47,8 @@ def test_accuracy_is_what_single_runs_say(model: mt.Model, task: mt.tasks.Task) 
     assert float(data["accuracy"]) == float(data["top1_clean"].mean())
     assert float(data["mean_difference_clean"]) == pytest.approx(float(data["difference_clean"].mean()))
     for name in ("accuracy", "accuracy_corrupt", "preferred", "mean_difference_clean", "mean_difference_corrupt"):
-        assert float(data[name + "_low"]) <= float(data[name]) <= float(data[name + "_high"])
-        assert float(data[name + "_low"]) < float(data[name + "_high"])
+        assert float(data[name + "_lo"]) <= float(data[name]) <= float(data[name + "_hi"])
+        assert float(data[name + "_lo"]) < float(data[name + "_hi"])
     assert data.attrs["task"] == "induction"
     assert data.attrs["fingerprint"] == model.fingerprint
 
@@ -85,11 +85,11 @@ def test_log_odds_of_single_tokens_is_the_logit_difference() -> None:
     answers, foils = [3, 4, 5], [6, 7, 8]
     odds = mt.tasks.LogOdds([(a,) for a in answers], [(f,) for f in foils])
     assert torch.equal(odds.read(logits, prompts), mt.metric.LogitDifference(answers, foil=foils).read(logits, prompts))
-    with pytest.raises(EditError, match="two sets of tokens that share none; got 2 answers, 1 foils, 1 in both"):
+    with pytest.raises(EditError, match="two disjoint sets of tokens; got 2 answers, 1 foils, 1 in both"):
         mt.tasks.LogOdds([(1, 2)], [(2,)])
     with pytest.raises(EditError, match="got 0 answers, 1 foils, 0 in both"):
         mt.tasks.LogOdds([()], [(2,)])
-    with pytest.raises(EditError, match="answers and foils do not go together; got 1 and 2 sets"):
+    with pytest.raises(EditError, match="answers and foils differ in number; got 1 and 2 sets"):
         mt.tasks.LogOdds([(1,)], [(2,), (3,)])
     with pytest.raises(EditError, match="fewer sets of tokens than prompts; got 1 for 3 prompts"):
         mt.tasks.LogOdds([(1,)], [(2,)]).read(logits, prompts)

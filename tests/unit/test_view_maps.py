@@ -236,7 +236,9 @@ def test_values_of_the_page_are_those_of_the_dataset_to_four_digits() -> None:
 
 def test_scale_of_the_page_is_the_largest_value_of_either_sign() -> None:
     held = told(page_text(effects.fake()))
-    assert held["limits"] == {"share of the gap": 1.2346}
+    assert held["limits"] == {"share of the gap": {"most": 1.2346, "signed": True}}
+    positive = effects.fake().assign({"attn.z[head]": abs(effects.fake()["attn.z[head]"])})[["attn.z[head]"]]
+    assert told(page_text(positive))["limits"] == {"share of the gap": {"most": 0.87654, "signed": False}}
     assert [one["limit"] for one in held["maps"]] == [1.2346, 1.2346]
     assert [one["own"] for one in held["maps"]] == [1.2346, 0.87654]
 

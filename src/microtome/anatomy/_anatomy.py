@@ -1,6 +1,6 @@
-"""The anatomy of a model: its sizes, and for every site the tap by which it is read and written.
+"""The anatomy of a model: its sizes, and for every site the hook point by which it is read and written.
 
-A tap is data: a module, which side of it, and which part of the tensor there. `microtome.run` turns taps into hooks.
+A hook point is data: a module, the side of it, and the part of the tensor. `microtome.run` makes hooks of hook points.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class HookPoint:
         side: which tensor of it, and how an edit is written back.
         split: the part of a fused last axis.
         heads: the last axis holds this many heads; for keys and values, how many the model has.
-        sizes: axes that are of another length here than the model's own numbers say.
+        sizes: axes of another length than the sizes of the model.
         scale: the site's value is this many times the tensor.
         norm: for `side="norm"`, the norm whose divisor is the value.
         clone: the model changes this tensor later, so a reader needs its own copy.
@@ -63,7 +63,7 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Sizes, parts and sites of one model. `missing` says why a site name is absent, by layer or for all (None)."""
+    """Sizes, parts and sites of one model. `missing` gives why a site is absent, by layer or for all (None)."""
 
     name: str
     model_type: str
@@ -106,7 +106,7 @@ class Anatomy:
         """The sites that an address selects, in model order.
 
         Raises:
-            SiteError: a layer or unit is out of range, or the model has no such site; says which exist.
+            SiteError: a layer or unit is out of range, or the model has no such site; names those that exist.
         """
         where = f'"{address}" in {self.name}'
         if address.layers is None:
@@ -149,8 +149,8 @@ class Anatomy:
             f"attention: {self.n_heads} heads, {self.n_kv_heads} key/value heads of {self.d_head}, {self.attention}",
             f"MLP: {self.d_mlp} neurons, {kind}{experts}; vocabulary {self.d_vocab}; context {self.n_ctx}",
         ]
-        if self.parts.family.says:
-            lines.append(self.parts.family.says)
+        if self.parts.family.note:
+            lines.append(self.parts.family.note)
         reasons: dict[tuple[str, str], list[int]] = {}
         for site, why in self.missing.items():
             reasons.setdefault((site.name, why), []).append(-1 if site.layer is None else site.layer)
@@ -209,7 +209,7 @@ def _neurons(model: nn.Module, config: Any, layers: tuple[LayerParts, ...]) -> i
 
 
 class _Taps:
-    """Collects the taps of one model, and the reasons for what it lacks."""
+    """Collects the hook points of one model, and the reasons for what it lacks."""
 
     def __init__(self, model: Any, parts: Parts, n_heads: int, n_kv_heads: int, branch_scale: float) -> None:
         self.model, self.parts, self.branch_scale = model, parts, branch_scale
@@ -220,7 +220,7 @@ class _Taps:
 
     def norm(self, site: Site, norm: Norm | None) -> None:
         if norm is None:
-            self.missing[site] = "no norm of a known form stands here"
+            self.missing[site] = "there is no norm of a known form"
         else:
             self.hook_points[site] = HookPoint(norm.path, "norm", norm=norm)
 
@@ -244,11 +244,9 @@ class _Taps:
         self.hook_points[Site("attn.in", i)] = HookPoint(layer.attn, "input")
         # In latent attention queries and keys are wider than values.
         width = out_features(self.model.get_submodule(layer.q)) // self.n_heads if layer.q is not None else 0
-        at_least_float32 = (("d_head", width),) if width else ()
-        self.hook_points[Site("attn.q", i)] = HookPoint(layer.attn, "attention", sizes=at_least_float32)
-        self.hook_points[Site("attn.k", i)] = HookPoint(
-            layer.attn, "attention", heads=self.n_kv_heads, sizes=at_least_float32
-        )
+        sizes = (("d_head", width),) if width else ()
+        self.hook_points[Site("attn.q", i)] = HookPoint(layer.attn, "attention", sizes=sizes)
+        self.hook_points[Site("attn.k", i)] = HookPoint(layer.attn, "attention", heads=self.n_kv_heads, sizes=sizes)
         self.hook_points[Site("attn.v", i)] = HookPoint(layer.attn, "attention", heads=self.n_kv_heads)
         kernel = hiding_kernel(self.model.config) if self.interface else None
         for slot in ("scores", "pattern"):
@@ -309,7 +307,7 @@ class _Taps:
 
 
 def anatomy_of(model: Any, name: str) -> Anatomy:
-    """Discover the parts of a loaded `PreTrainedModel` and lay a tap on every site.
+    """Discover the parts of a loaded `PreTrainedModel` and define a hook point for every site.
 
     Raises:
         ModelUnsupported: the module tree is not that of a transformer language model.
@@ -371,10 +369,10 @@ def _first_position(model: nn.Module) -> int:
 
 def _looks_back(attn: nn.Module, parts: Parts, config: Any) -> bool:
     """Whether attention sees nothing behind it; the proof tries it."""
-    said = getattr(attn, "is_causal", None)
-    if said is not None:
-        return bool(said)
-    # Blocks of the encoders' form may be a decoder's; OPT's norm stands behind its branches too, and it is always one.
+    declared = getattr(attn, "is_causal", None)
+    if declared is not None:
+        return bool(declared)
+    # Blocks of the encoders' form may be a decoder's; OPT's norm follows its branches too, and it is always one.
     encoder = parts.form == "post_norm" and getattr(config, "do_layer_norm_before", None) is None
     return bool(getattr(config, "is_decoder", False)) if encoder else True
 

@@ -134,10 +134,10 @@ def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
     if like is None and torch.equal(got, x):
         return Norm(path, False, 0.0, 0.0, identity=True)
     bias = getattr(module, "bias", None)
-    said = next(
+    declared = next(
         (float(v) for n in ("variance_epsilon", "eps") if isinstance(v := getattr(module, n, None), float)), None
     )
-    eps = 0.0 if said is None else said
+    eps = 0.0 if declared is None else declared
     for centred in (False, True):
         for offset in (0.0, 1.0):
             y = x.float() - x.float().mean(-1, keepdim=True) * centred
@@ -145,12 +145,12 @@ def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
             y = y * (like.float() + offset) if like is not None else y
             y = y + bias.float() if isinstance(bias, Tensor) else y
             if torch.allclose(y, got.float(), rtol=1e-2 if x.dtype != torch.float32 else 1e-4, atol=1e-2):
-                return Norm(path, centred, offset, _measured_eps(module, x, centred) if said is None else said)
+                return Norm(path, centred, offset, _measured_eps(module, x, centred) if declared is None else declared)
     return None
 
 
 def _measured_eps(module: nn.Module, x: Tensor, centred: bool) -> float:
-    """What a norm adds to the variance, where it does not say: seen on an input that is hardly larger."""
+    """What a norm adds to the variance, where it does not declare it: measured on an input that is hardly larger."""
     like = x.double() * 1e-3
     with torch.no_grad():
         shrunk, grown = (module((like * factor).to(x.dtype)).double() for factor in (1.0, 1e6))

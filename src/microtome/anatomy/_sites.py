@@ -1,4 +1,4 @@
-"""The site grammar: one address for every place inside a model.
+"""The site grammar: one address for every activation inside a model.
 
     address    ::=  [ layers "." ] name [ "[" units "]" ] [ "@" positions ]
     layers     ::=  selection
@@ -71,7 +71,7 @@ SITES: dict[str, SiteSpec] = {
         _spec(
             "attn.pattern",
             "head q_pos k_pos",
-            "attention after the softmax; an edit stands as it is, not masked again and rows not made to sum to 1",
+            "attention after the softmax; an edited pattern is neither masked nor normalised again",
         ),
         _spec("attn.z", "pos head d_head", "per-head mix of values, what enters W_O"),
         _spec("attn.result", "pos head d_model", "each head's write, W_O applied"),
@@ -136,7 +136,7 @@ ALL = Indices()
 
 @dataclass(frozen=True)
 class Site:
-    """One place, fully named: a site name and, where it belongs to one, a layer."""
+    """One activation, fully named: a site name and, where it belongs to one, a layer."""
 
     name: str
     layer: int | None = None

@@ -46,7 +46,7 @@ def means(model: Model, text: Prompt | Iterable[TokenBatch], sites: str | Sequen
     for prompt in _prompts(text):
         run = model.run(prompt, capture=addresses, logits=False)
         for address, x in run.captured.items():
-            everywhere = run.batch.columns(address.positions) is None
+            everywhere = run.batch.frame.columns_of(address.positions) is None
             held = moments.setdefault(str(address), Moments(tuple(x.shape[2:])))
             held.update(x.detach(), run.mask if everywhere else None)
     if not moments:

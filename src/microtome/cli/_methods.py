@@ -16,7 +16,7 @@ from microtome.catalogue import Entry, entries
 from microtome.cli._model import Opening, notes, opens, progress
 from microtome.cli._options import shared, signed, slot_of, values_of
 from microtome.cli._results import check_output, shown, write_edits
-from microtome.errors import ArgumentError, error
+from microtome.errors import ArgumentError, error, nearest
 
 if TYPE_CHECKING:
     from microtome.method import Change, Declared, Question
@@ -54,8 +54,10 @@ class MethodGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is called, made from its method where it is one."""
-        if args:
-            self.load(args[0])
+        if args and self.load(args[0]) is None and not args[0].startswith("-"):
+            names = self.list_commands(ctx)
+            what = f'no command "{args[0]}".{nearest(args[0], names)}'.removesuffix(".")
+            raise error(ArgumentError, what, allowed=", ".join(names), do="name one of these")
         return super().resolve_command(ctx, args)
 
     def load(self, name: str) -> Any:

@@ -7,8 +7,7 @@ from enum import StrEnum
 from inspect import Parameter as Slot
 from inspect import Signature
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -87,13 +86,8 @@ def slot_of(p: Parameter) -> Slot | None:
 
 def _plain(p: Parameter) -> tuple[Any, bool]:
     """The type of one value as the command line reads it, and whether there may be several."""
-    origin, inner = get_origin(p.type), get_args(p.type)
-    several = origin in (tuple, list, Sequence) or getattr(origin, "__name__", "") == "Sequence"
-    kind = p.type
-    if several:
-        kind = inner[0] if inner else str
-    if get_origin(kind) in (Union, UnionType):
-        several = several or any(get_origin(part) is not None for part in get_args(kind) if p.default not in (None,))
+    several = get_origin(p.type) in (tuple, list, Sequence)
+    kind = next(iter(get_args(p.type)), str) if several else p.type
     return (kind if kind in (int, float, bool, Path) else str), several
 
 

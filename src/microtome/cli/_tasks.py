@@ -128,7 +128,7 @@ def _show(model: Model, name: str, make: Callable[[Model, str], Task], as_json: 
     out.print(table)
     row = _row(task, data)
     right, control, preferred = _shares(row)
-    low, high = row["mean_difference_clean_low"], row["mean_difference_clean_high"]
+    low, high = row["mean_difference_clean_lo"], row["mean_difference_clean_hi"]
     out.print(
         f"{task.name}: {task.about}. Of {len(task)} pairs {right} right, {control} after the corrupt prompt, "
         f"{preferred} preferred to the foil, by {row['mean_difference_clean']:+.2f} [{low:+.2f}, {high:+.2f}] logits; "
@@ -138,7 +138,7 @@ def _show(model: Model, name: str, make: Callable[[Model, str], Task], as_json: 
 
 
 def _row(task: Task, data: xr.Dataset) -> dict[str, Any]:
-    numbers = {n + e: float(data[n + e]) for n in NUMBERS for e in ("", "_low", "_high")}
+    numbers = {n + e: float(data[n + e]) for n in NUMBERS for e in ("", "_lo", "_hi")}
     return {"name": task.name, "about": task.about, "pairs": len(task)} | numbers
 
 
@@ -149,7 +149,7 @@ def _pair(pair: Pair, *, full: bool) -> dict[str, Any]:
 
 
 def _shares(row: dict[str, Any]) -> tuple[str, str, str]:
-    interval = f"{row['accuracy']:.2f} [{row['accuracy_low']:.2f}, {row['accuracy_high']:.2f}]"
+    interval = f"{row['accuracy']:.2f} [{row['accuracy_lo']:.2f}, {row['accuracy_hi']:.2f}]"
     return interval, f"{row['accuracy_corrupt']:.2f}", f"{row['preferred']:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""Edits of whole blocks: what is left out, run again, or scaled."""
+"""Edits of whole blocks: skipped, repeated, or scaled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BlockEdit(Edit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Skip(BlockEdit):
-    """Leave out whole blocks: what enters layer l leaves it unchanged. Costs nothing where it skips."""
+    """Skip whole blocks: the output of layer l is its input. A skipped block is not computed."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

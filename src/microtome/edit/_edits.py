@@ -1,10 +1,10 @@
 """Edits: what is done to a run, as values.
 
-A site edit names an address and says what becomes of the tensor there. The tensor that it sees is
-``[batch, pos, unit, ...]``, cut to the rows, positions and units that were named (attention scores and patterns as
-``[batch, q_pos, head, k_pos]``), and a value must broadcast against that. Edits are frozen, compare and hash by
-content, print shortly, and are saved as safetensors. They never change what they are given, and a model is itself again
-as soon as the run is over.
+A site edit names an address and gives the new value of the tensor there. It gets the part
+``[batch, pos, unit, ...]`` of that tensor at the rows, positions and units that were named (attention scores and
+patterns as ``[batch, q_pos, head, k_pos]``), and a value must broadcast against that. Edits are frozen, compare and
+hash by content, print shortly, and are saved as safetensors. They never change what they are given, and the model is
+unchanged after the run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import Address, Site, parse
+from microtome.edit._frame import Frame
 from microtome.edit._validate import validate
 from microtome.errors import EditError, error
 
@@ -25,7 +26,7 @@ Values = Tensor | float | int
 
 
 def digest_of(value: object) -> bytes:
-    """What stands for a value in the hash of an edit."""
+    """The bytes that represent a value in the hash of an edit."""
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous()
         return f"{flat.dtype}{tuple(flat.shape)}".encode() + flat.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -88,60 +89,50 @@ class SiteEdit(Edit):
         return parse(self.site)
 
     def change(self, x: Tensor, where: Selection) -> Tensor:
-        """What becomes of the selected part x [batch, pos, unit, ...]."""
+        """The new value of the selected part x [batch, pos, unit, ...]."""
         raise TypeError(f"{type(self).__name__} is not an edit that can be applied")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What an edit may need to know of the place it changes: the site, and the rows, columns and units selected.
+    """The part of a tensor that an edit changes.
 
-    In a sweep or a generation the tensor at hand may be one row of a batch, or lack the first columns: `row` and
-    `offset` say which row of another run's tensor it corresponds to, and at which column it begins. `tokens` are the
-    first column and the number of the real tokens of every row of the prompt, `prompt` is how many columns the prompt
-    has (whatever comes after it is real), and `end` is where the columns end; without them every column is real.
+    Attributes:
+        site: the site.
+        units: [n] the selected units, or None for all.
+        frame: the rows and columns of the forward, cut to those selected.
     """
 
     site: Site
-    rows: Tensor | None
-    columns: Tensor | None
     units: Tensor | None
-    row: int | None = None
-    offset: int = 0
-    tokens: tuple[tuple[int, int], ...] | None = None
-    end: int = 0
-    prompt: int | None = None
+    frame: Frame
 
     def real(self, x: Tensor) -> Tensor | None:
         """[batch, pos] True where the selected part x [batch, pos, ...] lies on real tokens; None if it all does."""
-        width = self.end if self.prompt is None else self.prompt
-        if self.tokens is None or all(span == (0, width) for span in self.tokens):
-            return None
-        spans = torch.tensor(self.tokens, device=x.device).unsqueeze(-1)
-        columns = torch.arange(x.shape[1], device=x.device).unsqueeze(0) if self.columns is None else self.columns
-        columns = columns + self.offset
-        first, length = spans[:, 0], spans[:, 1]
-        real = (columns >= first) & (columns < first + length) | (columns >= width)
-        return real if self.rows is None else real[self.rows]
-
-    def cut_source(self, x: Tensor) -> Tensor:
-        """The corresponding selection of a whole tensor of another run [batch, pos, unit, ...]."""
-        return self.cut(x[:, self.offset :])
+        return self.frame.real(x.shape[1], x.device) if self.frame.padded else None
 
     def cut(self, x: Tensor) -> Tensor:
-        """The same selection of another tensor [batch, pos, unit, ...]; a batch of one serves all rows."""
-        if self.columns is not None:
-            if x.shape[0] == 1:
-                x = x[:, self.columns[0]]
-            else:
-                x = x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), self.columns]
-        if self.rows is not None and x.shape[0] != 1:
-            x = x[self.rows]
+        """The selected part of a tensor [batch, pos, unit, ...]."""
+        x = self.frame.take(x)
         return x if self.units is None else x[:, :, self.units]
+
+    def cut_source(self, x: Tensor) -> Tensor:
+        """The corresponding part of a whole tensor of another run [batch, pos, unit, ...]."""
+        x = self.frame.take_source(x)
+        return x if self.units is None else x[:, :, self.units]
+
+    def put(self, x: Tensor, new: Tensor) -> Tensor:
+        """A copy of x [batch, pos, unit, ...] whose selected part is new."""
+        x, index = x.clone(), self.frame.index(x)
+        if self.units is None:
+            x[index] = new
+        else:
+            x[index[0].unsqueeze(2), index[1].unsqueeze(2), self.units] = new
+        return x
 
 
 def fitted(value: Values, x: Tensor, where: Selection) -> Values:
-    """A value in the type and place of the selected part x.
+    """A value with the dtype and device of the selected part x.
 
     Raises:
         EditError: it does not broadcast against x.
@@ -163,7 +154,7 @@ def fitted(value: Values, x: Tensor, where: Selection) -> Values:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Set(SiteEdit):
-    """Put a value in place: x becomes `value`."""
+    """Replace x by `value`."""
 
     value: Values = 0.0
 
@@ -198,7 +189,7 @@ class Scale(SiteEdit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Zero(SiteEdit):
-    """Put zeros in place."""
+    """Replace x by zeros."""
 
     def change(self, x: Tensor, where: Selection) -> Tensor:
         """Zeros like x."""
@@ -207,7 +198,7 @@ class Zero(SiteEdit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mean(SiteEdit):
-    """Put a mean in place: the one given, or that of the selected rows and positions of this very run.
+    """Replace x by a mean: the one given, or that of the selected rows and positions of the same run.
 
     Pads take no part in it, nor do scores that a mask forbids.
     """
@@ -333,7 +324,7 @@ class Apply(SiteEdit):
     function: Callable[[Tensor], Tensor] | None = None
 
     def change(self, x: Tensor, where: Selection) -> Tensor:
-        """What the function returns, in the type and place of x; it must keep the shape."""
+        """What the function returns, with the dtype and device of x; it must keep the shape."""
         if self.function is None:
             raise error(EditError, f"Apply on {where.site} has no function", do="give function=")
         new: Any = self.function(x.clone())
@@ -376,16 +367,6 @@ def apply(edit: SiteEdit, x: Tensor, where: Selection) -> Tensor:
 
 def _applied(edit: SiteEdit, x: Tensor, where: Selection) -> Tensor:
     full = canonical(x, where.site)
-    if where.rows is None and where.columns is None and where.units is None:
+    if where.frame.whole and where.units is None:
         return canonical(edit.change(full, where), where.site)
-    new = edit.change(where.cut(full), where)
-    rows = torch.arange(full.shape[0], device=x.device) if where.rows is None else where.rows
-    columns = where.columns
-    if columns is None:
-        columns = torch.arange(full.shape[1], device=x.device).expand(full.shape[0], -1)
-    result = full.clone()
-    index: tuple[Tensor, ...] = (rows.unsqueeze(1), columns[rows])
-    if where.units is not None:
-        index = (rows[:, None, None], columns[rows].unsqueeze(2), where.units)
-    result[index] = new
-    return canonical(result, where.site)
+    return canonical(where.put(full, edit.change(where.cut(full), where)), where.site)

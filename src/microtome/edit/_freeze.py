@@ -42,7 +42,7 @@ class Freeze(Edit):
         if self.half_products and self.activations in (True, "gate"):
             raise error(
                 EditError,
-                "Freeze cannot halve products whose gate is held as a whole",
+                "Freeze cannot halve products while the whole gate is frozen",
                 got="the up branch alone carries the gradient, so that half of it would be lost",
                 do='use activations="ratio" with half_products=True',
             )

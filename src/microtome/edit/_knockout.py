@@ -38,28 +38,15 @@ class KnockOut(SiteEdit):
 
     def change(self, x: Tensor, where: Selection) -> Tensor:
         """Scores [batch, q_pos, head, k_pos] with the keys masked."""
-        keep = self._keep(x, where)
-        allowed = ~forbidden(x) & keep
-        new = x.masked_fill(~keep, float("-inf"))
+        cut = self._cut(x, where)
+        allowed = ~forbidden(x) & ~cut
+        new = x.masked_fill(cut, float("-inf"))
         return new.masked_fill(~allowed.any(-1, keepdim=True), float("-inf"))
 
-    def _keep(self, x: Tensor, where: Selection) -> Tensor:
-        """[batch or 1, 1, 1, k_pos] False at the keys to cut."""
-        selection, width = parse_indices(self.keys, "keys"), x.shape[-1]
-        if selection.is_all:
-            return torch.zeros(1, 1, 1, width, dtype=torch.bool, device=x.device)
-        tokens = where.tokens or ((0, width),)
-        tokens = tokens if where.rows is None else [tokens[int(row)] for row in where.rows]
-        before = max(where.end - width, 0)  # columns that a cache has dropped
-        keep = torch.ones(len(tokens), 1, 1, width, dtype=torch.bool, device=x.device)
-        for row, (first, length) in enumerate(tokens):
-            chosen = selection.resolve(length)
-            if chosen is None:
-                raise error(
-                    EditError,
-                    f"no keys {self.keys} in row {row} at {where.site}",
-                    allowed=f"0 to {length - 1}, or -{length} to -1",
-                    do="choose positions inside the prompt",
-                )
-            keep[row, ..., [first + c - before for c in chosen if first + c >= before]] = False
-        return keep
+    def _cut(self, x: Tensor, where: Selection) -> Tensor:
+        """[batch or 1, 1, 1, k_pos] True at the keys to cut."""
+        keys, width = parse_indices(self.keys, "keys"), x.shape[-1]
+        if keys.is_all:
+            return torch.ones(1, 1, 1, width, dtype=torch.bool, device=x.device)
+        columns = where.frame.resolve(keys, f"keys {{}} at {where.site}", EditError)
+        return where.frame.mask(columns, width, x.device)[:, None, None]

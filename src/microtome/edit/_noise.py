@@ -1,4 +1,4 @@
-"""Gaussian noise as a value: the same wherever, and with whatever else, it is run."""
+"""Gaussian noise as a value: the same in every batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Noise(SiteEdit):
     """Add Gaussian noise: x + std * n, where n is drawn anew for each site, position and unit.
 
     The draw depends on the seed, the site, the position among the row's own tokens and the unit, and on nothing else:
-    not on the rows beside it, on padding, or on what else is selected. So a cell of a sweep sees what a run of its own
+    not on other rows, on padding, or on what else is selected. So a cell of a sweep sees what a run of its own
     would see, and all rows of a batch see the same noise; give rows different seeds for different noise.
 
     Attributes:
@@ -36,9 +36,16 @@ class Noise(SiteEdit):
         if self.address.name in ("attn.scores", "attn.pattern"):
             raise error(EditError, f"Noise cannot act on {self.address.name}", do="add noise to attn.q or attn.k")
         if not (math.isfinite(self.std) and self.std >= 0):
-            raise error(EditError, f"Noise on {self.site} has no such scale", got=self.std, allowed="std >= 0")
+            raise error(
+                EditError,
+                f"std of Noise on {self.site} must be 0 or more",
+                got=self.std,
+                do="give a standard deviation",
+            )
         if self.seed < 0:
-            raise error(EditError, f"Noise on {self.site} has no such seed", got=self.seed, allowed="0 or more")
+            raise error(
+                EditError, f"seed of Noise on {self.site} must be 0 or more", got=self.seed, do="give another seed"
+            )
 
     def change(self, x: Tensor, where: Selection) -> Tensor:
         """The sum of x and its noise."""
@@ -47,23 +54,11 @@ class Noise(SiteEdit):
         units = list(range(x.shape[2])) if where.units is None else where.units.tolist()
         width = math.prod(x.shape[3:])
         rows: list[Tensor] = []
-        for positions in self._positions(x, where):
+        for positions in where.frame.positions(x.shape[1], x.device).tolist():
             drawn = [_drawn(self.seed, str(where.site), p, (max(units) + 1) * width) for p in positions]
             rows.append(torch.stack(drawn).unflatten(-1, (-1, width))[:, units])
         noise = torch.stack(rows).reshape(-1, *x.shape[1:])
         return x + self.std * noise.to(device=x.device, dtype=x.dtype)
-
-    def _positions(self, x: Tensor, where: Selection) -> list[list[int]]:
-        """The positions [row][n] of what is selected, counted over each row's own tokens."""
-        n = x.shape[0]
-        chosen = list(range(n)) if where.rows is None else where.rows.tolist()
-        if where.columns is None:
-            columns = [list(range(x.shape[1]))] * n
-        else:
-            columns = [where.columns[row].tolist() for row in chosen]
-        tokens = where.tokens or ((0, 0),)
-        firsts = [tokens[row if len(tokens) > 1 else 0][0] for row in chosen]
-        return [[c + where.offset - first for c in row] for row, first in zip(columns, firsts, strict=True)]
 
 
 @lru_cache(maxsize=4096)

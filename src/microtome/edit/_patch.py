@@ -1,4 +1,4 @@
-"""Values of another run, put in place of a run's own."""
+"""Activation patching: values of another run replace a run's own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from microtome.anatomy import Site
 from microtome.edit._edits import Selection, SiteEdit, canonical, check_width, digest_of, fitted, orthonormal
+from microtome.edit._frame import Frame, Span
 from microtome.errors import EditError, error
 
 
@@ -25,11 +26,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Patch(SiteEdit):
-    """Put in place what another run had at the same site, rows, positions and units, or its part inside a subspace.
+    """Replace by the values of another run at the same site, rows, positions and units, or by their part in a subspace.
 
     Attributes:
-        source: the other run, which must have captured the whole site, or a mapping from sites to such tensors, whose
-            column p is position p. One row there serves all rows here.
+        source: the other run, which must have captured the whole site, or a mapping from sites to such tensors, in
+            which column p is position p. A single row is used for all rows.
         basis: [rank, d] or [d] along the site's last axis: swap only what lies in its span, x + (source - x) Q Qᵀ. It
             need not be orthonormal or independent.
     """
@@ -65,8 +66,12 @@ class Patch(SiteEdit):
 
     def change(self, x: Tensor, where: Selection) -> Tensor:
         """The other run's values."""
-        self._same_positions(where)
-        source = canonical(self._own_row(self._of(where.site), where), where.site)
+        batch = getattr(self.source, "batch", None)
+        spans = None if batch is None else batch.spans
+        if spans is not None:
+            self._refuse_other_positions(where.frame, spans)
+        own = where.frame.source_of(self._of(where.site), where.site.spec.dims, spans)
+        source = canonical(own, where.site)
         try:
             value = where.cut_source(source).to(device=x.device, dtype=x.dtype)
         except IndexError:
@@ -84,61 +89,30 @@ class Patch(SiteEdit):
         q = orthonormal(self.basis).to(device=x.device, dtype=x.dtype)
         return x + (fitting - x) @ q @ q.T
 
-    def _own_row(self, source: Tensor, where: Selection) -> Tensor:
-        """For one prompt of a sweep its row [1, ...] of a batch, without the pads that longer prompts gave it."""
-        if where.row is None or source.shape[0] == 1:
-            return source
-        batch, own = getattr(self.source, "batch", None), source[where.row : where.row + 1]
-        # Rows of a mapping end with the prompt; those of a run say where they end.
-        length = where.end if batch is None else batch.lengths[where.row]
-        for axis, name in enumerate(where.site.spec.dims):
-            if name in ("pos", "q_pos", "k_pos"):
-                own = own.narrow(axis, 0, min(length, own.shape[axis]))
-        return own
-
-    def _same_positions(self, where: Selection) -> None:
-        """Refuse a source whose tokens stand elsewhere, so that one position would be another there."""
-        there, here = getattr(self.source, "batch", None), where.tokens
-        if there is None or here is None:
-            return
-        rows = list(zip(there.pads, there.lengths, strict=True))
-        if where.row is not None and len(rows) > 1:
-            rows = rows[where.row : where.row + 1]
-        if len(rows) not in (1, len(here)):
+    def _refuse_other_positions(self, frame: Frame, spans: Sequence[Span]) -> None:
+        """Refuse a source in whose rows the selected columns are other positions, or pads."""
+        rows = frame.spans_of(spans)
+        if rows is None:
             return  # refused for its shape
-        rows = rows * len(here) if len(rows) == 1 else rows
         positions = self.address.positions
         from_end = positions == "last" if isinstance(positions, str) else positions.from_end
-        if any(a[0] != b[0] or (from_end and a[1] != b[1]) for a, b in zip(rows, here, strict=True)):
+        if any(a[0] != b[0] or (from_end and a[1] != b[1]) for a, b in zip(rows, frame.spans, strict=True)):
             raise error(
                 EditError,
-                f"{self.site} names other columns in the source of Patch: its tokens stand elsewhere",
+                f"{self.site} names other columns in the source of Patch: its tokens are in other columns",
                 got=f"rows of (pads, tokens) {rows}",
-                allowed=f"{list(here)}",
+                allowed=f"{list(frame.spans)}",
                 do="pad both runs alike, and count positions from the start where lengths differ",
             )
-        self._long_enough(rows, here, where)
-
-    def _long_enough(self, there: list[tuple[int, int]], here: Sequence[tuple[int, int]], where: Selection) -> None:
-        """Refuse a source one of whose rows ends before the last position that is asked of it: what follows is pads."""
-        chosen = range(len(here)) if where.rows is None else where.rows.tolist()
-        for row in chosen:
-            first, length = there[row]
-            last = here[row][0] + here[row][1] - 1
-            if where.columns is not None:
-                last = int(where.columns[row].max()) + where.offset
-            if last >= first + length and not self._generated(where, last):
+        for row, last in frame.last_columns().items():
+            first, length = rows[row]
+            if first + length <= last < frame.width:
                 raise error(
                     EditError,
                     f"the source of Patch ends before the last position of {self.site}",
-                    got=f"{length} tokens there, position {last - first} asked for",
+                    got=f"{length} tokens in the source, position {last - first} asked for",
                     do="name positions that both have, or run a prompt as long",
                 )
-
-    @staticmethod
-    def _generated(where: Selection, column: int) -> bool:
-        """Whether a column comes after the prompt, where the source's shape alone decides."""
-        return where.prompt is not None and column >= where.prompt
 
     def digest(self) -> str:
         """A hash of the address and of the other run's tensors."""

@@ -1,4 +1,4 @@
-"""Edits on disk: one safetensors file, the tensors beside a JSON listing in its metadata."""
+"""Edits on disk: one safetensors file, the tensors, and a JSON listing in its metadata."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in tensors.items():
         x = tensor.detach().cpu().contiguous()
-        place = x.untyped_storage().data_ptr()
-        found[name] = x.clone() if place in seen else x
-        seen.add(place)
+        storage = x.untyped_storage().data_ptr()
+        found[name] = x.clone() if storage in seen else x
+        seen.add(storage)
     return found
 
 
@@ -72,10 +72,10 @@ def load_edits(path: str | Path) -> list[Edit]:
     """
     try:
         with safe_open(str(path), "pt") as file:
-            told = file.metadata() or {}
-            if "edits" not in told:
+            metadata = file.metadata() or {}
+            if "edits" not in metadata:
                 raise ValueError("a file without edits")
-            listing: list[dict[str, Any]] = json.loads(told["edits"])
+            listing: list[dict[str, Any]] = json.loads(metadata["edits"])
             edits: list[Edit] = []
             names = list(file.keys())
             for i, entry in enumerate(listing):

@@ -1,4 +1,4 @@
-"""What an edit may hold: numbers, tensors and rows, told apart from what merely looks like them."""
+"""The types of an edit's fields: numbers, tensors and rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EITHER = ("value", "factor")
 
 
 def validate(edit: Any) -> None:
-    """Refuse an edit whose fields are of no use, when it is made and not when it is run, and make plain what is left.
+    """Refuse an edit with fields of a wrong type, when it is made and not when it is run.
 
     Numbers become Python's own, whatever library they are from: they are hashed, printed and saved.
 

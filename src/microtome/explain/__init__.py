@@ -12,8 +12,7 @@ from microtome.explain._graph import Graph as Graph
 from microtome.explain._graph import graph as graph
 from microtome.explain._knockout import attention_knockout as attention_knockout
 from microtome.explain._lens import logit_lens as logit_lens
-from microtome.explain._many import patch_pairs as patch_pairs
-from microtome.explain._patching import activation_patching as activation_patching
+from microtome.explain._patching import patch as patch
 from microtome.explain._recovery import auc as auc
 from microtome.explain._recovery import circuit_recovery as circuit_recovery
 from microtome.explain._spans import span_of as span_of

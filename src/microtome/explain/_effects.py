@@ -15,181 +15,211 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Annotated, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.anatomy import Address, Site, parse
 from microtome.change import means, resampled
+from microtome.context import current
 from microtome.edit import Mean, Patch, SiteEdit, Zero
 from microtome.errors import PromptError, SiteError, error
+from microtome.explain._answers import answers_and_foils
 from microtome.explain._contributions import refuse_unless_sum
-from microtome.explain._examples import Answers, Variables, answer_and_foil, summarised
-from microtome.explain._pairs import aligned
-from microtome.explain._patching import refuse_unknown
+from microtome.explain._pairs import AnswerOfClean, FoilOfCorrupt, Given, aligned, pairs_of, task_of
+from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
-from microtome.run import Batch, Run
+from microtome.run import Prompt, Run
 from microtome.stream import slope_interval
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 ABLATIONS = ("zero", "mean", "resample", "corrupt")
 RECEIVERS = ("branches", "heads")
-Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor | Batch
 BRANCHES = ("attn_out", "mlp_out")
+PARTS = "none: they sum to the total, exactly"
 
 
+def _effect(name: str, meaning: str, control: str = PARTS, dims: tuple[str, ...] = ("component",)) -> Column:
+    return Column(name, "logits", f"change of the logit (difference) {meaning}", control, dims=dims, test=True)
+
+
+@question(
+    "component_effects",
+    command="effects",
+    title="component effects",
+    question="What does a component do for an answer by itself, and what makes up for its loss?",
+    columns=(
+        _effect("total", "when the component is ablated", "total_control"),
+        Column("total_control", "logits", "mean total of other heads of the layer, or of the branch in other layers",
+               dims=("component",)),
+        _effect("direct", "through the component's own writing, what follows held"),
+        _effect("indirect", "beside the direct effect: total - direct"),
+        _effect("norm", "that the final norm, and a cap of the logits, make of it"),
+        _effect("repair", "through a later component, the receiver", dims=("component", "receiver")),
+        Column("slope", "logits per logit", "slope of all repairs on the direct effect over examples",
+               "none: 0 is no repair, -1 full repair", dims=("component",)),
+        Column("clean", "logits", "the logit (difference) without ablation", "none: what changes are from",
+               dims=("example",)),
+    ),
+    source=Source(
+        "McGrath et al.", "The Hydra Effect: Emergent Self-repair in Language Model Computations", 2023, "2307.15771",
+        departs="heads too; the mean is over the prompts unless a text is given; the effect of the norm is kept apart",
+    ),
+    cost="a component of layer l: (L - l)/L of a forward per example, in batches of one layer's components",
+    check="tests/laws/test_effects.py, tests/planted/test_causal.py",
+    call='mt.explain.component_effects(model, ["The capital of France is"], answer=" Paris", foil=" Rome")',
+    reading="Below 0, the component helps the answer; a repair above 0 makes up for its loss.",
+)  # fmt: skip
 def component_effects(
     model: Model,
-    prompts: Prompts,
+    prompts: Annotated[
+        Given, Argument("prompts, a task, or a .csv or .jsonl file of pairs", positional=True, from_text=str)
+    ],
     *,
-    answers: Answers,
-    foils: Answers | None = None,
-    components: Sequence[str] | str = "branches",
-    receivers: str = "branches",
-    ablation: str = "mean",
-    corrupts: Prompts | None = None,
-    text: Prompts | None = None,
-    everywhere: bool = False,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> xr.Dataset:
+    answer: AnswerOfClean = None,
+    foil: FoilOfCorrupt = None,
+    components: Annotated[
+        str | Sequence[str],
+        Argument('addresses such as "3.attn.z[2]" or "3.mlp_out", or all "branches" or "heads"', from_text=str),
+    ] = "branches",
+    receivers: Annotated[str, Argument("whether repair is told by branch or by head", choices=RECEIVERS)] = "branches",
+    ablation: Annotated[str, Argument("what is put in place of a component", choices=ABLATIONS)] = "mean",
+    corrupt: Annotated[
+        Prompt | None, Argument('for "corrupt", one aligned prompt per prompt; those of a task', from_text=str)
+    ] = None,
+    text: Annotated[
+        Prompt | None, Argument('for "mean", prompts to average over instead, at the ablated positions', from_text=str)
+    ] = None,
+    everywhere: Annotated[bool, Argument("ablate at all positions instead of the last")] = False,
+) -> Found:
     """Total, direct and indirect effects of ablating heads or branches, and which later components make up for it.
 
-    Formula:  see the head of this file.
-    Source:   McGrath et al., "The Hydra Effect: Emergent Self-repair in Language Model Computations", 2023 (arXiv
-              2307.15771). Departs: heads too; the mean is over the prompts unless a text is given; the effect of the
-              norm is kept apart instead of being counted as indirect alone.
-    Cost:     a component of layer l: (L - l)/L of a forward an example, in batches of one layer's components.
-    Check:    direct and repairs sum to the change with the scale held; a cell equals its literal forward;
-              tests/laws/test_effects.py.
-
-    Args:
-        model: an open model with a final norm.
-        prompts: any lengths, unless resampled; the answer is read at the last position.
-        answers: one token, or one an example.
-        foils: explain the difference to the foil's logit.
-        components: addresses such as "3.attn.z[2]", "3.attn_out", "3.mlp_out"; or all branches, or all heads and MLPs.
-        receivers: whether attention repairs are told by layer or by head.
-        ablation: put zeros, the mean, another prompt's value, or the corrupt prompt's value in place.
-        corrupts: for "corrupt", one an example, aligned.
-        text: for "mean", prompts to average over instead of `prompts`, at the ablated positions.
-        everywhere: ablate at all positions instead of the last.
-        seed: of resampling and intervals.
-        progress: called with (done, all) layers of examples.
-
-    Returns:
-        Dataset in logits over `component` and `receiver`: `total`, `direct`, `indirect`, `norm` (component) and
-        `repair` (component, receiver), means with `_lo`, `_hi` (95 % bootstrap over examples), `_p` (sign flips) and
-        `_each` (example, ...); `total_control`, the mean total of the other heads of its layer, or for a branch of the
-        same branch in other layers, as far as they are among the components (NaN where none is); `slope` with `_lo`
-        and `_hi`; `clean` (example). Negative: the component helps the answer.
+    The answer is read at the last position of each prompt; prompts may have any lengths, unless they are resampled.
+    `total_control` is over the components that are measured, NaN where none of them is like this one.
 
     Raises:
         PromptError: answers, foils or corrupt prompts do not fit the prompts.
         SiteError: a component is not a head or a branch, or the logits are not a sum over parts.
         DataError: there is nothing to resample from.
-        EditError: there is no such ablation, or no such receivers.
     """
-    refuse_unknown("ablation", ablation, ABLATIONS)
-    refuse_unknown("receivers", receivers, RECEIVERS)
     refuse_unless_sum(model)
-    rows = model.to_batch(prompts).rows
+    rows, others, answers, foils = _examples(model, prompts, answer, foil, corrupt)
     named = _components(model, components, receivers)
-    wanted, others = answer_and_foil(model, answers, foils, len(rows))
-    values = _Values(model, rows, named, ablation, corrupts, text, "" if everywhere else "@-1", seed)
+    ablate = _ablations(model, rows, others, named, ablation, text, "" if everywhere else "@-1")
     found: list[dict[str, Tensor]] = []
     for i, row in enumerate(rows):
         with torch.no_grad():
-            example = _Example(model, row, wanted[i], None if others is None else others[i], receivers)
-            found.append(example.measure(named, values.edits(i)))
-        if progress is not None:
-            progress(i + 1, len(rows))
-    stacked = {name: torch.stack([f[name] for f in found]).cpu() for name in found[0]}
-    how = {"ablation": ablation, "positions": "all" if everywhere else "last", "seed": seed}
-    data = _dataset(named, _receivers(model, receivers), stacked, seed)
-    return data.assign_attrs(model.provenance | {"method": "component effects"} | how)
+            example = _Example(model, row, answers[i], None if foils is None else foils[i], receivers)
+            found.append(example.measure([ablate(i, address) for address in named]))
+        current().report("ablating", i + 1, len(rows))
+    each = {name: torch.stack([f[name] for f in found]).cpu() for name in found[0]}
+    clean, total, direct, repair = each.pop("clean"), each["total"], each["direct"], each["repair"]
+    each |= {"indirect": total - direct, "norm": total - direct - repair.sum(-1)}
+    slope = slope_interval(direct, repair.sum(-1), seed=current().seed)
+    values = {f"slope{end}": (("component",), x) for end, x in zip(("", "_lo", "_hi"), slope, strict=True)}
+    return Found(
+        values | {"total_control": _control(named, total), "clean": clean},
+        each=each,
+        coords={"component": [str(a) for a in named], "receiver": _names(model, receivers)},
+        attrs={"positions": "all" if everywhere else "last", "examples": len(rows)}
+        | {"metric": "logit of the answer" if foils is None else "logit difference"},
+    )
 
 
-def _components(model: Model, components: Sequence[str] | str, receivers: str) -> list[Address]:
+def _examples(
+    model: Model, prompts: Given, answer: Any, foil: Any, corrupt: Prompt | None
+) -> tuple[list[Tensor], list[Tensor] | None, Sequence[int], Sequence[int] | None]:
+    """The tokens of the prompts and of the corrupt ones, and the ids of answers and foils."""
+    task = task_of(model, prompts)
+    if task is not None:
+        pairs = pairs_of(model, task, answer=answer, foil=foil)
+        if not pairs.answer_ids:
+            raise error(PromptError, "answers are one token each here", got="sets of tokens", do="use another task")
+        others = pairs.start("denoise") if corrupt is None else model.to_batch(corrupt).rows
+        return pairs.goal("denoise"), others, pairs.answer_ids, pairs.foil_ids or None
+    rows: list[Tensor] = model.to_batch(prompts).rows  # pyright: ignore[reportArgumentType]
+    if answer is None:
+        raise error(PromptError, "there is nothing to read", do="give answer=")
+    answers, foils = answers_and_foils(model, answer, foil, len(rows))
+    return rows, None if corrupt is None else model.to_batch(corrupt).rows, answers, foils
+
+
+def _components(model: Model, components: str | Sequence[str], receivers: str) -> list[Address]:
     """Heads and branches by address, each of one layer, in the order given."""
     if receivers == "heads" and any(part.attn_post_norm for part in model.anatomy.parts.layers):
         raise error(SiteError, "a norm stands behind the heads", do='use receivers="branches"')
-    if isinstance(components, str) and components in RECEIVERS:
-        components = _receivers(model, components)
     named: list[Address] = []
-    for text in [components] if isinstance(components, str) else components:
+    listed = [components] if isinstance(components, str) else components
+    for text in [one for name in listed for one in (_names(model, name) if name in RECEIVERS else [name])]:
         address = parse(text)
         head = address.name == "attn.z" and not address.units.is_all
         if not (head or (address.name in BRANCHES and address.units.is_all)) or "@" in text:
             raise error(
-                SiteError,
-                f'"{text}" is not a component',
+                SiteError, f'"{text}" is not a component',
                 allowed='heads "3.attn.z[2]", branches "3.attn_out" and "3.mlp_out"',
                 do="name one of these, without positions",
-            )
+            )  # fmt: skip
         named += [address.at(site.layer) for site in model.anatomy.sites(address)]
     return named
 
 
-def _receivers(model: Model, kind: str) -> list[str]:
-    """The names of what can repair, layer by layer: two branches, or every head and the MLP."""
+def _names(model: Model, kind: str) -> list[str]:
+    """The components of a kind, layer by layer: two branches, or every head and the MLP."""
     n, heads = model.anatomy.n_layers, range(model.anatomy.n_heads)
     if kind == "branches":
         return [f"{i}.{branch}" for i in range(n) for branch in BRANCHES]
     return [name for i in range(n) for name in (*(f"{i}.attn.z[{h}]" for h in heads), f"{i}.mlp_out")]
 
 
-class _Values:
-    """What is put in place of each component in each example."""
+def _ablations(
+    model: Model,
+    rows: list[Tensor],
+    others: list[Tensor] | None,
+    named: list[Address],
+    ablation: str,
+    text: Prompt | None,
+    positions: str,
+) -> Callable[[int, Address], SiteEdit]:
+    """The edit that ablates a component in an example."""
+    sites = sorted({_site(a) for a in named})
+    if ablation == "zero":
+        return lambda i, address: Zero(f"{address}{positions}")
+    if ablation == "mean":
+        mean_of = means(model, rows if text is None else text, [site + positions for site in sites])
 
-    def __init__(
-        self,
-        model: Model,
-        rows: list[Tensor],
-        named: list[Address],
-        ablation: str,
-        corrupts: Prompts | None,
-        text: Prompts | None,
-        at: str,
-        seed: int,
-    ) -> None:
-        self.ablation, self.at = ablation, at
-        self.sources: list[Mapping[str, Tensor]] = [{}] * len(rows)
-        sites = sorted({str(Site(a.name, _layer(a))) for a in named})
-        if ablation == "mean":
-            self.means = means(model, rows if text is None else text, [site + at for site in sites])
-        elif ablation == "resample":
-            drawn = resampled(model, rows, sites, seed=seed)
-            self.sources = [{k: x[i : i + 1, : len(row)] for k, x in drawn.items()} for i, row in enumerate(rows)]
-        elif ablation == "corrupt":
-            if corrupts is None:
-                raise error(PromptError, "there is nothing to ablate with", do="give corrupts=, one an example")
-            others = model.to_batch(corrupts).rows
-            if len(others) != len(rows):
-                raise error(
-                    PromptError, "there must be one corrupt prompt an example", got=len(others), allowed=len(rows)
-                )
-            pairs = [aligned(model, row, other)[1:] for row, other in zip(rows, others, strict=True)]
-            runs = [model.run(other, capture=sites, logits=False) for other in pairs]
-            self.sources = [{str(k): x for k, x in run.captured.items()} for run in runs]
+        def mean(i: int, address: Address) -> SiteEdit:
+            whole = mean_of[_site(address) + positions]
+            units = None if address.units.is_all else address.units.resolve(whole.shape[0])
+            return Mean(f"{address}{positions}", mean=whole if units is None else whole[units])
 
-    def edits(self, example: int) -> Callable[[Address], SiteEdit]:
-        """The ablation of a component in one example."""
+        return mean
+    sources = _resampled(model, rows, sites) if ablation == "resample" else _corrupted(model, rows, others, sites)
+    return lambda i, address: Patch(f"{address}{positions}", source=sources[i])
 
-        def edit(address: Address) -> SiteEdit:
-            site = f"{address}{self.at}"
-            if self.ablation == "zero":
-                return Zero(site)
-            if self.ablation != "mean":
-                return Patch(site, source=self.sources[example])
-            mean = self.means[f"{Site(address.name, _layer(address))}{self.at}"]
-            units = address.units.resolve(mean.shape[0])
-            return Mean(site, mean=mean if address.units.is_all or units is None else mean[units])
 
-        return edit
+def _resampled(model: Model, rows: list[Tensor], sites: list[str]) -> list[Mapping[str, Tensor]]:
+    """What another example of the same length holds at the sites, for each example."""
+    drawn = resampled(model, rows, sites, seed=current().seed)
+    return [{k: x[i : i + 1, : len(row)] for k, x in drawn.items()} for i, row in enumerate(rows)]
+
+
+def _corrupted(
+    model: Model, rows: list[Tensor], others: list[Tensor] | None, sites: list[str]
+) -> list[Mapping[str, Tensor]]:
+    """What the corrupt prompts hold at the sites, for each example."""
+    if others is None:
+        raise error(PromptError, "there is nothing to ablate with", do="give corrupt=, one per prompt")
+    if len(others) != len(rows):
+        what = "there must be one corrupt prompt per prompt"
+        raise error(PromptError, what, got=len(others), allowed=str(len(rows)), do="give as many of each")
+    pairs = [aligned(model, row, other)[1:] for row, other in zip(rows, others, strict=True)]
+    runs = [model.run(other, capture=sites, logits=False) for other in pairs]
+    return [{str(k): x for k, x in run.captured.items()} for run in runs]
+
+
+def _site(address: Address) -> str:
+    return str(Site(address.name, _layer(address)))
 
 
 def _layer(address: Address) -> int:
@@ -239,17 +269,16 @@ class _Example:
         heads = (run[f"{layer}.attn.z@-1"][:, 0].double() * read).sum(-1)
         return branches, torch.cat([heads, branches[:, 1:]], dim=1)
 
-    def measure(self, named: list[Address], edit: Callable[[Address], SiteEdit]) -> dict[str, Tensor]:
-        """The effects of every component, layer by layer."""
-        found: dict[int, dict[str, Tensor]] = {}
-        for layer in sorted({_layer(a) for a in named}):
-            numbers = [k for k, a in enumerate(named) if _layer(a) == layer]
-            effects = self._ablate(layer, [edit(named[k]) for k in numbers])
+    def measure(self, edits: list[SiteEdit]) -> dict[str, Tensor]:
+        """The effects of every ablation, in batches of those of one layer."""
+        found: list[dict[str, Tensor]] = [{}] * len(edits)
+        layers = [_layer(edit.address) for edit in edits]
+        for layer in sorted(set(layers)):
+            numbers = [k for k, own in enumerate(layers) if own == layer]
+            effects = self._ablate(layer, [edits[k] for k in numbers])
             for i, k in enumerate(numbers):
                 found[k] = {name: x[i] for name, x in effects.items()}
-        return {name: torch.stack([found[k][name] for k in range(len(named))]) for name in found[0]} | {
-            "clean": self.clean
-        }
+        return {name: torch.stack([f[name] for f in found]) for name in found[0]} | {"clean": self.clean}
 
     def _ablate(self, layer: int, ablations: list[SiteEdit]) -> dict[str, Tensor]:
         """One run with a row an ablation, from the layer on: what comes before it is the clean run's."""
@@ -270,23 +299,8 @@ class _Example:
         return {"total": total, "direct": direct, "repair": repair.flatten(1)}
 
 
-def _dataset(named: list[Address], receivers: list[str], found: dict[str, Tensor], seed: int) -> xr.Dataset:
-    """The effects over examples, with intervals, the control, and the slope of repair on direct effect."""
-    import xarray as xr
-
-    total, direct, repair = found["total"], found["direct"], found["repair"]
-    rest = {"indirect": total - direct, "norm": total - direct - repair.sum(-1)}
-    variables: Variables = {}
-    for name, x in {"total": total, "direct": direct, **rest}.items():
-        variables |= summarised(name, x, ["component"], "logits", seed)
-    variables |= summarised("repair", repair, ["component", "receiver"], "logits", seed)
-    for end, x in zip(("", "_lo", "_hi"), slope_interval(direct, repair.sum(-1), seed=seed), strict=True):
-        variables[f"slope{end}"] = ("component", x.numpy(), {"unit": "logits per logit"})
+def _control(named: list[Address], total: Float[Tensor, "example component"]) -> Float[Tensor, " component"]:
+    """The mean total of what is like each component: the other heads of its layer, its branch in other layers."""
     kinds = [(a.name, _layer(a) if a.name == "attn.z" else None) for a in named]
     alike = torch.tensor([[float(a == b and i != j) for j, b in enumerate(kinds)] for i, a in enumerate(kinds)])
-    control = alike.double() @ total.mean(0) / alike.double().sum(1)  # NaN where it has no like
-    variables["total"][2]["control"] = "total_control"
-    variables["total_control"] = ("component", control.numpy(), {"unit": "logits"})
-    variables["clean"] = ("example", found["clean"].numpy(), {"unit": "logits"})
-    coords = {"component": [str(a) for a in named], "receiver": receivers}
-    return xr.Dataset(variables, coords=coords)  # pyright: ignore[reportArgumentType]
+    return alike.double() @ total.mean(0) / alike.double().sum(1)  # NaN where it has no like

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from microtome.anatomy import Site
 from microtome.errors import SiteError, error
 from microtome.explain._spans import at
+from microtome.method import Argument
 from microtome.model import Model
 
 BY_POSITION = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn.q", "attn.k", "attn.v", "attn.z")
@@ -15,6 +17,9 @@ BY_UNIT = ("attn.q[head]", "attn.k[head]", "attn.v[head]", "attn.z[head]", "attn
 LAYOUTS = (*BY_POSITION, *BY_UNIT)
 """What can be patched by layer and position, and with its unit behind by layer and unit at all positions."""
 
+Sites = Annotated[
+    Sequence[str], Argument("what is patched, by layer and position, or by unit with its axis behind", choices=LAYOUTS)
+]
 DEFAULT_SITES = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]")
 
 

@@ -18,6 +18,10 @@ PLACED = ("layer", "batch", "pos")
 LAST = "none: the last layer's is the model's own"
 
 
+def _number(name: str, unit: str, meaning: str, *extra: str) -> Column:
+    return Column(name, unit, meaning, LAST, dims=(*PLACED, *extra), drawn=False)
+
+
 @question(
     "logit_lens",
     command="lens",
@@ -25,26 +29,21 @@ LAST = "none: the last layer's is the model's own"
     question="What would the model say if it ended after each layer?",
     columns=(
         Column(
-            "word",
-            "token",
-            "the likeliest tokens, as text",
-            LAST,
-            dims=(*PLACED, "rank"),
-            shade="probability",
+            "word", "token", "the likeliest tokens, as text", LAST, dims=(*PLACED, "rank"), shade="probability",
             title="top tokens",
         ),
-        Column("token", "token", "the likeliest tokens, by id", LAST, dims=(*PLACED, "rank")),
-        Column("probability", "probability", "of the likeliest tokens", LAST, (0, 1), dims=(*PLACED, "rank")),
-        Column("answer_probability", "probability", "of the model's own answer", LAST, (0, 1), dims=PLACED),
-        Column("answer_rank", "tokens", "how many tokens outrank the model's own answer", LAST, (0, None), dims=PLACED),
-        Column("entropy", "nats", "entropy of the distribution", LAST, (0, None), dims=PLACED),
+        _number("token", "token", "the likeliest tokens, by id", "rank"),
+        _number("probability", "probability", "of the likeliest tokens", "rank"),
+        _number("answer_probability", "probability", "of the model's own answer"),
+        _number("answer_rank", "tokens", "how many tokens outrank the model's own answer"),
+        _number("entropy", "nats", "entropy of the distribution"),
     ),
     source=Source("nostalgebraist", "interpreting GPT: the logit lens", 2020),
     cost="one forward, and L + 1 unembeddings of its positions",
     check="tests/laws/test_explain.py",
     call='mt.explain.logit_lens(model, "The capital of France is")',
-    reading="Each cell is the token that the stream after a layer reads as, coloured by its probability.",
-)
+    reading="Each cell is the token that the stream before a layer reads as; the last row is the model's output.",
+)  # fmt: skip
 def logit_lens(
     model: Model,
     prompt: PromptText,

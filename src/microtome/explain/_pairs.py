@@ -27,10 +27,12 @@ SMALLEST_GAP = 1e-4
 """What rounding may leave of the difference between two equal metrics."""
 
 Clean = Annotated[
-    Given, Argument("the prompt with the answer, or several; or a task, or a .csv or .jsonl file", positional=True)
+    Given,
+    Argument("the prompt with the answer, or several; a task; a .csv or .jsonl file", positional=True, from_text=str),
 ]
 Corrupt = Annotated[
-    Prompt | None, Argument("as many tokens with another answer, one per clean prompt", positional=True)
+    Prompt | None,
+    Argument("as many tokens with another answer, one per clean prompt", positional=True, from_text=str),
 ]
 AnswerOfClean = Annotated[
     Answer | None, Argument("the clean prompt's answer, one token, or one per pair", from_text=str)
@@ -55,7 +57,7 @@ Spans = Annotated[
 
 @dataclass(frozen=True)
 class _Later:
-    """A metric of many prompts, read of those from a number on."""
+    """A metric of many prompts, read of some that begin at a number."""
 
     metric: Metric
     first: int
@@ -74,7 +76,7 @@ class Pairs:
     """Clean and corrupt prompts, and what is read of them.
 
     Attributes:
-        tokens: of each pair, the clean prompt and the corrupt one.
+        tokens: of each pair [2, pos], the clean prompt and the corrupt one.
         metric: what is read of prompt i for pair i.
         answer_ids, foil_ids: the tokens that it compares, where it is of single tokens.
         answer, foil: in words, one per pair; none where another metric is read.
@@ -82,7 +84,7 @@ class Pairs:
         groups: of each pair, where its task tells them.
     """
 
-    tokens: tuple[Int[Tensor, "2 pos"], ...]
+    tokens: tuple[Tensor, ...]
     metric: Metric
     answer_ids: tuple[int, ...] = ()
     foil_ids: tuple[int, ...] = ()
@@ -96,9 +98,9 @@ class Pairs:
 
     def __getitem__(self, some: slice) -> Pairs:
         """Some of them, numbered anew."""
-        first = some.indices(len(self))[0]
         answers, foils = self.answer_ids[some], self.foil_ids[some]
-        metric = _of_tokens(answers, foils) if answers else _Later(self.metric, first) if first else self.metric
+        later = self.metric if len(self.tokens[some]) == len(self) else _Later(self.metric, some.indices(len(self))[0])
+        metric = _of_tokens(answers, foils) if answers else later
         return replace(
             self, tokens=self.tokens[some], metric=metric, answer_ids=answers, foil_ids=foils,
             answer=self.answer[some], foil=self.foil[some], groups=self.groups[some],
@@ -110,13 +112,13 @@ class Pairs:
         """How many tokens the prompts of each pair have."""
         return [pair.shape[1] for pair in self.tokens]
 
-    def start(self, direction: str) -> list[list[int]]:
+    def start(self, direction: str) -> list[Tensor]:
         """The prompts that are patched: the corrupt ones to denoise, the clean ones to noise."""
-        return [pair[int(direction == "denoise")].tolist() for pair in self.tokens]
+        return [pair[int(direction == "denoise")] for pair in self.tokens]
 
-    def goal(self, direction: str) -> list[list[int]]:
+    def goal(self, direction: str) -> list[Tensor]:
         """The prompts that values are taken from."""
-        return [pair[int(direction != "denoise")].tolist() for pair in self.tokens]
+        return [pair[int(direction != "denoise")] for pair in self.tokens]
 
     def read(self, run: Run) -> Float[Tensor, " pair"]:
         """The metric of a run of one prompt of each pair."""
@@ -168,7 +170,12 @@ def pairs_of(
         SiteError: the metric reads only what comes before the prompts of a pair differ.
         DataError: the file cannot be read as pairs.
     """
-    task = _task(model, clean, corrupt)
+    task = task_of(model, clean) if corrupt is None else None
+    if corrupt is None and task is None:
+        do = "give corrupt=, a Task, or the path of a .csv or .jsonl file of pairs"
+        raise error(PromptError, "there is no corrupt prompt", do=do)
+    if corrupt is not None and isinstance(clean, Task):
+        raise error(PromptError, "a task has corrupt prompts of its own", got="corrupt=", do="leave it out")
     sides: list[Any] = [clean, corrupt] if task is None else [task.clean_tokens, task.corrupt_tokens]
     tokens = _aligned(model, *sides)
     pairs = _reading(model, tokens, task, answer, foil, metric)
@@ -178,20 +185,18 @@ def pairs_of(
     return replace(pairs, spans=_spans(model, tokens, task, spans), groups=groups)
 
 
-def _task(model: Model, clean: Given, corrupt: Prompt | None) -> Task | None:
-    """The task that was given, as it is or as a file; None where these are prompts."""
-    file = isinstance(clean, os.PathLike) or (isinstance(clean, str) and clean.lower().endswith(SUFFIXES))
-    if corrupt is None and file:
-        return read(clean, model)  # pyright: ignore[reportArgumentType]
-    if not isinstance(clean, Task):
-        if corrupt is None:
-            do = "give corrupt=, a Task, or the path of a .csv or .jsonl file of pairs"
-            raise error(PromptError, "there is no corrupt prompt", do=do)
+def task_of(model: Model, given: Given) -> Task | None:
+    """The task that was given, as it is or as the path of a file of pairs; None where these are prompts.
+
+    Raises:
+        PromptError: the task was built with another tokenizer; DataError: the file cannot be read as pairs.
+    """
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(SUFFIXES)):
+        return read(given, model)
+    if not isinstance(given, Task):
         return None
-    if corrupt is not None:
-        raise error(PromptError, "a task has corrupt prompts of its own", got="corrupt=", do="leave it out")
-    require_fit(model, clean.pairs, clean.text)
-    return clean
+    require_fit(model, given.pairs, given.text)
+    return given
 
 
 def _aligned(model: Model, cleans: Prompt, corrupts: Prompt) -> tuple[Tensor, ...]:
@@ -203,9 +208,8 @@ def _aligned(model: Model, cleans: Prompt, corrupts: Prompt) -> tuple[Tensor, ..
         raise error(PromptError, what, got=counts[1], allowed=str(counts[0]), do="give as many of each")
     found: list[Tensor] = []
     for i in range(counts[0]):
-        rows = [side.tokens[i, pads : pads + n].tolist() for side in sides for pads, n in (side.spans[i],)]
         try:
-            found.append(aligned(model, *rows))
+            found.append(aligned(model, *(side.rows[i] for side in sides)))
         except PromptError as problem:
             raise PromptError(f"pair {i}: {problem}") if counts[0] > 1 else problem from None
     return tuple(found)

@@ -1,107 +1,48 @@
-"""Activation patching: which parts carry what makes two prompts answered differently.
+"""Activation patching: which parts carry what makes two prompts answered differently, in one pair or in many.
 
-Formula:  effect(cell) = (m(cell) - m(start)) / (m(goal) - m(start)), where a cell is one run with one activation taken
-          from the other prompt. Denoising starts at the corrupt prompt and takes from the clean one: 1 means that this
-          part alone restores the clean answer. Noising starts at the clean prompt and takes from the corrupt one: 1
-          means that without this part's clean value nothing of the answer is left.
+Formula:  effect_i(cell) = m_i(cell) - m_i(start) of pair i, where a cell is its run with one activation taken from the
+          other prompt. Denoising starts at the corrupt prompt and takes from the clean one, noising the reverse.
+          As a share: divided by the mean over pairs of m_i(goal) - m_i(start), so that the mean is
+          sum_i effect_i / sum_i gap_i and a pair of a small gap, or of one of the other sign, weighs no more than any.
+          The interval is that of the effects, the mean gap being taken as it is.
+          A cell is a layer by a position, a layer by a span that each pair has at its own place, or a layer by a unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.edit import Patch
-from microtome.errors import EditError, SiteError, error
-from microtome.explain._answers import answer_metric
-from microtome.explain._layout import BY_POSITION, BY_UNIT, Layout, every_position, layout
-from microtome.explain._pairs import aligned, require_effect_on_metric
-from microtome.metric import Metric
+from microtome.errors import EditError, PromptError, SiteError, error
+from microtome.explain._layout import BY_POSITION, BY_UNIT, DEFAULT_SITES, Layout, Sites, every_position, layout
+from microtome.explain._pairs import (
+    SMALLEST_GAP,
+    AnswerOfClean,
+    Clean,
+    Corrupt,
+    Direction,
+    FoilOfCorrupt,
+    Pairs,
+    Place,
+    ReadMetric,
+    Spans,
+    pairs_of,
+)
+from microtome.explain._spans import at
+from microtome.method import Argument, Column, Found, Source, question, run_sweep
 from microtome.model import Model
-from microtome.run import Prompt
-from microtome.sweep import SweepPlan
+from microtome.stream import mean_interval
 
-if TYPE_CHECKING:
-    import xarray as xr
+TOGETHER = 16
+"""Pairs whose activations are held at once."""
 
-DIRECTIONS = ("noise", "denoise")
-
-
-def activation_patching(
-    model: Model,
-    clean: Prompt,
-    corrupt: Prompt,
-    *,
-    answer: str | int | None = None,
-    foil: str | int | None = None,
-    metric: Metric | None = None,
-    sites: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]"),
-    direction: str = "denoise",
-    budget: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    on_plan: Callable[[SweepPlan], None] | None = None,
-) -> xr.Dataset:
-    """Patch every layer and position (or head) between a clean and a corrupt prompt, exactly.
-
-    Formula:  see the head of this file; m is the logit difference of answer and foil, or the answer's log-probability.
-    Source:   causal mediation as in Meng et al., "Locating and Editing Factual Associations in GPT", 2022 (arXiv
-              2202.05262), and Wang et al., 2022 (arXiv 2211.00593); both directions after Heimersheim and Nanda, "How
-              to use and interpret activation patching", 2024 (arXiv 2404.15255). Departs: every cell is measured, none
-              approximated.
-    Cost:     two forwards and one sweep: a cell of layer l and position p costs (L - l)/L (T - p)/T of a forward.
-    Check:    all of the stream gives exactly 1; a cell equals its literal forward; tests/laws/test_patching.py.
-
-    Args:
-        model: an open model.
-        clean: the prompt with the answer.
-        corrupt: the same number of tokens, with another answer.
-        answer: the clean prompt's answer, one token.
-        foil: the corrupt prompt's answer; without it the answer's log-probability is read.
-        metric: what to read instead, such as `SpanLoss` for an answer of several tokens that ends both prompts.
-        sites: site names, patched by layer and position; with ``[head]`` behind (``mlp.post[neuron]`` for neurons), by
-            layer and unit at all positions.
-        direction: "denoise" puts clean values into the corrupt run, "noise" the reverse.
-        budget: bytes that one walk may hold.
-        progress: called with (done, all) cells.
-        on_plan: called with the plan of the sweep, before its first cell.
-
-    Returns:
-        Dataset of effects as shares of the gap between the two prompts: a variable a site, over (layer, pos) or (layer,
-        unit); `clean` and `corrupt` hold the metric of the two prompts, in logits or nats.
-
-    Raises:
-        PromptError: the prompts do not align (the first difference and both lengths are named), answer or foil is not
-            one token, or the foil is the answer.
-        SiteError: there is no site, one cannot be patched this way, both prompts give the same metric, or it reads only
-            what comes before they differ.
-        EditError: there is no such direction; BudgetError: not even one cell fits.
-    """
-    refuse_wrong(direction, sites)
-    tokens = aligned(model, clean, corrupt)
-    start, goal = (tokens[1:], tokens[:1]) if direction == "denoise" else (tokens[:1], tokens[1:])
-    own = {"metric": metric_words(foil) if metric is None else type(metric).__name__, "reading": READING[direction]}
-    metric = answer_metric(model, answer, foil) if metric is None else metric
-    require_effect_on_metric(model, metric, tokens)
-    layouts = {site: layout(model, site, every_position(tokens.shape[1])) for site in sites}
-    source = model.run(goal, capture=sorted({part.capture for part in layouts.values()}))
-    cells = [Patch(address, source=source) for layout in layouts.values() for address in layout.addresses]
-    if on_plan is not None:
-        on_plan(model.sweep(start, cells, metric, budget=budget).plan)
-    swept = model.sweep(start, cells, metric, budget=budget).run(progress)
-    last = source.logits[:, metric.columns(0, tokens.shape[1])]
-    reached = float(metric.read(last, torch.zeros(1, dtype=torch.long, device=last.device))[0])
-    began = float(swept.base[0])
-    data = _dataset(layouts, swept.effects.double() / _gap(began, reached))
-    data["clean"], data["corrupt"] = (reached, began) if direction == "denoise" else (began, reached)
-    words = [model.to_words(row) for row in tokens]
-    data = data.assign_coords(clean_token=("pos", words[0]), corrupt_token=("pos", words[1]))
-    said = {k: _word(model, token) for k, token in (("answer", answer), ("foil", foil)) if token is not None}
-    return data.assign_attrs(model.provenance | {"method": "activation patching", "direction": direction} | said | own)
-
-
+ENDS = ("clean", "corrupt")
+AS_IS = "none: the prompts as they are, which the gap lies between"
 READING = {
     "denoise": "Each cell is one run of the corrupt prompt with one activation taken from the clean run: 0 leaves the "
     "corrupt answer, 1 restores the clean one.",
@@ -110,37 +51,193 @@ READING = {
 }
 
 
+@question(
+    "patch",
+    command="patch",
+    title="activation patching",
+    question="Which parts carry what makes two prompts answered differently?",
+    columns=(
+        Column("<site>", "share of the gap", "effect of patching this part, by layer and position, span or unit",
+               "none: the run without a patch is 0, and the other prompt's 1", test=True),
+        Column("clean", "logits", "the metric of the clean prompt", AS_IS, dims=()),
+        Column("corrupt", "logits", "the metric of the corrupt prompt", AS_IS, dims=()),
+    ),
+    source=(
+        Source("Meng et al.", "Locating and Editing Factual Associations in GPT", 2022, "2202.05262"),
+        Source("Wang et al.", "Interpretability in the Wild", 2022, "2211.00593"),
+        Source(
+            "Heimersheim and Nanda", "How to use and interpret activation patching", 2024, "2404.15255",
+            departs="every cell is measured, none approximated; spans, so that pairs of several lengths average",
+        ),
+    ),
+    cost="four forwards per pair, and a sweep for every 16 pairs: a cell of layer l and position p costs "
+    "(L - l)/L (T - p)/T of a forward",
+    check="tests/laws/test_patching.py, tests/laws/test_pairs.py",
+    call='mt.explain.patch(model, "The capital of France is", "The capital of Italy is", answer=" Paris")',
+)  # fmt: skip
+def patch(
+    model: Model,
+    clean: Clean,
+    corrupt: Corrupt = None,
+    *,
+    answer: AnswerOfClean = None,
+    foil: FoilOfCorrupt = None,
+    metric: ReadMetric = None,
+    spans: Spans = None,
+    sites: Sites = DEFAULT_SITES,
+    direction: Direction = "denoise",
+    share: Annotated[bool, Argument("effects as shares of the mean gap, instead of in units of the metric")] = True,
+) -> Found:
+    """Patch every layer and position (or head) between clean and corrupt prompts, exactly.
+
+    Of several pairs it gives the mean effect, with `_lo`, `_hi`, `_p` and `_each`: over (layer, span) where spans are
+    given or the lengths differ, else over (layer, pos). Stopped by Ctrl-C it keeps the pairs that were measured whole,
+    and the attribute `examples` says how many. `mean_gap` and `smallest_gap` are of clean - corrupt, `flipped_gaps`
+    how many gaps have the other sign than their mean.
+
+    Raises:
+        PromptError: a pair does not align, an answer or foil does not fit, or pairs have no span or length in common.
+        SiteError: a layer lacks a site, both prompts of a pair give the same metric or differ only after what is read,
+            or the mean gap that effects are shares of is not clearly one.
+        DataError: the file cannot be read as pairs; BudgetError: not even one cell fits.
+    """
+    pairs = pairs_of(model, clean, corrupt, answer=answer, foil=foil, metric=metric, spans=spans)
+    axis, labels, places = _places(pairs, by_span=spans is not None)
+    layouts = [
+        {site: layout(model, site, place, axis, at(0, length)) for site in sites}
+        for place, length in zip(places, pairs.lengths, strict=True)
+    ]
+    ends = _ends(model, pairs, share)  # every refusal comes before the first sweep
+    effects, kept = _measured(model, pairs, layouts, direction)
+    ends = ends[kept]
+    gaps = ends[:, 0] - ends[:, 1]
+    unit = pairs.unit
+    if share:
+        effects = effects / (gaps.mean() if direction == "denoise" else -gaps.mean())
+        unit = "share of the gap" if len(pairs) == 1 else "share of the mean gap"
+    coords, attrs = _told(model, pairs, kept, gaps)
+    cells, one = _by_site(layouts[0], effects), len(pairs) == 1
+    values = {name: ((), ends[0, i]) if one else (("example",), ends[:, i]) for i, name in enumerate(ENDS)}
+    return Found(
+        values | ({site: (dims, x[0]) for site, (dims, x) in cells.items()} if one else {}),
+        each={} if one else cells,
+        coords=coords | {axis: labels, "layer": list(range(model.anatomy.n_layers))},
+        attrs=attrs | {"direction": direction} | ({"reading": READING[direction]} if share else {}),
+        units=dict.fromkeys(sites, unit) | dict.fromkeys(ENDS, pairs.unit),
+    )
+
+
+def _places(pairs: Pairs, *, by_span: bool) -> tuple[str, list[str] | list[int], list[list[Place]]]:
+    """The axis of places, its labels, and where each pair has them."""
+    lengths = sorted(set(pairs.lengths))
+    if len(lengths) == 1 and not by_span:
+        return "pos", list(range(lengths[0])), [every_position(lengths[0])] * len(pairs)
+    if not pairs.spans:
+        raise error(
+            PromptError, "pairs of several lengths have no positions in common", got=str(lengths),
+            do="give spans=, names of positions for each pair",
+        )  # fmt: skip
+    return "span", list(pairs.spans), [list(own) for own in zip(*pairs.spans.values(), strict=True)]
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(first, min(first + TOGETHER, n)) for first in range(0, n, TOGETHER)]
+
+
+def _ends(model: Model, pairs: Pairs, share: bool) -> Float[Tensor, "pair 2"]:
+    """The metric of the clean and the corrupt prompt of every pair.
+
+    Raises:
+        SiteError: both prompts of a pair give the same; or the mean gap, if it is needed, may as well be 0.
+    """
+    found = torch.empty(len(pairs), 2, dtype=torch.float64)
+    for some in _chunks(len(pairs)):
+        for side in (0, 1):
+            rows = [pair[side] for pair in pairs.tokens[some]]
+            found[some, side] = pairs[some].read(model.run(rows)).detach().double().cpu()
+    for i, (clean, corrupt) in enumerate(found.tolist()):
+        if abs(clean - corrupt) < SMALLEST_GAP:
+            which = f" of pair {i}" if len(pairs) > 1 else ""
+            raise error(
+                SiteError, f"both prompts{which} give the same metric, so that there is no gap to explain",
+                got=f"{clean:.4g}", do="choose prompts that are answered differently",
+            )  # fmt: skip
+    gaps = found[:, 0] - found[:, 1]
+    mean, low, high = (float(x) for x in mean_interval(gaps))
+    if share and len(gaps) > 1 and (low <= 0 <= high or abs(mean) < SMALLEST_GAP):
+        raise error(
+            SiteError, "the gaps of the pairs have no clear mean to be shared out",
+            got=f"{mean:.3g}, 95 % interval {low:.3g} to {high:.3g}, "
+            f"{int((gaps * mean < 0).sum())} of {len(gaps)} gaps of the other sign",
+            do="leave out pairs that the model answers wrongly, or give share=False",
+        )  # fmt: skip
+    return found
+
+
+def _measured(
+    model: Model, pairs: Pairs, layouts: list[dict[str, Layout]], direction: str
+) -> tuple[Float[Tensor, "example cell"], list[int]]:
+    """The effects of the pairs that were measured whole, and which these are: all of them, unless it is stopped.
+
+    Raises:
+        KeyboardInterrupt: it was stopped in the first pair.
+    """
+    parts: list[Tensor] = []
+    kept: list[int] = []
+    try:
+        for some in _chunks(len(pairs)):
+            stage = "patching" if len(pairs) == 1 else f"patching pairs {some.start + 1}-{some.stop} of {len(pairs)}"
+            effects, stopped = _swept(model, pairs[some], layouts[some], direction, stage)
+            whole = [i for i in range(len(effects)) if bool(effects[i].isfinite().all()) or not stopped]
+            parts.append(effects[whole])
+            kept += [some.start + i for i in whole]
+            if stopped:
+                break
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+    if not kept:
+        raise KeyboardInterrupt
+    return torch.cat(parts), kept
+
+
+def _swept(
+    model: Model, pairs: Pairs, layouts: list[dict[str, Layout]], direction: str, stage: str
+) -> tuple[Float[Tensor, "pair cell"], bool]:
+    """The effects of some pairs, NaN where they were not reached, and whether the sweep was stopped."""
+    wanted = sorted({part.capture for part in layouts[0].values()})
+    source = model.run(pairs.goal(direction), capture=wanted, logits=False)
+    cells = [[Patch(a, source=source) for part in own.values() for a in part.addresses] for own in layouts]
+    which = [i for i, own in enumerate(cells) for _ in own]
+    every = [cell for own in cells for cell in own]
+    swept = run_sweep(model, pairs.start(direction), every, pairs.metric, prompts=which, stage=stage)
+    return swept.effects.double().reshape(len(pairs), -1), swept.done < len(every)
+
+
+def _by_site(layouts: dict[str, Layout], effects: Tensor) -> dict[str, tuple[tuple[str, str], Tensor]]:
+    """The effects [example, cell] of every site with its axes, [example, layer, place or unit]."""
+    parts = effects.split([len(part.addresses) for part in layouts.values()], dim=1)
+    sites = zip(layouts.items(), parts, strict=True)
+    return {site: (part.dims, x.reshape(-1, *part.shape)) for (site, part), x in sites}
+
+
+def _told(model: Model, pairs: Pairs, kept: list[int], gaps: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The labels of one pair's tokens or of several examples, and what is said of them."""
+    if len(pairs) == 1:
+        words = [model.to_words(row) for row in pairs.tokens[0]]
+        return {"clean_token": ("pos", words[0]), "corrupt_token": ("pos", words[1])}, pairs.attrs()
+    told = {"answer": pairs.answer, "foil": pairs.foil, "group": pairs.groups}
+    coords = {name: ("example", [said[i] for i in kept]) for name, said in told.items() if said}
+    attrs = {"examples": len(kept), "mean_gap": float(gaps.mean()), "smallest_gap": float(gaps.abs().min())}
+    return coords, pairs.attrs() | attrs | {"flipped_gaps": int((gaps * gaps.mean() < 0).sum())}
+
+
+DIRECTIONS = ("noise", "denoise")
+
+
 def metric_words(foil: object) -> str:
     """What is read off each run, in words."""
     return "log-probability of the answer" if foil is None else "logit difference"
-
-
-def _gap(began: float, reached: float) -> float:
-    """The difference between the metrics of two prompts, where there is one."""
-    if abs(reached - began) < 1e-4:  # less than rounding leaves of it
-        raise error(
-            SiteError,
-            "both prompts give the same metric, so that there is no gap to explain",
-            got=f"{began:.4g}",
-            do="choose prompts that are answered differently",
-        )
-    return reached - began
-
-
-def _word(model: Model, token: str | int) -> str:
-    return token if isinstance(token, str) else model.to_words([token])[0]
-
-
-def _dataset(layouts: dict[str, Layout], shares: Tensor) -> xr.Dataset:
-    """The cells of all sites, cut apart and given their axes."""
-    import xarray as xr
-
-    variables: dict[str, tuple[tuple[str, str], object, dict[str, str]]] = {}
-    parts = shares.split([len(part.addresses) for part in layouts.values()])
-    for (site, part), x in zip(layouts.items(), parts, strict=True):
-        variables[site] = (part.dims, x.reshape(part.shape).double().numpy(), {"unit": "share of the gap"})
-    data = xr.Dataset(variables)  # pyright: ignore[reportArgumentType]
-    return data.assign_coords(layer=list(range(data.sizes["layer"])))
 
 
 def refuse_unknown(what: str, value: str, allowed: Sequence[str]) -> None:

@@ -6,10 +6,12 @@ Formula:  result_norm of a head = mean |scale * gain * centre(z W_O) / divisor|,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Site, at_least_float32
+from microtome.anatomy import NormWeights, Site, at_least_float32
 from microtome.method import Column, Kept, Seen, Source, Statistic, measure
 from microtome.model import Model
 from microtome.stream import ExampleMeans
@@ -37,29 +39,25 @@ class HeadNorms(Statistic):
     The branch's scale is included, and where a norm stands behind the branch that norm too, its divisor held.
     """
 
-    def __init__(self) -> None:
-        """The products of each head's output weights with themselves are made once a layer."""
+    def prepare(self, model: Model, layers: Sequence[int | None]) -> None:
+        """[head, d_head, d_head] G of |what a head adds|^2 = z G z, but for the divisor of a norm behind the branch."""
         self._grams: dict[int, Tensor] = {}
+        self._norms: dict[int, NormWeights | None] = {}
+        for layer in (layer for layer in layers if layer is not None):
+            weights, point = model.layers[layer], model.anatomy.hook_points[Site("attn_out", layer)]
+            write, after = at_least_float32(weights.W_O) * point.scale, weights.attn_post_norm
+            write = write if after is None else after.centre(write) * after.gain
+            self._grams[layer], self._norms[layer] = write @ write.transpose(1, 2), after
 
     def start(self, model: Model, layer: int | None) -> Kept:
         """The mean of every head."""
         return {"result_norm": ExampleMeans(model.anatomy.n_heads)}
 
-    def _gram(self, seen: Seen) -> Tensor:
-        """[head, d_head, d_head] G of |what a head adds|^2 = z G z, but for the divisor of a norm behind the branch."""
-        layer = seen.layer or 0
-        if layer not in self._grams:
-            weights, point = seen.model.layers[layer], seen.model.anatomy.hook_points[Site("attn_out", layer)]
-            write, after = at_least_float32(weights.W_O) * point.scale, weights.attn_post_norm
-            write = write if after is None else after.centre(write) * after.gain
-            self._grams[layer] = write @ write.transpose(1, 2)
-        return self._grams[layer]
-
     def update(self, kept: Kept, seen: Seen) -> None:
         """Take in one batch."""
-        z, weights = at_least_float32(seen["attn.z"]), seen.model.layers[seen.layer or 0]
-        norm = torch.einsum("bphd,hde,bphe->bph", z, self._gram(seen), z).clamp(min=0).sqrt()
-        after = weights.attn_post_norm
+        z, layer = at_least_float32(seen["attn.z"]), seen.layer or 0
+        norm = torch.einsum("bphd,hde,bphe->bph", z, self._grams[layer], z).clamp(min=0).sqrt()
+        after, weights = self._norms[layer], seen.model.layers[layer]
         if after is not None:
             raw = z.flatten(2) @ at_least_float32(weights.W_O).flatten(0, 1)
             norm = norm / after.scale(raw if weights.b_O is None else raw + weights.b_O).unsqueeze(-1)

@@ -97,6 +97,7 @@ class Column:
         interval: whether it is a mean over examples, with ends of its 95 % interval.
         test: whether a sign-flip p-value belongs to it too.
         shade: of a text column, the numeric column that colours it.
+        drawn: whether a result draws it; it is there in any case.
         title, chart, log: how pages draw it: its heading, the chart that it shares with others, a logarithmic axis.
     """
 
@@ -110,6 +111,7 @@ class Column:
     interval: bool = True
     test: bool = False
     shade: str = ""
+    drawn: bool = True
     title: str = ""
     chart: str = ""
     log: bool = False
@@ -120,7 +122,7 @@ class Column:
         told: dict[str, Any] = {"unit": self.unit, "meaning": self.meaning, "range": list(self.range)}
         told["control"] = "" if self.control.startswith(NONE) else self.control
         shown = {"shade": self.shade, "title": self.title, "chart": self.chart, "log": self.log}
-        return told | {name: value for name, value in shown.items() if value}
+        return told | {name: value for name, value in shown.items() if value} | ({} if self.drawn else {"drawn": False})
 
     def holds(self, name: str) -> bool:
         """Whether a variable of this name is one of the column's."""

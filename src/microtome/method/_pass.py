@@ -52,6 +52,9 @@ class Pass:
     def __init__(self, model: Model, bound: Sequence[Bound], look: Any, groups: Sequence[str] | None = None) -> None:
         self.model, self.bound, self.look = model, list(bound), look
         self.groups = None if groups is None else tuple(groups)
+        with torch.no_grad():
+            for one in self.bound:
+                one.statistic.prepare(model, one.layers)
         self._held: dict[int | None, dict[str, Tensor]] = {}
         self._waiting: dict[int | None, list[tuple[Bound, set[str]]]] = {}
 
@@ -160,15 +163,17 @@ class Pass:
     def _of_group(self, one: Bound, group: int | None) -> dict[str, Tensor]:
         """The columns of one group, layers stacked; empty where nothing of it was counted."""
         rows: dict[str, list[Tensor]] = {}
+        held: list[Kept] = []
         for layer in one.layers:
             kept = one.kept.get((group, layer))
             if kept is None:
                 return {}
-            ends = intervals(kept, one.measure.method.columns, current().seed)
-            for name, x in {**one.statistic.result(kept), **ends}.items():
+            held.append(kept)
+            for name, x in one.statistic.result(kept).items():
                 rows.setdefault(name, []).append(x)
-        stacked = one.layers != [None]
-        return {name: torch.stack(x) if stacked else x[0] for name, x in rows.items()}
+        ends = intervals(held, one.measure.method.columns, current().seed)
+        found = {name: torch.stack(x) for name, x in rows.items()} | ends
+        return found if one.layers != [None] else {name: x[0] for name, x in found.items()}
 
 
 def _dataset(

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint
 from typing import Protocol, runtime_checkable
 
-from microtome.catalogue import Entry, entries, points
+from microtome.catalogue import REGISTERED, Entry, entries, points
 from microtome.errors import ArgumentError, DeclarationError, error, nearest
 from microtome.method._declare import Kind, Method, validate
 
@@ -63,20 +63,18 @@ def register(declared: Declared) -> None:
                 what = f'the measure "{method.name}" has a column "{min(shared)}" that "{other.name}" has too'
                 raise error(DeclarationError, what, do="rename it")
     _DECLARED[method.name] = declared
+    REGISTERED[method.name] = Entry(method.name, method.kind, method.home, method.summary, method.command)
 
 
 def forget(name: str) -> None:
     """Take a declaration back; for tests and for reloading."""
     _DECLARED.pop(name, None)
+    REGISTERED.pop(name, None)
 
 
 def index() -> Mapping[str, Entry]:
-    """Every method that is known, by name: those of the package, of entry points, and those registered by hand."""
-    found = {name: replace(e, problem=_FAILED.get(name, "")) for name, e in entries().items()}
-    for name, made in _DECLARED.items():
-        m = made.method
-        found[name] = Entry(name, m.kind, m.home, m.summary, m.command)
-    return found
+    """Every method that is known, by name, with why it cannot be used, if it cannot."""
+    return {name: replace(e, problem=_FAILED.get(name, "")) for name, e in entries().items()}
 
 
 def declared(name: str) -> Declared:

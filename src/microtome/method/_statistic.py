@@ -7,7 +7,7 @@ mean and its interval; or a `Statistic`, which keeps accumulators of its own. Bo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from microtome.errors import DataError, error
 from microtome.method._declare import Column
 from microtome.model import Model
-from microtome.stream import ExampleMeans, TokenBatch
+from microtome.stream import ExampleMeans, TokenBatch, mean_interval
 
 Kept = dict[str, Any]
 """Accumulators by name; each is an `Accumulator` of `microtome.stream`."""
@@ -86,6 +86,10 @@ class Seen:
 class Statistic(ABC):
     """A measure that keeps accumulators of its own; arguments of the measure are those of its `__init__`."""
 
+    def prepare(self, model: Model, layers: Sequence[int | None]) -> None:
+        """Make what the weights alone determine, before the model runs: inside a forward its parts are hooked."""
+        return
+
     @abstractmethod
     def start(self, model: Model, layer: int | None) -> Kept:
         """Fresh accumulators, by name, for one layer (None: the whole model)."""
@@ -131,13 +135,16 @@ class MeanOverExamples(Statistic):
             held.update(x.reshape(*x.shape[: 2 if by_token else 1], *shape), seen.examples, mask)
 
 
-def intervals(kept: Kept, columns: tuple[Column, ...], seed: int) -> dict[str, Tensor]:
-    """The ends of the intervals, `_lo` and `_hi`, of the columns whose means were kept by example."""
+def intervals(layers: Sequence[Kept], columns: Sequence[Column], seed: int) -> dict[str, Tensor]:
+    """The ends `_lo` and `_hi` [layer, *unit] of columns whose means were kept by example, all layers at once."""
     found: dict[str, Tensor] = {}
     for column in columns:
-        held = kept.get(column.name)
-        if column.interval and isinstance(held, ExampleMeans):
-            found[f"{column.name}_lo"], found[f"{column.name}_hi"] = held.result().interval(seed=seed)
+        held = [kept.get(column.name) for kept in layers]
+        if column.interval and held and all(isinstance(one, ExampleMeans) for one in held):
+            means = [one.result() for one in held if isinstance(one, ExampleMeans)]
+            total = torch.stack([one.total for one in means], dim=1)
+            _, low, high = mean_interval(total, weights=means[0].count, seed=seed)
+            found[f"{column.name}_lo"], found[f"{column.name}_hi"] = low, high
     return found
 
 

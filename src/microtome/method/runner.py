@@ -147,7 +147,7 @@ def _measure(name: str) -> Measure:
 
 
 def _check_options(measures: Sequence[Measure], options: Mapping[str, Any]) -> None:
-    known = sorted({p.name for one in measures for p in (*one.parameters, *one.look_parameters)} - {"text"})
+    known = sorted({p.name for m in measures for p in (*m.parameters, *m.look_parameters) if p.argument is not None})
     for name in options:
         if name not in known:
             near = nearest(name, known)

@@ -110,7 +110,7 @@ def _check_shape(what: str, held: Tensor, needed: tuple[int, ...]) -> None:
             f"the {what} does not fit what is read",
             got=f"shape {list(held.shape)}",
             allowed=f"{list(needed)}, of at least so many prompts",
-            do="give a row for each prompt, and a place for each position",
+            do="give a row for each prompt, and a column for each position",
         )
 
 

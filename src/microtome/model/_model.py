@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import Anatomy, integer
-from microtome.edit import Edit, SiteEdit
+from microtome.edit import Edit, Frame, SiteEdit
 from microtome.errors import EditError, PromptError, error
 from microtome.metric import Metric
 from microtome.model._proof import IdentityCheck, prove
 from microtome.run import (
     Batch,
     Capture,
-    GenerationFrame,
+    Generation,
     LoadedModel,
     Observer,
     Plan,
@@ -79,7 +79,7 @@ class Model(LoadedModel):
         observe: Mapping[str, Observer] | None = None,
         budget: int | None = None,
     ) -> Run:
-        """Run the model once, keep what is named, and change what the edits say.
+        """Run the model once, keep what is named, and apply the edits.
 
         Args:
             prompt: text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], what a
@@ -127,10 +127,10 @@ class Model(LoadedModel):
             cells: each an edit, a list of edits, or an `Edge`, of one copy of one prompt; positions are that prompt's.
             metric: what to read, such as `LogitDifference`.
             prompts: the number of each cell's prompt; the first by default.
-            budget: bytes that one walk may hold; half of the free memory, at most 2 GiB, by default.
+            budget: memory limit per pass in bytes; half of the free memory, at most 2 GiB, by default.
 
         Returns:
-            A `Sweep`: its `plan` says what it will take; `run()` gives values and effects by cell, and the values of
+            A `Sweep`: its `plan` gives the cost; `run()` gives values and effects by cell, and the values of
             the unedited prompts.
 
         Raises:
@@ -145,7 +145,7 @@ class Model(LoadedModel):
         if lock_of(self.hf).active_edits:
             raise error(
                 EditError,
-                "a sweep cannot run inside `editing`, whose rows are not its cells",
+                "a sweep cannot run inside `editing`: its batch holds cells, not the rows of a prompt",
                 got=", ".join(map(repr, lock_of(self.hf).active_edits)),
                 do="put these edits into every cell",
             )
@@ -155,27 +155,27 @@ class Model(LoadedModel):
     def editing(self, *edits: Edit) -> Iterator[Model]:
         """Apply edits to every call inside the block, also to `generate` with its key/value cache.
 
-        In a generation, positions mean those of the prompt; ``@last`` is the newest token at every step, ``@prompt``
-        and ``@generated`` are what they say, and no positions means all. The edits are gone when the block is left,
-        also by an exception or Ctrl-C. An edit that never applied is warned of. The model is in evaluation mode inside
-        the block, and refuses other threads until it is left; a run of theirs is waited for.
+        In a generation, positions are those of the prompt; ``@last`` is the newest token at every step, ``@prompt``
+        and ``@generated`` are the tokens of the prompt and those after it, and no positions means all. The edits are
+        removed when the block is left, also by an exception or Ctrl-C; a warning names those that never applied. Inside
+        the block the model is in evaluation mode, and refuses other threads; a run of theirs is waited for.
 
         >>> with model.editing(Add("12.resid_post@last", direction, strength=4.0)):
         ...     print(model.generate("I think"))
         """
-        frame = GenerationFrame()
-        session = Session(self.hf, self.anatomy, frame, edits=edits, stands=True)
+        generation = Generation()
+        session = Session(self.hf, self.anatomy, Frame((), 0), edits=edits, active=True)
         calls = 0
 
         def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal calls
             calls += 1
-            frame.begin(args, kwargs)
+            session.frame = generation.frame(args, kwargs)
 
         def generate(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
             given = args[0] if args else next((x for x in named if x is not None), None)
-            with frame.generating(1 if given is None else len(given), kwargs.get("attention_mask")):
+            with generation.generating(1 if given is None else len(given), kwargs.get("attention_mask")):
                 return own(*args, **kwargs)
 
         session.hooks.before("", begin)
@@ -189,7 +189,7 @@ class Model(LoadedModel):
             warnings.warn(f"these edits never applied: {idle}", stacklevel=3)
 
     def generate(self, prompt: Prompt, *, max_new_tokens: int = 32, **options: Any) -> str | list[str]:
-        """Continue a text, or several; greedy unless told otherwise.
+        """Continue a text, or several; greedy by default.
 
         Args:
             prompt: one text or several.
@@ -201,7 +201,7 @@ class Model(LoadedModel):
 
         Raises:
             PromptError: the model has no tokenizer or looks both ways, the prompt is empty or leaves no room in the
-                context, or the options are none.
+                context, or the options are not those of a generation of text.
         """
         if not self.anatomy.causal:
             raise error(
@@ -239,9 +239,9 @@ class Model(LoadedModel):
             except (ValueError, TypeError) as problem:
                 if began:  # it is none of the options
                     raise
-                said = " ".join(str(problem).split())
+                reason = " ".join(str(problem).split())
                 raise error(
-                    PromptError, "transformers cannot generate this way", got=said, do="change options"
+                    PromptError, "transformers cannot generate this way", got=reason, do="change options"
                 ) from problem
         texts = [self.tokenizer.decode(row[batch.tokens.shape[1] :], skip_special_tokens=True) for row in out]
         return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts

@@ -112,7 +112,7 @@ def _usable(device: str | torch.device) -> torch.device:
     """A device that a tensor can be made on.
 
     Raises:
-        ModelError: there is no such device here.
+        ModelError: the device does not exist.
     """
     try:
         return torch.empty(0, device=device).device

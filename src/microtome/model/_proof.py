@@ -1,4 +1,4 @@
-"""The proof of a map: identities that hold if, and only if, every site is what its name says.
+"""The proof of a map: identities that hold if, and only if, every site is what it is named.
 
     1 inert       logits with every site watched equal plain logits, bit for bit, and each site is seen once a forward
     2 residual    resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out (or the block's own form)
@@ -65,7 +65,7 @@ class _Prover:
         factor: float = 1.0,
         axes: tuple[int, ...] = (-1,),
     ) -> None:
-        """Compare at every position apart: one huge activation must not make the others' gaps look small."""
+        """Compare each position separately: one huge activation must not make the others' gaps look small."""
         if got.shape != expected.shape:
             note = f"got shape {list(got.shape)}, expected {list(expected.shape)}"
             self.checks.append(IdentityCheck(identity, where, "fails", float("inf"), self.tolerance, note))
@@ -97,7 +97,7 @@ class _Prover:
     def module(self, path: str | None) -> Callable[[Tensor], Tensor]:
         return (lambda x: x) if path is None else self.model.hf.get_submodule(path)
 
-    def run_forward(self, seen: Mapping[str, int]) -> None:
+    def runs_once(self, seen: Mapping[str, int]) -> None:
         """A module that runs several times a forward is several sites by one name."""
         for site, times in seen.items():
             if times > 1:
@@ -184,7 +184,7 @@ class _Prover:
         norm = self.model.final_norm
         trunk = self.parts.layers[0].block.rpartition(".")[0].rpartition(".")[0]
         if norm is None:
-            self.skip("6 unembed", "final", "the head has a transform of its own, or no norm stands before it")
+            self.skip("6 unembed", "final", "the head has a transform of its own, or no norm precedes it")
         elif final.shape[-1] != last.shape[-1]:
             self.skip("6 unembed", "final", f"{trunk} projects the stream to another width before the unembedding")
         else:
@@ -286,7 +286,7 @@ def prove(model: LoadedModel) -> list[IdentityCheck]:
             return [_broken(model, tokens, sites, problem)]
         prover = _Prover(model, run, plain)
         prover.attempt("1 inert", "logits", prover.inert)
-        prover.run_forward(seen)
+        prover.runs_once(seen)
         prover.attempt("5 attention", "causal", lambda: prover.causal(tokens))
         for i in range(a.n_layers):
             prover.attempt("2 residual", f"{i}.resid_post", lambda i=i: prover.residual(i))
@@ -316,7 +316,7 @@ def _plain(model: LoadedModel, tokens: Tensor) -> Tensor:
         kind = "" if usual else f" in {str(model.dtype).removeprefix('torch.')}"  # not every kernel takes every type
         raise error(
             ModelUnsupported,
-            f"{model.anatomy.name} cannot run {tokens.shape[1]} tokens{kind}, watched by nobody",
+            f"{model.anatomy.name} cannot run {tokens.shape[1]} tokens{kind} even without hooks",
             got=_said(problem),
             do="open a language model that runs on token ids alone" if usual else "open it in float32",
         ) from problem

@@ -94,7 +94,7 @@ def placed(model: Model, tokens: Tensor, positions: Tensor) -> Set:
 
 
 def writes(model: Model, tokens: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
-    """What every node but the output adds to the residual stream, [batch, pos, d_model] each, biases of W_O apart.
+    """What each node but the output adds to the residual stream [batch, pos, d_model], without the biases of W_O.
 
     Args:
         model: a planted model.

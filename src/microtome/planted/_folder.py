@@ -187,7 +187,7 @@ def _written_config(hf: Any) -> dict[str, Any]:
 
 
 def _parameters(hf: Any) -> dict[str, tuple[nn.Parameter, str, int]]:
-    """Every parameter by its standard name, with how it is turned round: as it is, transposed, or by heads."""
+    """Every parameter by its standard name, with its layout: as it is, transposed, or split by heads."""
     n = hf.config.num_attention_heads
     found: dict[str, tuple[nn.Parameter, str, int]] = {
         "embed.W_E": (hf.model.embed_tokens.weight, "same", n),
@@ -253,7 +253,7 @@ def _read_arrays(path: Path, config: PlantedConfig) -> dict[str, Tensor]:
             raise error(ModelBroken, f"{path} has no array {name}", allowed=f"shape {shape}", do="add it")
         got = list(found[name].shape)
         if got != shape:
-            do = "mend the array or config.json"
+            do = "correct the array or config.json"
             raise error(ModelBroken, f"the array {name} in {path} is misshapen", got=got, allowed=shape, do=do)
     unknown = [name for name in found if name not in wanted and not name.endswith(_IGNORED)]
     if unknown:

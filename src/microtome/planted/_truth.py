@@ -1,4 +1,4 @@
-"""The words in which a circuit is told: nodes, and edges from what a node writes to what another reads.
+"""How a circuit is described: nodes, and edges from what a node writes to what another reads.
 
     nodes    embed, pos_embed, L{i}.head.{h}, L{i}.mlp, output
     edges    (sender, receiver, input): input is q, k or v of a head, and in for an MLP and the output

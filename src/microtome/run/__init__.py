@@ -9,12 +9,12 @@ from microtome.run._fingerprint import Fingerprint as Fingerprint
 from microtome.run._forward import Capture as Capture
 from microtome.run._forward import addresses as addresses
 from microtome.run._forward import run_forward as run_forward
+from microtome.run._generation import Generation as Generation
 from microtome.run._plan import FIXED as FIXED
 from microtome.run._plan import Plan as Plan
 from microtome.run._plan import free_memory as free_memory
 from microtome.run._plan import in_bytes as in_bytes
 from microtome.run._plan import plan_of as plan_of
 from microtome.run._result import Run as Run
-from microtome.run._session import GenerationFrame as GenerationFrame
 from microtome.run._session import Observer as Observer
 from microtome.run._session import Session as Session

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Indices, Rule, integer
-from microtome.errors import PromptError, SiteError, error
+from microtome.anatomy import integer
+from microtome.edit import Frame, Span
+from microtome.errors import PromptError, error
 
 SIDES = ("left", "right")
 
@@ -35,13 +37,13 @@ class Batch:
                 do="let model.to_batch make it",
             )
 
-    @property
-    def padded(self) -> bool:
-        """Whether any row is shorter than the batch is wide."""
-        return any(n != self.tokens.shape[1] for n in self.lengths)
+    @cached_property
+    def frame(self) -> Frame:
+        """Its rows and columns."""
+        return Frame(self.spans, self.tokens.shape[1])
 
     @property
-    def spans(self) -> tuple[tuple[int, int], ...]:
+    def spans(self) -> tuple[Span, ...]:
         """The first column and the number of the real tokens of every row."""
         return tuple(zip(self.pads, self.lengths, strict=True))
 
@@ -51,12 +53,14 @@ class Batch:
         return [row[first : first + n] for row, (first, n) in zip(self.tokens, self.spans, strict=True)]
 
     @property
+    def padded(self) -> bool:
+        """Whether any row is shorter than the batch is wide."""
+        return self.frame.padded
+
+    @property
     def mask(self) -> Tensor:
         """[batch, pos] True at real tokens."""
-        column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        start = torch.tensor(self.pads, device=self.tokens.device).unsqueeze(1)
-        length = torch.tensor(self.lengths, device=self.tokens.device).unsqueeze(1)
-        return (column >= start) & (column < start + length)
+        return self.frame.real(self.tokens.shape[1], self.tokens.device).expand(self.tokens.shape)
 
     def inputs(self, takes_positions: bool, first_position: int = 0) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward. Nothing but the tokens where nothing is padded."""
@@ -66,38 +70,6 @@ class Batch:
         if takes_positions and any(self.pads):
             inputs["position_ids"] = (self.mask.long().cumsum(1) - 1).clamp(min=0) + first_position
         return inputs
-
-    def columns(self, positions: Indices | Rule) -> Tensor | None:
-        """Columns [batch, n] of the selected positions of each row, counted over its real tokens; None for all.
-
-        Raises:
-            SiteError: a position lies beyond a row, or the rule selects nothing in a run.
-        """
-        if positions == "prompt" or (isinstance(positions, Indices) and positions.is_all):
-            return None
-        if positions == "generated":
-            raise error(
-                SiteError, '"@generated" selects nothing in a run', do="use it with generate, or name positions"
-            )
-        rows: list[list[int]] = []
-        for row, (length, pad) in enumerate(zip(self.lengths, self.pads, strict=True)):
-            chosen = [length - 1] if isinstance(positions, str) else positions.resolve(length)
-            if chosen is None:
-                raise error(
-                    SiteError,
-                    f"no positions @{positions} in row {row}",
-                    allowed=f"0 to {length - 1}, or -{length} to -1",
-                    do="choose positions inside the prompt",
-                )
-            rows.append([pad + p for p in chosen])
-        if len({len(r) for r in rows}) > 1:
-            raise error(
-                SiteError,
-                f"@{positions} selects different numbers of positions in different rows",
-                got=str([len(r) for r in rows]),
-                do="count from one end, or run rows of one length",
-            )
-        return torch.tensor(rows, device=self.tokens.device)
 
 
 Prompt = (
@@ -121,7 +93,7 @@ def to_batch(
 
     Raises:
         PromptError: the prompt is empty, longer than the context, holds ids outside the vocabulary, or is text while
-            the model has no tokenizer; or there is no such side.
+            the model has no tokenizer; or the side is neither left nor right.
     """
     if side not in SIDES:
         do = "name one of these"

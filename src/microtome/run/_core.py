@@ -1,4 +1,4 @@
-"""A model that is loaded and mapped: its parts, weights, words and provenance. What runs it stands on this."""
+"""A model that is loaded and mapped: its parts, weights, tokenizer and provenance."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class LoadedModel:
             scale: [...] divisor of the final norm, to hold it fixed; its own by default.
 
         Raises:
-            SiteError: no final norm of a known form stands before the unembedding (encoders, for one).
+            SiteError: no final norm of a known form precedes the unembedding (encoders, for one).
         """
         norm = self.final_norm
         if norm is None or self.W_U.shape[0] != self.anatomy.d_model:

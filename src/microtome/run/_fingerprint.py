@@ -1,4 +1,4 @@
-"""The fingerprint of a model: what its configuration says of its numbers, and every one of its weights as it is now.
+"""The fingerprint of a model: a hash of its configuration and of all weights as they are now.
 
 Formula:  the first 16 hex digits of SHA-256 over the configuration, without what changes no number, and name, type,
           shape and CRC-32 of every tensor.
@@ -98,7 +98,7 @@ def tensors_of(module: Any) -> list[Tensor]:
 
 
 def _told(config: Any) -> str:
-    """What a configuration says of the numbers that its model computes, one text whatever the order of its entries."""
+    """The entries of a configuration that affect the numbers of its model, as one text in a fixed order."""
     return json.dumps(_loud(json.loads(config.to_json_string(use_diff=False))), sort_keys=True)
 
 

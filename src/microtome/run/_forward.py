@@ -1,4 +1,4 @@
-"""One run: sites captured, edits done, and whatever could not happen in it refused."""
+"""One run: sites captured, edits applied, and requests that it could not fulfil refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from microtome.run._batch import Batch, Prompt
 from microtome.run._core import LoadedModel
 from microtome.run._plan import plan_of, refuse_if_over
 from microtome.run._result import Run
-from microtome.run._session import Observer, PromptFrame, Session, Stop
+from microtome.run._session import Observer, Session, Stop
 from microtome.run.hook._lock import lock_of
 
 Capture = str | Address | Sequence[str | Address]
@@ -83,21 +83,19 @@ def run_forward(
     edits = [*_start(model, batch, start_at, given), *edits]
     plan = plan_of(model, batch, captures, logits=logits, grad=grad, pace=model.pace)
     refuse_if_over(plan, budget, model.device)
-    frame = PromptFrame(batch)
     session = Session(
-        model.hf, model.anatomy, frame, edits=edits, captures=captures, observers=watchers, grad=grad,
+        model.hf, model.anatomy, batch.frame, edits=edits, captures=captures, observers=watchers, grad=grad,
         first=start_at or 0,
     )  # fmt: skip
     for address in captures:
-        frame.columns(address.positions)
+        batch.frame.columns_of(address.positions)
     _end(model, session, stop_at, logits)
     output = _forward(model, session, batch, edits, grad)
     if strict:
         _refuse_idle(session, [*captures, *watchers])
-    return Run(
-        model.anatomy, batch, None if output is None else output.logits, session.captured, session.nodes,
-        model.to_words, model.provenance,
-    )  # fmt: skip
+    captured, nodes = session.take()
+    given = None if output is None else output.logits
+    return Run(model.anatomy, batch, given, captured, nodes, model.to_words, model.provenance)
 
 
 @dataclass
@@ -255,24 +253,24 @@ def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence
         except Stop:
             return None
     took = time.perf_counter() - started
-    if not uncached:  # a forward of another number of layers says nothing about the pace of a whole one
+    if not uncached:  # the pace is that of whole forwards
         model.pace = plan_of(model, batch, [], logits=True, grad=False, pace=1.0).seconds / took
     return output
 
 
 def _enough(anatomy: Anatomy, address: Address, reached: set[Site]) -> bool:
-    """Whether a run that reached some sites of an address did what it says: all that are named, or any of ``*``."""
+    """Whether a run reached an address: all of its sites if layers are named, any of them for ``*``."""
     named = address.layers is None or not address.layers.is_all
     here = reached.intersection(anatomy.sites(address))
     return bool(here) and (not named or len(here) == len(set(anatomy.sites(address))))
 
 
 def _refuse_idle(session: Session, seen: Sequence[Address]) -> None:
-    """Refuse what was named and never came by, such as sites inside a block that was skipped.
+    """Refuse addresses and edits that were never reached, such as sites inside a skipped block.
 
     Raises:
-        SiteError: a capture, or something observed, did not.
-        EditError: an edit did not.
+        SiteError: a captured or observed address was not.
+        EditError: an edit was not.
     """
     for address in seen:
         if not _enough(session.anatomy, address, session.visited):

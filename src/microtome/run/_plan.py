@@ -1,4 +1,4 @@
-"""What a run would keep and take, known before it runs."""
+"""The memory and time of a run, known before it runs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def refuse_if_over(plan: Plan, budget: int | None, device: torch.device) -> None
     """Refuse a run that would keep more than it may.
 
     Raises:
-        BudgetError: says by how much, and which address takes most.
+        BudgetError: names the excess, and the address that takes most.
     """
     allowed = int(0.8 * free_memory(device)) if budget is None else budget
     if plan.bytes <= allowed:

@@ -1,8 +1,9 @@
-"""What a run gives back: logits, and the tensors that were asked for, by address and with their axes."""
+"""The result of a run: logits and captured tensors, by address and with their axes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ class Run:
         """The tensor of an address; several layers are stacked along a first axis, ``*`` those that were captured.
 
         Raises:
-            SiteError: it was not captured; says what was.
+            SiteError: it was not captured; names what was.
         """
         parsed = parse(address)
         if parsed.name == "logits" and parsed not in self.captured and self._logits is not None:
@@ -129,7 +130,8 @@ class Run:
                     do="choose units that exist",
                 )
             units = torch.tensor(chosen, device=x.device)
-        return canonical(Selection(site, None, self.batch.columns(address.positions), units).cut(full), site)
+        (frame,) = self.batch.frame.select(address.positions, None, full.shape[1], full.device)
+        return canonical(Selection(site, units, frame).cut(full), site)
 
     def dims(self, address: str | Address) -> tuple[str, ...]:
         """The names of the axes of ``run[address]``."""
@@ -184,7 +186,7 @@ class Run:
         if spec.unit != "batch":
             units = None if address.units.is_all else address.units.resolve(self.anatomy.units(sites[0]))
             coords[spec.unit] = units or list(range(x.shape[dims.index(spec.unit)]))
-        columns = self.batch.columns(address.positions)
+        columns = self.batch.frame.columns_of(address.positions, self.tokens.device)
         whole = [dim for dim in dims if dim == "k_pos" or (dim == spec.pos and columns is None)]
         for dim in whole:
             coords[dim] = self._labels(None)
@@ -200,10 +202,10 @@ class Run:
 
     def _labels(self, columns: Tensor | None) -> list[int] | None:
         """Positions of columns over the real tokens, from the start or else from the end; None where rows disagree."""
-        pads, lengths = torch.tensor(self.batch.pads).unsqueeze(1), torch.tensor(self.batch.lengths).unsqueeze(1)
-        if columns is None:
-            columns = torch.arange(self.tokens.shape[1]).expand(len(pads), -1)
-        for positions in (columns.cpu() - pads, columns.cpu() - pads - lengths):
+        frame = replace(self.batch.frame, columns=columns)
+        device = self.tokens.device
+        from_start = frame.positions(self.tokens.shape[1], device)
+        for positions in (from_start, from_start - torch.tensor(self.batch.lengths, device=device).unsqueeze(1)):
             if bool((positions == positions[:1]).all()):
                 return positions[0].tolist()
         return None

@@ -1,4 +1,4 @@
-"""A session: edits and captures, compiled against an anatomy into a rig.
+"""A session: edits and captures, compiled against an anatomy into a hook set.
 
 Order is the model's: sites are visited as the forward reaches them, and at one site edits come before captures, in the
 order they were given.
@@ -6,18 +6,16 @@ order they were given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Address, Anatomy, Indices, Rule, Site
-from microtome.edit import Edit, Freeze, Repeat, ScaleBlock, Selection, SiteEdit, Skip, apply, canonical
+from microtome.anatomy import Address, Anatomy, Site
+from microtome.edit import Edit, Frame, Freeze, Repeat, ScaleBlock, Selection, SiteEdit, Skip, apply, canonical
 from microtome.errors import EditError, SiteError, error
-from microtome.run._batch import Batch
 from microtome.run.hook._frozen import freeze
 from microtome.run.hook._hooks import HookSet
 from microtome.run.hook._layer_paths import layer_paths
@@ -28,154 +26,6 @@ Observer = Callable[[Site, Tensor], None]
 
 class Stop(Exception):
     """Raised inside a forward to end it where nothing more is wanted; caught by the run."""
-
-
-@runtime_checkable
-class Frame(Protocol):
-    """Knows the forward that is under way: its shape, and which columns a position names."""
-
-    def shape(self) -> tuple[int, int]:
-        """Batch and width."""
-        ...
-
-    def columns(self, positions: Indices | Rule) -> Tensor | None:
-        """The columns [batch, n] of positions, counted from the first token ever seen (None: all there are)."""
-        ...
-
-    def tokens(self) -> tuple[tuple[int, int], ...]:
-        """The first column and the number of tokens of every row of the prompt."""
-        ...
-
-    def end(self) -> int:
-        """How many columns there are, those of earlier forwards included."""
-        ...
-
-    def prompt(self) -> int:
-        """How many of them are the prompt's."""
-        ...
-
-    def beams(self) -> int:
-        """How many rows of a forward there are for each row of the prompt, one after another."""
-        ...
-
-
-class PromptFrame:
-    """The flow of a single forward over a known batch."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self._known: dict[Indices | Rule, Tensor | None] = {}
-
-    def shape(self) -> tuple[int, int]:
-        """Batch and width."""
-        rows, width = self.batch.tokens.shape
-        return rows, width
-
-    def columns(self, positions: Indices | Rule) -> Tensor | None:
-        """The columns of the positions, found once."""
-        if positions not in self._known:
-            self._known[positions] = self.batch.columns(positions)
-        return self._known[positions]
-
-    def tokens(self) -> tuple[tuple[int, int], ...]:
-        """Pads and lengths."""
-        return self.batch.spans
-
-    def end(self) -> int:
-        """The width."""
-        return self.batch.tokens.shape[1]
-
-    def prompt(self) -> int:
-        """The width."""
-        return self.batch.tokens.shape[1]
-
-    def beams(self) -> int:
-        """One."""
-        return 1
-
-
-class GenerationFrame:
-    """The flow of calls that are not ours, such as generation, with a key/value cache or without.
-
-    The first forward of a generation reads the prompt, and positions mean the prompt's ever after. `generated` names
-    what came after it; `last` names every token that was the newest when it was computed: the prompt's last one, and
-    all that came after it. A forward outside of `generate` that has no cache is a prompt of its own.
-    """
-
-    def __init__(self) -> None:
-        self._shape, self._end = (0, 0), 0
-        self._prompt: Batch | None = None
-        self._mask: Tensor | None = None
-        self._generating, self._prompts = False, 0
-
-    @contextmanager
-    def generating(self, prompts: int, mask: Tensor | None) -> Iterator[None]:
-        """Take the forwards of this block for those of one generation from prompts with this mask [batch, pos]."""
-        outer = self._generating, self._prompts, self._prompt, self._mask
-        self._generating, self._prompts, self._prompt, self._mask = True, prompts, None, mask
-        try:
-            yield
-        finally:
-            self._generating, self._prompts, self._prompt, self._mask = outer
-
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at the arguments of the model's forward."""
-        tokens = kwargs.get("input_ids")
-        tokens = tokens if tokens is not None else (args[0] if args else kwargs.get("inputs_embeds"))
-        assert tokens is not None
-        cache = kwargs.get("past_key_values")
-        before = 0 if cache is None else int(cache.get_seq_length())
-        self._shape = (int(tokens.shape[0]), int(tokens.shape[1]))
-        self._end = before + self._shape[1]
-        if self._prompt is None or not (before or self._generating):
-            mask = self._mask_of(kwargs.get("attention_mask"))
-            mask = torch.ones(self._shape[0], self._end, device=tokens.device) if mask is None else mask
-            first = mask.int().argmax(1).tolist()
-            shown = torch.zeros(mask.shape, dtype=torch.long, device=tokens.device)
-            self._prompt = Batch(shown, tuple(mask.int().sum(1).tolist()), tuple(first))
-
-    def _mask_of(self, mask: object) -> Tensor | None:
-        """[batch, pos] True at real tokens: a forward's, or the call's where a static cache gave it another form."""
-        rows, end = self._shape[0], self._end
-        if isinstance(mask, Tensor) and mask.shape == (rows, end):
-            return mask
-        given = self._mask
-        if given is None or given.dim() != 2 or given.shape[1] != end or rows % given.shape[0]:
-            return None
-        return given.repeat_interleave(rows // given.shape[0], dim=0)  # each prompt has as many rows as it has beams
-
-    def shape(self) -> tuple[int, int]:
-        """Batch and width of the forward under way."""
-        return self._shape
-
-    def tokens(self) -> tuple[tuple[int, int], ...]:
-        """Pads and lengths of the prompt."""
-        return () if self._prompt is None else self._prompt.spans
-
-    def end(self) -> int:
-        """The width of all that was seen."""
-        return self._end
-
-    def prompt(self) -> int:
-        """The width of the first forward."""
-        return 0 if self._prompt is None else self._prompt.tokens.shape[1]
-
-    def beams(self) -> int:
-        """Beams, or sequences, of a generation."""
-        return max(1, self._shape[0] // self._prompts) if self._generating else 1
-
-    def columns(self, positions: Indices | Rule) -> Tensor | None:
-        """Columns of all that was seen."""
-        assert self._prompt is not None
-        shown = self._prompt.tokens
-        rows, width = shown.shape
-        added = torch.arange(width, self._end, device=shown.device).expand(rows, -1)
-        if positions == "generated":
-            return added
-        if positions == "prompt":
-            return torch.arange(width, device=shown.device).expand(rows, -1)
-        columns = self._prompt.columns(positions)
-        return torch.cat([columns, added], dim=1) if positions == "last" and columns is not None else columns
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -231,7 +81,7 @@ class Session:
         captures: Sequence[Address] = (),
         observers: Mapping[Address, Observer] | None = None,
         grad: bool = False,
-        stands: bool = False,
+        active: bool = False,
         first: int = 0,
     ) -> None:
         self.model, self.anatomy, self.frame, self.grad = model, anatomy, frame, grad
@@ -240,7 +90,7 @@ class Session:
         self.fired: set[tuple[int, Site]] = set()
         self.visited: set[Site] = set()
         self._first = first
-        self.hooks = HookSet(model, anatomy.attention, anatomy.n_heads, edits if stands else None)
+        self.hooks = HookSet(model, anatomy.attention, anatomy.n_heads, edits if active else None)
         self.site_edits = [edit for edit in edits if isinstance(edit, SiteEdit)]
         for edit in edits:
             self._install_other(edit)
@@ -259,11 +109,23 @@ class Session:
         for site in sorted(visitors, key=anatomy.order):
             visitor = visitors[site]
             changes = bool(visitor.edits) or grad
-            install(self.hooks, model, site, anatomy.hook_points[site], visitor, frame.shape, changes)
+            install(self.hooks, model, site, anatomy.hook_points[site], visitor, self._shape, changes)
+
+    def _shape(self) -> tuple[int, int]:
+        """Rows and columns of the forward under way."""
+        return self.frame.shape
 
     def _sites(self, address: Address) -> list[Site]:
         """The sites of an address in the layers that are computed."""
         return [s for s in self.anatomy.sites(address) if s.layer is None or s.layer >= self._first]
+
+    def take(self) -> tuple[dict[Address, Tensor], dict[Site, Tensor]]:
+        """What was captured, with the nodes of its gradients; the session keeps none of it.
+
+        Session and hooks refer to each other, so what it kept would stay in memory until the next garbage collection.
+        """
+        captured, nodes, self.captured, self.nodes = self.captured, self.nodes, {}, {}
+        return captured, nodes
 
     def _visitor(self, visitors: dict[Site, _Visitor], site: Site) -> _Visitor:
         place, first = site, Site("attn.scale", site.layer)
@@ -277,7 +139,7 @@ class Session:
         if isinstance(edit, Skip | Repeat | ScaleBlock):
             layer_paths(self.hooks, self.anatomy, edit)
         elif isinstance(edit, Freeze):
-            freeze(self.hooks, self.model, self.anatomy, edit, self.frame.shape)
+            freeze(self.hooks, self.model, self.anatomy, edit, self._shape)
         elif not isinstance(edit, SiteEdit):
             raise error(EditError, "not an edit", got=repr(edit), allowed="the edits of microtome", do="pass an edit")
 
@@ -297,41 +159,9 @@ class Session:
         return torch.tensor(chosen, device=x.device)
 
     def places(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> list[Selection]:
-        """Where an edit applies in the forward under way; nowhere, and it is an empty list.
-
-        One place serves all rows, unless a cache has dropped what is named of some rows and not of others.
-        """
-        batch, width = canonical(x, site).shape[:2]
-        chosen = None if rows is None else self._rows(rows, batch, site).to(x.device)
-        # A static cache holds columns that are not there yet; nothing begins before the first.
-        frame = self.frame
-        columns, offset = frame.columns(address.positions), max(frame.end() - width, 0)
-        units = self.units(address, x, site)
-
-        def place(of: Tensor | None, at: Tensor | None) -> Selection:
-            return Selection(site, of, at, units, None, offset, frame.tokens(), frame.end(), frame.prompt())
-
-        if columns is None or columns.shape[1] == 0:
-            return [place(chosen, None)] if columns is None else []
-        if offset == 0:
-            return [place(chosen, columns)]
-        # This tensor may begin later: a cache holds the columns before it, or only the last logits are computed.
-        columns = columns - offset
-        kinds, of_row = (columns >= 0).unique(dim=0, return_inverse=True)
-        if len(kinds) == 1:
-            columns = columns[:, kinds[0]]
-            return [place(chosen, columns)] if columns.shape[1] else []
-        every = torch.arange(batch, device=x.device) if chosen is None else chosen
-        parts = [(every[of_row[every] == k], columns[:, kind].clamp(min=0)) for k, kind in enumerate(kinds)]
-        return [place(of, at) for of, at in parts if len(of) and at.shape[1]]
-
-    def _rows(self, rows: tuple[int, ...], batch: int, site: Site) -> Tensor:
-        """The rows of a forward that rows of the prompt are; all beams of a prompt are its rows."""
-        beams = self.frame.beams()
-        if not all(0 <= r < batch // beams for r in rows):
-            allowed = f"0 to {batch // beams - 1}"
-            raise error(EditError, f"no rows {rows} at {site}", allowed=allowed, do="choose rows of the batch")
-        return (torch.tensor(rows).unsqueeze(1) * beams + torch.arange(beams)).flatten()
+        """The parts of x that an address names in the forward under way; see `Frame.select`."""
+        width, units = canonical(x, site).shape[1], self.units(address, x, site)
+        return [Selection(site, units, cut) for cut in self.frame.select(address.positions, rows, width, x.device)]
 
     def cut(self, x: Tensor, site: Site, address: Address) -> Tensor:
         """The part of a tensor that an address names; the tensor itself where it names all."""

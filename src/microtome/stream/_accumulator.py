@@ -219,7 +219,9 @@ def require_finite(rows: Tensor, shape: tuple[int, ...], where: str) -> None:
     at = tuple(int(i) for i in torch.unravel_index(torch.tensor(unit), shape)) if len(shape) > 1 else unit
     row = int(bad[:, unit].nonzero()[0])
     what = f"{where}: {int(bad.sum())} of {bad.numel()} values are not finite, the first in unit {at}"
-    raise error(DataError, what, got=rows[row, unit].item(), do="mask those rows, or mend the run that made them")
+    raise error(
+        DataError, what, got=rows[row, unit].item(), do="mask those rows, or correct the run that produced them"
+    )
 
 
 def blocks(rows: Tensor, values: int = _BLOCK) -> Iterator[Tensor]:

@@ -88,8 +88,8 @@ class TokenBatches:
     Args:
         corpus: the documents.
         tokenizer: called as `tokenizer(text, add_special_tokens=False)["input_ids"]`.
-        length: tokens a row.
-        rows: rows a batch; the last batch may have fewer.
+        length: tokens per row.
+        rows: rows per batch; the last batch may have fewer.
         tokens: how many tokens to take from the corpus, all of them by default.
 
     Attributes:

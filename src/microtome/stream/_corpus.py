@@ -4,7 +4,7 @@ Every machine has some: `standard_library_text` (English prose about Python) and
 JSON lines or Parquet file is read by `read_text`, the last two a document at a time, so that they may be larger than
 memory.
 
-Cost:  one pass over the bytes for the checksum; a file of lines or columns is read anew on each iteration.
+Cost:  one pass over the bytes for the checksum; a file of lines or columns is read again on each iteration.
 Check: tests/unit/test_stream_corpus.py.
 """
 
@@ -65,7 +65,7 @@ class Corpus:
         if not any(text.strip() for text in texts):
             raise error(DataError, f'corpus "{name}" has no text', got=f"{len(texts)} documents")
         if len(names) not in (1, len(texts)):
-            got, allowed = f"{len(names)} groups for {len(texts)} documents", "one for all, or one a document"
+            got, allowed = f"{len(names)} groups for {len(texts)} documents", "one for all, or one per document"
             raise error(DataError, f'corpus "{name}": the groups do not fit', got=got, allowed=allowed)
         return cls(name, texts, names, _sha256(texts))
 
@@ -161,7 +161,7 @@ def read_text(path: str | os.PathLike[str], *, field: str = "text", paragraphs: 
 
 
 def _documents(path: Path, field: str, paragraphs: bool) -> Iterable[str]:
-    """The documents of a file: in memory for `.txt`, read anew on each iteration for the others."""
+    """The documents of a file: in memory for `.txt`, read again on each iteration for the others."""
     if path.suffix.lower() == ".jsonl":
         return JsonLines(path, field)
     if path.suffix.lower() == ".parquet":

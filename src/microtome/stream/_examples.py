@@ -17,7 +17,6 @@ from torch import Tensor
 
 from microtome.errors import DataError, error
 from microtome.stream._accumulator import Accumulator, as_shape, check_mask, require_finite
-from microtome.stream._interval import mean_interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +42,6 @@ class ExampleMeansResult:
     def each(self) -> Tensor:
         """The mean of each example [example, *shape]."""
         return self.total / self.count.reshape(-1, *[1] * (self.total.dim() - 1))
-
-    def interval(self, *, level: float = 0.95, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """The ends of the interval of the mean over examples, as `mean_interval` gives it; NaN with one example."""
-        _, low, high = mean_interval(self.total, weights=self.count, level=level, seed=seed)
-        return low, high
 
 
 class ExampleMeans(Accumulator):

@@ -48,7 +48,7 @@ class Firing(Accumulator):
 
     Args:
         shape: the axes of one row.
-        threshold: one number, or one a unit (a tensor of `shape`). It is rounded to the dtype of the values it is
+        threshold: one number, or one per unit (a tensor of `shape`). It is rounded to the dtype of the values it is
             compared with. Strictly above counts as firing. 0 is the sign of an activation.
     """
 

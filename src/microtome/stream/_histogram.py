@@ -56,7 +56,7 @@ class Histogram(Accumulator):
 
     @classmethod
     def uniform(cls, units: int, lo: float | Tensor, hi: float | Tensor, bins: int) -> Self:
-        """A histogram of `bins` equal bins from `lo` to `hi`, each one number or one a unit [unit]."""
+        """A histogram of `bins` equal bins from `lo` to `hi`, each one number or one per unit [unit]."""
         low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (lo, hi))
         (steps,) = as_shape(bins)
         share = torch.arange(steps + 1, dtype=torch.float64) / steps

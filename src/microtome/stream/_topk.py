@@ -33,7 +33,7 @@ class TopResult:
 
 
 class TopExamples(Accumulator):
-    """The k rows in which each unit peaks highest, one peak a row.
+    """The k rows in which each unit peaks highest, one peak per row.
 
     For the lowest, update a second one with the negated values. A row given twice is kept twice.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import Address, NormWeights, Site, parse
-from microtome.edit import Add, Set, SiteEdit, Source
+from microtome.edit import Add, Frame, Set, SiteEdit, Source
 from microtome.errors import EditError, SiteError, error
 from microtome.run import LoadedModel, Run, run_forward
 
@@ -83,7 +83,7 @@ class Edge:
             raise error(
                 EditError,
                 f"{self.sender} does not come before {self.receiver}",
-                do="name a sender whose output the receiver reads",
+                do="name a sender of an earlier layer, or an attention head of the receiving MLP's layer",
             )
 
     @property
@@ -117,7 +117,7 @@ class _Placed:
 
 
 def bytes_of_edges(model: LoadedModel, edges: Sequence[tuple[Edge, int]], lengths: Sequence[int]) -> int:
-    """What edges, each with the number of its prompt, hold beside their cells: the base run, changes, and outputs."""
+    """Bytes of edges, each with the number of its prompt, in addition to their cells: base run, changes, outputs."""
     if not edges:
         return 0
     a = model.anatomy
@@ -162,7 +162,7 @@ def _set(site: str, new: Tensor, own: Tensor) -> SiteEdit:
 
 
 class Edges:
-    """Turns edges over prompts of one length into ordinary cells."""
+    """Converts edges over prompts of one length into ordinary cells."""
 
     def __init__(self, model: LoadedModel, tokens: Tensor, prompts: Sequence[int]) -> None:
         """Run prompts, tokens [prompt, pos] by their numbers, and keep what senders write and branches read."""
@@ -188,7 +188,7 @@ class Edges:
         """An ordinary edit for every edge of a prompt, in their order.
 
         Raises:
-            SiteError: a sender, receiver or source has no such site.
+            SiteError: the model or the source lacks a site of a sender or receiver.
             EditError: in a parallel block an MLP does not read its own layer's attention.
         """
         found: list[SiteEdit | None] = [None] * len(edges)
@@ -246,7 +246,7 @@ class Edges:
         else:
             there = self._of(placed, site, here).to(device=here.device, dtype=here.dtype)
             new = self._written(site, here, there, int((sender.units.resolve(here.shape[1]) or [0])[0]))
-        columns = self.base.batch.columns(sender.positions)
+        columns = self.base.batch.frame.columns_of(sender.positions, new.device)
         if columns is None:
             return new
         return torch.zeros_like(new).index_copy(0, columns[placed.row], new[columns[placed.row]])
@@ -261,17 +261,14 @@ class Edges:
             assert source is not None
             there = source.whole(site)
         rows, batch = there.shape[0], getattr(source, "batch", None)
-        own = there[0 if rows == 1 else min(placed.prompt, rows - 1)]
-        if batch is not None and rows > 1:  # of prompts of several lengths each has its own tokens
-            first, length = batch.spans[min(placed.prompt, rows - 1)]
-            own = own[first : first + length]
-        if own.shape != here.shape or (rows != 1 and placed.prompt >= rows):
+        frame = Frame(((0, len(here)),), len(here), source_row=placed.prompt)
+        fits = rows == 1 or placed.prompt < rows
+        own = frame.source_of(there, site.spec.dims, None if batch is None else batch.spans)[0] if fits else there[-1]
+        if not fits or own.shape != here.shape:
             raise error(
                 EditError,
                 f"the source of {placed.edge.sender} does not fit prompt {placed.prompt}",
-                got=f"{rows} rows, {len(own)} tokens in its own"
-                if rows > placed.prompt or rows == 1
-                else f"{rows} rows",
+                got=f"{rows} rows, {len(own)} tokens in its own" if fits else f"{rows} rows",
                 allowed=f"{len(here)} tokens, in one row or in a row a prompt",
                 do="run other prompts of the same numbers of tokens",
             )

@@ -1,6 +1,6 @@
 """Exact sweeps: thousands of edited runs in a few passes over the layers.
 
-A cell is one edited run of one prompt. All cells whose first affected position is p share one walk:
+A cell is one edited run of one prompt. All cells whose first affected position is p share one pass:
 
     1 the model's own forward runs on the positions from p on, with the base run's keys and values before them;
     2 at layer l the rows of the cells that first act there join the batch, with what the base run had entering l,
@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from microtome.anatomy import Address, Indices, Site
-from microtome.edit import Selection, SiteEdit, apply, canonical
+from microtome.anatomy import Address, Site
+from microtome.edit import Frame, Selection, SiteEdit, apply, canonical
 from microtome.errors import EditError, SiteError, error
 from microtome.run import Batch, LoadedModel
 from microtome.run.hook import HookSet, input_of, install, output_of, with_input, with_output
@@ -38,13 +38,13 @@ Cell = SiteEdit | Sequence[SiteEdit]
 
 @dataclass(frozen=True)
 class _Act:
-    """One edit in one layer: the site it names, the one where it is done, its address, and the columns it changes."""
+    """One edit in one layer: the site it names, the one where it is applied, its address, and its part of the frame."""
 
     edit: SiteEdit
     named: Site
     site: Site
     address: Address
-    columns: tuple[int, ...] | None
+    frame: Frame
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class BatchedPass:
 
     def _block(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._active:
-            # No row acts this early: what the forward carries is one stand-in row, which no layer needs to see.
+            # No row is edited this early: the forward carries one placeholder row, which no layer needs to compute.
             hidden = input_of(args, kwargs)
             return (hidden, None) if self.model.anatomy.attention == "inline" else hidden
         args, kwargs = _widened(args, kwargs, self._active)
@@ -207,28 +207,19 @@ class BatchedPass:
     def _visit(self, site: Site, acts: list[tuple[int, _Act]]) -> Callable[[Tensor], Tensor | None]:
         def visit(x: Tensor) -> Tensor:
             x = x.clone()
-            # Keys and values are seen with the prefix in front, everything else without.
-            offset = self._width - canonical(x, site).shape[1]
             for number, act in acts:
                 row = x[number : number + 1]
-                x[number : number + 1] = apply(act.edit, row, self._where(row, site, act, offset, number))
+                x[number : number + 1] = apply(act.edit, row, _selection(row, site, act))
             return x
 
         return visit
 
-    def _where(self, x: Tensor, site: Site, act: _Act, offset: int, number: int) -> Selection:
-        columns = None
-        if act.columns is not None:
-            columns = torch.tensor([act.columns], device=x.device) - offset
-        elif offset < self.first:
-            columns = torch.arange(self.first - offset, x.shape[1], device=x.device).unsqueeze(0)
-        units = act.address.units
-        chosen = None
-        if not units.is_all:
-            chosen = torch.tensor(units.resolve(canonical(x, site).shape[2]), device=x.device)
-        return Selection(
-            act.named, None, columns, chosen, self.rows[number].prompt, offset, ((0, self._width),), self._width
-        )
+
+def _selection(x: Tensor, site: Site, act: _Act) -> Selection:
+    """The part of one row that an act changes. Keys and values have the prefix in front, everything else has not."""
+    width, units = canonical(x, site).shape[1:3]
+    chosen = None if act.address.units.is_all else torch.tensor(act.address.units.resolve(units), device=x.device)
+    return Selection(act.named, chosen, act.frame.at(width))
 
 
 def _widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[str, Any]]:
@@ -239,11 +230,11 @@ def _widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[st
             return value.expand(rows, *value.shape[1:])
         return tuple(widen(v) for v in value) if isinstance(value, tuple) else value
 
-    at_least_float32 = {k: v if k == "hidden_states" else widen(v) for k, v in kwargs.items()}
-    bias = at_least_float32.get("alibi")
+    widened = {k: v if k == "hidden_states" else widen(v) for k, v in kwargs.items()}
+    bias = widened.get("alibi")
     if isinstance(bias, Tensor) and bias.dim() == 3:  # its first axis is batch times head
-        at_least_float32["alibi"] = bias.repeat(rows, 1, 1)
-    return ((args[0], *map(widen, args[1:])) if args else args), at_least_float32
+        widened["alibi"] = bias.repeat(rows, 1, 1)
+    return ((args[0], *map(widen, args[1:])) if args else args), widened
 
 
 def _columns_of(x: Tensor, columns: Tensor) -> Tensor:
@@ -298,13 +289,14 @@ def base_of(
 
 
 def rows_of(model: LoadedModel, batch: Batch, cells: Sequence[Cell], prompts: Sequence[int]) -> list[Row]:
-    """Cells made ready: every edit narrowed to one layer, moved to where it first acts.
+    """Rows of a pass from cells: every edit narrowed to one layer, at the site where it first acts.
 
     Raises:
         SiteError: an address matches nothing, or positions lie beyond a prompt.
-        EditError: a cell is empty or holds what is no edit of a site, or its edit names rows.
+        EditError: a cell is empty, holds something other than edits of sites, or its edit names rows.
     """
     n = model.anatomy.n_layers
+    frames = [Frame(((0, length),), length, source_row=prompt) for prompt, length in enumerate(batch.lengths)]
     rows: list[Row] = []
     for place, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
         edits = _edits_of(cell, place)
@@ -312,19 +304,19 @@ def rows_of(model: LoadedModel, batch: Batch, cells: Sequence[Cell], prompts: Se
         for edit in edits:
             if edit.rows is not None:
                 raise error(EditError, f"{edit!r} names rows, but a cell is one row", do="give prompts= instead")
-            columns = _columns(edit, batch.lengths[prompt], prompt)
-            acts += [_act(edit, site, columns, n) for site in model.anatomy.sites(edit.address)]
+            frame = frames[prompt]
+            (cut,) = frame.select(edit.address.positions, None, frame.width, batch.tokens.device)
+            acts += [_act(edit, site, cut, n) for site in model.anatomy.sites(edit.address)]
         entry = min(_entry(act.site) for act in acts)
-        firsts = [0 if act.columns is None else min(act.columns) for act in acts]
-        rows.append(Row(place, prompt, tuple(acts), entry, min(firsts)))
+        rows.append(Row(place, prompt, tuple(acts), entry, min(act.frame.first for act in acts)))
     return rows
 
 
 def _edits_of(cell: object, place: int) -> list[SiteEdit]:
-    """The edits of a cell, if it holds such as act at sites and nothing else.
+    """The edits of a cell.
 
     Raises:
-        EditError: it holds none, or something else.
+        EditError: it holds none, or something other than edits of sites.
     """
     edits = list(cast("Sequence[object]", cell)) if isinstance(cell, Sequence) else [cell]
     if not edits:
@@ -334,41 +326,22 @@ def _edits_of(cell: object, place: int) -> list[SiteEdit]:
         other = next(edit for edit in edits if not isinstance(edit, SiteEdit))
         raise error(
             EditError,
-            f"cell {place} of the sweep holds what no cell can",
+            f"cell {place} of the sweep holds something other than edits of sites",
             got=repr(other),
-            allowed="edits of sites, or one Edge by itself",
+            allowed="edits of sites, or a single Edge",
             do="give each Edge a cell of its own, and other edits to run(edits=)",
         )
     return found
 
 
-def _columns(edit: SiteEdit, length: int, prompt: int) -> tuple[int, ...] | None:
-    positions = edit.address.positions
-    if positions == "last":
-        return (length - 1,)
-    if isinstance(positions, Indices) and not positions.is_all:
-        chosen = positions.resolve(length)
-        if chosen is None:
-            raise error(
-                SiteError,
-                f"no positions @{positions} in prompt {prompt} for {edit!r}",
-                allowed=f"0 to {length - 1}, or -{length} to -1",
-                do="choose positions inside the prompt",
-            )
-        return tuple(chosen)
-    if positions == "generated":
-        raise error(SiteError, '"@generated" selects nothing in a sweep', do="name positions of the prompt")
-    return None
-
-
-def _act(edit: SiteEdit, named: Site, columns: tuple[int, ...] | None, n_layers: int) -> _Act:
+def _act(edit: SiteEdit, named: Site, frame: Frame, n_layers: int) -> _Act:
     """The edit in one layer; what leaves a layer is edited as what enters the next, which computes nothing twice."""
     if named.layer is None and named.name != "embed":
         raise error(SiteError, f"a sweep acts inside the layers, not at {named}", do="edit the last resid_post instead")
     site = named
     if named.name == "resid_post" and named.layer is not None and named.layer + 1 < n_layers:
         site = Site("resid_pre", named.layer + 1)
-    return _Act(edit, named, site, edit.address.at(named.layer), columns)
+    return _Act(edit, named, site, edit.address.at(named.layer), frame)
 
 
 def _entry(site: Site) -> int:

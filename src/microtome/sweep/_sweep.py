@@ -1,4 +1,4 @@
-"""Run a sweep: group its cells, walk each group, and read every row with a metric."""
+"""Run a sweep: group its cells, run a pass for each group, and read every row with a metric."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class SweepPlan:
 
     Attributes:
         cells: how many edited runs.
-        walks: how many passes over the layers they take.
+        passes: how many passes over the layers they take.
         forwards: their cost in forwards of one whole prompt, without what is shared.
         flops: floating-point operations, two a weight and token.
-        bytes: the most that is held at once: the base run of some prompts, the rows of one walk, and for edges what
-            their senders change and their branches give.
+        bytes: the most that is held at once: the base run of some prompts, the rows of one pass, and for edges
+            the changes of their senders and the outputs of their branches.
         seconds: at the pace of this model's last run; a first guess before any.
         shares: what is shared: "layers and positions", or "layers only" where attention is not causal.
     """
@@ -90,14 +90,14 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Room:
-    """Bytes that a sweep may hold, and those of them that its edges hold beside their cells."""
+    """The memory limit of a sweep in bytes, and the part of it that edges take in addition to their cells."""
 
     allowed: int
     edges: int
 
     @property
     def left(self) -> int:
-        """What is left for base runs and walks."""
+        """The bytes left for base runs and passes."""
         return self.allowed - self.edges
 
 
@@ -114,10 +114,10 @@ class _Ready:
 
 
 class Sweep:
-    """A sweep that is prepared: it knows what it will take, and runs when told to.
+    """A sweep that is prepared: its cost is known, and `run` runs it.
 
     Attributes:
-        plan: what it will do.
+        plan: its cost.
     """
 
     def __init__(
@@ -135,12 +135,12 @@ class Sweep:
         self._batch = model.to_batch(prompt)
         _check(self._batch, cells, prompts)
         self._room = _room(model, self._batch, cells, prompts, budget)
-        # What an edge changes is known only when its branch has run: until then a cell of the same layer stands for it.
+        # What an edge changes is known only when its branch has run: until then a cell of the same layer represents it.
         self._ready = self._prepare([_stand_in(model, cell) if isinstance(cell, Edge) else cell for cell in cells])
 
     @property
     def plan(self) -> SweepPlan:
-        """What it will do."""
+        """Its cost."""
         return self._ready.plan
 
     def _prepare(self, cells: Sequence[Cell]) -> _Ready:
@@ -154,7 +154,7 @@ class Sweep:
 
         Returns:
             Values and effects by cell. Stopped with Ctrl-C it keeps the cells that were reached; `SweepResult.whole` is
-            for those who need them all.
+            for callers that need all of them.
         """
         if any(isinstance(cell, Edge) for cell in self._cells):
             self._ready = self._prepare(_without_edges(self._model, self._batch, self._cells, self._prompts))
@@ -246,7 +246,7 @@ def _run(model: LoadedModel, ready: _Ready, cells: int, progress: Callable[[int,
 
 
 def _narrowed(model: LoadedModel, metric: Metric) -> tuple[Tensor | None, Metric]:
-    """The tokens that a metric reads, and the metric over these alone, where it says so; None for all."""
+    """The tokens that a metric reads, and the metric over these alone, if it names them; None for all."""
     # A head with a transform of its own between the stream and the unembedding, as BERT's, is left whole.
     if not isinstance(metric, TokenSubsetMetric) or not model.anatomy.causal:
         return None, metric
@@ -258,7 +258,7 @@ def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | 
     n = len(batch.lengths)
     if prompts is None:
         if n > 1:
-            raise error(EditError, f"a sweep over {n} prompts must say whose each cell is", do="give prompts=")
+            raise error(EditError, f"a sweep over {n} prompts needs the prompt of each cell", do="give prompts=")
         prompts = [0] * len(cells)
     if len(prompts) != len(cells):
         raise error(EditError, "a sweep needs one prompt number a cell", got=f"{len(prompts)} for {len(cells)} cells")
@@ -269,7 +269,7 @@ def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | 
         if rows not in (None, 1, n):
             raise error(
                 EditError,
-                f"the source of {edit!r} has a row too many or too few",
+                f"the source of {edit!r} has another number of rows than there are prompts",
                 got=f"{rows} rows for {n} prompts",
                 do="run one other prompt, or one a prompt",
             )
@@ -341,10 +341,10 @@ def _groups(model: LoadedModel, batch: Batch, metric: Metric, room: int, vocab: 
 def _room(
     model: LoadedModel, batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None, budget: int | None
 ) -> _Room:
-    """What a sweep may hold, and what of it its edges do.
+    """The memory limit of a sweep, and the part of it that its edges take.
 
     Raises:
-        BudgetError: the edges hold all of it.
+        BudgetError: the edges take all of it.
     """
     allowed = budget if budget is not None else min(int(0.5 * free_memory(model.device)), 2 * 2**30)
     which = [0] * len(cells) if prompts is None else prompts
@@ -362,7 +362,7 @@ def _room(
 
 
 def _step(held: int, each: int, allowed: int) -> int:
-    """How many rows a walk may hold beside what is held already.
+    """How many rows a pass may hold in addition to what is held already.
 
     Raises:
         BudgetError: not even one.
@@ -379,7 +379,7 @@ def _step(held: int, each: int, allowed: int) -> int:
 
 
 def _passes(model: LoadedModel, group: _Group, rows: Sequence[Row], step: int) -> Iterator[tuple[int, list[Row]]]:
-    """The rows of a group, cut into walks by first column and by what memory allows."""
+    """The rows of a group, cut into passes by first column and by the memory limit."""
     mine = [r for r in rows if r.prompt in set(group.prompts)]
     by_first: dict[int, list[Row]] = {}
     for row in mine:
@@ -391,9 +391,9 @@ def _passes(model: LoadedModel, group: _Group, rows: Sequence[Row], step: int) -
 
 
 def _joined(by_first: dict[int, list[Row]], length: int, n_layers: int) -> list[tuple[int, list[Row]]]:
-    """Join neighbouring groups where one walk over more columns is cheaper than two walks.
+    """Join neighbouring groups where one pass over more columns is cheaper than two.
 
-    The cost of a walk is, summed over the layers it computes, FIXED plus rows times columns; the best cut of the
+    The cost of a pass is, summed over the layers it computes, FIXED plus rows times columns; the best cut of the
     groups, sorted by first column, into runs of neighbours is found by dynamic programming.
     """
     firsts = sorted(by_first)
@@ -437,7 +437,7 @@ def _plan(model: LoadedModel, cells: int, passes: Sequence[tuple[_Group, int, li
         one = plan_of(model, Batch(group.batch.tokens[:1], (length,), (0,)), [], logits=False, grad=False, pace=1.0)
         mine = [(first, part) for g, first, part in passes if g is group]
         cost = sum((n - row.entry) / n * (length - first) / length for first, part in mine for row in part)
-        # Every walk reads the weights of the layers that it computes, which takes as long as FIXED tokens.
+        # Every pass reads the weights of the layers that it computes, which takes as long as FIXED tokens.
         read = sum((n - min(row.entry for row in part)) / n for _, part in mine) + 1
         forwards += cost
         flops += (cost + len(group.prompts)) * one.flops

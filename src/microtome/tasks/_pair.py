@@ -121,7 +121,7 @@ def with_places(spans: Mapping[str, Span], length: int) -> dict[str, Span]:
 
 
 def require_aligned(tokens: Tokens, clean: Ids, corrupt: Ids) -> None:
-    """Refuse prompts of different lengths, empty ones, and such as are the same or too long.
+    """Refuse prompts of different lengths, empty prompts, identical prompts and prompts that are too long.
 
     Raises:
         Misfit: names the first difference and both lengths.

@@ -80,7 +80,7 @@ def _table(text: str, path: Path) -> list[tuple[str, Mapping[str, Any]]]:
             rows.append((f'"{path}" row {len(rows) + 1}', row))
     except csv.Error as cause:
         where = f'"{path}" row {len(rows) + 1}'
-        raise error(DataError, f"{where} is not CSV", got=str(cause), do="mend it, or close its quotes") from cause
+        raise error(DataError, f"{where} is not CSV", got=str(cause), do="correct it, or close its quotes") from cause
     return rows
 
 

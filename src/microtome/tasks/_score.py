@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 AT_ONCE = 1024
-"""How many tokens are run at a time."""
+"""Tokens per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class LogOdds:
     """Log-odds of a set of answers against a set of foils, at the last position; sets may differ by prompt.
 
     Attributes:
-        answers: one set of token ids a prompt.
-        foils: one set a prompt.
+        answers: one set of token ids per prompt.
+        foils: one set of token ids per prompt.
     """
 
     answers: Sequence[Ids]
@@ -46,11 +46,16 @@ class LogOdds:
     def __post_init__(self) -> None:
         if len(self.answers) != len(self.foils):
             got = f"{len(self.answers)} and {len(self.foils)} sets"
-            raise error(EditError, "answers and foils do not go together", got=got, do="give a set of each a prompt")
+            raise error(
+                EditError,
+                "answers and foils differ in number",
+                got=got,
+                do="give one of each per prompt",
+            )
         for right, wrong in zip(self.answers, self.foils, strict=True):
             if not right or not wrong or set(right) & set(wrong):
                 got = f"{len(right)} answers, {len(wrong)} foils, {len(set(right) & set(wrong))} in both"
-                raise error(EditError, "answers and foils must be two sets of tokens that share none", got=got)
+                raise error(EditError, "answers and foils must be two disjoint sets of tokens", got=got)
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The last column."""
@@ -61,7 +66,7 @@ class LogOdds:
         needed = max(prompts.tolist(), default=-1) + 1
         if needed > len(self.answers):
             got = f"{len(self.answers)} for {needed} prompts"
-            raise error(EditError, "there are fewer sets of tokens than prompts", got=got, do="give one a prompt")
+            raise error(EditError, "fewer sets of tokens than prompts", got=got, do="give one set per prompt")
         rows = zip(logits[:, 0], prompts.tolist(), strict=True)
         return torch.stack([z[[*self.answers[p]]].logsumexp(0) - z[[*self.foils[p]]].logsumexp(0) for z, p in rows])
 
@@ -93,7 +98,7 @@ def require_fit(model: Model, pairs: Sequence[Pair], text: bool) -> None:
                 PromptError,
                 f"the task was built with another tokenizer than that of {model.anatomy.name}",
                 got=f"other tokens in pair {number}",
-                do="build it anew with this model",
+                do="build it again with this model",
             )
 
 
@@ -138,7 +143,7 @@ def score(model: Model, pairs: Sequence[Pair], text: bool, seed: int) -> xr.Data
     }
     for name, (each, interval, unit) in means.items():
         low, high = interval(each.astype(np.float64))
-        for ending, value in (("", float(each.mean())), ("_low", low), ("_high", high)):
+        for ending, value in (("", float(each.mean())), ("_lo", low), ("_hi", high)):
             data[name + ending] = ((), value, {"unit": unit})
     return data
 
@@ -147,10 +152,11 @@ Interval = Callable[[np.ndarray], tuple[float, float]]
 
 
 def wilson(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a share. Unlike a bootstrap it has a width where all are right, or none.
+    """95 % Wilson score interval of a share, by SciPy. Unlike a bootstrap it has a width where all are right, or none.
 
     Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
     """
-    n, p, z = len(values), float(values.mean()), 1.959963984540054
-    centre, half = p + z * z / (2 * n), z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    from scipy.stats import binomtest
+
+    interval: Any = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

@@ -77,7 +77,7 @@ class Task:
 
         Formula:  see the head of tasks/_score.py.
         Source:   logit difference as in Wang et al., 2022 (arXiv 2211.00593). Departs: of sets of tokens, the log-odds.
-        Cost:     two forwards a pair, in batches of prompts of one length.
+        Cost:     two forwards per pair, in batches of prompts of one length.
         Check:    equals answers read one prompt at a time; tests/unit/test_tasks_score.py.
 
         Args:
@@ -87,7 +87,7 @@ class Task:
         Returns:
             Dataset. By `example`: `top1_clean`, `top1_corrupt` (the likeliest token is an answer of the clean prompt),
             `said_clean`, `said_corrupt` (that token), `difference_clean`, `difference_corrupt` (logits, positive where
-            the answer is preferred to the foil). As one number with `_low` and `_high`, 95 % intervals: `accuracy`;
+            the answer is preferred to the foil). As one number with `_lo` and `_hi`, 95 % intervals: `accuracy`;
             `accuracy_corrupt`, its control, how often the same answer comes without what should cause it;
             `preferred`, how often the answer beats the foil (Wilson's intervals); `mean_difference_clean` and
             `mean_difference_corrupt` in logits (bootstrap over examples).
@@ -100,7 +100,7 @@ class Task:
         return data.assign_attrs(model.provenance | self._told | {"method": "task accuracy", "bootstrap_seed": seed})
 
     def known_by(self, model: Model) -> Task:
-        """The pairs whose clean prompt the model answers rightly, with `attrs` that say how many it did.
+        """The pairs whose clean prompt the model answers correctly, with the accuracy in `attrs`.
 
         Raises:
             PromptError: it answers none, or there is none.
@@ -111,7 +111,7 @@ class Task:
         if not kept:
             got, do = f"0 of {len(self)} pairs", "choose a task that it does, as `microtome tasks` shows"
             raise error(PromptError, f'{name} knows no answer of the task "{self.name}"', got=got, do=do)
-        told = {n: float(data[n]) for n in ("accuracy", "accuracy_low", "accuracy_high")}
+        told = {n: float(data[n]) for n in ("accuracy", "accuracy_lo", "accuracy_hi")}
         known = {"known_by": name, "fingerprint": model.fingerprint, "asked": len(self)} | told
         return replace(self, pairs=kept, attrs={**self.attrs, **known})
 

@@ -71,6 +71,11 @@ class Forms:
     not_drawn: tuple[str, ...] = ()
     limits: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def signed(self) -> set[str]:
+        """The scales with values below zero."""
+        return {one.scale for one in self.of(HeatMap) if (one.values < 0).any()}
+
     def of(self, kind: type) -> list[Any]:
         """The forms of one kind."""
         return [form for form in self.shown if isinstance(form, kind)]
@@ -83,7 +88,8 @@ def forms(data: xr.Dataset) -> Forms:
     Heat maps of one unit share one scale, whose end is `limits[unit]`; a map without a unit has its own.
     """
     data = without_batch(data)
-    names = [name for name in own_variables(data) if name not in in_header(data)]
+    drawn = [name for name in own_variables(data) if data[name].attrs.get("drawn", True)]
+    names = [name for name in drawn if name not in in_header(data)]
     found: list[Form] = []
     unknown: list[str] = []
     facts: list[str] = []
@@ -113,7 +119,7 @@ def forms(data: xr.Dataset) -> Forms:
 def _form(data: xr.Dataset, name: str, axes: Sequence[str]) -> Form | None:
     """The form of a variable with axes; none where there is none."""
     if not is_numeric(data, name):
-        dims = [str(dim) for dim in data[name].dims if dim != "rank"]
+        dims = sorted(str(dim) for dim in data[name].dims if dim != "rank")
         return token_map(data, name) if dims == ["layer", "pos"] else None
     if not all(axes) or len(axes) > 2 or 0 in data[name].shape:
         return None

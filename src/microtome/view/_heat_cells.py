@@ -14,7 +14,7 @@ import numpy as np
 from rich.style import Style
 from rich.text import Text
 
-from microtome.view._text import fitted, printable, short_number
+from microtome.view._text import fitted, printable, short_number, shortened, visible
 
 if TYPE_CHECKING:
     from microtome.view._canvas import Canvas
@@ -25,8 +25,8 @@ NEUTRAL, POSITIVE, NEGATIVE = (40, 44, 52), (30, 104, 196), (186, 64, 34)
 NARROW, NUMBERED = 2, 5
 """Terminal cells of a map's cell: at least, and with its value written out."""
 
-MOST_WIDE, MOST_ROWS = 7, 24
-"""Terminal cells of a map's cell at most, and rows of a map."""
+MOST_WIDE, MOST_NAMED, MOST_ROWS = 7, 14, 24
+"""Terminal cells of a map's cell at most, also where its columns have names, and rows of a map."""
 
 
 def drawn(
@@ -43,11 +43,12 @@ def drawn(
         canvas: how wide the terminal is, and how wide the names.
     """
     size = canvas.label
-    every, cells = fit(len(columns), size, canvas.width)
+    named = any(len(column) > NARROW * 2 for column in columns)
+    every, cells = fit(len(columns), size, canvas.width, MOST_NAMED if named else MOST_WIDE)
     values, columns = joined(values, every), columns[::every]
     shown, left = strongest_rows(values, MOST_ROWS)
     told = f"  a column holds the strongest of {every} {across}s" if every > 1 else ""
-    lines = [Text(told, "dim"), _axis(across, columns, size, cells)]
+    lines = [Text(told, "dim"), _axis(across, columns, size, cells, named=named)]
     for row in shown:
         line = Text(fitted(names[row], size) + " ")
         for value in values[row]:
@@ -59,11 +60,11 @@ def drawn(
     return lines
 
 
-def fit(columns: int, size: int, width: int) -> tuple[int, int]:
+def fit(columns: int, size: int, width: int, most: int = MOST_WIDE) -> tuple[int, int]:
     """How many columns share one, and the terminal cells of each."""
     room = width - size - 1
     every = math.ceil(columns / max(1, room // NARROW))
-    return every, max(NARROW, min(MOST_WIDE, room // max(1, math.ceil(columns / every))))
+    return every, max(NARROW, min(most, room // max(1, math.ceil(columns / every))))
 
 
 def in_full(limit: float, cells: int) -> bool:
@@ -89,9 +90,11 @@ def strongest_rows(values: np.ndarray, most: int) -> tuple[list[int], list[int]]
     return sorted(order[:most]), sorted(order[most:])
 
 
-def _axis(name: str, columns: Sequence[str], size: int, cells: int) -> Text:
-    """The names of the columns, as many as fit, each ending where its column's characters end."""
-    line, end = fitted(name, size) + " ", 0
+def _axis(name: str, columns: Sequence[str], size: int, cells: int, *, named: bool) -> Text:
+    """The names of the columns, as many as fit, each ending where its column's characters end; words are cut to fit."""
+    line, end = fitted(name.replace("_", " "), size) + " ", 0
+    if named and cells >= NUMBERED:
+        return Text(line + "".join(f"{shortened(visible(c), cells - 1):>{cells - 1}} " for c in columns), "dim")
     for i, column in enumerate(columns):
         stop = (i + 1) * cells - (1 if cells > NARROW else 0)
         start = stop - len(column)
@@ -123,9 +126,9 @@ def style(value: float, limit: float) -> Style:
     return Style(color="white", bgcolor=f"rgb({r},{g},{b})")
 
 
-def legend(unit: str, limit: float) -> Text:
-    """The scale of a unit."""
-    line = Text(f"-{limit:.3g} ", "dim")
-    for i in range(-12, 13):
+def legend(unit: str, limit: float, *, signed: bool) -> Text:
+    """The scale of a unit, from zero where nothing is below it."""
+    line = Text(f"-{limit:.3g} " if signed else "0 ", "dim")
+    for i in range(-12 if signed else 0, 13):
         line.append(" ", style(limit * i / 12, limit))
-    return line.append(f" +{limit:.3g} {printable(unit)}".rstrip(), "dim")
+    return line.append(f" {'+' if signed else ''}{limit:.3g} {printable(unit)}".rstrip(), "dim")

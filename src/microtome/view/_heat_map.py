@@ -135,7 +135,7 @@ class HeatMap:
         picture = _svg.heat(
             values, [names[i] for i in rows], list(self.columns[::every]), self.across, self._limit(canvas),
             [i for i, row in enumerate(rows) if axis_kind(self.down) == "pos" and row in canvas.marked],
-            lambda i, j: f"{self.place(canvas, rows[i], j * every)}: {self._told(rows[i], j * every)}",
+            lambda i, j: f"{self.place(canvas, rows[i], j * every)}: {self._told(rows[i], j * every)}", canvas.label,
         )  # fmt: skip
         notes = [f"each column holds the strongest of {every} {self.across}s"] if every > 1 else []
         notes += [f"{len(left_out)} weaker rows left out"] if left_out else []
@@ -156,8 +156,8 @@ class HeatMap:
         ]
         limit = self._limit(canvas)
         return {
-            "kind": self.kind, "name": self.name, "title": self.title, "unit": self.unit, "site": self._site(),
-            "size": self.values.size, "listed": self.listed, "meaning": self.meaning,
+            "kind": self.kind, "name": self.name, "title": self.title, "unit": self.unit, "scale": self.scale,
+            "site": self._site(), "size": self.values.size, "listed": self.listed, "meaning": self.meaning,
             "across": self.across, "down": self.down, "columns": self.columns, "rows": self.rows,
             "by_token": axis_kind(self.down) == "pos",
             "limit": rounded(limit), "own": rounded(own if own > 0 else limit), "strongest": strongest,
@@ -178,10 +178,12 @@ class HeatMap:
 
     def _site(self) -> str | None:
         """The address of a cell, with places for its row and column; none where the map is not one of sites."""
+        if self.across != "layer":
+            return None
         from microtome.anatomy import SITES
 
         name = self.name.removesuffix("[head]")
-        if self.across != "layer" or name not in SITES:
+        if name not in SITES:
             return None
         if axis_kind(self.down) == "pos":
             return f"{{column}}.{name}@{{row}}"

@@ -102,7 +102,9 @@ def page_values(data: xr.Dataset) -> dict[str, Any]:
             for role, t, value in prompts_of(data)
         ],
         "marked": places_marked(data),
-        "limits": {unit: rounded(limit) for unit, limit in found.limits.items()},
+        "limits": {
+            scale: {"most": rounded(limit), "signed": scale in found.signed} for scale, limit in found.limits.items()
+        },
         "maps": [section for section in sections if section["kind"] == "map"],
         "sections": [section for section in sections if section["kind"] != "map"],
         "not_drawn": found.not_drawn,

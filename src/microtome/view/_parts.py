@@ -88,7 +88,7 @@ class PartsList:
         """The largest parts as bars."""
         shown = self.parts[: max(canvas.top, FIGURE)]
         rest = self.parts[len(shown) :]
-        told = [f"{p.value:+.3f}" + (f"   {p.read_from}" if p.reads else "") for p in shown]
+        told = [f"{p.value:+.3f}" + (f"  from {p.read_from}" if p.reads else "") for p in shown]
         drawn = _svg.bars([p.name for p in shown], [p.value for p in shown], None, told, "largest parts")
         notes = [f"{len(rest):,} more add {sum(p.value for p in rest):+.3f}"] if rest else []
         notes.append(f"sum {self.total:+.3f} {self.unit}")

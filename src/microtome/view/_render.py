@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     import xarray as xr
     from rich.console import RenderableType
 
+MOST_LETTERS = 28
+"""Letters of the row names of a figure."""
+
 MOST_BYTES = 190_000
 """Characters of a fragment; forms that would make it larger are named instead."""
 
@@ -54,7 +57,7 @@ def terminal(data: xr.Dataset, width: int, *, top: int = 5) -> Group:
         lines += form.terminal(canvas)
         waiting = []
     lines += _side_by_side(waiting, canvas)
-    lines += _scales(shown, canvas)
+    lines += _scales(shown, canvas, found.signed)
     listed = [form.listing(canvas) for form in shown if isinstance(form, HeatMap) and form.listed and top]
     lines += [Text("\nstrongest", "bold"), Columns(listed, padding=(0, 3))] if listed else []
     if found.not_drawn:
@@ -88,12 +91,11 @@ def _header(data: xr.Dataset) -> list[Text]:
     return [*lines, *([Text(reading, "dim")] if reading else [])]
 
 
-def _scales(shown: Sequence[Form], canvas: Canvas) -> list[RenderableType]:
+def _scales(shown: Sequence[Form], canvas: Canvas, below: set[str]) -> list[RenderableType]:
     """The scale of each unit, and what marks in cells mean."""
     maps = [one for one in shown if isinstance(one, HeatMap) and one.values.size <= MOST_TERMINAL_CELLS]
-    lines: list[RenderableType] = [
-        legend(scale, canvas.limits[scale]) for scale in dict.fromkeys(m.scale for m in maps)
-    ]
+    scales = dict.fromkeys(m.scale for m in maps)
+    lines: list[RenderableType] = [legend(s, canvas.limits[s], signed=s in below) for s in scales]
     tenths = [
         m for m in maps if not in_full(canvas.limits[m.scale], fit(len(m.columns), canvas.label, canvas.width)[1])
     ]
@@ -121,10 +123,11 @@ def html(data: xr.Dataset, *, top: int = 3) -> str:
     found = forms(data)
     if all(isinstance(form, FactList) for form in found.shown):
         return xr.Dataset._repr_html_(whole)  # pyright: ignore[reportPrivateUsage]
-    canvas = Canvas(tokens_of(data), found.limits, tuple(places_marked(data)), 760, top)
+    canvas = _canvas(data, found, MOST_LETTERS * 5, top)
     parts, left = [_title(data)], list(found.not_drawn)
     scales = dict.fromkeys(one.scale for one in found.of(HeatMap))
-    parts += [f'<div style="margin:6px 0">{_svg.ramp(u, canvas.limits[u])}</div>' for u in scales]
+    ramps = "".join(_svg.ramp(scale, canvas.limits[scale], signed=scale in found.signed) for scale in scales)
+    parts.append(f'<div style="margin:6px 0;display:flex;flex-wrap:wrap">{ramps}</div>')
     figures: list[str] = []
     size = sum(map(len, parts))
     for form in found.shown:

@@ -64,25 +64,36 @@ def heat(
     limit: float,
     marked: Sequence[int],
     told: Callable[[int, int], str],
+    letters: int = 0,
 ) -> str:
-    """A heat map of [row, column]; `told` says a cell in words, `marked` rows are those that matter."""
-    letters = min(28, max((len(row) for row in rows), default=0))
+    """A heat map of [row, column].
+
+    `told` says a cell in words, `marked` rows are those that matter, and `letters` is how many the row names have in
+    all maps, so that the cells of all begin at one place.
+    """
+    letters = min(28, max(letters, max((len(row) for row in rows), default=0)))
     left = max(letters, len(across)) * LETTER + 8
     wide = max(5.0, min(17.0, 620 / max(1, len(columns))))
     tall = 15.0
-    width, height = left + wide * len(columns) + 1, tall * len(rows) + 18
+    upright = len(columns) <= 60 and any(len(column) > 4 for column in columns)
+    under = 10 + LETTER * min(24, max(map(len, columns))) if upright else 18
+    width, height = left + wide * len(columns) + 1, tall * len(rows) + under
+    bottom = tall * len(rows) + 13
     parts = [f'<rect x="{left:.1f}" y="0.5" width="{wide * len(columns):.1f}" height="{tall * len(rows):.1f}"'
              ' fill="none" stroke="currentColor" stroke-opacity="0.25"/>']  # fmt: skip
     for i, row in enumerate(rows):
         soft = bool(marked) and i not in marked
         parts.append(label(left - 5, tall * i + 11.5, shortened(row, 28), "end", soft=soft, mono=True))
-    step = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * wide >= max(map(len, columns), default=1) * LETTER + 7)
-    parts += [
-        label(left + (j + 0.5) * wide, height - 5, column, "middle", soft=True)
-        for j, column in enumerate(columns)
-        if j % step == 0
-    ]
-    parts.append(label(left - 5, height - 5, across, "end", soft=True))
+    needed = 12 if upright else max(map(len, columns), default=1) * LETTER + 7
+    step = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * wide >= needed or n == 100)
+    for j in range(0, len(columns), step):
+        x = left + (j + 0.5) * wide
+        if upright:
+            name = label(0, 0, shortened(columns[j], 24), "end", soft=True)
+            parts.append(f'<g transform="translate({x + 4:.1f} {bottom - 7:.1f}) rotate(-90)">{name}</g>')
+        else:
+            parts.append(label(x, bottom, columns[j], "middle", soft=True))
+    parts.append(label(left - 5, bottom, across.replace("_", " "), "end", soft=True))
     parts += _cells(values, left, wide, tall, limit, told)
     return picture(width, height, parts, f"heat map, {across} from left to right")
 
@@ -112,23 +123,27 @@ def _shade(value: float, limit: float) -> str:
     return f' fill="{HOT if value >= 0 else COLD}" fill-opacity="{share:g}"'
 
 
-def ramp(unit: str, limit: float) -> str:
-    """The scale of a unit."""
-    parts = [box(i * 5, 0, 5, 11, i - 20, abs(i - 20) / 20) for i in range(41)]
-    frame = '<rect x="0" y="0" width="205" height="11" fill="none" stroke="currentColor" stroke-opacity="0.3"/>'
-    scale = picture(206, 11, [*parts, frame], f"from minus {limit:.3g} to plus {limit:.3g}")
+def ramp(unit: str, limit: float, *, signed: bool) -> str:
+    """The scale of a unit, from zero where nothing is below it."""
+    steps = range(-20 if signed else 0, 21)
+    parts = [box((i - steps[0]) * 5, 0, 5, 11, i, abs(i) / 20) for i in steps]
+    width = 5 * len(steps)
+    frame = f'<rect x="0" y="0" width="{width}" height="11" fill="none" stroke="currentColor" stroke-opacity="0.3"/>'
+    low, high = (f"−{limit:.3g}", f"+{limit:.3g}") if signed else ("0", f"{limit:.3g}")
+    scale = picture(width + 1, 11, [*parts, frame], f"from {low} to {high}")
     scale = scale.replace("display:block", "display:inline-block;vertical-align:-1px;margin:0 6px")
-    return f'<span style="white-space:nowrap">−{limit:.3g}{scale}+{limit:.3g} {escaped(unit)}</span>'
+    return f'<span style="white-space:nowrap;margin-right:26px">{low}{scale}{high} {escaped(unit)}</span>'
 
 
-def figure(heading: str, name: str, picture: str, notes: Sequence[str] = (), below: str = "", meaning: str = "") -> str:
-    """A picture with its heading, its notes, and a table below."""
+def figure(heading: str, name: str, picture: str, notes: Sequence[str] = (), table: str = "", meaning: str = "") -> str:
+    """A picture with its heading, its notes, and a table beside it."""
     beside = f' <code style="opacity:0.62;background:none">{escaped(name)}</code>' if name and name != heading else ""
     about = f' title="{escaped(meaning)}"' if meaning else ""
     said = f'<div style="opacity:0.62">{escaped("; ".join(notes))}</div>' if notes else ""
     return (
         f'<div style="margin:0 28px 12px 0;max-width:100%"><div{about} style="margin-bottom:3px">'
-        f"<b>{escaped(heading)}</b>{beside}</div>{picture}{said}{below}</div>"
+        f'<b>{escaped(heading)}</b>{beside}</div><div style="display:flex;flex-wrap:wrap;gap:0 18px">'
+        f'<div style="max-width:100%">{picture}{said}</div><div>{table}</div></div></div>'
     )
 
 

@@ -1,9 +1,9 @@
 """Inside attention: queries, keys, values, scores and patterns, seen and changed.
 
-Most families of `transformers` look their attention function up in a registry. While a rig watches, that registry
+Most families of `transformers` look their attention function up in a registry. While a hook set watches, that registry
 answers with ours, which shows q, k and v as used and then delegates to the function that the model would have used, so
-that its result is the same to the bit. Scores and patterns, which fast kernels never form, are computed beside it when
-they are only looked at; the kernel's result is replaced only when they are edited.
+that its result is the same to the bit. Scores and patterns, which fast kernels never form, are computed separately when
+they are only read; the kernel's result is replaced only when they are edited.
 
 Families with attention code of their own are watched from a `TorchFunctionMode` that is active during the forward of
 the attention module alone: it sees the product of queries and keys, the softmax, and the product with the values.
@@ -70,7 +70,7 @@ _ACTIVE: dict[int, list[AttentionHooks]] = {}
 
 
 def watched(module: nn.Module) -> AttentionHooks:
-    """All that watches the attention of a module, as one: visits in the order in which rigs were entered."""
+    """All hooks in the attention of a module, as one: visits in the order in which hook sets were entered."""
     one = AttentionHooks()
     for watch in _ACTIVE.get(id(module), ()):
         for slot, visits in watch.visits.items():
@@ -106,7 +106,7 @@ def interface_name(base: str) -> str:
     if name not in AttentionInterface._global_mapping:  # pyright: ignore[reportPrivateUsage]
 
         def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # Families pass these by place or by name.
+            # Families pass these by position or by name.
             given = dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)) | kwargs
             q, k, v, mask = (given.pop(name, None) for name in ("query", "key", "value", "attention_mask"))
             return _attend(base, module, q, k, v, mask, **given)

@@ -1,9 +1,9 @@
-"""The one module that touches a model: it registers hooks, wraps forwards, and takes it all back.
+"""The one module that touches a model: it registers hooks, wraps forwards, and removes them again.
 
-A `HookSet` collects what is wanted (functions before, after and around modules, and inside attention), installs it on
-entering and removes it on leaving, also after an exception or Ctrl-C. A module that nobody asked about is untouched.
-While it is installed the model is in evaluation mode, and no other thread runs it. A rig of edits that stand
-(`standing`) may have others inside.
+A `HookSet` collects what to run (functions before, after and around modules, and inside attention), installs it on
+entering and removes it on leaving, also after an exception or Ctrl-C. A module that is not named is untouched.
+While it is installed the model is in evaluation mode, and no other thread runs it. A hook set of
+active edits may have others inside.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HookSet:
         n_heads: int,
         active_edits: Sequence[Edit] | None = None,
     ) -> None:
-        self._standing = active_edits
+        self._active_edits = active_edits
         self._model, self._attention_kind, self._n_heads = model, attention, n_heads
         self._before: dict[str, list[Before]] = {}
         self._after: dict[str, list[After]] = {}
@@ -63,7 +63,7 @@ class HookSet:
 
     def __enter__(self) -> HookSet:
         try:
-            self._stack.enter_context(lock_of(self._model).take(self._standing))
+            self._stack.enter_context(lock_of(self._model).take(self._active_edits))
             self._stack.enter_context(evaluating(self._model))
             self._install()
         except BaseException:
@@ -111,7 +111,7 @@ class HookSet:
         for path, watch in self._watches.items():
             module = self._module(path)
             self._refuse_hidden(path, module, watch)
-            # One wrapper serves all rigs that watch a module: the first that came, which is the last to go.
+            # One wrapper serves all hook sets that watch a module: the first entered, which is the last left.
             first = is_unwatched(module)
             self._stack.enter_context(watching(module, watch))
             if self._attention_kind == "inline" and first:

@@ -47,7 +47,7 @@ def _skip(layer: int, tuples: bool) -> Any:
                 do="pass use_cache=False",
             )
         hidden = input_of(args, kwargs)
-        # Blocks whose attention is their own still return a tuple; those that use the interface return the tensor.
+        # Blocks with attention code of their own still return a tuple; those that use the interface return the tensor.
         return (hidden, None) if tuples else hidden
 
     return around

@@ -1,6 +1,6 @@
-"""Whose turn it is to run a model: one forward at a time, and no other thread inside somebody's edits.
+"""A lock on a model: one forward at a time, and no other thread while it is edited.
 
-Hooks sit on the model itself, so that whoever runs it meanwhile would be watched and changed with it.
+Hooks are on the model itself, so that a forward of another thread would be watched and edited too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from microtome.errors import EditError, error
 
 
 class ModelLock:
-    """The turns of one model.
+    """The lock of one model.
 
     Attributes:
-        standing: the edits of the `editing` blocks that are open.
+        active_edits: the edits of the `editing` blocks that are open.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ _LOCK = Lock()
 
 
 def lock_of(model: nn.Module) -> ModelLock:
-    """The turns of a model, the same for all that opened it."""
+    """The lock of a model, the same for all that opened it."""
     with _LOCK:
         return _LOCKS.setdefault(model, ModelLock())
 

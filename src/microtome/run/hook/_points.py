@@ -1,4 +1,4 @@
-"""Taps become hooks: for each way a site can lie in a model, how its tensor is read and how an edit is written back."""
+"""Hook points become hooks: for each kind of hook point, how its tensor is read and how an edit is written back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from microtome.run.hook._hooks import HookSet
 
 Visit = Callable[[Tensor], Tensor | None]
 Shape = Callable[[], tuple[int, int]]
-"""Batch and width of the forward that is under way: some modules see them flattened into one axis."""
+"""Rows and columns of the current forward: some modules see them flattened into one axis."""
 
 
 def install(hooks: HookSet, model: Any, site: Site, point: HookPoint, visit: Visit, shape: Shape, edits: bool) -> None:
-    """Show the tensor of a site to `visit` in every forward of a rig, and put in place what it returns."""
+    """Show the tensor of a site to `visit` in every forward of a hook set, and replace it by what it returns."""
     if point.side == "attention":
         watch = hooks.attention(point.module)
         watch.add(site.name.removeprefix("attn."), visit if point.heads is None else _shared(visit, point.heads), edits)

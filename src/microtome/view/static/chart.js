@@ -232,12 +232,11 @@
       cells.map(draw),
     );
     const where = h("span", { class: "where" }, `${across} → · ${down} ↓`);
-    return h(
-      "figure",
-      { style: `max-width:${width}px` },
-      h("figcaption", {}, h("b", { title: meaning }, title), where, reading),
-      svg,
-    );
+    const caption = h("figcaption", {}, h("b", { title: meaning }, title), where, reading);
+    const figure = h("figure", {}, caption, svg);
+    svg.style.maxWidth = `${width}px`; // not as an attribute: the policy of a single page forbids those
+    figure.style.maxWidth = `${Math.max(width, 320)}px`;
+    return figure;
   }
 
   /** A histogram of values in a line of text, with a mark at one of them. */

@@ -26,9 +26,12 @@
   const ofEdges = (map) => map.across.startsWith("receiver");
   const hole = (map) => (ofEdges(map) ? "no edge" : NONE);
   const limit = (map) => (shared ? map.limit : map.own);
-  const ends = (map) => `\u2212${number(limit(map))} to +${number(limit(map))}`;
+  const isSigned = (map) => data.limits[map.scale].signed;
+  const ends = (map) => (isSigned(map) ? `\u2212${number(limit(map))} to +${number(limit(map))}` : `0 to ${number(limit(map))}`);
 
   /* Names of places. */
+
+  const axis = (name) => (name === "pos" ? "position" : name.replaceAll("_", " "));
 
   const spoken = data.prompts.filter(({ tokens }) => tokens.length);
   const marked = new Set(data.marked);
@@ -42,7 +45,7 @@
       ? map.site.replace("{column}", map.columns[column]).replace("{row}", map.rows[row])
       : ofEdges(map)
         ? `${alone(map.rows[row])} → ${alone(map.columns[column])}`
-        : `${map.name}, ${map.across} ${map.columns[column]}, ${map.down} ${map.rows[row]}`;
+        : `${map.name}, ${axis(map.down)} ${map.rows[row]}, ${axis(map.across)} ${map.columns[column]}`;
 
   const level = (value, most) => Math.max(1, Math.ceil((Math.min(1, Math.abs(value) / most) || 0) * LEVELS));
 
@@ -67,6 +70,12 @@
   }
 
   const LETTER = 7.2; // pixels of a letter of a row's name
+  const NAME = 24; // letters of a column's name
+  const shorten = (text, most) => ([...text].length > most ? `${[...text].slice(0, most - 1).join("")}…` : text);
+
+  /** Whether the names of the columns are words, which stand upright below their columns. */
+  const turned = (map) => map.columns.length <= 60 && map.columns.some((name) => !/^[\d.-]{1,4}$|^out$/.test(name));
+  const below = (map) => (turned(map) ? 10 + 6.4 * Math.min(NAME, Math.max(...map.columns.map((name) => name.length))) : 19);
   const longest = Math.max(0, ...drawn.map((map) => map.across.length), ...drawn.flatMap((map) => map.rows.map((_, row) => [...rowName(map, row)].length)));
 
   /** How large the cells of a map are in so many pixels, and where they begin: in all maps at one place. */
@@ -80,9 +89,10 @@
   function names(map, { left, wide, tall, letters }) {
     const every = Math.max(1, Math.ceil(13 / tall));
     const digits = Math.max(...map.columns.map((column) => column.length));
-    const step = [1, 2, 5, 10, 20, 50, 100, 200].find((n) => n * wide >= digits * 7 + 8) || 500;
+    const upright = turned(map);
+    const step = [1, 2, 5, 10, 20, 50, 100, 200].find((n) => n * wide >= (upright ? 12 : digits * 7 + 8)) || 500;
     const bottom = map.rows.length * tall;
-    const cut = (text) => ([...text].length > letters ? `${[...text].slice(0, letters - 1).join("")}…` : text);
+    const cut = (text) => shorten(text, letters);
     return [
       map.rows.map((_, row) => {
         if (row % every) return null;
@@ -92,10 +102,12 @@
       }),
       map.columns.map((column, i) => {
         if (i % step) return null;
-        const place = { class: "tick", x: left + (i + 0.5) * wide, y: bottom + 13, "text-anchor": "middle" };
-        return s("text", place, column);
+        const [x, y] = [left + (i + 0.5) * wide, bottom + 13];
+        if (!upright) return s("text", { class: "tick", x, y, "text-anchor": "middle" }, column);
+        const turn = `translate(${x + 4} ${bottom + 6}) rotate(-90)`;
+        return s("text", { class: "tick", transform: turn, "text-anchor": "end" }, shorten(alone(column), NAME));
       }),
-      s("text", { class: "axis-name", x: left - 6, y: bottom + 13, "text-anchor": "end" }, map.across),
+      s("text", { class: "axis-name", x: left - 6, y: bottom + 13, "text-anchor": "end" }, axis(map.across)),
     ];
   }
 
@@ -103,7 +115,7 @@
 
   function tell(map, row, column, box) {
     const [value, lo, hi] = [map.values, map.lo, map.hi].map((of) => of && of[row][column]);
-    const where = [`${map.across} ${map.columns[column]}`, `${map.down === "pos" ? "position" : map.down} ${map.rows[row]}`];
+    const where = [`${axis(map.across)} ${map.columns[column]}`, `${axis(map.down)} ${map.rows[row]}`];
     const chips = isPlace(map) ? spoken.slice(0, words(row).length) : [];
     tip.replaceChildren(
       h("p", {}, h("b", {}, value === null ? hole(map) : signed(value)), value === null ? "" : ` ${map.unit}`, interval(lo, hi)),
@@ -194,7 +206,7 @@
       const { left, wide, tall } = view.size;
       const [w, t] = [left + wide * map.columns.length, map.rows.length * tall];
       view.svg.setAttribute("width", Math.ceil(w) + 1);
-      view.svg.setAttribute("height", t + 19);
+      view.svg.setAttribute("height", t + below(map));
       caption.textContent = shared ? "" : ends(map);
       const sheet = s("rect", { class: "sheet", x: left, y: 0, width: wide * map.columns.length, height: t });
       view.svg.replaceChildren(sheet, ...shades(map, view.size), ...names(map, view.size).flat().filter(Boolean), column, at);
@@ -205,15 +217,16 @@
 
   /* The scale. */
 
-  function ramp(unit, most) {
-    const [steps, size] = [41, 5];
+  function ramp(unit, { most, signed: below }) {
+    const [steps, size] = [below ? 41 : 21, 5];
     const parts = Array.from({ length: steps }, (_, i) => {
-      const value = (i - (steps - 1) / 2) / ((steps - 1) / 2);
+      const value = below ? (i - 20) / 20 : i / 20;
       const kind = { x: i * size, y: 0, width: size, height: 12, class: value < 0 ? "cold" : "hot" };
       return s("rect", { ...kind, "fill-opacity": Math.abs(value).toFixed(3) });
     });
-    const picture = s("svg", { width: steps * size, height: 12, role: "img", "aria-label": `from minus ${most} to plus ${most}` }, parts);
-    return h("span", { class: "ramp" }, `\u2212${number(most)}`, picture, `+${number(most)} ${unit}`);
+    const [low, high] = below ? [`\u2212${number(most)}`, `+${number(most)}`] : ["0", number(most)];
+    const picture = s("svg", { width: steps * size, height: 12, role: "img", "aria-label": `from ${low} to ${high}` }, parts);
+    return h("span", { class: "ramp" }, low, picture, `${high} ${unit}`);
   }
 
   function scale(redraw) {
@@ -255,7 +268,7 @@
   const place = (name, at) => (/^\d+$/.test(name) ? Number(name) : (name ?? at));
 
   function head(name) {
-    const axes = (which) => [...new Set(listed.map((map) => map[which]))].join(" or ").replace("pos", "position");
+    const axes = (which) => [...new Set(listed.map((map) => axis(map[which])))].join(" or ");
     return { column: axes("across"), row: axes("down"), value: further.includes("exact") ? "estimate" : "value" }[name] ?? name;
   }
 
@@ -355,6 +368,7 @@
   }
 
   function footer() {
+    if (!data.facts.length) return null;
     const facts = data.facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
     return h("footer", {}, h("h2", {}, "What was run"), h("dl", { class: "facts" }, facts));
   }

@@ -7,26 +7,27 @@ import math
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from tests import families
 from torch import Tensor
 
 import microtome as mt
-from microtome.measurements import (
-    TextStatistics,
-    ablation_loss,
-    head_scores,
-    neuron_directions,
-    neuron_weights,
-    pattern_scores,
-    token_loss,
-)
+from microtome.measurements import neuron_directions, pattern_scores, token_loss
 from microtome.stream import TokenBatch, mean_interval
 
 T = 20
+TEXT = ("stream", "massive", "head_norms", "activations", "firing", "top_examples", "loss")
+NEURAL = ("activations", "firing", "top_examples")
 
 
 def ids(rows: int = 4, length: int = 12, seed: int = 3) -> Tensor:
     return torch.randint(5, families.VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def on_text(model: mt.Model, text: object, **options: object) -> xr.Dataset:
+    """All measures of a text that this model has the sites for."""
+    neural = any(site.name == "mlp.post" for site in model.anatomy.hook_points)
+    return mt.measure(model, *(n for n in TEXT if neural or n not in NEURAL), text=text, **options)
 
 
 def pattern(*offset: int, first: bool = False) -> Tensor:
@@ -68,7 +69,7 @@ def test_a_token_before_the_repeat_moves_nothing_but_itself() -> None:
 
 def test_the_repeat_begins_as_the_tokenizer_begins_a_text() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    plain = head_scores(model, sequences=3, length=12)
+    plain = mt.measure(model, "induction", sequences=3, period=12)
 
     class Begins:
         bos_token_id, all_special_ids = 1, ()
@@ -79,7 +80,7 @@ def test_the_repeat_begins_as_the_tokenizer_begins_a_text() -> None:
     seen: list[Tensor] = []
     begun = mt.open(families.build("llama-gqa"), tokenizer=Begins(), prove=False)
     begun.hf.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    data = head_scores(begun, sequences=3, length=12)
+    data = mt.measure(begun, "induction", sequences=3, period=12)
     assert (seen[0][:, 0] == 1).all()
     assert torch.equal(seen[0][:, 1:13], seen[0][:, 13:])
     run = begun.run(seen[0], capture="1.attn.pattern")["1.attn.pattern"]
@@ -96,6 +97,8 @@ def test_uniform_attention_has_its_closed_form() -> None:
     assert float(scores["duplicate"]) == pytest.approx(np.mean([1 / n for n in rows if n > T]))
     assert float(scores["first_token"]) == pytest.approx(np.mean([1 / n for n in rows if n > 2]))
     assert float(scores["entropy"]) == pytest.approx(np.mean([math.log(n) for n in rows]))
+    assert float(scores["uniform_entropy"]) == pytest.approx(float(scores["entropy"]))
+    assert float(scores["uniform_share"]) == pytest.approx(float(scores["first_token"]))
 
 
 def test_the_control_looks_at_wrong_offsets_only() -> None:
@@ -110,18 +113,23 @@ def test_the_control_looks_at_wrong_offsets_only() -> None:
 
 def test_head_scores_depend_on_the_seed_alone() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    one, two, other = (head_scores(model, sequences=3, length=12, seed=s) for s in (0, 0, 1))
-    assert one.identical(two)
+
+    def scores(seed: int) -> xr.Dataset:
+        with mt.settings(seed=seed):
+            return mt.measure(model, "induction", sequences=3, period=12)
+
+    one, two, other = scores(0), scores(0), scores(1)
+    assert one.equals(two)
     assert not one.equals(other)
     assert (one["induction_lo"] <= one["induction"] + 1e-12).all()
-    with pytest.raises(mt.errors.DataError, match="allowed: 12 to 32"):
-        head_scores(model, length=50)
+    with pytest.raises(mt.errors.ArgumentError, match="period must be an integer from 12 to 32"):
+        mt.measure(model, "induction")
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox-parallel", "opt-postnorm", "gemma2", "falcon-gqa"])
 def test_losses_without_a_part_are_those_of_literal_runs(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
-    data = ablation_loss(model, ids())
+    data = mt.measure(model, "ablation_loss", text=ids())
     whole = token_loss(model.run(ids()).logits, ids()).mean()
     flat = torch.nn.functional.cross_entropy(model.run(ids()).logits[:, :-1].flatten(0, 1), ids()[:, 1:].flatten())
     assert float(whole) == pytest.approx(float(flat), abs=1e-5)
@@ -136,45 +144,46 @@ def test_losses_without_a_part_are_those_of_literal_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox-parallel", "mixtral", "qwen3_moe"])
-def test_text_statistics_are_the_plain_numbers_however_the_text_is_cut(name: str) -> None:
+def test_measures_of_a_text_are_the_plain_numbers_however_it_is_cut(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
-    tokens, start = ids(), torch.arange(4) * 12
-    whole, parts = TextStatistics(model, 3), TextStatistics(model, 3)
-    whole.update(TokenBatch.of(tokens, start))
-    for i in (0, 2):
-        parts.update(TokenBatch.of(tokens[i : i + 2], start[i : i + 2]))
-    for a, b in ((whole.layers(), parts.layers()), (whole.heads(), parts.heads()), (whole.neurons(), parts.neurons())):
-        for key in a.data_vars:
-            assert np.allclose(a[key], b[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
+    tokens = ids()
+    three = {"examples": 3} if any(s.name == "mlp.post" for s in model.anatomy.hook_points) else {}
+    data, parts = (on_text(model, tokens, rows=rows, **three) for rows in (4, 2))
+    for key in data.data_vars:
+        assert np.allclose(data[key], parts[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
     neural = [s.layer for s in model.anatomy.hook_points if s.name == "mlp.post"]
     gate = "mlp.gate" if model.anatomy.gated else "mlp.pre"
     wanted = ["*.resid_pre", "*.resid_post", "*.attn_out", "*.attn.result"] + (
         ["*.mlp.post", f"*.{gate}"] if neural else []
     )
     run = model.run(tokens, capture=wanted)
-    layers = whole.layers()
     for i in range(3):
         pre, post, out = (run[f"{i}.{s}"][:, 1:].double() for s in ("resid_pre", "resid_post", "attn_out"))
-        assert float(layers["attn_share"][i]) == pytest.approx(
-            float((out.norm(dim=-1) / pre.norm(dim=-1)).mean()), rel=1e-4
-        )
+        share = out.norm(dim=-1) / pre.norm(dim=-1)
+        assert float(data["attn_share"][i]) == pytest.approx(float(share.mean()), rel=1e-4)
+        _, low, high = mean_interval(share.mean(1))
+        assert float(data["attn_share_lo"][i]) == pytest.approx(float(low), rel=1e-4)
+        assert float(data["attn_share_hi"][i]) == pytest.approx(float(high), rel=1e-4)
         cosine = torch.cosine_similarity(pre, post, dim=-1).mean()
-        assert float(layers["block_influence"][i]) == pytest.approx(1 - float(cosine), abs=1e-5)
-        assert float(layers["max_abs"][i]) == pytest.approx(float(run[f"{i}.resid_post"].abs().max()), rel=1e-5)
+        assert float(data["block_influence"][i]) == pytest.approx(1 - float(cosine), abs=1e-5)
+        peaks = run[f"{i}.resid_post"].abs().amax((0, 1))
+        assert float(data["max_abs"][i]) == pytest.approx(float(peaks.max()), rel=1e-5)
+        assert int(data["max_abs_dim"][i]) == int(peaks.argmax())
+        first = run[f"{i}.resid_post"][:, 0].norm(dim=-1).mean()
+        assert float(data["resid_post_norm_first"][i]) == pytest.approx(float(first), rel=1e-5)
         medians = run[f"{i}.resid_post"].abs().median(-1).values.double()
-        assert float(layers["median_abs"][i]) == pytest.approx(float(medians.mean()), rel=1e-5)
+        assert float(data["median_abs"][i]) == pytest.approx(float(medians.mean()), rel=1e-5)
         heads = run[f"{i}.attn.result"][:, 1:].norm(dim=-1).mean((0, 1))
-        assert np.allclose(whole.heads()["out_norm"][i], heads, rtol=1e-4)
-    neurons = whole.neurons()
-    for at, i in enumerate(neural):
+        assert np.allclose(data["result_norm"][i], heads, rtol=1e-4)
+    for i in neural:
         post = run[f"{i}.mlp.post"]
-        assert np.allclose(neurons["firing_rate"][at], (run[f"{i}.{gate}"] > 0).double().mean((0, 1)))
-        assert np.allclose(neurons["std"][at], post.double().std((0, 1), correction=0), rtol=1e-5)
-        peaks = post.amax(1).sort(0, descending=True).values[:3].T
-        assert np.allclose(neurons["example_value"][at], peaks)
-        best = neurons["example_index"].values[at, 5, 0]
+        assert np.allclose(data["firing_rate"].sel(layer=i), (run[f"{i}.{gate}"] > 0).double().mean((0, 1)))
+        assert np.allclose(data["std"].sel(layer=i), post.double().std((0, 1), correction=0), rtol=1e-5)
+        assert np.allclose(data["example_value"].sel(layer=i), post.amax(1).sort(0, descending=True).values[:3].T)
+        best = int(data["example_index"].sel(layer=i).values[5, 0])
         assert float(post.flatten(0, 1)[best, 5]) == pytest.approx(float(post[..., 5].max()))
-    assert whole.loss == pytest.approx(float(token_loss(model.run(tokens).logits, tokens).mean()), abs=1e-5)
+    loss = float(token_loss(model.run(tokens).logits, tokens).mean())
+    assert float(data["loss"]) == pytest.approx(loss, abs=1e-5)
 
 
 NARROW = [torch.float16, torch.bfloat16]
@@ -187,9 +196,7 @@ def test_statistics_of_a_narrow_model_are_those_of_its_values_in_float32(name: s
     with torch.no_grad():
         hf.get_input_embeddings().weight *= 100  # products of two such streams are beyond float16
     model = mt.open(hf.to(dtype), prove=False)
-    statistics = TextStatistics(model)
-    statistics.update(TokenBatch.of(ids()))
-    layers, heads = statistics.layers(), statistics.heads()
+    data = mt.measure(model, "stream", "head_norms", text=ids())
     parallel = model.anatomy.parts.form == "parallel"
     there = ["resid_pre", "resid_pre" if parallel else "resid_mid", "resid_post", "attn_out", "mlp_out"]
     run = model.run(ids(), capture=[f"*.{name}" for name in dict.fromkeys([*there, "attn.z"])])
@@ -202,12 +209,12 @@ def test_statistics_of_a_narrow_model_are_those_of_its_values_in_float32(name: s
             "attn_share": attn.norm(dim=-1) / pre.norm(dim=-1), "mlp_share": mlp.norm(dim=-1) / before.norm(dim=-1),
         }  # fmt: skip
         for key, value in expected.items():
-            assert float(layers[key][i]) == pytest.approx(float(value.mean()), rel=1e-4, abs=1e-6), key
+            assert float(data[key][i]) == pytest.approx(float(value.mean()), rel=1e-4, abs=1e-6), key
         z, after = run[f"{i}.attn.z"][:, 1:].float(), layer.attn_post_norm
         added = torch.einsum("bphd,hdm->bphm", z, layer.W_O.detach().float())
         raw = added.sum(2) if layer.b_O is None else added.sum(2) + layer.b_O.detach().float()
         added = added if after is None else added * after.gain / after.scale(raw)[..., None, None]
-        assert np.allclose(heads["out_norm"][i], added.norm(dim=-1).mean((0, 1)).detach(), rtol=1e-4)
+        assert np.allclose(data["result_norm"][i], added.norm(dim=-1).mean((0, 1)).detach(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -216,7 +223,9 @@ def test_neurons_of_a_narrow_model_are_those_of_its_weights_in_float32(name: str
     narrow = families.build(name).to(dtype)
     exact = families.build(name)
     exact.load_state_dict({k: v.float() for k, v in narrow.state_dict().items()})
-    found, expected = (neuron_weights(mt.open(hf, prove=False), top=3) for hf in (narrow, exact))
+    found, expected = (
+        mt.measure(mt.open(hf, prove=False), "neuron_weights", "promoted_tokens", top=3) for hf in (narrow, exact)
+    )
     for key in expected.data_vars:
         assert np.allclose(found[key], expected[key], rtol=1e-4, atol=1e-5, equal_nan=True), key
 
@@ -229,16 +238,15 @@ ADDED = [*BEHIND, "granite", "llama-bias", "opt-postnorm", "gpt_neox-parallel"]
 def test_norms_are_of_what_is_added_to_the_stream(name: str) -> None:
     """A head or neuron is measured after all that stands between it and the stream: the branch's scale, its norm."""
     model = mt.open(families.build(name), prove=False)
-    statistics = TextStatistics(model)
-    statistics.update(TokenBatch.of(ids()))
+    data = mt.measure(model, "head_norms", text=ids())
     run = model.run(ids(), capture=["*.attn.result", "*.attn_out", "*.mlp.post", "*.mlp_out"])
-    weights = neuron_weights(model, top=0)
+    weights = mt.measure(model, "neuron_weights")
     for i, layer in enumerate(model.layers):
         result, out = run[f"{i}.attn.result"], run[f"{i}.attn_out"]
         raw = result.sum(2) if layer.b_O is None else result.sum(2) + layer.b_O.detach()
         added = result * (out / raw).unsqueeze(2)  # its share of what was added, all else held
         norms = added[:, 1:].double().norm(dim=-1).mean((0, 1))
-        assert np.allclose(statistics.heads()["out_norm"][i], norms, rtol=1e-3)
+        assert np.allclose(data["result_norm"][i], norms, rtol=1e-3)
         post, rows = run[f"{i}.mlp.post"], neuron_directions(model, i)["w_out"].detach()
         raw = post @ layer.W_out.detach() if layer.b_out is None else post @ layer.W_out.detach() + layer.b_out.detach()
         held = 1.0 if name not in BEHIND else raw.pow(2).mean(-1, keepdim=True).sqrt()
@@ -250,10 +258,8 @@ def test_norms_are_of_what_is_added_to_the_stream(name: str) -> None:
 def test_a_beginning_of_text_is_not_measured_as_text() -> None:
     """Of a row that begins with it, neurons are measured on the rest; its examples still begin at the row's head."""
     model = mt.open(families.build("llama-gqa"), prove=False)
-    batch = TokenBatch.of(ids(), lead=1)
-    statistics = TextStatistics(model, 2)
-    statistics.update(batch)
-    data, run = statistics.neurons(), model.run(ids(), capture=["*.mlp.post", "*.mlp.gate"])
+    data = mt.measure(model, *NEURAL, text=[TokenBatch.of(ids(), lead=1)], examples=2)
+    run = model.run(ids(), capture=["*.mlp.post", "*.mlp.gate"])
     for i in range(3):
         post = run[f"{i}.mlp.post"][:, 1:]
         assert np.allclose(data["mean"][i], post.double().mean((0, 1)), atol=1e-6)
@@ -268,7 +274,7 @@ def test_a_beginning_of_text_is_not_measured_as_text() -> None:
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "granite"])
 def test_neuron_weights_are_the_dense_products(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
-    data = neuron_weights(model, top=3)
+    data = mt.measure(model, "neuron_weights", "promoted_tokens", top=3)
     norm = model.final_norm
     assert norm is not None
     for layer in range(3):
@@ -279,9 +285,9 @@ def test_neuron_weights_are_the_dense_products(name: str) -> None:
         assert np.allclose(data["suppressed_logit"][layer], logits.topk(3, largest=False).values.detach(), atol=1e-4)
         expected = torch.cosine_similarity(w["w_in"], w["w_out"], dim=-1).detach()
         assert np.allclose(data["cos_in_out"][layer], expected, atol=1e-5)
-        assert bool(np.isnan(data["cos_gate_in"][layer]).all()) == (not model.anatomy.gated)
+        assert ("cos_gate_in" in data) == model.anatomy.gated
         model.layers[layer].W_out.data.neg_()
-    turned = neuron_weights(model, top=3)
+    turned = mt.measure(model, "neuron_weights", "promoted_tokens", top=3)
     assert (turned["promoted"].values == data["suppressed"].values).all()
     assert np.allclose(turned["cos_in_out"], -data["cos_in_out"], atol=1e-6)
 
@@ -294,3 +300,59 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     assert torch.allclose(mean, draws.double().mean(0))
     assert all(abs(float(x) - 2) < 1e-12 for x in mean_interval(torch.full((9, 1), 2.0)))
     assert mean_interval(torch.ones(1, 2))[1].isnan().all()
+
+
+def test_attention_to_delimiters_and_to_itself_is_the_plain_share() -> None:
+    """A tokenizer whose even ids are marks: each share is what a loop over queries and keys gives."""
+
+    class Marks:
+        def decode(self, ids: list[int]) -> str:
+            return "," if ids[0] % 2 == 0 else "word"
+
+    model = mt.open(families.build("llama-gqa"), tokenizer=Marks(), prove=False)
+    data = mt.measure(model, "attention_targets", text=ids())
+    run = model.run(ids(), capture="*.attn.pattern")
+    marks = ids() % 2 == 0
+    assert 0.2 < float(marks.double().mean()) < 0.8
+    for layer in range(3):
+        pattern = run[f"{layer}.attn.pattern"].double()
+        for head in range(4):
+            rows = [(b, q) for b in range(4) for q in range(1, 12)]
+            to_marks = np.mean([float(pattern[b, head, q][marks[b]].sum()) for b, q in rows])
+            to_itself = np.mean([float(pattern[b, head, q, q]) for b, q in rows])
+            even = np.mean([float(marks[b, : q + 1].double().mean()) for b, q in rows])
+            assert float(data["delimiter_attention"][layer, head]) == pytest.approx(to_marks, abs=1e-6)
+            assert float(data["self_attention"][layer, head]) == pytest.approx(to_itself, abs=1e-6)
+            assert float(data["delimiter_uniform"][layer, head]) == pytest.approx(even, abs=1e-6)
+    assert np.allclose(data["self_uniform"], np.mean([1 / (q + 1) for q in range(1, 12)]))
+    assert float(np.abs(data["delimiter_attention"] - data["delimiter_uniform"]).max()) > 1e-3
+
+
+def test_effective_rank_counts_the_directions() -> None:
+    """A stream of k orthogonal directions of one variance has rank k; rotated, its diagonal sees more of them."""
+    from microtome.measurements._effective_rank import EffectiveRank
+    from microtome.stream import Covariance
+
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64)).Q
+    flat = torch.zeros(4000, 32, dtype=torch.float64)
+    flat[:, :5] = torch.randn(4000, 5, generator=generator, dtype=torch.float64)
+    for turn, seen in ((torch.eye(32, dtype=torch.float64), 5.0), (rotation, 25.0)):
+        kept = {"covariance": Covariance(32)}
+        kept["covariance"].update(flat @ turn)
+        found = EffectiveRank().result(kept)
+        assert float(found["effective_rank"]) == pytest.approx(5, rel=0.01)
+        assert float(found["effective_rank_diagonal"]) == pytest.approx(seen, rel=0.2)
+
+
+def test_kurtosis_and_skewness_are_those_of_scipy() -> None:
+    from scipy import stats
+
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    data = mt.measure(model, "kurtosis", text=ids())
+    post = model.run(ids(), capture="*.mlp.post")
+    for layer in range(3):
+        x = post[f"{layer}.mlp.post"].double().flatten(0, 1).numpy()
+        assert np.allclose(data["kurtosis"][layer], stats.kurtosis(x, fisher=False), rtol=1e-6)
+        assert np.allclose(data["skewness"][layer], stats.skew(x), rtol=1e-6, atol=1e-8)
+    assert float(np.abs(data["kurtosis"] - 3).max()) > 1

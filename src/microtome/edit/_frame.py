@@ -1,0 +1,259 @@
+"""The frame of a forward: the rows and columns of a tensor that positions, rules and rows of another run name.
+
+A column is the index of a token along the axis of a whole padded batch, generated tokens included. A position counts
+the real tokens of one row: position p of a row whose tokens begin at column f is column f + p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from microtome.anatomy import Indices, Rule
+from microtome.errors import EditError, MicrotomeError, SiteError, error
+
+Span = tuple[int, int]
+"""The first column and the number of the real tokens of a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """Rows and columns of a forward, or of the part of it that an edit selects.
+
+    Attributes:
+        spans: the real tokens of every row, as (first column, number).
+        width: the number of columns of the prompt.
+        generated: the number of columns after the prompt, all real; None outside a generation.
+        begin: the first column of the current tensor, which lacks those that a cache holds.
+        beams: consecutive rows that continue one prompt.
+        source_row: in a sweep, whose batch is one prompt, the row of that prompt in another run's batch.
+        rows: [n] the selected rows, or None for all.
+        columns: [batch, n] the selected columns of every row, or None for all of the current tensor.
+    """
+
+    spans: tuple[Span, ...]
+    width: int
+    generated: int | None = None
+    begin: int = 0
+    beams: int = 1
+    source_row: int | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    _known: dict[object, list[Frame]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def end(self) -> int:
+        """The number of columns so far, those of earlier forwards included."""
+        return self.width + (self.generated or 0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and columns from `begin` on."""
+        return len(self.spans), self.end - self.begin
+
+    @property
+    def padded(self) -> bool:
+        """Whether any column of the prompt is a pad."""
+        return any(span != (0, self.width) for span in self.spans)
+
+    @cached_property
+    def first(self) -> int:
+        """The first selected column."""
+        return self.begin if self.columns is None else int(self.columns.min())
+
+    # ------------------------------------------------------------------------------------------- names to columns
+
+    def resolve(
+        self, chosen: Indices, what: str = "positions @{}", kind: type[MicrotomeError] = SiteError
+    ) -> list[list[int]]:
+        """The columns [row][n] of positions of the prompt, by selected row.
+
+        Raises:
+            SiteError: a position lies beyond a row; or an error of another `kind`.
+        """
+        found: list[list[int]] = []
+        for row in range(len(self.spans)) if self.rows is None else self.rows.tolist():
+            first, length = self.spans[row]
+            positions = chosen.resolve(length)
+            if positions is None:
+                raise error(
+                    kind,
+                    f"no {what.format(chosen)} in {self._named(row)}",
+                    allowed=f"0 to {length - 1}, or -{length} to -1",
+                    do="choose positions inside the prompt",
+                )
+            found.append([first + p for p in positions])
+        return found
+
+    def _named(self, row: int) -> str:
+        return f"row {row}" if self.source_row is None else f"prompt {self.source_row}"
+
+    def columns_of(self, positions: Indices | Rule, device: torch.device | None = None) -> Tensor | None:
+        """The columns [batch, n] of positions, or of a rule; None for all that there are.
+
+        Raises:
+            SiteError: a position lies beyond a row, rows have different numbers of them, or the rule needs a
+                generation.
+        """
+        rows = len(self.spans)
+        after = torch.arange(self.width, self.end, device=device).expand(rows, -1)
+        if positions == "generated":
+            if self.generated is None:
+                raise error(
+                    SiteError, '"@generated" selects nothing in a run', do="use it with generate, or name positions"
+                )
+            return after
+        if positions == "prompt":
+            return None if self.generated is None else torch.arange(self.width, device=device).expand(rows, -1)
+        if positions == "last":
+            last = torch.tensor([[first + n - 1] for first, n in self.spans], device=device)
+            return torch.cat([last, after], dim=1) if self.generated else last
+        assert isinstance(positions, Indices)
+        if positions.is_all:
+            return None
+        found = self.resolve(positions)
+        if len({len(row) for row in found}) > 1:
+            raise error(
+                SiteError,
+                f"@{positions} selects different numbers of positions in different rows",
+                got=str([len(row) for row in found]),
+                do="count from one end, or run rows of one length",
+            )
+        return torch.tensor(found, device=device)
+
+    def select(
+        self, positions: Indices | Rule, rows: tuple[int, ...] | None, width: int, device: torch.device
+    ) -> list[Frame]:
+        """This frame cut to rows and positions, for a tensor of `width` columns; empty where it holds none of them.
+
+        One frame serves all rows, unless the tensor lacks the named columns of some rows and not of others.
+
+        Raises:
+            SiteError: see `columns_of`.
+            EditError: there are no such rows.
+        """
+        key = positions, rows, width, device
+        if key not in self._known:
+            self._known[key] = self._selected(positions, rows, width, device)
+        return self._known[key]
+
+    def _selected(
+        self, positions: Indices | Rule, rows: tuple[int, ...] | None, width: int, device: torch.device
+    ) -> list[Frame]:
+        chosen = None if rows is None else self._rows(rows).to(device)
+        columns = self.columns_of(positions, device)
+        cut = replace(self.at(width), rows=chosen, columns=columns)
+        if columns is None:
+            return [cut]
+        if cut.begin == 0:
+            return [cut] if columns.shape[1] else []
+        present = columns >= cut.begin
+        kinds, of_row = present.unique(dim=0, return_inverse=True)
+        if len(kinds) == 1:
+            columns = columns[:, kinds[0]]
+            return [replace(cut, columns=columns)] if columns.shape[1] else []
+        every = torch.arange(len(columns), device=device) if chosen is None else chosen
+        parts = [(every[of_row[every] == k], columns[:, kind].clamp(min=cut.begin)) for k, kind in enumerate(kinds)]
+        return [replace(cut, rows=of, columns=at) for of, at in parts if len(of) and at.shape[1]]
+
+    def _rows(self, rows: tuple[int, ...]) -> Tensor:
+        """The rows of the forward that continue rows of the prompt."""
+        n = len(self.spans) // self.beams
+        if not all(0 <= row < n for row in rows):
+            raise error(EditError, f"no rows {rows} in this batch", allowed=f"0 to {n - 1}", do="choose rows of it")
+        return (torch.tensor(rows).unsqueeze(1) * self.beams + torch.arange(self.beams)).flatten()
+
+    def at(self, width: int) -> Frame:
+        """This frame for a tensor whose last `width` columns are there; a static cache may hold more than there are."""
+        begin = max(self.end - width, 0)
+        return self if begin == self.begin else replace(self, begin=begin)
+
+    # ----------------------------------------------------------------------------------------------- tensors by frame
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the current tensor is selected."""
+        return self.rows is None and self.columns is None
+
+    def take(self, x: Tensor) -> Tensor:
+        """The selected part [row, n, ...] of the current tensor [batch, pos, ...]; a batch of one serves all rows."""
+        if self.columns is not None:
+            columns = self.columns if x.shape[0] != 1 else self.columns[:1]
+            x = x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), columns - self.begin]
+        return x if self.rows is None or x.shape[0] == 1 else x[self.rows]
+
+    def take_source(self, x: Tensor) -> Tensor:
+        """The corresponding part of another run's whole tensor [batch, pos, ...]."""
+        return self.take(x[:, self.begin :])
+
+    def index(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [n, 1] and columns [n, m] by which the selected part of the current tensor is indexed."""
+        rows = torch.arange(x.shape[0], device=x.device) if self.rows is None else self.rows
+        return rows.unsqueeze(1), self._columns(x.shape[1], x.device).expand(x.shape[0], -1)[rows] - self.begin
+
+    def positions(self, n: int, device: torch.device) -> Tensor:
+        """[row, n] The positions of the selected columns within each row's own tokens."""
+        first, _ = self._ends(device)
+        columns = self._columns(n, device).expand(len(self.spans), -1) - first
+        return columns if self.rows is None else columns[self.rows]
+
+    def real(self, n: int, device: torch.device) -> Tensor:
+        """[row, n] True where a selected column is a real token."""
+        first, length = self._ends(device)
+        columns = self._columns(n, device)
+        real = (columns >= first) & (columns < first + length) | (columns >= self.width)
+        return real if self.rows is None else real[self.rows]
+
+    def mask(self, chosen: list[list[int]], width: int, device: torch.device) -> Tensor:
+        """[row, width] True at columns, given by selected row, of a tensor of `width` columns."""
+        begin = self.at(width).begin
+        mask = torch.zeros(len(chosen), width, dtype=torch.bool, device=device)
+        for row, columns in enumerate(chosen):
+            mask[row, [c - begin for c in columns if c >= begin]] = True
+        return mask
+
+    def _columns(self, n: int, device: torch.device) -> Tensor:
+        return torch.arange(self.begin, self.begin + n, device=device)[None] if self.columns is None else self.columns
+
+    def _ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        spans = torch.tensor(self.spans, device=device)
+        return spans[:, :1], spans[:, 1:]
+
+    # --------------------------------------------------------------------------------------------------- other runs
+
+    def source_of(self, x: Tensor, dims: Sequence[str], spans: Sequence[Span] | None) -> Tensor:
+        """In a sweep, this prompt's row [1, ...] of another run's tensor, without pads; elsewhere that tensor itself.
+
+        Args:
+            x: the other run's tensor, with axes `dims`.
+            dims: its axes.
+            spans: the real tokens of its rows; None if unknown: every row then begins with its prompt.
+        """
+        if self.source_row is None or (spans is None and x.shape[0] == 1):
+            return x
+        row = self.source_row if x.shape[0] > 1 else 0
+        own, (first, length) = x[row : row + 1], (0, self.width) if spans is None else spans[row]
+        for axis, name in enumerate(dims):
+            if name in ("pos", "q_pos", "k_pos"):
+                own = own.narrow(axis, first, min(length, own.shape[axis] - first))
+        return own
+
+    def spans_of(self, spans: Sequence[Span]) -> list[Span] | None:
+        """The real tokens of another run's rows, one for each row here; None where it has another number of rows."""
+        if self.source_row is not None:
+            return [(0, spans[self.source_row if len(spans) > 1 else 0][1])]
+        if len(spans) not in (1, len(self.spans)):
+            return None
+        return list(spans) * (len(self.spans) // len(spans))
+
+    def last_columns(self) -> dict[int, int]:
+        """The last selected column of every selected row; without columns its last real one."""
+        rows = range(len(self.spans)) if self.rows is None else self.rows.tolist()
+        if self.columns is not None:
+            last = self.columns.amax(1).tolist()
+            return {row: last[row] for row in rows}
+        return {row: sum(self.spans[row]) - 1 for row in rows}

@@ -1,0 +1,51 @@
+"""`microtome measure`: commands made from declarations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from torch import Tensor
+
+from microtome.method import Argument, Column, Seen, Source, forget, measure
+
+SOURCE = Source("Nobody", "A Toy for Tests", 2026)
+
+
+@pytest.fixture
+def toy() -> Iterator[str]:
+    @measure(
+        "toy", of="layer", sites="resid_post", question="How large is a toy?", source=SOURCE, cost="nothing",
+        columns=(Column("toy_size", "norm", "mean size of the stream, halved", "none: a toy"),),
+        check="tests/cli/test_measure.py",
+    )  # fmt: skip
+    def sizes(
+        seen: Seen, half: Annotated[float, Argument("what to multiply by", "ratio", least=0)] = 0.5
+    ) -> dict[str, Tensor]:
+        """Half the size of the stream."""
+        return {"toy_size": half * seen["resid_post"].double().norm(dim=-1)}
+
+    yield "toy"
+    forget("toy")
+
+
+def test_a_toy_measure_has_a_command_with_its_options(
+    toy: str, saved: Path, text: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    shown = cli("measure", toy, "--help").out
+    assert "--half" in shown
+    assert "How large is a toy?" in shown
+    assert toy in cli("measure", "--help").out
+    done = cli("measure", toy, "-m", saved, "--text", text, "--tokens", 200, "--length", 20, "--half", "1", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert len(told["variables"]["toy_size"]["values"]) == 3
+    assert told["provenance"]["source"] == str(SOURCE)
+    page_of = tmp_path / "toy.html"
+    assert cli("measure", toy, "-m", saved, "--text", text, "--tokens", 200, "-o", page_of).code == 0
+    assert "toy" in page_of.read_text()
+    refused = cli("measure", toy, "-m", saved, "--half", "-1")
+    assert refused.code == 2

@@ -1,0 +1,323 @@
+"""What a declaration turns into: one toy measure appears everywhere, and what is wrong with one is said in a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tests import families
+from tests.cli.conftest import TEXT, tokenizer
+from torch import Tensor
+
+import microtome as mt
+from microtome.method import Argument, Column, Found, Seen, Source, Text, forget, measure, question
+from microtome.method._document import page
+from microtome.stream import Corpus, TokenBatch
+
+SOURCE = Source("Nobody", "A Toy for Tests", 2026)
+
+
+def toy_columns() -> tuple[Column, ...]:
+    return (
+        Column("toy_size", "norm", "mean size of the stream, halved", "toy_even", (0, None), title="toy", chart="Toys"),
+        Column("toy_even", "norm", "the same for a stream of ones", range=(0, None), chart="Toys"),
+    )
+
+
+@pytest.fixture
+def toy() -> Iterator[str]:
+    @measure(
+        "toy", of="layer", sites="resid_post", question="How large is a toy?", columns=toy_columns(), source=SOURCE,
+        cost="nothing", check="tests/laws/test_frame_of_methods.py",
+    )  # fmt: skip
+    def sizes(
+        seen: Seen, half: Annotated[float, Argument("what to multiply by", "ratio", least=0)] = 0.5
+    ) -> dict[str, Tensor]:
+        """Half the size of the stream."""
+        x = seen["resid_post"].double()
+        return {"toy_size": half * x.norm(dim=-1), "toy_even": half * torch.ones_like(x).norm(dim=-1)}
+
+    yield "toy"
+    forget("toy")
+
+
+def ids(rows: int = 4, length: int = 12) -> Tensor:
+    return torch.randint(5, families.VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model() -> mt.Model:
+    return mt.open(families.build("llama-gqa"), prove=False)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def corpus(**groups: str) -> Mapping[str, Corpus]:
+    return {name: Corpus.of(name, [text]) for name, text in groups.items()}
+
+
+# ------------------------------------------------------------------------------------------ one declaration, everywhere
+
+
+def test_a_toy_measure_gives_its_columns_with_intervals_and_what_it_says_of_them(toy: str, model: mt.Model) -> None:
+    data = mt.measure(model, toy, text=ids())
+    run = model.run(ids(), capture="*.resid_post")
+    norms = torch.stack([run[f"{i}.resid_post"].double().norm(dim=-1) for i in range(3)])
+    assert np.allclose(data["toy_size"], 0.5 * norms.mean((1, 2)))
+    assert (data["toy_size_lo"] < data["toy_size"]).all()
+    assert (data["toy_size"] < data["toy_size_hi"]).all()
+    assert data["toy_size"].attrs["control"] == "toy_even"
+    assert (data["toy_size"].attrs["unit"], data["toy_size_lo"].attrs["unit"]) == ("norm", "norm")
+    assert "95 % interval" in data["toy_size_hi"].attrs["meaning"]
+    assert data.attrs["source"] == str(SOURCE)
+    assert data.attrs["fingerprint"] == model.fingerprint
+    assert np.allclose(mt.measure(model, toy, text=ids(), half=1.0)["toy_size"], 2 * data["toy_size"])
+    with pytest.raises(mt.errors.ArgumentError, match=r"half must be a number of 0 or more \(ratio\); got -1"):
+        mt.measure(model, toy, text=ids(), half=-1)
+
+
+def test_a_toy_measure_is_in_the_atlas_its_schema_and_its_pages(toy: str, reader: Any, tmp_path: Any) -> None:
+    model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
+    mt.atlas.write_atlas(model, tmp_path / "atlas", text=[TEXT] * 20, tokens=200, length=20, measures=[toy, "stream"])
+    table = pq.read_table(tmp_path / "atlas" / "layers.parquet")
+    assert {"toy_size", "toy_size_lo", "toy_size_hi", "toy_even"} <= set(table.column_names)
+    stored = table.schema.field("toy_size").metadata
+    assert stored[b"unit"] == b"norm"
+    assert stored[b"control"] == b"toy_even"
+    manifest = json.loads((tmp_path / "atlas" / "manifest.json").read_text())
+    column = manifest["tables"]["layers"]["columns"]["toy_size"]
+    assert (column["chart"], column["title"], column["range"]) == ("Toys", "toy", [0, None])
+    assert manifest["measures"]["toy"]["question"] == "How large is a toy?"
+    pages = (tmp_path / "atlas" / "assets" / "data" / "model.js").read_text()
+    assert '"toy_size"' in pages
+    assert '"Toys"' in pages
+
+
+def test_a_toy_measure_has_a_row_in_the_documentation_and_shows_itself(toy: str, model: mt.Model) -> None:
+    method = mt.methods("measure")[toy]
+    text = page([(method, "microtome measure toy")])
+    row = next(line for line in text.splitlines() if line.startswith("| `toy`"))
+    for part in ("How large is a toy?", 'mt.measure(model, "toy")', "microtome measure toy", "*A Toy for Tests*, 2026"):
+        assert part in row
+    assert "`toy_size`: mean size of the stream, halved (norm; control: toy_even)" in str(method.function.__doc__)
+    assert "half: what to multiply by" in str(method.function.__doc__)
+    assert "How large is a toy?" in repr(mt.measures())
+    shown = mt.measure(model, toy, text=ids())._repr_html_()
+    assert "<svg" in shown
+    assert "toy" in shown
+
+
+# ---------------------------------------------------------------------------------------------- passes, groups, merging
+
+
+def test_measures_of_one_pass_give_what_each_gives_alone(model: mt.Model) -> None:
+    names = ("stream", "head_norms", "activations", "firing", "loss", "kurtosis", "effective_rank")
+    calls: list[int] = []
+    handle = model.hf.register_forward_pre_hook(lambda *_: calls.append(1))
+    together = mt.measure(model, *names, text=ids(), rows=2)
+    count = len(calls)
+    for name in names:
+        alone = mt.measure(model, name, text=ids(), rows=2)
+        for column in alone.data_vars:
+            assert np.array_equal(alone[column], together[column], equal_nan=True), column
+    handle.remove()
+    assert count == 4  # two batches of the text, two of its first rows
+    assert len(calls) == count + 2 * len(names)
+
+
+def test_a_group_is_what_its_documents_give_and_all_groups_make_the_whole(reader: Any) -> None:
+    """The means of groups, each weighed by its tokens, are the mean of the whole; a document may cross two batches."""
+    model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
+    words = TEXT.split()
+    text = corpus(one=" ".join(words[:13]), two=" ".join(words[5:24]), three=" ".join(words[::-1][:20]))
+    options: dict[str, Any] = {"text": text, "length": 7, "rows": 2, "tokens": 49}
+    whole = mt.measure(model, "activations", "firing", "massive", **options)
+    parts = mt.measure(model, "activations", "firing", "massive", groups=True, **options)
+    assert parts["mean"].dims == ("group", "layer", "neuron")
+    assert list(parts["group"].values) == ["one", "two", "three"]
+    batches = list(Text(text, tokens=49, length=7, rows=2).batches(model).parts)
+    group = torch.cat([batch.group.flatten() for batch in batches])
+    assert sum(len(batch.group.unique()) > 1 for batch in batches) >= 1  # a group begins inside a batch
+    share = torch.bincount(group, minlength=3).double().numpy() / len(group)
+    for name in ("mean", "firing_rate"):
+        assert np.allclose(np.einsum("g,gln->ln", share, parts[name]), whole[name], atol=1e-10), name
+    assert np.allclose(parts["max"].max("group"), whole["max"])
+    assert np.allclose(parts["max_abs"].max("group"), whole["max_abs"])
+    assert float(np.abs(parts["mean"][0] - parts["mean"][1]).max()) > 1e-3
+    chosen = mt.measure(model, "activations", groups=["three", "one"], **options)
+    assert np.array_equal(chosen["mean"][1], parts["mean"][0])
+    with pytest.raises(mt.errors.ArgumentError, match='no group "four" in this text; allowed: one, two, three'):
+        mt.measure(model, "activations", groups=["four"], **options)
+
+
+def test_a_value_for_a_whole_row_is_refused_where_a_row_holds_two_groups(reader: Any) -> None:
+    model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
+    text = corpus(one=TEXT, two=TEXT)
+    with pytest.raises(mt.errors.DataError, match="a row of the text holds several groups"):
+        mt.measure(model, "ablation_loss", text=text, groups=True, length=16, tokens=60)
+
+
+def test_positions_and_groups_are_those_of_the_documents(reader: Any) -> None:
+    model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
+    text = corpus(one=" ".join(TEXT.split()[:9]), two=" ".join(TEXT.split()[:14]))
+    batches = list(Text(text, tokens=23, length=5, rows=2).batches(model).parts)
+    position = torch.cat([b.position.flatten() for b in batches]).tolist()
+    group = torch.cat([b.group.flatten() for b in batches]).tolist()
+    assert position[:10] == [*range(10)]  # nine tokens and the separator behind them
+    assert position[10:] == [*range(len(position) - 10)]
+    assert group == [0] * 10 + [1] * (len(position) - 10)
+
+
+@pytest.mark.parametrize("names", [("stream", "loss"), ("massive", "activations", "kurtosis"), ("head_norms",)])
+def test_parts_of_a_text_merge_to_the_whole(model: mt.Model, names: tuple[str, ...]) -> None:
+    from microtome.method import Bound, Pass, declared
+
+    tokens = ids(6)
+
+    def part(rows: slice) -> Pass:
+        bound = [Bound(one, one.statistic({}), one.layers(model)) for one in map(declared, names)]  # type: ignore[attr-defined]
+        made = Pass(model, bound, Text())
+        for row in range(*rows.indices(6)):
+            made.update(TokenBatch.of(tokens[row : row + 1], torch.tensor([row * 12])))
+        return made
+
+    whole = part(slice(None)).results()
+    for order in ((0, 1), (1, 0)):
+        halves = [part(slice(0, 2)), part(slice(2, 6))]
+        merged = halves[order[0]].merge(halves[order[1]]).results()
+        for name, data in whole.items():
+            for column in data.data_vars:
+                assert np.allclose(data[column], merged[name][column], rtol=1e-10, equal_nan=True), column
+    other = Pass(model, [], Text())
+    with pytest.raises(mt.errors.DataError, match="cannot merge passes of other measures"):
+        other.merge(part(slice(0, 1)))
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+GOOD: dict[str, Any] = {
+    "of": "layer", "sites": "resid_post", "question": "What?", "columns": toy_columns(), "source": SOURCE,
+    "cost": "nothing", "check": "tests/laws/test_frame_of_methods.py",
+}  # fmt: skip
+WRONG = [
+    ({"check": ""}, 'the measure "bad" lacks check'),
+    ({"source": ()}, 'the measure "bad" lacks source'),
+    ({"cost": "", "question": ""}, 'the measure "bad" lacks question and cost'),
+    ({"columns": ()}, 'the measure "bad" lacks columns'),
+    ({"sites": "resid"}, 'names the site "resid", which does not exist'),
+    ({"columns": (Column("bad_x", "", "a thing", "none: no"),)}, 'has a column "bad_x" without a unit'),
+    ({"columns": (Column("bad_x", "1", "a thing"),)}, 'has a column "bad_x" without a control'),
+    ({"columns": (Column("bad_x", "1", "", "none: no"),)}, 'has a column "bad_x" without a meaning'),
+    ({"columns": (Column("bad_x", "1", "a thing", "bad_y"),)}, 'whose control "bad_y" is no column of it'),
+    ({"columns": (Column("bad_lo", "1", "a thing", "none: no"),)}, "whose ending belongs to intervals"),
+    ({"columns": (Column("loss", "1", "a thing", "none: no"),)}, '"bad" has a column "loss" that "loss" has too'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "text"), WRONG)
+def test_a_wrong_declaration_is_refused_in_one_line(change: dict[str, Any], text: str) -> None:
+    mt.measures()
+    with pytest.raises(mt.errors.DeclarationError) as refused:
+
+        @measure("bad", **(GOOD | change))
+        def bad(seen: Seen) -> dict[str, Tensor]:
+            """A measure that is wrong."""
+            return {}
+
+    assert text in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "bad" not in mt.methods()
+
+
+def test_a_measure_without_a_summary_or_with_a_bare_argument_is_refused() -> None:
+    def silent(seen: Seen) -> dict[str, Tensor]:
+        return {}
+
+    def bare(seen: Seen, size: int = 3) -> dict[str, Tensor]:
+        """Has an argument that says nothing of itself."""
+        return {}
+
+    with pytest.raises(mt.errors.DeclarationError, match='"bad" lacks summary'):
+        measure("bad", **GOOD)(silent)
+    with pytest.raises(mt.errors.DeclarationError, match='an argument "size" without an Argument in its annotation'):
+        measure("bad", **GOOD)(bare)
+
+
+def test_a_result_with_an_undeclared_column_is_refused(model: mt.Model) -> None:
+    @question(
+        "bad", question="What?", columns=(Column("x", "1", "a thing", "none: no", dims=()),), source=SOURCE,
+        cost="nothing", check="tests/laws/test_frame_of_methods.py", call="bad(model)",
+    )  # fmt: skip
+    def bad(model: mt.Model) -> Found:
+        """Gives what it does not declare."""
+        return Found({"y": 1.0})
+
+    try:
+        with pytest.raises(mt.errors.DeclarationError, match='gives "y", which it does not declare; allowed: x'):
+            bad(model)
+    finally:
+        forget("bad")
+
+
+def test_unknown_measures_and_arguments_are_refused_with_what_is_near(model: mt.Model) -> None:
+    with pytest.raises(mt.errors.ArgumentError, match='no method "inductoin".*Did you mean "induction"'):
+        mt.measure(model, "inductoin")
+    with pytest.raises(mt.errors.ArgumentError, match=r'argument perod; allowed: period, sequences.*"period"'):
+        mt.measure(model, "induction", perod=12)
+    with pytest.raises(mt.errors.ArgumentError, match='"attention_knockout" is a question, not a measure'):
+        mt.measure(model, "attention_knockout")
+    with pytest.raises(mt.errors.ArgumentError, match="no measure is named"):
+        mt.measure(model)
+    with pytest.raises(mt.errors.DataError, match="has no tokenizer to read a text with"):
+        mt.measure(model, "stream")
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_settings_hold_inside_their_block_and_nest() -> None:
+    from microtome.context import current
+
+    with mt.settings(seed=3, budget="1.5 GiB"):
+        assert (current().seed, current().budget) == (3, 3 * 2**29)
+        with mt.settings(seed=4):
+            assert (current().seed, current().budget) == (4, 3 * 2**29)
+        assert current().seed == 3
+    assert (current().seed, current().budget) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"seed": -1}, "seed must be an integer of 0 or more; got -1"),
+        ({"seed": True}, "seed must be an integer of 0 or more; got True"),
+        ({"budget": "lots"}, "budget must be a size in memory; got 'lots'"),
+        ({"budget": -4}, "budget must be a size in memory; got -4"),
+        ({"sede": 1}, 'no setting "sede"; allowed: seed, budget, progress'),
+    ],
+)
+def test_wrong_settings_are_refused(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(mt.errors.ArgumentError) as refused, mt.settings(**change):
+        pass
+    assert text in str(refused.value)
+
+
+def test_progress_is_reported_by_stage_to_its_end(model: mt.Model) -> None:
+    told: list[tuple[str, int, int]] = []
+    with mt.settings(progress=lambda *report: told.append(report)):
+        mt.measure(model, "stream", "neuron_weights", text=ids(), rows=2)
+    assert told[0] == ("reading the text", 0, 2)
+    assert ("reading the text", 2, 2) in told
+    assert told[-1] == ("reading weights", 3, 3)
