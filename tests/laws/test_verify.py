@@ -50,7 +50,7 @@ def test_exact_scores_agree_and_reversed_ones_do_not(model: mt.Model) -> None:
 def test_measured_cells_are_the_patched_runs(model: mt.Model) -> None:
     data = attributed(model, verify=3)
     source = model.run(CORRUPT, capture="*.mlp_out")
-    patched = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise")
+    patched = mt.explain.patch(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise")
     width = data["corrupt"] - data["clean"]
     for site in data.attrs["sites"]:
         found = data[f"{site}_exact"]
@@ -172,7 +172,7 @@ def test_what_cannot_be_verified_is_refused(model: mt.Model) -> None:
         mt.explain.verify(model, scores, top=n + 1)
     with pytest.raises(mt.errors.ArgumentError, match=r"top must be an integer of 1 or more \(cells\); got 0"):
         mt.explain.verify(model, scores, top=0)
-    patched = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13)
+    patched = mt.explain.patch(model, CLEAN, CORRUPT, answer=11, foil=13)
     with pytest.raises(mt.errors.DataError, match="not scores that can be verified; got a dataset without clean_ids"):
         mt.explain.verify(model, patched)
 
