@@ -335,7 +335,7 @@ def test_the_same_prompt_twice_is_refused() -> None:
         mt.explain.node_effects,
         mt.explain.edge_effects,
         mt.explain.attribute,
-        mt.explain.activation_patching,
+        mt.explain.patch,
     ):
         with pytest.raises(mt.errors.PromptError, match="are the same, so that there is nothing to patch"):
             method(model, ids(0), ids(0), answer=11, foil=13)

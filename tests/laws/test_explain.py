@@ -112,5 +112,5 @@ def test_the_lens_ends_at_the_model_and_begins_at_the_embedding(name: str) -> No
 
 def test_rows_of_several_lengths_are_refused() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    with pytest.raises(mt.errors.SiteError, match="rows of one length"):
+    with pytest.raises(mt.errors.PromptError, match=r"prompts of one length; got \[2, 3\]"):
         mt.explain.logit_lens(model, [[5, 6], [5, 6, 7]])

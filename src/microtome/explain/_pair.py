@@ -1,4 +1,4 @@
-"""One clean and one corrupt prompt: how a question takes them, and how scores keep them to be checked by."""
+"""One clean and one corrupt prompt: how a question takes them, and how scores keep them to be verified by."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def one_pair(
 
 
 def record(pair: Pairs, direction: str) -> dict[str, Any]:
-    """What a result must say of its pair to be checked later."""
+    """What a result must say of its pair to be verified later."""
     clean, corrupt = pair.tokens[0].tolist()
     ids = {name: own[0] for name, own in (("answer_id", pair.answer_ids), ("foil_id", pair.foil_ids)) if own}
     return pair.attrs() | {"clean_ids": clean, "corrupt_ids": corrupt, "direction": direction} | ids
@@ -63,7 +63,7 @@ def recorded(model: Model, scores: xr.Dataset) -> tuple[Pairs, str]:
     missing = [k for k in ("fingerprint", "clean_ids", "corrupt_ids", "direction", "answer_id") if k not in attrs]
     if missing:
         got, do = f"a dataset without {', '.join(missing)}", "pass what `attribute` returned"
-        raise error(DataError, "these are not scores that can be checked", got=got, do=do)
+        raise error(DataError, "these are not scores that can be verified", got=got, do=do)
     if attrs["fingerprint"] != model.fingerprint:
         raise error(
             DataError, "these scores come from another model",

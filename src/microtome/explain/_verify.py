@@ -1,4 +1,4 @@
-"""Check scores: measure the best candidates exactly, and random others beside them.
+"""Verification of scores: the best candidates are measured exactly, and random others beside them.
 
 Formula:  rank correlation = Spearman's, of scores and exact effects over the k cells of the largest |score|; the same
           over the random others is its control.
@@ -85,7 +85,7 @@ def verify(
     sites = [str(name) for name in scores.attrs["sites"]]
     most = max(int(np.isfinite(scores[site].values).sum()) for site in sites)
     if top > most:
-        do = "choose a top in that range, or verify=0 to check nothing"
+        do = "choose a top in that range, or verify=0 to measure none"
         raise error(
             DataError, "cannot verify so many candidates", got=f"top={top}",
             allowed=f"1 to {most}, the number of cells", do=do,
