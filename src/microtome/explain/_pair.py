@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from microtome.errors import DataError, PromptError, error
+from microtome.explain._answers import Answer
 from microtome.explain._pairs import Pairs, pairs_of
 from microtome.method import Argument
 from microtome.metric import Metric
@@ -19,10 +20,6 @@ CorruptPrompt = Annotated[Prompt, Argument("as many tokens with another answer",
 CorruptOrRun = Annotated[
     Prompt | Run, Argument("as many tokens with another answer; or its run, in place of the prompt", positional=True)
 ]
-CleanAnswer = Annotated[str | int | None, Argument("the clean prompt's answer, one token", from_text=str)]
-CorruptAnswer = Annotated[
-    str | int | None, Argument("the corrupt prompt's answer; without it only the answer is read", from_text=str)
-]
 
 
 def one_pair(
@@ -30,8 +27,8 @@ def one_pair(
     clean: Prompt,
     corrupt: Prompt,
     *,
-    answer: str | int | None,
-    foil: str | int | None,
+    answer: Answer | None,
+    foil: Answer | None,
     metric: Metric | None = None,
 ) -> Pairs:
     """The pair that is meant, alone.
