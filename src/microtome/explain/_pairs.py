@@ -44,11 +44,8 @@ ReadMetric = Annotated[
     Metric | None, Argument("what to read instead of the answer, of prompt i for pair i", command=False)
 ]
 Direction = Annotated[
-    str,
-    Argument(
-        '"denoise" puts clean values into the corrupt run, "noise" the reverse', choices=("denoise", "noise"),
-    ),
-]  # fmt: skip
+    str, Argument('"denoise" puts clean values into the corrupt run, "noise" the reverse', choices=("denoise", "noise"))
+]
 Spans = Annotated[
     Mapping[str, Span] | Sequence[Mapping[str, Span]] | None,
     Argument("names and what they mean in each pair's clean prompt, or in all of them", command=False),
