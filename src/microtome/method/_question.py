@@ -149,7 +149,7 @@ def run_sweep(
         stage: what its progress is called.
     """
     settings = current()
-    sweep = model.sweep(prompt, cells, metric, prompts=prompts, budget=settings.budget)
+    sweep = model.sweep(prompt, cells, metric, prompts=prompts)
     spent(sweep.plan)
     if settings.on_plan is not None:
         settings.on_plan(sweep.plan)
