@@ -73,6 +73,8 @@ def test_nodes_and_edges_are_exact_where_the_model_is_linear(direction: str) -> 
     plain = scores(model, sites=ALL, direction=direction)
     data = mt.explain.patch(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction, sites=ALL)
     width = (data["corrupt"] - data["clean"]) * (1 if direction == "noise" else -1)
+    for end in ("clean", "corrupt"):
+        assert float(plain[end]) == pytest.approx(float(data[end]), abs=1e-6 * float(abs(width)))
     for site in ALL:
         assert float(abs(plain[site] - data[site] * width).max()) < 1e-5 * float(abs(width)), site
     assert float(abs(plain["mlp.post[neuron]"]).max()) > 1e-3 * float(abs(width))

@@ -66,9 +66,9 @@ def contributions(
     prompt: PromptText,
     *,
     answer: Annotated[
-        Answer | None, Argument("the answer, one token or one a prompt; the model's own without it")
+        Answer | None, Argument("one token, or one per prompt; the model's own without it", from_text=str)
     ] = None,
-    foil: Annotated[Answer | None, Argument("explain the difference to the logit of this token")] = None,
+    foil: Annotated[Answer | None, Argument("explain the difference to this token's logit", from_text=str)] = None,
     position: Annotated[int, Argument("position explained, counted from the end of the prompt if negative")] = -1,
     detail: Annotated[tuple[Detail, ...], Argument("heads by source position, MLPs by neuron")] = (),
 ) -> Found:
