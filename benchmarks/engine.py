@@ -29,8 +29,10 @@ import torch
 
 import microtome as mt
 from microtome.anatomy import default_folder
-from microtome.measurements import TextStatistics
+from microtome.method import Bound, Measure, Pass, Text, declared
 from microtome.stream import TokenBatches, standard_library_text
+
+OF_TEXT = ("stream", "massive", "head_norms", "activations", "firing", "top_examples", "loss")
 
 TARGETS = {
     "capture_all": 1.05, "capture_one": 1.02, "steered_generation": 1.10, "atlas_pass": 1.35,
@@ -117,7 +119,7 @@ def generation(model: mt.Model, repeats: int) -> dict[str, float]:
 
 
 def atlas_pass(model: mt.Model, repeats: int) -> dict[str, float]:
-    """The statistics of the atlas beside plain forwards with logits over the same tokens."""
+    """The measures of the atlas that read the whole text, beside plain forwards with logits over the same tokens."""
     batches = TokenBatches(standard_library_text(), model.tokenizer, length=256, rows=4, tokens=2048)
 
     def plain() -> None:
@@ -126,9 +128,10 @@ def atlas_pass(model: mt.Model, repeats: int) -> dict[str, float]:
                 model.hf(input_ids=batch.tokens)
 
     def ours() -> None:
-        statistics_ = TextStatistics(model)
+        measures: list[Measure] = [declared(name) for name in OF_TEXT]  # pyright: ignore[reportAssignmentType]
+        made = Pass(model, [Bound(one, one.statistic({}), one.layers(model)) for one in measures], Text())
         for batch in batches:
-            statistics_.update(batch)
+            made.update(batch)
 
     return paired(plain, ours, max(3, repeats // 2))
 

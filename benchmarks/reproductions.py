@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import microtome as mt
-from microtome.measurements import head_scores, repeated_tokens
+from microtome.method import RepeatedTokens
 from microtome.stream import mean_interval, sign_flip
 
 # Prompts whose answer the model may know, with the subject that they are about: written for this script.
@@ -170,17 +170,23 @@ def copying(model: mt.Model, tokens: Tensor, edits: list[mt.edit.Edit]) -> Tenso
     return torch.stack([r[1:].gather(1, t[n + 1 :, None]).mean() for r, t in zip(rows, tokens, strict=True)]).double()
 
 
+def repeated(model: mt.Model, sequences: int, seed: int) -> Tensor:
+    """Random tokens that repeat once [sequence, pos]."""
+    with mt.settings(seed=seed):
+        return torch.cat([batch.tokens for batch in RepeatedTokens(sequences, 50).batches(model).parts])
+
+
 def induction(model: mt.Model, top: int = 5, sequences: int = 16, draws: int = 10) -> dict[str, Any]:
     """Induction heads carry in-context copying."""
     print(f"induction: reproduced if ablating the {top} top induction heads costs more of the copied tokens'")
     print("  log-probability than ablating as many random heads of the same layers, with p < 0.05, on other sequences")
-    scores = torch.from_numpy(head_scores(model, seed=0)["induction"].values)
+    scores = torch.from_numpy(mt.measure(model, "induction")["induction"].values)
     order = scores.flatten().argsort(descending=True).tolist()
     heads = model.anatomy.n_heads
     chosen = [divmod(i, heads) for i in order[:top]]
     shunned = {divmod(i, heads) for i in order[: 4 * top]}
-    tokens, others = (repeated_tokens(model, sequences, 50, seed) for seed in (1, 2))
-    held = mt.measurements.means(model, others, "*.attn.z")
+    tokens, others = (repeated(model, sequences, seed) for seed in (1, 2))
+    held = mt.change.means(model, others, "*.attn.z")
 
     def without(picked: list[tuple[int, int]]) -> Tensor:
         edits = [mt.edit.Mean(f"{i}.attn.z[{h}]", mean=held[f"{i}.attn.z"][h]) for i, h in picked]

@@ -49,9 +49,9 @@ def repeats(model: mt.Model, rows: int = 12, length: int = 40) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_head_scores_find_the_induction_circuit(seed: int) -> None:
+def test_the_measure_of_induction_finds_the_induction_circuit(seed: int) -> None:
     it = planted.induction(seed)
-    scores = mt.measurements.head_scores(it.model)
+    scores = mt.measure(it.model, "induction")
     for score, key in (("induction", "induction_head"), ("previous_token", "previous_token_head")):
         values = torch.from_numpy(scores[score].values).clone()
         assert values[it.truth[key]] > 0.9

@@ -115,7 +115,7 @@ def test_the_parts_of_an_answer_sum(model: mt.Model) -> None:
 
 
 def test_induction_heads_stand_out_from_their_control(model: mt.Model) -> None:
-    data = mt.measurements.head_scores(model, sequences=4)
+    data = mt.measure(model, "induction", sequences=4)
     strong = data["induction"] > 0.5
     assert int(strong.sum()) >= 3
     assert float(data["induction_control"].max()) < 0.05
