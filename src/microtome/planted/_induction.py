@@ -17,8 +17,8 @@ def induction(seed: int = 0) -> Planted:
               code of the token before into `previous`; layer 1, induction head: queries are this token's code, keys are
               `previous`, values the code of the token there, which the unembedding reads.
     Source:   Olsson et al., "In-context Learning and Induction Heads", 2022 (arXiv 2209.11895). Departs: built by hand.
-    Check:    the measure induction finds both heads above 0.9 and no other above 0.2; either head ablated, the repeat is no
-              longer continued; tests/planted/test_handmade.py.
+    Check:    the measure induction finds both heads above 0.9 and no other above 0.2; either head ablated, the repeat
+              is no longer continued; tests/planted/test_handmade.py.
 
     Args:
         seed: of the codes, of which heads are used, and of the weights that do nothing.
