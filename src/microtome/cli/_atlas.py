@@ -51,8 +51,8 @@ def atlas(
     for name, path in tables.items():
         out.print(f"{name:7} {path}  ({manifest['tables'][name]['rows']:,} rows)", markup=False, soft_wrap=True)
     memory, loss = cost["peak_memory_bytes"] / 2**30, manifest.get("loss")
-    told = "" if loss is None else f", loss {loss:.3f} nats"
-    out.print(f"read {read:,} tokens{told}; {cost['seconds']:.0f} s, {memory:.1f} GiB at most")
+    loss_text = "" if loss is None else f", loss {loss:.3f} nats"
+    out.print(f"read {read:,} tokens{loss_text}; {cost['seconds']:.0f} s, {memory:.1f} GiB at most")
     for name, why in manifest["left_out"].items():
         out.print(f"left out {name}: {why}", markup=False, soft_wrap=True)
     if manifest["text"]["short"]:

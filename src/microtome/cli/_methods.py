@@ -98,10 +98,10 @@ def command_of(name: str, names: Sequence[str]) -> Any:
 
 
 def _help(made: Sequence[Declared]) -> str:
-    told = [f"{one.method.question}\n\n{one.method.summary}" for one in made] if len(made) < 2 else []
-    told = told or [f"{one.method.name}: {one.method.question}" for one in made]
+    parts = [f"{one.method.question}\n\n{one.method.summary}" for one in made] if len(made) < 2 else []
+    parts = parts or [f"{one.method.name}: {one.method.question}" for one in made]
     sources = "\n\n".join(f"Source: {source}." for one in made for source in one.method.source)
-    return "\n\n".join([*told, sources]).replace("[", "\\[")
+    return "\n\n".join([*parts, sources]).replace("[", "\\[")
 
 
 def _ask(question: Question) -> Callable[..., None]:

@@ -87,7 +87,7 @@ class Opening:
         }
 
     def open(self, *, prove: bool = True) -> Model:
-        """The opened model, its map proven unless told otherwise."""
+        """The opened model, its map proven unless `prove` is False."""
         import microtome as mt
 
         with working("opening " + (self.model or "the default model")):

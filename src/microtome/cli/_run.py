@@ -146,8 +146,10 @@ def _write(result: Run, output: Path) -> None:
         else:
             tensors = unshared({str(a): x for a, x in result.captured.items()} | {"tokens": result.tokens})
             axes = {str(a): list(result.dims(a)) for a in result.captured}
-            told = {k: json.dumps(v) for k, v in (result.provenance | {"axes": axes, "words": result.words}).items()}
-            save_file(tensors, partial, metadata=told)
+            attributes = {
+                k: json.dumps(v) for k, v in (result.provenance | {"axes": axes, "words": result.words}).items()
+            }
+            save_file(tensors, partial, metadata=attributes)
 
 
 def _dataset(result: Run) -> xr.Dataset:

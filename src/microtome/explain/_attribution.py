@@ -46,7 +46,7 @@ READING = (
         ),
         Source(
             "Syed, Rager, Conmy", "Attribution Patching Outperforms Automated Circuit Discovery", 2023, "2310.10348",
-            departs="edges into shared keys and values are told apart by query head; a norm behind a branch is gone "
+            departs="edges into shared keys and values are separated by query head; a norm behind a branch is gone "
             "through to first order",
         ),
         Source(
@@ -92,13 +92,15 @@ def attribute(
         ends, scores = edge_scores(model, pair, direction, rules)
     else:
         ends, scores = node_scores(model, pair, direction, rules, sites)
-    told: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "method": NAMES[method],
         "rules": "plain" if rules is None else repr(rules),
         "sites": list(scores),
     }
-    told |= record(pair, direction)
-    told["reading"] = READING.format(given="clean" if direction == "denoise" else "corrupt", metric=told["metric"])
+    attributes |= record(pair, direction)
+    attributes["reading"] = READING.format(
+        given="clean" if direction == "denoise" else "corrupt", metric=attributes["metric"]
+    )
     start, goal = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
     values: dict[str, Any] = {start: ends[0], goal: ends[1]} | {name: (x.dims, x.values) for name, x in scores.items()}
     units = dict.fromkeys(values, pair.unit)
@@ -110,5 +112,5 @@ def attribute(
         found = measure_best(model, pair, direction, scores, top)
         units |= {name: pair.unit for name in found if name.endswith("_exact")}
         values |= {name: (dims, x) for name, (dims, x, *_) in found.items()}
-        coords["site"], told["verified_top"] = site_axis(list(scores)), top
-    return Found(values, coords=coords, attrs=told, units=units)
+        coords["site"], attributes["verified_top"] = site_axis(list(scores)), top
+    return Found(values, coords=coords, attrs=attributes, units=units)

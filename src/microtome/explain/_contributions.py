@@ -50,7 +50,7 @@ def _column(name: str, meaning: str, dims: tuple[str, ...] = BATCH, title: str =
         _column("gap", "the logit minus the sum of all parts", control="none: 0 but for rounding"),
         _column("attn_source", "what each head adds by the position that it reads", (*HEAD, "k_pos")),
         _column("mlp_neuron", "what each neuron adds", (*LAYER, "neuron"), "neurons"),
-        _column("mlp_bias", "what the output bias of each MLP adds, where neurons are told apart", LAYER, "MLP bias"),
+        _column("mlp_bias", "what the output bias of each MLP adds, where it is split into neurons", LAYER, "MLP bias"),
     ),
     source=Source(
         "Elhage et al.", "A Mathematical Framework for Transformer Circuits", 2021,
@@ -80,8 +80,8 @@ def contributions(
     """
     refuse_unless_sum(model)
     at = f"@{position}"
-    said = "logits" if model.anatomy.logit_softcap is None else "final"
-    wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{said}{at}"]
+    last_site = "logits" if model.anatomy.logit_softcap is None else "final"
+    wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{last_site}{at}"]
     wanted += [f"*.mlp.post{at}"] if "neuron" in detail else []
     wanted += [f"*.attn.pattern{at}", "*.attn.v"] if "source" in detail else []
     run = model.run(prompt, capture=wanted)
@@ -90,11 +90,11 @@ def contributions(
         values = reader.values(detail)
     coords: dict[str, Any] = {"layer": list(range(model.anatomy.n_layers)), "head": list(range(model.anatomy.n_heads))}
     words = {"answer": reader.answers, "foil": reader.foils}
-    told = {name: model.to_words(ids) for name, ids in words.items() if ids is not None}
-    coords |= {name: ("batch", text) for name, text in told.items()}
+    attributes = {name: model.to_words(ids) for name, ids in words.items() if ids is not None}
+    coords |= {name: ("batch", text) for name, text in attributes.items()}
     if "source" in detail:
         coords["source"] = (("batch", "k_pos"), run.words)
-    attrs = {name: text[0] if len(text) == 1 else text for name, text in told.items()}
+    attrs = {name: text[0] if len(text) == 1 else text for name, text in attributes.items()}
     attrs["metric"] = "logit of the answer" if reader.foils is None else "logit difference"
     mlp = ["mlp_neuron", "mlp_bias"] if "neuron" in detail else ["mlp"]
     attrs |= {"parts": ["embed", "constant", "attn", "attn_bias", *mlp], "sum_of": "logit"}

@@ -83,7 +83,7 @@ def component_effects(
         str | Sequence[str],
         Argument('addresses such as "3.attn.z[2]" or "3.mlp_out", or all "branches" or "heads"', from_text=str),
     ] = "branches",
-    receivers: Annotated[str, Argument("whether repair is told by branch or by head", choices=RECEIVERS)] = "branches",
+    receivers: Annotated[str, Argument("repair by branch or by head", choices=RECEIVERS)] = "branches",
     ablation: Annotated[str, Argument("what is put in place of a component", choices=ABLATIONS)] = "mean",
     corrupt: Annotated[
         Prompt | None, Argument('for "corrupt", one aligned prompt per prompt; those of a task', from_text=str)

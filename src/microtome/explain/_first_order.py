@@ -2,7 +2,7 @@
 
 The input of one head's queries is the stream as its norm reads it. Its gradient is that of the head's queries alone,
 drawn back through rotation, projection and norm to the stream. Where heads share keys and values, the gradient there is
-the sum over their heads. It is told apart where the heads are still apart: a head's scores reach its keys, and a head's
+the sum over their heads. It is separated where the heads still are separate: a head's scores reach its keys, and its
 z its values, so that the gradient of that head's scores (or z) alone is drawn back.
 
 Formula:  R_q,h = J(q -> x)^T (e_h * dm/dq),    R_k,h = J(k -> x)^T J(scores -> k)^T (e_h * dm/dscores),

@@ -133,11 +133,11 @@ class Pairs:
 
     def attrs(self) -> dict[str, Any]:
         """What a result says of them: the metric in words, and answer and foil where all pairs share them."""
-        told: dict[str, Any] = {"metric": metric_in_words(self.metric)[0], "pairs": len(self)}
+        attributes: dict[str, Any] = {"metric": metric_in_words(self.metric)[0], "pairs": len(self)}
         for name, words in (("answer", self.answer), ("foil", self.foil)):
             if len(set(words)) == 1:
-                told[name] = words[0]
-        return told
+                attributes[name] = words[0]
+        return attributes
 
 
 def pairs_of(

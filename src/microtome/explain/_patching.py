@@ -114,7 +114,7 @@ def patch(
     if share:
         effects = effects / (gaps.mean() if direction == "denoise" else -gaps.mean())
         unit = "share of the gap" if len(pairs) == 1 else "share of the mean gap"
-    coords, attrs = _told(model, pairs, kept, gaps)
+    coords, attrs = _attributes(model, pairs, kept, gaps)
     cells, one = _by_site(layouts[0], effects), len(pairs) == 1
     values = {name: ((), ends[0, i]) if one else (("example",), ends[:, i]) for i, name in enumerate(ENDS)}
     return Found(
@@ -220,12 +220,12 @@ def _by_site(layouts: dict[str, Layout], effects: Tensor) -> dict[str, tuple[tup
     return {site: (part.dims, x.reshape(-1, *part.shape)) for (site, part), x in sites}
 
 
-def _told(model: Model, pairs: Pairs, kept: list[int], gaps: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def _attributes(model: Model, pairs: Pairs, kept: list[int], gaps: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
     """The labels of one pair's tokens or of several examples, and what is said of them."""
     if len(pairs) == 1:
         words = [model.to_words(row) for row in pairs.tokens[0]]
         return {"clean_token": ("pos", words[0]), "corrupt_token": ("pos", words[1])}, pairs.attrs()
-    told = {"answer": pairs.answer, "foil": pairs.foil, "group": pairs.groups}
-    coords = {name: ("example", [said[i] for i in kept]) for name, said in told.items() if said}
+    by_example = {"answer": pairs.answer, "foil": pairs.foil, "group": pairs.groups}
+    coords = {name: ("example", [said[i] for i in kept]) for name, said in by_example.items() if said}
     attrs = {"examples": len(kept), "mean_gap": float(gaps.mean()), "smallest_gap": float(gaps.abs().min())}
     return coords, pairs.attrs() | attrs | {"flipped_gaps": int((gaps * gaps.mean() < 0).sum())}

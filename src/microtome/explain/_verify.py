@@ -92,8 +92,8 @@ def verify(
         )  # fmt: skip
     found = measure_best(model, pair, direction, {site: scores[site] for site in sites}, top)
     own = {name: value for name, value in scores.attrs.items() if name not in ("seconds", "plan")}
-    told = own | {"verified_top": top, "seed": current().seed}
-    return scores.assign(found).assign_coords(site=site_axis(sites)).assign_attrs(told)
+    attributes = own | {"verified_top": top, "seed": current().seed}
+    return scores.assign(found).assign_coords(site=site_axis(sites)).assign_attrs(attributes)
 
 
 def site_axis(sites: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
@@ -117,23 +117,25 @@ def measure_best(model: Model, pair: Pairs, direction: str, scores: Cells, top: 
         exact[places[site]] = mine
         unit = {"unit": pair.unit}
         found[f"{site}_exact"] = (scores[site].dims, exact.reshape(scores[site].shape), unit)
-        for name, value in _told(flat[site], chosen[site], mine).items():
+        for name, value in _attributes(flat[site], chosen[site], mine).items():
             rows.setdefault(name, []).append(value)
     return found | {name: (("site",), values) for name, values in rows.items()}
 
 
-def _told(scores: Float[ndarray, " cell"], places: Chosen, effects: Float[ndarray, " measured"]) -> dict[str, float]:
+def _attributes(
+    scores: Float[ndarray, " cell"], places: Chosen, effects: Float[ndarray, " measured"]
+) -> dict[str, float]:
     """What the exact effects say of the scores of one site; NaN where a stopped sweep left some of them out."""
     best, others = places
     first, rest = np.split(effects, [len(best)])
-    told = {
+    attributes = {
         "rank_correlation": rank_correlation(scores[best], first),
         "rank_correlation_others": rank_correlation(scores[others], rest),
         "recall": recall(first, rest, int(np.isfinite(scores).sum())),
     }
     whole, measured = bool(np.isfinite(effects).all()), int(np.isfinite(effects).sum())
     # NaN would sort like the largest effect and rank like a number.
-    return {name: value if whole else float("nan") for name, value in told.items()} | {"measured": measured}
+    return {name: value if whole else float("nan") for name, value in attributes.items()} | {"measured": measured}
 
 
 def candidates(scores: Float[ndarray, " cell"], top: int, random: np.random.Generator) -> Chosen:

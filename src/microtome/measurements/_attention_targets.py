@@ -32,7 +32,7 @@ def _share(name: str, meaning: str, control: str = "") -> Column:
     ),
     source=Source(
         "Clark et al.", "What Does BERT Look At? An Analysis of BERT's Attention", 2019, "1906.04341", "section 3",
-        departs="delimiters are told by their letters, not by special tokens; even attention is the control",
+        departs="delimiters are tokens without letters or digits, not special tokens; even attention is the control",
     ),
     cost="one forward of the first sequences of the text; patterns are formed and not kept",
     check="tests/laws/test_measures.py",

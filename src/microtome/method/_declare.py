@@ -119,10 +119,14 @@ class Column:
     @property
     def attrs(self) -> dict[str, Any]:
         """The attributes of its variable in a dataset."""
-        told: dict[str, Any] = {"unit": self.unit, "meaning": self.meaning, "range": list(self.range)}
-        told["control"] = "" if self.control.startswith(NONE) else self.control
+        attributes: dict[str, Any] = {"unit": self.unit, "meaning": self.meaning, "range": list(self.range)}
+        attributes["control"] = "" if self.control.startswith(NONE) else self.control
         shown = {"shade": self.shade, "title": self.title, "chart": self.chart, "log": self.log}
-        return told | {name: value for name, value in shown.items() if value} | ({} if self.drawn else {"drawn": False})
+        return (
+            attributes
+            | {name: value for name, value in shown.items() if value}
+            | ({} if self.drawn else {"drawn": False})
+        )
 
     def holds(self, name: str) -> bool:
         """Whether a variable of this name is one of the column's."""

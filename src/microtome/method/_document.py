@@ -29,7 +29,7 @@ def docstring(method: Method, parameters: Sequence[Parameter]) -> str:
     facts.append(("Check:", [method.check]))
     parts = [first, "\n".join(_paragraph(f"{name:9} ", text[0]) for name, text in facts)]
     if parameters:
-        parts.append("Args:\n" + "\n".join(_paragraph(f"    {p.name}: ", _said(p), 8) for p in parameters))
+        parts.append("Args:\n" + "\n".join(_paragraph(f"    {p.name}: ", _argument_text(p), 8) for p in parameters))
     if method.columns:
         returns = [_paragraph(f"    `{c.name}`{_axes(c)}: ", _meaning(c), 8) for c in method.columns]
         parts.append("Returns:\n    A `Result`, an `xarray.Dataset`:\n\n" + "\n".join(returns))
@@ -47,16 +47,16 @@ def _paragraph(head: str, text: str, indent: int | None = None) -> str:
     return textwrap.fill(head + text, WIDTH, subsequent_indent=pad, break_long_words=False, break_on_hyphens=False)
 
 
-def _said(p: Parameter) -> str:
+def _argument_text(p: Parameter) -> str:
     """What an argument means, what it may be, and its default."""
     argument = p.argument
-    said = "" if argument is None else argument.meaning
+    sentence = "" if argument is None else argument.meaning
     if argument is not None and p.type in (int, float):
         unit = f" ({argument.unit})" if argument.unit else ""
-        said += f"; {limits(argument, whole=p.type is int)}{unit}"
+        sentence += f"; {limits(argument, whole=p.type is int)}{unit}"
     if words := choices_of(p):
-        said += f"; {'any' if _several(p) else 'one'} of {', '.join(words)}"
-    return said if p.default in (MISSING, None) else f"{said}; {p.default!r} by default"
+        sentence += f"; {'any' if _several(p) else 'one'} of {', '.join(words)}"
+    return sentence if p.default in (MISSING, None) else f"{sentence}; {p.default!r} by default"
 
 
 def _several(p: Parameter) -> bool:

@@ -66,9 +66,9 @@ class Question:
         with counting() as cost:
             found: Any = self.method.function(model, **arguments)
             data = found if isinstance(found, xr.Dataset) else _dataset(self.method, found)
-            own = dict(data.attrs)  # with those of the model where a run has told them: to look again takes a while
-            told = provenance(model, self.method, arguments, cost, own) | {"reading": self.reading}
-            return Result.of(labelled(self.method, data).assign_attrs(told | own))
+            own = dict(data.attrs)  # with those of the model where a run has given them: another look takes a while
+            attributes = provenance(model, self.method, arguments, cost, own) | {"reading": self.reading}
+            return Result.of(labelled(self.method, data).assign_attrs(attributes | own))
 
 
 def question(
@@ -138,7 +138,7 @@ def run_sweep(
     prompts: Sequence[int] | None = None,
     stage: str = "patching",
 ) -> SweepResult:
-    """Run a sweep under the settings that hold: its plan is told and kept before its first cell, its progress reported.
+    """Run a sweep under the settings that hold: its plan is reported and kept first, its progress after it.
 
     Args:
         model: the model.
@@ -192,6 +192,6 @@ def summarised(
     parts = {"": mean, "_lo": low, "_hi": high}
     if column is not None and column.test:
         parts["_p"] = sign_flip(values, seed=current().seed)
-    told = {end: {"unit": "probability"} if end == "_p" else dict(attrs) for end in parts}
-    found: dict[str, Any] = {name + end: (tuple(dims), _array(x), told[end]) for end, x in parts.items()}
+    attributes = {end: {"unit": "probability"} if end == "_p" else dict(attrs) for end in parts}
+    found: dict[str, Any] = {name + end: (tuple(dims), _array(x), attributes[end]) for end, x in parts.items()}
     return found | {f"{name}_each": (("example", *dims), _array(values.double()), dict(attrs))}

@@ -55,8 +55,8 @@ class Cost:
     @property
     def attrs(self) -> dict[str, Any]:
         """As attributes of a result."""
-        told: dict[str, Any] = {"seconds": round(time.perf_counter() - self.started, 2)}
-        return told | ({"plan": self.plans[0] if len(self.plans) == 1 else self.plans} if self.plans else {})
+        attributes: dict[str, Any] = {"seconds": round(time.perf_counter() - self.started, 2)}
+        return attributes | ({"plan": self.plans[0] if len(self.plans) == 1 else self.plans} if self.plans else {})
 
 
 _COST: ContextVar[Cost | None] = ContextVar("microtome_cost", default=None)
@@ -88,9 +88,9 @@ def provenance(
 ) -> dict[str, Any]:
     """The attributes of a result: method, source, arguments, seed, cost, and the model's own unless they are known."""
     plain = {k: v for k, v in arguments.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
-    told = {"method": method.title or method.name.replace("_", " "), "question": method.question}
-    told |= {"source": "; ".join(map(str, method.source)), "seed": current().seed}
-    return ({} if "fingerprint" in known else dict(subject.provenance)) | plain | told | cost.attrs
+    attributes = {"method": method.title or method.name.replace("_", " "), "question": method.question}
+    attributes |= {"source": "; ".join(map(str, method.source)), "seed": current().seed}
+    return ({} if "fingerprint" in known else dict(subject.provenance)) | plain | attributes | cost.attrs
 
 
 def labelled(method: Method, data: xr.Dataset) -> xr.Dataset:
@@ -111,7 +111,7 @@ def labelled(method: Method, data: xr.Dataset) -> xr.Dataset:
 
 
 def _attrs(column: Column, ending: str) -> dict[str, Any]:
-    told = column.attrs
+    attributes = column.attrs
     if ending in ("lo", "hi"):
         meaning = (
             f"{'lower' if ending == 'lo' else 'upper'} end of the 95 % interval over examples of: {column.meaning}"
@@ -120,7 +120,7 @@ def _attrs(column: Column, ending: str) -> dict[str, Any]:
     if ending == "p":
         meaning = f"two-sided p-value of sign flips over examples of: {column.meaning}"
         return {"unit": "probability", "meaning": meaning, "range": [0, 1]}
-    return {"unit": column.unit, "meaning": column.meaning} if ending else told
+    return {"unit": column.unit, "meaning": column.meaning} if ending else attributes
 
 
 def column_of(method: Method, name: str) -> tuple[Column | None, str]:

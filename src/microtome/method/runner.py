@@ -235,6 +235,6 @@ def _of_weights(model: Model, one: Bound) -> xr.Dataset:
 def _attrs(model: Model, measures: Sequence[Measure], options: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
     if len(measures) == 1:
         return provenance(model, measures[0].method, options, cost)
-    told: dict[str, Any] = {"method": ", ".join(m.method.name for m in measures), "seed": current().seed}
+    attributes: dict[str, Any] = {"method": ", ".join(m.method.name for m in measures), "seed": current().seed}
     plain = {k: v for k, v in options.items() if isinstance(v, str | int | float)}
-    return dict(model.provenance) | plain | told | cost.attrs
+    return dict(model.provenance) | plain | attributes | cost.attrs

@@ -79,8 +79,8 @@ def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
         DataError: names the first of them.
     """
     known, possible = nodes(model), set(edges(model))
-    told = _listed(truth, "nodes")
-    for node in told:
+    attributes = _listed(truth, "nodes")
+    for node in attributes:
         if not isinstance(node, str):
             raise error(DataError, "the truth names a node that is no text", got=repr(node), allowed=", ".join(known))
         if node not in known:
@@ -94,7 +94,7 @@ def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
             raise error(
                 DataError, f"the truth names an edge that {model.anatomy.name} has not", got=edge, allowed=allowed
             )
-        lost = [node for node in edge[:2] if node not in told]
+        lost = [node for node in edge[:2] if node not in attributes]
         if lost:
             raise error(DataError, f"an edge of the truth ends at {lost[0]}, which is none of its nodes", got=edge)
 

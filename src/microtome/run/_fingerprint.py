@@ -48,7 +48,7 @@ class Fingerprint:
     def exact(self) -> str:
         """The fingerprint of what the weights are now."""
         done: dict[tuple[int, str, tuple[int, ...]], int] = {}
-        digest = hashlib.sha256(_told(self._hf.config).encode())
+        digest = hashlib.sha256(_attributes(self._hf.config).encode())
         for name, tensor in self._hf.state_dict().items():
             if not isinstance(tensor, Tensor):
                 continue
@@ -97,7 +97,7 @@ def tensors_of(module: Any) -> list[Tensor]:
     return list(found.values())
 
 
-def _told(config: Any) -> str:
+def _attributes(config: Any) -> str:
     """The entries of a configuration that affect the numbers of its model, as one text in a fixed order."""
     return json.dumps(_loud(json.loads(config.to_json_string(use_diff=False))), sort_keys=True)
 

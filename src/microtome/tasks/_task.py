@@ -97,7 +97,9 @@ class Task:
             PromptError: its tokenizer gives other tokens than the task holds, or there are no pairs.
         """
         data = score(model, self._some, self.text, seed)
-        return data.assign_attrs(model.provenance | self._told | {"method": "task accuracy", "bootstrap_seed": seed})
+        return data.assign_attrs(
+            model.provenance | self._attributes | {"method": "task accuracy", "bootstrap_seed": seed}
+        )
 
     def known_by(self, model: Model) -> Task:
         """The pairs whose clean prompt the model answers correctly, with the accuracy in `attrs`.
@@ -111,8 +113,8 @@ class Task:
         if not kept:
             got, do = f"0 of {len(self)} pairs", "choose a task that it does, as `microtome tasks` shows"
             raise error(PromptError, f'{name} knows no answer of the task "{self.name}"', got=got, do=do)
-        told = {n: float(data[n]) for n in ("accuracy", "accuracy_lo", "accuracy_hi")}
-        known = {"known_by": name, "fingerprint": model.fingerprint, "asked": len(self)} | told
+        attributes = {n: float(data[n]) for n in ("accuracy", "accuracy_lo", "accuracy_hi")}
+        known = {"known_by": name, "fingerprint": model.fingerprint, "asked": len(self)} | attributes
         return replace(self, pairs=kept, attrs={**self.attrs, **known})
 
     def dataset(self) -> xr.Dataset:
@@ -135,7 +137,7 @@ class Task:
             for i, ending in enumerate(("first", "end")):
                 values[f"{name}_{ending}"] = (np.array([p.spans[name][i] for p in self.pairs]), "position")
         data = xr.Dataset({n: ("example", v, {"unit": unit}) for n, (v, unit) in values.items()})
-        return data.assign_attrs(self._told)
+        return data.assign_attrs(self._attributes)
 
     @property
     def _some(self) -> tuple[Pair, ...]:
@@ -145,5 +147,5 @@ class Task:
         return self.pairs
 
     @property
-    def _told(self) -> dict[str, Any]:
+    def _attributes(self) -> dict[str, Any]:
         return {"task": self.name, "about": self.about, "pairs": len(self), **self.attrs}

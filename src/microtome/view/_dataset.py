@@ -107,8 +107,8 @@ def companions(data: xr.Dataset, name: str) -> dict[str, np.ndarray]:
 
 def title(data: xr.Dataset, name: str) -> str:
     """The heading of a variable."""
-    told = data[name].attrs.get("title") if name in data else None
-    return str(told or TITLES.get(name, name.replace("_", " ")))
+    caption = data[name].attrs.get("title") if name in data else None
+    return str(caption or TITLES.get(name, name.replace("_", " ")))
 
 
 def unit(data: xr.Dataset, name: str) -> str:
@@ -150,8 +150,8 @@ def places_marked(data: xr.Dataset) -> list[int]:
 def prompts_of(data: xr.Dataset) -> list[tuple[str, tuple[str, ...], float | None]]:
     """The prompts, each with its role and the metric there; the metric of a run without a prompt of its own too."""
     tokens = tokens_of(data)
-    told = [(role, words, _scalar(data, role)) for role, words in tokens.items()]
-    return told + [
+    caption = [(role, words, _scalar(data, role)) for role, words in tokens.items()]
+    return caption + [
         (role, (), _scalar(data, role))
         for role in ("clean", "corrupt")
         if role not in tokens and _scalar(data, role) is not None

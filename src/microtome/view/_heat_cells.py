@@ -47,8 +47,8 @@ def drawn(
     every, cells = fit(len(columns), size, canvas.width, MOST_NAMED if named else MOST_WIDE)
     values, columns = joined(values, every), columns[::every]
     shown, left = strongest_rows(values, MOST_ROWS)
-    told = f"  a column holds the strongest of {every} {across}s" if every > 1 else ""
-    lines = [Text(told, "dim"), _axis(across, columns, size, cells, named=named)]
+    caption = f"  a column holds the strongest of {every} {across}s" if every > 1 else ""
+    lines = [Text(caption, "dim"), _axis(across, columns, size, cells, named=named)]
     for row in shown:
         line = Text(fitted(names[row], size) + " ")
         for value in values[row]:

@@ -135,13 +135,13 @@ class HeatMap:
         picture = _svg.heat(
             values, [names[i] for i in rows], list(self.columns[::every]), self.across, self._limit(canvas),
             [i for i, row in enumerate(rows) if axis_kind(self.down) == "pos" and row in canvas.marked],
-            lambda i, j: f"{self.place(canvas, rows[i], j * every)}: {self._told(rows[i], j * every)}", canvas.label,
+            lambda i, j: f"{self.place(canvas, rows[i], j * every)}: {self._caption(rows[i], j * every)}", canvas.label,
         )  # fmt: skip
         notes = [f"each column holds the strongest of {every} {self.across}s"] if every > 1 else []
         notes += [f"{len(left_out)} weaker rows left out"] if left_out else []
         best = self.strongest(canvas.top) if self.listed else []
-        told = _svg.rows([(self.place(canvas, *cell), self._told(*cell)) for cell in best])
-        return _svg.figure(self.title, self.name, picture, notes, told, self.meaning)
+        caption = _svg.rows([(self.place(canvas, *cell), self._caption(*cell)) for cell in best])
+        return _svg.figure(self.title, self.name, picture, notes, caption, self.meaning)
 
     def section(self, canvas: Canvas) -> dict[str, Any]:
         """The map as plain values: its cells where they can be drawn, and its strongest ones."""
@@ -171,7 +171,7 @@ class HeatMap:
     def _interval(self, row: int, column: int) -> str:
         return "" if self.low is None or self.high is None else interval(self.low[row, column], self.high[row, column])
 
-    def _told(self, row: int, column: int) -> str:
+    def _caption(self, row: int, column: int) -> str:
         """A value in words: with its interval, what was measured exactly, and the control."""
         text = signed(self.values[row, column]) + self._interval(row, column)
         return text + "".join(f", {name} {unsigned(of[row, column])}" for name, of in self.beside.items())
@@ -220,9 +220,9 @@ def by_layer(edges: HeatMap) -> HeatMap:
     for i in known[np.argsort(np.abs(flat[known]), kind="stable")]:
         found[place[i]] = flat[i]  # the strongest comes last, and stays
     values = found.reshape(len(rows), len(columns))
-    told = f"strongest {edges.name} between two layers"
+    caption = f"strongest {edges.name} between two layers"
     return HeatMap(
-        told, told, values, None, None, {}, "receiver layer", "sender layer", columns, rows, edges.unit,
+        caption, caption, values, None, None, {}, "receiver layer", "sender layer", columns, rows, edges.unit,
         listed=False,
     )  # fmt: skip
 

@@ -93,11 +93,11 @@ class NeuronMap:
         for column in listed.columns[1:]:
             column.justify, column.no_wrap = "right", True
         for place in self.strongest(max(canvas.top, LEAST)):
-            told = coloured(float(self.values[place])).append(self._interval(*place), "dim")
-            listed.add_row(self._place(*place), told, *(coloured(float(of[place])) for of in more.values()))
+            caption = coloured(float(self.values[place])).append(self._interval(*place), "dim")
+            listed.add_row(self._place(*place), caption, *(coloured(float(of[place])) for of in more.values()))
         edges, counts = self.distribution()
-        told = f"{unsigned(float(edges[0]))} to {unsigned(float(edges[-1]))}"
-        spread = plain_table("layer", "least", "median", "most", told)
+        caption = f"{unsigned(float(edges[0]))} to {unsigned(float(edges[-1]))}"
+        spread = plain_table("layer", "least", "median", "most", caption)
         for column in spread.columns[:4]:
             column.justify, column.no_wrap = "right", True
         for layer, (row, ends) in enumerate(zip(counts.tolist(), self.quantiles().tolist(), strict=True)):

@@ -76,8 +76,8 @@ class PartsList:
         if rest := self.parts[canvas.top :]:
             table.add_row(f"{len(rest):,} more", f"{sum(part.value for part in rest):+.3f}")
         table.add_row("sum", f"{self.total:+.3f}", style="bold")
-        told = [] if self.whole is None else [Text(f"{printable(self.heading)} as measured {self.whole:+.3f}")]
-        return [table, *told, Text()]
+        caption = [] if self.whole is None else [Text(f"{printable(self.heading)} as measured {self.whole:+.3f}")]
+        return [table, *caption, Text()]
 
     @property
     def total(self) -> float:
@@ -88,8 +88,8 @@ class PartsList:
         """The largest parts as bars."""
         shown = self.parts[: max(canvas.top, FIGURE)]
         rest = self.parts[len(shown) :]
-        told = [f"{p.value:+.3f}" + (f"  from {p.read_from}" if p.reads else "") for p in shown]
-        drawn = _svg.bars([p.name for p in shown], [p.value for p in shown], None, told, "largest parts")
+        caption = [f"{p.value:+.3f}" + (f"  from {p.read_from}" if p.reads else "") for p in shown]
+        drawn = _svg.bars([p.name for p in shown], [p.value for p in shown], None, caption, "largest parts")
         notes = [f"{len(rest):,} more add {sum(p.value for p in rest):+.3f}"] if rest else []
         notes.append(f"sum {self.total:+.3f} {self.unit}")
         notes += [] if self.whole is None else [f"{self.heading} as measured {self.whole:+.3f}"]

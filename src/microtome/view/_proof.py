@@ -48,8 +48,8 @@ def failed_lines(checks: Sequence[IdentityCheck], most: int = 10) -> Text:
     """The places where a proof fails, a line each."""
     lines: list[Text] = []
     for c in checks[:most]:
-        told = f" {c.identity} at {c.where}: gap {c.gap:.3g}, allowed {c.tolerance:.3g} {c.note}".rstrip()
-        lines.append(Text.assemble(("fails", STATUS["fails"]), told))
+        caption = f" {c.identity} at {c.where}: gap {c.gap:.3g}, allowed {c.tolerance:.3g} {c.note}".rstrip()
+        lines.append(Text.assemble(("fails", STATUS["fails"]), caption))
     if len(checks) > most:
         lines.append(Text(f"and {len(checks) - most} more: see them all with --all"))
     return Text("\n").join(lines)
@@ -65,8 +65,8 @@ def sites_table(anatomy: Anatomy) -> Table:
         whole = count == (anatomy.n_layers if spec.scope == "layer" else 1)
         why = "; ".join(dict.fromkeys(w for s, w in anatomy.missing.items() if s.name == name))
         here = "yes" if whole else f"{count} of {anatomy.n_layers} layers" if count else "no"
-        told = Text.assemble(
+        caption = Text.assemble(
             (here, "green" if whole else "yellow" if count else "dim"), (f": {why}" if why else "", "dim")
         )
-        table.add_row(name, " ".join(spec.dims), spec.meaning, told)
+        table.add_row(name, " ".join(spec.dims), spec.meaning, caption)
     return table

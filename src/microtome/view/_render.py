@@ -150,12 +150,12 @@ def _title(data: xr.Dataset) -> str:
     lines = [f'<div style="font-size:15px;font-weight:600">{_svg.escaped(title_of(data))}</div>']
     for role, words, value in prompts_of(data):
         chips = "".join(_chip(word, i in marked) for i, word in enumerate(words))
-        told = (
+        caption = (
             ""
             if value is None
             else f'<span style="opacity:0.62">{_svg.escaped(metric_of(data))}</span> <b>{unsigned(value)}</b>'
         )
-        lines.append(f'<div><span style="opacity:0.62">{role}</span> {chips} {told}</div>')
+        lines.append(f'<div><span style="opacity:0.62">{role}</span> {chips} {caption}</div>')
     if reading := reading_of(data):
         lines.append(f'<div style="opacity:0.62;max-width:900px">{_svg.escaped(reading)}</div>')
     return "".join(lines)

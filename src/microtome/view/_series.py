@@ -70,9 +70,9 @@ class Series:
         for i in shown:
             value = float(self.values[i])
             drawn = Text(bar(0.0 if math.isnan(value) else value / (most or 1.0), BAR), "blue" if value > 0 else "red")
-            told = coloured(value).append(self._interval(i), "dim")
+            caption = coloured(value).append(self._interval(i), "dim")
             more = [Text(signed(float(of[i])), "dim") for of in self.beside.values()]
-            table.add_row(Text(self._place(canvas, i)), told, drawn, *more)
+            table.add_row(Text(self._place(canvas, i)), caption, drawn, *more)
         name = "" if self.title == self.name else f"  {printable(self.name)}"
         head = Text.assemble((printable(self.title), "bold"), (f"{name}  {printable(self.unit)}".rstrip(), "dim"))
         rest = [Text(f"{left} weaker places left out", "dim")] if left > 0 else []
@@ -81,8 +81,8 @@ class Series:
     def figure(self, canvas: Canvas) -> str:
         """The line with its interval as a band and its control dashed."""
         control = self.beside.get("control")
-        told = [f"{self._place(canvas, i)}: {self._told(i)}" for i in range(len(self.places))]
-        parts = _svg.line(self.values, self.low, self.high, control, self.places, self.axis, told)
+        caption = [f"{self._place(canvas, i)}: {self._caption(i)}" for i in range(len(self.places))]
+        parts = _svg.line(self.values, self.low, self.high, control, self.places, self.axis, caption)
         picture = _svg.picture(*_svg.LINE, parts, f"{self.title} by {self.axis}")
         notes = [text for text in (self.unit, "dashed: control" if control is not None else "") if text]
         return _svg.figure(self.title, self.name, picture, notes, meaning=self.meaning)
@@ -104,7 +104,7 @@ class Series:
     def _interval(self, i: int) -> str:
         return "" if self.low is None or self.high is None else interval(float(self.low[i]), float(self.high[i]))
 
-    def _told(self, i: int) -> str:
+    def _caption(self, i: int) -> str:
         more = "".join(f", {name} {unsigned(float(of[i]))}" for name, of in self.beside.items())
         return signed(float(self.values[i])) + self._interval(i) + more
 

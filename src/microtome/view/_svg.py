@@ -39,11 +39,11 @@ def label(x: float, y: float, text: str, anchor: str = "start", *, soft: bool = 
     return f"<text {place}{look}>{escaped(text)}</text>"
 
 
-def box(x: float, y: float, width: float, height: float, value: float, share: float, told: str = "") -> str:
+def box(x: float, y: float, width: float, height: float, value: float, share: float, caption: str = "") -> str:
     """A rectangle as strong as its share of the scale, in the colour of its sign."""
     shape = f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
     shape += f' fill="{HOT if value >= 0 else COLD}" fill-opacity="{min(1.0, share):.2f}"'
-    return f"{shape}><title>{escaped(told)}</title></rect>" if told else f"{shape}/>"
+    return f"{shape}><title>{escaped(caption)}</title></rect>" if caption else f"{shape}/>"
 
 
 def picture(width: float, height: float, parts: Sequence[str], name: str) -> str:
@@ -63,12 +63,12 @@ def heat(
     across: str,
     limit: float,
     marked: Sequence[int],
-    told: Callable[[int, int], str],
+    caption: Callable[[int, int], str],
     letters: int = 0,
 ) -> str:
     """A heat map of [row, column].
 
-    `told` says a cell in words, `marked` rows are those that matter, and `letters` is how many the row names have in
+    `caption` says a cell in words, `marked` rows are those that matter, and `letters` is how many the row names have in
     all maps, so that the cells of all begin at one place.
     """
     letters = min(28, max(letters, max((len(row) for row in rows), default=0)))
@@ -94,18 +94,18 @@ def heat(
         else:
             parts.append(label(x, bottom, columns[j], "middle", soft=True))
     parts.append(label(left - 5, bottom, across.replace("_", " "), "end", soft=True))
-    parts += _cells(values, left, wide, tall, limit, told)
+    parts += _cells(values, left, wide, tall, limit, caption)
     return picture(width, height, parts, f"heat map, {across} from left to right")
 
 
 def _cells(
-    values: np.ndarray, left: float, wide: float, tall: float, limit: float, told: Callable[[int, int], str]
+    values: np.ndarray, left: float, wide: float, tall: float, limit: float, caption: Callable[[int, int], str]
 ) -> list[str]:
     """A rectangle a cell where each is told; else one shape a shade, so that the size stays bounded."""
     if values.size <= MOST_TOLD:
         return [
             f'<rect x="{left + j * wide:.1f}" y="{tall * i + 0.5:.1f}" width="{wide - 1:.1f}" height="{tall - 1:.1f}"'
-            f"{_shade(float(values[i, j]), limit)}><title>{escaped(told(i, j))}</title></rect>"
+            f"{_shade(float(values[i, j]), limit)}><title>{escaped(caption(i, j))}</title></rect>"
             for i, j in np.ndindex(*values.shape)
         ]
     shapes: dict[str, list[str]] = {}
@@ -168,7 +168,7 @@ def rows(pairs: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
 
 
 def bars(
-    names: Sequence[str], values: Sequence[float], controls: Sequence[float] | None, told: Sequence[str], name: str
+    names: Sequence[str], values: Sequence[float], controls: Sequence[float] | None, caption: Sequence[str], name: str
 ) -> str:
     """A bar a name, from a common zero; a tick where its control stands."""
     known = [v for v in (*values, *(controls or ())) if not math.isnan(v)]
@@ -181,15 +181,17 @@ def bars(
     for i, (each, value) in enumerate(zip(names, values, strict=True)):
         parts.append(label(left - 5, tall * i + 11.5, shortened(each, 30), "end", mono=True))
         if not math.isnan(value):
-            parts.append(box(min(x(0), x(value)), tall * i + 2, abs(x(value) - x(0)), tall - 4, value, 0.85, told[i]))
+            parts.append(
+                box(min(x(0), x(value)), tall * i + 2, abs(x(value) - x(0)), tall - 4, value, 0.85, caption[i])
+            )
         if controls is not None and not math.isnan(controls[i]):
             parts.append(
                 f'<path d="M{x(controls[i]):.1f} {tall * i + 1:.0f}v{tall - 2:.0f}" stroke="currentColor"'
                 ' stroke-width="1.5" stroke-dasharray="2 1.5"/>'
             )
-        parts.append(label(left + room + 8, tall * i + 11.5, told[i]))
+        parts.append(label(left + room + 8, tall * i + 11.5, caption[i]))
     parts.append(f'<path d="M{x(0):.1f} 0V{tall * len(names):.0f}" stroke="currentColor" stroke-opacity="0.4"/>')
-    width = left + room + 8 + max((len(t) for t in told), default=0) * LETTER
+    width = left + room + 8 + max((len(t) for t in caption), default=0) * LETTER
     return picture(width, tall * len(names) + 1, parts, name)
 
 
@@ -200,7 +202,7 @@ def line(
     control: np.ndarray | None,
     places: Sequence[str],
     axis: str,
-    told: Sequence[str],
+    caption: Sequence[str],
 ) -> list[str]:
     """A line over places with its interval as a band and its control dashed, `LINE` wide and high."""
     width, height = LINE
@@ -229,7 +231,7 @@ def line(
     parts.append(_through(xs, values, y, f'stroke="{HOT}" stroke-width="1.8"'))
     return parts + [
         f'<circle cx="{xs[i]:.1f}" cy="{y(values[i]):.1f}" r="2.6" fill="{HOT}">'
-        f"<title>{escaped(told[i])}</title></circle>"
+        f"<title>{escaped(caption[i])}</title></circle>"
         for i in range(min(n, MOST_TOLD))
         if np.isfinite(values[i])
     ]

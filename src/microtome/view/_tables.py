@@ -38,7 +38,7 @@ class Column:
     high: np.ndarray | None
     whole: bool
 
-    def told(self, row: int) -> str:
+    def caption(self, row: int) -> str:
         """A value in words."""
         value = float(self.values[row])
         if math.isnan(value):
@@ -64,7 +64,7 @@ class LabelTable:
 
     def _texts(self) -> tuple[list[str], list[list[str]]]:
         heads = [self.axis, *(column.title for column in self.columns)]
-        return heads, [[visible(row), *(c.told(i) for c in self.columns)] for i, row in enumerate(self.rows)]
+        return heads, [[visible(row), *(c.caption(i) for c in self.columns)] for i, row in enumerate(self.rows)]
 
     def terminal(self, canvas: Canvas) -> list[RenderableType]:
         """A row a name."""
@@ -104,8 +104,8 @@ def label_table(data: xr.Dataset, axis: str, names: Sequence[str]) -> LabelTable
         low, high = beside(data, name, "_lo"), beside(data, name, "_hi")
         columns.append(Column(name, title(data, name), unit(data, name), numbers(data, name), low, high, whole))
         if (other := control(data, name)) is not None:
-            told = f"{title(data, name)}, control"
-            columns.append(Column(f"{name}, control", told, unit(data, name), other, None, None, whole))
+            caption = f"{title(data, name)}, control"
+            columns.append(Column(f"{name}, control", caption, unit(data, name), other, None, None, whole))
     heading = data[axis].attrs.get("title") if axis in data.coords else None
     return LabelTable(axis, str(heading or f"by {axis.replace('_', ' ')}"), labels(data, axis), tuple(columns))
 

@@ -84,8 +84,8 @@ class TokenMap:
         for layer in reversed(range(len(self.layers))):
             table.add_row(self.layers[layer], *(self._cell(layer, pos, sizes[pos]) for pos in chosen))
         left = len(self.places) - len(chosen)
-        told = f"{left} earlier {'position' if left == 1 else 'positions'} left out: choose some to see them"
-        return [table, *([Text(told, "dim")] if left else []), Text()]
+        caption = f"{left} earlier {'position' if left == 1 else 'positions'} left out: choose some to see them"
+        return [table, *([Text(caption, "dim")] if left else []), Text()]
 
     def _cell(self, layer: int, pos: int, size: int) -> Text:
         lines: list[Text] = []
@@ -93,8 +93,8 @@ class TokenMap:
             share = 0.0 if self.shades is None else float(self.shades[layer, pos, rank])
             mixed = [round(a + (b - a) * share) for a, b in zip(WEAK, STRONG, strict=True)]
             style = Style(color="white", bgcolor=f"rgb({mixed[0]},{mixed[1]},{mixed[2]})")
-            told = "" if self.values is None else f" {_short(float(self.values[layer, pos, rank]))}"
-            lines.append(Text(fitted(visible(str(word)), size) + told, style=style))
+            caption = "" if self.values is None else f" {_short(float(self.values[layer, pos, rank]))}"
+            lines.append(Text(fitted(visible(str(word)), size) + caption, style=style))
         return Text("\n").join(lines)
 
     def figure(self, canvas: Canvas) -> str:
@@ -125,9 +125,9 @@ class TokenMap:
         r, g, b = (int(_svg.HOT[i : i + 2], 16) for i in (1, 3, 5))
         cell = f"border:0;padding:0 4px;text-align:left;color:inherit;background:rgba({r},{g},{b},{0.75 * share:.2f})"
         word = shortened(visible(str(self.words[layer, pos, 0])), WIDEST)
-        return f'<td title="{_svg.escaped(self._told(layer, pos))}" style="{cell}">{_svg.escaped(word)}</td>'
+        return f'<td title="{_svg.escaped(self._caption(layer, pos))}" style="{cell}">{_svg.escaped(word)}</td>'
 
-    def _told(self, layer: int, pos: int) -> str:
+    def _caption(self, layer: int, pos: int) -> str:
         """All tokens of a cell in words."""
         cell = [visible(str(word)) for word in self.words[layer, pos]]
         if self.values is None:
