@@ -1,0 +1,92 @@
+"""The tables of an atlas hold what its measures give, each value in the row of its layer, head or neuron."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests import families
+from tests.cli.conftest import TEXT, tokenizer
+
+import microtome as mt
+
+OPTIONS = {"tokens": 240, "length": 20, "rows": 4}
+MEASURES = (
+    "stream",
+    "massive",
+    "head_norms",
+    "activations",
+    "firing",
+    "top_examples",
+    "neuron_weights",
+    "loss",
+    "kurtosis",
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[mt.Model, Path]:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("made")
+    tokenizer(folder)
+    reader = AutoTokenizer.from_pretrained(folder)
+    model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
+    mt.atlas.write_atlas(model, folder / "atlas", text=[TEXT] * 20, measures=MEASURES, **OPTIONS)
+    return model, folder / "atlas"
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"), [("layers", ("layer",)), ("heads", ("layer", "head")), ("neurons", ("layer", "neuron"))]
+)
+def test_every_row_holds_the_values_of_its_unit(made: tuple[mt.Model, Path], name: str, axes: tuple[str, ...]) -> None:
+    model, folder = made
+    table = pq.read_table(folder / f"{name}.parquet")
+    data = mt.measure(model, *MEASURES, text=[TEXT] * 20, **OPTIONS)
+    places = list(zip(*(table.column(axis).to_pylist() for axis in axes), strict=True))
+    sizes = {"layer": 3, "head": 4, "neuron": families.D_MLP}
+    assert sorted(places) == sorted(np.ndindex(*(sizes[axis] for axis in axes)))
+    columns = [c for c in table.column_names if c not in (*axes, "kv_head")]
+    assert columns
+    for column in columns:
+        assert data[column].dims[: len(axes)] == axes
+        for place, value in zip(places, table.column(column).to_pylist(), strict=True):
+            expected = data[column].values[place]
+            assert np.allclose(value, expected, rtol=1e-6, equal_nan=True), (column, place)
+        flat = np.stack([np.asarray(data[column].values[place], dtype=float) for place in places])
+        assert column.startswith(("example_", "max_abs_dim")) or np.ptp(flat.astype(np.float32)) > 1e-6, column
+    if name == "heads":
+        assert table.column("kv_head").to_pylist() == [head // 2 for _, head in places]
+
+
+def test_the_schema_says_of_each_column_what_its_measure_declares(made: tuple[mt.Model, Path]) -> None:
+    _, folder = made
+    manifest = json.loads((folder / "manifest.json").read_text())
+    declared = {c.name: c for name in MEASURES for c in mt.measures()[name].columns}
+    for name, told in manifest["tables"].items():
+        schema: pa.Schema = pq.read_schema(folder / f"{name}.parquet")
+        assert list(told["columns"]) == schema.names
+        for column in set(schema.names) & declared.keys():
+            stored = schema.field(column).metadata
+            assert stored[b"unit"].decode() == declared[column].unit == told["columns"][column]["unit"]
+            assert stored[b"meaning"].decode() == declared[column].meaning
+            assert told["columns"][column]["range"] == list(declared[column].range)
+    assert manifest["loss"] == pytest.approx(float(mt.measure(made[0], "loss", text=[TEXT] * 20, **OPTIONS)["loss"]))
+    assert set(manifest["measures"]) == set(MEASURES)
+
+
+def test_what_a_model_lacks_the_sites_for_is_left_out_and_said(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer(tmp_path)
+    reader = AutoTokenizer.from_pretrained(tmp_path)
+    model = mt.open(families.build("mixtral"), tokenizer=reader, prove=False)
+    mt.atlas.write_atlas(model, tmp_path / "atlas", text=[TEXT] * 20, measures=["stream", "firing"], **OPTIONS)
+    manifest = json.loads((tmp_path / "atlas" / "manifest.json").read_text())
+    assert list(manifest["measures"]) == ["stream"]
+    assert "needs mlp.post, which MixtralForCausalLM has in no layer" in manifest["left_out"]["firing"]
+    assert pq.read_table(tmp_path / "atlas" / "neurons.parquet").num_rows == 0
