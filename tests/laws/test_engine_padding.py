@@ -118,7 +118,7 @@ def test_an_edit_of_a_padded_batch_is_the_edit_of_each_row(name: str, side: Side
 
 def test_a_key_outside_a_row_is_refused() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    with pytest.raises(mt.errors.EditError, match=r"no keys 6 in row 0 at 1\.attn\.scores; allowed: 0 to 4"):
+    with pytest.raises(mt.errors.EditError, match=r"no keys 6 at 1\.attn\.scores in row 0; allowed: 0 to 4"):
         model.run(ROWS, edits=[mt.edit.KnockOut("1.attn.scores", keys="6")], padding="left")
 
 
