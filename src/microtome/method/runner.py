@@ -167,7 +167,7 @@ def _bound(
         if fields(look):
             names = {p.name for p in one.look_parameters}
             given = checked(one.look_parameters, {k: v for k, v in options.items() if k in names})
-            look = replace(look, **given | ({"text": text} if isinstance(look, Text) else {}))
+            look = replace(look, **given | ({"text": text} if isinstance(look, Text) else {})).fitted(model)
         try:
             layers = one.layers(model)
         except SiteError as problem:
