@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -157,25 +158,33 @@ def _change(change: Change) -> Callable[..., None]:
 def _measure(measures: Sequence[Any]) -> Callable[..., None]:
     """What the command of some measures does."""
     parameters = {p.name: p for one in measures for p in (*one.parameters, *one.look_parameters)}
-    slots = [slot for p in parameters.values() if p.name != "text" and (slot := slot_of(p)) is not None]
-    reads = "text" in parameters
-    slots += shared(*(("text", "groups") if reads else ()), "seed", "budget", "page", "force", "top", "as_json")
+    slots = [slot for p in parameters.values() if (slot := slot_of(p)) is not None]
+    reads, drawing = "text" in parameters, {"top"} - parameters.keys()
+    slots += shared(*(("texts", "groups") if reads else ()), "seed", "budget", "page", "force", *drawing, "as_json")
     names = [one.method.name for one in measures]
 
     def call(*, opening: Opening, **given: Any) -> None:
         from microtome.method.runner import measure
 
-        output, force, top = given.pop("output"), given.pop("force"), given.pop("top")
+        output, force, display = given.pop("output"), given.pop("force"), {name: given.pop(name) for name in drawing}
         as_json, groups = given.pop("as_json"), given.pop("groups", None)
         check_output(output, force, (".html",))
-        text = given.pop("text", None)
+        text = _text_of(given.pop("texts", None))
         with _settled(given, opening) as model:
             options = values_of(list(parameters.values()), given)
             wanted: Any = True if groups == ["*"] else groups or False
             data = measure(model, *names, text=text, groups=wanted, **options)
-        shown(data, output, top=top, as_json=as_json)
+        shown(data, output, as_json=as_json, **display)
 
     return opens()(signed(call, slots))
+
+
+def _text_of(files: Sequence[Path] | None) -> Path | dict[str, Path] | None:
+    """The text in some files; of several, each is a group by its name."""
+    if not files or len(files) == 1:
+        return files[0] if files else None
+    names = [file.stem for file in files]
+    return {file.stem if names.count(file.stem) == 1 else str(file): file for file in files}
 
 
 @contextmanager

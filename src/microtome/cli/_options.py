@@ -24,12 +24,19 @@ Budget = Annotated[
     typer.Option(help='Memory limit per run and pass, such as "2 GiB"; chosen from the free memory without it.'),
 ]
 Text = Annotated[Path | None, typer.Option(help="Text, JSONL or Parquet file; the standard library's text without it.")]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        help="Text, JSONL or Parquet file; the standard library's text without it. Repeatable: each file is a group.",
+    ),
+]
 Groups = Annotated[
     list[str] | None, typer.Option("--group", help='Group of the text to keep apart, or "*"; repeatable.')
 ]
 
 _SHARED: dict[str, tuple[Any, Any]] = {
-    "seed": (Seed, 0), "budget": (Budget, None), "text": (Text, None), "groups": (Groups, None), "page": (Page, None),
+    "seed": (Seed, 0), "budget": (Budget, None), "texts": (Texts, None), "groups": (Groups, None), "page": (Page, None),
     "edits_file": (EditsFile, None), "force": (Force, False), "top": (Top, None), "as_json": (Json, False),
     "every": (Annotated[int, typer.Option(min=1, help="Show every so many layers, from the last one down.")], 1),
     "positions": (
