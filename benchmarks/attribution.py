@@ -1,12 +1,14 @@
 """How well gradients predict exact patching on the default model: correlations by site and method, over many pairs.
 
-    python benchmarks/attribution.py [--model MODEL] [--out results.json]
+    python benchmarks/attribution.py [--model MODEL] [--cost] [--out results.json]
 
 Both methods score every layer and position (and head) of every pair, from the first position on where its prompts
 differ; every one of these is also measured exactly. The correlation of the two is taken within each pair, and its mean
 over pairs is given with a 95 % bootstrap interval over pairs: Pearson's, Pearson's without the one cell of the largest
 exact effect, and that of ranks. RelP - AtP is taken in the same pairs: an interval without 0 is a difference. As a
 control, AtP's scores of each pair are compared with the exact effects of the next one of its task.
+
+--cost prints only what the methods cost, in forwards, and contributions beside the plain forward of their prompt.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import json
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from numpy import ndarray
+from scipy.stats import spearmanr
 
 import microtome as mt
 
@@ -62,8 +66,7 @@ def without_largest(a: ndarray, b: ndarray) -> float:
 
 def spearman(a: ndarray, b: ndarray) -> float:
     """Rank correlation over all cells of a pair."""
-    ranks = [np.argsort(np.argsort(x.ravel())) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(spearmanr(a.ravel(), b.ravel()).statistic)
 
 
 def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
@@ -77,10 +80,8 @@ def measure(model: mt.Model, pair: tuple[str, str, str, str]) -> dict[str, xr.Da
     """Scores by method, and the exact effects, all in logits."""
     clean, corrupt, answer, foil = pair
     exact = mt.explain.patch(model, clean, corrupt, answer=answer, foil=foil, direction="noise")
-    found = {
-        m: mt.explain.attribute(model, clean, corrupt, answer=answer, foil=foil, method=m, verify=0)
-        for m in ("atp", "relp")
-    }
+    given: dict[str, Any] = {"answer": answer, "foil": foil, "direction": "noise", "verify": 0}
+    found = {m: mt.explain.attribute(model, clean, corrupt, method=m, **given) for m in ("atp", "relp")}
     found["exact"] = exact[list(SITES)] * (exact["corrupt"] - exact["clean"])
     # Before the first difference all effects are 0, which every method knows: these positions are left out.
     first = int((exact["clean_token"].values != exact["corrupt_token"].values).argmax())
@@ -124,16 +125,46 @@ def costs(model: mt.Model, repeats: int = 5) -> dict[str, float]:
     return {name: x / (1 if name == "forward" else medians["forward"]) for name, x in medians.items()}
 
 
+def contributions_cost(model: mt.Model, repeats: int = 15) -> tuple[float, float]:
+    """Contributions of a short prompt beside the plain forward that they need: median ratios of wall and CPU time."""
+    prompt = "The capital of France is"
+    ids = model.to_tokens(prompt)
+
+    def plain() -> None:
+        with torch.no_grad():
+            model.hf(ids)
+
+    def ours() -> None:
+        mt.explain.contributions(model, prompt, answer=" Paris", foil=" Rome")
+
+    plain(), ours()
+    taken: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
+    for _ in range(repeats):
+        for name, call in (("plain", plain), ("ours", ours)):
+            started, before = time.perf_counter(), time.process_time()
+            call()
+            taken[name].append((time.perf_counter() - started, time.process_time() - before))
+    wall, cpu = np.median(np.array(taken["ours"]) / np.array(taken["plain"]), axis=0).tolist()
+    return wall, cpu
+
+
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
+    parser.add_argument("--cost", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     model = mt.open() if arguments.model is None else mt.open(arguments.model)
     cost = costs(model)
     in_forwards = ", ".join(f"{m} {cost[m]:.1f}" for m in ("atp", "relp", "eap"))
     print(f"a forward of 14 tokens takes {cost['forward'] * 1e3:.0f} ms; in forwards: {in_forwards}", flush=True)
+    wall, processor = contributions_cost(model)
+    print(
+        f"contributions of 5 tokens, in plain forwards: {wall:.2f} (CPU time {processor:.2f}; target 1.3)", flush=True
+    )
+    if arguments.cost:
+        return
     started = time.perf_counter()
     rows: list[dict[str, object]] = []
     everything: list[dict[str, xr.Dataset]] = []

@@ -29,11 +29,12 @@ def main() -> None:
     print(f"{'program':20} {'edges':>9} {'true':>5} {'both':>6} {'tokens':>7} {'eap':>6}")
     for name in planted.PROGRAMS:
         it = planted.program(name)
-        both = mt.explain.circuit_recovery(it, pairs=options.pairs, seed=options.seed)
-        tokens = mt.explain.circuit_recovery(it, pairs=options.pairs, seed=options.seed, corrupt=("tokens",))
+        with mt.settings(seed=options.seed):
+            both = mt.explain.circuit_recovery(it, pairs=options.pairs)
+            tokens = mt.explain.circuit_recovery(it, pairs=options.pairs, corrupt=("tokens",))
         row: dict[str, Any] = {
             "edges": int(both["score"].notnull().sum()), "true": int(both["true"].sum()),
-            "auc": both.attrs["auc"], "auc_tokens_only": tokens.attrs["auc"], "auc_eap": both.attrs["auc_eap"],
+            "auc": float(both["auc"]), "auc_tokens_only": float(tokens["auc"]), "auc_eap": float(both["auc_eap"]),
         }  # fmt: skip
         rows[name] = row
         figures = f"{row['auc']:6.3f} {row['auc_tokens_only']:7.3f} {row['auc_eap']:6.3f}"

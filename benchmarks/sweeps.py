@@ -125,7 +125,7 @@ def patching(model: mt.Model, clean: str, corrupt: str) -> dict[str, Any]:
 
 def graph_effects(model: mt.Model, edges: bool) -> dict[str, Any]:
     """All nodes of a 15-token pair, and all edges if asked for."""
-    answers = {"answer": " Mary", "foil": " John"}
+    answers = {"answer": " Mary", "foil": " John", "direction": "noise"}
     started = time.perf_counter()
     nodes = mt.explain.node_effects(model, *LONG, **answers)
     found: dict[str, Any] = {"nodes": nodes.sizes["sender"], "nodes_seconds": time.perf_counter() - started}
@@ -133,12 +133,13 @@ def graph_effects(model: mt.Model, edges: bool) -> dict[str, Any]:
         started = time.perf_counter()
         walked = [time.perf_counter()]
 
-        def report(done: int, everything: int) -> None:
+        def report(stage: str, done: int, everything: int) -> None:
             if time.perf_counter() - walked[0] > 60:
                 walked[0] = time.perf_counter()
                 print(f"  {done} of {everything} edges, {time.perf_counter() - started:.0f} s", flush=True)
 
-        data = mt.explain.edge_effects(model, *LONG, **answers, progress=report)
+        with mt.settings(progress=report):
+            data = mt.explain.edge_effects(model, *LONG, **answers)
         found |= {"edges": int(data.attrs["measured"]), "edges_seconds": time.perf_counter() - started}
         effects = data["effect"].to_series().dropna()
         strongest = effects[effects.abs().sort_values().index[-10:]]

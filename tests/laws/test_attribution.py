@@ -29,7 +29,7 @@ def scores(model: mt.Model, method: str = "atp", **more: Any) -> Any:
 def exact(model: mt.Model, **more: Any) -> Any:
     """Effects as attribution states them: what a patched run reads more than the run that is patched."""
     sites = {"sites": more.pop("sites", SITES)}
-    data = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise", **sites, **more)
+    data = mt.explain.patch(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise", **sites, **more)
     return data[list(sites["sites"])] * (data["corrupt"] - data["clean"])
 
 
@@ -71,8 +71,10 @@ def linear() -> mt.Model:
 def test_nodes_and_edges_are_exact_where_the_model_is_linear(direction: str) -> None:
     model = linear()
     plain = scores(model, sites=ALL, direction=direction)
-    data = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction, sites=ALL)
+    data = mt.explain.patch(model, CLEAN, CORRUPT, answer=11, foil=13, direction=direction, sites=ALL)
     width = (data["corrupt"] - data["clean"]) * (1 if direction == "noise" else -1)
+    for end in ("clean", "corrupt"):
+        assert float(plain[end]) == pytest.approx(float(data[end]), abs=1e-6 * float(abs(width)))
     for site in ALL:
         assert float(abs(plain[site] - data[site] * width).max()) < 1e-5 * float(abs(width)), site
     assert float(abs(plain["mlp.post[neuron]"]).max()) > 1e-3 * float(abs(width))

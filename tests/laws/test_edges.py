@@ -232,7 +232,8 @@ def test_the_embedding_alone_is_the_whole_gap(direction: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gptj"])
-def test_every_edge_of_the_table_is_that_edge_alone(name: str) -> None:
+def test_every_edge_of_the_table_is_that_edge_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("microtome.explain._edges.TOGETHER", 80)  # several sweeps
     model = mt.open(families.build(name), prove=False)
     clean, corrupt = ids(0), ids(1)
     plans: list[mt.sweep.SweepPlan] = []
@@ -244,6 +245,8 @@ def test_every_edge_of_the_table_is_that_edge_alone(name: str) -> None:
     assert ((table == table) == mask).all()  # missing where there is no edge
     assert data.attrs["measured"] == data.attrs["n_edges"] == mask.sum() == sum(plan.cells for plan in plans)
     assert told[-1] == (mask.sum(), mask.sum())
+    assert told == sorted(told)  # one progress over all of them
+    assert len(plans) > 1
     other = captured(model, corrupt)
     metric = mt.metric.LogitDifference(11, foil=13)
     for sender, receiver in (("embed", "0.attn.k[1]"), ("1.attn.z[2]", "2.mlp.in"), ("0.mlp_out", "final")):
@@ -335,7 +338,7 @@ def test_the_same_prompt_twice_is_refused() -> None:
         mt.explain.node_effects,
         mt.explain.edge_effects,
         mt.explain.attribute,
-        mt.explain.activation_patching,
+        mt.explain.patch,
     ):
         with pytest.raises(mt.errors.PromptError, match="are the same, so that there is nothing to patch"):
             method(model, ids(0), ids(0), answer=11, foil=13)

@@ -88,7 +88,7 @@ def test_a_pattern_is_what_its_edit_says() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
     run = model.run([row(9)], capture="1.attn.pattern", edits=[mt.edit.Set("1.attn.pattern", 0.25)])
     assert (run["1.attn.pattern"] == 0.25).all()
-    assert "not masked again" in mt.anatomy.parse("1.attn.pattern").spec.meaning
+    assert "neither masked nor normalised again" in mt.anatomy.parse("1.attn.pattern").spec.meaning
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

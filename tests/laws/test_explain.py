@@ -78,7 +78,15 @@ def test_a_cap_that_hides_the_logit_does_not_hide_its_parts(foil: int | None) ->
 
 def test_each_prompt_of_a_batch_is_explained_alone() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    together = mt.explain.contributions(model, ids())
+    together = mt.explain.contributions(model, ids(), detail=())
+    assert together.attrs["fingerprint"] == model.fingerprint
+    assert sum(together[part].sum() for part in together.attrs["parts"]) == pytest.approx(
+        float(together["logit"].sum()), abs=1e-4
+    )
+    two = mt.explain.contributions(model, ids(), answer=[11, 12])
+    for i, answer in enumerate((11, 12)):
+        alone = mt.explain.contributions(model, ids()[i : i + 1], answer=answer)
+        assert float(abs(two["attn"][i] - alone["attn"][0]).max()) < 1e-5
     for i in range(2):
         alone = mt.explain.contributions(model, ids()[i : i + 1])
         assert abs(together["attn"][i] - alone["attn"][0]).max() < 1e-5
@@ -112,5 +120,5 @@ def test_the_lens_ends_at_the_model_and_begins_at_the_embedding(name: str) -> No
 
 def test_rows_of_several_lengths_are_refused() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    with pytest.raises(mt.errors.SiteError, match="rows of one length"):
+    with pytest.raises(mt.errors.PromptError, match=r"prompts of one length; got \[2, 3\]"):
         mt.explain.logit_lens(model, [[5, 6], [5, 6, 7]])

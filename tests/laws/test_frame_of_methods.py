@@ -321,3 +321,23 @@ def test_progress_is_reported_by_stage_to_its_end(model: mt.Model) -> None:
     assert told[0] == ("reading the text", 0, 2)
     assert ("reading the text", 2, 2) in told
     assert told[-1] == ("reading weights", 3, 3)
+
+
+def test_the_budget_of_the_settings_bounds_runs_and_sweeps(model: mt.Model) -> None:
+    cells = [mt.edit.Zero("1.mlp_out")]
+    metric = mt.metric.LogProbability(11)
+    with mt.settings(budget=64):
+        with pytest.raises(mt.errors.BudgetError, match="allowed: 64 B"):
+            model.run(ids(), capture="*.mlp.post")
+        with pytest.raises(mt.errors.BudgetError, match="allowed: 64 B"):
+            model.sweep(ids(1), cells, metric)
+        assert model.sweep(ids(1), cells, metric, budget=2**30).run().done == 1  # a call's own budget comes first
+    assert model.sweep(ids(1), cells, metric).run().done == 1
+
+
+def test_the_device_of_the_settings_is_where_models_open(tmp_path: Any) -> None:
+    families.build("llama-gqa").save_pretrained(tmp_path)
+    with mt.settings(device="nowhere"):
+        with pytest.raises(mt.errors.ModelError, match="cannot put a model on this device; got nowhere"):
+            mt.open(tmp_path, prove=False)
+        assert mt.open(tmp_path, prove=False, device="cpu").device.type == "cpu"  # a call's own device comes first

@@ -23,6 +23,18 @@ SPANS = [
 SITES = ["resid_pre", "mlp_out", "attn.z[head]", "attn.v[head]", "attn.pattern[head]"]
 
 
+ORDER = [*range(4)] * 4 + [2, 0, 3, 1]
+"""Of more pairs than are held at once; those behind stand in another order, so that numbers cannot be mistaken."""
+
+
+def ordered(given: list) -> list:
+    return [given[i] for i in ORDER]
+
+
+def ordered_arguments() -> dict[str, object]:
+    return {"answer": ordered(ANSWERS), "foil": ordered(FOILS), "spans": ordered(SPANS), "sites": ["mlp_out"]}
+
+
 @pytest.fixture(scope="module")
 def model() -> mt.Model:
     return mt.open(families.build("llama-gqa"))
@@ -84,10 +96,10 @@ def test_the_statistics_are_those_of_the_examples(model: mt.Model) -> None:
     for name, x in (("", mean), ("_lo", low), ("_hi", high), ("_p", mt.stream.sign_flip(each, seed=5))):
         assert torch.equal(torch.from_numpy(data[f"mlp_out{name}"].values), x)
     assert again.equals(data)
-    many = mt.explain.patch(
-        model, CLEAN * 5, CORRUPT * 5, answer=ANSWERS * 5, foil=FOILS * 5, spans=SPANS * 5, sites=["mlp_out"]
-    )  # more than are held at once
-    assert float(abs(many["mlp_out_each"][16:20].values - data["mlp_out_each"].values).max()) < 1e-4
+    many = mt.explain.patch(model, *(ordered(x) for x in (CLEAN, CORRUPT)), **ordered_arguments())
+    expected = data["mlp_out_each"].values[ORDER]
+    assert float(abs(many["mlp_out_each"].values - expected).max()) < 1e-4
+    assert float(abs(many["mlp_out_each"].values[16:] - expected[:4]).max()) > 0.01  # it is not the first ones again
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
@@ -174,11 +186,12 @@ def test_stopped_it_keeps_the_pairs_that_are_whole(model: mt.Model, monkeypatch:
 
 
 def test_a_metric_of_all_pairs_is_read_of_each(model: mt.Model) -> None:
-    arguments = {"spans": SPANS * 5, "sites": ["mlp_out"], "share": False}
-    metric = mt.metric.LogitDifference(ANSWERS * 5, foil=FOILS * 5)
-    data = mt.explain.patch(model, CLEAN * 5, CORRUPT * 5, metric=metric, **arguments)
-    same = mt.explain.patch(model, CLEAN * 5, CORRUPT * 5, answer=ANSWERS * 5, foil=FOILS * 5, **arguments)
+    rows, arguments = (ordered(CLEAN), ordered(CORRUPT)), ordered_arguments() | {"share": False}
+    same = mt.explain.patch(model, *rows, **arguments)
+    answers, foils = arguments.pop("answer"), arguments.pop("foil")
+    data = mt.explain.patch(model, *rows, metric=mt.metric.LogitDifference(answers, foil=foils), **arguments)
     assert float(abs(data["mlp_out_each"] - same["mlp_out_each"]).max()) < 1e-5
+    assert float(abs(data["clean"] - same["clean"]).max()) < 1e-5
     assert data["mlp_out"].attrs["unit"] == "logits"
     assert data.attrs["metric"] == "logit difference"
 

@@ -8,6 +8,7 @@ from tests import families
 
 import microtome as mt
 from microtome.explain._corruption import noise_seed
+from microtome.explain._spans import window_of
 
 PROMPT, OTHER, SPAN = [7, 20, 33, 41, 52, 60], [7, 20, 64, 41, 52, 60], (2, 4)
 TOLERANCE = 2e-7
@@ -95,6 +96,14 @@ def test_a_window_over_all_layers_restores_the_branch_everywhere(model: mt.Model
             )
             assert float(data[kind][1, position]) == pytest.approx(expected, abs=TOLERANCE)
         assert bool(data[f"{kind}_lo"].isnull().all())  # one sample says nothing of the others
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "window"),
+    [(2, 1, (2, 2)), (2, 2, (1, 2)), (2, 3, (1, 3)), (0, 3, (0, 1)), (5, 3, (4, 5)), (3, 4, (1, 4)), (3, 20, (0, 5))],
+)
+def test_a_window_lies_around_its_layer(layer: int, width: int, window: tuple[int, int]) -> None:
+    assert window_of(layer, width, 6) == window
 
 
 def test_without_noise_nothing_is_lost(model: mt.Model) -> None:

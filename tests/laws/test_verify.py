@@ -1,4 +1,4 @@
-"""Checking scores: exact ones are found right, reversed ones wrong, and a sample stands for what was not measured."""
+"""Verifying scores: exact ones are found right, reversed ones wrong, and a sample stands for what was not measured."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_exact_scores_agree_and_reversed_ones_do_not(model: mt.Model) -> None:
 def test_measured_cells_are_the_patched_runs(model: mt.Model) -> None:
     data = attributed(model, verify=3)
     source = model.run(CORRUPT, capture="*.mlp_out")
-    patched = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise")
+    patched = mt.explain.patch(model, CLEAN, CORRUPT, answer=11, foil=13, direction="noise")
     width = data["corrupt"] - data["clean"]
     for site in data.attrs["sites"]:
         found = data[f"{site}_exact"]
@@ -89,7 +89,7 @@ def test_sites_of_few_cells_are_measured_whole(model: mt.Model) -> None:
     assert np.isnan(float(data["rank_correlation_others"][0]))  # nothing was left
 
 
-def test_a_stopped_check_says_only_what_it_measured(model: mt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_verification_says_only_what_it_measured(model: mt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microtome.sweep._sweep._step", lambda *given: 4)
     scores = attributed(model, sites=["attn.z[head]", "mlp_out"], verify=0)
 
@@ -158,7 +158,7 @@ def test_candidates_are_the_largest_and_never_what_is_no_cell() -> None:
     assert set(others) == {0, 4}
 
 
-def test_what_cannot_be_checked_is_refused(model: mt.Model) -> None:
+def test_what_cannot_be_verified_is_refused(model: mt.Model) -> None:
     scores = attributed(model, verify=0, method="eap")
     other = mt.open(families.build("llama-mha"), prove=False)
     with pytest.raises(
@@ -172,12 +172,12 @@ def test_what_cannot_be_checked_is_refused(model: mt.Model) -> None:
         mt.explain.verify(model, scores, top=n + 1)
     with pytest.raises(mt.errors.ArgumentError, match=r"top must be an integer of 1 or more \(cells\); got 0"):
         mt.explain.verify(model, scores, top=0)
-    patched = mt.explain.activation_patching(model, CLEAN, CORRUPT, answer=11, foil=13)
-    with pytest.raises(mt.errors.DataError, match="not scores that can be checked; got a dataset without clean_ids"):
+    patched = mt.explain.patch(model, CLEAN, CORRUPT, answer=11, foil=13)
+    with pytest.raises(mt.errors.DataError, match="not scores that can be verified; got a dataset without clean_ids"):
         mt.explain.verify(model, patched)
 
 
-def test_scores_are_checked_by_their_labels_however_they_are_cut_or_turned(model: mt.Model) -> None:
+def test_scores_are_verified_by_their_labels_however_they_are_cut_or_turned(model: mt.Model) -> None:
     known = attributed(model, verify=200)  # all cells
     cells = {"mlp_out": ("layer", "pos"), "attn.z[head]": ("layer", "head")}
     parts = (

@@ -36,9 +36,8 @@ def one_token(model: Model, text: str | int) -> int:
     """
     given: Any = text
     if isinstance(given, bool) or not isinstance(given, str | int):
-        raise error(
-            PromptError, "cannot read a token", got=repr(given), allowed="a text or an id", do="give one of these"
-        )
+        do = "give one of these"
+        raise error(PromptError, "cannot read a token", got=repr(given), allowed="a text or an id", do=do)
     if isinstance(text, int):
         if not 0 <= text < model.anatomy.d_vocab:
             allowed = f"0 to {model.anatomy.d_vocab - 1}"
@@ -53,12 +52,10 @@ def one_token(model: Model, text: str | int) -> int:
         raise error(PromptError, f'"{text}" is not in the vocabulary', do="choose another word, or pass a token id")
     if len(ids) != 1:
         raise error(
-            PromptError,
-            f'"{text}" is not one token',
-            got=str(model.to_words(ids)) if ids else "no tokens",
+            PromptError, f'"{text}" is not one token', got=str(model.to_words(ids)) if ids else "no tokens",
             allowed="one token, usually with its leading space",
             do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
-        )
+        )  # fmt: skip
     return ids[0]
 
 

@@ -10,16 +10,15 @@ Rules:    plain gradients (AtP, EAP), or those of RelP: norms x / sg[scale], att
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from microtome.edit import Freeze
 from microtome.explain._first_order import edge_scores, node_scores
-from microtome.explain._layout import DEFAULT_SITES, LAYOUTS
-from microtome.explain._pair import CleanAnswer, CleanPrompt, CorruptAnswer, CorruptPrompt, one_pair, record
-from microtome.explain._pairs import Direction
+from microtome.explain._layout import DEFAULT_SITES, Sites
+from microtome.explain._pair import CleanPrompt, CorruptPrompt, one_pair, record
+from microtome.explain._pairs import AnswerOfClean, Direction, FoilOfCorrupt
 from microtome.explain._verify import SCORES, measure_best, site_axis
 from microtome.method import Argument, Found, Source, question
 from microtome.model import Model
@@ -67,12 +66,10 @@ def attribute(
     clean: CleanPrompt,
     corrupt: CorruptPrompt,
     *,
-    answer: CleanAnswer = None,
-    foil: CorruptAnswer = None,
+    answer: AnswerOfClean = None,
+    foil: FoilOfCorrupt = None,
     method: Annotated[Literal["atp", "relp", "eap"], Argument("atp or relp for nodes, eap for edges")] = "atp",
-    sites: Annotated[
-        Sequence[str], Argument("nodes by layer and position, or [unit] at all positions", choices=LAYOUTS)
-    ] = DEFAULT_SITES,
+    sites: Sites = DEFAULT_SITES,
     rules: Annotated[Freeze | None, Argument("backward rules instead of the method's own", command=False)] = None,
     direction: Direction = "denoise",
     verify: Annotated[

@@ -66,9 +66,9 @@ def contributions(
     prompt: PromptText,
     *,
     answer: Annotated[
-        Answer | None, Argument("the answer, one token or one a prompt; the model's own without it")
+        Answer | None, Argument("one token, or one per prompt; the model's own without it", from_text=str)
     ] = None,
-    foil: Annotated[Answer | None, Argument("explain the difference to the logit of this token")] = None,
+    foil: Annotated[Answer | None, Argument("explain the difference to this token's logit", from_text=str)] = None,
     position: Annotated[int, Argument("position explained, counted from the end of the prompt if negative")] = -1,
     detail: Annotated[tuple[Detail, ...], Argument("heads by source position, MLPs by neuron")] = (),
 ) -> Found:
@@ -98,7 +98,7 @@ def contributions(
     attrs["metric"] = "logit of the answer" if reader.foils is None else "logit difference"
     mlp = ["mlp_neuron", "mlp_bias"] if "neuron" in detail else ["mlp"]
     attrs |= {"parts": ["embed", "constant", "attn", "attn_bias", *mlp], "sum_of": "logit"}
-    return Found(values, coords=coords, attrs=attrs)
+    return Found(values, coords=coords, attrs=run.provenance | attrs)
 
 
 def refuse_unless_sum(model: Model) -> None:
@@ -128,7 +128,7 @@ class _Reader:
         self.answers, self.foils = answers_and_foils(model, own, foil, len(logits))
         unembed = self._difference(model.W_U.T).double() * self.a.logit_scale
         self.u = norm.centre(unembed * norm.gain) / run[f"final.scale{at}"].double()
-        self.constant = unembed.new_zeros(len(logits))
+        self.constant = self.zero = unembed.new_zeros(len(logits))
         if norm.bias is not None:
             self.constant = self.constant + unembed @ norm.bias.double()
         if model.b_U is not None:
@@ -169,7 +169,7 @@ class _Reader:
         w, b = at_least_float32(weights.W_O).flatten(0, 1), weights.b_O
         u, bias = self._through("attn_out", i, weights.attn_post_norm, z.flatten(1), w, b)
         read = (u.to(w.dtype) @ w.T).reshape(z.shape)  # [batch, head, d_head]
-        found = {"attn": (z.double() * read.double()).sum(-1), "attn_bias": bias}
+        found = {"attn": (z * read).sum(-1), "attn_bias": bias}
         if sources:
             pattern, v = self.run[f"{i}.attn.pattern{self.at}"][:, :, 0].double(), self.run[f"{i}.attn.v"]
             v = v.repeat_interleave(z.shape[1] // v.shape[2], dim=2).double()
@@ -187,7 +187,7 @@ class _Reader:
     ) -> tuple[Tensor, Tensor]:
         """The direction u drawn back to what x @ w + b gives, through a norm behind it; and what the biases add."""
         scale = self.a.hook_points[Site(name, i)].scale
-        u, bias = self.u * scale, torch.zeros_like(self.constant)
+        u, bias = self.u if scale == 1.0 else self.u * scale, self.zero
         if norm is not None:
             raw = x.to(w.dtype) @ w if b is None else x.to(w.dtype) @ w + b
             u = norm.centre(self.u * norm.gain) / norm.scale(raw).double().unsqueeze(-1) * scale

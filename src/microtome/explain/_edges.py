@@ -12,21 +12,21 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from microtome.context import current, settings
 from microtome.edit import Patch
 from microtome.errors import EditError, PromptError, error
-from microtome.explain._answers import answer_metric, metric_in_words
+from microtome.explain._answers import Answer, answer_metric, metric_in_words
 from microtome.explain._graph import Graph, graph
-from microtome.explain._pair import CleanAnswer, CleanPrompt, CorruptAnswer, CorruptOrRun, one_pair
-from microtome.explain._pairs import Direction, ReadMetric
+from microtome.explain._pair import CleanPrompt, CorruptOrRun, one_pair
+from microtome.explain._pairs import AnswerOfClean, Direction, FoilOfCorrupt, ReadMetric
 from microtome.method import Argument, Column, Found, Source, question, run_sweep
 from microtome.metric import Metric
 from microtome.model import Model
 from microtome.run import Prompt, Run
-from microtome.sweep import Edge, SweepResult
+from microtome.sweep import Edge
 
 TOGETHER = 4096
 """Edges of how many are held in one sweep; what a stopped measurement loses at most."""
@@ -57,8 +57,8 @@ def node_effects(
     clean: CleanPrompt,
     corrupt: CorruptOrRun,
     *,
-    answer: CleanAnswer = None,
-    foil: CorruptAnswer = None,
+    answer: AnswerOfClean = None,
+    foil: FoilOfCorrupt = None,
     metric: ReadMetric = None,
     direction: Direction = "denoise",
 ) -> Found:
@@ -102,8 +102,8 @@ def edge_effects(
     clean: CleanPrompt,
     corrupt: CorruptOrRun,
     *,
-    answer: CleanAnswer = None,
-    foil: CorruptAnswer = None,
+    answer: AnswerOfClean = None,
+    foil: FoilOfCorrupt = None,
     metric: ReadMetric = None,
     direction: Direction = "denoise",
     embeddings: Annotated[
@@ -124,70 +124,41 @@ def edge_effects(
     """
     parts = graph(model)
     start, source, metric = _ends(model, clean, corrupt, direction, answer, foil, metric)
-    table = _Table(parts, source, embeddings)
-    effects = torch.full((len(table.names), len(parts.receivers)), torch.nan, dtype=torch.float64)
-    base = torch.full((1,), torch.nan)
-    done = 0
-    for columns in _by_layer(parts):
-        places, edges = table.edges(columns)
-        swept = _swept(model, start, edges, metric, done, table.n_edges)
+    changes, own = dict(embeddings or {}), list(embeddings or ["embed"])
+    names = [*own, *parts.senders[1:]]
+    if taken := [name for name in own if name in parts.senders[1:]]:
+        what = "a part of the embedding is called like another sender"
+        raise error(EditError, what, got=taken[0], do="rename it")
+    mask = torch.cat([parts.mask[:1].expand(len(own), -1), parts.mask[1:]])
+    effects = torch.full(mask.shape, torch.nan, dtype=torch.float64)
+    base, done, everything = torch.full((1,), torch.nan), 0, int(mask.sum())
+    report = current().counting("measuring edges")
+    for places in _by_layer(parts, mask):
+        edges = [
+            Edge("embed", receiver, change=changes[name]) if name in changes else Edge(name, receiver, source=source)
+            for name, receiver in ((names[u], parts.receivers[v]) for u, v in places.tolist())
+        ]
+        with settings(progress=lambda stage, now, part, before=done: report(before + now, everything)):
+            swept = run_sweep(model, start, edges, metric)
         effects[places[:, 0], places[:, 1]] = swept.effects.double()
         base, done = swept.base, done + swept.done
         if swept.done < len(edges):  # stopped
             break
-    axes = {"sender": table.names, "receiver": parts.receivers}
-    found = _found(effects, axes, base, metric, direction)
-    found.attrs = {**found.attrs, "n_edges": table.n_edges, "measured": done}
+    found = _found(effects, {"sender": names, "receiver": parts.receivers}, base, metric, direction)
+    found.attrs = {**found.attrs, "n_edges": everything, "measured": done}
     return found
 
 
-def _swept(model: Model, start: Any, edges: list[Edge], metric: Metric, before: int, everything: int) -> SweepResult:
-    """A sweep over some of the edges, its progress told as that of all."""
-    report = current().counting("measuring edges")
-    with settings(progress=lambda stage, done, part: report(before + done, everything)):
-        return run_sweep(model, start, edges, metric)
-
-
-class _Table:
-    """The edges of a graph with their sources, the embedding apart where it is given apart."""
-
-    def __init__(self, parts: Graph, source: Run, embeddings: Mapping[str, Tensor] | None) -> None:
-        self.parts, self.source, self.embeddings = parts, source, dict(embeddings or {})
-        first = list(self.embeddings) or ["embed"]
-        taken = [name for name in first if name in parts.senders[1:]]
-        if taken:
-            what = "a part of the embedding is called like another sender"
-            raise error(EditError, what, got=taken[0], do="rename it")
-        self.names = (*first, *parts.senders[1:])
-        self.mask = torch.cat([parts.mask[:1].expand(len(first), -1), parts.mask[1:]])
-
-    @property
-    def n_edges(self) -> int:
-        return int(self.mask.sum())
-
-    def edges(self, columns: Sequence[int]) -> tuple[Int[Tensor, "edge 2"], list[Edge]]:
-        """Places in the table, and the edges into some receivers."""
-        chosen = torch.zeros_like(self.mask)
-        chosen[:, list(columns)] = self.mask[:, list(columns)]
-        places = chosen.nonzero()
-        return places, [self._edge(self.names[u], self.parts.receivers[v]) for u, v in places.tolist()]
-
-    def _edge(self, sender: str, receiver: str) -> Edge:
-        if sender in self.embeddings:
-            return Edge("embed", receiver, change=self.embeddings[sender])
-        return Edge(sender, receiver, source=self.source)
-
-
-def _by_layer(parts: Graph) -> list[list[int]]:
-    """The columns of the receivers, those of one layer together, and layers together while they have few edges."""
-    layers: dict[str, list[int]] = {}
-    for column, receiver in enumerate(parts.receivers):
-        layers.setdefault(receiver.partition(".")[0], []).append(column)
-    groups: list[list[int]] = [[]]
-    for columns in layers.values():
-        if int(parts.mask[:, groups[-1] + columns].sum()) > TOGETHER and groups[-1]:
-            groups.append([])
-        groups[-1] += columns
+def _by_layer(parts: Graph, mask: Bool[Tensor, "sender receiver"]) -> list[Int[Tensor, "edge 2"]]:
+    """The edges into the receivers of a layer, of several layers together while they are few."""
+    layers = [receiver.partition(".")[0] for receiver in parts.receivers]
+    groups: list[Tensor] = []
+    for layer in dict.fromkeys(layers):
+        into = torch.tensor([other == layer for other in layers])
+        places = (mask & into).nonzero()
+        if groups and len(groups[-1]) + len(places) <= TOGETHER:
+            places = torch.cat([groups.pop(), places])
+        groups.append(places)
     return groups
 
 
@@ -196,32 +167,24 @@ def _ends(
     clean: Prompt,
     corrupt: Prompt | Run,
     direction: str,
-    answer: str | int | None,
-    foil: str | int | None,
+    answer: Answer | None,
+    foil: Answer | None,
     metric: Metric | None,
 ) -> tuple[Any, Run, Metric]:
     """The prompt that cells change, the run that they take from, and what is read."""
-    if isinstance(corrupt, Run):
-        start = _beside(model, clean, corrupt, direction)
-        return start, corrupt, answer_metric(model, answer, foil) if metric is None else metric
-    pair = one_pair(model, clean, corrupt, answer=answer, foil=foil, metric=metric)
-    return pair.start(direction), model.run(pair.goal(direction), capture=WRITTEN, logits=False), pair.metric
-
-
-def _beside(model: Model, clean: Prompt, source: Run, direction: str) -> Tensor:
-    """The clean prompt, where a run is there to take from."""
+    if not isinstance(corrupt, Run):
+        pair = one_pair(model, clean, corrupt, answer=answer, foil=foil, metric=metric)
+        return pair.start(direction), model.run(pair.goal(direction), capture=WRITTEN, logits=False), pair.metric
     if direction != "noise":
-        raise error(
-            EditError, "a run that values are taken from cannot be where they are put", got=f'direction="{direction}"',
-            allowed="noise", do='give direction="noise", or the corrupt prompt instead of its run',
-        )  # fmt: skip
+        what = "a run that values are taken from cannot be where they are put"
+        do = 'give direction="noise", or the corrupt prompt instead of its run'
+        raise error(EditError, what, got=f'direction="{direction}"', allowed="noise", do=do)
     tokens = model.to_tokens(clean)
-    if (rows := (len(tokens), len(source.tokens))) != (1, 1):
-        raise error(
-            PromptError, "one prompt takes from a run of one row", got=f"{rows[0]} prompts and a run of {rows[1]} rows",
-            allowed="one each", do="run the corrupt prompt alone",
-        )  # fmt: skip
-    return tokens
+    if (rows := (len(tokens), len(corrupt.tokens))) != (1, 1):
+        got = f"{rows[0]} prompts and a run of {rows[1]} rows"
+        what, do = "one prompt takes from a run of one row", "run the corrupt prompt alone"
+        raise error(PromptError, what, got=got, allowed="one each", do=do)
+    return tokens, corrupt, answer_metric(model, answer, foil) if metric is None else metric
 
 
 def _found(effects: Tensor, axes: Mapping[str, Sequence[str]], base: Tensor, metric: Metric, direction: str) -> Found:

@@ -13,7 +13,7 @@ Formula:  u = centre(gain * (W_U[:, answer] - W_U[:, foil])) / scale, the final 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -194,28 +194,23 @@ def _ablations(
             return Mean(f"{address}{positions}", mean=whole if units is None else whole[units])
 
         return mean
-    sources = _resampled(model, rows, sites) if ablation == "resample" else _corrupted(model, rows, others, sites)
+    if ablation == "resample":
+        drawn = resampled(model, rows, sites, seed=current().seed)
+        sources = [{k: x[i : i + 1, : len(row)] for k, x in drawn.items()} for i, row in enumerate(rows)]
+    else:
+        sources = [{str(k): x for k, x in run.captured.items()} for run in _corrupt_runs(model, rows, others, sites)]
     return lambda i, address: Patch(f"{address}{positions}", source=sources[i])
 
 
-def _resampled(model: Model, rows: list[Tensor], sites: list[str]) -> list[Mapping[str, Tensor]]:
-    """What another example of the same length holds at the sites, for each example."""
-    drawn = resampled(model, rows, sites, seed=current().seed)
-    return [{k: x[i : i + 1, : len(row)] for k, x in drawn.items()} for i, row in enumerate(rows)]
-
-
-def _corrupted(
-    model: Model, rows: list[Tensor], others: list[Tensor] | None, sites: list[str]
-) -> list[Mapping[str, Tensor]]:
-    """What the corrupt prompts hold at the sites, for each example."""
+def _corrupt_runs(model: Model, rows: list[Tensor], others: list[Tensor] | None, sites: list[str]) -> list[Run]:
+    """A run of the corrupt prompt of each example."""
     if others is None:
         raise error(PromptError, "there is nothing to ablate with", do="give corrupt=, one per prompt")
     if len(others) != len(rows):
         what = "there must be one corrupt prompt per prompt"
         raise error(PromptError, what, got=len(others), allowed=str(len(rows)), do="give as many of each")
     pairs = [aligned(model, row, other)[1:] for row, other in zip(rows, others, strict=True)]
-    runs = [model.run(other, capture=sites, logits=False) for other in pairs]
-    return [{str(k): x for k, x in run.captured.items()} for run in runs]
+    return [model.run(other, capture=sites, logits=False) for other in pairs]
 
 
 def _site(address: Address) -> str:

@@ -1,10 +1,11 @@
-"""One clean and one corrupt prompt: how a question takes them, and how scores keep them to be checked by."""
+"""One clean and one corrupt prompt: how a question takes them, and how scores keep them to be verified by."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
 from microtome.errors import DataError, PromptError, error
+from microtome.explain._answers import Answer
 from microtome.explain._pairs import Pairs, pairs_of
 from microtome.method import Argument
 from microtome.metric import Metric
@@ -19,10 +20,6 @@ CorruptPrompt = Annotated[Prompt, Argument("as many tokens with another answer",
 CorruptOrRun = Annotated[
     Prompt | Run, Argument("as many tokens with another answer; or its run, in place of the prompt", positional=True)
 ]
-CleanAnswer = Annotated[str | int | None, Argument("the clean prompt's answer, one token", from_text=str)]
-CorruptAnswer = Annotated[
-    str | int | None, Argument("the corrupt prompt's answer; without it only the answer is read", from_text=str)
-]
 
 
 def one_pair(
@@ -30,8 +27,8 @@ def one_pair(
     clean: Prompt,
     corrupt: Prompt,
     *,
-    answer: str | int | None,
-    foil: str | int | None,
+    answer: Answer | None,
+    foil: Answer | None,
     metric: Metric | None = None,
 ) -> Pairs:
     """The pair that is meant, alone.
@@ -47,7 +44,7 @@ def one_pair(
 
 
 def record(pair: Pairs, direction: str) -> dict[str, Any]:
-    """What a result must say of its pair to be checked later."""
+    """What a result must say of its pair to be verified later."""
     clean, corrupt = pair.tokens[0].tolist()
     ids = {name: own[0] for name, own in (("answer_id", pair.answer_ids), ("foil_id", pair.foil_ids)) if own}
     return pair.attrs() | {"clean_ids": clean, "corrupt_ids": corrupt, "direction": direction} | ids
@@ -63,7 +60,7 @@ def recorded(model: Model, scores: xr.Dataset) -> tuple[Pairs, str]:
     missing = [k for k in ("fingerprint", "clean_ids", "corrupt_ids", "direction", "answer_id") if k not in attrs]
     if missing:
         got, do = f"a dataset without {', '.join(missing)}", "pass what `attribute` returned"
-        raise error(DataError, "these are not scores that can be checked", got=got, do=do)
+        raise error(DataError, "these are not scores that can be verified", got=got, do=do)
     if attrs["fingerprint"] != model.fingerprint:
         raise error(
             DataError, "these scores come from another model",

@@ -44,11 +44,8 @@ ReadMetric = Annotated[
     Metric | None, Argument("what to read instead of the answer, of prompt i for pair i", command=False)
 ]
 Direction = Annotated[
-    str,
-    Argument(
-        '"denoise" puts clean values into the corrupt run, "noise" the reverse', choices=("denoise", "noise"),
-    ),
-]  # fmt: skip
+    str, Argument('"denoise" puts clean values into the corrupt run, "noise" the reverse', choices=("denoise", "noise"))
+]
 Spans = Annotated[
     Mapping[str, Span] | Sequence[Mapping[str, Span]] | None,
     Argument("names and what they mean in each pair's clean prompt, or in all of them", command=False),
@@ -177,10 +174,16 @@ def pairs_of(
     if corrupt is not None and isinstance(clean, Task):
         raise error(PromptError, "a task has corrupt prompts of its own", got="corrupt=", do="leave it out")
     sides: list[Any] = [clean, corrupt] if task is None else [task.clean_tokens, task.corrupt_tokens]
-    tokens = _aligned(model, *sides)
+    batches = [model.to_batch(side).rows for side in sides]
+    counts = [len(rows) for rows in batches]
+    if counts[0] != counts[1]:
+        what, do = "there must be one corrupt prompt per clean one", "give as many of each"
+        raise error(PromptError, what, got=counts[1], allowed=str(counts[0]), do=do)
+    names = [f"pair {i}: " if counts[0] > 1 else "" for i in range(counts[0])]
+    tokens = tuple(aligned(model, a, b, of) for a, b, of in zip(*batches, names, strict=True))
     pairs = _reading(model, tokens, task, answer, foil, metric)
     for i, pair in enumerate(tokens):
-        require_effect_on_metric(model, pairs.metric, pair, i, len(tokens))
+        require_effect_on_metric(model, pairs.metric, pair, i, names[i])
     groups = () if task is None else tuple(pair.group for pair in task)
     return replace(pairs, spans=_spans(model, tokens, task, spans), groups=groups)
 
@@ -199,42 +202,26 @@ def task_of(model: Model, given: Given) -> Task | None:
     return given
 
 
-def _aligned(model: Model, cleans: Prompt, corrupts: Prompt) -> tuple[Tensor, ...]:
-    """Tokens [2, pos] of every pair."""
-    sides = [model.to_batch(x) for x in (cleans, corrupts)]
-    counts = [len(side.lengths) for side in sides]
-    if counts[0] != counts[1]:
-        what = "there must be one corrupt prompt per clean one"
-        raise error(PromptError, what, got=counts[1], allowed=str(counts[0]), do="give as many of each")
-    found: list[Tensor] = []
-    for i in range(counts[0]):
-        try:
-            found.append(aligned(model, *(side.rows[i] for side in sides)))
-        except PromptError as problem:
-            raise PromptError(f"pair {i}: {problem}") if counts[0] > 1 else problem from None
-    return tuple(found)
-
-
-def aligned(model: Model, clean: Prompt, corrupt: Prompt) -> Int[Tensor, "2 pos"]:
+def aligned(model: Model, clean: Prompt, corrupt: Prompt, of: str = "") -> Int[Tensor, "2 pos"]:
     """Tokens of two prompts of one length.
 
     Raises:
-        PromptError: their lengths differ; names the first difference.
+        PromptError: their lengths differ; names the first difference, behind `of`.
     """
     rows = [model.to_batch(p).tokens for p in (clean, corrupt)]
     if any(r.shape[0] != 1 for r in rows):
         raise error(PromptError, "a pair is one clean and one corrupt prompt", got=str([r.shape[0] for r in rows]))
     lengths = [r.shape[1] for r in rows]
-    if lengths[0] != lengths[1]:
-        words = [model.to_words(r[0]) for r in rows]
-        at = next((i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b), min(lengths))
-        there = [str(row[at : at + 3]) if row[at:] else "its end" for row in words]
-        raise error(
-            PromptError, f"the prompts do not align: they differ first at token {at}",
-            got=f"{lengths[0]} and {lengths[1]} tokens, {there[0]} against {there[1]}",
-            allowed="the same number of tokens", do="reword one so that every token has its counterpart",
-        )  # fmt: skip
-    return torch.cat(rows)
+    if lengths[0] == lengths[1]:
+        return torch.cat(rows)
+    words = [model.to_words(r[0]) for r in rows]
+    at = next((i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b), min(lengths))
+    there = [str(row[at : at + 3]) if row[at:] else "its end" for row in words]
+    raise error(
+        PromptError, f"{of}the prompts do not align: they differ first at token {at}",
+        got=f"{lengths[0]} and {lengths[1]} tokens, {there[0]} against {there[1]}",
+        allowed="the same number of tokens", do="reword one so that every token has its counterpart",
+    )  # fmt: skip
 
 
 def _reading(
@@ -283,24 +270,23 @@ def _spans(model: Model, tokens: tuple[Tensor, ...], task: Task | None, spans: A
     return {name: tuple(span_of(model, pair[0], own[name], name) for pair, own in placed) for name in names}
 
 
-def require_effect_on_metric(model: Model, metric: Metric, tokens: Tensor, number: int = 0, of: int = 1) -> None:
-    """Refuse a pair [2, pos] of which no patch can reach what is read.
+def require_effect_on_metric(model: Model, metric: Metric, tokens: Tensor, number: int = 0, of: str = "") -> None:
+    """Refuse a pair [2, pos], named by `of`, of which no patch can reach what is read.
 
     Raises:
         PromptError: its prompts are the same, so that there is nothing to patch.
         SiteError: the metric reads only what comes before they differ; says where.
     """
-    pair = f"pair {number}: " if of > 1 else ""
     differ = (tokens[0] != tokens[1]).nonzero().flatten().tolist()
     if not differ:
         raise error(
-            PromptError, f"{pair}the clean and the corrupt prompt are the same, so that there is nothing to patch",
+            PromptError, f"{of}the clean and the corrupt prompt are the same, so that there is nothing to patch",
             do="change what the answer depends on",
         )  # fmt: skip
     reads = metric.columns(number, tokens.shape[1])
     if model.anatomy.causal and max(reads) < differ[0]:
         raise error(
-            SiteError, f"{pair}the metric does not depend on what is patched, so that every effect would be 0",
+            SiteError, f"{of}the metric does not depend on what is patched, so that every effect would be 0",
             got=f"it reads positions {reads}, and the prompts differ from token {differ[0]} on",
             do="read a later position",
         )  # fmt: skip

@@ -10,7 +10,6 @@ Formula:  effect_i(cell) = m_i(cell) - m_i(start) of pair i, where a cell is its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -18,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from microtome.edit import Patch
-from microtome.errors import EditError, PromptError, SiteError, error
-from microtome.explain._layout import BY_POSITION, BY_UNIT, DEFAULT_SITES, Layout, Sites, every_position, layout
+from microtome.errors import PromptError, SiteError, error
+from microtome.explain._layout import DEFAULT_SITES, Layout, Sites, every_position, layout
 from microtome.explain._pairs import (
     SMALLEST_GAP,
     AnswerOfClean,
@@ -230,50 +229,3 @@ def _told(model: Model, pairs: Pairs, kept: list[int], gaps: Tensor) -> tuple[di
     coords = {name: ("example", [said[i] for i in kept]) for name, said in told.items() if said}
     attrs = {"examples": len(kept), "mean_gap": float(gaps.mean()), "smallest_gap": float(gaps.abs().min())}
     return coords, pairs.attrs() | attrs | {"flipped_gaps": int((gaps * gaps.mean() < 0).sum())}
-
-
-DIRECTIONS = ("noise", "denoise")
-
-
-def metric_words(foil: object) -> str:
-    """What is read off each run, in words."""
-    return "log-probability of the answer" if foil is None else "logit difference"
-
-
-def refuse_unknown(what: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a word that is none of those allowed.
-
-    Raises:
-        EditError: names the word and what is allowed.
-    """
-    if value not in allowed:
-        raise error(EditError, f'no {what} "{value}"', allowed=", ".join(allowed), do="name one of these")
-
-
-def refuse_wrong(direction: str, sites: Sequence[str] = BY_POSITION, seed: int = 0) -> None:
-    """Refuse a direction that is none, an empty choice of sites, and a seed that no generator takes.
-
-    Raises:
-        EditError: there is no such direction, or no such seed.
-        SiteError: there is no site.
-    """
-    refuse_unknown("direction", direction, DIRECTIONS)
-    refuse_seed(seed)
-    if not sites:
-        raise error(
-            SiteError,
-            "there is no site to patch",
-            got=repr(sites),
-            allowed=", ".join((*BY_POSITION, *BY_UNIT)),
-            do="name one of these, or leave sites= out",
-        )
-
-
-def refuse_seed(seed: int) -> None:
-    """Refuse a seed that no generator takes.
-
-    Raises:
-        EditError: it is below 0.
-    """
-    if seed < 0:
-        raise error(EditError, "there is no such seed", got=seed, allowed="0 or more", do="choose another")

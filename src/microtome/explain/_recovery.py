@@ -151,11 +151,8 @@ def estimated(
 ) -> Float[Tensor, "sender receiver"]:
     """The largest |first-order change| of the outputs, over prompts, along the way to the goal's.
 
-    Args:
-        model: a planted model.
-        clean: where the gradient is taken.
-        changes: what each sender writes more in the corrupt run.
-        goal: the outputs of the corrupt run, at all positions but the first.
+    The gradient is taken in `clean`, `changes` is what each sender writes more in the corrupt run, and `goal` its
+    outputs at all positions but the first.
     """
     found: list[Tensor] = []
     for tokens, change, end in zip(clean, changes, goal, strict=True):

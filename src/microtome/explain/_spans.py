@@ -10,10 +10,10 @@ from typing import Any, cast
 from torch import Tensor
 
 from microtome.errors import PromptError, error
+from microtome.method import Span
 from microtome.model import Model
 
-Span = str | int | Sequence[int]
-"""A text in the prompt, one position, or (first, end) with the end left out; negative ones count from the end."""
+COUNT = "count tokens, with the end left out"
 
 
 def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str = "span") -> tuple[int, int]:
@@ -37,13 +37,8 @@ def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str 
     first, end = _places(span, n, what)
     first, end = first + n if first < 0 else first, end + n if end < 0 else end
     if not 0 <= first < end <= n:
-        raise error(
-            PromptError,
-            f"the prompt has no such {what}",
-            got=str(span if isinstance(span, int) else tuple(span)),
-            allowed=f"(first, end) with 0 <= first < end <= {n}",
-            do="count tokens, with the end left out",
-        )
+        got, allowed = str(span if isinstance(span, int) else tuple(span)), f"(first, end) with 0 <= first < end <= {n}"
+        raise error(PromptError, f"the prompt has no such {what}", got=got, allowed=allowed, do=COUNT)
     return first, end
 
 
@@ -55,13 +50,8 @@ def _places(span: object, n: int, what: str) -> tuple[int, int]:
             return first, end
         place = index(cast("Any", span))
     except (TypeError, ValueError):
-        raise error(
-            PromptError,
-            f"cannot read the {what}",
-            got=repr(span),
-            allowed="a text, a position, or (first, end)",
-            do="count tokens, with the end left out",
-        ) from None
+        allowed = "a text, a position, or (first, end)"
+        raise error(PromptError, f"cannot read the {what}", got=repr(span), allowed=allowed, do=COUNT) from None
     return place, place + 1 or n
 
 
@@ -91,12 +81,8 @@ def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, i
     found = next(filter(whole_tokens, starts), None) if found is None else found
     if found is None:
         why = f'"{text}" only inside longer words' if starts else f'no {what} "{text}"'
-        raise error(
-            PromptError,
-            f"the prompt has {why}",
-            got=f'"{whole}"',
-            do="write it as it stands there, or give its tokens as (first, end)",
-        )
+        do = "write it as it stands there, or give its tokens as (first, end)"
+        raise error(PromptError, f"the prompt has {why}", got=f'"{whole}"', do=do)
     return tokens_of(found)
 
 

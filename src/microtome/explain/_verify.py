@@ -1,4 +1,4 @@
-"""Check scores: measure the best candidates exactly, and random others beside them.
+"""Verification of scores: the best candidates are measured exactly, and random others beside them.
 
 Formula:  rank correlation = Spearman's, of scores and exact effects over the k cells of the largest |score|; the same
           over the random others is its control.
@@ -20,12 +20,12 @@ from numpy import ndarray
 from microtome.context import current
 from microtome.edit import Patch
 from microtome.errors import DataError, error
+from microtome.explain._edges import WRITTEN
 from microtome.explain._layout import every_position, layout
 from microtome.explain._pair import recorded
 from microtome.explain._pairs import Pairs
 from microtome.method import Argument, Column, Source, question, run_sweep
 from microtome.model import Model
-from microtome.run import Run
 from microtome.sweep import Edge
 
 MEASURED = "none: random cells are measured beside the best"
@@ -85,7 +85,7 @@ def verify(
     sites = [str(name) for name in scores.attrs["sites"]]
     most = max(int(np.isfinite(scores[site].values).sum()) for site in sites)
     if top > most:
-        do = "choose a top in that range, or verify=0 to check nothing"
+        do = "choose a top in that range, or verify=0 to measure none"
         raise error(
             DataError, "cannot verify so many candidates", got=f"top={top}",
             allowed=f"1 to {most}, the number of cells", do=do,
@@ -106,9 +106,8 @@ def measure_best(model: Model, pair: Pairs, direction: str, scores: Cells, top: 
     random = np.random.default_rng(current().seed)
     flat = {site: np.asarray(x.values, dtype=np.float64).reshape(-1) for site, x in scores.items()}
     chosen = {site: candidates(x, top, random) for site, x in flat.items()}
-    source = _source(model, pair, direction, scores)
     places = {site: np.concatenate(both) for site, both in chosen.items()}
-    cells = [cell for site, x in scores.items() for cell in _cells(model, x, site, source, places[site])]
+    cells = _cells(model, pair, direction, scores, places)
     swept = run_sweep(model, pair.start(direction), cells, pair.metric, stage="measuring the best")
     effects = np.split(swept.effects.double().numpy(), np.cumsum([len(b) + len(o) for b, o in chosen.values()])[:-1])
     found: dict[str, Any] = {}
@@ -145,26 +144,25 @@ def candidates(scores: Float[ndarray, " cell"], top: int, random: np.random.Gene
     return best, np.sort(random.choice(rest, size=min(len(best), len(rest)), replace=False))
 
 
-def _source(model: Model, pair: Pairs, direction: str, scores: Cells) -> Run:
-    if any("sender" in x.dims for x in scores.values()):
-        wanted = ["embed", "*.attn.z", "*.mlp_out"]
-    else:
-        layouts = [layout(model, site, every_position(pair.lengths[0])) for site in scores]
-        wanted = sorted({part.capture for part in layouts})
-    return model.run(pair.goal(direction), capture=wanted, logits=False)
-
-
 def _cells(
-    model: Model, scores: xr.DataArray, site: str, source: Run, places: Int[ndarray, " cell"]
+    model: Model, pair: Pairs, direction: str, scores: Cells, places: Mapping[str, Int[ndarray, " cell"]]
 ) -> list[Patch | Edge]:
-    labels = _labels(scores, site, places)
-    if "sender" in labels:
-        pairs = zip(labels["sender"], labels["receiver"], strict=True)
-        return [Edge(str(sender), str(receiver), source=source) for sender, receiver in pairs]
-    part = layout(model, site, every_position(source.tokens.shape[1]))
-    grid = np.array(part.addresses).reshape(part.shape)
-    layers, others = (labels[dim] for dim in part.dims)
-    return [Patch(str(grid[i, j]), source=source) for i, j in zip(layers, others, strict=True)]
+    """The cells at some flat places of the scores of each site, by what these are called."""
+    sites = [site for site, x in scores.items() if "sender" not in x.dims]
+    layouts = {site: layout(model, site, every_position(pair.lengths[0])) for site in sites}
+    wanted = {part.capture for part in layouts.values()} | (set() if len(sites) == len(scores) else set(WRITTEN))
+    source = model.run(pair.goal(direction), capture=sorted(wanted), logits=False)
+    cells: list[Patch | Edge] = []
+    for site, x in scores.items():
+        labels = _labels(x, site, places[site])
+        if part := layouts.get(site):
+            grid = np.array(part.addresses).reshape(part.shape)
+            where = zip(*(labels[dim] for dim in part.dims), strict=True)
+            cells += [Patch(str(grid[i, j]), source=source) for i, j in where]
+        else:
+            ends = zip(labels["sender"], labels["receiver"], strict=True)
+            cells += [Edge(str(sender), str(receiver), source=source) for sender, receiver in ends]
+    return cells
 
 
 def _labels(scores: xr.DataArray, site: str, places: Int[ndarray, " cell"]) -> dict[str, ndarray]:
@@ -196,10 +194,7 @@ def rank_correlation(a: Float[ndarray, " cell"], b: Float[ndarray, " cell"]) -> 
 def recall(best: Float[ndarray, " top"], others: Float[ndarray, " others"], n_cells: int) -> float:
     """Share of the cells of the largest |exact effect| that the best-scored ones are.
 
-    Args:
-        best: exact effects of the k best-scored cells.
-        others: exact effects of random others.
-        n_cells: how many cells there are.
+    `best` and `others` are the exact effects of these and of random others, out of n_cells cells.
     """
     k = len(best)
     weight = (n_cells - k) / len(others) if len(others) else 0.0

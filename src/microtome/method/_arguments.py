@@ -83,7 +83,7 @@ def checked(parameters: Sequence[Parameter], given: Mapping[str, Any]) -> dict[s
     for name in given:
         if name not in names:
             what = f'no argument "{name}".{nearest(name, names)}'.removesuffix(".")
-            raise error(ArgumentError, what, allowed=", ".join(names) or "no arguments")
+            raise error(ArgumentError, what, allowed=", ".join(names) or "no arguments", do="use these names")
     found: dict[str, Any] = {}
     for p in parameters:
         if p.name in given:

@@ -66,8 +66,8 @@ class Question:
         with counting() as cost:
             found: Any = self.method.function(model, **arguments)
             data = found if isinstance(found, xr.Dataset) else _dataset(self.method, found)
-            told = provenance(model, self.method, arguments, cost) | {"reading": self.reading}
-            own = dict(data.attrs)
+            own = dict(data.attrs)  # with those of the model where a run has told them: to look again takes a while
+            told = provenance(model, self.method, arguments, cost, own) | {"reading": self.reading}
             return Result.of(labelled(self.method, data).assign_attrs(told | own))
 
 
@@ -149,7 +149,7 @@ def run_sweep(
         stage: what its progress is called.
     """
     settings = current()
-    sweep = model.sweep(prompt, cells, metric, prompts=prompts, budget=settings.budget)
+    sweep = model.sweep(prompt, cells, metric, prompts=prompts)
     spent(sweep.plan)
     if settings.on_plan is not None:
         settings.on_plan(sweep.plan)

@@ -16,6 +16,7 @@ from microtome.errors import DeclarationError, error
 from microtome.method._declare import SUFFIXES, Column, Method
 
 SPLIT = "_"
+NOTHING: Mapping[str, Any] = {}
 
 
 @runtime_checkable
@@ -82,12 +83,14 @@ def spent(plan: object) -> None:
         cost.plans.append(str(plan))
 
 
-def provenance(subject: Subject, method: Method, arguments: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
-    """The attributes of a result: method, source, arguments, seed, cost, and the model's own."""
+def provenance(
+    subject: Subject, method: Method, arguments: Mapping[str, Any], cost: Cost, known: Mapping[str, Any] = NOTHING
+) -> dict[str, Any]:
+    """The attributes of a result: method, source, arguments, seed, cost, and the model's own unless they are known."""
     plain = {k: v for k, v in arguments.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
     told = {"method": method.title or method.name.replace("_", " "), "question": method.question}
     told |= {"source": "; ".join(map(str, method.source)), "seed": current().seed}
-    return dict(subject.provenance) | plain | told | cost.attrs
+    return ({} if "fingerprint" in known else dict(subject.provenance)) | plain | told | cost.attrs
 
 
 def labelled(method: Method, data: xr.Dataset) -> xr.Dataset:

@@ -94,7 +94,7 @@ class Model(LoadedModel):
             grad: keep a graph, so that `Run.grad` gives gradients at every captured site.
             padding: the side on which shorter rows are padded.
             observe: functions called with (site, tensor) as the forward reaches an address; nothing is kept.
-            budget: bytes that the captures and logits may take; 80 % of the free memory by default.
+            budget: bytes that the captures and logits may take; that of the settings, or 80 % of the free memory.
 
         Returns:
             A `Run`: ``run.logits``, ``run["12.mlp.post"]``, ``run.dataset()``.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from microtome.anatomy import Anatomy, anatomy_of, load
+from microtome.context import current
 from microtome.errors import MicrotomeError, ModelError, ModelUnsupported, error
 from microtome.model._model import Model
 from microtome.model._proof import require_proven
@@ -32,7 +33,7 @@ def open(
             default model (SmolLM2-135M-Instruct).
         tokenizer: for an already loaded model, which takes token ids without one; else instead of the model's own.
         dtype: of the weights of a model that is loaded here; float32 by default, so that identities are tight.
-        device: where to put a model that is loaded here; the accelerator if there is one.
+        device: where to put a model that is loaded here; that of the settings, or the accelerator if there is one.
         revision: of a hub model.
         trust_remote_code: whether code that comes with the model may run.
         prove: whether to check the map; without it, to look at why a proof fails: `model.prove()` gives all checks.
@@ -61,7 +62,8 @@ def _load(
 ) -> Model:
     """A model that is loaded, unless it is already, and mapped."""
     if name_or_path is None or isinstance(name_or_path, str | Path):
-        target = _accelerator() if device is None else _usable(device)
+        wanted = current().device if device is None else device
+        target = _accelerator() if wanted is None else _usable(wanted)
         hf, tokenizer, name = load(
             name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, tokenizer=tokenizer
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -106,7 +106,7 @@ class LoadedModel:
         cap = self.anatomy.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    @property
+    @cached_property
     def n_parameters(self) -> int:
         """How many parameters the model has; tied ones count once."""
         return sum(t.numel() for t in tensors_of(self.hf) if isinstance(t, torch.nn.Parameter))

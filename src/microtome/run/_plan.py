@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from microtome.anatomy import Address, Site
+from microtome.context import current
 from microtome.errors import BudgetError, error
 from microtome.run._batch import Batch
 from microtome.run._core import LoadedModel
@@ -89,6 +90,7 @@ def refuse_if_over(plan: Plan, budget: int | None, device: torch.device) -> None
     Raises:
         BudgetError: names the excess, and the address that takes most.
     """
+    budget = current().budget if budget is None else budget
     allowed = int(0.8 * free_memory(device)) if budget is None else budget
     if plan.bytes <= allowed:
         return

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import Site
+from microtome.context import current
 from microtome.edit import Zero
 from microtome.errors import BudgetError, EditError, error
 from microtome.metric import Metric, TokenSubsetMetric
@@ -346,6 +347,7 @@ def _room(
     Raises:
         BudgetError: the edges take all of it.
     """
+    budget = current().budget if budget is None else budget
     allowed = budget if budget is not None else min(int(0.5 * free_memory(model.device)), 2 * 2**30)
     which = [0] * len(cells) if prompts is None else prompts
     edges = [(cell, prompt) for cell, prompt in zip(cells, which, strict=True) if isinstance(cell, Edge)]

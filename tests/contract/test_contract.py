@@ -1,0 +1,286 @@
+"""What holds of every method that is declared; a method is named here only where it needs other prompts."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from tests import families
+
+import microtome as mt
+from microtome.method import Change, Measure, Parameter, Question, RepeatedTokens, Text, choices_of, declared
+from microtome.method.runner import measure
+from microtome.stream import TokenBatch
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = mt.methods()
+KINDS = ("llama-gqa", "gpt2", "bloom", "gpt_neox-parallel", "falcon-mqa", "mistral")
+"""A tiny model of each kind: grouped heads, one key per head, attention of its own, parallel, shared keys, a window."""
+
+PROMPT = [7, 20, 33, 41, 52, 60]
+OTHER = [7, 20, 34, 41, 52, 60]
+GIVEN: dict[str, Any] = {
+    "prompt": PROMPT, "clean": PROMPT, "prompts": [PROMPT, OTHER, PROMPT[::-1]], "answer": 11, "foil": 23,
+    "subject": (1, 3), "keys": (1, 3), "samples": 3, "controls": 2, "top": 3, "verify": 3,
+    "sites": ["mlp_out", "attn.z[head]"], "tokens": 60, "pairs": 4,
+}  # fmt: skip
+"""Arguments by name, for every method that has them; a new method is tried with these and its own defaults."""
+
+
+class Reader:
+    """A tokenizer without text: every seventh token is a mark, all others are words."""
+
+    bos_token_id, eos_token_id, all_special_ids = None, None, ()
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "," if ids[0] % 7 == 0 else f" w{ids[0]}"
+
+
+@cache
+def model(kind: str) -> mt.Model:
+    return mt.open(families.build(kind), tokenizer=Reader(), prove=False)
+
+
+def rows(count: int = 4, length: int = 12) -> torch.Tensor:
+    return torch.randint(5, families.VOCAB, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def batches() -> list[TokenBatch]:
+    tokens = rows(6)
+    return [TokenBatch.of(tokens[i : i + 2], torch.arange(i, i + 2) * 12) for i in (0, 2, 4)]
+
+
+def parameters(name: str) -> tuple[Parameter, ...]:
+    made: Any = declared(name)
+    return (*made.parameters, *made.look_parameters) if isinstance(made, Measure) else made.parameters
+
+
+def arguments(name: str, kind: str) -> dict[str, Any]:
+    """Arguments with which a method can be tried on a tiny model."""
+    found = {p.name: copy.deepcopy(GIVEN[p.name]) for p in parameters(name) if p.name in GIVEN}
+    names = {p.name for p in parameters(name)}
+    if "corrupt" in names and "clean" in names:
+        found["corrupt"] = list(OTHER)
+    if "scores" in names:
+        found["scores"] = mt.explain.attribute(model(kind), PROMPT, OTHER, answer=11, foil=23, verify=0)
+        found = {"scores": found["scores"], "top": 3}
+    return {k: v for k, v in found.items() if k in names}
+
+
+def subject(name: str, kind: str) -> Any:
+    """What a method is tried on: a tiny model, or for those that take a planted one, that."""
+    return mt.planted.program("successors") if name == "circuit_recovery" else model(kind)
+
+
+def run(name: str, kind: str, *, seed: int = 0, given: Mapping[str, Any] | None = None) -> Any:
+    made = declared(name)
+    own = arguments(name, kind) if given is None else dict(given)
+    with mt.settings(seed=seed):
+        if isinstance(made, Measure):
+            options = {p.name for p in parameters(name)} & {"top", "period", "sequences", "examples"}
+            chosen = {k: v for k, v in own.items() if k in options}
+            if isinstance(made.on, RepeatedTokens):
+                return measure(subject(name, kind), name, sequences=3, period=12)
+            text = {"text": rows()} if isinstance(made.on, Text) else {}
+            return measure(subject(name, kind), name, **text, **chosen)
+        if isinstance(made, Question):
+            return made.ask(subject(name, kind), own)
+        assert isinstance(made, Change)
+        return made.make(subject(name, kind), own | {"sites": "1.mlp_out", "text": rows()})
+
+
+def kinds(name: str) -> tuple[str, ...]:
+    return KINDS[:1] if name == "circuit_recovery" else KINDS
+
+
+EVERY = [(name, kind) for name in METHODS for kind in kinds(name)]
+RESULTS = [name for name, method in METHODS.items() if method.kind != "change"]
+
+
+@cache
+def result(name: str, kind: str) -> xr.Dataset:
+    return run(name, kind)
+
+
+def numbers(data: xr.Dataset) -> dict[str, np.ndarray]:
+    return {str(n): v.values.astype(float) for n, v in data.data_vars.items() if v.dtype.kind in "fiub"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, k in EVERY if n in RESULTS])
+def test_its_variables_are_those_it_declares(name: str, kind: str) -> None:
+    method, data = METHODS[name], result(name, kind)
+    assert data.data_vars
+    for variable, x in data.data_vars.items():
+        base, _, ending = str(variable).rpartition("_")
+        exact = next((c for c in method.columns if c.name == variable), None)
+        column = exact or (method.column(base) if ending in ("lo", "hi", "p", "each", "exact") else None)
+        column = column or method.column(str(variable))
+        assert column is not None, variable
+        assert x.attrs["unit"], variable
+        assert x.attrs["meaning"], variable
+        if column.dims is not None and exact is not None:
+            assert tuple(x.dims) == (*column.dims, *column.extra), variable
+        values = x.values.astype(float) if x.dtype.kind in "fiu" else None
+        if exact is not None and values is not None:
+            low, high = column.range
+            known = values[np.isfinite(values)]
+            assert low is None or (known >= low - 1e-6).all(), variable
+            assert high is None or (known <= high + 1e-6).all(), variable
+        if f"{variable}_lo" in data:
+            low, high = (data[f"{variable}_{end}"].values for end in ("lo", "hi"))
+            there = np.isfinite(low)
+            slack = 1e-9 + 1e-9 * np.abs(values[there])
+            assert (low[there] <= values[there] + slack).all(), variable
+            assert (values[there] <= high[there] + slack).all(), variable
+    for attribute in ("fingerprint", "seed", "source", "question", "seconds"):
+        assert attribute in data.attrs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_depends_on_the_seed_alone(name: str) -> None:
+    one, two = (run(name, "llama-gqa", seed=5) for _ in range(2))
+    if isinstance(one, list):
+        assert one == two
+    else:
+        assert one.equals(two)
+        assert _untimed(one.attrs) == _untimed(two.attrs)
+
+
+def _untimed(attrs: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Attributes without what depends on the speed of the machine."""
+    return {k: v for k, v in attrs.items() if k not in ("seconds", "plan")}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return one.identical(other) if isinstance(one, xr.Dataset) else one == other
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_changes_neither_its_arguments_nor_the_model(name: str) -> None:
+    own = subject(name, "llama-gqa")
+    held = own if isinstance(own, mt.Model) else own.model
+    before, given = held.fingerprint, arguments(name, "llama-gqa")
+    kept = copy.deepcopy(given)
+    run(name, "llama-gqa", given=given)
+    assert given.keys() == kept.keys()
+    assert all(_same(given[key], kept[key]) for key in kept)
+    assert held.fingerprint == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in held.hf.modules())
+
+
+MEASURES = [n for n, m in METHODS.items() if m.kind == "measure" and isinstance(declared(n).on, Text)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_order_of_the_batches_does_not_matter(name: str) -> None:
+    forth, back = (measure(model("llama-gqa"), name, text=some) for some in (batches(), batches()[::-1]))
+    looked = declared(name).on  # type: ignore[attr-defined]
+    if looked.sequences is not None:
+        assert looked.sequences >= 6, "then it would read other rows"
+    for key, x in numbers(forth).items():
+        assert np.allclose(x, numbers(back)[key], rtol=1e-9, atol=1e-9, equal_nan=True), key
+
+
+SEVERAL = [
+    n for n in RESULTS if {"prompts", "clean"} & {p.name for p in parameters(n)} and n in ("patch", "component_effects")
+]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_order_of_the_prompts_does_not_matter(name: str) -> None:
+    first = "prompts" if "prompts" in {p.name for p in parameters(name)} else "clean"
+    own = arguments(name, "llama-gqa") | {"answer": [11, 12, 13], "foil": [23, 24, 25]}
+    own[first] = [PROMPT, OTHER, PROMPT[::-1]]
+    if first == "clean":
+        own["corrupt"] = [OTHER, PROMPT, [60, 52, 41, 34, 20, 7]]
+        own["share"] = False
+    turned = {k: v[::-1] if isinstance(v, list) and len(v) == 3 else v for k, v in own.items()}
+    forth, back = (run(name, "llama-gqa", given=given) for given in (own, turned))
+    for key, x in numbers(forth).items():
+        if not key.endswith(("_lo", "_hi", "_p", "_each")) and "example" not in forth[key].dims:
+            assert np.allclose(x, numbers(back)[key], atol=1e-6, equal_nan=True), key
+
+
+LIMITS = [
+    (name, p.name, wrong)
+    for name in METHODS
+    for p in parameters(name)
+    if p.argument is not None
+    for wrong in (
+        [p.argument.least - 1] if p.argument.least is not None else []
+    ) + ([p.argument.most + 1] if p.argument.most is not None else []) + (["sideways"] if choices_of(p) else [])
+]  # fmt: skip
+
+
+def tried(made: Any, name: str, change: Mapping[str, Any]) -> None:
+    """Call a method with one argument changed."""
+    given = arguments(name, "llama-gqa") | change
+    if isinstance(made, Measure):
+        measure(model("llama-gqa"), name, text=rows(), **change)
+    elif isinstance(made, Question):
+        made.ask(subject(name, "llama-gqa"), given)
+    else:
+        made.make(model("llama-gqa"), given | {"sites": "1.mlp_out", "text": rows()})
+
+
+@pytest.mark.parametrize(("name", "argument", "wrong"), LIMITS)
+def test_each_limit_is_refused_by_its_text(name: str, argument: str, wrong: Any) -> None:
+    value = wrong if isinstance(wrong, str) else int(wrong)
+    with pytest.raises(mt.errors.ArgumentError) as refused:
+        tried(declared(name), name, {argument: value})
+    assert re.match(rf"{argument} (must be|names nothing)", str(refused.value))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, k in EVERY if n in RESULTS])
+def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> None:
+    sizes = {key: np.nanmax(np.abs(x)) for key, x in numbers(result(name, kind)).items() if np.isfinite(x).any()}
+    assert max(sizes.values(), default=0.0) > 1e-5
+
+
+NOUGHT = {"gap", "circuit_recovery.score"}
+"""Columns that are zero on every tiny model: what exact sums leave, by their law."""
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_each_column_is_more_than_rounding_somewhere(name: str) -> None:
+    most: dict[str, float] = {}
+    for kind in kinds(name):
+        for key, x in numbers(result(name, kind)).items():
+            if np.isfinite(x).any():
+                most[key] = max(most.get(key, 0.0), float(np.nanmax(np.abs(x))))
+    silent = {column.name for column in METHODS[name].columns if most.get(column.name, 1.0) < 1e-5}
+    assert silent <= NOUGHT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.kind == "change"])
+def test_a_change_is_edits_that_change_something(name: str, kind: str) -> None:
+    edits = run(name, kind)
+    assert edits
+    plain, edited = (model(kind).run([PROMPT], edits=some).logits for some in ([], edits))
+    assert float((plain - edited).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_its_check_exists_and_its_call_is_code(name: str) -> None:
+    method = METHODS[name]
+    for part in method.check.split(","):
+        assert (ROOT / part.strip()).exists(), part
+    compile(method.call, name, "eval")
+
+
+def test_the_page_of_all_methods_is_current() -> None:
+    from microtome.method.__main__ import text
+
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == text(), "run `make methods`"
