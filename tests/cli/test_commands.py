@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,16 +25,6 @@ def copied(folder: Path, to: Path) -> Path:
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
     return to
-
-
-def test_help_is_quick_and_names_every_command() -> None:
-    code = "from microtome.cli import main; import sys; sys.argv = ['microtome', '--help']; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    for command in ("check", "sites", "atlas", "lens", "contributions", "patch", "trace", "attribute", "run", "cache"):
-        assert command in done.stdout
-    loaded = "from microtome.cli import _app; import sys; assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
 
 
 def test_check_prints_the_proof(cli: Cli, saved: Path) -> None:
@@ -72,13 +61,23 @@ def test_lens_and_contributions(cli: Cli, saved: Path) -> None:
     assert table.code == 0
     assert "layer" in table.out
     lens = json.loads(cli("lens", "the cat sat on the", "-m", saved, "--json").out)
-    assert len(lens["word"]) == families.N_LAYERS + 1
-    assert lens["answer_rank"][-1] == [0] * 5
-    for flags in ((), ("--source",), ("--neurons",)):
+    assert len(lens["variables"]["word"]["values"]) == families.N_LAYERS + 1
+    assert lens["variables"]["answer_rank"]["values"][-1] == [[0] * 5]
+    cut = json.loads(cli("lens", "the cat sat on the", "-m", saved, "--every", 2, "--positions", "-2--1", "--json").out)
+    assert cut["coords"]["layer"]["values"] == [1, 3]
+    assert cut["coords"]["pos"]["values"] == [3, 4]
+    for flags in ((), ("--detail", "source"), ("--detail", "neuron"), ("--detail", "source", "--detail", "neuron")):
         told = json.loads(cli("contributions", "the cat sat", "-m", saved, "--json", *flags).out)
-        assert abs(sum(p["logits"] for p in told["parts"]) - told["logit"]) < 1e-4
-        assert abs(told["gap"]) < 1e-4
-        assert "sum" in cli("contributions", "the cat sat", "-m", saved, *flags).out
+        held = {name: np.array(one["values"]) for name, one in told["variables"].items()}
+        parts = sum(held[name].sum() for name in told["provenance"]["parts"])
+        assert parts == pytest.approx(held["logit"].sum(), abs=1e-4)
+        assert abs(held["gap"]).max() < 1e-4
+        table = cli("contributions", "the cat sat", "-m", saved, *flags).out
+        assert "sum" in table
+        assert ("reads from" in table) == ("source" in flags)
+    said = cli("contributions", "the cat sat", "-m", saved, "--detail", "neuron").out.splitlines()
+    few = cli("contributions", "the cat sat", "-m", saved, "--detail", "neuron", "--top", 3).out.splitlines()
+    assert len(said) - len(few) == 12  # fifteen parts without --top
 
 
 def test_run_writes_captures_with_their_axes(cli: Cli, saved: Path, tmp_path: Path) -> None:
@@ -117,14 +116,20 @@ def test_atlas_writes_tables_pages_and_manifest(cli: Cli, saved: Path, text: Pat
         assert all(field.metadata and field.metadata[b"meaning"] for field in table.schema)
     manifest = json.loads(Path(told["manifest"]).read_text())
     assert manifest["text"]["tokens"] == 256
-    assert manifest["skipped_on"] == {"sequences": 8, "tokens_each": 32}
-    assert manifest["scored_on"]["sequences"] == 16
-    assert "`skipped_on`" in manifest["tables"]["layers"]["columns"]["loss_skip_mlp"]["meaning"]
-    assert "`scored_on`" in manifest["tables"]["heads"]["columns"]["induction_lo"]["meaning"]
+    looked = {name: one["looked_at"] for name, one in manifest["measures"].items()}
+    assert looked["ablation_loss"] == "text, its first 8 rows, at most 128 tokens of each"
+    assert looked["induction"] == "16 sequences of 32 random tokens that repeat once"  # what the context has room for
+    assert "lower end" in manifest["tables"]["heads"]["columns"]["induction_lo"]["meaning"]
+    assert manifest["loss_lo"] <= told["loss"] == manifest["loss"] <= manifest["loss_hi"]
+    assert {"reading the text", "reading weights", "seconds"} <= manifest["cost"].keys()
     assert manifest["model"]["fingerprint"]
     again = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out)
     assert again.code == 0
     assert "index.html" in again.out
+    one = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out, "--measure", "stream")
+    assert one.code == 0
+    assert "block_cos" in pq.read_table(out / "layers.parquet").column_names
+    assert pq.read_table(out / "heads.parquet").num_rows == 0
     assert [p.name for p in tmp_path.iterdir()] == ["atlas"]
 
 

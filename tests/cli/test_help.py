@@ -19,15 +19,17 @@ DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command that does something, by the words that call it."""
-    held = getattr(command, "commands", None)
-    if held is None:
+    """Every command that does something, by the words that call it; those of methods are made from their methods."""
+    if not hasattr(command, "list_commands"):
         yield path, command
-    for name, inner in (held or {}).items():
-        yield from commands(inner, (*path, name))
+        return
+    for name in command.list_commands(None):
+        made = command.load(name) if hasattr(command, "load") else None
+        yield from commands(made or command.commands[name], (*path, name))
 
 
 ALL = dict(commands(get_command(_app.app)))
+MEASURES = [path for path in ALL if path[0] == "measure"]
 
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
@@ -39,20 +41,41 @@ def test_help_shows_its_brackets(path: tuple[str, ...], cli: Callable[..., Any])
         assert re.sub(r"\s+", "", written) in shown
 
 
-def test_sites_by_head_are_told_with_their_brackets(cli: Callable[..., Any]) -> None:
-    assert '"[head]"' in re.sub(r"[\s│]+", "", cli("patch", "--help").out)
+def test_long_choices_and_defaults_are_told_with_their_brackets(cli: Callable[..., Any]) -> None:
+    shown = re.sub(r"[\s│]+", "", cli("patch", "--help").out)
+    assert "attn.pattern[head]mlp.post[neuron]" in shown
+    assert "withoutit:resid_preattn_outmlp_outattn.z[head]" in shown
+    assert "Source:Mengetal." in shown
+    assert "Cost:fourforwardsperpair" in shown
+
+
+def test_help_loads_neither_methods_nor_models() -> None:
+    """By structure, not by the clock: what would make it slow is not imported."""
+    code = "\n".join((
+        "import sys",
+        "from microtome.cli._app import run",
+        "assert run(['--help']) == 0 and run(['measure', '--help']) == 0",
+        "heavy = {'torch', 'transformers', 'xarray', 'scipy', 'pyarrow', 'microtome.method', 'microtome.run'}",
+        "print('loaded:', sorted(heavy & sys.modules.keys()))",
+    ))  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+    for path in ALL:
+        assert path[-1] in done.stdout or path[0] == "cache"
 
 
 def test_the_table_of_commands_is_complete() -> None:
     table = DOCS.read_text().split("| command |")[1].split("\n\n")[0]
     rows = ["".join(re.findall(r"`microtome [^`]*`", line.replace("\\|", "/"))) for line in table.splitlines()[2:]]
     told = re.findall(r"`microtome ([^`]*)`", " ".join(rows))
-    for path, command in ALL.items():
+    alone = {path: command for path, command in ALL.items() if path not in MEASURES}
+    for path, command in (alone | {("measure",): ALL[MEASURES[0]]}).items():
         mine = [text for text in told if text.split()[: len(path)] == list(path)]
         assert len(mine) == 1, f"{path} has {len(mine)} rows in docs/cli.md"
         options = {o for p in command.params for o in p.opts}
         assert set(re.findall(r"(?<!\S)\[?(--?[a-z]+)", mine[0])) <= options
-    assert len(told) == len(ALL)
+    assert len(told) == len(alone) + 1
 
 
 def test_the_table_of_exit_codes_is_complete() -> None:

@@ -30,14 +30,15 @@ def test_json_holds_what_the_method_returned(cli: Cli, saved: Path) -> None:
     assert done.code == 0, done.err
     told = json.loads(done.out)
     model = mt.open(str(saved))
-    data = mt.explain.activation_patching(model, *PAIR, answer="mat", foil="barn")
-    assert list(told["maps"]) == ["resid_pre", "attn_out", "mlp_out", "attn.z[head]"]
-    for name, held in told["maps"].items():
+    data = mt.explain.patch(model, *PAIR, answer="mat", foil="barn")
+    assert list(told) == ["variables", "coords", "provenance"]
+    assert told["variables"].keys() == {"clean", "corrupt", "resid_pre", "attn_out", "mlp_out", "attn.z[head]"}
+    for name, held in told["variables"].items():
         assert tuple(held["dims"]) == data[name].dims
+        assert held["unit"] == data[name].attrs["unit"]
         np.testing.assert_allclose(held["values"], data[name].values, atol=1e-4)
-    assert told["clean"] == pytest.approx(float(data["clean"]), abs=1e-5)
-    assert told["tokens"]["clean"] == [str(w) for w in data["clean_token"].values]
-    assert told["provenance"]["answer"] == "mat"
+    assert told["coords"]["clean_token"] == {"dims": ["pos"], "values": data["clean_token"].values.tolist()}
+    assert told["provenance"]["answer"] == "\u0120mat"
     assert told["provenance"]["fingerprint"] == model.fingerprint
 
 
@@ -45,9 +46,9 @@ def test_the_plan_comes_first_on_stderr(cli: Cli, saved: Path) -> None:
     done = cli("patch", *PAIR, "--answer", "mat", "-m", saved, "--json")
     cells = 3 * families.N_LAYERS * 5 + families.N_LAYERS * 4
     assert done.err.startswith(f"plan: {cells} cells in ")
-    for word in ("walks", "forwards", "operations", "MiB", " s"):
+    for word in ("passes", "forwards", "operations", "MiB", " s"):
         assert word in done.err
-    assert json.loads(done.out)["provenance"]["plan"] in done.err
+    assert done.err == f"plan: {json.loads(done.out)['provenance']['plan']}"
     assert cli("patch", *PAIR, "--answer", "mat", "-m", saved, "--quiet", "--json").err == ""
 
 
@@ -77,12 +78,40 @@ def test_maps_in_the_terminal_and_as_a_page(cli: Cli, saved: Path, tmp_path: Pat
 def test_directions_and_sites(cli: Cli, saved: Path) -> None:
     common = ("patch", *PAIR, "--answer", "mat", "--foil", "barn", "-m", saved, "--json")
     told = json.loads(cli(*common, "--direction", "noise", "--site", "resid_post", "--site", "attn.v[head]").out)
-    assert list(told["maps"]) == ["resid_post", "attn.v[head]"]
+    assert list(told["variables"]) == ["clean", "corrupt", "resid_post", "attn.v[head]"]
     assert told["provenance"]["direction"] == "noise"
-    assert told["maps"]["resid_post"]["values"][-1][-1] == pytest.approx(1, abs=1e-4)
-    assert told["maps"]["attn.v[head]"]["dims"] == ["layer", "kv_head"]
-    done = cli(*common, "--site", "attn.pattern")
-    check(done, 5, 'SiteError: cannot patch "attn.pattern" by layer', "allowed: resid_pre")
+    assert told["variables"]["resid_post"]["values"][-1][-1] == pytest.approx(1, abs=1e-4)
+    assert told["variables"]["attn.v[head]"]["dims"] == ["layer", "kv_head"]
+    check(cli(*common, "--site", "attn.pattern"), 2, "'attn.pattern' is not one of 'resid_pre'")
+    lacking = cli(*common, "--site", "mlp.post[neuron]", "--no-share")
+    assert lacking.code == 0, lacking.err
+    told = json.loads(lacking.out)["variables"]
+    gap = told["clean"]["values"] - told["corrupt"]["values"]
+    assert told["mlp.post[neuron]"]["unit"] == "logits"
+    shares = json.loads(cli(*common, "--site", "mlp.post[neuron]").out)["variables"]["mlp.post[neuron]"]["values"]
+    np.testing.assert_allclose(told["mlp.post[neuron]"]["values"], gap * np.array(shares), atol=1e-4)
+
+
+def test_layers_and_positions_that_are_shown(cli: Cli, saved: Path) -> None:
+    common = ("patch", *PAIR, "--answer", "mat", "--foil", "barn", "-m", saved, "--json")
+    whole, some = (json.loads(cli(*common, *cut).out) for cut in ((), ("--every", 2, "--positions", "1,-1")))
+    assert some["coords"]["layer"]["values"] == [0, 2]
+    assert some["coords"]["pos"]["values"] == [1, 4]
+    expected = np.array(whole["variables"]["resid_pre"]["values"])[::2][:, [1, 4]]
+    np.testing.assert_allclose(some["variables"]["resid_pre"]["values"], expected, atol=1e-5)
+    check(cli(*common, "--positions", "7"), 5, "no positions 7 in this prompt", "allowed: 0 to 4, or -5 to -1")
+    check(cli(*common, "--positions", "x", "-m", saved / "none"), 5, "SiteError")  # before a model is opened
+
+
+def test_a_file_of_pairs(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    rows = ["clean,corrupt,answer,foil", *(f"{' '.join(PAIR[:1])},{PAIR[1]}, mat, barn" for _ in range(2))]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    done = cli("patch", tmp_path / "pairs.csv", "-m", saved, "--site", "mlp_out", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)["variables"]
+    assert np.shape(told["mlp_out_each"]["values"]) == (2, families.N_LAYERS, 5)
+    one = json.loads(cli("patch", *PAIR, "--answer", " mat", "--foil", " barn", "-m", saved, "--json").out)["variables"]
+    np.testing.assert_allclose(told["mlp_out"]["values"], one["mlp_out"]["values"], atol=1e-4)
 
 
 def test_prompts_and_answers_that_do_not_fit(cli: Cli, saved: Path, tmp_path: Path) -> None:
@@ -103,7 +132,8 @@ def test_prompts_and_answers_that_do_not_fit(cli: Cli, saved: Path, tmp_path: Pa
         done = cli("patch", *arguments, "-m", saved, "-o", page)
         check(done, code, *texts)
     assert not list(tmp_path.iterdir())
-    check(cli("patch", *PAIR, "-m", saved), 2, "Missing option '--answer'")
+    check(cli("patch", *PAIR, "-m", saved), 6, "there is nothing to read. To do: give answer=")
+    check(cli("patch", "-m", saved), 2, "Missing argument 'clean'")
     check(cli("patch", *PAIR, "--answer", "mat", "--direction", "both", "-m", saved), 2, "'denoise'", "'noise'")
 
 
@@ -131,25 +161,25 @@ def test_a_full_disk_leaves_nothing(cli: Cli, saved: Path, tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("walk", [0, 1])
+@pytest.mark.parametrize("begun", [0, 1])
 def test_ctrl_c_in_the_middle(
-    cli: Cli, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, walk: int
+    cli: Cli, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: int
 ) -> None:
     from microtome.sweep import _sweep as _cells
 
     own, calls = _cells._run_pass, [0]
-    monkeypatch.setattr(_cells, "FIXED", 0)  # several walks
+    monkeypatch.setattr(_cells, "FIXED", 0)  # several passes
 
     def stopped(*arguments: Any) -> Any:
         calls[0] += 1
-        if calls[0] > walk:
+        if calls[0] > begun:
             raise KeyboardInterrupt
         return own(*arguments)
 
-    monkeypatch.setattr(_cells, "_run_walk", stopped)
+    monkeypatch.setattr(_cells, "_run_pass", stopped)
     done = cli("patch", *PAIR, "--answer", "mat", "-m", saved, "-o", tmp_path / "p.html", "--json")
     check(done, 130, "stopped; nothing is left half-written")
-    assert calls[0] == walk + 1
+    assert calls[0] == begun + 1
     assert done.out == ""
     assert re.search(r"plan: \d+ cells in [2-9]", done.err)
     assert not list(tmp_path.iterdir())

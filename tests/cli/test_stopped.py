@@ -17,17 +17,17 @@ PAIR = ("the cat sat on the", "the dog sat on the")
 
 
 def interrupt(patch: pytest.MonkeyPatch, after: int = 2) -> list[int]:
-    """Cut sweeps into walks of one row, and stop them after some of these; returns the walks begun."""
+    """Cut sweeps into passes of one row, and stop them after some of these; returns the passes begun."""
     begun: list[int] = []
     own = _cells._run_pass
 
-    def walk(*args: Any) -> Any:
+    def run_pass(*args: Any) -> Any:
         begun.append(len(begun))
         if len(begun) > after:
             raise KeyboardInterrupt
         return own(*args)
 
-    patch.setattr(_cells, "_run_walk", walk)
+    patch.setattr(_cells, "_run_pass", run_pass)
     patch.setattr(_cells, "_step", lambda *args: 1)
     return begun
 
@@ -38,6 +38,9 @@ def interrupt(patch: pytest.MonkeyPatch, after: int = 2) -> list[int]:
         ("patch", *PAIR, "--answer", "mat"),
         ("trace", PAIR[0], "--subject", "cat", "--answer", "mat", "--samples", "2"),
         ("attribute", *PAIR, "--answer", "mat", "--verify", "3"),
+        ("knockout", PAIR[0], "--keys", "cat"),
+        ("nodes", *PAIR, "--answer", "mat"),
+        ("edges", *PAIR, "--answer", "mat"),
     ],
 )
 def test_a_command_that_is_stopped_ends_with_130(

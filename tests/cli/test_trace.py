@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 import microtome as mt
 
@@ -27,11 +26,10 @@ def test_json_holds_what_the_method_returned(cli: Cli, saved: Path) -> None:
     assert done.code == 0, done.err
     told = json.loads(done.out)
     data = mt.explain.causal_trace(mt.open(str(saved)), PROMPT, subject=SUBJECT, samples=2, window=2)
-    assert list(told["maps"]) == ["resid", "mlp", "attn"]
-    for name, held in told["maps"].items():
-        np.testing.assert_allclose(held["values"], data[name].values, atol=1e-5)
-        np.testing.assert_allclose(held["lo"], data[f"{name}_lo"].values, atol=1e-5)
-    assert told["clean"] == pytest.approx(float(data["clean"]), abs=1e-6)
+    held = told["variables"]
+    assert {"resid", "mlp", "attn", "clean", "corrupt"} <= held.keys() == set(data.data_vars)
+    for name, one in held.items():
+        np.testing.assert_allclose(one["values"], data[name].values, atol=1e-5)
     assert told["provenance"]["seed"] == 0
     assert done.err.startswith("plan: ")
 
@@ -45,6 +43,11 @@ def test_maps_in_the_terminal_and_as_a_page(cli: Cli, saved: Path, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["t.html"]
     other = ("--corrupt", "the dog sat on the", "--answer", "mat")
     told = json.loads(cli("trace", PROMPT, "--subject", SUBJECT, *other, "-m", saved, "--json").out)
+    at = json.loads(cli("trace", PROMPT, "--subject", "@1", *other, "-m", saved, "--json").out)
+    assert at["variables"] == told["variables"]  # a subject by its place
+    one = json.loads(cli("trace", PROMPT, "--subject", "@1", *other, "-m", saved, "--kind", "mlp", "--json").out)
+    assert one["variables"]["mlp"] == told["variables"]["mlp"]
+    assert "attn" not in one["variables"]
     assert told["provenance"]["answer"].strip("Ġ ") == "mat"
     assert "replaced" in told["provenance"]
 

@@ -122,8 +122,6 @@ def test_head_scores_depend_on_the_seed_alone() -> None:
     assert one.equals(two)
     assert not one.equals(other)
     assert (one["induction_lo"] <= one["induction"] + 1e-12).all()
-    with pytest.raises(mt.errors.ArgumentError, match="period must be an integer from 12 to 32"):
-        mt.measure(model, "induction")
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox-parallel", "opt-postnorm", "gemma2", "falcon-gqa"])
@@ -356,3 +354,34 @@ def test_kurtosis_and_skewness_are_those_of_scipy() -> None:
         assert np.allclose(data["kurtosis"][layer], stats.kurtosis(x, fisher=False), rtol=1e-6)
         assert np.allclose(data["skewness"][layer], stats.skew(x), rtol=1e-6, atol=1e-8)
     assert float(np.abs(data["kurtosis"] - 3).max()) > 1
+
+
+def test_a_token_before_the_text_is_the_first_of_its_row_and_none_of_the_text() -> None:
+    model, tokens = mt.open(families.build("llama-gqa"), prove=False), ids()
+    led, plain = (TokenBatch.of(tokens, torch.arange(len(tokens)) * 12, lead) for lead in (1, 0))
+    with_lead, without = (mt.measure(model, "stream", "firing", text=[batch]) for batch in (led, plain))
+    first = model.run(tokens, capture="*.resid_post")["*.resid_post"][:, :, 0].norm(dim=-1).mean(1)
+    for data in (with_lead, without):
+        np.testing.assert_allclose(data["resid_post_norm_first"], first, rtol=1e-5)
+    np.testing.assert_allclose(with_lead["resid_post_norm"], without["resid_post_norm"], rtol=1e-6)
+    gate = model.run(tokens, capture="*.mlp.gate")["*.mlp.gate"][:, :, 1:] > 0
+    np.testing.assert_allclose(with_lead["firing_rate"], gate.double().mean((1, 2)), atol=1e-9)
+
+
+def test_measures_with_axes_of_several_sizes_go_together() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    data = mt.measure(model, "promoted_tokens", "top_examples", text=ids(), top=6, examples=3)
+    assert data["promoted"].sizes["rank"] == data["example_value"].sizes["rank"] == 6
+    alone = mt.measure(model, "top_examples", text=ids(), examples=3)
+    np.testing.assert_array_equal(data["example_value"][..., :3], alone["example_value"])
+    assert bool(data["example_value"][..., 3:].isnull().all())
+    assert data["promoted"].dtype.kind == "i"
+
+
+def test_the_repeat_is_as_long_as_the_context_has_room_for() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    assert model.anatomy.n_ctx == 64
+    found = [mt.measure(model, "induction", sequences=2, **given)["induction"] for given in ({}, {"period": 32})]
+    np.testing.assert_array_equal(*found)
+    with pytest.raises(mt.errors.ArgumentError, match=r"period must be an integer from 12 to 32 .*; got 50"):
+        mt.measure(model, "induction", period=50)

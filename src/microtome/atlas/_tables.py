@@ -45,24 +45,32 @@ def _read(text: str, key: bytes) -> Any:
 
 def _table(model: Model, unit: str, found: Sequence[tuple[Method, xr.Dataset]]) -> pa.Table:
     dims = DIMS[unit]
-    whole = xr.merge([d for _, d in found], join="outer", compat="no_conflicts", combine_attrs="drop")
-    columns = _keys(model, dims, whole)
+    labels = _labels(dims, [data for _, data in found])
+    columns = _keys(model, labels)
     attrs: dict[str, dict[str, Any]] = {key: {"unit": "1", "meaning": KEYS[key]} for key in columns}
     for method, data in found:
         named = [c.name + ending for c in method.columns for ending in ("", "_lo", "_hi")]
+        placed = data.reindex({dim: x for dim, x in labels.items() if not np.array_equal(data[dim], x)})
         for name in (name for name in named if name in data):
-            columns[name] = _flat(whole[name], dims)
+            columns[name] = _flat(placed[name], dims)
             attrs[name] = dict(data[name].attrs)
     arrays = {name: _array(values) for name, values in columns.items()}
     fields = [pa.field(name, array.type, metadata=_metadata(attrs[name])) for name, array in arrays.items()]
     return pa.table(list(arrays.values()), schema=pa.schema(fields))
 
 
-def _keys(model: Model, dims: Sequence[str], whole: xr.Dataset) -> dict[str, Any]:
+def _labels(dims: Sequence[str], parts: Sequence[xr.Dataset]) -> dict[str, npt.NDArray[Any]]:
+    """By axis, every unit that some measure has a value of; none where there is no measure."""
+    nothing = np.arange(0)
+    return {
+        dim: np.unique(np.concatenate([nothing, *(np.asarray(data[dim].values) for data in parts)])) for dim in dims
+    }
+
+
+def _keys(model: Model, labels: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     """The columns that name a row."""
-    sizes = [np.asarray(whole[dim].values) if dim in whole.coords else np.arange(0) for dim in dims]
-    grid = np.meshgrid(*sizes, indexing="ij")
-    keys: dict[str, Any] = {dim: x.reshape(-1).astype(np.int32) for dim, x in zip(dims, grid, strict=True)}
+    grid = np.meshgrid(*labels.values(), indexing="ij")
+    keys: dict[str, Any] = {dim: x.reshape(-1).astype(np.int32) for dim, x in zip(labels, grid, strict=True)}
     if "head" in keys:
         keys["kv_head"] = keys["head"] // (model.anatomy.n_heads // model.anatomy.n_kv_heads)
     return keys

@@ -37,8 +37,9 @@ def atlas(
     from microtome.context import settings
 
     check_out(output)
-    with progress() as report, settings(seed=seed, budget=budget, progress=report):
+    with settings(seed=seed, budget=budget):
         opened = opening.open()
+    with progress() as report, settings(seed=seed, budget=budget, progress=report):
         index = write_atlas(opened, output, text=text, tokens=tokens, length=length, measures=measure or None)
     manifest = json.loads((output / "manifest.json").read_text())
     tables = {name: str(output / f"{name}.parquet") for name in manifest["tables"]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,6 +21,7 @@ from microtome.errors import ArgumentError, error, nearest
 
 if TYPE_CHECKING:
     from microtome.method import Change, Declared, Question
+    from microtome.model import Model
 
 PANELS = {"question": "Questions about prompts", "change": "Changes of a model", "measure": "Measures of a model"}
 
@@ -61,19 +63,29 @@ class MethodGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def load(self, name: str) -> Any:
-        """Make the command of a method, or of several with commas between them; None where there is no such method."""
-        if name not in self.commands:
-            entries = self.entries()
-            names = [entries[part].name if part in entries else part for part in name.split(",")]
-            if any(part in entries for part in name.split(",")):
-                self.add_command(command_of(name, names), name)
+        """Make the command of a method; None where there is no such method."""
+        entry = None if name in self.commands else self.entries().get(name)
+        if entry is not None:
+            self.add_command(command_of(name, [entry.name]), name)
         return self.commands.get(name)
 
 
 class MeasureGroup(MethodGroup):
-    """The commands of measures."""
+    """The commands of measures: one, or several with commas between them."""
 
     kinds = ("measure",)
+
+    def load(self, name: str) -> Any:
+        """Make the command of some measures; None where there is none of these names."""
+        entries, parts = self.entries(), [part.strip() for part in name.split(",")]
+        unknown = [part for part in parts if part not in entries]
+        if name in self.commands or len(unknown) == len(parts):
+            return self.commands.get(name)
+        if unknown:
+            what = f'no measure "{unknown[0]}".{nearest(unknown[0], [*entries])}'.removesuffix(".")
+            raise error(ArgumentError, what, allowed=", ".join(entries), do="name these")
+        self.add_command(command_of(name, [entries[part].name for part in parts]), name)
+        return self.commands[name]
 
 
 def command_of(name: str, names: Sequence[str]) -> Any:
@@ -100,25 +112,29 @@ def command_of(name: str, names: Sequence[str]) -> Any:
 def _help(made: Sequence[Declared]) -> str:
     parts = [f"{one.method.question}\n\n{one.method.summary}" for one in made] if len(made) < 2 else []
     parts = parts or [f"{one.method.name}: {one.method.question}" for one in made]
-    sources = "\n\n".join(f"Source: {source}." for one in made for source in one.method.source)
-    return "\n\n".join([*parts, sources]).replace("[", "\\[")
+    sources = [f"Source: {source}." for one in made for source in one.method.source]
+    costs = [f"Cost: {one.method.cost}." for one in made] if len(made) < 2 else []
+    return "\n\n".join([*parts, *sources, *costs]).replace("[", "\\[")
 
 
 def _ask(question: Question) -> Callable[..., None]:
     """What the command of a question does."""
     slots = [slot for p in question.parameters if (slot := slot_of(p)) is not None]
     own = {slot.name for slot in slots}
-    axes = {dim for column in question.method.columns for dim in column.dims or ("layer", "pos")}
-    slots += shared("seed", "budget", "output", "force", *(() if "top" in own else ("top",)))
-    slots += shared(*(("every", "positions") if {"layer", "pos"} <= axes else ()), "as_json")
+    axes = {d for column in question.method.columns for d in (("layer", "pos") if column.dims is None else column.dims)}
+    drawing = {"top", *(("every", "positions") if {"layer", "pos"} <= axes else ())} - own
+    slots += shared("seed", "budget", "page", "force", *sorted(drawing), "as_json")
 
     def call(*, opening: Opening, **given: Any) -> None:
         output, force = given.pop("output"), given.pop("force")
         check_output(output, force, (".html",))
-        display = {k: given.pop(k) for k in ("top", "every", "positions") if k in given and k not in own}
-        as_json = given.pop("as_json")
-        with _settled(given):
-            data = question.ask(opening.open(), values_of(question.parameters, given))
+        display, as_json = {name: given.pop(name) for name in drawing}, given.pop("as_json")
+        if display.get("positions") is not None:
+            from microtome.anatomy import parse_indices
+
+            display["positions"] = parse_indices(display["positions"], "positions")
+        with _settled(given, opening) as model:
+            data = question.ask(model, values_of(question.parameters, given))
         shown(data, output, as_json=as_json, **display)
 
     return opens()(signed(call, slots))
@@ -127,13 +143,13 @@ def _ask(question: Question) -> Callable[..., None]:
 def _change(change: Change) -> Callable[..., None]:
     """What the command of a change does: write its edits."""
     slots = [slot for p in change.parameters if (slot := slot_of(p)) is not None]
-    slots += shared("seed", "budget", "output", "force", "as_json")
+    slots += shared("seed", "budget", "edits_file", "force", "as_json")
 
     def call(*, opening: Opening, **given: Any) -> None:
         output, force, as_json = given.pop("output"), given.pop("force"), given.pop("as_json")
         check_output(output, force, (".safetensors",), required=True)
-        with _settled(given):
-            edits = change.make(opening.open(), values_of(change.parameters, given))
+        with _settled(given, opening) as model:
+            edits = change.make(model, values_of(change.parameters, given))
         write_edits(output, edits, as_json=as_json)
 
     return opens()(signed(call, slots))
@@ -142,30 +158,38 @@ def _change(change: Change) -> Callable[..., None]:
 def _measure(measures: Sequence[Any]) -> Callable[..., None]:
     """What the command of some measures does."""
     parameters = {p.name: p for one in measures for p in (*one.parameters, *one.look_parameters)}
-    slots = [slot for p in parameters.values() if p.name != "text" and (slot := slot_of(p)) is not None]
-    reads = "text" in parameters
-    slots += shared(*(("text", "groups") if reads else ()), "seed", "budget", "output", "force", "top", "as_json")
+    slots = [slot for p in parameters.values() if (slot := slot_of(p)) is not None]
+    reads, drawing = "text" in parameters, {"top"} - parameters.keys()
+    slots += shared(*(("texts", "groups") if reads else ()), "seed", "budget", "page", "force", *drawing, "as_json")
     names = [one.method.name for one in measures]
 
     def call(*, opening: Opening, **given: Any) -> None:
         from microtome.method.runner import measure
 
-        output, force, top = given.pop("output"), given.pop("force"), given.pop("top")
+        output, force, display = given.pop("output"), given.pop("force"), {name: given.pop(name) for name in drawing}
         as_json, groups = given.pop("as_json"), given.pop("groups", None)
         check_output(output, force, (".html",))
-        text = given.pop("text", None)
-        with _settled(given):
+        text = _text_of(given.pop("texts", None))
+        with _settled(given, opening) as model:
             options = values_of(list(parameters.values()), given)
             wanted: Any = True if groups == ["*"] else groups or False
-            data = measure(opening.open(), *names, text=text, groups=wanted, **options)
-        shown(data, output, top=top, as_json=as_json)
+            data = measure(model, *names, text=text, groups=wanted, **options)
+        shown(data, output, as_json=as_json, **display)
 
     return opens()(signed(call, slots))
 
 
+def _text_of(files: Sequence[Path] | None) -> Path | dict[str, Path] | None:
+    """The text in some files; of several, each is a group by its name."""
+    if not files or len(files) == 1:
+        return files[0] if files else None
+    names = [file.stem for file in files]
+    return {file.stem if names.count(file.stem) == 1 else str(file): file for file in files}
+
+
 @contextmanager
-def _settled(given: dict[str, Any]) -> Iterator[None]:
-    """Settings from the options of a command, its plan and progress on stderr.
+def _settled(given: dict[str, Any], opening: Opening) -> Iterator[Model]:
+    """The model, opened under settings from the options of a command, with plan and progress on stderr.
 
     Raises:
         KeyboardInterrupt: a sweep was stopped before its last cell: what it kept is no whole result.
@@ -173,17 +197,18 @@ def _settled(given: dict[str, Any]) -> Iterator[None]:
     from microtome.context import settings
 
     reached: dict[str, tuple[int, int]] = {}
-    with progress() as bars:
+    with settings(seed=given.pop("seed"), budget=given.pop("budget")):
+        model = opening.open()
+        with progress() as bars:
 
-        def report(stage: str, done: int, everything: int) -> None:
-            reached[stage] = (done, everything)
-            bars(stage, done, everything)
+            def report(stage: str, done: int, everything: int) -> None:
+                reached[stage] = (done, everything)
+                bars(stage, done, everything)
 
-        def on_plan(plan: object) -> None:
-            notes.print(f"plan: {plan}", markup=False, soft_wrap=True)
+            def on_plan(plan: object) -> None:
+                notes.print(f"plan: {plan}", markup=False, soft_wrap=True)
 
-        chosen = {"seed": given.pop("seed"), "budget": given.pop("budget")}
-        with settings(**chosen, progress=report, on_plan=on_plan):
-            yield
+            with settings(progress=report, on_plan=on_plan):
+                yield model
     if any(done < everything for done, everything in reached.values()):
         raise KeyboardInterrupt

@@ -37,10 +37,6 @@ ModelArgument = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Hub id, folder or GGUF file; the default model without it.")
 ]
-Budget = Annotated[
-    int | None,
-    typer.Option(min=0, help="Bytes that one walk may hold; half of the free memory, at most 2 GiB, without it."),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead.")]
 
 
@@ -146,7 +142,10 @@ def working(text: str) -> Iterator[None]:
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A function (stage, done, all) that draws bars on stderr, with the time left; silent if told, or in a pipe."""
+    """A function (stage, done, all) that draws bars on stderr, with the time left; silent if told, or in a pipe.
+
+    Until a first stage is reported a bar without an end says that something runs.
+    """
     if notes.quiet or not notes.is_terminal:
         yield lambda stage, done, everything: None
         return
@@ -154,8 +153,11 @@ def progress() -> Iterator[Any]:
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), left)
     with Progress(*columns, console=notes) as bars:
         tasks: dict[str, Any] = {}
+        waiting = [bars.add_task("running", total=None)]
 
         def report(stage: str, done: int, everything: int) -> None:
+            if waiting:
+                bars.remove_task(waiting.pop())
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=everything)
             bars.update(tasks[stage], completed=done, total=everything)

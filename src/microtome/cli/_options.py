@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import typer
 
 from microtome.cli._model import Json, Opening
-from microtome.cli._results import Force, Page, Top
+from microtome.cli._results import EditsFile, Force, Page, Top
+from microtome.errors import DeclarationError, error
 
 if TYPE_CHECKING:
     from microtome.method import Parameter
@@ -23,13 +24,20 @@ Budget = Annotated[
     typer.Option(help='Memory limit per run and pass, such as "2 GiB"; chosen from the free memory without it.'),
 ]
 Text = Annotated[Path | None, typer.Option(help="Text, JSONL or Parquet file; the standard library's text without it.")]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        help="Text, JSONL or Parquet file; the standard library's text without it. Repeatable: each file is a group.",
+    ),
+]
 Groups = Annotated[
     list[str] | None, typer.Option("--group", help='Group of the text to keep apart, or "*"; repeatable.')
 ]
 
 _SHARED: dict[str, tuple[Any, Any]] = {
-    "seed": (Seed, 0), "budget": (Budget, None), "text": (Text, None), "groups": (Groups, None), "output": (Page, None),
-    "force": (Force, False), "top": (Top, 5), "as_json": (Json, False),
+    "seed": (Seed, 0), "budget": (Budget, None), "texts": (Texts, None), "groups": (Groups, None), "page": (Page, None),
+    "edits_file": (EditsFile, None), "force": (Force, False), "top": (Top, None), "as_json": (Json, False),
     "every": (Annotated[int, typer.Option(min=1, help="Show every so many layers, from the last one down.")], 1),
     "positions": (
         Annotated[str | None, typer.Option(help='Positions to show, such as "-3--1" or "0,4"; all without it.')], None
@@ -37,13 +45,27 @@ _SHARED: dict[str, tuple[Any, Any]] = {
 }  # fmt: skip
 
 
+LONGEST = 30
+"""Letters of the words that an option allows, beyond which they stand in its help and not in its head."""
+
+
 def shared(*names: str) -> list[Slot]:
-    """Options that commands share, by name."""
-    return [Slot(n, Slot.KEYWORD_ONLY, default=_SHARED[n][1], annotation=_SHARED[n][0]) for n in names]
+    """Options that commands share, by name; what is written goes by the name `output`, whatever it is."""
+    keys = {"page": "output", "edits_file": "output"}
+    return [Slot(keys.get(n, n), Slot.KEYWORD_ONLY, default=_SHARED[n][1], annotation=_SHARED[n][0]) for n in names]
 
 
 def signed(call: Callable[..., None], slots: Sequence[Slot]) -> Callable[..., None]:
-    """A function that takes these options, as the command line reads them off it."""
+    """A function that takes these options, as the command line reads them off it.
+
+    Raises:
+        DeclarationError: a method has an argument that is called as an option which its command has anyway.
+    """
+    names = [slot.name for slot in slots]
+    taken = next((name for name in names if names.count(name) > 1 or name in Opening.__dataclass_fields__), None)
+    if taken is not None:
+        what = f'an argument is called "{taken}", which is an option of every command'
+        raise error(DeclarationError, what, do="rename the argument, or declare it with command=False")
     opening = Slot("opening", Slot.KEYWORD_ONLY, annotation=Opening)
     vars(call)["__signature__"] = Signature([*slots, opening])
     return call
@@ -61,27 +83,45 @@ def slot_of(p: Parameter) -> Slot | None:
     words = choices_of(p)
     if words:
         kind = StrEnum(p.name, {word: word for word in words})
-    meaning = argument.meaning[:1].upper() + argument.meaning[1:] + ("" if argument.meaning.endswith(".") else ".")
-    limits: dict[str, Any] = {"min": argument.least, "max": argument.most} if kind in (int, float) else {}
-    help_text = meaning.replace("[", "\\[")
-    default: Any = p.default
-    if p.required or default is None:
-        default = None if argument.positional is False or p.optional else Slot.empty
-    if argument.positional:
-        info: Any = typer.Argument(help=help_text)
-    else:
-        flag = f"--{(p.name.removesuffix('s') if several else p.name).replace('_', '-')}"
-        info = typer.Option(flag, help=help_text + (" Repeatable." if several else ""), **limits)
-        default = ... if p.required and not p.optional else default
+    # What Typer shows and passes as the default; None where it leaves the default to the method.
+    default = kind(p.default) if words and p.default in words else p.default if type(p.default) is kind else None
+    default = None if several else default
+    info: dict[str, Any] = {"help": _help(p, words, several=several, told=default is not None)}
+    info |= {"min": argument.least, "max": argument.most} if kind in (int, float) else {}
+    if len("|".join(words)) > LONGEST:
+        info["metavar"] = _singular(p.name, several).upper()
+    required = p.required and not p.optional
+    kind = list[kind] if several else kind
+    kind = kind if required or default is not None else kind | None
+    annotation = typer.Argument(**info) if argument.positional else typer.Option(_flag(p, kind, several), **info)
+    told = Slot.empty if required else default
+    return Slot(p.name, Slot.KEYWORD_ONLY, default=told, annotation=Annotated[kind, annotation])
+
+
+def _help(p: Parameter, words: Sequence[str], *, several: bool, told: bool) -> str:
+    """The help of an option: what it means, the words it allows if they are long, and a default that is not told."""
+    assert p.argument is not None
+    meaning = p.argument.meaning.removesuffix(".")
+    first = meaning.split()[0]
+    parts = [meaning if first in words else meaning[:1].upper() + meaning[1:]]
+    if len("|".join(words)) > LONGEST:
+        parts.append(f"{'Any' if several else 'One'} of: {' '.join(words)}")
     if several:
-        kind, default = list[kind], None
-    elif default is None:
-        kind = kind | None
-    if words and default not in (None, ..., Slot.empty):
-        default = kind(default)
-    annotation = Annotated[kind, info]
-    empty = default in (..., Slot.empty)
-    return Slot(p.name, Slot.KEYWORD_ONLY, default=Slot.empty if empty else default, annotation=annotation)
+        parts.append("Repeatable")
+    if not told and not p.required and p.default not in (None, (), False):
+        default = p.default if isinstance(p.default, tuple | list) else (p.default,)
+        parts[-1] += f"; without it: {' '.join(map(str, default))}"
+    return (". ".join(parts) + ".").replace("[", "\\[")
+
+
+def _singular(name: str, several: bool) -> str:
+    return name.removesuffix("s") if several else name
+
+
+def _flag(p: Parameter, kind: Any, several: bool) -> str:
+    """How an option is written; one that is on by default can be turned off."""
+    name = _singular(p.name, several).replace("_", "-")
+    return f"--{name}/--no-{name}" if kind is bool and p.default is True else f"--{name}"
 
 
 def _plain(p: Parameter) -> tuple[Any, bool]:

@@ -14,11 +14,23 @@ from microtome.errors import OutputError, SiteError, error
 if TYPE_CHECKING:
     import xarray as xr
 
+    from microtome.anatomy import Indices
     from microtome.edit import Edit
 
-Page = Annotated[Path | None, typer.Option("--output", "-o", help="File to write as well.")]
+Page = Annotated[Path | None, typer.Option("--output", "-o", help="Page to write as well: a file ending in .html.")]
+EditsFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="File of edits to write: a file ending in .safetensors.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
-Top = Annotated[int, typer.Option(min=0, help="How many of the strongest cells, parts or neurons to list.")]
+CELLS, PARTS = 5, 15
+"""How many of the strongest cells, or of the parts of a sum, are listed unless told otherwise."""
+
+Top = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help=f"How many of the strongest to list: {CELLS} cells or neurons, or {PARTS} parts, without it."
+    ),
+]
 
 
 def check_output(output: Path | None, force: bool, endings: tuple[str, ...], *, required: bool = False) -> None:
@@ -42,9 +54,9 @@ def shown(
     output: Path | None,
     *,
     as_json: bool,
-    top: int = 5,
+    top: int | None = None,
     every: int = 1,
-    positions: str | None = None,
+    positions: Indices | None = None,
 ) -> None:
     """Write the page if one was asked for, then draw the result for a person, or give all values to a script."""
     from microtome.view import terminal, write_page
@@ -55,29 +67,28 @@ def shown(
     if as_json:
         print_json(values(data) | ({} if output is None else {"page": str(output)}))
         return
-    out.print(terminal(data, out.width, top=top))
+    listed = top if top is not None else PARTS if "parts" in data.attrs else CELLS
+    out.print(terminal(data, out.width, top=listed))
     if output is not None:
         out.print(f"page written to {output}", markup=False, soft_wrap=True)
 
 
-def _selected(data: xr.Dataset, every: int, positions: str | None) -> xr.Dataset:
+def _selected(data: xr.Dataset, every: int, positions: Indices | None) -> xr.Dataset:
     """The layers and positions that are to be shown."""
     if every > 1 and "layer" in data.dims:
         data = data.isel(layer=sorted(range(data.sizes["layer"] - 1, -1, -every)))
     if positions is None or "pos" not in data.dims:
         return data
-    from microtome.anatomy import parse_indices
-
     size = data.sizes["pos"]
-    chosen = parse_indices(positions, "positions").resolve(size)
+    chosen = positions.resolve(size)
     if chosen is None:
         allowed = f"0 to {size - 1}, or -{size} to -1"
         raise error(SiteError, f"no positions {positions} in this prompt", allowed=allowed, do="choose among these")
-    return data.isel(pos=chosen)
+    return (data if "pos" in data.coords else data.assign_coords(pos=range(size))).isel(pos=chosen)
 
 
 def values(data: xr.Dataset) -> dict[str, Any]:
-    """A result as plain values: its variables with axes, unit and meaning, its coordinates, and its provenance."""
+    """A result as plain values: its variables with axes and unit, its coordinates with axes, and its provenance."""
     variables = {
         str(name): {"dims": list(x.dims), "unit": x.attrs.get("unit"), "values": _listed(x.values)}
         for name, x in data.data_vars.items()

@@ -10,6 +10,8 @@ import typer
 from rich.table import Table
 
 from microtome.cli._model import Json, Opening, opens, out, print_json, working
+from microtome.cli._options import Budget
+from microtome.context import bytes_of
 from microtome.errors import OutputError, SiteError, error
 from microtome.files import atomic
 
@@ -37,9 +39,7 @@ def run(
     edits: Annotated[Path | None, typer.Option(help="File of edits to run under, from `save_edits`.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would keep and take, and do not run.")] = False,
-    budget: Annotated[
-        int | None, typer.Option(min=0, help="Bytes that may be kept; 80 % of the free memory without it.")
-    ] = None,
+    budget: Budget = None,
     as_json: Json = False,
     *,
     opening: Opening,
@@ -49,12 +49,13 @@ def run(
         _show_plan(opening.open().plan(prompt, capture), as_json)
         return
     file = _checked(output, force)
+    limit = None if budget is None else bytes_of(budget)
     from microtome.edit import load_edits
 
     changes = [] if edits is None else load_edits(edits)
     opened = opening.open()
     with working("running the prompt"):
-        result = opened.run(prompt, capture=capture, edits=changes, budget=budget)
+        result = opened.run(prompt, capture=capture, edits=changes, budget=limit)
         _write(result, file)
     _show(result, _next(opened, result), file, as_json)
 

@@ -7,7 +7,7 @@ every measure that uses it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -42,6 +42,10 @@ class Batches:
 class Weights:
     """The weights, layer by layer: no text is read."""
 
+    def fitted(self, model: LoadedModel) -> Weights:
+        """The same: weights have no sizes to choose."""
+        return self
+
 
 @dataclass(frozen=True)
 class Text:
@@ -61,6 +65,10 @@ class Text:
     rows: Annotated[int, Argument("rows in a batch", "rows", least=1)] = 4
     sequences: int | None = None
     width: int | None = None
+
+    def fitted(self, model: LoadedModel) -> Text:
+        """The same: rows longer than the context are cut when they are made."""
+        return self
 
     def batches(self, model: LoadedModel) -> Batches:
         """The rows of tokens.
@@ -144,11 +152,19 @@ class RepeatedTokens:
 
     Attributes:
         sequences: how many.
-        period: T, the tokens before the repeat.
+        period: T, the tokens before the repeat; by default 50, or as many as fit twice into the context.
     """
 
     sequences: Annotated[int, Argument("how many random sequences", "sequences", least=1)] = 16
-    period: Annotated[int, Argument("tokens before the repeat", "tokens", least=12)] = 50
+    period: Annotated[
+        int | None, Argument("tokens before the repeat; 50, or what the context has room for, without it", "tokens", 12)
+    ] = None
+
+    def fitted(self, model: LoadedModel) -> RepeatedTokens:
+        """The same with a period, if it has none."""
+        if self.period is not None:
+            return self
+        return replace(self, period=max(12, min(50, _longest_period(model))))
 
     def batches(self, model: LoadedModel) -> Batches:
         """The sequences, drawn by the seed of the settings evenly from the vocabulary without special tokens.
@@ -156,20 +172,26 @@ class RepeatedTokens:
         Raises:
             ArgumentError: the repeat does not fit into the model's context.
         """
-        bos = bos_id(model.tokenizer)
-        lead, most = (0 if bos is None else 1), model.anatomy.n_ctx
-        if lead + 2 * self.period > most:
-            what = f"period must be an integer from 12 to {(most - lead) // 2} (tokens) for {model.anatomy.name}"
-            raise error(ArgumentError, what, got=self.period, do="choose another value")
+        bos, period, most = bos_id(model.tokenizer), self.fitted(model).period, _longest_period(model)
+        assert period is not None
+        lead = 0 if bos is None else 1
+        if period > most:
+            what = f"period must be an integer from 12 to {most} (tokens) for {model.anatomy.name}"
+            raise error(ArgumentError, what, got=period, do="choose another value")
         special: set[int] = set(getattr(model.tokenizer, "all_special_ids", None) or ())
         allowed = torch.tensor([t for t in range(model.anatomy.d_vocab) if t not in special])
         generator = torch.Generator().manual_seed(current().seed)
-        half = allowed[torch.randint(len(allowed), (self.sequences, self.period), generator=generator)]
+        half = allowed[torch.randint(len(allowed), (self.sequences, period), generator=generator)]
         first = torch.full((self.sequences, lead), bos or 0)
         tokens = torch.cat([first, half, half], dim=1)
         starts = torch.arange(self.sequences) * tokens.shape[1]
         parts = zip(tokens.split(16), starts.split(16), strict=True)
         return Batches([TokenBatch.of(part, start, lead) for part, start in parts])
+
+
+def _longest_period(model: LoadedModel) -> int:
+    """How many tokens fit twice into the context, behind the token that begins a text."""
+    return (model.anatomy.n_ctx - (0 if bos_id(model.tokenizer) is None else 1)) // 2
 
 
 Look = Weights | Text | RepeatedTokens

@@ -131,7 +131,7 @@ class MeanOverExamples(Statistic):
             if name not in kept:
                 kept[name] = ExampleMeans(shape)
             held: ExampleMeans = kept[name]
-            mask = _both(own, seen.mask) if by_token else _whole(seen)
+            mask = _counting(own, seen) if by_token else _whole(seen)
             held.update(x.reshape(*x.shape[: 2 if by_token else 1], *shape), seen.examples, mask)
 
 
@@ -148,11 +148,16 @@ def intervals(layers: Sequence[Kept], columns: Sequence[Column], seed: int) -> d
     return found
 
 
-def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Tokens that two masks count."""
-    if one is None or other is None:
-        return other if one is None else one
-    return one & other.to(one.device)
+def _counting(own: Tensor | None, seen: Seen) -> Tensor | None:
+    """[example, pos] The tokens that a value counts: those of the text, of which its own mask may choose some.
+
+    A value with a mask of its own also has what stands before the text in each row, where its mask counts it.
+    """
+    if own is None or seen.mask is None:
+        return seen.mask if own is None else own
+    mask = seen.mask.clone()
+    mask[:, : seen.lead] = mask.any(1, keepdim=True)
+    return own & mask.to(own.device)
 
 
 def _whole(seen: Seen) -> Tensor | None:

@@ -54,12 +54,19 @@ def measure(
     >>> mt.measure(model, "induction", "firing", tokens=5_000)
     """
     measured = run_measures(model, names, text=text, groups=groups, options=options)
-    parts = measured.datasets.values()
+    parts = _alike(list(measured.datasets.values()))
     result = Result.of(xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop"))
     for data in parts:
         for name, array in data.data_vars.items():
             result[name].attrs.update(array.attrs)
     return result.assign_attrs(measured.attrs)
+
+
+def _alike(parts: list[xr.Dataset]) -> list[xr.Dataset]:
+    """Datasets that merge: an axis without labels that has several sizes is numbered, and then filled up with NaN."""
+    sizes = [(str(dim), size) for data in parts for dim, size in data.sizes.items() if dim not in data.coords]
+    several = {dim for dim, size in sizes if any(other != (dim, size) for other in sizes if other[0] == dim)}
+    return [data.assign_coords({d: range(data.sizes[d]) for d in several & set(data.dims)}) for data in parts]
 
 
 def measures() -> Methods:
@@ -167,7 +174,7 @@ def _bound(
         if fields(look):
             names = {p.name for p in one.look_parameters}
             given = checked(one.look_parameters, {k: v for k, v in options.items() if k in names})
-            look = replace(look, **given | ({"text": text} if isinstance(look, Text) else {}))
+            look = replace(look, **given | ({"text": text} if isinstance(look, Text) else {})).fitted(model)
         try:
             layers = one.layers(model)
         except SiteError as problem:
