@@ -59,7 +59,7 @@ def small_atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     families.build("llama-gqa").save_pretrained(folder / "model")
     tokenizer(folder / "model")
     corpus = mt.stream.Corpus.of("text", [TEXT] * 20)
-    mt.atlas.write_atlas(mt.open(folder / "model"), folder / "atlas", corpus=corpus, tokens=128, length=32)
+    mt.atlas.write_atlas(mt.open(folder / "model"), folder / "atlas", text=corpus, tokens=128, length=32)
     return folder
 
 

@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_blocks_run_and_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
     code = "\n".join(blocks("python"))
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "README.md", "exec"), {"__name__": "README.md"})
     out = capsys.readouterr().out
     for promise in ("30 layers, 9 heads", "[' Paris', ' the', ' London']", "torch.Size([30, 1, 5, 576])", "[' Paris']"):
         assert promise in out

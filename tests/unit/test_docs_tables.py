@@ -13,7 +13,8 @@ from tests import families
 import microtome as mt
 from microtome import planted
 from microtome.anatomy import SITES
-from microtome.atlas._columns import HEADS, LAYERS, NEURONS
+from microtome.atlas._tables import KEYS, TABLES
+from microtome.method import DIMS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -49,9 +50,17 @@ def test_the_table_of_sites() -> None:
 
 def test_the_table_of_columns() -> None:
     parts: list[str] = []
-    for name, columns in (("layers", LAYERS), ("heads", HEADS), ("neurons", NEURONS)):
-        rows = [(f"`{column}`", unit, text) for column, (unit, text) in columns.items()]
-        parts.append(f"### {name}.parquet\n\n" + table(("column", "unit", "meaning"), *rows))
+    own = [m for m in mt.measures().values() if m.atlas and m.home.startswith("microtome.")]
+    for unit, name in TABLES.items():
+        rows = [("column", "unit", "meaning", "control", "measure")]
+        rows += [
+            (f"`{key}`", "", KEYS[key], "", "") for key in (*DIMS[unit], *(("kv_head",) if unit == "head" else ()))
+        ]
+        for method in (m for m in own if m.of == unit):
+            for column in method.columns:
+                control = f"`{column.control}`" if column.attrs["control"] else ""
+                rows.append((f"`{column.name}`", column.unit, column.meaning, control, f"`{method.name}`"))
+        parts.append(f"### {name}.parquet\n\n" + table(*rows))
     same("atlas.md", "columns", "\n\n".join(parts))
 
 
