@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -137,42 +138,126 @@ def test_measures_of_one_pass_give_what_each_gives_alone(model: mt.Model) -> Non
     assert len(calls) == count + 2 * len(names)
 
 
-def test_a_group_is_what_its_documents_give_and_all_groups_make_the_whole(reader: Any) -> None:
-    """The means of groups, each weighed by its tokens, are the mean of the whole; a document may cross two batches."""
+def test_a_group_is_what_its_own_rows_give_and_all_groups_make_the_whole(reader: Any) -> None:
+    """The means of groups, each weighed by its tokens, are the mean of the whole; every group has its share."""
     model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
     words = TEXT.split()
-    text = corpus(one=" ".join(words[:13]), two=" ".join(words[5:24]), three=" ".join(words[::-1][:20]))
-    options: dict[str, Any] = {"text": text, "length": 7, "rows": 2, "tokens": 49}
-    whole = mt.measure(model, "activations", "firing", "massive", **options)
-    parts = mt.measure(model, "activations", "firing", "massive", groups=True, **options)
+    text = corpus(one=" ".join(words[:13] * 3), two=" ".join(words[5:24]), three=" ".join(words[::-1][:20]))
+    options: dict[str, Any] = {"text": text, "length": 7, "rows": 2, "tokens": 45}
+    names = ("activations", "firing", "massive", "stream", "loss")
+    whole = mt.measure(model, *names, **options)
+    parts = mt.measure(model, *names, groups=True, **options)
     assert parts["mean"].dims == ("group", "layer", "neuron")
     assert list(parts["group"].values) == ["one", "two", "three"]
-    batches = list(Text(text, tokens=49, length=7, rows=2).batches(model).parts)
+    batches = list(Text(text, tokens=45, length=7, rows=2).batches(model).parts)
+    assert all(len(row.unique()) == 1 for batch in batches for row in batch.group)
     group = torch.cat([batch.group.flatten() for batch in batches])
-    assert sum(len(batch.group.unique()) > 1 for batch in batches) >= 1  # a group begins inside a batch
     share = torch.bincount(group, minlength=3).double().numpy() / len(group)
+    assert share.tolist() == [1 / 3] * 3
     for name in ("mean", "firing_rate"):
         assert np.allclose(np.einsum("g,gln->ln", share, parts[name]), whole[name], atol=1e-10), name
     assert np.allclose(parts["max"].max("group"), whole["max"])
     assert np.allclose(parts["max_abs"].max("group"), whole["max_abs"])
+    assert np.allclose(parts["attn_share"].mean("group"), whole["attn_share"])
     assert float(np.abs(parts["mean"][0] - parts["mean"][1]).max()) > 1e-3
+    for number, (name, own) in enumerate(text.items()):  # each group is what its own text gives alone
+        alone = mt.measure(model, "activations", "loss", text=own, length=7, rows=2, tokens=15)
+        assert np.allclose(alone["mean"], parts["mean"].sel(group=name)), number
+        assert np.allclose(alone["loss_hi"], parts["loss_hi"].sel(group=name), atol=1e-9)
     chosen = mt.measure(model, "activations", groups=["three", "one"], **options)
     assert np.array_equal(chosen["mean"][1], parts["mean"][0])
-    with pytest.raises(mt.errors.ArgumentError, match='no group "four" in this text; allowed: one, two, three'):
-        mt.measure(model, "activations", groups=["four"], **options)
+    assert list(mt.measure(model, "activations", groups="two", **options)["group"].values) == ["two"]
 
 
-def test_a_value_for_a_whole_row_is_refused_where_a_row_holds_two_groups(reader: Any) -> None:
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [
+        (["four"], 'no group "four" in this text; allowed: one, two'),
+        ([], r"groups must be True, or names of groups; got \[\]"),
+        (3, "groups must be True, or names of groups; got 3"),
+    ],
+)
+def test_wrong_groups_are_refused_before_anything_runs(reader: Any, groups: Any, text: str) -> None:
     model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
-    text = corpus(one=TEXT, two=TEXT)
+    ran: list[int] = []
+    model.hf.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(mt.errors.ArgumentError, match=text):
+        mt.measure(model, "firing", text=corpus(one=TEXT, two=TEXT), groups=groups)
+    with pytest.raises(
+        mt.errors.ArgumentError, match="groups are those of a text, and none of these measures looks at"
+    ):
+        mt.measure(model, "induction", groups=True)
+    assert not ran
+
+
+def test_the_first_rows_are_shared_among_the_groups(reader: Any) -> None:
+    model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
+    data = mt.measure(model, "kurtosis", text=corpus(one=TEXT, two=" ".join(TEXT.split()[::-1])), groups=True)
+    assert np.isfinite(data["kurtosis"].values).all()
+    assert float(np.abs(data["kurtosis"][0] - data["kurtosis"][1]).max()) > 1e-2
+
+
+def test_an_option_of_one_measure_does_not_reach_the_text_of_another(model: mt.Model) -> None:
+    alone = mt.measure(model, "firing", text=ids(6))
+    beside = mt.measure(model, "firing", "induction", text=ids(6), sequences=2, period=12)
+    assert np.array_equal(alone["firing_rate"], beside["firing_rate"])
+    with pytest.raises(mt.errors.ArgumentError, match="none of these measures has an argument sequences"):
+        mt.measure(model, "firing", text=ids(), sequences=2)
+
+
+def test_batches_made_outside_keep_their_groups_and_need_starts_of_their_own(model: mt.Model) -> None:
+    made = TokenBatch.of(ids())
+    other = replace(TokenBatch.of(ids(2), torch.tensor([100, 112])), group=torch.ones(2, 12, dtype=torch.long))
+    data = mt.measure(model, "loss", text=[made, other], groups=True)
+    assert list(data["group"].values) == ["0", "1"]
+    assert float(data["loss"][1]) == pytest.approx(float(mt.measure(model, "loss", text=ids(2))["loss"]))
+    generator = (batch for batch in (made, other))
+    assert mt.measure(model, "loss", text=generator)["loss"].dims == ()
+    with pytest.raises(mt.errors.DataError, match="two rows of the batches have the same start; got 8 rows"):
+        mt.measure(model, "loss", text=[TokenBatch.of(ids()), TokenBatch.of(ids())])
+    mixed = replace(made, group=torch.arange(12).expand(4, -1) // 6)
     with pytest.raises(mt.errors.DataError, match="a row of the text holds several groups"):
-        mt.measure(model, "ablation_loss", text=text, groups=True, length=16, tokens=60)
+        mt.measure(model, "ablation_loss", text=[mixed], groups=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (5, "cannot read this as text; got int; allowed: a corpus"),
+        ({}, "the mapping from groups to texts is empty"),
+        (torch.zeros(2, 3, 4, dtype=torch.long), r"tokens must be integers \[row, pos\]; got torch.int64 \[2, 3, 4\]"),
+        (torch.zeros(2, 3), "tokens must be integers"),
+        ("missing.txt", '"missing.txt"'),
+    ],
+)
+def test_what_is_no_text_is_refused(reader: Any, text: Any, says: str) -> None:
+    model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
+    with pytest.raises(mt.errors.DataError, match=says):
+        mt.measure(model, "firing", text=text)
+
+
+def test_a_sentence_is_a_text_and_groups_may_be_of_any_kind(reader: Any) -> None:
+    model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
+    assert (
+        mt.measure(model, "firing", text="the cat sat. the dog ran to the barn")
+        .attrs["text"]
+        .startswith("text, sha256")
+    )
+    data = mt.measure(model, "firing", text={"a": ids(), "b": [TEXT]}, groups=True, length=8)
+    assert np.allclose(data["firing_rate"][0], mt.measure(model, "firing", text=ids())["firing_rate"])
+
+
+def test_a_result_says_what_was_read_and_with_which_arguments(model: mt.Model) -> None:
+    attrs = mt.measure(model, "top_examples", "loss", text=ids()).attrs
+    assert (attrs["tokens"], attrs["length"], attrs["rows"], attrs["examples"]) == (20_000, 256, 4, 5)
+    assert attrs["text"] == "tokens"
+    assert "Key-Value Memories" in attrs["source"]
+    assert "Shannon" in attrs["source"]
 
 
 def test_positions_and_groups_are_those_of_the_documents(reader: Any) -> None:
-    model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
-    text = corpus(one=" ".join(TEXT.split()[:9]), two=" ".join(TEXT.split()[:14]))
-    batches = list(Text(text, tokens=23, length=5, rows=2).batches(model).parts)
+    joined = mt.stream.joined("both", corpus(one=" ".join(TEXT.split()[:9]), two=" ".join(TEXT.split()[:14])).values())
+    batches = list(mt.stream.TokenBatches(joined, reader, length=5, rows=2, tokens=23))
     position = torch.cat([b.position.flatten() for b in batches]).tolist()
     group = torch.cat([b.group.flatten() for b in batches]).tolist()
     assert position[:10] == [*range(10)]  # nine tokens and the separator behind them

@@ -82,7 +82,14 @@ def _flat(array: xr.DataArray, dims: Sequence[str]) -> npt.NDArray[Any]:
     values = np.asarray(array.transpose(*dims, *extra).values)
     values = values.astype(np.float32) if values.dtype == np.float64 else values
     values = values.astype(np.int32) if values.dtype == np.int64 else values
-    return values.reshape(-1, *values.shape[len(dims) :])
+    rows = values.reshape(-1, *values.shape[len(dims) :])
+    return rows if rows.ndim == 1 else rows[:, _filled(rows)]
+
+
+def _filled(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Which places of the lists any row fills: a text of few rows leaves the last ones empty."""
+    there = np.isfinite(rows) if rows.dtype.kind == "f" else rows >= 0
+    return np.asarray(there.any(axis=0))
 
 
 def _metadata(attrs: Mapping[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from microtome.method import Argument, Column, Kept, Seen, Source, Statistic, measure
@@ -108,7 +109,7 @@ class FiringRate(Statistic):
     check=CHECK,
 )  # fmt: skip
 class PeakExamples(Statistic):
-    """The rows of a text in which each neuron peaks highest; fewer than asked for where the text has fewer rows."""
+    """The rows of a text in which each neuron peaks highest, one peak per row."""
 
     def __init__(
         self, examples: Annotated[int, Argument("top examples to keep for each neuron", "rows", least=1)] = 5
@@ -125,11 +126,7 @@ class PeakExamples(Statistic):
         kept["top"].update(seen["mlp.post"], seen.examples, seen.mask)
 
     def result(self, kept: Kept) -> Mapping[str, Tensor]:
-        """As many as were asked for, or as rows were read if those are fewer."""
-        held: TopExamples = kept["top"]
-        found, filled = held.result(), min(held.k, held.rows)
-        return {
-            "example_value": found.values[:, :filled],
-            "example_index": found.index[:, :filled],
-            "example_start": found.start[:, :filled],
-        }
+        """As many as were asked for; where fewer rows were read, NaN and -1 fill up."""
+        found = kept["top"].result()
+        values = torch.where(found.index >= 0, found.values, torch.nan)
+        return {"example_value": values, "example_index": found.index, "example_start": found.start}

@@ -19,7 +19,6 @@ from microtome.method._declare import Source as Source
 from microtome.method._look import RepeatedTokens as RepeatedTokens
 from microtome.method._look import Text as Text
 from microtome.method._look import Weights as Weights
-from microtome.method._look import corpus_of as corpus_of
 from microtome.method._measure import Measure as Measure
 from microtome.method._measure import measure as measure
 from microtome.method._pass import Bound as Bound
@@ -43,3 +42,4 @@ from microtome.method._result import Result as Result
 from microtome.method._statistic import Kept as Kept
 from microtome.method._statistic import Seen as Seen
 from microtome.method._statistic import Statistic as Statistic
+from microtome.method._texts import corpus_of as corpus_of

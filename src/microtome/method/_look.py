@@ -6,36 +6,17 @@ every measure that uses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
 
 from microtome.context import current
-from microtome.errors import ArgumentError, DataError, error
+from microtome.errors import ArgumentError, error
 from microtome.method._declare import Argument
+from microtome.method._texts import Batches, batches_of
 from microtome.run import LoadedModel
-from microtome.stream import (
-    Corpus,
-    TokenBatch,
-    TokenBatches,
-    bos_id,
-    joined,
-    read_text,
-    standard_library_text,
-)
-from microtome.tasks import Task
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Batches of tokens, and the names of the groups that their tokens are of."""
-
-    parts: Sequence[TokenBatch] | TokenBatches
-    groups: tuple[str, ...] = ("all",)
+from microtome.stream import TokenBatch, bos_id
 
 
 @dataclass(frozen=True)
@@ -54,8 +35,8 @@ class Text:
     Attributes:
         text: a corpus, the path of a file, texts, a `Task` (its clean prompts), tokens [row, pos], batches, or a
             mapping from groups to any of these; the documentation topics of the standard library by default.
-        tokens, length, rows: see `TokenBatches`.
-        sequences: read only so many rows, each cut to `width` tokens.
+        tokens, length, rows: see `TokenBatches`; groups have equal shares of the tokens, and no row holds two groups.
+        sequences: read only so many rows, each cut to `width` tokens; groups have equal shares of them.
         width: tokens of those rows.
     """
 
@@ -74,76 +55,11 @@ class Text:
         """The rows of tokens.
 
         Raises:
-            DataError: there is too little text; ModelUnsupported or PromptError: the model cannot read it.
+            DataError: it is no text, or there is too little of it.
         """
-        if self.sequences is not None:
-            return self._first_rows(model, self.sequences)
-        text = standard_library_text() if self.text is None else self.text
-        if isinstance(text, TokenBatches):
-            return Batches(text, text.groups)
-        if isinstance(text, Tensor):
-            rows = text if text.dim() == 2 else text.unsqueeze(0)
-            starts = torch.arange(len(rows)) * rows.shape[1]
-            parts = zip(rows.split(self.rows), starts.split(self.rows), strict=True)
-            return Batches([TokenBatch.of(part, start) for part, start in parts])
-        if isinstance(text, Task):
-            return _prompts(text)
-        if not isinstance(text, str | Path | Corpus | Mapping) and all(isinstance(b, TokenBatch) for b in text):
-            return Batches(list(text))
-        if model.tokenizer is None:
-            do = "give tokens [row, pos], or open it with tokenizer="
-            raise error(DataError, f"{model.anatomy.name} has no tokenizer to read a text with", do=do)
         length = min(self.length, model.anatomy.n_ctx)
-        made = TokenBatches(corpus_of(text), model.tokenizer, length=length, rows=self.rows, tokens=self.tokens)
-        return Batches(made, made.groups)
-
-    def _first_rows(self, model: LoadedModel, sequences: int) -> Batches:
-        whole = Text(self.text, self.tokens, self.length, self.rows).batches(model)
-        found: list[TokenBatch] = []
-        for batch in whole.parts:
-            left = sequences - sum(len(b.tokens) for b in found)
-            if left <= 0:
-                break
-            some = (x[:left, : self.width] for x in (batch.tokens, batch.document, batch.position, batch.group))
-            tokens, document, position, group = some
-            found.append(TokenBatch(tokens, batch.start[:left], document, position, group, batch.lead))
-        return Batches(found, whole.groups)
-
-
-def _prompts(task: Task) -> Batches:
-    """The clean prompts of a task, a document each, in batches of one length; its groups by name."""
-    names = list(dict.fromkeys(pair.group for pair in task))
-    by_length: dict[int, list[int]] = {}
-    for number, pair in enumerate(task):
-        by_length.setdefault(len(pair.clean_tokens), []).append(number)
-    found: list[TokenBatch] = []
-    for members in by_length.values():
-        tokens = torch.tensor([task[i].clean_tokens for i in members])
-        document = torch.tensor(members).unsqueeze(1).expand_as(tokens)
-        group = torch.tensor([names.index(task[i].group) for i in members]).unsqueeze(1).expand_as(tokens)
-        position = torch.arange(tokens.shape[1]).expand_as(tokens)
-        found.append(TokenBatch(tokens, torch.tensor(members) * 10**6, document, position, group))
-    return Batches(found, tuple(names))
-
-
-def corpus_of(text: Any) -> Corpus:
-    """A corpus from what was given as text: a corpus, a path, texts, or a mapping from groups to any of these.
-
-    Raises:
-        DataError: a file cannot be read, or it is no text.
-    """
-    if isinstance(text, Corpus):
-        return text
-    if isinstance(text, Mapping):
-        parts = {str(name): corpus_of(part) for name, part in cast("Mapping[Any, Any]", text).items()}
-        return joined(", ".join(parts), [Corpus.of(name, tuple(part), name) for name, part in parts.items()])
-    if isinstance(text, Path) or (isinstance(text, str) and "\n" not in text and Path(text).suffix):
-        return read_text(text)
-    texts: tuple[Any, ...] = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, Iterable) else ()
-    if not texts or not all(isinstance(part, str) for part in texts):
-        allowed = "a corpus, a path, texts, a task, tokens, batches, or a mapping from groups to these"
-        raise error(DataError, "cannot read this as text", got=type(text).__name__, allowed=allowed, do="give one")
-    return Corpus.of("text", texts)
+        found = batches_of(self.text, model, tokens=self.tokens, length=length, rows=self.rows)
+        return found if self.sequences is None else found.first(self.sequences, self.width)
 
 
 @dataclass(frozen=True)

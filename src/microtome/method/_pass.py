@@ -6,7 +6,7 @@ Check: tests/laws/test_measures.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ class Bound:
     measure: Measure
     statistic: Statistic
     layers: list[int | None]
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     kept: dict[tuple[int | None, int | None], Kept] = field(default_factory=dict[tuple[int | None, int | None], Kept])
 
     def sites(self, model: Model, layer: int | None) -> set[str]:

@@ -100,7 +100,7 @@ class Statistic(ABC):
 
     def result(self, kept: Kept) -> Mapping[str, Tensor]:
         """The columns, each with the axes of the measure's unit in one layer: the means that were kept by example."""
-        return {name: held.result().mean for name, held in kept.items() if isinstance(held, ExampleMeans)}
+        return {name: held.mean for name, held in kept.items() if isinstance(held, ExampleMeans)}
 
 
 class MeanOverExamples(Statistic):
@@ -141,7 +141,11 @@ def intervals(layers: Sequence[Kept], columns: Sequence[Column], seed: int) -> d
     for column in columns:
         held = [kept.get(column.name) for kept in layers]
         if column.interval and held and all(isinstance(one, ExampleMeans) for one in held):
-            means = [one.result() for one in held if isinstance(one, ExampleMeans)]
+            means = [one.result() for one in held if isinstance(one, ExampleMeans) and one.examples]
+            if len(means) < len(held):  # a group of which this value counted nothing
+                nothing = torch.stack([one.mean for one in held if isinstance(one, ExampleMeans)])
+                found[f"{column.name}_lo"], found[f"{column.name}_hi"] = nothing, nothing
+                continue
             total = torch.stack([one.total for one in means], dim=1)
             _, low, high = mean_interval(total, weights=means[0].count, seed=seed)
             found[f"{column.name}_lo"], found[f"{column.name}_hi"] = low, high

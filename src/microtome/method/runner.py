@@ -15,17 +15,18 @@ from microtome.context import current
 from microtome.errors import ArgumentError, SiteError, error, nearest
 from microtome.method._arguments import checked
 from microtome.method._declare import DIMS, Method
-from microtome.method._look import Batches, Look, Text, Weights
+from microtome.method._look import Look, Text, Weights
 from microtome.method._measure import Measure
 from microtome.method._pass import Bound, Pass, coordinates
 from microtome.method._registry import Methods, declared, methods
 from microtome.method._result import Cost, Result, counting, labelled, provenance
 from microtome.method._statistic import Seen
+from microtome.method._texts import Batches
 from microtome.model import Model
 
 
 def measure(
-    model: Model, *names: str, text: Any = None, groups: bool | Sequence[str] = False, **options: Any
+    model: Model, *names: str, text: Any = None, groups: Any = None, **options: Any
 ) -> Result:
     """Run measures on a model: those that look at the same text share one pass over it.
 
@@ -98,12 +99,15 @@ def run_measures(
     names: Sequence[str],
     *,
     text: Any = None,
-    groups: bool | Sequence[str] = False,
+    groups: Any = None,
     options: Mapping[str, Any] | None = None,
     lenient: bool = False,
 ) -> Measured:
     """Run measures, each dataset by itself; `lenient` leaves out those that the model lacks the sites for."""
-    options = {} if options is None else options
+    options, kept = {} if options is None else options, groups_of(groups)
+    given: Sequence[Any] = names
+    if not all(isinstance(name, str) for name in given):
+        raise error(ArgumentError, "measures are named one by one", got=repr(given[0]), do='write "firing", "loss"')
     chosen = [_measure(name) for name in dict.fromkeys(names)]
     if not chosen:
         raise error(ArgumentError, "no measure is named", do='name one or more, such as "induction"')
@@ -111,19 +115,27 @@ def run_measures(
     found: dict[str, xr.Dataset] = {}
     left_out: dict[str, str] = {}
     seconds: dict[str, float] = {}
+    sources: list[str] = []
     with counting() as cost:
         bound = _bound(model, chosen, text, options, left_out if lenient else None)
+        if kept is not None and not any(isinstance(look, Text) for look in bound):
+            what = "groups are those of a text, and none of these measures looks at one"
+            raise error(ArgumentError, what, got=", ".join(names), do="leave groups= out")
         for look, some in bound.items():
             started = time.perf_counter()
             if isinstance(look, Weights):
-                found |= {one.measure.method.name: _of_weights(model, one) for one in some}
+                found |= _of_weights(model, some, left_out if lenient else None)
             else:
-                found |= _of_batches(model, look, some, groups)
+                datasets, source = _of_batches(model, look, some, kept)
+                found |= datasets
+                sources.append(source)
             stage = _stage(look)
             seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
         ran = [one for one in chosen if one.method.name in found]
         datasets = {one.method: labelled(one.method, found[one.method.name]) for one in ran}
-        attrs = _attrs(model, ran, options, cost)
+        arguments = {k: v for some in bound.values() for one in some for k, v in one.arguments.items()}
+        read = {"text": "; ".join(dict.fromkeys(filter(None, sources)))} if any(sources) else {}
+        attrs = _attrs(model, ran, arguments | read, cost)
     looks = {one.measure.method.name: _described(look) for look, some in bound.items() for one in some}
     return Measured(datasets, attrs, looks, seconds, left_out)
 
@@ -169,12 +181,13 @@ def _bound(
     found: dict[Look, list[Bound]] = {}
     for one in measures:
         own = {p.name for p in one.parameters}
-        statistic = one.statistic({k: v for k, v in options.items() if k in own})
-        look = one.on
+        arguments = checked(one.parameters, {k: v for k, v in options.items() if k in own})
+        statistic, look = one.statistic(arguments), one.on
         if fields(look):
-            names = {p.name for p in one.look_parameters}
-            given = checked(one.look_parameters, {k: v for k, v in options.items() if k in names})
+            chosen = [p for p in one.look_parameters if p.argument is not None]
+            given = checked(chosen, {k: v for k, v in options.items() if k in {p.name for p in chosen}})
             look = replace(look, **given | ({"text": text} if isinstance(look, Text) else {})).fitted(model)
+            arguments |= {p.name: getattr(look, p.name) for p in chosen}
         try:
             layers = one.layers(model)
         except SiteError as problem:
@@ -182,25 +195,45 @@ def _bound(
                 raise
             left_out[one.method.name] = str(problem)
             continue
-        found.setdefault(look, []).append(Bound(one, statistic, layers))
+        found.setdefault(look, []).append(Bound(one, statistic, layers, arguments))
     return found
 
 
-def _of_batches(model: Model, look: Look, bound: list[Bound], groups: bool | Sequence[str]) -> dict[str, xr.Dataset]:
+def _of_batches(
+    model: Model, look: Look, bound: list[Bound], groups: tuple[str, ...] | None
+) -> tuple[dict[str, xr.Dataset], str]:
+    """The columns of measures that look at batches, and what these were read from."""
     assert not isinstance(look, Weights)
     batches = look.batches(model)
-    apart = groups is not False and isinstance(look, Text)
-    made = Pass(model, bound, look, batches.groups if apart else None)
+    kept = groups is not None and isinstance(look, Text)
+    if kept and groups:
+        _check_groups(groups, batches)
+    made = Pass(model, bound, look, batches.groups if kept else None)
     stage, count = _stage(look), len(batches.parts)
     current().report(stage, 0, count)
     for number in range(count):
         made.update(batches.parts[number])
         current().report(stage, number + 1, count)
     found = made.results()
-    if not apart or isinstance(groups, bool):
-        return found
-    _check_groups(groups, batches)
-    return {name: data.sel(group=list(groups)) for name, data in found.items()}
+    if kept and groups:
+        found = {name: data.sel(group=list(groups)) for name, data in found.items()}
+    return found, batches.source
+
+
+def groups_of(groups: Any) -> tuple[str, ...] | None:
+    """The groups to keep: None for none, an empty tuple for all of them.
+
+    Raises:
+        ArgumentError: it is neither a truth value nor names.
+    """
+    if groups is None or isinstance(groups, bool):
+        return () if groups else None
+    names: tuple[Any, ...] = (groups,) if isinstance(groups, str) else ()
+    if isinstance(groups, Sequence) and not isinstance(groups, str):
+        names = tuple(groups)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise error(ArgumentError, "groups must be True, or names of groups", got=repr(groups), do="name one or more")
+    return names
 
 
 def _stage(look: Look) -> str:
@@ -219,15 +252,28 @@ def _check_groups(groups: Sequence[str], batches: Batches) -> None:
             )
 
 
-def _of_weights(model: Model, one: Bound) -> xr.Dataset:
-    """The columns of a measure of weights, layer by layer."""
+def _of_weights(model: Model, bound: Sequence[Bound], left_out: dict[str, str] | None) -> dict[str, xr.Dataset]:
+    """The columns of measures of weights; those that this model cannot give are left out where that is allowed."""
+    found: dict[str, xr.Dataset] = {}
+    for one in bound:
+        try:
+            found[one.measure.method.name] = _layer_by_layer(model, one)
+        except SiteError as problem:
+            if left_out is None:
+                raise
+            left_out[one.measure.method.name] = str(problem)
+    return found
+
+
+def _layer_by_layer(model: Model, one: Bound) -> xr.Dataset:
+    """The columns of one measure of weights."""
     method, rows = one.measure.method, dict[str, list[Tensor]]()
     assert method.of is not None
     function: Any = method.function
-    arguments = getattr(one.statistic, "arguments", {})
+    own = {p.name: one.arguments[p.name] for p in one.measure.parameters}
     with torch.no_grad():
         for done, layer in enumerate(one.layers, 1):
-            for name, x in function(Seen(model, layer, None, one.measure.on), **arguments).items():
+            for name, x in function(Seen(model, layer, None, one.measure.on), **own).items():
                 rows.setdefault(name, []).append(x.cpu())
             current().report("reading weights", done, len(one.layers))
     unit = DIMS[method.of]
@@ -239,9 +285,12 @@ def _of_weights(model: Model, one: Bound) -> xr.Dataset:
     return xr.Dataset(variables, coords=coordinates(model, unit, one.layers))
 
 
-def _attrs(model: Model, measures: Sequence[Measure], options: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
+def _attrs(model: Model, measures: Sequence[Measure], arguments: Mapping[str, Any], cost: Cost) -> dict[str, Any]:
+    """The attributes of a result: of one measure its own, of several what they share."""
     if len(measures) == 1:
-        return provenance(model, measures[0].method, options, cost)
-    attributes: dict[str, Any] = {"method": ", ".join(m.method.name for m in measures), "seed": current().seed}
-    plain = {k: v for k, v in options.items() if isinstance(v, str | int | float)}
-    return dict(model.provenance) | plain | attributes | cost.attrs
+        return provenance(model, measures[0].method, arguments, cost)
+    plain = {k: v for k, v in arguments.items() if isinstance(v, str | int | float)}
+    sources = dict.fromkeys(str(source) for one in measures for source in one.method.source)
+    shared = {"method": ", ".join(m.method.name for m in measures), "source": "; ".join(sources)}
+    shared["question"] = " ".join(m.method.question for m in measures)
+    return dict(model.provenance) | plain | shared | {"seed": current().seed} | cost.attrs

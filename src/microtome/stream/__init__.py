@@ -15,6 +15,7 @@ from microtome.stream._batches import TokenBatch as TokenBatch
 from microtome.stream._batches import TokenBatches as TokenBatches
 from microtome.stream._batches import Tokenizer as Tokenizer
 from microtome.stream._batches import bos_id as bos_id
+from microtome.stream._corpus import SUFFIXES as SUFFIXES
 from microtome.stream._corpus import Corpus as Corpus
 from microtome.stream._corpus import joined as joined
 from microtome.stream._corpus import read_text as read_text

@@ -98,6 +98,16 @@ class ExampleMeans(Accumulator):
     def _absorb(self, other: Self) -> None:
         self._take(other._example, other._count, other._total)
 
+    @property
+    def examples(self) -> int:
+        """How many examples have been counted."""
+        return len(self._example)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over all tokens, of the accumulator's shape; NaN where nothing was counted."""
+        return self._total.sum(0).reshape(self.shape) / self._count.sum()
+
     def result(self) -> ExampleMeansResult:
         """Sums and counts by example.
 

@@ -1,0 +1,206 @@
+"""Whatever is given as text becomes batches of tokens, with the names of their groups.
+
+Groups that come as a mapping, or as the groups of a corpus, are cut into rows of their own, so that no row holds two of
+them and no token attends over their border; each has an equal share of the tokens that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from microtome.errors import DataError, error
+from microtome.run import LoadedModel
+from microtome.stream import (
+    SUFFIXES,
+    Corpus,
+    TokenBatch,
+    TokenBatches,
+    bos_id,
+    joined,
+    read_text,
+    standard_library_text,
+)
+from microtome.tasks import Task
+
+ALLOWED = "a corpus, a path, texts, a task, tokens [row, pos], batches, or a mapping from groups to these"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of tokens, the names of the groups that their tokens are of, and what they were read from."""
+
+    parts: Sequence[TokenBatch] | TokenBatches
+    groups: tuple[str, ...] = ("all",)
+    source: str = ""
+
+    def first(self, sequences: int, width: int | None) -> Batches:
+        """The first rows, each cut to `width` tokens; of several groups as many of each."""
+        share = max(1, sequences // len(self.groups))
+        taken = dict.fromkeys(range(len(self.groups)), 0)
+        found: list[TokenBatch] = []
+        for batch in self.parts:
+            keep: list[int] = []
+            for row, group in enumerate(batch.group[:, -1].tolist()):
+                if taken[group] < share:
+                    taken[group] += 1
+                    keep.append(row)
+            if keep:
+                some = (x[keep, :width] for x in (batch.tokens, batch.document, batch.position, batch.group))
+                tokens, document, position, group_of = some
+                found.append(TokenBatch(tokens, batch.start[keep], document, position, group_of, batch.lead))
+            if min(taken.values()) >= share:
+                break
+        return replace(self, parts=found)
+
+
+def batches_of(text: Any, model: LoadedModel, *, tokens: int, length: int, rows: int) -> Batches:
+    """Batches of whatever was given as text; see `Text`.
+
+    Raises:
+        DataError: it is no text, there is too little of it, or the model has no tokenizer to read it with.
+    """
+    if text is None:
+        text = standard_library_text()
+    if isinstance(text, Corpus) and len(set(text.groups)) > 1:
+        text = _by_group(text)
+    if isinstance(text, Mapping):
+        return _of_groups(cast("Mapping[Any, Any]", text), model, tokens=tokens, length=length, rows=rows)
+    if isinstance(text, TokenBatches):
+        return Batches(text, text.groups, _named(text.corpus))
+    if isinstance(text, Tensor):
+        return _of_tensor(text, model, rows)
+    if isinstance(text, Task):
+        return _of_task(text, model, rows)
+    if not isinstance(text, str | Path | Corpus | Iterable):
+        raise _unreadable(text)
+    if not isinstance(text, str | Path | Corpus):
+        items: list[Any] = list(text)
+        if items and all(isinstance(item, TokenBatch) for item in items):
+            return _of_batches(items)
+        text = items
+    if model.tokenizer is None:
+        do = "give tokens [row, pos], or open it with tokenizer="
+        raise error(DataError, f"{model.anatomy.name} has no tokenizer to read a text with", do=do)
+    made = TokenBatches(corpus_of(text), model.tokenizer, length=length, rows=rows, tokens=tokens)
+    return Batches(made, made.groups, _named(made.corpus))
+
+
+def _named(corpus: Corpus) -> str:
+    return f"{corpus.name}, sha256 {corpus.sha256[:16]}"
+
+
+def _by_group(corpus: Corpus) -> dict[str, Corpus]:
+    """A corpus for each group of another, its documents in their order."""
+    documents: dict[str, list[str]] = {}
+    for number, text in enumerate(corpus):
+        documents.setdefault(corpus.group_of(number), []).append(text)
+    return {name: Corpus.of(name, texts, name) for name, texts in documents.items()}
+
+
+def _of_groups(texts: Mapping[Any, Any], model: LoadedModel, *, tokens: int, length: int, rows: int) -> Batches:
+    """Batches of each group in turn, numbered on."""
+    if not texts:
+        raise error(DataError, "the mapping from groups to texts is empty", do="give one group or more")
+    found: list[TokenBatch] = []
+    sources: list[str] = []
+    start = document = 0
+    for number, part in enumerate(texts.values()):
+        share = max(2, tokens // len(texts))
+        own = batches_of(part, model, tokens=share, length=length, rows=rows)
+        sources.append(own.source)
+        moved = [
+            replace(
+                batch, start=batch.start + start, document=batch.document + document,
+                group=torch.full_like(batch.group, number),
+            )
+            for batch in own.parts
+        ]  # fmt: skip
+        start = max(int(batch.start.max()) + batch.tokens.shape[1] for batch in moved)
+        document = max(int(batch.document.max()) for batch in moved) + 1
+        found += moved
+    return Batches(found, tuple(map(str, texts)), "; ".join(sources))
+
+
+def _of_tensor(tokens: Tensor, model: LoadedModel, rows: int) -> Batches:
+    fits = tokens.dim() in (1, 2) and tokens.numel() and tokens.dtype in (torch.int64, torch.int32, torch.int16)
+    if not fits:
+        got = f"{tokens.dtype} {list(tokens.shape)}"
+        raise error(DataError, "tokens must be integers [row, pos]", got=got, do="give the ids of a tokenizer")
+    table = tokens.long() if tokens.dim() == 2 else tokens.long().unsqueeze(0)
+    starts, lead = torch.arange(len(table)) * table.shape[1], _lead(model, table)
+    parts = zip(table.split(rows), starts.split(rows), strict=True)
+    return Batches([TokenBatch.of(part, start, lead) for part, start in parts], source="tokens")
+
+
+def _lead(model: LoadedModel, tokens: Tensor) -> int:
+    """1 where every row begins with the tokenizer's beginning-of-text token, which is no text; else 0."""
+    bos = bos_id(model.tokenizer)
+    return int(bos is not None and bool((tokens[:, 0] == bos).all()))
+
+
+def _of_batches(batches: Sequence[TokenBatch]) -> Batches:
+    """Batches that were made outside; their groups are called by their numbers.
+
+    Raises:
+        DataError: two rows have one start, and would be taken for one example.
+    """
+    starts = torch.cat([batch.start for batch in batches])
+    if len(starts.unique()) < len(starts):
+        do = "give each batch the starts of its rows: TokenBatch.of(tokens, start=...)"
+        raise error(DataError, "two rows of the batches have the same start", got=f"{len(starts)} rows", do=do)
+    count = 1 + max(int(batch.group.max()) for batch in batches)
+    return Batches(list(batches), tuple(map(str, range(count))) if count > 1 else ("all",), "batches")
+
+
+def _of_task(task: Task, model: LoadedModel, rows: int) -> Batches:
+    """The clean prompts of a task, a document each, in batches of one length; its groups by name."""
+    names = list(dict.fromkeys(pair.group for pair in task))
+    by_length: dict[int, list[int]] = {}
+    for number, pair in enumerate(task):
+        by_length.setdefault(len(pair.clean_tokens), []).append(number)
+    found: list[TokenBatch] = []
+    start = 0
+    for length, every in sorted(by_length.items()):
+        for members in (every[first : first + rows] for first in range(0, len(every), rows)):
+            tokens = torch.tensor([task[i].clean_tokens for i in members])
+            document = torch.tensor(members).unsqueeze(1).expand_as(tokens)
+            group = torch.tensor([names.index(task[i].group) for i in members]).unsqueeze(1).expand_as(tokens)
+            lead = _lead(model, tokens)
+            position = (torch.arange(length) - lead).clamp(min=0).expand_as(tokens)
+            starts = start + torch.arange(len(members)) * length
+            found.append(TokenBatch(tokens, starts, document, position, group, lead))
+            start += tokens.numel()
+    return Batches(found, tuple(names), f"task {task.name}")
+
+
+def corpus_of(text: Any) -> Corpus:
+    """A corpus from what was given as text: a corpus, a path, texts, or a mapping from groups to any of these.
+
+    A text counts as a path if it is a `Path` or ends as the files do that can be read.
+
+    Raises:
+        DataError: a file cannot be read, or it is no text.
+    """
+    if isinstance(text, Corpus):
+        return text
+    if isinstance(text, Mapping):
+        parts = {str(name): corpus_of(part) for name, part in cast("Mapping[Any, Any]", text).items()}
+        return joined(", ".join(parts), [Corpus.of(name, tuple(part), name) for name, part in parts.items()])
+    if isinstance(text, Path) or (isinstance(text, str) and text.lower().endswith(SUFFIXES)):
+        return read_text(text)
+    texts: tuple[Any, ...] = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, Iterable) else ()
+    if not texts or not all(isinstance(part, str) for part in texts):
+        raise _unreadable(text)
+    return Corpus.of("text", texts)
+
+
+def _unreadable(text: object) -> DataError:
+    return error(
+        DataError, "cannot read this as text", got=type(text).__name__, allowed=ALLOWED, do="give one of these"
+    )
