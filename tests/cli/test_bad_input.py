@@ -487,16 +487,8 @@ def hooks_of(hf: Any) -> list[tuple[str, int, int, str]]:
     ]
 
 
-def test_wrong_usage_exits_with_2(cli: Cli, saved: Path, text: Path, tmp_path: Path) -> None:
+def test_wrong_usage_exits_with_2(cli: Cli) -> None:
     done = cli("atlass")
     assert done.code == 2
     assert 'no command "atlass". Did you mean "atlas"' in done.err
     assert cli("lens").code == 2
-    check(cli("measure", "inductoin"), 2, 'no command "inductoin". Did you mean "induction"?; allowed: ')
-    check(cli("measure", "induction,fire"), 2, 'no measure "fire"', "allowed: ", "firing")
-    check(cli("patch,trace", "a"), 2, 'no command "patch,trace"')
-    check(
-        cli("measure", "induction", "--period", 40, "-m", saved), 2, "period must be an integer from 12 to 32 (tokens)"
-    )
-    check(cli("measure", "induction", "--budget", "x", "-m", tmp_path / "none"), 2, "budget must be a size")
-    check(cli("measure", "firing", "--group", "code", "--text", text, "-m", saved), 2, 'no group "code" in this text')

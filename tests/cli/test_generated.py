@@ -156,6 +156,23 @@ def test_several_files_are_groups(cli: Cli, saved: Path, tmp_path: Path, text: P
     assert "group" not in json.loads(cli(*cut).out)["coords"]
 
 
+def test_what_is_refused_in_one_line(cli: Cli, saved: Path, text: Path, tmp_path: Path) -> None:
+    nowhere = ("-m", tmp_path / "none")  # refused before a model is opened
+    for arguments, *told in (
+        (("measure", "inductoin"), 'no command "inductoin". Did you mean "induction"?; allowed: '),
+        (("measure", "induction,fire"), 'no measure "fire"', "allowed: ", "firing"),
+        (("patch,trace", "a"), 'no command "patch,trace"'),
+        (("measure", "induction", "--budget", "x", *nowhere), "budget must be a size"),
+        (("measure", "induction", "--period", 40, "-m", saved), "period must be an integer from 12 to 32 (tokens)"),
+        (("measure", "firing", "--group", "code", "--text", text, "-m", saved), 'no group "code" in this text'),
+    ):
+        done = cli(*arguments)
+        assert done.code == 2, done.err
+        assert done.err.startswith("microtome: ArgumentError: ")
+        for words in told:
+            assert words in done.err
+
+
 def words(text: str) -> int:
     return len(text.split())
 
