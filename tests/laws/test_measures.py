@@ -341,6 +341,75 @@ def test_attention_to_delimiters_and_to_itself_is_the_plain_share() -> None:
     assert float(np.abs(data["delimiter_attention"] - data["delimiter_uniform"]).max()) > 1e-3
 
 
+def test_delimiters_are_not_told_without_a_tokenizer() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    with pytest.raises(mt.errors.DataError, match="has no tokenizer to tell delimiters with"):
+        mt.measure(model, "attention_targets", text=ids())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_even_attention_equals_its_controls(causal: bool) -> None:
+    """Over the keys that a query sees: those up to it, or all of them."""
+    from microtome.measurements._attention_targets import target_shares
+
+    even = torch.ones(2, 3, 2 * T, 2 * T)
+    even = even.tril() if causal else even
+    even = even / even.sum(-1, keepdim=True)
+    found = target_shares(even, ids(2, 2 * T) % 3 == 0, causal=causal)
+    assert torch.allclose(found["delimiter_attention"], found["delimiter_uniform"], atol=1e-6)
+    assert torch.allclose(found["self_attention"], found["self_uniform"], atol=1e-6)
+    for lead in (0, 1):
+        pattern = even[..., : 2 * T - 1, : 2 * T - 1] if lead == 0 else even
+        pattern = pattern / pattern.sum(-1, keepdim=True)
+        scores = pattern_scores(pattern, T - 1, lead, causal=causal)
+        assert torch.allclose(scores["entropy"], scores["uniform_entropy"], atol=1e-5)
+        assert torch.allclose(scores["first_token"], scores["uniform_share"], atol=1e-6)
+
+
+def test_a_model_that_sees_both_ways_is_compared_with_attention_to_all_keys() -> None:
+    """Without queries its attention is even: every score is then that of its control."""
+
+    class Marks:
+        bos_token_id, all_special_ids = None, ()
+
+        def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [5]}
+
+        def decode(self, ids: list[int]) -> str:
+            return "," if ids[0] % 2 == 0 else "word"
+
+    hf = families.build("bert")
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            if ".query." in name:
+                weight.zero_()
+    model = mt.open(hf, tokenizer=Marks(), prove=False)
+    data = mt.measure(model, "attention_targets", "induction", text=ids(), sequences=3, period=12)
+    for found, control in (
+        ("delimiter_attention", "delimiter_uniform"), ("self_attention", "self_uniform"),
+        ("first_token", "uniform_share"), ("induction", "uniform_share"), ("entropy", "uniform_entropy"),
+    ):  # fmt: skip
+        assert np.allclose(data[found], data[control], atol=1e-6), found
+    assert np.allclose(data["self_uniform"], 1 / 12)
+
+
+@pytest.mark.parametrize("name", ["loss", "ablation_loss"])
+def test_a_model_without_a_next_token_has_no_loss(name: str) -> None:
+    model = mt.open(families.build("bert"), prove=False)
+    with pytest.raises(mt.errors.ModelUnsupported, match="attention that sees both ways; allowed: causal models"):
+        mt.measure(model, name, text=ids())
+
+
+@pytest.mark.parametrize("name", ["opt-postnorm", "opt-proj"])
+def test_tokens_are_promoted_only_where_the_stream_can_be_read_as_logits(name: str) -> None:
+    model = mt.open(families.build(name), prove=False)
+    with pytest.raises(mt.errors.SiteError) as refused:
+        model.unembed(torch.zeros(model.anatomy.d_model))
+    with pytest.raises(mt.errors.SiteError, match="cannot be read as logits") as found:
+        mt.measure(model, "promoted_tokens")
+    assert str(found.value) == str(refused.value)
+
+
 def test_effective_rank_counts_the_directions() -> None:
     """A stream of k orthogonal directions of one variance has rank k; rotated, its diagonal sees more of them."""
     from microtome.measurements._effective_rank import EffectiveRank

@@ -144,6 +144,68 @@ def test_what_belongs_to_a_variable_is_no_form_of_its_own() -> None:
     assert forms(effects.words()).not_drawn == ("ids over (layer, pos, rank)",)
 
 
+def kept_by_group(dims: tuple[str, ...], groups: int) -> xr.Dataset:
+    """Values with their interval and control, another number in every group, and groups whose names are markup."""
+    size = (groups, *(3 for _ in dims))
+    values = np.arange(np.prod(size), dtype=np.float64).reshape(size) + 1
+    axes = ("group", *dims)
+    told = {"title": "Firing", "unit": "share", "control": "even", "meaning": "how often"}
+    data = xr.Dataset({"rate": (axes, values, told), "even": (axes, values / 4)})
+    data["rate_lo"], data["rate_hi"] = data["rate"] - 0.5, data["rate"] + 0.5
+    return data.assign_coords(group=[f"<b>{i}" for i in range(groups)])
+
+
+@pytest.mark.parametrize(("axis", "kind"), [("neuron", NeuronMap), ("head", HeatMap)])
+def test_what_is_kept_by_group_has_a_form_a_group(axis: str, kind: type, tmp_path: Path) -> None:
+    data = kept_by_group(("layer", axis), 2)
+    found = forms(data)
+    assert found.not_drawn == ()
+    assert [form.title for form in found.of(kind)] == ["Firing, <b>0", "Firing, <b>1"]
+    assert [form.names for form in found.shown] == [("rate, <b>0",), ("rate, <b>1",)]
+    for i, form in enumerate(found.shown):
+        assert isinstance(form, kind)
+        plain = forms(data.isel(group=i, drop=True)).of(kind)[0]
+        for held in ("values", "low", "high"):
+            np.testing.assert_array_equal(getattr(form, held), getattr(plain, held))
+        np.testing.assert_array_equal(form.beside["control"], plain.beside["control"])
+        assert float(np.max(form.values)) == float(data["rate"][i].max())
+    text = shown(data)
+    page = page_values(data)
+    told = [part["title"] for part in page["maps" if kind is HeatMap else "sections"]]
+    for title in ("Firing, <b>0", "Firing, <b>1"):
+        assert title in text
+        assert title in Markup(html(data)).words
+        assert title in told
+    assert "not drawn" not in text
+    assert write_page(tmp_path / "a.html", data).exists()
+
+
+@pytest.mark.parametrize(("groups", "more"), [(6, None), (7, "1 more group"), (9, "3 more groups")])
+def test_of_many_groups_the_first_six_are_drawn_and_the_rest_counted(groups: int, more: str | None) -> None:
+    data = kept_by_group(("layer", "head"), groups)
+    assert [form.title for form in forms(data).shown] == [f"Firing, <b>{i}" for i in range(6)]
+    left = () if more is None else (f"rate of {more}",)
+    assert forms(data).not_drawn == page_values(data)["not_drawn"] == left
+    for text in (shown(data), html(data)):
+        assert ("not drawn" in text) == (more is not None)
+        assert more is None or f"not drawn: rate of {more}" in text
+
+
+def test_groups_by_layer_are_one_map_and_groups_alone_a_table() -> None:
+    (by_layer,) = forms(kept_by_group(("layer",), 9)).shown
+    assert isinstance(by_layer, HeatMap)
+    assert (by_layer.down, by_layer.across, by_layer.values.shape) == ("group", "layer", (9, 3))
+    assert by_layer.rows == tuple(f"<b>{i}" for i in range(9))
+    data = kept_by_group((), 9)
+    (table,) = forms(data).shown
+    assert isinstance(table, LabelTable)
+    assert [column.name for column in table.columns] == ["rate", "rate, control"]
+    for text in (shown(data), Markup(html(data)).words, str(page_values(data))):
+        assert "<b>8" in text
+    colours = xr.Dataset({"x": (("group", "layer", "colour"), np.ones((2, 2, 2)))})
+    assert forms(colours).not_drawn == ("x over (group, layer, colour)",)
+
+
 # ------------------------------------------------------------------------------------------------------------ each form
 
 

@@ -2,7 +2,7 @@
 
 Formula:  A the pattern of a head, D the keys whose token is a delimiter (punctuation, line breaks: no letter or digit):
           delimiter = mean over q of sum_{k in D} A[q, k],   self = mean over q of A[q, q],  q without each row's first;
-          controls: the same with attention spread evenly over the keys 0 .. q.
+          controls: the same with attention spread evenly over the keys 0 .. q, or all keys where q sees both ways.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from microtome.errors import DataError, error
 from microtome.method import Column, Seen, Source, Text, measure
 
 
@@ -38,24 +39,47 @@ def _share(name: str, meaning: str, control: str = "") -> Column:
     check="tests/laws/test_measures.py",
 )  # fmt: skip
 def attention_targets(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
-    """Shares of attention to delimiters and to the token itself, beside those of even attention."""
-    pattern = seen["attn.pattern"].double()
-    keys = delimiters(seen).to(pattern)
-    count = torch.arange(1, pattern.shape[-1] + 1, dtype=pattern.dtype, device=pattern.device)
-    heads = pattern.new_ones(pattern.shape[1])
-    found = {
-        "delimiter_attention": torch.einsum("bhqk,bk->bqh", pattern, keys),
-        "delimiter_uniform": (keys.cumsum(1) / count).unsqueeze(-1) * heads,
-        "self_attention": pattern.diagonal(dim1=2, dim2=3).transpose(1, 2),
-        "self_uniform": (1 / count).expand(len(keys), -1).unsqueeze(-1) * heads,
-    }
+    """Shares of attention to delimiters and to the token itself, beside those of even attention.
+
+    Raises:
+        DataError: the model has no tokenizer.
+    """
+    found = target_shares(seen["attn.pattern"], delimiters(seen), causal=seen.model.anatomy.causal)
     return {name: (x, seen.later) for name, x in found.items()}
 
 
+def target_shares(pattern: Tensor, delimiter: Tensor, *, causal: bool) -> dict[str, Tensor]:
+    """The shares [batch, q_pos, head] of patterns [batch, head, q_pos, k_pos], and those of even attention.
+
+    Args:
+        pattern: what each query attends to.
+        delimiter: [batch, k_pos] which keys are delimiters.
+        causal: whether a query sees the keys 0 .. q only; all of them otherwise.
+    """
+    pattern = pattern.double()
+    keys = delimiter.to(pattern)
+    width = pattern.shape[-1]
+    count = torch.arange(1, width + 1, dtype=pattern.dtype, device=pattern.device)
+    count = count if causal else torch.full_like(count, width)
+    seen_keys = keys.cumsum(1) if causal else keys.sum(1, keepdim=True)
+    heads = pattern.new_ones(pattern.shape[1])
+    return {
+        "delimiter_attention": torch.einsum("bhqk,bk->bqh", pattern, keys),
+        "delimiter_uniform": (seen_keys / count).unsqueeze(-1) * heads,
+        "self_attention": pattern.diagonal(dim1=2, dim2=3).transpose(1, 2),
+        "self_uniform": (1 / count).expand(len(keys), -1).unsqueeze(-1) * heads,
+    }
+
+
 def delimiters(seen: Seen) -> Tensor:
-    """[example, pos] The tokens without a letter or digit; none where there is no tokenizer."""
-    ids, place = seen.tokens.unique(return_inverse=True)
+    """[example, pos] The tokens without a letter or digit.
+
+    Raises:
+        DataError: the model has no tokenizer.
+    """
     if seen.model.tokenizer is None:
-        return torch.zeros_like(place, dtype=torch.bool)
+        what = f"{seen.model.anatomy.name} has no tokenizer to tell delimiters with"
+        raise error(DataError, what, do="open the model with its tokenizer")
+    ids, place = seen.tokens.unique(return_inverse=True)
     marks = [bool(word) and not any(c.isalnum() for c in word) for word in seen.model.to_words(ids)]
     return torch.tensor(marks, device=place.device)[place]

@@ -7,7 +7,8 @@ Formula:  tokens r_0..r_{T-1} r_0..r_{T-1};  A the pattern of a head, q over the
           first_token     mean A[q, 0]              q >= 2, both halves: the sink
           entropy         mean -sum_k A log A       both halves, in nats
           Controls: induction_control, mean A[q, q - T + 1 + d] over d in -8..8 without -1, 0, 1 (keys as far away, but
-          wrong); uniform_share and uniform_entropy, what attention spread evenly over the keys of each q would give.
+          wrong); uniform_share and uniform_entropy, what attention spread evenly over the keys of each q would give
+          (0 .. q, or all of them where q sees both ways).
           Where the tokenizer begins every text with a token of its own, that token stands before r_0, is the first
           token of first_token, and is neither query nor key of the other scores.
 """
@@ -60,13 +61,14 @@ def _share(name: str, meaning: str, control: str = "uniform_share") -> Column:
 )  # fmt: skip
 def induction(seen: Seen) -> dict[str, Tensor]:
     """Previous-token, duplicate, induction and first-token scores of every head, with controls."""
-    return pattern_scores(seen["attn.pattern"], seen.look.period, seen.lead)
+    return pattern_scores(seen["attn.pattern"], seen.look.period, seen.lead, causal=seen.model.anatomy.causal)
 
 
-def pattern_scores(pattern: Tensor, period: int, lead: int = 0) -> dict[str, Tensor]:
+def pattern_scores(pattern: Tensor, period: int, lead: int = 0, *, causal: bool = True) -> dict[str, Tensor]:
     """The scores [batch, head] of patterns [batch, head, q_pos, k_pos] on tokens that repeat after `period`.
 
-    The first `lead` positions stand before the tokens, and count as the first token only.
+    The first `lead` positions stand before the tokens, and count as the first token only. Even attention is spread over
+    the keys 0 .. q where the model is causal, and over all keys where it is not.
     """
     a = pattern.double()
 
@@ -76,6 +78,7 @@ def pattern_scores(pattern: Tensor, period: int, lead: int = 0) -> dict[str, Ten
 
     wrong = [diagonal(period - 1 - d, period) for d in range(-8, 9) if abs(d) > 1]
     keys = torch.arange(1, a.shape[2] + 1, dtype=a.dtype, device=a.device)
+    keys = keys if causal else torch.full_like(keys, a.shape[3])
     even = a.new_ones(a.shape[:2])
     return {
         "previous_token": diagonal(1, 1),

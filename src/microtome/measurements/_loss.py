@@ -13,7 +13,9 @@ from torch import Tensor
 
 from microtome.context import current
 from microtome.edit import Edit, Skip, Zero
+from microtome.errors import ModelUnsupported, error
 from microtome.method import Column, Seen, Source, Text, measure
+from microtome.model import Model
 
 WHOLE = "none: the loss of the whole model is what it is compared with"
 CHART = "Loss when a part is skipped"
@@ -29,6 +31,12 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def _require_causal(model: Model) -> None:
+    if not model.anatomy.causal:
+        what = f"{model.anatomy.name} has no next token, so it has no loss to measure"
+        raise error(ModelUnsupported, what, got="attention that sees both ways", allowed="causal models")
+
+
 @measure(
     "loss",
     of="model",
@@ -41,7 +49,12 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     check=CHECK,
 )
 def loss(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean loss of the next token in nats, with its interval over rows."""
+    """Mean loss of the next token in nats, with its interval over rows.
+
+    Raises:
+        ModelUnsupported: the model is not causal.
+    """
+    _require_causal(seen.model)
     tokens = seen.tokens
     found = torch.nn.functional.pad(token_loss(seen["logits"], tokens), (1, 0))
     predicted = torch.ones(tokens.shape, dtype=torch.bool)
@@ -73,7 +86,12 @@ def _skipped(name: str, part: str, title: str) -> Column:
     check=CHECK,
 )  # fmt: skip
 def ablation_loss(seen: Seen) -> dict[str, Tensor]:
-    """Rise of the loss when a layer's attention, its MLP, or the whole block adds nothing; by row [example, layer]."""
+    """Rise of the loss when a layer's attention, its MLP, or the whole block adds nothing; by row [example, layer].
+
+    Raises:
+        ModelUnsupported: the model is not causal.
+    """
+    _require_causal(seen.model)
     model, tokens = seen.model, seen.tokens
     branches: dict[str, Callable[[int], Edit]] = {
         "attn": lambda i: Zero(f"{i}.attn_out"), "mlp": lambda i: Zero(f"{i}.mlp_out"), "block": Skip,

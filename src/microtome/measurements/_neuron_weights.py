@@ -107,9 +107,12 @@ def neuron_weights(seen: Seen) -> dict[str, Tensor]:
 def promoted_tokens(
     seen: Seen, top: Annotated[int, Argument("tokens at either end", "tokens", least=1)] = 5
 ) -> dict[str, Tensor]:
-    """The tokens that each neuron promotes and suppresses when its output is read as logits."""
-    model, norm = seen.model, seen.model.final_norm
-    assert norm is not None
+    """The tokens that each neuron promotes and suppresses when its output is read as logits.
+
+    Raises:
+        SiteError: the model's residual stream cannot be read as logits.
+    """
+    model, norm = seen.model, seen.model.require_readable()
     unembed = at_least_float32(model.W_U) * model.anatomy.logit_scale
     unembed = unembed - unembed.mean(1, keepdim=True)
     parts: dict[str, list[Tensor]] = {}

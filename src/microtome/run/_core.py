@@ -74,12 +74,8 @@ class LoadedModel:
         """The norm before the unembedding."""
         return self._weights.final_norm
 
-    def unembed(self, resid: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Logits [..., vocab] that the residual stream resid [..., d_model] would give if the model ended there.
-
-        Args:
-            resid: residual stream before the final norm.
-            scale: [...] divisor of the final norm, to hold it fixed; its own by default.
+    def require_readable(self) -> NormWeights:
+        """The final norm, of a model whose residual stream can be read as logits.
 
         Raises:
             SiteError: no final norm of a known form precedes the unembedding (encoders, for one).
@@ -92,6 +88,19 @@ class LoadedModel:
                 got="a head with a transform of its own between the stream and the unembedding",
                 do="use a causal model with a final norm",
             )
+        return norm
+
+    def unembed(self, resid: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Logits [..., vocab] that the residual stream resid [..., d_model] would give if the model ended there.
+
+        Args:
+            resid: residual stream before the final norm.
+            scale: [...] divisor of the final norm, to hold it fixed; its own by default.
+
+        Raises:
+            SiteError: no final norm of a known form precedes the unembedding (encoders, for one).
+        """
+        norm = self.require_readable()
         if resid.shape[-1] != self.anatomy.d_model:
             raise error(
                 SiteError,

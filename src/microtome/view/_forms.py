@@ -6,6 +6,7 @@
     (layer, neuron)                              strongest neurons, distribution by layer  _neurons.py
     text over (layer, pos)                       tokens in cells, coloured by `shade`      _token_map.py
     (site), (component), (group)                 a row a name, a column a variable         _tables.py
+    (group, ...) with two axes after group       their form, once a group, of the first six
     ()                                           facts                                     _tables.py
     `parts` that sum to `sum_of`                 bars, largest first, with their sum       _parts.py
 
@@ -15,16 +16,16 @@ What has other axes is drawn nowhere and listed by its name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from microtome.view._dataset import axis_kind, in_header, is_numeric, own_variables, without_batch
+from microtome.view._dataset import axis_kind, in_header, is_numeric, labels, own_variables, without_batch
 from microtome.view._heat_map import HeatMap, by_layer, heat_map, limits_of
-from microtome.view._neurons import neuron_map
+from microtome.view._neurons import NeuronMap, neuron_map
 from microtome.view._parts import parts_list
-from microtome.view._series import series
+from microtome.view._series import Series, series
 from microtome.view._tables import fact_list, label_table
-from microtome.view._token_map import token_map
+from microtome.view._token_map import TokenMap, token_map
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 ORDERED = ("layer", "pos", "head", "kv_head", "span", "neuron")
 """Axes along which a line can be drawn; the places on the others are names."""
+
+MOST_GROUPS = 6
+"""Groups of which a variable is drawn, a form a group; how many there are more is said."""
 
 
 @runtime_checkable
@@ -65,7 +69,7 @@ class Form(Protocol):
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms of a dataset in the order of its variables, and the variables that have none, with their axes."""
+    """The forms of a dataset in the order of its variables, and what has none: variables by axes, or further groups."""
 
     shown: tuple[Form, ...]
     not_drawn: tuple[str, ...] = ()
@@ -104,6 +108,10 @@ def forms(data: xr.Dataset) -> Forms:
             facts.append(name)
         elif len(axes) == 1 and axes[0] and axes[0] not in ORDERED and is_numeric(data, name):
             named.setdefault(str(data[name].dims[0]), []).append(name)
+        elif data[name].dims[0] == "group" and len(axes) > 2 and (by_group := _by_group(data, name, axes[1:])):
+            found += by_group
+            if (more := data.sizes["group"] - MOST_GROUPS) > 0:
+                unknown.append(f"{name} of {more} more group{'s' if more > 1 else ''}")
         elif (form := _form(data, name, axes)) is not None:
             found.append(form)
             if isinstance(form, HeatMap) and (form.down, form.across) == ("sender", "receiver"):
@@ -116,7 +124,17 @@ def forms(data: xr.Dataset) -> Forms:
     return Forms(tuple(found), tuple(unknown), limits_of(maps))
 
 
-def _form(data: xr.Dataset, name: str, axes: Sequence[str]) -> Form | None:
+def _by_group(data: xr.Dataset, name: str, axes: Sequence[str]) -> list[Form]:
+    """The forms of a variable in each of the first groups; none where the axes after the group have none."""
+    found: list[Form] = []
+    for i, group in enumerate(labels(data, "group")[:MOST_GROUPS]):
+        form = _form(data.isel(group=i, drop=True), name, axes)
+        if form is not None:
+            found.append(replace(form, name=f"{form.name}, {group}", title=f"{form.title}, {group}"))
+    return found
+
+
+def _form(data: xr.Dataset, name: str, axes: Sequence[str]) -> HeatMap | NeuronMap | Series | TokenMap | None:
     """The form of a variable with axes; none where there is none."""
     if not is_numeric(data, name):
         dims = sorted(str(dim) for dim in data[name].dims if dim != "rank")

@@ -1,0 +1,175 @@
+"""Which tokens each measure of a text counts, where rows begin with a token of the tokenizer's own and where not.
+
+Every column is compared with the same number computed plainly from captures, with the columns that do not count cut out
+by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tests import families
+from torch import Tensor
+
+import microtome as mt
+from microtome.measurements import token_loss
+from microtome.method import Measure, Text, declared
+from microtome.stream import TokenBatch
+
+BOS, ROWS, WIDTH, LAYERS = 1, 6, 12, 3
+Plain = dict[str, Any]
+
+
+class Begins:
+    """A tokenizer that begins every text with a token of its own, and whose even ids are marks."""
+
+    bos_token_id, all_special_ids = BOS, ()
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [BOS, 5] if add_special_tokens else [5]}
+
+    def decode(self, ids: list[int]) -> str:
+        return "," if ids[0] % 2 == 0 else "word"
+
+
+@pytest.fixture(scope="module")
+def model() -> mt.Model:
+    hf = families.build("llama-gqa")
+    with torch.no_grad():
+        hf.get_input_embeddings().weight[BOS] *= 30  # a token that shows wherever it is counted
+    return mt.open(hf, tokenizer=Begins(), prove=False)
+
+
+def rows() -> Tensor:
+    tokens = torch.randint(5, families.VOCAB, (ROWS, WIDTH), generator=torch.Generator().manual_seed(3))
+    tokens[:, 0] = BOS
+    return tokens
+
+
+class Seen:
+    """Captures [layer, example, pos, ...] in float64: all of the row, what is text, and that without a row's first."""
+
+    def __init__(self, model: mt.Model, lead: int) -> None:
+        self.model, self.lead, self.tokens = model, lead, rows()
+
+    def row(self, site: str) -> Tensor:
+        return self.model.run(self.tokens, capture=f"*.{site}")[f"*.{site}"].double()
+
+    def text(self, site: str) -> Tensor:
+        return self.row(site)[:, :, self.lead :]
+
+    def later(self, site: str) -> Tensor:
+        return self.row(site)[:, :, 1:]  # the row's first is what stands before the text, where something does
+
+
+def stream(seen: Seen) -> Plain:
+    pre, mid, post, attn, mlp = map(seen.later, ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"))
+    cosine = torch.cosine_similarity
+    found = {
+        "resid_pre_norm": pre.norm(dim=-1), "resid_mid_norm": mid.norm(dim=-1), "resid_post_norm": post.norm(dim=-1),
+        "attn_share": attn.norm(dim=-1) / pre.norm(dim=-1), "mlp_share": mlp.norm(dim=-1) / mid.norm(dim=-1),
+        "attn_cos": cosine(pre, attn, dim=-1), "mlp_cos": cosine(mid, mlp, dim=-1),
+        "block_cos": cosine(pre, post, dim=-1), "block_influence": 1 - cosine(pre, post, dim=-1),
+        "resid_post_norm_first": seen.row("resid_post")[:, :, :1].norm(dim=-1),
+        "median_abs": seen.row("resid_post").abs().median(-1).values,
+    }  # fmt: skip
+    return {name: x.mean((1, 2)) for name, x in found.items()}
+
+
+def massive(seen: Seen) -> Plain:
+    peaks = seen.row("resid_post").abs().amax((1, 2))
+    return {"max_abs": peaks.amax(-1), "max_abs_dim": peaks.argmax(-1)}
+
+
+def head_norms(seen: Seen) -> Plain:
+    return {"result_norm": seen.later("attn.result").norm(dim=-1).mean((1, 2))}
+
+
+def activations(seen: Seen) -> Plain:
+    x = seen.text("mlp.post").flatten(1, 2)
+    return {"mean": x.mean(1), "std": x.std(1, correction=0), "max": x.amax(1), "min": x.amin(1)}
+
+
+def firing(seen: Seen) -> Plain:
+    return {"firing_rate": (seen.text("mlp.gate") > 0).double().mean((1, 2))}
+
+
+def top_examples(seen: Seen) -> Plain:
+    values, place = seen.text("mlp.post").max(2)
+    best, row = values.sort(1, descending=True)
+    best, row, place = (x[:, :2].transpose(1, 2) for x in (best, row, place.gather(1, row)))
+    start = row * WIDTH
+    return {"example_value": best, "example_index": start + place + seen.lead, "example_start": start}
+
+
+def kurtosis(seen: Seen) -> Plain:
+    x = seen.text("mlp.post").flatten(1, 2).numpy()
+    return {"kurtosis": stats.kurtosis(x, axis=1, fisher=False), "skewness": stats.skew(x, axis=1)}
+
+
+def effective_rank(seen: Seen) -> Plain:
+    found: dict[str, list[float]] = {"effective_rank": [], "effective_rank_diagonal": []}
+    for x in seen.later("resid_post").flatten(1, 2).numpy():
+        covariance = np.cov(x.T)
+        for name, size in zip(found, (np.linalg.eigvalsh(covariance), np.diag(covariance)), strict=True):
+            p = size[size > 1e-12 * size.max()] / size.sum()
+            found[name].append(float(np.exp(-(p * np.log(p)).sum())))
+    return {name: np.array(x) for name, x in found.items()}
+
+
+def attention_targets(seen: Seen) -> Plain:
+    pattern = seen.row("attn.pattern")
+    marks = (seen.tokens % 2 == 0).double()
+    even = torch.ones(WIDTH, WIDTH).double().tril()
+    found = {"attention": pattern, "uniform": (even / even.sum(1, keepdim=True)).expand_as(pattern)}
+    told: Plain = {}
+    for name, a in found.items():
+        told[f"delimiter_{name}"] = torch.einsum("lbhqk,bk->lbhq", a, marks)[..., 1:].mean((1, 3))
+        told[f"self_{name}"] = a.diagonal(dim1=3, dim2=4)[..., 1:].mean((1, 3))
+    return told
+
+
+def loss(seen: Seen) -> Plain:
+    return {"loss": token_loss(seen.model.run(seen.tokens).logits, seen.tokens).mean()}
+
+
+def ablation_loss(seen: Seen) -> Plain:
+    def loss_with(*edits: mt.edit.Edit) -> float:
+        return float(token_loss(seen.model.run(seen.tokens, edits=list(edits)).logits, seen.tokens).mean())
+
+    parts: dict[str, Callable[[int], mt.edit.Edit]] = {
+        "attn": lambda i: mt.edit.Zero(f"{i}.attn_out"), "mlp": lambda i: mt.edit.Zero(f"{i}.mlp_out"),
+        "block": mt.edit.Skip,
+    }  # fmt: skip
+    whole = loss_with()
+    return {f"loss_skip_{n}": np.array([loss_with(f(i)) - whole for i in range(LAYERS)]) for n, f in parts.items()}
+
+
+EXPECTED: dict[str, Callable[[Seen], Plain]] = {
+    f.__name__: f
+    for f in (
+        stream, massive, head_norms, activations, firing, top_examples, kurtosis, effective_rank, attention_targets,
+        loss, ablation_loss,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_measure_counts_the_tokens_that_it_says(model: mt.Model, name: str, lead: int) -> None:
+    options = {"examples": 2} if name == "top_examples" else {}
+    data = mt.measure(model, name, text=[TokenBatch.of(rows(), lead=lead)], **options)
+    expected = EXPECTED[name](Seen(model, lead))
+    assert {str(v) for v in data.data_vars if not str(v).endswith(("_lo", "_hi"))} == set(expected)
+    for column, value in expected.items():
+        np.testing.assert_allclose(data[column], value, rtol=1e-4, atol=1e-5, err_msg=column)
+
+
+def test_no_measure_of_a_text_is_left_out() -> None:
+    every = [declared(n) for n, m in mt.methods("measure").items() if m.home.startswith("microtome.measurements.")]
+    assert {m.method.name for m in every if isinstance(m, Measure) and isinstance(m.on, Text)} == set(EXPECTED)
