@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Any
+from typing import Any, cast
 
 from microtome.errors import ArgumentError, error
 
@@ -23,67 +23,6 @@ Progress = Callable[[str, int, int], None]
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What holds for every method that runs.
-
-    Attributes:
-        seed: of every random draw: tokens, noise, controls, resampling.
-        budget: bytes that a run or a sweep may hold; by default what each of them chooses from the free memory.
-        progress: called with (stage, done, all) while a method runs.
-        on_plan: called with the plan of every sweep before its first cell.
-        device: where `open` puts a model; the accelerator if there is one, by default.
-    """
-
-    seed: int = 0
-    budget: int | None = None
-    progress: Progress | None = None
-    on_plan: Callable[[object], None] | None = None
-    device: Any = None
-
-    def report(self, stage: str, done: int, everything: int) -> None:
-        """Report progress, where somebody listens."""
-        if self.progress is not None:
-            self.progress(stage, done, everything)
-
-    def counting(self, stage: str) -> Callable[[int, int], None]:
-        """A function of (done, all) that reports one stage."""
-        return lambda done, everything: self.report(stage, done, everything)
-
-
-_CURRENT: ContextVar[Settings] = ContextVar("microtome_settings", default=Settings())  # noqa: B039 (it is frozen)
-
-
-def current() -> Settings:
-    """The settings that hold here."""
-    return _CURRENT.get()
-
-
-@contextmanager
-def settings(**changes: Any) -> Iterator[Settings]:
-    """Set some of the settings for all that runs inside the block; the others stay as they are outside.
-
-    Args:
-        changes: fields of `Settings`; `budget` also as text, such as "2 GiB".
-
-    Raises:
-        ArgumentError: there is no such setting, or it cannot have this value; says what is allowed.
-    """
-    unknown = [name for name in changes if name not in Settings.__dataclass_fields__]
-    if unknown:
-        allowed = ", ".join(Settings.__dataclass_fields__)
-        raise error(ArgumentError, f'no setting "{unknown[0]}"', allowed=allowed, do="name one of these")
-    if "seed" in changes:
-        changes["seed"] = seed_of(changes["seed"])
-    if changes.get("budget") is not None:
-        changes["budget"] = bytes_of(changes["budget"])
-    token = _CURRENT.set(replace(current(), **changes))
-    try:
-        yield current()
-    finally:
-        _CURRENT.reset(token)
 
 
 def seed_of(value: Any) -> int:
@@ -118,3 +57,78 @@ def bytes_of(value: Any) -> int:
         allowed = 'a number of bytes, or text such as "2 GiB"'
         raise error(ArgumentError, "budget must be a size in memory", got=repr(value), allowed=allowed, do="give one")
     return size
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every method that runs.
+
+    Raises:
+        ArgumentError: one of them cannot have this value; says what is allowed.
+
+    Attributes:
+        seed: of every random draw: tokens, noise, controls, resampling.
+        budget: bytes that a run or a sweep may hold, also as text, such as "2 GiB"; by default what each of them
+            chooses from the free memory.
+        progress: called with (stage, done, all) while a method runs.
+        on_plan: called with the plan of every sweep before its first cell.
+        device: where `open` puts a model; the accelerator if there is one, by default.
+    """
+
+    seed: int = 0
+    budget: Any = None
+    progress: Progress | None = None
+    on_plan: Callable[[object], None] | None = None
+    device: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", seed_of(self.seed))
+        if self.budget is not None:
+            object.__setattr__(self, "budget", bytes_of(self.budget))
+        for name in ("progress", "on_plan"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise error(ArgumentError, f"{name} must be a function, or None", got=repr(value), do="give one")
+
+    def report(self, stage: str, done: int, everything: int) -> None:
+        """Report progress, where somebody listens."""
+        if self.progress is not None:
+            self.progress(stage, done, everything)
+
+    def counting(self, stage: str) -> Callable[[int, int], None]:
+        """A function of (done, all) that reports one stage."""
+        return lambda done, everything: self.report(stage, done, everything)
+
+
+_CURRENT: ContextVar[Settings] = ContextVar("microtome_settings", default=Settings())  # noqa: B039 (it is frozen)
+
+
+def current() -> Settings:
+    """The settings that hold here."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def settings(given: Settings | None = None, /, **changes: Any) -> Iterator[Settings]:
+    """Set some of the settings for all that runs inside the block; the others stay as they are outside.
+
+    Args:
+        given: settings to start from; by default those outside.
+        changes: fields of `Settings`; `budget` also as text, such as "2 GiB".
+
+    Raises:
+        ArgumentError: there is no such setting, or it cannot have this value; says what is allowed.
+    """
+    unknown = [name for name in changes if name not in Settings.__dataclass_fields__]
+    if unknown:
+        allowed = ", ".join(Settings.__dataclass_fields__)
+        raise error(ArgumentError, f'no setting "{unknown[0]}"', allowed=allowed, do="name one of these")
+    start = cast("object", current() if given is None else given)
+    if not isinstance(start, Settings):
+        do = "write mt.settings(seed=1), or give a Settings"
+        raise error(ArgumentError, "cannot read this as settings", got=type(start).__name__, do=do)
+    token = _CURRENT.set(replace(start, **changes))
+    try:
+        yield current()
+    finally:
+        _CURRENT.reset(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xarray as xr
 from tests import families
 from tests.cli.conftest import TEXT, tokenizer
 from torch import Tensor
@@ -307,6 +309,16 @@ WRONG = [
     ({"columns": (Column("bad_x", "1", "", "none: no"),)}, 'has a column "bad_x" without a meaning'),
     ({"columns": (Column("bad_x", "1", "a thing", "bad_y"),)}, 'whose control "bad_y" is no column of it'),
     ({"columns": (Column("bad_lo", "1", "a thing", "none: no"),)}, "whose ending belongs to intervals"),
+    ({"optional": "resid_middle"}, 'names the site "resid_middle", which does not exist'),
+    ({"source": Source("", "", 0)}, "has a source without authors and title and year"),
+    ({"check": "by eye, and twice"}, "names no test that proves it; got by eye, and twice"),
+    ({"columns": (Column("bad_x", "1", "a thing", "bad_x"),)}, 'has a column "bad_x" that is its own control'),
+    ({"columns": (Column("bad_x", "1", "a thing", "none: no", shade="bad_y"),)}, 'whose shade "bad_y" is no column'),
+    ({"columns": (Column("bad_x", "1", "a thing", "none: no", (1, 0)),)}, "ends below its beginning; got 1 to 0"),
+    ({"sites": "logits"}, 'is of each layer, but sees the site "logits", which is of the whole model'),
+    ({"sites": ("resid_post", "final")}, 'is of each layer, but sees the site "final"'),
+    ({"optional": "embed"}, 'is of each layer, but sees the site "embed"'),
+    ({"columns": (Column("bad_x", "1", "a thing", "none: no", extra=("rank",)),)}, "axes of its own, which the mean"),
     ({"columns": (Column("loss", "1", "a thing", "none: no"),)}, '"bad" has a column "loss" that "loss" has too'),
 ]  # fmt: skip
 
@@ -324,6 +336,37 @@ def test_a_wrong_declaration_is_refused_in_one_line(change: dict[str, Any], text
     assert text in str(refused.value)
     assert "\n" not in str(refused.value)
     assert "bad" not in mt.methods()
+
+
+def test_a_column_may_stand_alone_and_nothing_stays_registered_when_a_declaration_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def alone(seen: Seen) -> dict[str, Tensor]:
+        """A measure of one column."""
+        return {}
+
+    good = GOOD | {"columns": Column("alone_x", "1", "a thing", "none: no")}
+    try:
+        measure("alone", **good)(alone)
+        assert [c.name for c in mt.methods()["alone"].columns] == ["alone_x"]
+    finally:
+        forget("alone")
+    monkeypatch.setattr("microtome.method._measure.docstring", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure("alone", **good)(alone)
+    assert "alone" not in mt.methods()
+
+
+def test_a_method_whose_declaration_fails_is_warned_of_and_the_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = importlib.import_module("microtome.method._registry")
+
+    def refuse(name: str) -> None:
+        raise mt.errors.DeclarationError("this one contradicts itself.")
+
+    monkeypatch.delitem(registry._DECLARED, "stream", raising=False)
+    monkeypatch.setattr(registry, "declared", refuse)
+    with pytest.warns(UserWarning, match="this one contradicts itself"):
+        assert "stream" not in mt.methods("measure")
 
 
 def test_a_measure_without_a_summary_or_with_a_bare_argument_is_refused() -> None:
@@ -397,6 +440,39 @@ def test_wrong_settings_are_refused(change: dict[str, Any], text: str) -> None:
     with pytest.raises(mt.errors.ArgumentError) as refused, mt.settings(**change):
         pass
     assert text in str(refused.value)
+
+
+def test_settings_are_checked_wherever_they_are_made_and_can_be_given_whole() -> None:
+    from microtome.context import Settings, current
+
+    kept = Settings(seed=3, budget="2 GiB")
+    assert kept.budget == 2**31
+    with mt.settings(seed=5), mt.settings(kept, seed=4):
+        assert (current().seed, current().budget) == (4, 2**31)
+    with pytest.raises(mt.errors.ArgumentError, match="seed must be an integer of 0 or more; got -1"):
+        Settings(seed=-1)
+    with pytest.raises(mt.errors.ArgumentError, match="budget must be a size in memory; got 'lots'"):
+        Settings(budget="lots")
+
+
+def test_a_span_to_the_last_position_ends_with_the_prompt(model: mt.Model) -> None:
+    from microtome.explain._spans import span_of
+    from microtome.method import span_from_text
+
+    tokens = ids(1, 8)[0]
+    assert span_of(model, tokens, span_from_text("@3--1")) == (3, 8)
+    assert span_of(model, tokens, span_from_text("@3--2")) == (3, 7)
+    assert span_of(model, tokens, span_from_text("@-1")) == (7, 8)
+
+
+def test_a_result_with_open_ranges_is_written_to_netcdf_and_read_back(toy: str, model: mt.Model, tmp_path: Any) -> None:
+    data = mt.measure(model, toy, "activations", text=ids())
+    assert "range" not in Column("x", "1", "a thing", "none: no").attrs
+    assert Column("x", "1", "a thing", "none: no", (None, 1)).attrs["range"] == [-np.inf, 1]
+    data.to_netcdf(tmp_path / "toy.nc", engine="scipy")
+    with xr.open_dataset(tmp_path / "toy.nc", engine="scipy") as read:
+        assert list(read["toy_size"].attrs["range"]) == [0, np.inf]
+        assert np.allclose(read["toy_size"], data["toy_size"])
 
 
 def test_progress_is_reported_by_stage_to_its_end(model: mt.Model) -> None:

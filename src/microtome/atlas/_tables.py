@@ -93,7 +93,13 @@ def _filled(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _metadata(attrs: Mapping[str, Any]) -> dict[str, str]:
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in attrs.items() if value != ""}
+    return {key: value if isinstance(value, str) else _json(value) for key, value in attrs.items() if value != ""}
+
+
+def _json(value: Any) -> str:
+    """A value as JSON, which has no infinity: the open end of a range is null."""
+    ends = [None if np.isinf(end) else end for end in value] if isinstance(value, list) else value
+    return json.dumps(ends)
 
 
 def _array(values: npt.NDArray[Any]) -> pa.Array:

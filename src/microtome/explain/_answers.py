@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from microtome.errors import PromptError, error
+from microtome.errors import ArgumentError, PromptError, error
 from microtome.metric import Divergence, LogitDifference, LogProbability, Metric, Probability, Rank, SpanLoss
 from microtome.model import Model
 from microtome.tasks import LogOdds
@@ -26,6 +26,17 @@ READS: dict[type, tuple[str, str]] = {
 def metric_in_words(metric: Metric) -> tuple[str, str]:
     """What a metric reads, and its unit."""
     return READS.get(type(metric), (type(metric).__name__, f"units of {type(metric).__name__}"))
+
+
+def require_metric(metric: object) -> None:
+    """Refuse what is given as a metric and is none.
+
+    Raises:
+        ArgumentError: says what was given.
+    """
+    if not isinstance(metric, Metric):
+        do = "give one of mt.metric, such as LogProbability(answer), or answer= instead"
+        raise error(ArgumentError, "metric must be a metric", got=repr(metric), do=do)
 
 
 def one_token(model: Model, text: str | int) -> int:
@@ -63,9 +74,10 @@ def answers_of(model: Model, given: Answer, n: int, what: str = "answer") -> lis
     """The token of each of n examples.
 
     Raises:
-        PromptError: there are not as many as examples, or one is several tokens.
+        PromptError: there are not as many as examples, or one is several tokens or none.
     """
-    listed = [given] * n if isinstance(given, str | int) else list(given)
+    plain: Any = given.tolist() if isinstance(given, Tensor) else given
+    listed: list[Any] = list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str) else [plain] * n
     if len(listed) != n:
         raise error(PromptError, f"there must be one {what} per example", got=len(listed), allowed=str(n))
     return [one_token(model, a) for a in listed]

@@ -18,7 +18,7 @@ from torch import Tensor
 from microtome.context import current, settings
 from microtome.edit import Patch
 from microtome.errors import EditError, PromptError, error
-from microtome.explain._answers import Answer, answer_metric, metric_in_words
+from microtome.explain._answers import Answer, answer_metric, metric_in_words, require_metric
 from microtome.explain._graph import Graph, graph
 from microtome.explain._pair import CleanPrompt, CorruptOrRun, one_pair
 from microtome.explain._pairs import AnswerOfClean, Direction, FoilOfCorrupt, ReadMetric
@@ -184,7 +184,10 @@ def _ends(
         got = f"{rows[0]} prompts and a run of {rows[1]} rows"
         what, do = "one prompt takes from a run of one row", "run the corrupt prompt alone"
         raise error(PromptError, what, got=got, allowed="one each", do=do)
-    return tokens, corrupt, answer_metric(model, answer, foil) if metric is None else metric
+    if metric is None:
+        return tokens, corrupt, answer_metric(model, answer, foil)
+    require_metric(metric)
+    return tokens, corrupt, metric
 
 
 def _found(effects: Tensor, axes: Mapping[str, Sequence[str]], base: Tensor, metric: Metric, direction: str) -> Found:

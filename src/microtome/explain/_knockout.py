@@ -97,12 +97,8 @@ def attention_knockout(
     cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
     swept = run_sweep(model, tokens.unsqueeze(0), cells, LogProbability(token), stage="cutting attention").whole()
     words = model.to_words(tokens)
-    attrs |= {
-        "metric": "probability of the answer",
-        "controls": len(sets) - 1,
-        "queries": "".join(words[slice(*asked)]),
-        "keys": "".join(words[slice(*cut)]),
-    }
+    attrs |= {"metric": "probability of the answer", "controls": len(sets) - 1}
+    attrs |= {"queries": "".join(words[slice(*asked)]), "keys": "".join(words[slice(*cut)])}
     values, base = swept.values.double().reshape(len(sets), n), float(swept.base[0])
     whole = torch.tensor(base, dtype=torch.float64).exp()
     changes = {

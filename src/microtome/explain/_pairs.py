@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
-from microtome.explain._answers import Answer, answers_and_foils, metric_in_words
+from microtome.explain._answers import Answer, answers_and_foils, metric_in_words, require_metric
 from microtome.explain._spans import span_of
 from microtome.method import Argument, Span
 from microtome.metric import LogitDifference, LogProbability, Metric
@@ -166,6 +166,7 @@ def pairs_of(
             read, or a span is not in its prompt.
         SiteError: the metric reads only what comes before the prompts of a pair differ.
         DataError: the file cannot be read as pairs.
+        ArgumentError: the metric is none.
     """
     task = task_of(model, clean) if corrupt is None else None
     if corrupt is None and task is None:
@@ -234,6 +235,7 @@ def _reading(
 ) -> Pairs:
     """The pairs with what is read: a metric that was given, answers that were given, or those of the task."""
     if metric is not None:
+        require_metric(metric)
         return Pairs(tokens, metric)
     if answer is None and task is not None:
         sets = [pair.answer_ids for pair in task], [pair.foil_ids for pair in task]

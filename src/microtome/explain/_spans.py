@@ -24,7 +24,7 @@ def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str 
     Args:
         model: whose tokenizer made the tokens.
         tokens: [pos], one row without padding.
-        span: text, position, or (first, end).
+        span: text, position, or (first, end), with an end of 0 for that of the prompt.
         what: its name, for the error.
 
     Raises:
@@ -34,16 +34,16 @@ def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str 
     if isinstance(span, str):
         return _of_text(model, ids, span, what)
     n = len(ids)
-    first, end = _places(span, n, what)
-    first, end = first + n if first < 0 else first, end + n if end < 0 else end
+    first, end = _places(span, what)
+    first, end = first + n if first < 0 else first, end + n if end <= 0 else end
     if not 0 <= first < end <= n:
         got, allowed = str(span if isinstance(span, int) else tuple(span)), f"(first, end) with 0 <= first < end <= {n}"
         raise error(PromptError, f"the prompt has no such {what}", got=got, allowed=allowed, do=COUNT)
     return first, end
 
 
-def _places(span: object, n: int, what: str) -> tuple[int, int]:
-    """A position or a span as (first, end), as it was counted; the position -1 ends where n tokens do."""
+def _places(span: object, what: str) -> tuple[int, int]:
+    """A position or a span as (first, end), as it was counted."""
     try:
         if isinstance(span, Iterable):
             first, end = (index(place) for place in cast("Iterable[Any]", span))
@@ -52,7 +52,7 @@ def _places(span: object, n: int, what: str) -> tuple[int, int]:
     except (TypeError, ValueError):
         allowed = "a text, a position, or (first, end)"
         raise error(PromptError, f"cannot read the {what}", got=repr(span), allowed=allowed, do=COUNT) from None
-    return place, place + 1 or n
+    return place, place + 1
 
 
 def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, int]:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from microtome.anatomy import integer
 from microtome.errors import ArgumentError, DeclarationError, error, nearest
-from microtome.method._declare import Argument, Method
+from microtome.method._declare import Argument, Method, validate
+from microtome.model import Model
 
 MISSING = inspect.Parameter.empty
 
@@ -62,15 +63,57 @@ def arguments_of(parameters: Iterable[Parameter]) -> dict[str, Argument]:
 
 
 def require_declared(method: Method, parameters: Iterable[Parameter]) -> None:
-    """Refuse a method one of whose arguments says nothing of itself.
+    """Refuse a method that lacks something or contradicts itself, or one of whose arguments says nothing of itself.
 
     Raises:
-        DeclarationError: names the argument.
+        DeclarationError: says what is wrong, or names the argument.
     """
+    validate(method)
     bare = [p.name for p in parameters if p.argument is None]
     if bare:
         what = f'the {method.kind} "{method.name}" has an argument "{bare[0]}" without an Argument in its annotation'
         raise error(DeclarationError, what, do="write Annotated[type, Argument(meaning)]")
+
+
+def require_model(model: object) -> None:
+    """Refuse what is no open model.
+
+    Raises:
+        ArgumentError: says what was given.
+    """
+    if not isinstance(model, Model):
+        got = type(model).__name__
+        raise error(ArgumentError, "model must be an open model", got=got, do="open it with mt.open")
+
+
+def split_call(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What a call of a method's function gives: the model, or what else it is of, and its other arguments by name.
+
+    Raises:
+        ArgumentError: too many by position, one twice, no model, or something else than a model.
+    """
+    slots = inspect.signature(function).parameters.values()
+    names = [slot.name for slot in slots if slot.kind is slot.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(names):
+        what = f"too many arguments without a name: {function.__name__} takes {', '.join(names)}"
+        raise error(ArgumentError, what, got=len(args), allowed=str(len(names)), do="name the others")
+    given = dict(zip(names, args, strict=False))
+    twice = sorted(given.keys() & kwargs.keys())
+    if twice:
+        raise error(ArgumentError, f"{twice[0]} is given twice", do="give it by position or by name")
+    given |= kwargs
+    first = parameters_of(function)[0]
+    if first.name not in given:
+        raise error(ArgumentError, f"{first.name} is missing", do="give it first")
+    subject = given.pop(first.name)
+    if first.type in (MISSING, Model):
+        require_model(subject)
+    elif isinstance(first.type, type) and not isinstance(subject, first.type):
+        what = f"{first.name} must be of the type {first.type.__name__}"
+        raise error(ArgumentError, what, got=type(subject).__name__, do="give one first")
+    return subject, given
 
 
 def checked(parameters: Sequence[Parameter], given: Mapping[str, Any]) -> dict[str, Any]:

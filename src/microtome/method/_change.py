@@ -10,8 +10,8 @@ from typing import Any, ParamSpec
 
 from microtome.edit import Edit
 from microtome.errors import DeclarationError, error
-from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared
-from microtome.method._declare import Method, Source
+from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared, split_call
+from microtome.method._declare import Method, Source, several
 from microtome.method._document import docstring
 from microtome.method._registry import register
 from microtome.method._result import counting
@@ -72,25 +72,20 @@ def change(
     def declare(function: Callable[P, list[Edit]]) -> Callable[P, list[Edit]]:
         parameters = parameters_of(function, 1)
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
-        sources = (source,) if isinstance(source, Source) else tuple(source)
         method = Method(
-            name, "change", question, summary, (), sources, cost, check, function,
+            name, "change", question, summary, (), several(source, Source), cost, check, function,
             call=call, command=command, title=title, arguments=arguments_of(parameters),
         )  # fmt: skip
         require_declared(method, parameters)
         made = Change(method, parameters)
+        text = docstring(method, parameters)
         register(made)
-        signature = inspect.signature(function)
-        first = next(iter(signature.parameters))
 
         @functools.wraps(function)
         def make(*args: P.args, **kwargs: P.kwargs) -> list[Edit]:
-            known = {key: value for key, value in kwargs.items() if key in signature.parameters}
-            given = dict(signature.bind_partial(*args, **known).arguments) | kwargs  # what is unknown is refused below
-            model: Any = given.pop(first)
-            return made.make(model, given)
+            return made.make(*split_call(function, args, kwargs))
 
-        make.__doc__ = docstring(method, parameters)
+        make.__doc__ = text
         return make
 
     return declare

@@ -6,16 +6,18 @@ help, units and meanings in datasets and tables, its place on the pages, and its
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from microtome.anatomy import SITES
 from microtome.errors import DeclarationError, error
 
 Kind = Literal["measure", "question", "change"]
 Unit = Literal["model", "layer", "head", "neuron"]
+T = TypeVar("T")
 
 DIMS: dict[str, tuple[str, ...]] = {
     "model": (), "layer": ("layer",), "head": ("layer", "head"), "neuron": ("layer", "neuron"),
@@ -118,8 +120,11 @@ class Column:
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """The attributes of its variable in a dataset."""
-        attributes: dict[str, Any] = {"unit": self.unit, "meaning": self.meaning, "range": list(self.range)}
+        """The attributes of its variable in a dataset, as files take them: an open end of a range is infinite."""
+        attributes: dict[str, Any] = {"unit": self.unit, "meaning": self.meaning}
+        low, high = self.range
+        if (low, high) != (None, None):
+            attributes["range"] = [-math.inf if low is None else low, math.inf if high is None else high]
         attributes["control"] = "" if self.control.startswith(NONE) else self.control
         shown = {"shade": self.shade, "title": self.title, "chart": self.chart, "log": self.log}
         return (
@@ -153,6 +158,8 @@ class Method:
         atlas: whether the atlas runs it.
         title: what results and pages call it.
         function: what computes it.
+        sites: the sites that a measure sees.
+        optional: those that it sees where the model has them.
         home: the module that declares it.
     """
 
@@ -172,6 +179,7 @@ class Method:
     title: str = ""
     arguments: Mapping[str, Argument] = field(default_factory=dict[str, Argument])
     sites: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     @property
     def home(self) -> str:
@@ -198,8 +206,14 @@ def validate(method: Method) -> None:
         missing.append("columns")
     if missing:
         raise _wrong(of, f"lacks {' and '.join(missing)}")
+    if method.kind == "measure" and method.of not in DIMS:
+        raise _wrong(of, "is of no unit", repr(method.of), allowed=", ".join(DIMS))
+    if not any(part.strip().endswith(".py") for part in method.check.split(",")):
+        raise _wrong(of, "names no test that proves it", method.check, do="name the file of a test, ending in .py")
+    for source in method.source:
+        _validate_source(of, source)
     _validate_columns(of, method)
-    for name in method.sites:
+    for name in (*method.sites, *method.optional):
         if name not in SITES:
             raise _wrong(of, f'names the site "{name}", which does not exist', allowed=", ".join(SITES))
     for name, argument in method.arguments.items():
@@ -207,7 +221,18 @@ def validate(method: Method) -> None:
             raise _wrong(of, f'has an argument "{name}" without a meaning')
 
 
+def _validate_source(of: str, source: object) -> None:
+    if not isinstance(source, Source):
+        raise _wrong(of, "has a source that is no Source", repr(source), do="write Source(authors, title, year)")
+    missing = [name for name in ("authors", "title", "year") if not getattr(source, name)]
+    if missing:
+        raise _wrong(of, f"has a source without {' and '.join(missing)}")
+
+
 def _validate_columns(of: str, method: Method) -> None:
+    for given in cast("tuple[object, ...]", method.columns):
+        if not isinstance(given, Column):
+            raise _wrong(of, "has a column that is no Column", repr(given), do="write Column(name, unit, meaning)")
     names = [column.name for column in method.columns]
     for column in method.columns:
         what = f'has a column "{column.name}"'
@@ -225,10 +250,30 @@ def _validate_columns(of: str, method: Method) -> None:
         serves = any(other.control == column.name for other in method.columns)
         if not column.control and not serves:
             raise _wrong(of, f"{what} without a control", do=f'name a column, or write "{NONE}" and the reason')
-        if column.control and not column.control.startswith(NONE) and column.control not in names:
-            raise _wrong(of, f'{what} whose control "{column.control}" is no column of it', allowed=", ".join(names))
+        _validate_links(of, column, names)
         if method.kind == "question" and column.dims is None and not _DYNAMIC.fullmatch(column.name):
             raise _wrong(of, f"{what} without dims")
+
+
+def _validate_links(of: str, column: Column, names: list[str]) -> None:
+    """Refuse a column whose control, colour or range cannot be."""
+    what = f'has a column "{column.name}"'
+    if column.control == column.name:
+        raise _wrong(of, f"{what} that is its own control", do=f'name another, or write "{NONE}" and the reason')
+    if column.control and not column.control.startswith(NONE) and column.control not in names:
+        raise _wrong(of, f'{what} whose control "{column.control}" is no column of it', allowed=", ".join(names))
+    if column.shade and column.shade not in names:
+        raise _wrong(of, f'{what} whose shade "{column.shade}" is no column of it', allowed=", ".join(names))
+    low, high = column.range
+    if low is not None and high is not None and low > high:
+        raise _wrong(of, f"{what} whose range ends below its beginning", f"{low:g} to {high:g}")
+
+
+def several(given: Any, kind: type[T]) -> tuple[T, ...]:
+    """What was given as one value of a kind or as several of them; what is neither stays alone, to be refused."""
+    if isinstance(given, kind | str) or not isinstance(given, Iterable):
+        return (cast("T", given),)
+    return tuple(cast("Iterable[T]", given))
 
 
 def _wrong(of: str, what: str, got: object = None, *, allowed: str | None = None, do: str | None = None) -> Exception:

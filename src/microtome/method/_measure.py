@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from microtome.anatomy import SITES, Site, parse
-from microtome.errors import SiteError, error
+from microtome.errors import DeclarationError, SiteError, error
 from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared
-from microtome.method._declare import DIMS, Column, Method, Source, Unit
+from microtome.method._declare import DIMS, Column, Method, Source, Unit, several
 from microtome.method._document import docstring
 from microtome.method._look import Look, Text, Weights
 from microtome.method._registry import register
@@ -27,12 +27,15 @@ class Measure:
     Attributes:
         method: the declaration.
         on: what it looks at, with the defaults of its arguments.
-        optional: sites that it sees where the model has them.
     """
 
     method: Method
     on: Look
-    optional: tuple[str, ...]
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Sites that it sees where the model has them."""
+        return self.method.optional
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -89,7 +92,7 @@ def measure(
     *,
     of: Unit,
     question: str,
-    columns: Sequence[Column],
+    columns: Column | Sequence[Column],
     source: Source | Sequence[Source],
     cost: str,
     check: str,
@@ -130,14 +133,36 @@ def measure(
         look = Text() if on is None else on
         arguments = arguments_of((*own, *(parameters_of(type(look)) if fields(look) else ())))
         method = Method(
-            name, "measure", question, docs.partition("\n")[0], tuple(columns),
-            (source,) if isinstance(source, Source) else tuple(source), cost, check, given,
+            name, "measure", question, docs.partition("\n")[0], several(columns, Column),
+            several(source, Source), cost, check, given,
             call=f'mt.measure(model, "{name}")', of=of, atlas=atlas, title=title, arguments=arguments,
-            sites=(sites,) if isinstance(sites, str) else tuple(sites),
+            sites=several(sites, str), optional=several(optional, str),
         )  # fmt: skip
         require_declared(method, own)
-        register(Measure(method, look, (optional,) if isinstance(optional, str) else tuple(optional)))
-        given.__doc__ = docstring(method, own)
+        _require_fit(method, look)
+        text = docstring(method, own)
+        register(Measure(method, look))
+        given.__doc__ = text
         return function
 
     return declare
+
+
+def _require_fit(method: Method, look: Look) -> None:
+    """Refuse a measure whose sites or columns do not go with what it looks at.
+
+    Raises:
+        DeclarationError: what it sees of a text is not of its layers, or its function gives columns with further axes.
+    """
+    if isinstance(look, Weights):
+        return
+    scopes = {SITES[name].scope for name in (*method.sites, *method.optional)}
+    of = f'the measure "{method.name}"'
+    if method.of != "model" and "model" in scopes:
+        name = next(name for name in (*method.sites, *method.optional) if SITES[name].scope == "model")
+        what = f'{of} is of each {method.of}, but sees the site "{name}", which is of the whole model'
+        raise error(DeclarationError, what, do='look at sites of layers, or declare it of="model"')
+    extra = next((column for column in method.columns if column.extra), None)
+    if extra is not None and not isinstance(method.function, type):
+        what = f'{of} has a column "{extra.name}" with axes of its own, which the mean of a function has not'
+        raise error(DeclarationError, what, got=", ".join(extra.extra), do="make it a Statistic, or leave extra= out")

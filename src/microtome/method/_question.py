@@ -13,8 +13,8 @@ import xarray as xr
 from torch import Tensor
 
 from microtome.context import current
-from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared
-from microtome.method._declare import Column, Method, Source
+from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared, split_call
+from microtome.method._declare import Column, Method, Source, several
 from microtome.method._document import docstring
 from microtome.method._registry import register
 from microtome.method._result import Result, Subject, column_of, counting, labelled, provenance, spent
@@ -75,7 +75,7 @@ def question(
     name: str,
     *,
     question: str,
-    columns: Sequence[Column],
+    columns: Column | Sequence[Column],
     source: Source | Sequence[Source],
     cost: str,
     check: str,
@@ -106,24 +106,20 @@ def question(
         parameters = parameters_of(function, 1)
         docs = inspect.getdoc(function) or ""
         method = Method(
-            name, "question", question, docs.partition("\n")[0], tuple(columns),
-            (source,) if isinstance(source, Source) else tuple(source), cost, check, function,
+            name, "question", question, docs.partition("\n")[0], several(columns, Column),
+            several(source, Source), cost, check, function,
             call=call, command=command, title=title, arguments=arguments_of(parameters),
         )  # fmt: skip
         require_declared(method, parameters)
         made = Question(method, parameters, reading)
+        text = docstring(method, parameters)
         register(made)
-        signature = inspect.signature(function)
-        first = next(iter(signature.parameters))
 
         @functools.wraps(function)
         def ask(*args: P.args, **kwargs: P.kwargs) -> Result:
-            known = {name: value for name, value in kwargs.items() if name in signature.parameters}
-            given = dict(signature.bind_partial(*args, **known).arguments) | kwargs  # what is unknown is refused below
-            model: Any = given.pop(first)
-            return made.ask(model, given)
+            return made.ask(*split_call(function, args, kwargs))
 
-        ask.__doc__ = docstring(method, parameters)
+        ask.__doc__ = text
         return ask
 
     return declare

@@ -10,9 +10,9 @@ from importlib import import_module
 from importlib.metadata import EntryPoint
 from typing import Protocol, runtime_checkable
 
-from microtome.catalogue import REGISTERED, Entry, entries, points
+from microtome.catalogue import REGISTERED, Entry, entries, own, points
 from microtome.errors import ArgumentError, DeclarationError, error, nearest
-from microtome.method._declare import Kind, Method, validate
+from microtome.method._declare import Kind, Method
 
 
 @runtime_checkable
@@ -40,6 +40,9 @@ class Methods(dict[str, Method]):
         return f"<table><tr><th>call</th><th>question</th></tr>{''.join(rows)}</table>"
 
 
+PACKAGE = "microtome."
+"""How the names of the package's own modules begin."""
+
 _DECLARED: dict[str, Declared] = {}
 _FAILED: dict[str, str] = {}
 
@@ -48,14 +51,14 @@ def register(declared: Declared) -> None:
     """Take in a declaration.
 
     Raises:
-        DeclarationError: it lacks something, contradicts itself, or clashes with another's; nothing is registered.
+        DeclarationError: its name or a column clashes with another's; nothing is registered.
     """
     method = declared.method
-    validate(method)
+    if not method.home.startswith(PACKAGE):
+        _require_own_names_free(method)
     known = _DECLARED.get(method.name)
     if known is not None and known.method.home != method.home:
-        what = f'the name "{method.name}" is taken by {known.method.home}'
-        raise error(DeclarationError, what, got=method.home, do="choose another name")
+        raise _taken(method, known.method.home)
     if method.kind == "measure":
         for other in (d.method for d in _DECLARED.values()):
             shared = {c.name for c in other.columns} & {c.name for c in method.columns}
@@ -64,6 +67,21 @@ def register(declared: Declared) -> None:
                 raise error(DeclarationError, what, do="rename it")
     _DECLARED[method.name] = declared
     REGISTERED[method.name] = Entry(method.name, method.kind, method.home, method.summary, method.command)
+
+
+def _require_own_names_free(method: Method) -> None:
+    """Refuse a name of the package's own, imported or not; and import its measures, whose columns are compared next."""
+    for entry in own():
+        if entry.name == method.name:
+            raise _taken(method, entry.module)
+        if entry.kind == method.kind == "measure":
+            import_module(entry.module)
+
+
+def _taken(method: Method, home: str) -> DeclarationError:
+    return error(
+        DeclarationError, f'the name "{method.name}" is taken by {home}', got=method.home, do="choose another name"
+    )
 
 
 def forget(name: str) -> None:
@@ -105,7 +123,7 @@ def methods(kind: Kind | None = None) -> Methods:
             continue
         try:
             declared(entry.name)
-        except ArgumentError as problem:
+        except (ArgumentError, DeclarationError) as problem:
             warnings.warn(str(problem), stacklevel=2)
     chosen = {name: d.method for name, d in _DECLARED.items() if kind in (None, d.method.kind)}
     return Methods(sorted(chosen.items()))
