@@ -138,6 +138,15 @@ def test_means_are_those_of_the_runs(model: mt.Model) -> None:
         mt.change.means(model, iter([]), "1.mlp_out")
 
 
+def test_a_mean_over_a_corpus_leaves_out_what_is_put_before_the_text(model: mt.Model) -> None:
+    rows = torch.tensor(ROWS[:2])
+    batches = [TokenBatch.of(rows, lead=1)]
+    want = model.run(rows, capture="1.mlp_out")["1.mlp_out"][:, 1:].double().mean((0, 1))
+    assert (mt.change.means(model, batches, "1.mlp_out")["1.mlp_out"] - want).abs().max() < 1e-6
+    first = model.run(rows, capture="1.mlp_out@0")["1.mlp_out@0"].double().mean((0, 1))
+    assert (mt.change.means(model, batches, "1.mlp_out@0")["1.mlp_out@0"] - first).abs().max() < 1e-6
+
+
 def test_resampling_takes_another_prompts_values(model: mt.Model) -> None:
     rows = [[i, 20, 33 + i] for i in range(5, 11)]
     source = mt.change.resampled(model, rows, "*.attn_out", seed=2)

@@ -1,4 +1,4 @@
-"""Declarations and calls that are wrong, in a process of their own: with nothing imported, or without checks of types."""
+"""Wrong declarations and calls, in a process of their own: with nothing imported, or without checks of types."""
 
 from __future__ import annotations
 

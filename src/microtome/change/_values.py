@@ -23,7 +23,8 @@ def means(model: Model, text: Prompt | Iterable[TokenBatch], sites: str | Sequen
 
     Formula:  see the head of this file.
     Source:   mean ablation as in Wang et al., "Interpretability in the Wild", 2022 (arXiv 2211.00593). Departs: over
-              all real tokens named, unless the address names positions.
+              all tokens of the text (padding, and a token put before a text by its tokenizer in batches of a corpus,
+              are left out), unless the address names positions.
     Cost:     one forward of the text; two float64 numbers a unit.
     Check:    equals the mean of what runs capture, padded or not; tests/laws/test_values.py.
 
@@ -43,26 +44,26 @@ def means(model: Model, text: Prompt | Iterable[TokenBatch], sites: str | Sequen
     if square is not None:
         raise error(DataError, f"no mean of {square}", got="a site over pairs of positions", do="average it yourself")
     moments: dict[str, Moments] = {}
-    for prompt in _prompts(text):
+    for prompt, own in _prompts(text):
         run = model.run(prompt, capture=addresses, logits=False)
         for address, x in run.captured.items():
             everywhere = run.batch.frame.columns_of(address.positions) is None
             held = moments.setdefault(str(address), Moments(tuple(x.shape[2:])))
-            held.update(x.detach(), run.mask if everywhere else None)
+            held.update(x.detach(), (run.mask if own is None else own.to(run.mask.device)) if everywhere else None)
     if not moments:
         raise error(DataError, "means needs text", got="no batches", do="give prompts or a corpus")
     return {name: held.result().mean.reshape(held.shape) for name, held in moments.items()}
 
 
-def _prompts(text: Prompt | Iterable[TokenBatch]) -> Iterator[Prompt]:
-    """One prompt, or the tokens of each batch."""
+def _prompts(text: Prompt | Iterable[TokenBatch]) -> Iterator[tuple[Prompt, Tensor | None]]:
+    """One prompt, or the tokens of each batch with the mask of its text: what is put before it is none of it."""
     parts: Any = text
     if isinstance(parts, str | Tensor) or (
         isinstance(parts, Sequence) and not any(isinstance(part, TokenBatch) for part in parts)
     ):
-        yield parts
+        yield parts, None
     else:
-        yield from (part.tokens for part in parts)
+        yield from ((part.tokens, part.text) for part in parts)
 
 
 def resampled(model: Model, prompts: Prompt, sites: str | Sequence[str], *, seed: int = 0) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from microtome.context import current
 from microtome.errors import ArgumentError, SiteError, error, nearest
-from microtome.method._arguments import checked
+from microtome.method._arguments import checked, require_model
 from microtome.method._declare import DIMS, Method
 from microtome.method._look import Look, Text, Weights
 from microtome.method._measure import Measure
@@ -25,9 +25,7 @@ from microtome.method._texts import Batches
 from microtome.model import Model
 
 
-def measure(
-    model: Model, *names: str, text: Any = None, groups: Any = None, **options: Any
-) -> Result:
+def measure(model: Model, *names: str, text: Any = None, groups: Any = None, **options: Any) -> Result:
     """Run measures on a model: those that look at the same text share one pass over it.
 
     Cost:  one forward of every text that is looked at, and what each measure says of itself; see docs/methods.md.
@@ -54,6 +52,7 @@ def measure(
 
     >>> mt.measure(model, "induction", "firing", tokens=5_000)
     """
+    require_model(model)
     measured = run_measures(model, names, text=text, groups=groups, options=options)
     parts = _alike(list(measured.datasets.values()))
     result = Result.of(xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop"))

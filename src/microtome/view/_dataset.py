@@ -1,7 +1,7 @@
 """What a labelled result says of itself: its variables and what belongs to each, its prompts, its title.
 
 A result is an `xarray.Dataset`. A variable has the attributes `unit` and `meaning`, and may have `title`, `control`
-(the variable to compare it with), `range` ([low, high], None where open) and `shade` (for text: the variable that
+(the variable to compare it with), `range` ([low, high], infinite where open) and `shade` (for text: the variable that
 colours it). `X_lo` and `X_hi` are the ends of the 95 % interval of X, `X_p` its p-value, `X_each` its values by
 example, `X_exact` exact measurements of an estimate, `X_source` what each X reads, by position. The dataset's own
 attributes say the `method` (a title), the `reading` (how to read a value), the `metric`, `parts` that sum to `sum_of`,

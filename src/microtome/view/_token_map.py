@@ -189,6 +189,6 @@ def _shares(values: np.ndarray, limits: Any) -> np.ndarray:
     """Values as shares of their range: the one they say, else 0 to the largest; 0 where nothing was measured."""
     low, high = limits if limits is not None else (None, None)
     known = values[np.isfinite(values)]
-    low = min(0.0, float(known.min(initial=0.0))) if low is None else low
-    high = max(1.0, float(known.max(initial=0.0))) if high is None else high
+    low = min(0.0, float(known.min(initial=0.0))) if low is None or np.isinf(low) else low
+    high = max(1.0, float(known.max(initial=0.0))) if high is None or np.isinf(high) else high
     return np.clip((np.nan_to_num(values, nan=low) - low) / ((high - low) or 1.0), 0, 1)
