@@ -1,4 +1,4 @@
-"""Wrong declarations and calls, in a process of their own: with nothing imported, or without checks of types."""
+"""Declarations and calls that are wrong, in a process of their own: nothing imported before, annotations unchecked."""
 
 from __future__ import annotations
 
