@@ -140,7 +140,7 @@ def test_means_are_those_of_the_runs(model: mt.Model) -> None:
 
 def test_a_mean_over_a_corpus_leaves_out_what_is_put_before_the_text(model: mt.Model) -> None:
     rows = torch.tensor(ROWS[:2])
-    batches = [TokenBatch.of(rows, lead=1)]
+    batches = [mt.stream.TokenBatch.of(rows, lead=1)]
     want = model.run(rows, capture="1.mlp_out")["1.mlp_out"][:, 1:].double().mean((0, 1))
     assert (mt.change.means(model, batches, "1.mlp_out")["1.mlp_out"] - want).abs().max() < 1e-6
     first = model.run(rows, capture="1.mlp_out@0")["1.mlp_out@0"].double().mean((0, 1))

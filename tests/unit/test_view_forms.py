@@ -301,6 +301,8 @@ def test_a_shade_takes_its_range_from_its_variable() -> None:
     (form,) = forms(data).of(TokenMap)
     assert form.shades is not None
     np.testing.assert_allclose(form.shades, np.clip(2 * data["probability"].values - 1, 0, 1))
+    data["probability"].attrs["range"] = [0.0, np.inf]  # open: to the largest value, or to 1
+    np.testing.assert_allclose(forms(data).of(TokenMap)[0].shades, data["probability"].values)
 
 
 def test_parts_are_listed_largest_first_with_their_sum() -> None:
