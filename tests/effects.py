@@ -32,7 +32,7 @@ def fake() -> xr.Dataset:
         coords={"layer": range(LAYERS), "clean_token": ("pos", CLEAN), "corrupt_token": ("pos", CORRUPT)},
     )
     told = {"method": "activation patching", "direction": "denoise", "answer": " <b>Paris", "foil": " Rome"}
-    told |= {"metric": "logit difference", "reading": "0 leaves the corrupt answer, 1 restores the clean one."}
+    told |= {"metric": "logit difference", "reading": "0 leaves the corrupt answer, 1 fully restores the clean one."}
     return data.assign_attrs(told | {"model": "Fake <i>& small", "fingerprint": "ab" * 8, "seed": 7, "seconds": 1.5})
 
 
@@ -60,7 +60,7 @@ def estimated() -> xr.Dataset:
     data["rank_correlation"], data["measured"] = ("site", [0.875]), ("site", [2])
     told = {"method": "attribution patching", "rules": "plain", "direction": "noise", "answer_id": 3, "foil_id": 4}
     told |= {"clean_ids": [1, 2], "sites": ["attn.z[head]"], "reading": "An estimate, from one gradient."}
-    site = ("site", ["attn.z[head]"], {"title": "how far the estimates hold"})
+    site = ("site", ["attn.z[head]"], {"title": "how reliable the estimates are"})
     return data.assign_coords(site=site).drop_attrs(deep=False).assign_attrs(told)
 
 

@@ -1,4 +1,4 @@
-"""Ablation: what sites hold is replaced by what they hold on average.
+"""Ablation: the activations of sites are replaced by their mean.
 
 Formula:  x[unit] := mean over the tokens of a text of x[unit], at the rows, units and positions of the address.
 """
@@ -21,12 +21,12 @@ Sites = str | Sequence[str]
     "mean_ablation",
     command="mean-ablation",
     title="mean ablation",
-    question="What does a model do without what a site says beyond its average?",
+    question="How does a model behave when sites keep only their average activation?",
     source=Source(
         "Wang et al.", "Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small",
         2022, "2211.00593", departs="the mean is over all tokens of the text, unless the address names positions",
     ),
-    cost="one forward of the text; two float64 numbers a unit",
+    cost="one forward over the text; two float64 numbers per unit",
     check="tests/laws/test_values.py",
     call='mt.change.mean_ablation(model, "12.mlp_out")',
 )  # fmt: skip
@@ -37,7 +37,7 @@ def mean_ablation(
     text: Annotated[Any, Argument("text to average over: a file, or what `mt.measure` takes", from_text=Path)] = None,
     tokens: Annotated[int, Argument("how many tokens of the text to read", "tokens", least=2)] = 20_000,
 ) -> list[Edit]:
-    """Edits that replace sites by their mean over a text.
+    """Edits that replace sites by their mean activation over a text.
 
     Raises:
         SiteError: an address matches nothing.

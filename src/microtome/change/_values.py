@@ -1,4 +1,4 @@
-"""What a site holds on average over text, and what it holds for another prompt: values to ablate with.
+"""Mean activations over a text, and activations of other prompts: values to ablate with.
 
 Formula:  mean[unit] = sum over real tokens at the address of x[unit] / their number, in float64.
 """
@@ -19,13 +19,13 @@ from microtome.stream import Moments, TokenBatch
 
 
 def means(model: Model, text: Prompt | Iterable[TokenBatch], sites: str | Sequence[str]) -> dict[str, Tensor]:
-    """The mean of sites over prompts or a corpus, for `Mean(mean=)` and `Set`.
+    """The mean activation of sites over prompts or a corpus, for `Mean(mean=)` and `Set`.
 
     Formula:  see the head of this file.
     Source:   mean ablation as in Wang et al., "Interpretability in the Wild", 2022 (arXiv 2211.00593). Departs: over
               all tokens of the text (padding, and a token put before a text by its tokenizer in batches of a corpus,
               are left out), unless the address names positions.
-    Cost:     one forward of the text; two float64 numbers a unit.
+    Cost:     one forward over the text; two float64 numbers per unit.
     Check:    equals the mean of what runs capture, padded or not; tests/laws/test_values.py.
 
     Args:
@@ -67,7 +67,7 @@ def _prompts(text: Prompt | Iterable[TokenBatch]) -> Iterator[tuple[Prompt, Tens
 
 
 def resampled(model: Model, prompts: Prompt, sites: str | Sequence[str], *, seed: int = 0) -> dict[str, Tensor]:
-    """What each prompt's sites held for another prompt of the list, drawn by a seed: a source for `Patch`.
+    """Each prompt's activations taken from another prompt of the list, drawn at random: a source for `Patch`.
 
     Formula:  source[row] = x[o(row)], o a random cycle through the prompts of each length, so that none is its own.
     Source:   resampling ablation as in Chan et al., "Causal Scrubbing", 2022. Departs: none.
@@ -97,7 +97,7 @@ def resampled(model: Model, prompts: Prompt, sites: str | Sequence[str], *, seed
 
 
 def others(lengths: Sequence[int], seed: int) -> list[int]:
-    """For each of several prompts another one of the same length, each used once: a random cycle a length.
+    """For each of several prompts another one of the same length, each used once: one random cycle per length.
 
     Raises:
         DataError: a prompt has no other of its length.

@@ -1,4 +1,4 @@
-"""Why a model said what it said: lenses and exact decompositions."""
+"""Why a model gives its answer: lenses, decompositions, patching and attribution."""
 
 from microtome.explain._answers import one_token as one_token
 from microtome.explain._attribution import RELP as RELP

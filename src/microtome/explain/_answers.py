@@ -1,4 +1,4 @@
-"""Answers as tokens: one, or one an example; the model's own where none is given."""
+"""Answers as tokens: one, or one per example; by default the model's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from microtome.model import Model
 from microtome.tasks import LogOdds
 
 Answer = str | int | Sequence[str] | Sequence[int]
-"""One token for all examples, or one an example: as text of one token, or as its id."""
+"""One token for all examples, or one per example: as text of one token, or as its id."""
 
 READS: dict[type, tuple[str, str]] = {
     LogitDifference: ("logit difference", "logits"), LogProbability: ("log-probability of the answer", "nats"),

@@ -1,4 +1,4 @@
-"""Attribution: what every activation or edge would do to the answer, estimated from one gradient.
+"""Attribution: how patching each activation or edge would change the answer, estimated from one gradient.
 
 Formula:  node  score(n)      = (n_goal - n_start) . R_n,      summed over the axes that a cell covers;
           edge  score(u -> v) = (u_goal - u_start) . R_in(v),  summed over positions and d_model,
@@ -29,7 +29,7 @@ RELP = Freeze(norms=True, patterns=True, activations="ratio", half_products=True
 NAMES = {"atp": "attribution patching", "relp": "RelP", "eap": "edge attribution patching"}
 READING = (
     "Each value is an estimate, from one gradient, of what taking this part from the {given} run would do to the "
-    "{metric}: above 0 raises it. What was measured exactly stands beside it."
+    "{metric}: above 0 raises it. Exact measurements stand beside it."
 )
 
 
@@ -37,7 +37,7 @@ READING = (
     "attribute",
     command="attribute",
     title="attribution",
-    question="What would every activation or edge do to the answer, estimated from one gradient?",
+    question="How would patching each activation or edge change the answer, estimated from one gradient?",
     columns=SCORES,
     source=(
         Source(
@@ -46,8 +46,8 @@ READING = (
         ),
         Source(
             "Syed, Rager, Conmy", "Attribution Patching Outperforms Automated Circuit Discovery", 2023, "2310.10348",
-            departs="edges into shared keys and values are separated by query head; a norm behind a branch is gone "
-            "through to first order",
+            departs="edges into shared keys and values are separated by query head; a norm after a branch is "
+            "linearised",
         ),
         Source(
             "Jafari, Eberle, Khakzar, Nanda",
@@ -73,10 +73,10 @@ def attribute(
     rules: Annotated[Freeze | None, Argument("backward rules instead of the method's own", command=False)] = None,
     direction: Direction = "denoise",
     verify: Annotated[
-        int, Argument("best cells of each site to measure exactly, beside as many random others", "cells", least=0)
+        int, Argument("how many top cells per site to measure exactly, beside as many random others", "cells", least=0)
     ] = 50,
 ) -> Found:
-    """Estimate what every node or edge would do to the answer, from one gradient, and measure the best ones exactly.
+    """Estimate from one gradient how each node or edge would change the answer, and measure the top ones exactly.
 
     Nodes have a variable per site, over (layer, pos) or (layer, unit); edges have `score`, NaN where there is no edge.
     With ``rules=mt.explain.RELP`` EAP takes its RelP form.

@@ -1,4 +1,4 @@
-"""Who wrote the answer: a logit as an exact sum over embedding, heads, MLPs and biases.
+"""Which parts wrote the answer: a logit as an exact sum over embedding, heads, MLPs and biases.
 
 Formula:  x_final = embed + sum_l (attn_out_l + mlp_out_l),  logit_t = u . x_final + constant,
           u = centre(gain * W_U[:, t]) / scale,  the final norm's scale held at its value in this run.
@@ -41,22 +41,22 @@ def _column(name: str, meaning: str, dims: tuple[str, ...] = BATCH, title: str =
     title="direct logit attribution",
     question="How much does each part of the model add to a logit?",
     columns=(
-        _column("logit", "the logit of the answer, or its difference to the foil's; before a cap", control=WHOLE),
+        _column("logit", "the answer's logit, or its difference from the foil's, before any soft cap", control=WHOLE),
         _column("embed", "what the embedding adds", title="embedding"),
         _column("attn", "what each head adds", HEAD, "heads"),
-        _column("attn_bias", "what the output bias of attention and of a norm behind it add", LAYER, "attention bias"),
+        _column("attn_bias", "what the output biases of attention and any norm after it add", LAYER, "attention bias"),
         _column("mlp", "what each MLP adds", LAYER, "MLP"),
         _column("constant", "what the biases of the final norm and of the unembedding add"),
-        _column("gap", "the logit minus the sum of all parts", control="none: 0 but for rounding"),
-        _column("attn_source", "what each head adds by the position that it reads", (*HEAD, "k_pos")),
+        _column("gap", "the logit minus the sum of all parts", control="none: 0 up to rounding"),
+        _column("attn_source", "what each head adds, split by the position it reads from", (*HEAD, "k_pos")),
         _column("mlp_neuron", "what each neuron adds", (*LAYER, "neuron"), "neurons"),
         _column("mlp_bias", "what the output bias of each MLP adds, where it is split into neurons", LAYER, "MLP bias"),
     ),
     source=Source(
         "Elhage et al.", "A Mathematical Framework for Transformer Circuits", 2021,
-        departs="norms behind a branch (Gemma 2) are drawn through too, with their scale held",
+        departs="norms after a branch (Gemma 2) are included, with their scale held fixed",
     ),
-    cost="one forward; memory for one position of every layer, and all patterns and values with sources",
+    cost="one forward; memory for one position per layer, and for all patterns and values if split by source",
     check="tests/laws/test_explain.py",
     call='mt.explain.contributions(model, "The capital of France is", answer=" Paris", foil=" Rome")',
     reading="A positive part raises the answer; embedding, heads, MLPs and biases sum to the logit.",
@@ -66,11 +66,11 @@ def contributions(
     prompt: PromptText,
     *,
     answer: Annotated[
-        Answer | None, Argument("one token, or one per prompt; the model's own without it", from_text=str)
+        Answer | None, Argument("one token, or one per prompt; by default the model's own", from_text=str)
     ] = None,
     foil: Annotated[Answer | None, Argument("explain the difference to this token's logit", from_text=str)] = None,
-    position: Annotated[int, Argument("position explained, counted from the end of the prompt if negative")] = -1,
-    detail: Annotated[tuple[Detail, ...], Argument("heads by source position, MLPs by neuron")] = (),
+    position: Annotated[int, Argument("position to explain, counted from the end of the prompt if negative")] = -1,
+    detail: Annotated[tuple[Detail, ...], Argument("split heads by source position, MLPs by neuron")] = (),
 ) -> Found:
     """Split a logit at one position exactly into what each part of the model adds to it.
 

@@ -1,4 +1,4 @@
-"""Runs that lost their subject: under noise on its embeddings, or with another subject's tokens."""
+"""Runs with a corrupted subject: by noise on its embeddings, or with another subject's tokens."""
 
 from __future__ import annotations
 

@@ -31,21 +31,21 @@ from microtome.sweep import Edge
 TOGETHER = 4096
 """Edges of how many are held in one sweep; what a stopped measurement loses at most."""
 WRITTEN = ("embed", "*.attn.z", "*.mlp_out")
-MEASURED = "none: every cell is measured; most of them are about 0"
+MEASURED = "none: every cell is measured, and most are near 0"
 READING = (
-    "Each value is what the {metric} of the {start} prompt gains when this alone is taken from the {given} run: "
-    "below 0 it loses."
+    "Each value is how the {metric} of the {start} prompt changes when this part alone is taken from the {given} "
+    "run: below 0, it falls."
 )
 PAIR = 'model, "The capital of France is", "The capital of Italy is", answer=" Paris", foil=" Rome"'
-BASE = Column("base", "logits", "the metric before any change", "none: what effects are differences from", dims=())
+BASE = Column("base", "logits", "the metric before any change", "none: the baseline of the effects", dims=())
 
 
 @question(
     "node_effects",
     command="nodes",
     title="node effects",
-    question="What is every part of the model worth: the embedding, each head, each MLP?",
-    columns=(Column("effect", "logits", "what taking the part from the other run does to the metric", MEASURED,
+    question="How much does each part of the model matter to the answer: the embedding, each head, each MLP?",
+    columns=(Column("effect", "logits", "change of the metric when this part is taken from the other run", MEASURED,
                     dims=("sender",)), BASE),
     source=Source("Wang et al.", "Interpretability in the Wild", 2022, "2211.00593"),
     cost="two forwards and one sweep of 1 + L (H + 1) cells",
@@ -62,7 +62,7 @@ def node_effects(
     metric: ReadMetric = None,
     direction: Direction = "denoise",
 ) -> Found:
-    """Take each part of the model from the other run, alone, and measure what that does to the answer.
+    """Take each part of the model alone from the other run, and measure how that changes the answer.
 
     A run in place of the corrupt prompt has captured ``embed``, ``*.attn.z`` and ``*.mlp_out``. NaN where it was
     stopped.
@@ -85,15 +85,15 @@ def node_effects(
     "edge_effects",
     command="edges",
     title="edge effects",
-    question="What is every edge worth, each part as read by the queries, keys and values of heads, MLPs, the logits?",
-    columns=(Column("effect", "logits", "what the receiver's reading the sender's output of the other run does to the "
-                    "metric", MEASURED, dims=("sender", "receiver")), BASE),
+    question="How much does each edge matter, from each part to the queries, keys, values, MLPs and logits it feeds?",
+    columns=(Column("effect", "logits", "change of the metric when the receiver alone reads the sender's output from "
+                    "the other run", MEASURED, dims=("sender", "receiver")), BASE),
     source=Source(
         "Conmy et al.", "Towards Automated Circuit Discovery for Mechanistic Interpretability", 2023, "2304.14997",
-        departs="every edge is measured alone; none is removed for good",
+        departs="every edge is measured alone; none is permanently removed",
     ),
-    cost="two forwards a layer, its attention three times a sender and its MLP once, and a cell an edge; 123,211 edges "
-    "of 30 layers of 9 heads cost as much as some 42,000 forwards",
+    cost="per layer two forwards, and for each sender its attention three times and its MLP once; one cell per edge; "
+    "123,211 edges of 30 layers of 9 heads cost about as much as 42,000 forwards",
     check="tests/laws/test_edges.py",
     call=f"mt.explain.edge_effects({PAIR})",
 )  # fmt: skip
@@ -108,10 +108,10 @@ def edge_effects(
     direction: Direction = "denoise",
     embeddings: Annotated[
         Mapping[str, Tensor] | None,
-        Argument("senders in place of `embed`: what each changes in it [pos, d_model]", command=False),
+        Argument("senders that replace `embed`: what each changes in it [pos, d_model]", command=False),
     ] = None,
 ) -> Found:
-    """Let each reader of the stream alone read what one part writes in the other run, and measure the answer.
+    """For each edge, let the receiver alone read what the sender writes in the other run, and measure the answer.
 
     A run in place of the corrupt prompt is as for `node_effects`. NaN where there is no edge or where it was stopped.
 

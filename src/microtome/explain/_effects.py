@@ -1,4 +1,4 @@
-"""What a component does for an answer: by itself, through what follows it, and what repairs its loss.
+"""What a component contributes to an answer, directly and through what follows it, and what repairs its loss.
 
 Formula:  u = centre(gain * (W_U[:, answer] - W_U[:, foil])) / scale, the final norm's scale held at the clean run's;
           d_r = (what r adds at the position) . u.   With component m ablated, every change being ablated minus clean:
@@ -48,28 +48,28 @@ def _effect(name: str, meaning: str, control: str = PARTS, dims: tuple[str, ...]
     "component_effects",
     command="effects",
     title="component effects",
-    question="What does a component do for an answer by itself, and what makes up for its loss?",
+    question="How much does a component contribute to an answer directly, and what compensates for its loss?",
     columns=(
         _effect("total", "when the component is ablated", "total_control"),
-        Column("total_control", "logits", "mean total of other heads of the layer, or of the branch in other layers",
+        Column("total_control", "logits", "mean total of the layer's other heads, or of the branch in other layers",
                dims=("component",)),
-        _effect("direct", "through the component's own writing, what follows held"),
-        _effect("indirect", "beside the direct effect: total - direct"),
-        _effect("norm", "that the final norm, and a cap of the logits, make of it"),
+        _effect("direct", "through the component's own output, with what follows held fixed"),
+        _effect("indirect", "other than the direct effect: total - direct"),
+        _effect("norm", "due to the final norm and any soft cap on the logits"),
         _effect("repair", "through a later component, the receiver", dims=("component", "receiver")),
-        Column("slope", "logits per logit", "slope of all repairs on the direct effect over examples",
+        Column("slope", "logits per logit", "slope of the summed repairs on the direct effect, over examples",
                "none: 0 is no repair, -1 full repair", dims=("component",)),
-        Column("clean", "logits", "the logit (difference) without ablation", "none: what changes are from",
+        Column("clean", "logits", "the logit (difference) without ablation", "none: the baseline of the changes",
                dims=("example",)),
     ),
     source=Source(
         "McGrath et al.", "The Hydra Effect: Emergent Self-repair in Language Model Computations", 2023, "2307.15771",
-        departs="heads too; the mean is over the prompts unless a text is given; the effect of the norm is kept apart",
+        departs="heads too; the mean is over the prompts unless a text is given; the norm's effect is kept separate",
     ),
-    cost="a component of layer l: (L - l)/L of a forward per example, in batches of one layer's components",
+    cost="(L - l)/L of a forward per example and component of layer l, in batches of one layer's components",
     check="tests/laws/test_effects.py, tests/planted/test_causal.py",
     call='mt.explain.component_effects(model, ["The capital of France is"], answer=" Paris", foil=" Rome")',
-    reading="Below 0, the component helps the answer; a repair above 0 makes up for its loss.",
+    reading="Below 0, the component helps the answer; a repair above 0 compensates for its loss.",
 )  # fmt: skip
 def component_effects(
     model: Model,
@@ -83,17 +83,18 @@ def component_effects(
         str | Sequence[str],
         Argument('addresses such as "3.attn.z[2]" or "3.mlp_out", or all "branches" or "heads"', from_text=str),
     ] = "branches",
-    receivers: Annotated[str, Argument("repair by branch or by head", choices=RECEIVERS)] = "branches",
-    ablation: Annotated[str, Argument("what is put in place of a component", choices=ABLATIONS)] = "mean",
+    receivers: Annotated[str, Argument("split repair by branch or by head", choices=RECEIVERS)] = "branches",
+    ablation: Annotated[str, Argument("what replaces a component", choices=ABLATIONS)] = "mean",
     corrupt: Annotated[
-        Prompt | None, Argument('for "corrupt", one aligned prompt per prompt; those of a task', from_text=str)
+        Prompt | None,
+        Argument('for "corrupt", one aligned prompt per prompt; by default those of the task', from_text=str),
     ] = None,
     text: Annotated[
         Prompt | None, Argument('for "mean", prompts to average over instead, at the ablated positions', from_text=str)
     ] = None,
     everywhere: Annotated[bool, Argument("ablate at all positions instead of the last")] = False,
 ) -> Found:
-    """Total, direct and indirect effects of ablating heads or branches, and which later components make up for it.
+    """Total, direct and indirect effects of ablating heads or branches, and which later components compensate for them.
 
     The answer is read at the last position of each prompt; prompts may have any lengths, unless they are resampled.
     `total_control` is over the components that are measured, NaN where none of them is like this one.

@@ -1,4 +1,4 @@
-"""Attention knock-out: what an answer loses when some positions can no longer read others, layer by layer.
+"""Attention knock-out: how the answer suffers when some positions can no longer attend to others, by layer.
 
 Formula:  in the window of layers w(l) = max(0, l - w//2) .. min(L, l + ceil(w/2)) - 1, every head's score from q in the
           query span to k in the key span becomes -inf before the softmax;
@@ -33,14 +33,14 @@ from microtome.method import (
 from microtome.metric import LogProbability
 from microtome.model import Model
 
-START = "none: the run without a cut, which changes are from"
+START = "none: the run without a cut, the baseline of the changes"
 UNITS = {"probability": "probability", "log_probability": "nats", "relative": "share"}
 
 
 def _changed(name: str, meaning: str) -> tuple[Column, Column]:
     control = f"{name}_control"
     return (
-        Column(name, UNITS[name], f"change of the {meaning} by the cut", control, dims=("layer",)),
+        Column(name, UNITS[name], f"change of the {meaning} due to the cut", control, dims=("layer",)),
         Column(control, UNITS[name], f"mean change of the {meaning} when as many random keys are cut", dims=("layer",)),
     )
 
@@ -49,34 +49,36 @@ def _changed(name: str, meaning: str) -> tuple[Column, Column]:
     "attention_knockout",
     command="knockout",
     title="attention knock-out",
-    question="In which layers must some positions read others for the answer to come out?",
+    question="In which layers must some positions attend to others for the model to give its answer?",
     columns=(
         *_changed("probability", "probability of the answer"),
         *_changed("log_probability", "log-probability of the answer"),
-        *_changed("relative", "probability of the answer, as a share of it,"),
-        Column("clean", "probability", "probability of the answer in the whole run", START, (0, 1), dims=()),
-        Column("clean_log", "nats", "log-probability of the answer in the whole run", START, dims=()),
+        *_changed("relative", "probability of the answer, relative to its value without the cut,"),
+        Column("clean", "probability", "probability of the answer without a cut", START, (0, 1), dims=()),
+        Column("clean_log", "nats", "log-probability of the answer without a cut", START, dims=()),
     ),
     source=Source(
         "Geva et al.", "Dissecting Recall of Factual Associations in Auto-Regressive Language Models", 2023,
-        "2304.14767", "section 5", departs="a control of other keys; absolute changes, the relative one beside them",
+        "2304.14767", "section 5", departs="adds a control of other keys, and absolute changes beside the relative one",
     ),
     cost="one forward and a sweep of (1 + controls) x L cells",
     check="tests/laws/test_knockout.py",
     call='mt.explain.attention_knockout(model, "The Colosseum is in the city of", keys="The Colosseum")',
-    reading="Each layer is the middle of the layers that are cut: below 0, the answer needs what was cut.",
+    reading="Each layer is the middle of the window that is cut: below 0, the answer needs the attention that was cut.",
 )  # fmt: skip
 def attention_knockout(
     model: Model,
     prompt: PromptText,
     *,
-    queries: Annotated[Span, Argument("positions that can no longer read", from_text=span_from_text)] = -1,
-    keys: Annotated[Span, Argument("positions that they can no longer read", from_text=span_from_text)],
+    queries: Annotated[
+        Span, Argument("positions that can no longer attend to the keys", from_text=span_from_text)
+    ] = -1,
+    keys: Annotated[Span, Argument("positions that the queries can no longer attend to", from_text=span_from_text)],
     answer: AnswerToken = None,
-    window: Annotated[int, Argument("layers cut at once", "layers", least=1)] = 9,
-    controls: Annotated[int, Argument("random sets of other keys", "sets", least=0)] = 5,
+    window: Annotated[int, Argument("how many layers to cut at once", "layers", least=1)] = 9,
+    controls: Annotated[int, Argument("how many random sets of other keys to cut as a control", "sets", least=0)] = 5,
 ) -> Found:
-    """In which layers some positions must read others for the answer to come out.
+    """In which layers some positions must attend to others for the model to give its answer.
 
     Raises:
         PromptError: a span is not in the prompt, or queries cannot read the keys anyway.

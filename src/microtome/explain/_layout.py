@@ -18,7 +18,10 @@ LAYOUTS = (*BY_POSITION, *BY_UNIT)
 """What can be patched by layer and position, and with its unit behind by layer and unit at all positions."""
 
 Sites = Annotated[
-    Sequence[str], Argument("what is patched, by layer and position, or by unit with its axis behind", choices=LAYOUTS)
+    Sequence[str],
+    Argument(
+        "what to patch: a site by layer and position, or by layer and unit with the unit in brackets", choices=LAYOUTS
+    ),
 ]
 DEFAULT_SITES = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]")
 

@@ -1,4 +1,4 @@
-"""The logit lens: what the model would say if it ended after each layer.
+"""The logit lens: what the model would predict if it ended after each layer.
 
 Formula:  logits_l = unembed(final_norm(resid_pre_l)), l = 0 .. L, where l = L is the stream after the last layer, so
           that logits_L are the model's own.
@@ -15,7 +15,7 @@ from microtome.method import Argument, Column, Found, PromptText, Source, questi
 from microtome.model import Model
 
 PLACED = ("layer", "batch", "pos")
-LAST = "none: the last layer's is the model's own"
+LAST = "none: the last layer gives the model's own output"
 
 
 def _number(name: str, unit: str, meaning: str, *extra: str) -> Column:
@@ -26,23 +26,23 @@ def _number(name: str, unit: str, meaning: str, *extra: str) -> Column:
     "logit_lens",
     command="lens",
     title="logit lens",
-    question="What would the model say if it ended after each layer?",
+    question="What would the model predict if it ended after each layer?",
     columns=(
         Column(
-            "word", "token", "the likeliest tokens, as text", LAST, dims=(*PLACED, "rank"), shade="probability",
+            "word", "token", "the most likely tokens, as text", LAST, dims=(*PLACED, "rank"), shade="probability",
             title="top tokens",
         ),
-        _number("token", "token", "the likeliest tokens, by id", "rank"),
-        _number("probability", "probability", "of the likeliest tokens", "rank"),
-        _number("answer_probability", "probability", "of the model's own answer"),
+        _number("token", "token", "the most likely tokens, by id", "rank"),
+        _number("probability", "probability", "probability of the most likely tokens", "rank"),
+        _number("answer_probability", "probability", "probability of the model's own answer"),
         _number("answer_rank", "tokens", "how many tokens outrank the model's own answer"),
-        _number("entropy", "nats", "entropy of the distribution"),
+        _number("entropy", "nats", "entropy of the predicted distribution"),
     ),
     source=Source("nostalgebraist", "interpreting GPT: the logit lens", 2020),
-    cost="one forward, and L + 1 unembeddings of its positions",
+    cost="one forward, and L + 1 unembeddings of every position",
     check="tests/laws/test_explain.py",
     call='mt.explain.logit_lens(model, "The capital of France is")',
-    reading="Each cell is the token that the stream before a layer reads as; the last row is the model's output.",
+    reading="Each cell is the token predicted from the stream before a layer; the last row is the model's output.",
 )  # fmt: skip
 def logit_lens(
     model: Model,

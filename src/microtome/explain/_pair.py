@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 CleanPrompt = Annotated[Prompt, Argument("the prompt with the answer", positional=True)]
-CorruptPrompt = Annotated[Prompt, Argument("as many tokens with another answer", positional=True)]
+CorruptPrompt = Annotated[Prompt, Argument("a prompt of as many tokens with another answer", positional=True)]
 CorruptOrRun = Annotated[
-    Prompt | Run, Argument("as many tokens with another answer; or its run, in place of the prompt", positional=True)
+    Prompt | Run, Argument("a prompt of as many tokens with another answer, or its run", positional=True)
 ]
 
 

@@ -32,23 +32,23 @@ Clean = Annotated[
 ]
 Corrupt = Annotated[
     Prompt | None,
-    Argument("as many tokens with another answer, one per clean prompt", positional=True, from_text=str),
+    Argument("prompts of as many tokens with another answer, one per clean prompt", positional=True, from_text=str),
 ]
 AnswerOfClean = Annotated[
     Answer | None, Argument("the clean prompt's answer, one token, or one per pair", from_text=str)
 ]
 FoilOfCorrupt = Annotated[
-    Answer | None, Argument("the corrupt prompt's answer; without it only the answer is read", from_text=str)
+    Answer | None, Argument("the corrupt prompt's answer; without it, only the answer is read", from_text=str)
 ]
 ReadMetric = Annotated[
-    Metric | None, Argument("what to read instead of the answer, of prompt i for pair i", command=False)
+    Metric | None, Argument("metric to use instead of the answer, of prompt i for pair i", command=False)
 ]
 Direction = Annotated[
     str, Argument('"denoise" puts clean values into the corrupt run, "noise" the reverse', choices=("denoise", "noise"))
 ]
 Spans = Annotated[
     Mapping[str, Span] | Sequence[Mapping[str, Span]] | None,
-    Argument("names and what they mean in each pair's clean prompt, or in all of them", command=False),
+    Argument("named spans in each pair's clean prompt, or in all of them", command=False),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Activation patching: which parts carry what makes two prompts answered differently, in one pair or in many.
+"""Activation patching: which parts carry the information that makes the answers to two prompts differ.
 
 Formula:  effect_i(cell) = m_i(cell) - m_i(start) of pair i, where a cell is its run with one activation taken from the
           other prompt. Denoising starts at the corrupt prompt and takes from the clean one, noising the reverse.
@@ -41,12 +41,12 @@ TOGETHER = 16
 """Pairs whose activations are held at once."""
 
 ENDS = ("clean", "corrupt")
-AS_IS = "none: the prompts as they are, which the gap lies between"
+AS_IS = "none: the metric without patching, one end of the gap"
 READING = {
     "denoise": "Each cell is one run of the corrupt prompt with one activation taken from the clean run: 0 leaves the "
-    "corrupt answer, 1 restores the clean one.",
+    "corrupt answer, 1 fully restores the clean one.",
     "noise": "Each cell is one run of the clean prompt with one activation taken from the corrupt run: 0 leaves the "
-    "clean answer, 1 turns it into the corrupt one.",
+    "clean answer, 1 fully replaces it by the corrupt one.",
 }
 
 
@@ -54,10 +54,10 @@ READING = {
     "patch",
     command="patch",
     title="activation patching",
-    question="Which parts carry what makes two prompts answered differently?",
+    question="Which parts carry the information that makes the answers to two prompts differ?",
     columns=(
         Column("<site>", "share of the gap", "effect of patching this part, by layer and position, span or unit",
-               "none: the run without a patch is 0, and the other prompt's 1", test=True),
+               "none: 0 is the run without a patch, 1 the run of the other prompt", test=True),
         Column("clean", "logits", "the metric of the clean prompt", AS_IS, dims=()),
         Column("corrupt", "logits", "the metric of the corrupt prompt", AS_IS, dims=()),
     ),
@@ -66,7 +66,7 @@ READING = {
         Source("Wang et al.", "Interpretability in the Wild", 2022, "2211.00593"),
         Source(
             "Heimersheim and Nanda", "How to use and interpret activation patching", 2024, "2404.15255",
-            departs="every cell is measured, none approximated; spans, so that pairs of several lengths average",
+            departs="every cell is measured, none approximated; spans let pairs of different lengths be averaged",
         ),
     ),
     cost="four forwards per pair, and a sweep for every 16 pairs: a cell of layer l and position p costs "
@@ -85,7 +85,9 @@ def patch(
     spans: Spans = None,
     sites: Sites = DEFAULT_SITES,
     direction: Direction = "denoise",
-    share: Annotated[bool, Argument("effects as shares of the mean gap, instead of in units of the metric")] = True,
+    share: Annotated[
+        bool, Argument("give effects as shares of the mean gap, instead of in units of the metric")
+    ] = True,
 ) -> Found:
     """Patch every layer and position (or head) between clean and corrupt prompts, exactly.
 

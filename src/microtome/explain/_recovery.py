@@ -1,4 +1,4 @@
-"""How well a method finds a circuit that is known.
+"""How well a method finds a known circuit.
 
 Formula:  an edge's score is the largest |change of any output| over pairs and over both corruptions, other tokens and
           shuffled positions; AUC is the share of (edge of the circuit, edge outside) of which the first has the higher
@@ -40,42 +40,42 @@ from microtome.sweep import Edge
 Corruption = Literal["tokens", "positions"]
 
 CHANCE = "none: 0.5 is chance"
-TRUTH = "none: the truth, which edges are in the circuit, stands beside it"
+TRUTH = "none: compare `true`, which says which edges are in the circuit"
 EDGE = ("sender", "receiver")
 
 
 @question(
     "circuit_recovery",
     title="circuit recovery",
-    question="How well do the scores of edges tell a circuit that is known from the rest?",
+    question="How well do edge scores separate a known circuit from the rest of the model?",
     columns=(
-        Column("score", "outputs", "largest change of an output that the edge alone makes", TRUTH, (0, None), EDGE),
+        Column("score", "outputs", "largest change of any output caused by this edge alone", TRUTH, (0, None), EDGE),
         Column("eap", "outputs", "the same, estimated from gradients", TRUTH, (0, None), EDGE),
         Column("true", "1", "whether the edge is in the circuit", "none: the truth", (0, 1), EDGE),
-        Column("auc", "AUC", "how well exact scores tell the circuit from the rest", CHANCE, (0, 1), ()),
-        Column("auc_eap", "AUC", "how well estimated scores tell the circuit from the rest", CHANCE, (0, 1), ()),
+        Column("auc", "AUC", "how well exact scores separate the circuit from the rest", CHANCE, (0, 1), ()),
+        Column("auc_eap", "AUC", "how well estimated scores separate the circuit from the rest", CHANCE, (0, 1), ()),
     ),
     source=(
         Source(
             "Gupta et al.", "InterpBench", 2024, "2407.14494",
-            departs="positions are shuffled too, since an edge from the positional embedding shows under nothing else",
+            departs="also shuffles positions, since only this reveals edges from the positional embedding",
         ),
         Source(
             "Syed, Rager, Conmy", "Attribution Patching Outperforms Automated Circuit Discovery", 2023, "2310.10348",
-            departs="of a metric that needs no answer",
+            departs="uses a metric that needs no answer",
         ),
     ),
-    cost="per corruption a sweep with a cell for every edge of every pair, and a forward and a backward per pair",
+    cost="per corruption, a sweep with one cell per edge and pair, and a forward and a backward per pair",
     check="tests/planted/test_recovery.py",
     call='mt.explain.circuit_recovery(mt.planted.program("reverse"))',
 )  # fmt: skip
 def circuit_recovery(
     it: Planted,
     *,
-    pairs: Annotated[int, Argument("random inputs, each with its corruptions", "inputs", least=1)] = 16,
+    pairs: Annotated[int, Argument("how many random inputs to corrupt", "inputs", least=1)] = 16,
     corrupt: Annotated[Sequence[Corruption], Argument("what is changed in the inputs")] = ("tokens", "positions"),
 ) -> Found:
-    """Score every edge of a planted model exactly, and say how well the scores tell its circuit from the rest.
+    """Score every edge of a planted model exactly, and report how well the scores separate its circuit from the rest.
 
     The positional embedding is a sender of its own, `pos_embed`. NaN and False where there is no edge.
 
@@ -166,7 +166,7 @@ def estimated(
 
 
 def auc(higher: Float[Tensor, " n"], lower: Float[Tensor, " m"]) -> float:
-    """How well one number tells two groups apart: the area under the ROC curve, of Hanley and McNeil, 1982.
+    """How well one score separates two groups: the area under the ROC curve, of Hanley and McNeil, 1982.
 
     Formula:  mean over i, j of 1[higher_i > lower_j] + 1[higher_i = lower_j] / 2.
 
@@ -175,7 +175,7 @@ def auc(higher: Float[Tensor, " n"], lower: Float[Tensor, " m"]) -> float:
         lower: scores of the others.
 
     Returns:
-        0 to 1; 0.5 where the number says nothing. NaN where a group is empty.
+        0 to 1; 0.5 where the score carries no information. NaN where a group is empty.
     """
     from sklearn.metrics import roc_auc_score
 

@@ -100,7 +100,7 @@ def one_row(tokens: Tensor) -> Tensor:
         PromptError: there are several.
     """
     if tokens.shape[0] != 1:
-        raise error(PromptError, "one prompt at a time", got=f"{tokens.shape[0]}", do="call it once a prompt")
+        raise error(PromptError, "one prompt at a time", got=f"{tokens.shape[0]}", do="call it once per prompt")
     return tokens[0]
 
 

@@ -1,4 +1,4 @@
-"""Causal tracing: which states, when given back to a run that lost its subject, bring the answer back.
+"""Causal tracing: which states, when restored in a run with a corrupted subject, restore the answer.
 
 Formula:  corrupted run: embed[subject] + noise sigma n, n ~ N(0, 1), sigma the std of the subject's embeddings, drawn
           `samples` times; or the tokens of another prompt of the same length.
@@ -37,8 +37,8 @@ from microtome.model import Model
 from microtome.run import Prompt, Run
 
 SITES = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
-CONTROL = "none: before the subject, where clean and corrupted states are the same, it is 0"
-AS_IS = "none: what gains are measured from"
+CONTROL = "none: 0 before the subject, where clean and corrupted states are equal"
+AS_IS = "none: the baseline of the gains"
 
 
 def _gain(kind: str, what: str) -> Column:
@@ -49,9 +49,9 @@ def _gain(kind: str, what: str) -> Column:
     "causal_trace",
     command="trace",
     title="causal tracing",
-    question="Where is a fact about a subject held?",
+    question="Where is a fact about a subject stored?",
     columns=(
-        _gain("resid", "the stream behind one layer is restored at one position"),
+        _gain("resid", "the stream after one layer is restored at one position"),
         _gain("mlp", "what the MLPs of a window of layers add at one position is restored"),
         _gain("attn", "what the attention of a window of layers adds at one position is restored"),
         Column("clean", "probability", "probability of the answer in the clean run", AS_IS, (0, 1), dims=()),
@@ -59,15 +59,15 @@ def _gain(kind: str, what: str) -> Column:
     ),
     source=(
         Source("Meng et al.", "Locating and Editing Factual Associations in GPT", 2022, "2202.05262", "section 2",
-               departs="the noise's scale is that of this subject's embeddings unless `subjects` are given"),
+               departs="the noise is scaled to this subject's embeddings unless `subjects` are given"),
         Source("Zhang and Nanda", "Towards Best Practices of Activation Patching in Language Models", 2023,
                "2309.16042", "symmetric token replacement, with `corrupt`"),
     ),
     cost="three forwards and a sweep of kinds x samples x L x (T - first) cells, each about half a forward",
     check="tests/laws/test_tracing.py, tests/planted/test_causal.py",
     call='mt.explain.causal_trace(model, "The Colosseum is in the city of", subject="The Colosseum")',
-    reading="Each cell is the run whose subject is corrupted, with one state given back as the clean run had it: by "
-    "how much that raises the answer's probability. Branches are given back over `window` layers around the one named.",
+    reading="Each cell restores one state of the clean run in the run with the corrupted subject, and shows by how "
+    "much that raises the answer's probability. Branches are restored over `window` layers around the one named.",
 )  # fmt: skip
 def causal_trace(
     model: Model,
@@ -75,14 +75,16 @@ def causal_trace(
     *,
     subject: Annotated[Span, Argument("the subject: its text in the prompt, or positions", from_text=span_from_text)],
     answer: AnswerToken = None,
-    corrupt: Annotated[Prompt | None, Argument("another subject's prompt, instead of noise", from_text=str)] = None,
-    window: Annotated[int, Argument("layers of a branch restored at once", "layers", least=1)] = 10,
+    corrupt: Annotated[
+        Prompt | None, Argument("a prompt with another subject, instead of noise", from_text=str)
+    ] = None,
+    window: Annotated[int, Argument("how many layers of a branch to restore at once", "layers", least=1)] = 10,
     noise: Annotated[float, Argument("size of the noise", "standard deviations of the embeddings", least=0)] = 3.0,
-    samples: Annotated[int, Argument("draws of the noise", "draws", least=1)] = 10,
+    samples: Annotated[int, Argument("how many draws of the noise to average over", "draws", least=1)] = 10,
     subjects: Annotated[Sequence[str], Argument("texts that set the noise's scale", command=False)] = (),
     kinds: Annotated[Sequence[str], Argument("what is restored", choices=tuple(SITES))] = tuple(SITES),
 ) -> Found:
-    """Where a fact about a subject is held: the states that restore the answer after the subject is corrupted.
+    """Where a fact about a subject is stored: the states that restore the answer after the subject is corrupted.
 
     Raises:
         PromptError: the subject is not in the prompt, the answer is several tokens, or `corrupt` does not align.

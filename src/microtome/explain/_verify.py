@@ -1,4 +1,4 @@
-"""Verification of scores: the best candidates are measured exactly, and random others beside them.
+"""Verification of scores: the top candidates are measured exactly, and random others beside them.
 
 Formula:  rank correlation = Spearman's, of scores and exact effects over the k cells of the largest |score|; the same
           over the random others is its control.
@@ -28,19 +28,19 @@ from microtome.method import Argument, Column, Source, question, run_sweep
 from microtome.model import Model
 from microtome.sweep import Edge
 
-MEASURED = "none: random cells are measured beside the best"
+MEASURED = "none: random cells are measured beside the top ones"
 SCORES = (
     Column("score", "logits", "estimated effect of taking the edge from the other run", MEASURED,
            dims=("sender", "receiver")),
     Column("<site>", "logits", "estimated effect of taking the activation from the other run", MEASURED),
     Column("clean", "logits", "the metric of the clean prompt", "corrupt", dims=()),
     Column("corrupt", "logits", "the metric of the corrupt prompt", "clean", dims=()),
-    Column("rank_correlation", "correlation", "of scores and exact effects, among the cells of the best scores",
+    Column("rank_correlation", "correlation", "between scores and exact effects, among the top-scored cells",
            "rank_correlation_others", (-1, 1), dims=("site",)),
-    Column("rank_correlation_others", "correlation", "of scores and exact effects, among random other cells",
+    Column("rank_correlation_others", "correlation", "between scores and exact effects, among random other cells",
            range=(-1, 1), dims=("site",)),
-    Column("recall", "share", "of the cells of the largest exact effects, how many are among the best scores",
-           "none: random scores would find as large a share as that of the cells that are measured", (0, 1),
+    Column("recall", "share", "share of the cells with the largest exact effects that are among the top-scored ones",
+           "none: random scores would find the same share as the share of cells measured", (0, 1),
            dims=("site",)),
     Column("measured", "cells", "how many cells were measured exactly", "none: a count", (0, None), dims=("site",)),
 )  # fmt: skip
@@ -53,7 +53,7 @@ Chosen = tuple[Int[ndarray, " top"], Int[ndarray, " others"]]
 @question(
     "verify",
     title="attribution, verified",
-    question="How far can estimated scores be trusted?",
+    question="How reliable are estimated scores?",
     columns=SCORES,
     source=Source(
         "Kramár, Lieberum, Shah, Nanda",
@@ -69,9 +69,11 @@ def verify(
     model: Model,
     scores: Annotated[xr.Dataset, Argument("what `attribute` returned", command=False)],
     *,
-    top: Annotated[int, Argument("best cells of each site, and as many random others", "cells", least=1)] = 50,
+    top: Annotated[
+        int, Argument("how many top cells per site to measure, and as many random others", "cells", least=1)
+    ] = 50,
 ) -> xr.Dataset:
-    """Measure the best-scored cells of every site exactly, and say how far the scores can be trusted.
+    """Measure the top-scored cells of every site exactly, and report how reliable the scores are.
 
     Beside the scores there is `<site>_exact`, the effect metric(cell) - metric(start), NaN where not measured. A
     correlation is NaN where there are fewer than two cells, or all are equal. Stopped by Ctrl-C, it keeps what was
@@ -98,7 +100,7 @@ def verify(
 
 def site_axis(sites: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
     """The coordinate of the sites that were verified."""
-    return "site", list(sites), {"title": "how far the estimates hold"}
+    return "site", list(sites), {"title": "how reliable the estimates are"}
 
 
 def measure_best(model: Model, pair: Pairs, direction: str, scores: Cells, top: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Neurons on a text: how they are distributed, how often they fire, and where they peak.
 
-Formula:  over all tokens of the text (a beginning-of-text token is none): moments of the activation;
+Formula:  over all tokens of the text (a beginning-of-text token does not count): moments of the activation;
           firing_rate = share of tokens with gate > 0 (activation > 0 in plain MLPs); the k rows in which each peaks
           highest.
 """
@@ -17,7 +17,7 @@ from microtome.method import Argument, Column, Kept, Seen, Source, Statistic, me
 from microtome.model import Model
 from microtome.stream import Firing, Moments, TopExamples
 
-PLAIN = "none: a description of one neuron, to be compared with the others of its layer"
+PLAIN = "none: describes one neuron, to compare with others of its layer"
 KEYS = Source(
     "Geva et al.", "Transformer Feed-Forward Layers Are Key-Value Memories", 2021, "2012.14913", "trigger examples"
 )
@@ -37,7 +37,7 @@ CHECK = "tests/laws/test_measures.py"
         Column("min", "activation", "smallest activation", PLAIN, interval=False),
     ),
     source=KEYS,
-    cost="two passes over the activations in float64; 5 numbers a neuron",
+    cost="two passes over the activations in float64; five numbers per neuron",
     check=CHECK,
 )
 class Activations(Statistic):
@@ -63,18 +63,18 @@ class Activations(Statistic):
     sites="mlp.post",
     optional=("mlp.gate", "mlp.pre"),
     title="firing of neurons",
-    question="How often is each neuron on?",
+    question="How often is each neuron active?",
     columns=(
         Column("firing_rate", "share", "share of tokens with a positive gate (a positive activation in plain MLPs)",
                PLAIN, (0, 1), interval=False),
     ),
     source=Source("Voita, Ferrando and Nalmpantis", "Neurons in Large Language Models: Dead, N-gram, Positional", 2023,
                   "2309.04827"),
-    cost="one comparison an activation",
+    cost="one comparison per activation",
     check=CHECK,
 )  # fmt: skip
 class FiringRate(Statistic):
-    """The share of tokens on which each neuron is on."""
+    """The share of tokens on which each neuron is active."""
 
     def start(self, model: Model, layer: int | None) -> Kept:
         """A counter of every neuron."""
@@ -95,24 +95,24 @@ class FiringRate(Statistic):
     of="neuron",
     sites="mlp.post",
     title="top examples of neurons",
-    question="Where in a text does each neuron peak?",
+    question="On which tokens of a text is each neuron most active?",
     columns=(
-        Column("example_value", "activation", "the activation where it peaks, one peak a row of the text", PLAIN,
+        Column("example_value", "activation", "peak activation, at most one peak per row of the text", PLAIN,
                extra=("rank",), interval=False),
-        Column("example_index", "index", "index of the token there in the text", PLAIN, extra=("rank",),
+        Column("example_index", "index", "index in the text of the token at the peak", PLAIN, extra=("rank",),
                interval=False),
-        Column("example_start", "index", "index of the first token of that row", PLAIN, extra=("rank",),
+        Column("example_start", "index", "index in the text of the first token of the row", PLAIN, extra=("rank",),
                interval=False),
     ),
     source=KEYS,
-    cost="one maximum over the activations; 24 k bytes a neuron",
+    cost="one maximum over the activations; 24 k bytes per neuron",
     check=CHECK,
 )  # fmt: skip
 class PeakExamples(Statistic):
     """The rows of a text in which each neuron peaks highest, one peak per row."""
 
     def __init__(
-        self, examples: Annotated[int, Argument("top examples to keep for each neuron", "rows", least=1)] = 5
+        self, examples: Annotated[int, Argument("how many top examples to keep per neuron", "rows", least=1)] = 5
     ) -> None:
         """Keep so many."""
         self.examples = examples

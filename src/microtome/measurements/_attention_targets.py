@@ -2,7 +2,7 @@
 
 Formula:  A the pattern of a head, D the keys whose token is a delimiter (punctuation, line breaks: no letter or digit):
           delimiter = mean over q of sum_{k in D} A[q, k],   self = mean over q of A[q, q],  q without each row's first;
-          controls: the same with attention spread evenly over the keys 0 .. q, or all keys where q sees both ways.
+          controls: the same for uniform attention over the keys 0 .. q, or over all keys where q sees both ways.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def _share(name: str, meaning: str, control: str = "") -> Column:
     question="How much does each head attend to delimiters, and to the token itself?",
     columns=(
         _share("delimiter_attention", "attention to punctuation and line breaks", "delimiter_uniform"),
-        _share("delimiter_uniform", "the same, if attention were spread evenly"),
+        _share("delimiter_uniform", "the same for uniform attention"),
         _share("self_attention", "attention to the token itself", "self_uniform"),
-        _share("self_uniform", "the same, if attention were spread evenly"),
+        _share("self_uniform", "the same for uniform attention"),
     ),
     source=Source(
         "Clark et al.", "What Does BERT Look At? An Analysis of BERT's Attention", 2019, "1906.04341", "section 3",
-        departs="delimiters are tokens without letters or digits, not special tokens; even attention is the control",
+        departs="delimiters are tokens without letters or digits, not special tokens; uniform attention is the control",
     ),
-    cost="one forward of the first sequences of the text; patterns are formed and not kept",
+    cost="one forward over the first sequences of the text; patterns are computed but not kept",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
 def attention_targets(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
-    """Shares of attention to delimiters and to the token itself, beside those of even attention.
+    """Shares of attention to delimiters and to the token itself, beside those of uniform attention.
 
     Raises:
         DataError: the model has no tokenizer.
@@ -49,7 +49,7 @@ def attention_targets(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def target_shares(pattern: Tensor, delimiter: Tensor, *, causal: bool) -> dict[str, Tensor]:
-    """The shares [batch, q_pos, head] of patterns [batch, head, q_pos, k_pos], and those of even attention.
+    """The shares [batch, q_pos, head] of patterns [batch, head, q_pos, k_pos], and those of uniform attention.
 
     Args:
         pattern: what each query attends to.

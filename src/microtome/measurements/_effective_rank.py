@@ -2,7 +2,7 @@
 
 Formula:  p_i = the eigenvalues of the covariance of resid_post over tokens, divided by their sum;
           effective_rank = exp(-sum_i p_i log p_i), between 1 and d_model;
-          control: the same of the diagonal, as if the dimensions did not vary together.
+          control: the same for the diagonal, as if the dimensions were uncorrelated.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from microtome.stream import Covariance
     on=Text(sequences=16, width=128),
     sites="resid_post",
     title="effective rank of the stream",
-    question="How many directions does the residual stream of each layer use?",
+    question="How many directions does the residual stream use after each layer?",
     columns=(
         Column(
-            "effective_rank", "dimensions", "exponential of the entropy of the covariance's eigenvalues, by token",
+            "effective_rank", "dimensions", "exponential of the entropy of the covariance's eigenvalues",
             "effective_rank_diagonal", (1, None), interval=False, title="eigenvalues", chart="Effective rank",
         ),
         Column(
-            "effective_rank_diagonal", "dimensions", "the same of the variances, as if no dimensions were correlated",
+            "effective_rank_diagonal", "dimensions", "the same for variances, as if dimensions were uncorrelated",
             range=(1, None), interval=False, title="variances", chart="Effective rank",
         ),
     ),
     source=Source(
         "Roy and Vetterli", "The Effective Rank: A Measure of Effective Dimensionality", 2007,
-        departs="of the covariance, so that the mean is no direction; each row's first token is left out",
+        departs="uses the covariance, so that the mean is not a direction; leaves out each row's first token",
     ),
-    cost="d_model^2 operations a token and one eigendecomposition a layer, in float64",
+    cost="d_model^2 operations per token and one eigendecomposition per layer, in float64",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
 class EffectiveRank(Statistic):

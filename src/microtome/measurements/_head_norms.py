@@ -1,7 +1,7 @@
 """How much each attention head adds to the residual stream.
 
 Formula:  result_norm of a head = mean |scale * gain * centre(z W_O) / divisor|, over all tokens but each row's first:
-          the branch's scale included, and where a norm stands behind the branch that norm too, its divisor held.
+          including the branch's scale and any norm that follows the branch, with its divisor held fixed.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from microtome.stream import ExampleMeans
     question="How much does each head add to the residual stream?",
     columns=(
         Column(
-            "result_norm", "norm", "mean norm of what the head adds to the stream, without each row's first token",
-            "none: a size, to be compared with that of other heads", (0, None),
+            "result_norm", "norm", "mean norm of what the head adds, each row's first token left out",
+            "none: a size, to compare with other heads", (0, None),
         ),
     ),
     source=Source("Elhage et al.", "A Mathematical Framework for Transformer Circuits", 2021, where="attention heads"),
-    cost="one product [head, d_head, d_head] a token and layer",
+    cost="one product [head, d_head, d_head] per token and layer",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
 class HeadNorms(Statistic):
     """The mean norm of what each head adds to the stream: |scale * gain * centre(z W_O) / divisor|.
 
-    The branch's scale is included, and where a norm stands behind the branch that norm too, its divisor held.
+    The branch's scale is included, and so is any norm that follows the branch, with its divisor held fixed.
     """
 
     def prepare(self, model: Model, layers: Sequence[int | None]) -> None:
-        """[head, d_head, d_head] G of |what a head adds|^2 = z G z, but for the divisor of a norm behind the branch."""
+        """[head, d_head, d_head] G of |what a head adds|^2 = z G z, except for the divisor of a norm after the branch."""
         self._grams: dict[int, Tensor] = {}
         self._norms: dict[int, NormWeights | None] = {}
         for layer in (layer for layer in layers if layer is not None):

@@ -1,4 +1,4 @@
-"""What attention heads do on random tokens that repeat.
+"""What attention heads do on repeated random tokens.
 
 Formula:  tokens r_0..r_{T-1} r_0..r_{T-1};  A the pattern of a head, q over the second half unless said otherwise:
           induction       mean A[q, q - T + 1]      the token after the earlier occurrence
@@ -22,7 +22,7 @@ from microtome.method import Column, RepeatedTokens, Seen, Source, measure
 
 
 def _share(name: str, meaning: str, control: str = "uniform_share") -> Column:
-    return Column(name, "share", f"attention to {meaning}, on random tokens that repeat", control, range=(0, 1))
+    return Column(name, "share", f"attention to {meaning}, on repeated random tokens", control, range=(0, 1))
 
 
 @measure(
@@ -31,19 +31,19 @@ def _share(name: str, meaning: str, control: str = "uniform_share") -> Column:
     on=RepeatedTokens(),
     sites="attn.pattern",
     title="scores on repeated random tokens",
-    question="Which heads look back at earlier occurrences, at the token before, or at the first token?",
+    question="Which heads attend to earlier occurrences of a token, to the previous token, or to the first token?",
     columns=(
-        _share("previous_token", "the token before"),
+        _share("previous_token", "the previous token"),
         _share("duplicate", "the earlier occurrence of the same token, in the second half", "induction_control"),
         _share("induction", "the token after the earlier occurrence, in the second half", "induction_control"),
-        _share("induction_control", "keys as far away as induction's, but 2 to 8 positions off", ""),
+        _share("induction_control", "keys at a similar distance to induction's, but 2 to 8 positions off", ""),
         _share("first_token", "the first token"),
         Column(
-            "uniform_share", "share", "attention to any one key, if it were spread evenly", range=(0, 1), interval=False
+            "uniform_share", "share", "attention to any one key under uniform attention", range=(0, 1), interval=False
         ),
         Column("entropy", "nats", "mean entropy of the pattern's rows", "uniform_entropy", range=(0, None)),
         Column(
-            "uniform_entropy", "nats", "the same, if attention were spread evenly", range=(0, None), interval=False
+            "uniform_entropy", "nats", "the same for uniform attention", range=(0, None), interval=False
         ),
     ),
     source=(
@@ -56,7 +56,7 @@ def _share(name: str, meaning: str, control: str = "uniform_share") -> Column:
             2022, "2211.00593", where="duplicate token heads",
         ),
     ),
-    cost="one forward of sequences x 2 period tokens; patterns are formed in every layer and not kept",
+    cost="one forward over sequences x 2 period tokens; patterns are computed in every layer but not kept",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
 def induction(seen: Seen) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from microtome.stream import Moments
     on=Text(sequences=16, width=128),
     sites="mlp.post",
     title="kurtosis of neurons",
-    question="Does each neuron vary on all tokens, or peak on a few?",
+    question="Does each neuron vary across all tokens, or peak on a few?",
     columns=(
         Column(
             "kurtosis", "1", "fourth central moment of the activation over the squared variance",
@@ -34,7 +34,7 @@ from microtome.stream import Moments
     ),
     source=Source(
         "Elhage et al.", "Privileged Bases in the Transformer Residual Stream", 2023,
-        departs="of neurons, over tokens; the paper measures the residual stream over dimensions",
+        departs="measures neurons over tokens; the paper measures the residual stream over dimensions",
     ),
     cost="four moments of the activations, in float64",
     check="tests/laws/test_measures.py",

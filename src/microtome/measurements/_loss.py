@@ -1,4 +1,4 @@
-"""The loss of the next token, and what each layer and branch is worth in it.
+"""The next-token loss, and how much each layer and branch contributes to it.
 
 Formula:  loss = mean over tokens of -log p(next), in nats;
           loss_skip = mean over tokens of -log p_without(next) + log p(next), a branch adding zero, a block skipped.
@@ -17,7 +17,7 @@ from microtome.errors import ModelUnsupported, error
 from microtome.method import Column, Seen, Source, Text, measure
 from microtome.model import Model
 
-WHOLE = "none: the loss of the whole model is what it is compared with"
+WHOLE = "none: already relative to the loss of the whole model"
 CHART = "Loss when a part is skipped"
 CHECK = "tests/laws/test_measures.py"
 
@@ -41,15 +41,15 @@ def _require_causal(model: Model) -> None:
     "loss",
     of="model",
     sites="logits",
-    title="loss of the next token",
+    title="next-token loss",
     question="How well does the model predict the text?",
-    columns=(Column("loss", "nats", "mean loss of the next token", "none: a size", (0, None)),),
+    columns=(Column("loss", "nats", "mean next-token loss", "none: a size", (0, None)),),
     source=Source("Shannon", "A Mathematical Theory of Communication", 1948, where="section 6, entropy"),
-    cost="one forward with logits, and a logsumexp over them",
+    cost="one forward with logits, and one logsumexp over them",
     check=CHECK,
 )
 def loss(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean loss of the next token in nats, with its interval over rows.
+    """Mean next-token loss in nats, with its interval over rows.
 
     Raises:
         ModelUnsupported: the model is not causal.
@@ -63,7 +63,7 @@ def loss(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _skipped(name: str, part: str, title: str) -> Column:
-    meaning = f"rise of the loss when {part} adds nothing: loss without it minus loss of the whole model"
+    meaning = f"increase in loss when {part} adds nothing: loss without it minus loss of the whole model"
     return Column(name, "nats", meaning, WHOLE, title=title, chart=CHART)
 
 
@@ -72,7 +72,7 @@ def _skipped(name: str, part: str, title: str) -> Column:
     of="layer",
     on=Text(sequences=8, width=128),
     title="loss without a part",
-    question="What is each layer, and each of its branches, worth to the loss?",
+    question="How much does the loss rise without each layer, or without each of its branches?",
     columns=(
         _skipped("loss_skip_attn", "attention", "attention"),
         _skipped("loss_skip_mlp", "the MLP", "MLP"),
@@ -82,11 +82,11 @@ def _skipped(name: str, part: str, title: str) -> Column:
         "Men et al.", "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024,
         "2403.03853", departs="measured, not predicted",
     ),
-    cost="3 L forwards of the first sequences of the text, each from its own layer on: about 1.5 L whole ones",
+    cost="3 L forwards over the first sequences of the text, each from its own layer on: about 1.5 L full ones",
     check=CHECK,
 )  # fmt: skip
 def ablation_loss(seen: Seen) -> dict[str, Tensor]:
-    """Rise of the loss when a layer's attention, its MLP, or the whole block adds nothing; by row [example, layer].
+    """Increase in loss when a layer's attention, its MLP, or the whole block adds nothing; by row [example, layer].
 
     Raises:
         ModelUnsupported: the model is not causal.

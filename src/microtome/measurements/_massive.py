@@ -19,17 +19,17 @@ from microtome.stream import Extremes
     of="layer",
     sites="resid_post",
     title="largest activations by layer",
-    question="How large is the largest activation in the residual stream, and in which dimension is it?",
+    question="How large is the largest activation in the residual stream, and in which dimension does it occur?",
     columns=(
         Column(
             "max_abs", "activation", "largest absolute value in the residual stream after the layer, over all tokens",
-            "none: median_abs of the measure stream is what is usual", (0, None), interval=False, title="largest",
+            "none: compare median_abs of the measure stream", (0, None), interval=False, title="largest",
             chart="Largest and median activation", log=True,
         ),
-        Column("max_abs_dim", "index", "the dimension of d_model that holds it", "none: a place", interval=False),
+        Column("max_abs_dim", "index", "the dimension of d_model in which it occurs", "none: an index", interval=False),
     ),
     source=Source("Sun et al.", "Massive Activations in Large Language Models", 2024, "2402.17762"),
-    cost="one maximum over the stream a layer",
+    cost="one maximum over the stream per layer",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
 class Massive(Statistic):

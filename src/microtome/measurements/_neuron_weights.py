@@ -1,8 +1,8 @@
-"""What neurons are made of: their directions, how they lie to each other, and which tokens they promote.
+"""What neurons are made of: their directions, the angles between them, and which tokens they promote.
 
 Formula:  w_gate, w_in are columns of W_gate, W_in with the norm's gain folded in. w_out is what a unit of activation
           adds to the stream: a row of W_out times the branch's scale. Where a norm stands behind the branch it is drawn
-          through that too (centred if it is a layer norm, times the gain), all but its divisor, which differs from
+          through that too (centred if it is a layer norm, times the gain), except for its divisor, which differs from
           token to token. Promoted and suppressed are the ends of (gain * w_out) W_U, relative to the mean token.
 """
 
@@ -18,8 +18,8 @@ from microtome.anatomy import Site, at_least_float32
 from microtome.method import Argument, Column, Seen, Source, Weights, measure
 from microtome.model import Model
 
-PLAIN = "none: a description of one neuron, to be compared with the others of its layer"
-ANGLE = "none: unrelated directions have a cosine of 0 within 1 / sqrt(d_model)"
+PLAIN = "none: describes one neuron, to compare with others of its layer"
+ANGLE = "none: unrelated directions have a cosine within about 1 / sqrt(d_model) of 0"
 FOLDED = "norm gains are folded in"
 GATED = Source(
     "Gerstner and Schütze", "Understanding Gated Neurons in Transformers from Their Input-Output Functionality", 2025,
@@ -59,11 +59,11 @@ def _cosine(name: str, meaning: str) -> Column:
     on=Weights(),
     sites="mlp.post",
     title="weights of neurons",
-    question="What does each neuron read and write, and how do these directions lie to each other?",
+    question="Which directions does each neuron read and write, and how are they aligned?",
     columns=(
         Column(
             "out_norm", "norm",
-            "norm of what a unit of activation adds to the stream, before the divisor of a norm behind the MLP",
+            "norm of what one unit of activation adds to the stream, before the divisor of any norm after the MLP",
             PLAIN, (0, None), interval=False,
         ),
         _cosine("cos_gate_in", "gate and input directions, the norm's gain folded in"),
@@ -71,7 +71,7 @@ def _cosine(name: str, meaning: str) -> Column:
         _cosine("cos_in_out", "input and output directions"),
     ),
     source=GATED,
-    cost="3 d_model operations a neuron",
+    cost="3 d_model operations per neuron",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
 def neuron_weights(seen: Seen) -> dict[str, Tensor]:
@@ -94,18 +94,18 @@ def neuron_weights(seen: Seen) -> dict[str, Tensor]:
     columns=tuple(
         Column(name, unit, meaning, PLAIN, extra=("rank",), interval=False)
         for name, unit, meaning in (
-            ("promoted", "token", "tokens whose logit the output raises most"),
-            ("promoted_logit", "logits", "by how much, a unit of activation, before the final norm's scale"),
-            ("suppressed", "token", "tokens whose logit the output lowers most"),
-            ("suppressed_logit", "logits", "by how much, a unit of activation, before the final norm's scale"),
+            ("promoted", "token", "tokens whose logits the neuron's output raises most"),
+            ("promoted_logit", "logits", "by how much per unit of activation, before the final norm's scale"),
+            ("suppressed", "token", "tokens whose logits the neuron's output lowers most"),
+            ("suppressed_logit", "logits", "by how much per unit of activation, before the final norm's scale"),
         )
     ),
     source=VOCABULARY,
-    cost="2 d_model vocab operations a neuron; memory for the logits of 512 neurons",
+    cost="2 d_model vocab operations per neuron; memory for the logits of 512 neurons",
     check="tests/laws/test_measures.py",
 )
 def promoted_tokens(
-    seen: Seen, top: Annotated[int, Argument("tokens at either end", "tokens", least=1)] = 5
+    seen: Seen, top: Annotated[int, Argument("how many tokens to list at either end", "tokens", least=1)] = 5
 ) -> dict[str, Tensor]:
     """The tokens that each neuron promotes and suppresses when its output is read as logits.
 

@@ -1,10 +1,10 @@
-"""The residual stream layer by layer: norms, what each branch adds, and how a block turns it.
+"""The residual stream layer by layer: norms, what each branch adds, and how much a block rotates it.
 
 Formula:  over all tokens but the first of each row (which attention sinks inflate):
           attn_share = mean |attn_out| / |resid_pre|,   mlp_share = mean |mlp_out| / |resid before the MLP's sum|,
           attn_cos = mean cos(resid_pre, attn_out),     mlp_cos = mean cos(resid before, mlp_out),
           block_cos = mean cos(resid_pre, resid_post),  block_influence = 1 - block_cos;
-          max_abs of |resid_post| over all tokens, median_abs the mean over 32 positions a row of each one's median.
+          max_abs of |resid_post| over all tokens, median_abs the mean over 32 positions per row of each one's median.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from microtome.anatomy import at_least_float32
 from microtome.method import Column, Seen, Source, measure
 
-SIZE = "none: a size, to be compared with that of other layers"
-ANGLE = "none: unrelated directions have a cosine of 0 within 1 / sqrt(d_model)"
+SIZE = "none: a size, to compare with other layers"
+ANGLE = "none: unrelated directions have a cosine within about 1 / sqrt(d_model) of 0"
 NORMS = "Residual stream norm"
-ADDED = "What a branch adds, over what it is added to"
+ADDED = "Norm of what a branch adds, relative to the stream"
 COSINES = "Cosine with the residual stream"
 LARGEST = "Largest and median activation"
-REST = "without each row's first token"
+REST = "each row's first token left out"
 
 
 def _norm(name: str, meaning: str, title: str) -> Column:
@@ -35,7 +35,7 @@ def _cosine(name: str, meaning: str, title: str) -> Column:
 
 
 def _share(name: str, part: str, title: str) -> Column:
-    meaning = f"mean norm of what {part} adds, over the norm of what it is added to"
+    meaning = f"mean norm of what {part} adds, divided by the norm of what it is added to"
     return Column(name, "ratio", meaning, SIZE, (0, None), title=title, chart=ADDED, log=True)
 
 
@@ -45,7 +45,7 @@ def _share(name: str, part: str, title: str) -> Column:
     sites=("resid_pre", "attn_out", "mlp_out", "resid_post"),
     optional="resid_mid",
     title="residual stream by layer",
-    question="How large is the residual stream, what does each branch add to it, and how far does a block turn it?",
+    question="How large is the residual stream, and how much does each branch and block change it?",
     columns=(
         _norm("resid_pre_norm", f"mean norm of the residual stream before the layer, {REST}", "before"),
         _norm("resid_mid_norm", f"mean norm between attention and MLP, {REST}", "between"),
@@ -56,9 +56,9 @@ def _share(name: str, part: str, title: str) -> Column:
         _cosine("attn_cos", "mean cosine between what attention adds and what it is added to", "attention"),
         _cosine("mlp_cos", "mean cosine between what the MLP adds and what it is added to", "MLP"),
         _cosine("block_cos", "mean cosine between a block's input and its output", "block"),
-        Column("block_influence", "1", "1 - block_cos: how far a block turns the stream", ANGLE, (0, 2)),
+        Column("block_influence", "1", "1 - block_cos: how much a block rotates the residual stream", ANGLE, (0, 2)),
         Column(
-            "median_abs", "activation", "median absolute value of a token after the layer, over 32 positions a row",
+            "median_abs", "activation", "median absolute value of a token after the layer, over 32 positions per row",
             SIZE, (0, None), title="median", chart=LARGEST, log=True,
         ),
     ),
@@ -69,7 +69,7 @@ def _share(name: str, part: str, title: str) -> Column:
             "2403.03853", "block influence",
         ),
     ),
-    cost="a few products of the stream with itself a layer; nothing is kept but a sum a row",
+    cost="a few products of the stream with itself per layer; only one sum per row is kept",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
 def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:

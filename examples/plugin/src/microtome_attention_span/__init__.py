@@ -21,13 +21,13 @@ from microtome.method import Column, Seen, Source, Text, measure
     question="How far back does each head look?",
     columns=(
         Column("attention_span", "tokens", "mean distance to attended keys", "attention_span_uniform", (0, None)),
-        Column("attention_span_uniform", "tokens", "the same, if attention were spread evenly", range=(0, None)),
+        Column("attention_span_uniform", "tokens", "the same for uniform attention", range=(0, None)),
     ),
     source=Source(
         "Sukhbaatar et al.", "Adaptive Attention Span in Transformers", 2019, "1905.07799",
         departs="the distance is measured, not learned",
     ),
-    cost="one forward of the first sequences of the text; patterns are formed and not kept",
+    cost="one forward over the first sequences of the text; patterns are computed but not kept",
     check="tests/laws/test_plugin.py",
 )  # fmt: skip
 def attention_span(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
