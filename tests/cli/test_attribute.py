@@ -44,7 +44,8 @@ def test_maps_in_the_terminal_and_as_a_page(cli: Cli, saved: Path, tmp_path: Pat
     page = tmp_path / "a.html"
     done = cli("attribute", *PAIR, *ASKED, "--verify", 3, "-m", saved, "-o", page)
     assert done.code == 0, done.err
-    for text in ("MLP output", "estimate", "exact", "how far the estimates hold", "rank correlation", "page written"):
+    wanted = ("MLP output", "estimate", "exact", "how reliable the estimates are", "rank correlation", "page written")
+    for text in wanted:
         assert text in done.out
     assert [p.name for p in tmp_path.iterdir()] == ["a.html"]
     plain = cli("attribute", *PAIR, *ASKED, "--verify", 0, "-m", saved)

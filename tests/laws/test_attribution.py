@@ -290,7 +290,7 @@ def test_prompts_that_do_not_align_are_refused() -> None:
 def test_rules_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(mt.errors.EditError, match="cannot halve products while the whole gate is frozen"):
         mt.edit.Freeze(half_products=True)
-    with pytest.raises(mt.errors.EditError, match="cannot hold such activations; got 'gates'"):
+    with pytest.raises(mt.errors.EditError, match="cannot freeze activations this way; got 'gates'"):
         mt.edit.Freeze(activations="gates")  # type: ignore[arg-type]
 
 

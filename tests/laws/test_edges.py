@@ -291,8 +291,8 @@ def test_what_has_no_start_or_no_end_is_refused(method: Any) -> None:
     source, two = captured(model, corrupt), captured(model, torch.cat([corrupt, ids(1)]))
     for change, text in (
         ({"direction": "sideways"}, "direction must be one of denoise, noise; got 'sideways'"),
-        ({"corrupt": source, "direction": "denoise"}, "a run that values are taken from cannot be where they are put"),
-        ({"corrupt": two}, "takes from a run of one row; got 1 prompts and a run of 2 rows"),
+        ({"corrupt": source, "direction": "denoise"}, "a run can only supply values, not receive them"),
+        ({"corrupt": two}, "can only take values from a run of one row; got 1 prompts and a run of 2 rows"),
         ({"clean": torch.cat([clean, clean]), "corrupt": source}, "got 2 prompts and a run of 1 rows"),
         ({"metric": mt.metric.Probability(11, position=3)}, r"every effect would be 0; got it reads positions \[3\]"),
     ):
@@ -328,7 +328,7 @@ def test_a_plan_counts_what_edges_hold_and_a_budget_below_it_is_refused() -> Non
 def test_a_part_of_the_embedding_cannot_be_called_like_a_sender() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
     change = torch.ones(9, model.anatomy.d_model)
-    with pytest.raises(mt.errors.EditError, match=r"called like another sender; got 1\.mlp_out"):
+    with pytest.raises(mt.errors.EditError, match=r"has the name of another sender; got 1\.mlp_out"):
         mt.explain.edge_effects(model, ids(0), ids(1), answer=11, foil=13, embeddings={"1.mlp_out": change})
 
 

@@ -307,7 +307,7 @@ WRONG = [
     ({"columns": (Column("bad_x", "", "a thing", "none: no"),)}, 'has a column "bad_x" without a unit'),
     ({"columns": (Column("bad_x", "1", "a thing"),)}, 'has a column "bad_x" without a control'),
     ({"columns": (Column("bad_x", "1", "", "none: no"),)}, 'has a column "bad_x" without a meaning'),
-    ({"columns": (Column("bad_x", "1", "a thing", "bad_y"),)}, 'whose control "bad_y" is no column of it'),
+    ({"columns": (Column("bad_x", "1", "a thing", "bad_y"),)}, 'whose control "bad_y" is not one of its columns'),
     ({"columns": (Column("bad_lo", "1", "a thing", "none: no"),)}, "whose ending belongs to intervals"),
     ({"optional": "resid_middle"}, 'names the site "resid_middle", which does not exist'),
     ({"source": Source("", "", 0)}, "has a source without authors and title and year"),

@@ -343,7 +343,7 @@ def test_attention_to_delimiters_and_to_itself_is_the_plain_share() -> None:
 
 def test_delimiters_are_not_told_without_a_tokenizer() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    with pytest.raises(mt.errors.DataError, match="has no tokenizer to tell delimiters with"):
+    with pytest.raises(mt.errors.DataError, match="has no tokenizer to find delimiters with"):
         mt.measure(model, "attention_targets", text=ids())
 
 
@@ -396,7 +396,7 @@ def test_a_model_that_sees_both_ways_is_compared_with_attention_to_all_keys() ->
 @pytest.mark.parametrize("name", ["loss", "ablation_loss"])
 def test_a_model_without_a_next_token_has_no_loss(name: str) -> None:
     model = mt.open(families.build("bert"), prove=False)
-    with pytest.raises(mt.errors.ModelUnsupported, match="attention that sees both ways; allowed: causal models"):
+    with pytest.raises(mt.errors.ModelUnsupported, match="attention in both directions; allowed: causal models"):
         mt.measure(model, name, text=ids())
 
 

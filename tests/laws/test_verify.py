@@ -167,7 +167,7 @@ def test_what_cannot_be_verified_is_refused(model: mt.Model) -> None:
         mt.explain.verify(other, scores)
     n = graph(model).n_edges
     with pytest.raises(
-        mt.errors.DataError, match=f"cannot verify so many candidates; got top={n + 1}; allowed: 1 to {n}"
+        mt.errors.DataError, match=f"cannot verify that many candidates; got top={n + 1}; allowed: 1 to {n}"
     ):
         mt.explain.verify(model, scores, top=n + 1)
     with pytest.raises(mt.errors.ArgumentError, match=r"top must be an integer of 1 or more \(cells\); got 0"):

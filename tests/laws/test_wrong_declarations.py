@@ -81,10 +81,10 @@ for call in (
 """
 SENTENCES = [
     "is of no unit; got 'layers'; allowed: model, layer, head, neuron",
-    "has a source that is no Source; got 'Nobody 2026'",
-    "has a source that is no Source; got 3",
-    "has a source that is no Source; got 3",
-    "has a column that is no Column; got 'bad_x'",
+    "has a source that is not a Source; got 'Nobody 2026'",
+    "has a source that is not a Source; got 3",
+    "has a source that is not a Source; got 3",
+    "has a column that is not a Column; got 'bad_x'",
     "ArgumentError progress must be a function, or None; got 3",
     "ArgumentError on_plan must be a function, or None; got 'print'",
     "ArgumentError cannot read this as settings; got dict",

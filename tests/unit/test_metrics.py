@@ -98,10 +98,16 @@ def test_a_metric_over_few_tokens_is_the_same() -> None:
         (lambda: mt.metric.Probability([1, 2, 3]), "another number of answers than there are prompts; got 3 for 1"),
         (
             lambda: mt.metric.FunctionMetric(lambda z, p: z.mean()),
-            r"returned no value a row; got shape \[\]; allowed: a tensor of 1",
+            r"did not return one value per row; got shape \[\]; allowed: a tensor of 1",
         ),
-        (lambda: mt.metric.FunctionMetric(lambda z, p: z[:, 0, 0].tolist()), "returned no value a row; got list"),
-        (lambda: mt.metric.FunctionMetric(lambda z, p: z[0, 0]), r"returned no value a row; got shape \[101\]"),
+        (
+            lambda: mt.metric.FunctionMetric(lambda z, p: z[:, 0, 0].tolist()),
+            "did not return one value per row; got list",
+        ),
+        (
+            lambda: mt.metric.FunctionMetric(lambda z, p: z[0, 0]),
+            r"did not return one value per row; got shape \[101\]",
+        ),
         (lambda: mt.metric.LogitDifference(4, foil=4), "the foil equals the answer"),
         (
             lambda: mt.metric.SpanLoss(torch.tensor([[500]]), positions=(0,)),

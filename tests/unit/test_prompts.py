@@ -138,14 +138,14 @@ def test_what_is_no_prompt_is_refused(model: mt.Model, prompt: Any, text: str) -
 
 @pytest.mark.parametrize("wanted", [-1, 0])
 def test_a_generation_adds_tokens(model: mt.Model, wanted: int) -> None:
-    with pytest.raises(mt.errors.PromptError, match=f"a generation adds tokens; got max_new_tokens={wanted}"):
+    with pytest.raises(mt.errors.PromptError, match=f"a generation must add tokens; got max_new_tokens={wanted}"):
         model.generate("abc", max_new_tokens=wanted)
 
 
 @pytest.mark.parametrize("name", ["return_dict_in_generate", "output_scores"])
 def test_a_generation_gives_texts_alone(model: mt.Model, name: str) -> None:
     with pytest.raises(
-        mt.errors.PromptError, match=f"gives texts and nothing else; got {name}=True.*model.hf.generate"
+        mt.errors.PromptError, match=f"returns texts and nothing else; got {name}=True.*model.hf.generate"
     ):
         model.generate("abc", **{name: True})
 
@@ -179,7 +179,7 @@ def test_a_generation_ends_with_the_context(model: mt.Model) -> None:
 
 def test_a_generation_needs_a_causal_model() -> None:
     masked = mt.open(families.build("bert"), tokenizer=Words(), prove=False)
-    with pytest.raises(mt.errors.PromptError, match="looks both ways, and cannot continue a text"):
+    with pytest.raises(mt.errors.PromptError, match="attends in both directions and cannot continue a text"):
         masked.generate("abc")
 
 

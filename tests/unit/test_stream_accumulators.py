@@ -155,7 +155,7 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
         Moments((2, 0))
     with pytest.raises(DataError, match=r"the threshold does not fit; got shape \(3,\); allowed: a number or \(2,\)"):
         Firing(2, torch.zeros(3))
-    with pytest.raises(DataError, match="the edges do not fit, or do not rise"):
+    with pytest.raises(DataError, match="the edges do not fit, or do not increase"):
         Histogram(2, [0.0, 1.0, 1.0])
     with pytest.raises(DataError, match=r"Quantiles: settings out of range; got accuracy 1.0"):
         Quantiles(2, 1.0)
@@ -186,7 +186,7 @@ def test_flags_and_groups_that_do_not_fit_are_refused() -> None:
         counter.update(fired, torch.tensor([0, 1, 2]))
     with pytest.raises(DataError, match=r"group numbers do not fit; got torch.int64 \(2,\); allowed: integers \(3,\)"):
         counter.update(fired, torch.tensor([0, 1]))
-    with pytest.raises(DataError, match="group names must be there, and differ"):
+    with pytest.raises(DataError, match="group names must be given, and differ"):
         Counter(("prose", "prose"), 2)
     assert counter.result().total.tolist() == [0, 0]
 

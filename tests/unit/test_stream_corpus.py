@@ -108,7 +108,7 @@ def test_parquet_columns(tmp_path: Path) -> None:
         ("a.txt", b"ab\xff\xfe", r'a.txt" is not UTF-8; got byte 0xff at 2\. To do: convert it'),
         ("a.jsonl", b"\n\n", r'a.jsonl" has no text'),
         ("a.jsonl", b'{"text": "\xff"}', r'a.jsonl" line 1 is not UTF-8; got byte 0xff at 10'),
-        ("a.jsonl", b"{'text'}", r'a.jsonl" line 1 is not JSON \(.*one JSON object a line'),
+        ("a.jsonl", b"{'text'}", r'a.jsonl" line 1 is not JSON \(.*one JSON object per line'),
         ("a.jsonl", b'\n["text"]', r'a.jsonl" line 2 is not a JSON object; got list'),
         ("a.jsonl", b'{"txt": "a", "id": 1}', r'line 1 has no field "text"\. Did you mean "txt"\?; got txt, id'),
         ("a.jsonl", b'{"text": 3}', r'line 1, field "text" is not text; got int'),

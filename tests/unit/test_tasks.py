@@ -331,7 +331,7 @@ def test_first_tokens_are_read_if_asked() -> None:
         ("fact", {"relation": "x"}, 'the task "fact" has no such option; got relation; allowed: none.'),
         ("indirect_object", {"order": "AABB"}, "has no such order; got 'AABB'; allowed: both, ABBA, BABA."),
         ("indirect_object", {"corruption": "x"}, "has no such corruption; got 'x'; allowed: swap, third."),
-        ("needle", {"sentences": 99}, "the context cannot have so many sentences; got 99; allowed: 1 to 16."),
+        ("needle", {"sentences": 99}, "the context cannot have that many sentences; got 99; allowed: 1 to 16."),
         ("induction", {"length": 1}, "random repeats of this length cannot be drawn; got 1; allowed: 2 to "),
         ("fact.next_day", {"n": 8}, 'only 7 of 8 pairs of "fact.next_day" fit this tokenizer; got 0 drafts refused'),
         ("fact.next_day", {"n": 8}, "ask for n=7, or pass fewer=True."),

@@ -90,7 +90,7 @@ def test_the_row_is_named_by_its_number(tmp_path: Path, tok: Any) -> None:
     ("name", "content", "text"),
     [
         ("a.csv", "", '"{}" is empty. To do: write the columns clean, corrupt, answer, foil.'),
-        ("a.csv", HEAD, '"{}" has no pairs. To do: write one a line, with clean, corrupt, answer, foil.'),
+        ("a.csv", HEAD, '"{}" has no pairs. To do: write one per line, with clean, corrupt, answer, foil.'),
         ("a.jsonl", "\n", '"{}" has no pairs'),
         ("a.csv", "clean,corrupt\na,b\n", '"{}" lacks the columns answer, foil; got clean, corrupt; allowed: clean, '),
         ("a.jsonl", '{"clean": "a"}', '"{}" line 1 lacks the fields corrupt, answer, foil; got clean'),
@@ -101,7 +101,7 @@ def test_the_row_is_named_by_its_number(tmp_path: Path, tok: Any) -> None:
             HEAD + "x" * 131_073 + ",b,c,d,",
             '"{}" row 1 is not CSV; got field larger than field limit (131072)',
         ),
-        ("a.jsonl", json.dumps(ROWS[0] | {"group": ["a"]}), "\"{}\" line 1: the group is no text; got ['a']"),
+        ("a.jsonl", json.dumps(ROWS[0] | {"group": ["a"]}), "\"{}\" line 1: the group is not text; got ['a']"),
         ("a.txt", "x", 'cannot read "{}" as pairs; got .txt; allowed: .csv, .jsonl.'),
     ],
 )

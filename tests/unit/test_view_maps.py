@@ -158,7 +158,7 @@ def test_prompts_metric_and_reading_stand_above() -> None:
     text = drawn(effects.fake(), 80)
     assert "logit difference 3.250" in text
     assert "logit difference -2.500" in text
-    assert "1 restores the clean one" in " ".join(text.split())
+    assert "1 fully restores the clean one" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

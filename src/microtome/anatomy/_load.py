@@ -218,7 +218,7 @@ def _translate(problem: Exception, source: str, short: str, gguf: str | None) ->
         return error(ModelUnsupported, f"{short} needs a package that is not installed", got=text, do="install it")
     if "trust_remote_code" in text:
         return error(
-            ModelUnsupported, f"{short} comes with code of its own", do="pass trust_remote_code=True if you trust it"
+            ModelUnsupported, f"{short} comes with its own code", do="pass trust_remote_code=True if you trust it"
         )
     if "model type" in text.lower() or "Unrecognized" in text:
         return error(

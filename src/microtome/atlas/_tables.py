@@ -20,7 +20,7 @@ TABLES = {"layer": "layers", "head": "heads", "neuron": "neurons"}
 KEYS = {
     "layer": "number of the block, from 0",
     "head": "number of the query head, from 0",
-    "kv_head": "the key/value head that it shares",
+    "kv_head": "the key/value head that it uses",
     "neuron": "number of the neuron, from 0",
 }
 

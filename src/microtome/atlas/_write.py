@@ -86,8 +86,8 @@ def _check_model(model: Model) -> None:
     if not model.anatomy.causal:
         raise error(
             ModelUnsupported,
-            f"{model.anatomy.name} has no next token, so it has no loss to measure",
-            got="attention that sees both ways",
+            f"{model.anatomy.name} does not predict the next token, so it has no loss to measure",
+            got="attention in both directions",
             allowed="causal models",
             do="choose a causal model",
         )
@@ -111,7 +111,9 @@ def check_out(out: Path) -> None:
         held = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_symlink() or not p.is_dir())
         held += sorted(p.name for p in out.iterdir() if p.is_dir()) if out.is_dir() and not held else []
     except OSError as problem:
-        raise error(OutputError, f"cannot read the folder {out}", got=str(problem), do="check its rights") from problem
+        raise error(
+            OutputError, f"cannot read the folder {out}", got=str(problem), do="check its permissions"
+        ) from problem
     own = _files(out)
     foreign = [name for name in held if name not in own]
     if foreign:

@@ -76,6 +76,6 @@ def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] 
             shutil.rmtree(folder / name)
         except OSError as problem:
             raise error(
-                OutputError, f"cannot delete {folder / name}", got=str(problem), do="check its rights"
+                OutputError, f"cannot delete {folder / name}", got=str(problem), do="check its permissions"
             ) from problem
     out.print(f"cleared {size:,.0f} MiB")

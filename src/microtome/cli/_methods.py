@@ -102,7 +102,7 @@ def command_of(name: str, names: Sequence[str]) -> Any:
         measures = [one for one in made if isinstance(one, Measure)]
         if len(measures) < len(made):
             other = next(one.method for one in made if not isinstance(one, Measure))
-            raise error(ArgumentError, f'"{other.name}" is a {other.kind}, not a measure', do="name measures alone")
+            raise error(ArgumentError, f'"{other.name}" is a {other.kind}, not a measure', do="name measures only")
         call = _measure(measures)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(name, help=_help(made))(call)

@@ -34,7 +34,7 @@ class Freeze(Edit):
         if self.activations not in (True, False, "gate", "ratio"):
             raise error(
                 EditError,
-                "Freeze cannot hold such activations",
+                "Freeze cannot freeze activations this way",
                 got=repr(self.activations),
                 allowed='"gate", "ratio", True (the gate) or False',
                 do="name one of these",

@@ -111,7 +111,7 @@ class Patch(SiteEdit):
                     EditError,
                     f"the source of Patch ends before the last position of {self.site}",
                     got=f"{length} tokens in the source, position {last - first} asked for",
-                    do="name positions that both have, or run a prompt as long",
+                    do="name positions that both have, or run a prompt of the same length",
                 )
 
     def digest(self) -> str:

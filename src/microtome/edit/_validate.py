@@ -57,10 +57,10 @@ def validate(edit: Any) -> None:
     if low is not None and high is not None and low > high:
         raise error(
             EditError,
-            f"{_named(edit)} has its bounds crossed",
+            f"{_named(edit)} has its bounds in the wrong order",
             got=f"low={low}, high={high}",
-            allowed="low at most high",
-            do="exchange them",
+            allowed="low <= high",
+            do="swap them",
         )
 
 

@@ -29,7 +29,7 @@ def metric_in_words(metric: Metric) -> tuple[str, str]:
 
 
 def require_metric(metric: object) -> None:
-    """Refuse what is given as a metric and is none.
+    """Refuse a metric that is not one.
 
     Raises:
         ArgumentError: says what was given.

@@ -119,7 +119,7 @@ def edge_effects(
         PromptError: the prompts do not align, the run has several rows, or the answer is not one token.
         SiteError: the stream of the model is not a sum over its parts, or the metric reads only what comes before the
             prompts differ.
-        EditError: a run is given where "denoise" would start, or a part of the embedding is called like a sender.
+        EditError: a run is given where "denoise" would start, or a part of the embedding has the name of a sender.
         BudgetError: not even one edge fits.
     """
     parts = graph(model)
@@ -127,7 +127,7 @@ def edge_effects(
     changes, own = dict(embeddings or {}), list(embeddings or ["embed"])
     names = [*own, *parts.senders[1:]]
     if taken := [name for name in own if name in parts.senders[1:]]:
-        what = "a part of the embedding is called like another sender"
+        what = "a part of the embedding has the name of another sender"
         raise error(EditError, what, got=taken[0], do="rename it")
     mask = torch.cat([parts.mask[:1].expand(len(own), -1), parts.mask[1:]])
     effects = torch.full(mask.shape, torch.nan, dtype=torch.float64)
@@ -176,13 +176,13 @@ def _ends(
         pair = one_pair(model, clean, corrupt, answer=answer, foil=foil, metric=metric)
         return pair.start(direction), model.run(pair.goal(direction), capture=WRITTEN, logits=False), pair.metric
     if direction != "noise":
-        what = "a run that values are taken from cannot be where they are put"
+        what = "a run can only supply values, not receive them"
         do = 'give direction="noise", or the corrupt prompt instead of its run'
         raise error(EditError, what, got=f'direction="{direction}"', allowed="noise", do=do)
     tokens = model.to_tokens(clean)
     if (rows := (len(tokens), len(corrupt.tokens))) != (1, 1):
         got = f"{rows[0]} prompts and a run of {rows[1]} rows"
-        what, do = "one prompt takes from a run of one row", "run the corrupt prompt alone"
+        what, do = "one prompt can only take values from a run of one row", "run the corrupt prompt alone"
         raise error(PromptError, what, got=got, allowed="one each", do=do)
     if metric is None:
         return tokens, corrupt, answer_metric(model, answer, foil)

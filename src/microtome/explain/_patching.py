@@ -167,7 +167,7 @@ def _ends(model: Model, pairs: Pairs, share: bool) -> Float[Tensor, "pair 2"]:
     mean, low, high = (float(x) for x in mean_interval(gaps))
     if share and len(gaps) > 1 and (low <= 0 <= high or abs(mean) < SMALLEST_GAP):
         raise error(
-            SiteError, "the gaps of the pairs have no clear mean to be shared out",
+            SiteError, "the mean gap of the pairs is not clearly different from 0",
             got=f"{mean:.3g}, 95 % interval {low:.3g} to {high:.3g}, "
             f"{int((gaps * mean < 0).sum())} of {len(gaps)} gaps of the other sign",
             do="leave out pairs that the model answers wrongly, or give share=False",

@@ -89,7 +89,7 @@ def verify(
     if top > most:
         do = "choose a top in that range, or verify=0 to measure none"
         raise error(
-            DataError, "cannot verify so many candidates", got=f"top={top}",
+            DataError, "cannot verify that many candidates", got=f"top={top}",
             allowed=f"1 to {most}, the number of cells", do=do,
         )  # fmt: skip
     found = measure_best(model, pair, direction, {site: scores[site] for site in sites}, top)

@@ -78,7 +78,7 @@ def delimiters(seen: Seen) -> Tensor:
         DataError: the model has no tokenizer.
     """
     if seen.model.tokenizer is None:
-        what = f"{seen.model.anatomy.name} has no tokenizer to tell delimiters with"
+        what = f"{seen.model.anatomy.name} has no tokenizer to find delimiters with"
         raise error(DataError, what, do="open the model with its tokenizer")
     ids, place = seen.tokens.unique(return_inverse=True)
     marks = [bool(word) and not any(c.isalnum() for c in word) for word in seen.model.to_words(ids)]

@@ -40,7 +40,7 @@ class HeadNorms(Statistic):
     """
 
     def prepare(self, model: Model, layers: Sequence[int | None]) -> None:
-        """[head, d_head, d_head] G of |what a head adds|^2 = z G z, except for the divisor of a norm after the branch."""
+        """[head, d_head, d_head] G of |what a head adds|^2 = z G z, without the divisor of a norm after it."""
         self._grams: dict[int, Tensor] = {}
         self._norms: dict[int, NormWeights | None] = {}
         for layer in (layer for layer in layers if layer is not None):

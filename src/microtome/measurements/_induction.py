@@ -7,7 +7,7 @@ Formula:  tokens r_0..r_{T-1} r_0..r_{T-1};  A the pattern of a head, q over the
           first_token     mean A[q, 0]              q >= 2, both halves: the sink
           entropy         mean -sum_k A log A       both halves, in nats
           Controls: induction_control, mean A[q, q - T + 1 + d] over d in -8..8 without -1, 0, 1 (keys as far away, but
-          wrong); uniform_share and uniform_entropy, what attention spread evenly over the keys of each q would give
+          wrong); uniform_share and uniform_entropy, what uniform attention over the keys of each q would give
           (0 .. q, or all of them where q sees both ways).
           Where the tokenizer begins every text with a token of its own, that token stands before r_0, is the first
           token of first_token, and is neither query nor key of the other scores.

@@ -1,7 +1,7 @@
 """The next-token loss, and how much each layer and branch contributes to it.
 
 Formula:  loss = mean over tokens of -log p(next), in nats;
-          loss_skip = mean over tokens of -log p_without(next) + log p(next), a branch adding zero, a block skipped.
+          loss_skip = mean over tokens of -log p_without(next) + log p(next), a branch set to zero or a block skipped.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def _require_causal(model: Model) -> None:
     if not model.anatomy.causal:
-        what = f"{model.anatomy.name} has no next token, so it has no loss to measure"
-        raise error(ModelUnsupported, what, got="attention that sees both ways", allowed="causal models")
+        what = f"{model.anatomy.name} does not predict the next token, so it has no loss to measure"
+        raise error(ModelUnsupported, what, got="attention in both directions", allowed="causal models")
 
 
 @measure(

@@ -1,4 +1,4 @@
-"""What a declaration turns into: checks, settings, passes over a text, labelled results, commands, documentation.
+"""What a declaration becomes: checks, settings, passes over a text, labelled results, commands, documentation.
 
 A method is declared once, by one of three decorators, and everything that surrounds it follows:
 

@@ -63,7 +63,7 @@ def arguments_of(parameters: Iterable[Parameter]) -> dict[str, Argument]:
 
 
 def require_declared(method: Method, parameters: Iterable[Parameter]) -> None:
-    """Refuse a method that lacks something or contradicts itself, or one of whose arguments says nothing of itself.
+    """Refuse a method that lacks something or contradicts itself, or has an argument without a declaration.
 
     Raises:
         DeclarationError: says what is wrong, or names the argument.
@@ -76,7 +76,7 @@ def require_declared(method: Method, parameters: Iterable[Parameter]) -> None:
 
 
 def require_model(model: object) -> None:
-    """Refuse what is no open model.
+    """Refuse what is not an open model.
 
     Raises:
         ArgumentError: says what was given.

@@ -37,7 +37,7 @@ class Change:
         with counting():
             edits: Any = self.method.function(model, **checked(self.parameters, given))
         if not isinstance(edits, list) or not all(isinstance(edit, Edit) for edit in edits):
-            what = f'the change "{self.method.name}" gives something else than a list of edits'
+            what = f'the change "{self.method.name}" returns something other than a list of edits'
             raise error(DeclarationError, what, got=type(edits).__name__, do="return edits")
         return edits
 
@@ -53,7 +53,7 @@ def change(
     command: str = "",
     title: str = "",
 ) -> Callable[[Callable[P, list[Edit]]], Callable[P, list[Edit]]]:
-    """Declare a change: a function of a model that gives edits.
+    """Declare a change: a function of a model that returns edits.
 
     Args:
         name: of the function.

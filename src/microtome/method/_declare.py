@@ -1,4 +1,4 @@
-"""What a method declares, once: its arguments, its columns, its source, and what proves it.
+"""What a method declares, once: its arguments, its columns, its source, and the test that verifies it.
 
 Everything that surrounds a method is made from these values: the checks of its arguments, its command with options and
 help, units and meanings in datasets and tables, its place on the pages, and its row in docs/methods.md.
@@ -41,7 +41,7 @@ class Argument:
     >>> window: Annotated[int, Argument("layers restored at once", "layers", least=1)] = 10
 
     Attributes:
-        meaning: what it says, as help of the command and in the documentation.
+        meaning: what it means, shown in the help of the command and in the documentation.
         unit: of the value, such as "tokens" or "layers".
         least, most: limits of a number, both allowed.
         choices: the words that are allowed.
@@ -86,7 +86,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Column:
-    """One quantity that a method gives.
+    """One quantity that a method returns.
 
     Attributes:
         name: of the variable; ``<site>`` stands for one variable a name that the method chooses when it runs.
@@ -223,7 +223,7 @@ def validate(method: Method) -> None:
 
 def _validate_source(of: str, source: object) -> None:
     if not isinstance(source, Source):
-        raise _wrong(of, "has a source that is no Source", repr(source), do="write Source(authors, title, year)")
+        raise _wrong(of, "has a source that is not a Source", repr(source), do="write Source(authors, title, year)")
     missing = [name for name in ("authors", "title", "year") if not getattr(source, name)]
     if missing:
         raise _wrong(of, f"has a source without {' and '.join(missing)}")
@@ -232,7 +232,7 @@ def _validate_source(of: str, source: object) -> None:
 def _validate_columns(of: str, method: Method) -> None:
     for given in cast("tuple[object, ...]", method.columns):
         if not isinstance(given, Column):
-            raise _wrong(of, "has a column that is no Column", repr(given), do="write Column(name, unit, meaning)")
+            raise _wrong(of, "has a column that is not a Column", repr(given), do="write Column(name, unit, meaning)")
     names = [column.name for column in method.columns]
     for column in method.columns:
         what = f'has a column "{column.name}"'
@@ -261,9 +261,9 @@ def _validate_links(of: str, column: Column, names: list[str]) -> None:
     if column.control == column.name:
         raise _wrong(of, f"{what} that is its own control", do=f'name another, or write "{NONE}" and the reason')
     if column.control and not column.control.startswith(NONE) and column.control not in names:
-        raise _wrong(of, f'{what} whose control "{column.control}" is no column of it', allowed=", ".join(names))
+        raise _wrong(of, f'{what} whose control "{column.control}" is not one of its columns', allowed=", ".join(names))
     if column.shade and column.shade not in names:
-        raise _wrong(of, f'{what} whose shade "{column.shade}" is no column of it', allowed=", ".join(names))
+        raise _wrong(of, f'{what} whose shade "{column.shade}" is not one of its columns', allowed=", ".join(names))
     low, high = column.range
     if low is not None and high is not None and low > high:
         raise _wrong(of, f"{what} whose range ends below its beginning", f"{low:g} to {high:g}")

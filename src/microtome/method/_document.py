@@ -1,4 +1,4 @@
-"""The documentation of a method, made from its declaration: its docstring, and its row in docs/methods.md."""
+"""The documentation of a method, generated from its declaration: its docstring, and its row in docs/methods.md."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ WIDTH = 110
 HEADINGS: Mapping[Kind, str] = {"measure": "Measures", "question": "Questions", "change": "Changes"}
 INTRODUCTION = """# Methods
 
-Every method there is, made from its declaration by `make methods`. A measure is run by `mt.measure(model, "name", ...)`
+All methods, generated from their declarations by `make methods`. A measure is run by `mt.measure(model, "name", ...)`
 or `microtome measure name`, any number of them in one call; a question about prompts is a function of `mt.explain` and
-a command of its own; a change gives edits to run under. What all of them take (seed, budget, progress) is said once:
-`with mt.settings(seed=1, budget="2 GiB"):`, or `--seed` and `--budget`.
+a command of its own; a change gives edits to run under. Settings that all of them share (seed, budget, progress) are
+given once: `with mt.settings(seed=1, budget="2 GiB"):`, or `--seed` and `--budget`.
 """
 
 
 def docstring(method: Method, parameters: Sequence[Parameter]) -> str:
-    """The docstring of a method: what its function says, then all that is declared of it."""
+    """The docstring of a method: what its function says, then all that it declares."""
     own = inspect.getdoc(method.function) or ""
     first, _, rest = own.partition("\n\n")
     facts = [("Question:", [method.question]), ("Source:", [_cited(method)]), ("Cost:", [method.cost])]
@@ -76,7 +76,7 @@ def _meaning(column: Column) -> str:
 
 
 def page(methods: Iterable[tuple[Method, str]]) -> str:
-    """The text of docs/methods.md: a row a method, each with its command (empty if it has none)."""
+    """The text of docs/methods.md: one row per method, each with its command (empty if it has none)."""
     rows: dict[Kind, list[str]] = {kind: [] for kind in HEADINGS}
     for method, command in methods:
         cells = (

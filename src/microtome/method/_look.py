@@ -1,4 +1,4 @@
-"""What a measure looks at: the weights alone, a text, or random tokens that repeat.
+"""What a measure reads: the weights alone, a text, or repeated random tokens.
 
 A look gives batches of tokens. Measures whose looks are equal share one pass over them. Its fields are arguments of
 every measure that uses it.
@@ -64,7 +64,7 @@ class Text:
 
 @dataclass(frozen=True)
 class RepeatedTokens:
-    """Random tokens that repeat once: r_0 .. r_{T-1} r_0 .. r_{T-1}, after the beginning-of-text token if there is one.
+    """Random tokens repeated once: r_0 .. r_{T-1} r_0 .. r_{T-1}, after the beginning-of-text token if there is one.
 
     Attributes:
         sequences: how many.

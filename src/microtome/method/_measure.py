@@ -63,7 +63,7 @@ class Measure:
 
     @property
     def whole(self) -> bool:
-        """Whether it sees whole batches and no sites: it runs the model itself, and gives all layers at once."""
+        """Whether it sees whole batches and no sites: it runs the model itself, and returns all layers at once."""
         return not self.method.sites and not isinstance(self.on, Weights)
 
     def layers(self, model: Model) -> list[int | None]:
@@ -164,5 +164,5 @@ def _require_fit(method: Method, look: Look) -> None:
         raise error(DeclarationError, what, do='look at sites of layers, or declare it of="model"')
     extra = next((column for column in method.columns if column.extra), None)
     if extra is not None and not isinstance(method.function, type):
-        what = f'{of} has a column "{extra.name}" with axes of its own, which the mean of a function has not'
+        what = f'{of} has a column "{extra.name}" with axes of its own, which the mean of a function lacks'
         raise error(DeclarationError, what, got=", ".join(extra.extra), do="make it a Statistic, or leave extra= out")

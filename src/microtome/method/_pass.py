@@ -1,4 +1,4 @@
-"""One pass over a look for any number of measures: every site is seen once, whoever needs it.
+"""One pass over a text for any number of measures: every site is read once, however many need it.
 
 Law:   the measures of one pass give what each gives alone; parts of a look that are merged give what the whole gives.
 Check: tests/laws/test_measures.py.
@@ -41,7 +41,7 @@ class Bound:
 
 
 class Pass:
-    """Measures that look at the same batches.
+    """Measures that read the same batches.
 
     Args:
         model: an open model.

@@ -29,7 +29,7 @@ P = ParamSpec("P")
 
 @dataclass
 class Found:
-    """What a question's function hands over; the frame makes a `Result` of it.
+    """What a question's function returns; the frame turns it into a `Result`.
 
     Attributes:
         values: by column, the values with the axes that it declares, or (axes, values).
@@ -84,7 +84,7 @@ def question(
     command: str = "",
     title: str = "",
 ) -> Callable[[Callable[P, Any]], Callable[P, Result]]:
-    """Declare a question: a function of a model and prompts that gives `Found`.
+    """Declare a question: a function of a model and prompts that returns `Found`.
 
     Args:
         name: of the function.

@@ -1,4 +1,4 @@
-"""All methods there are, by name: known without importing them, imported when one is wanted."""
+"""All methods by name: known without importing them, and imported when needed."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def declared(name: str) -> Declared:
         import_module(entry.module)
     if name not in _DECLARED:
         why = _FAILED.get(name, f"{entry.module} declares no method of this name")
-        raise error(ArgumentError, f'the method "{name}" cannot be used', got=why, do="mend or remove its package")
+        raise error(ArgumentError, f'the method "{name}" cannot be used', got=why, do="repair or remove its package")
     return _DECLARED[name]
 
 

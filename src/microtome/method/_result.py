@@ -1,4 +1,4 @@
-"""Results: labelled datasets that say what they are, where they come from, and show themselves in a notebook."""
+"""Results: labelled datasets that carry their meaning and provenance, and display themselves in a notebook."""
 
 from __future__ import annotations
 

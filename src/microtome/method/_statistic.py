@@ -1,4 +1,4 @@
-"""What one pass over a look shows a measure, and what the measure keeps of it.
+"""What one pass over a text shows a measure, and what the measure keeps of it.
 
 A measure is either a function from what it sees to values, one a token or one an example, of which the frame keeps the
 mean and its interval; or a `Statistic`, which keeps accumulators of its own. Both merge.
@@ -28,7 +28,7 @@ Values = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a measure sees at once: one layer of one batch, or of the weights.
+    """What a measure sees at a time: one layer of one batch, or of the weights.
 
     Attributes:
         model: the model.
@@ -177,7 +177,7 @@ def _whole(seen: Seen) -> Tensor | None:
     some, every = (seen.mask & text).any(1), (seen.mask | ~text).all(1)
     if bool((some & ~every).any()):
         raise error(
-            DataError, "a row of the text holds several groups, and this measure has one value a row",
+            DataError, "a row of the text holds several groups, and this measure has one value per row",
             do="give each group as a text of its own: text={name: corpus}, with length= so that rows fill",
         )  # fmt: skip
     return every

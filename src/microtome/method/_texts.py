@@ -1,4 +1,4 @@
-"""Whatever is given as text becomes batches of tokens, with the names of their groups.
+"""Turn anything given as text into batches of tokens, with the names of their groups.
 
 Groups that come as a mapping, or as the groups of a corpus, are cut into rows of their own, so that no row holds two of
 them and no token attends over their border; each has an equal share of the tokens that are read.
@@ -159,7 +159,7 @@ def _of_batches(batches: Sequence[TokenBatch]) -> Batches:
 
 
 def _of_task(task: Task, model: LoadedModel, rows: int) -> Batches:
-    """The clean prompts of a task, a document each, in batches of one length; its groups by name."""
+    """The clean prompts of a task, one document each, in batches of one length; its groups by name."""
     names = list(dict.fromkeys(pair.group for pair in task))
     by_length: dict[int, list[int]] = {}
     for number, pair in enumerate(task):

@@ -26,9 +26,9 @@ from microtome.model import Model
 
 
 def measure(model: Model, *names: str, text: Any = None, groups: Any = None, **options: Any) -> Result:
-    """Run measures on a model: those that look at the same text share one pass over it.
+    """Run measures on a model: those that read the same text share one pass over it.
 
-    Cost:  one forward of every text that is looked at, and what each measure says of itself; see docs/methods.md.
+    Cost:  one forward over every text that is read, and the cost each measure declares; see docs/methods.md.
     Check: each measure gives what it gives alone; tests/laws/test_measures.py.
 
     Args:

@@ -61,7 +61,7 @@ def _ids(tokens: int | Sequence[int] | Tensor) -> tuple[int, ...]:
             EditError,
             "a metric names tokens by their ids",
             got=repr(tokens),
-            allowed="one id, or one a prompt",
+            allowed="one id, or one per prompt",
             do="give the id that the tokenizer has for this text",
         )
     return ids
@@ -79,7 +79,7 @@ def _pick(ids: tuple[int, ...], prompts: Tensor) -> Tensor:
             EditError,
             "a metric names fewer tokens than there are prompts",
             got=f"{len(ids)} for {needed} prompts",
-            do="give one, or one a prompt",
+            do="give one, or one per prompt",
         )
     table = torch.tensor(ids, device=prompts.device)
     return table[prompts] if len(ids) > 1 else table.expand(len(prompts))
@@ -109,7 +109,7 @@ def _check_shape(what: str, held: Tensor, needed: tuple[int, ...]) -> None:
             EditError,
             f"the {what} does not fit what is read",
             got=f"shape {list(held.shape)}",
-            allowed=f"{list(needed)}, of at least so many prompts",
+            allowed=f"{list(needed)}, for at least that many prompts",
             do="give a row for each prompt, and a column for each position",
         )
 
@@ -152,9 +152,9 @@ class LogitDifference(_AtOne):
         if len(answers) != len(foils) and 1 not in (len(answers), len(foils)):
             raise error(
                 EditError,
-                "answers and foils do not go together",
+                "the numbers of answers and foils do not match",
                 got=f"{len(answers)} answers and {len(foils)} foils",
-                do="give one of each a prompt, or one for all",
+                do="give one of each per prompt, or one for all",
             )
         n = max(len(answers), len(foils))
         pairs = zip(answers * (n // len(answers)), foils * (n // len(foils)), strict=True)
@@ -322,7 +322,7 @@ class FunctionMetric:
         got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise error(
             EditError,
-            "the function of a FunctionMetric returned no value a row",
+            "the function of a FunctionMetric did not return one value per row",
             got=got,
             allowed=f"a tensor of {len(prompts)} rows",
             do="keep the first axis of the logits",

@@ -205,7 +205,9 @@ class Model(LoadedModel):
         """
         if not self.anatomy.causal:
             raise error(
-                PromptError, f"{self.anatomy.name} looks both ways, and cannot continue a text", do="use a causal model"
+                PromptError,
+                f"{self.anatomy.name} attends in both directions and cannot continue a text",
+                do="use a causal model",
             )
         _refuse_options(max_new_tokens, options)
         if self.tokenizer is None:
@@ -259,12 +261,14 @@ def _refuse_options(max_new_tokens: int, options: Mapping[str, Any]) -> None:
         adds = False
     if not adds:
         got = f"max_new_tokens={max_new_tokens!r}"
-        raise error(PromptError, "a generation adds tokens", got=got, allowed="1 or more", do="ask for a whole number")
+        raise error(
+            PromptError, "a generation must add tokens", got=got, allowed="1 or more", do="ask for a whole number"
+        )
     asked = [name for name in NOT_TEXT if options.get(name)]
     if asked:
         raise error(
             PromptError,
-            "a generation here gives texts and nothing else",
+            "generate returns texts and nothing else",
             got=", ".join(f"{name}={options[name]!r}" for name in asked),
             do="use model.hf.generate on token ids",
         )

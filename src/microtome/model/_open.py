@@ -104,7 +104,7 @@ def _anatomy(hf: Any, name: str) -> Anatomy:
     except Exception as problem:  # whatever parts of an unknown family make of being looked at
         raise error(
             ModelUnsupported,
-            f"the parts of {name} ({type(hf).__name__}) are of no known form, so that it cannot be mapped",
+            f"the parts of {name} ({type(hf).__name__}) have no known form, so it cannot be mapped",
             got=f"{type(problem).__name__}: {' '.join(str(problem).split())}",
             do="open a model of a family that is known",
         ) from problem

@@ -56,7 +56,7 @@ def corruptions(it: Planted, n: int, seed: int, *, length: int | None = None) ->
     a, truth = it.model.anatomy, it.truth
     length = a.n_ctx if length is None else length
     if n < 1:
-        raise error(DataError, "corruptions of no inputs", got=n, allowed="1 or more", do="ask for more")
+        raise error(DataError, "there are no inputs to corrupt", got=n, allowed="1 or more", do="ask for more")
     bos: int | None = truth.get("bos")
     start = 0 if bos is None else 1
     if not start + 2 <= length <= a.n_ctx:

@@ -141,7 +141,7 @@ def _read_json(path: Path, kind: type[ModelBroken] | type[DataError]) -> dict[st
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise error(kind, f"{path} is not JSON", got=str(problem), do="write it again") from problem
     if not isinstance(found, dict):
-        raise error(kind, f"{path} holds no object", got=type(found).__name__, do="write it again")
+        raise error(kind, f"{path} is not a JSON object", got=type(found).__name__, do="write it again")
     return found
 
 

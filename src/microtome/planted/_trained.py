@@ -65,7 +65,7 @@ def interchange_accuracy(it: Planted, n: int, seed: int) -> dict[str, float]:
     if missing:
         raise error(
             DataError,
-            f"the truth of {it.model.anatomy.name} does not say where a program's nodes have their places",
+            f"the truth of {it.model.anatomy.name} does not say where a program's nodes are located",
             got=f"no {' and no '.join(missing)}",
             do="pass what planted.trained gave",
         )

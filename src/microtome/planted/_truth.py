@@ -82,7 +82,7 @@ def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
     attributes = _listed(truth, "nodes")
     for node in attributes:
         if not isinstance(node, str):
-            raise error(DataError, "the truth names a node that is no text", got=repr(node), allowed=", ".join(known))
+            raise error(DataError, "the truth names a node that is not text", got=repr(node), allowed=", ".join(known))
         if node not in known:
             raise DataError(
                 f'the truth names a node that {model.anatomy.name} has not: "{node}".{nearest(node, known)}'
@@ -96,7 +96,7 @@ def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
             )
         lost = [node for node in edge[:2] if node not in attributes]
         if lost:
-            raise error(DataError, f"an edge of the truth ends at {lost[0]}, which is none of its nodes", got=edge)
+            raise error(DataError, f"an edge of the truth ends at {lost[0]}, which is not one of its nodes", got=edge)
 
 
 def _listed(truth: Mapping[str, Any], name: str) -> Sequence[Any]:
@@ -105,4 +105,4 @@ def _listed(truth: Mapping[str, Any], name: str) -> Sequence[Any]:
     if isinstance(value, list | tuple):
         return cast("Sequence[Any]", value)
     do = "list them, or leave the entry out"
-    raise error(DataError, f"the {name} of a truth are no list", got=repr(value), allowed="a list", do=do)
+    raise error(DataError, f"the {name} of a truth are not a list", got=repr(value), allowed="a list", do=do)

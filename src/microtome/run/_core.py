@@ -104,7 +104,7 @@ class LoadedModel:
         if resid.shape[-1] != self.anatomy.d_model:
             raise error(
                 SiteError,
-                "this is no residual stream",
+                "this is not a residual stream",
                 got=f"shape {list(resid.shape)}",
                 allowed=f"[..., {self.anatomy.d_model}]",
                 do="give a stream of this model",

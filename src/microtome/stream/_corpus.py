@@ -192,7 +192,7 @@ class JsonLines:
         try:
             record: Any = json.loads(line)
         except ValueError as cause:
-            raise error(DataError, f"{where} is not JSON ({cause})", allowed="one JSON object a line") from cause
+            raise error(DataError, f"{where} is not JSON ({cause})", allowed="one JSON object per line") from cause
         if not isinstance(record, dict):
             raise error(DataError, f"{where} is not a JSON object", got=type(record).__name__)
         fields = cast("dict[str, object]", record)

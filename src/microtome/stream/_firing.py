@@ -125,7 +125,7 @@ class Counter(Accumulator):
         self.groups = tuple(groups)
         (self.units,) = as_shape(units)
         if not self.groups or len(set(self.groups)) != len(self.groups):
-            raise error(DataError, "Counter: group names must be there, and differ", got=self.groups)
+            raise error(DataError, "Counter: group names must be given, and differ", got=self.groups)
         self._count = torch.zeros((len(self.groups), self.units), dtype=torch.int64)
         self._total = torch.zeros(len(self.groups), dtype=torch.int64)
 

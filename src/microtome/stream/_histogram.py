@@ -51,7 +51,7 @@ class Histogram(Accumulator):
         fits = self.edges.ndim == 1 or (self.edges.ndim == 2 and self.edges.shape[0] == self.units)
         if not fits or self.edges.shape[-1] < 2 or not bool((self.edges.diff(dim=-1) > 0).all()):
             got, allowed = tuple(self.edges.shape), f"rising edges [bins + 1] or [{self.units}, bins + 1]"
-            raise error(DataError, "Histogram: the edges do not fit, or do not rise", got=got, allowed=allowed)
+            raise error(DataError, "Histogram: the edges do not fit, or do not increase", got=got, allowed=allowed)
         self._count = torch.zeros((self.units, self.edges.shape[-1] + 1), dtype=torch.int64)
 
     @classmethod

@@ -269,7 +269,7 @@ class Edges:
                 EditError,
                 f"the source of {placed.edge.sender} does not fit prompt {placed.prompt}",
                 got=f"{rows} rows, {len(own)} tokens in its own" if fits else f"{rows} rows",
-                allowed=f"{len(here)} tokens, in one row or in a row a prompt",
+                allowed=f"{len(here)} tokens, in one row or in one row per prompt",
                 do="run other prompts of the same numbers of tokens",
             )
         return own

@@ -262,9 +262,9 @@ def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | 
             raise error(EditError, f"a sweep over {n} prompts needs the prompt of each cell", do="give prompts=")
         prompts = [0] * len(cells)
     if len(prompts) != len(cells):
-        raise error(EditError, "a sweep needs one prompt number a cell", got=f"{len(prompts)} for {len(cells)} cells")
+        raise error(EditError, "a sweep needs one prompt number per cell", got=f"{len(prompts)} for {len(cells)} cells")
     if any(not 0 <= p < n for p in prompts):
-        raise error(EditError, "a cell names a prompt that is not there", got=max(prompts), allowed=f"0 to {n - 1}")
+        raise error(EditError, "a cell names a prompt that does not exist", got=max(prompts), allowed=f"0 to {n - 1}")
     for edit in (edit for cell in cells for edit in (cell if isinstance(cell, Sequence) else (cell,))):
         rows = _source_rows(edit)
         if rows not in (None, 1, n):
@@ -272,7 +272,7 @@ def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | 
                 EditError,
                 f"the source of {edit!r} has another number of rows than there are prompts",
                 got=f"{rows} rows for {n} prompts",
-                do="run one other prompt, or one a prompt",
+                do="run one other prompt, or one per prompt",
             )
 
 
@@ -304,7 +304,7 @@ def _check_metric(model: LoadedModel, metric: Metric, prompts: int) -> None:
                 EditError,
                 f"a metric has another number of {name}s than there are prompts",
                 got=f"{len(ids)} for {prompts} prompts",
-                do="give one, or one a prompt",
+                do="give one, or one per prompt",
             )
 
 

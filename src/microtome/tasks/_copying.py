@@ -45,7 +45,7 @@ def needle(tokens: Tokens, rng: Generator, sentences: int = 8) -> Iterator[Draft
     filler = words("filler")
     if not 1 <= sentences <= len(filler):
         raise error(
-            PromptError, "the context cannot have so many sentences", got=str(sentences),
+            PromptError, "the context cannot have that many sentences", got=str(sentences),
             allowed=f"1 to {len(filler)}", do="choose another number of sentences",
         )  # fmt: skip
     while True:

@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str], source: Any, *, answers: Answers = "one")
     tokens.require(path.stem)
     pairs = tuple(_pair(tokens, row, where, answers) for where, row in _rows(path))
     if not pairs:
-        raise error(DataError, f'"{path}" has no pairs', do=f"write one a line, with {', '.join(REQUIRED)}")
+        raise error(DataError, f'"{path}" has no pairs', do=f"write one per line, with {', '.join(REQUIRED)}")
     return Task(path.stem, f"pairs of {path.name}", pairs, {"source": path.name, "answers": answers})
 
 
@@ -88,9 +88,9 @@ def _object(line: str, where: str) -> Mapping[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as cause:
-        raise error(DataError, f"{where} is not JSON", got=str(cause), allowed="one object a line") from cause
+        raise error(DataError, f"{where} is not JSON", got=str(cause), allowed="one object per line") from cause
     if not isinstance(value, dict):
-        raise error(DataError, f"{where} is not a JSON object", got=type(value).__name__, allowed="one object a line")
+        raise error(DataError, f"{where} is not a JSON object", got=type(value).__name__, allowed="one object per line")
     return value  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -105,10 +105,10 @@ def _require(there: list[str], where: str, what: str) -> None:
 def _pair(tokens: Tokens, row: Mapping[str, Any], where: str, answers: Answers) -> Pair:
     for name in REQUIRED:
         if not isinstance(row[name], str) or not row[name]:
-            raise error(DataError, f"{where}: {name} is no text", got=repr(row[name]), do="fill it in")
+            raise error(DataError, f"{where}: {name} is not text", got=repr(row[name]), do="fill it in")
     group = row.get("group") or ""
     if not isinstance(group, str):
-        raise error(DataError, f"{where}: the group is no text", got=repr(group), do="write it as text")
+        raise error(DataError, f"{where}: the group is not text", got=repr(group), do="write it as text")
     clean, subject = row["clean"], row.get("subject") or None
     if subject is not None and (not isinstance(subject, str) or subject not in clean):
         raise error(
