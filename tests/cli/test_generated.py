@@ -237,10 +237,10 @@ def test_each_kind_of_argument_has_its_option() -> None:
 def test_the_help_of_an_option_says_what_it_allows_and_what_holds_without_it() -> None:
     told = {name: get_args(slot.annotation)[1] for name, slot in SLOTS.items() if slot is not None}
     assert SLOTS["hidden"] is None
-    assert told["names"].help == "Which ones. Repeatable; without it: a."
-    assert told["counts"].help == "Some numbers. Repeatable; without it: 3 4."
+    assert told["names"].help == "Which ones. Repeatable; by default: a."
+    assert told["counts"].help == "Some numbers. Repeatable; by default: 3 4."
     assert told["parts"].help == "Some parts must be given. Repeatable."
-    assert told["where"].help == "Where it is; without it: -1."
+    assert told["where"].help == "Where it is; by default: -1."
     assert told["long_words"].metavar == "LONG_WORDS"
     assert told["long_words"].help.startswith("One of many. One of: choice\\[0] choice\\[1] ")
     assert (told["kind"].help, told["kind"].metavar) == ("Which one.", None)

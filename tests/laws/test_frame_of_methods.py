@@ -186,7 +186,7 @@ def test_wrong_groups_are_refused_before_anything_runs(reader: Any, groups: Any,
     with pytest.raises(mt.errors.ArgumentError, match=text):
         mt.measure(model, "firing", text=corpus(one=TEXT, two=TEXT), groups=groups)
     with pytest.raises(
-        mt.errors.ArgumentError, match="groups are those of a text, and none of these measures looks at"
+        mt.errors.ArgumentError, match="groups belong to a text, and none of these measures reads"
     ):
         mt.measure(model, "induction", groups=True)
     assert not ran

@@ -33,7 +33,7 @@ from microtome.errors import BudgetError, MicrotomeError, OutputError, error
 app = typer.Typer(
     name="microtome",
     cls=MethodGroup,
-    help="See inside transformer language models, change them, and say how sure you are.",
+    help="See inside transformer language models, change them, and quantify the uncertainty.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -72,7 +72,7 @@ for command in COMMANDS:
     command.register(app)
 app.add_typer(
     typer.Typer(cls=MeasureGroup, no_args_is_help=True), name="measure",
-    help="Measure a model: one measure, or several with commas between them, in as few passes as they need.",
+    help="Measure a model: one measure, or several with commas between them, in as few passes as possible.",
 )  # fmt: skip
 
 

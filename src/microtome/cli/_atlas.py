@@ -22,9 +22,10 @@ def atlas(
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to read.")] = 20_000,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("atlas"),
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
     measure: Annotated[
-        list[str] | None, typer.Option(help="Measure to run, of those `microtome measure` lists; repeatable.")
+        list[str] | None,
+        typer.Option(help="A measure to run, one of those that `microtome measure` lists; repeatable."),
     ] = None,
     seed: Seed = 0,
     budget: Budget = None,

@@ -18,12 +18,12 @@ def register(app: typer.Typer) -> None:
 
 @opens(ModelArgument)
 def check(
-    every: Annotated[bool, typer.Option("--all", help="A row for every place, not for every identity.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One row per place instead of one per identity.")] = False,
     as_json: Json = False,
     *,
     opening: Opening,
 ) -> None:
-    """Prove the map of a model: seven identities in every layer. Exit code 4 if one fails."""
+    """Verify the map of a model: seven identities in every layer. Exit code 4 if one fails."""
     from microtome.view import failed_lines, proof_table
 
     opened = opening.open(prove=False)
@@ -51,7 +51,7 @@ def sites(
     *,
     opening: Opening,
 ) -> None:
-    """List the sites of a model: what each name means, its axes, and why some are not there."""
+    """List the sites of a model: what each name means, its axes, and why some are missing."""
     from microtome.anatomy import SITES
     from microtome.view import sites_table
 

@@ -32,18 +32,20 @@ def _dtype(value: str) -> str:
 
 
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or GGUF file; the default model without it.")
+    str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or GGUF file; if left out, the default model.")
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="Hub id, folder or GGUF file; the default model without it.")
+    str | None, typer.Option("--model", "-m", help="Hub id, folder or GGUF file; if left out, the default model.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for scripts.")]
 
 
 _OPENING: dict[str, tuple[Any, Any]] = {
     "model": (ModelOption, None),
     "device": (
-        Annotated[str | None, typer.Option(help="Where to put the model; the accelerator if there is one.")],
+        Annotated[
+            str | None, typer.Option(help="Where to put the model; by default the accelerator, if there is one.")
+        ],
         None,
     ),
     "dtype": (
@@ -54,7 +56,7 @@ _OPENING: dict[str, tuple[Any, Any]] = {
     ),
     "revision": (Annotated[str | None, typer.Option(help="Revision of a hub model.")], None),
     "trust": (
-        Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")],
+        Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")],
         False,
     ),
 }

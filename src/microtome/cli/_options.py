@@ -18,29 +18,30 @@ from microtome.errors import DeclarationError, error
 if TYPE_CHECKING:
     from microtome.method import Parameter
 
-Seed = Annotated[int, typer.Option(min=0, help="Of every random draw.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
 Budget = Annotated[
     str | None,
-    typer.Option(help='Memory limit per run and pass, such as "2 GiB"; chosen from the free memory without it.'),
+    typer.Option(help='Memory limit per run and pass, such as "2 GiB"; by default chosen from the free memory.'),
 ]
-Text = Annotated[Path | None, typer.Option(help="Text, JSONL or Parquet file; the standard library's text without it.")]
+Text = Annotated[Path | None, typer.Option(help="Text, JSONL or Parquet file; by default the standard library's text.")]
 Texts = Annotated[
     list[Path] | None,
     typer.Option(
         "--text",
-        help="Text, JSONL or Parquet file; the standard library's text without it. Repeatable: each file is a group.",
+        help="Text, JSONL or Parquet file; by default the standard library's text. Repeatable: each file is a group.",
     ),
 ]
 Groups = Annotated[
-    list[str] | None, typer.Option("--group", help='Group of the text to keep apart, or "*"; repeatable.')
+    list[str] | None,
+    typer.Option("--group", help='Group of the text to report separately, or "*" for all; repeatable.'),
 ]
 
 _SHARED: dict[str, tuple[Any, Any]] = {
     "seed": (Seed, 0), "budget": (Budget, None), "texts": (Texts, None), "groups": (Groups, None), "page": (Page, None),
     "edits_file": (EditsFile, None), "force": (Force, False), "top": (Top, None), "as_json": (Json, False),
-    "every": (Annotated[int, typer.Option(min=1, help="Show every so many layers, from the last one down.")], 1),
+    "every": (Annotated[int, typer.Option(min=1, help="Show every n-th layer, counting down from the last.")], 1),
     "positions": (
-        Annotated[str | None, typer.Option(help='Positions to show, such as "-3--1" or "0,4"; all without it.')], None
+        Annotated[str | None, typer.Option(help='Positions to show, such as "-3--1" or "0,4"; by default all.')], None
     ),
 }  # fmt: skip
 
@@ -110,7 +111,7 @@ def _help(p: Parameter, words: Sequence[str], *, several: bool, told: bool) -> s
         parts.append("Repeatable")
     if not told and not p.required and p.default not in (None, (), False):
         default = p.default if isinstance(p.default, tuple | list) else (p.default,)
-        parts[-1] += f"; without it: {' '.join(map(str, default))}"
+        parts[-1] += f"; by default: {' '.join(map(str, default))}"
     return (". ".join(parts) + ".").replace("[", "\\[")
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from microtome.anatomy import Indices
     from microtome.edit import Edit
 
-Page = Annotated[Path | None, typer.Option("--output", "-o", help="Page to write as well: a file ending in .html.")]
+Page = Annotated[Path | None, typer.Option("--output", "-o", help="Also write a page: a file ending in .html.")]
 EditsFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="File of edits to write: a file ending in .safetensors.")
 ]
@@ -28,7 +28,7 @@ CELLS, PARTS = 5, 15
 Top = Annotated[
     int | None,
     typer.Option(
-        min=0, help=f"How many of the strongest to list: {CELLS} cells or neurons, or {PARTS} parts, without it."
+        min=0, help=f"How many of the strongest to list; by default {CELLS} cells or neurons, or {PARTS} parts."
     ),
 ]
 

@@ -44,7 +44,7 @@ def run(
     *,
     opening: Opening,
 ) -> None:
-    """Run a prompt, keep what is named, and write it to a file with its axes and provenance."""
+    """Run a prompt, keep what you name, and write it to a file with its axes and provenance."""
     if plan:
         _show_plan(opening.open().plan(prompt, capture), as_json)
         return

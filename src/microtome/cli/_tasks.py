@@ -39,7 +39,7 @@ def _way(value: str) -> str:
 @opens()
 def tasks(
     name: Annotated[
-        str | None, typer.Argument(help="A task, or a .csv or .jsonl file of your own pairs; all tasks without it.")
+        str | None, typer.Argument(help="A task, or a .csv or .jsonl file of your own pairs; by default all tasks.")
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pairs a task; a table of facts may hold fewer.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawing of the pairs.")] = 0,

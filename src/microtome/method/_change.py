@@ -60,7 +60,7 @@ def change(
         question: what it is for, as a question.
         source: the papers.
         cost: as a formula.
-        check: the tests that prove it.
+        check: the tests that verify it.
         call: how to write it on the default model.
         command: its name on the command line.
         title: what pages call it.

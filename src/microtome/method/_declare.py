@@ -89,17 +89,17 @@ class Column:
     """One quantity that a method returns.
 
     Attributes:
-        name: of the variable; ``<site>`` stands for one variable a name that the method chooses when it runs.
+        name: of the variable; ``<site>`` stands for one variable per name that the method chooses when it runs.
         unit: "share", "nats", "logits", "cosine", ...; a quantity without one says "1".
         meaning: in a sentence.
-        control: the column that this one is to be compared with, or "none: " and the reason.
-        range: the least and the largest value that it can have, None where there is no end.
+        control: the column to compare this one with, or "none: " and the reason.
+        range: the smallest and the largest possible value, None where there is no limit.
         dims: its axes where they are not those of the measure's unit; of a question, its axes.
         extra: axes behind those, such as ("rank",).
         interval: whether it is a mean over examples, with ends of its 95 % interval.
         test: whether a sign-flip p-value belongs to it too.
-        shade: of a text column, the numeric column that colours it.
-        drawn: whether a result draws it; it is there in any case.
+        shade: for a text column, the numeric column that colours it.
+        drawn: whether a result draws it; the variable exists in any case.
         title, chart, log: how pages draw it: its heading, the chart that it shares with others, a logarithmic axis.
     """
 
@@ -148,13 +148,13 @@ class Method:
         question: what it answers, as a question.
         summary: the first line of its docstring.
         arguments: by name.
-        columns: what it gives; a change gives edits instead.
+        columns: what it returns; a change returns edits instead.
         source: the papers.
         cost: forwards, backwards and memory as a formula.
-        check: the tests that prove it.
+        check: the tests that verify it.
         call: how to write it, on the default model.
         command: its name on the command line, if it has one.
-        of: what a measure is of.
+        of: what a measure describes.
         atlas: whether the atlas runs it.
         title: what results and pages call it.
         function: what computes it.

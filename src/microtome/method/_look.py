@@ -36,14 +36,14 @@ class Text:
         text: a corpus, the path of a file, texts, a `Task` (its clean prompts), tokens [row, pos], batches, or a
             mapping from groups to any of these; the documentation topics of the standard library by default.
         tokens, length, rows: see `TokenBatches`; groups have equal shares of the tokens, and no row holds two groups.
-        sequences: read only so many rows, each cut to `width` tokens; groups have equal shares of them.
+        sequences: read only this many rows, each cut to `width` tokens, shared equally between groups.
         width: tokens of those rows.
     """
 
     text: Any = field(default=None, compare=False)
     tokens: Annotated[int, Argument("how many tokens of the text to read", "tokens", least=2)] = 20_000
-    length: Annotated[int, Argument("tokens in a row", "tokens", least=2)] = 256
-    rows: Annotated[int, Argument("rows in a batch", "rows", least=1)] = 4
+    length: Annotated[int, Argument("tokens per row", "tokens", least=2)] = 256
+    rows: Annotated[int, Argument("rows per batch", "rows", least=1)] = 4
     sequences: int | None = None
     width: int | None = None
 
@@ -55,7 +55,7 @@ class Text:
         """The rows of tokens.
 
         Raises:
-            DataError: it is no text, or there is too little of it.
+            DataError: it is not text, or there is too little of it.
         """
         length = min(self.length, model.anatomy.n_ctx)
         found = batches_of(self.text, model, tokens=self.tokens, length=length, rows=self.rows)
@@ -73,7 +73,7 @@ class RepeatedTokens:
 
     sequences: Annotated[int, Argument("how many random sequences", "sequences", least=1)] = 16
     period: Annotated[
-        int | None, Argument("tokens before the repeat; 50, or what the context has room for, without it", "tokens", 12)
+        int | None, Argument("tokens before the repeat; by default 50, or as many as the context fits", "tokens", 12)
     ] = None
 
     def fitted(self, model: LoadedModel) -> RepeatedTokens:

@@ -45,7 +45,7 @@ class Measure:
 
     @property
     def look_parameters(self) -> tuple[Parameter, ...]:
-        """The arguments of what it looks at, with the defaults that it declares."""
+        """The arguments of what it reads, with the defaults that it declares."""
         own = {p.name: p for p in parameters_of(type(self.on))} if fields(self.on) else {}
         return tuple(Parameter(p.name, p.type, getattr(self.on, p.name), p.argument, p.optional) for p in own.values())
 
@@ -67,7 +67,7 @@ class Measure:
         return not self.method.sites and not isinstance(self.on, Weights)
 
     def layers(self, model: Model) -> list[int | None]:
-        """The layers in which the model has all that it looks at; None for a measure of the whole model.
+        """The layers in which the model has all the sites it reads; None for a measure of the whole model.
 
         Raises:
             SiteError: there is no such layer; says which site is missing and why.
@@ -104,21 +104,21 @@ def measure(
 ) -> Callable[[M], M]:
     """Declare a measure: a function from what is `Seen` to values by column, or a `Statistic`.
 
-    A function gives, for each column, values [example, pos, unit] or [example, unit] of one layer (of all layers where
+    A function returns, for each column, values [example, pos, unit] or [example, unit] of one layer (of all layers if
     it declares no sites and runs the model itself); their mean over what counts, and its interval over examples, are
     made of them. Of weights it gives the columns themselves, [unit], layer by layer.
 
     Args:
         name: what it is called by.
-        of: what it is of: "model", "layer", "head" or "neuron".
+        of: what it describes: "model", "layer", "head" or "neuron".
         question: what it answers.
-        columns: what it gives.
+        columns: what it returns.
         source: the papers.
         cost: as a formula.
-        check: the tests that prove it.
-        on: what it looks at; a text by default.
+        check: the tests that verify it.
+        on: what it reads; a text by default.
         sites: the site names that it sees, in layers that have all of them.
-        optional: those that it sees where they are there.
+        optional: sites that it sees where the model has them.
         atlas: whether the atlas runs it.
         title: what results and pages call it.
 
@@ -161,7 +161,7 @@ def _require_fit(method: Method, look: Look) -> None:
     if method.of != "model" and "model" in scopes:
         name = next(name for name in (*method.sites, *method.optional) if SITES[name].scope == "model")
         what = f'{of} is of each {method.of}, but sees the site "{name}", which is of the whole model'
-        raise error(DeclarationError, what, do='look at sites of layers, or declare it of="model"')
+        raise error(DeclarationError, what, do='read sites of layers, or declare it of="model"')
     extra = next((column for column in method.columns if column.extra), None)
     if extra is not None and not isinstance(method.function, type):
         what = f'{of} has a column "{extra.name}" with axes of its own, which the mean of a function lacks'

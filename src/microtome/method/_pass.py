@@ -76,7 +76,7 @@ class Pass:
         self._held, self._waiting = {}, {}
 
     def _observers(self, batch: TokenBatch) -> dict[str, Callable[[Site, Tensor], None]]:
-        """What is to be called at each address that some measure waits for."""
+        """What to call at each address that some measure waits for."""
         layers: dict[str, list[int]] = {}
         found: dict[str, Callable[[Site, Tensor], None]] = {}
 

@@ -26,5 +26,5 @@ def span_from_text(text: str) -> Span:
 
 PromptText = Annotated[Prompt, Argument("the prompt, as text", positional=True)]
 AnswerToken = Annotated[
-    str | int | None, Argument('the answer, one token, such as " Paris"; the model\'s own without it')
+    str | int | None, Argument('the answer, one token, such as " Paris"; by default the model\'s own')
 ]

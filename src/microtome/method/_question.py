@@ -33,10 +33,10 @@ class Found:
 
     Attributes:
         values: by column, the values with the axes that it declares, or (axes, values).
-        each: by column, the same with a first axis of examples: mean, interval, p-value and `_each` are made of it.
+        each: by column, the same with a first axis of examples; gives mean, interval, p-value and `_each`.
         coords: labels of axes, as `xarray` takes them.
-        attrs: what else is to be said, plain values.
-        units: by column, a unit that is only known now.
+        attrs: further attributes, as plain values.
+        units: by column, a unit that is known only at run time.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -53,7 +53,7 @@ class Question:
     Attributes:
         method: the declaration.
         parameters: of its function behind the model.
-        reading: how a value is to be read, in a sentence or two.
+        reading: how to read a value, in a sentence or two.
     """
 
     method: Method
@@ -89,12 +89,12 @@ def question(
     Args:
         name: of the function.
         question: what it answers.
-        columns: what it gives, each with its axes.
+        columns: what it returns, each with its axes.
         source: the papers.
         cost: as a formula.
-        check: the tests that prove it.
+        check: the tests that verify it.
         call: how to write it on the default model.
-        reading: how a value is to be read, in a sentence or two.
+        reading: how to read a value, in a sentence or two.
         command: its name on the command line; all its required arguments must then declare themselves.
         title: what results and pages call it.
 
@@ -134,7 +134,7 @@ def run_sweep(
     prompts: Sequence[int] | None = None,
     stage: str = "patching",
 ) -> SweepResult:
-    """Run a sweep under the settings that hold: its plan is reported and kept first, its progress after it.
+    """Run a sweep under the current settings: first its plan is reported and recorded, then its progress.
 
     Args:
         model: the model.

@@ -21,7 +21,7 @@ NOTHING: Mapping[str, Any] = {}
 
 @runtime_checkable
 class Subject(Protocol):
-    """What a result is about: a model, or what holds one and its truth."""
+    """What a result is about: a model, or an object that holds one and its truth."""
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -64,7 +64,7 @@ _COST: ContextVar[Cost | None] = ContextVar("microtome_cost", default=None)
 
 @contextmanager
 def counting() -> Iterator[Cost]:
-    """Count the cost of what runs in the block; a method called by another counts to that one's cost too."""
+    """Count the cost of what runs in the block; a method called by another counts towards that one's cost too."""
     outer = _COST.get()
     cost = Cost()
     token = _COST.set(cost)
@@ -94,7 +94,7 @@ def provenance(
 
 
 def labelled(method: Method, data: xr.Dataset) -> xr.Dataset:
-    """A dataset whose variables carry what the method declares of them.
+    """A dataset whose variables carry what the method declares about them.
 
     Raises:
         DeclarationError: a variable is none of its columns, or lacks an axis that its column has.

@@ -87,7 +87,7 @@ class Statistic(ABC):
     """A measure that keeps accumulators of its own; arguments of the measure are those of its `__init__`."""
 
     def prepare(self, model: Model, layers: Sequence[int | None]) -> None:
-        """Make what the weights alone determine, before the model runs: inside a forward its parts are hooked."""
+        """Compute what depends on the weights alone, before the model runs: during a forward its parts are hooked."""
         return
 
     @abstractmethod

@@ -29,25 +29,25 @@ def measure(model: Model, *names: str, text: Any = None, groups: Any = None, **o
     """Run measures on a model: those that read the same text share one pass over it.
 
     Cost:  one forward over every text that is read, and the cost each measure declares; see docs/methods.md.
-    Check: each measure gives what it gives alone; tests/laws/test_measures.py.
+    Check: each measure gives the same result as when run alone; tests/laws/test_measures.py.
 
     Args:
         model: an open model.
         names: of the measures; `mt.methods("measure")` lists them.
-        text: for those that look at a text: a corpus, the path of a file, texts, a `Task` (its clean prompts), tokens
+        text: for those that read a text: a corpus, the path of a file, texts, a `Task` (its clean prompts), tokens
             [row, pos], or a mapping from groups to any of these; the documentation topics of the standard library by
             default.
-        groups: keep each group of the text apart, all of them or those that are named: the results then have an axis
-            `group`.
-        options: arguments of the measures and of what they look at, such as ``tokens=5_000`` or ``period=20``.
+        groups: report groups of the text separately, all of them or those that are named: the results then have an
+            axis `group`.
+        options: arguments of the measures and of what they read, such as ``tokens=5_000`` or ``period=20``.
 
     Returns:
-        A `Result`, an `xarray.Dataset` with a variable a column, the ends of its interval as `_lo` and `_hi`, units,
+        A `Result`, an `xarray.Dataset` with one variable per column, its interval ends as `_lo` and `_hi`, units,
         meanings and controls in the variables' attributes, and the provenance in its own.
 
     Raises:
         ArgumentError: there is no such measure, argument or group, or one is outside its limits.
-        SiteError: the model lacks what a measure looks at.
+        SiteError: the model lacks a site that a measure reads.
         DataError: there is too little text.
 
     >>> mt.measure(model, "induction", "firing", tokens=5_000)
@@ -118,7 +118,7 @@ def run_measures(
     with counting() as cost:
         bound = _bound(model, chosen, text, options, left_out if lenient else None)
         if kept is not None and not any(isinstance(look, Text) for look in bound):
-            what = "groups are those of a text, and none of these measures looks at one"
+            what = "groups belong to a text, and none of these measures reads one"
             raise error(ArgumentError, what, got=", ".join(names), do="leave groups= out")
         for look, some in bound.items():
             started = time.perf_counter()
@@ -140,7 +140,7 @@ def run_measures(
 
 
 def _described(look: Look) -> str:
-    """What is looked at, in words."""
+    """What is read, in words."""
     if isinstance(look, Weights):
         return "weights"
     if isinstance(look, Text):
@@ -176,7 +176,7 @@ def _check_options(measures: Sequence[Measure], options: Mapping[str, Any]) -> N
 def _bound(
     model: Model, measures: Sequence[Measure], text: Any, options: Mapping[str, Any], left_out: dict[str, str] | None
 ) -> dict[Look, list[Bound]]:
-    """The measures with their arguments, by what they look at."""
+    """The measures with their arguments, by what they read."""
     found: dict[Look, list[Bound]] = {}
     for one in measures:
         own = {p.name for p in one.parameters}
@@ -201,7 +201,7 @@ def _bound(
 def _of_batches(
     model: Model, look: Look, bound: list[Bound], groups: tuple[str, ...] | None
 ) -> tuple[dict[str, xr.Dataset], str]:
-    """The columns of measures that look at batches, and what these were read from."""
+    """The columns of measures that read batches, and what the batches were read from."""
     assert not isinstance(look, Weights)
     batches = look.batches(model)
     kept = groups is not None and isinstance(look, Text)
