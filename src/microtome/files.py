@@ -33,7 +33,7 @@ def atomic(
     that replaces another is put in place by two renames: for a moment nothing stands there. A symbolic link at `path`
     is replaced, not followed: resolve the path to write to what it points at.
 
-    Cost:  one fsync a file, and two renames.
+    Cost:  one fsync per file, and two renames.
     Check: interrupted at every step, the old version stands and nothing else is left; tests/laws/test_files.py.
 
     Args:

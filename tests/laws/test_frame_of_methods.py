@@ -185,9 +185,7 @@ def test_wrong_groups_are_refused_before_anything_runs(reader: Any, groups: Any,
     model.hf.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(mt.errors.ArgumentError, match=text):
         mt.measure(model, "firing", text=corpus(one=TEXT, two=TEXT), groups=groups)
-    with pytest.raises(
-        mt.errors.ArgumentError, match="groups belong to a text, and none of these measures reads"
-    ):
+    with pytest.raises(mt.errors.ArgumentError, match="groups belong to a text, and none of these measures reads"):
         mt.measure(model, "induction", groups=True)
     assert not ran
 

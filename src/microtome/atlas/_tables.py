@@ -1,4 +1,4 @@
-"""Datasets become tables: one row a layer, a head or a neuron, each column with what its measure declares of it."""
+"""Datasets become tables: one row per layer, head or neuron, each column with what its measure declares of it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def require_metric(metric: object) -> None:
     """Refuse a metric that is not one.
 
     Raises:
-        ArgumentError: says what was given.
+        ArgumentError: with what was given.
     """
     if not isinstance(metric, Metric):
         do = "give one of mt.metric, such as LogProbability(answer), or answer= instead"

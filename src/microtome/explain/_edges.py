@@ -1,4 +1,4 @@
-"""Every node and every edge of the graph, measured exactly.
+"""The effect of every node and every edge of the graph, measured exactly.
 
 Formula:  node: effect(u) = m(base, u's output taken from the other run at all positions) - m(base);
           edge: effect(u -> v) = m(base, v alone reading the stream plus what u writes in the other run minus what it

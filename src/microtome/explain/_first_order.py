@@ -1,4 +1,4 @@
-"""Scores to first order: of nodes, their change against their gradient; of edges, against that at what reads them.
+"""First-order scores: for nodes, their change times their gradient; for edges, the gradient at the reader.
 
 The input of one head's queries is the stream as its norm reads it. Its gradient is that of the head's queries alone,
 drawn back through rotation, projection and norm to the stream. Where heads share keys and values, the gradient there is

@@ -1,11 +1,11 @@
 """The graph of a model: what can send along the residual stream, what reads it, and which pairs are edges.
 
 A sender writes to the stream: the embedding, a head, an MLP. A receiver reads it: the query, key or value input of one
-query head, an MLP, or the logits. Everything read was written before, so a pair is an edge where the sender stands
-earlier. Keys and values count once a query head also where heads share them, since each head reads them for itself.
+query head, an MLP, or the logits. Everything read was written before, so a pair is an edge where the sender comes
+earlier. Keys and values count once per query head even where heads share them, since each head reads them separately.
 
 Formula:  with L layers of H heads, one after the other:  sum_l (1 + (H+1) l) 3H + sum_l (1 + (H+1) l + H) + 1 + L (H+1)
-          edges. In a parallel block an MLP does not see its own layer's heads, which takes H edges a layer away.
+          edges. In a parallel block an MLP does not see its own layer's heads, which removes H edges per layer.
 Check:    the count that is published for GPT-2 small, 32,491; tests/laws/test_graph.py.
 """
 

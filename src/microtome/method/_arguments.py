@@ -79,7 +79,7 @@ def require_model(model: object) -> None:
     """Refuse what is not an open model.
 
     Raises:
-        ArgumentError: says what was given.
+        ArgumentError: with what was given.
     """
     if not isinstance(model, Model):
         got = type(model).__name__

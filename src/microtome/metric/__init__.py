@@ -1,4 +1,4 @@
-"""Metrics: what is read off the logits of a run, one number a prompt."""
+"""Metrics: what is read off the logits of a run, one number per prompt."""
 
 from microtome.metric._metrics import Divergence as Divergence
 from microtome.metric._metrics import FunctionMetric as FunctionMetric

@@ -1,4 +1,4 @@
-"""What is read off a run: one number a prompt, from logits at the positions that matter.
+"""What is read off a run: one number per prompt, from logits at the positions that matter.
 
 Formula:  logit difference  z[answer] - z[foil];     probability  softmax(z)[answer];     log-probability of it;
           rank of the answer (0 is first);   KL(base || row) = sum p_base (log p_base - log p_row), in nats;

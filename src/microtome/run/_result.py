@@ -140,7 +140,7 @@ class Run:
         return parsed.spec.dims if one else ("layer", *parsed.spec.dims)
 
     def dataset(self, *addresses: str) -> xr.Dataset:
-        """Captured sites as an `xarray.Dataset`: a variable a site name, with its axes, coordinates and provenance.
+        """Captured sites as an `xarray.Dataset`: one variable per site name, with its axes, coordinates and provenance.
 
         Args:
             addresses: what to include; everything captured by default.

@@ -39,7 +39,7 @@ class Corpus:
     Args:
         name: what to call it in results.
         documents: texts; a tuple, or something that can be iterated more than once.
-        groups: one name for all documents, or one name a document.
+        groups: one name for all documents, or one name per document.
         sha256: checksum of the text, or of the file that it is read from.
     """
 
@@ -55,7 +55,7 @@ class Corpus:
         Args:
             name: what to call it in results.
             documents: texts.
-            groups: one name for all (`name` by default), or one name a document.
+            groups: one name for all (`name` by default), or one name per document.
 
         Raises:
             DataError: when there are no documents, or not as many groups as documents.
@@ -85,7 +85,7 @@ def joined(name: str, corpora: Iterable[Corpus]) -> Corpus:
         corpora: at least one corpus.
 
     Returns:
-        A corpus whose groups are one name a document.
+        A corpus whose groups are one name per document.
     """
     parts = [(corpus, tuple(corpus)) for corpus in corpora]
     groups = [corpus.group_of(number) for corpus, texts in parts for number in range(len(texts))]

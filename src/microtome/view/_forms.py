@@ -37,7 +37,7 @@ ORDERED = ("layer", "pos", "head", "kv_head", "span", "neuron")
 """Axes along which a line can be drawn; the places on the others are names."""
 
 MOST_GROUPS = 6
-"""Groups of which a variable is drawn, a form a group; how many there are more is said."""
+"""Groups of which a variable is drawn, one form per group; how many more there are is shown."""
 
 
 @runtime_checkable

@@ -127,7 +127,7 @@ class HeatMap:
         return table
 
     def figure(self, canvas: Canvas) -> str:
-        """The map as SVG with a tooltip a cell, and its strongest cells below."""
+        """The map as SVG with one tooltip per cell, and its strongest cells below."""
         rows, left_out = strongest_rows(self.values, _svg.MOST_ROWS)
         every = math.ceil(len(self.columns) / _svg.MOST_COLUMNS)
         values = joined(self.values[rows], every)

@@ -85,7 +85,7 @@ class NeuronMap:
         return interval(float(self.low[layer, neuron]), float(self.high[layer, neuron]))
 
     def terminal(self, canvas: Canvas) -> list[RenderableType]:
-        """The strongest neurons beside a line a layer with its distribution."""
+        """The strongest neurons beside one line per layer with its distribution."""
         name = "" if self.title == self.name else f"  {printable(self.name)}"
         head = Text.assemble((printable(self.title), "bold"), (f"{name}  {printable(self.unit)}".rstrip(), "dim"))
         more = self.beside

@@ -42,7 +42,7 @@ SHOWN = ("method", "reading", "metric", "clean_ids", "corrupt_ids", "sites", "pa
 def write_page(path: Path, data: xr.Dataset, *, title: str | None = None) -> Path:
     """Write a result as one HTML page that opens from disk.
 
-    Every variable has the section that its axes call for: a map with a tooltip a cell and a table of the strongest
+    Every variable has the section that its axes call for: a map with one tooltip per cell and a table of the strongest
     cells, a line over layers, the strongest neurons with their distribution, tokens in cells, parts with their sum. It
     is written beside its place and renamed, so that it is there whole or not at all.
 
@@ -90,7 +90,9 @@ def page_values(data: xr.Dataset) -> dict[str, Any]:
     found = forms(data)
     if not found.shown:
         got = "; ".join(found.not_drawn) or "no variable"
-        raise error(DataError, "nothing to draw on a page", got=got, allowed="numbers over layers, positions or heads")
+        raise error(
+            DataError, "there is nothing to draw on a page", got=got, allowed="numbers over layers, positions or heads"
+        )
     canvas = Canvas(tokens_of(data), found.limits, tuple(places_marked(data)))
     sections = [form.section(canvas) for form in found.shown]
     return {

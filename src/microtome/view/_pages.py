@@ -3,8 +3,8 @@
     index.html              opens from disk; everything else is loaded by it, when it is needed
     assets/*.js, *.css      the pages themselves, copied from `static/`
     assets/data/model.js    the manifest, the layer and head tables, and what the overview shows of the neurons
-    assets/data/neurons/    one file a layer: the numbers and promoted tokens of its neurons, for lists
-    assets/data/details/    one file a layer: examples and token values of its neurons, for the page of a neuron
+    assets/data/neurons/    one file per layer: the numbers and promoted tokens of its neurons, for lists
+    assets/data/details/    one file per layer: examples and token values of its neurons, for the page of a neuron
     assets/data/vocab.js    the vocabulary strings that neurons promote or suppress
     assets/data/text.js     the distinct strings of the text; `assets/data/text/` holds its tokens in chunks
 
@@ -67,7 +67,7 @@ def write_pages(
         manifest: what was measured, on which model and text, at which cost. Its `["tables"][table]["columns"][name]`
             describes a column: `unit` and `meaning`, and where wanted its `title`, the `chart` that it shares with
             others, whether that is `log`, and the name of its `control`.
-        tables: "layers", one row a layer with a column `layer`; "heads", with columns `layer` and `head`; "neurons",
+        tables: "layers", one row per layer with a column `layer`; "heads", with columns `layer` and `head`; "neurons",
             with columns `layer` and `neuron`, whose list columns `promoted` and `suppressed` hold vocabulary ids, and
             `example_index` and `example_start` places in `tokens`. A table that is not there has no rows.
         tokens: every token of the text, in order.
