@@ -127,7 +127,7 @@ def test_gaps_without_a_clear_mean_are_refused_before_a_sweep(model: mt.Model, m
 
     monkeypatch.setattr(mt.Model, "sweep", swept)
     with pytest.raises(
-        mt.errors.SiteError, match=r"the gaps .* not clearly different from 0 .*; got .* 2 of 4 gaps of the other sign"
+        mt.errors.SiteError, match=r"the mean gap .* not clearly different from 0; got .* 2 of 4 gaps of the other sign"
     ):
         mt.explain.patch(
             model, CLEAN, CORRUPT, answer=[11, 16, 17, 18], foil=[15, 12, 13, 14], spans=SPANS, sites=["mlp_out"]
