@@ -1,4 +1,4 @@
-"""First-order scores: for nodes, their change times their gradient; for edges, the gradient at the reader.
+"""First-order scores: a node's change times its gradient; for an edge, the sender's change times the reader's gradient.
 
 The input of one head's queries is the stream as its norm reads it. Its gradient is that of the head's queries alone,
 drawn back through rotation, projection and norm to the stream. Where heads share keys and values, the gradient there is
