@@ -311,7 +311,7 @@ WRONG = [
     ({"source": Source("", "", 0)}, "has a source without authors and title and year"),
     ({"check": "by eye, and twice"}, "names no test that proves it; got by eye, and twice"),
     ({"columns": (Column("bad_x", "1", "a thing", "bad_x"),)}, 'has a column "bad_x" that is its own control'),
-    ({"columns": (Column("bad_x", "1", "a thing", "none: no", shade="bad_y"),)}, 'whose shade "bad_y" is not one of its'),
+    ({"columns": (Column("bad_x", "1", "a thing", "none: no", shade="bad_y"),)}, 'whose shade "bad_y" is not one of'),
     ({"columns": (Column("bad_x", "1", "a thing", "none: no", (1, 0)),)}, "ends below its beginning; got 1 to 0"),
     ({"sites": "logits"}, 'is of each layer, but sees the site "logits", which is of the whole model'),
     ({"sites": ("resid_post", "final")}, 'is of each layer, but sees the site "final"'),

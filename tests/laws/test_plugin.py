@@ -82,7 +82,7 @@ def test_it_has_a_command(installed: Path) -> None:
     code = "from microtome.cli._app import run; raise SystemExit(run(['measure', 'attention_span', '--help']))"
     done = run(installed, code)
     assert done.returncode == 0, done.stderr
-    assert "How far back does each head look?" in done.stdout
+    assert "How far back does each head attend?" in done.stdout
     code = "from microtome.cli._app import run; raise SystemExit(run(['measure', 'broken']))"
     done = run(installed, code)
     assert done.returncode == 2

@@ -84,7 +84,7 @@ def test_first_order_misses_what_exact_effects_find() -> None:
         (
             lambda: planted.Planted(planted.induction().model, planted.program("reverse").truth),
             {},
-            "positions can be shuffled in planted networks alone; got LlamaForCausalLM",
+            "positions can be shuffled only in planted networks; got LlamaForCausalLM",
         ),
         (lambda: planted.program("reverse"), {"corrupt": ()}, "corrupt names nothing; allowed: tokens, positions"),
         (lambda: planted.program("reverse"), {"pairs": 0}, r"pairs must be an integer of 1 or more \(inputs\); got 0"),

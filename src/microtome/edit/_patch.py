@@ -57,7 +57,7 @@ class Patch(SiteEdit):
                     EditError,
                     f"the source of Patch has no {site}",
                     got=", ".join(self.source),
-                    do="capture that site whole",
+                    do="capture the whole site",
                 )
             return self.source[str(site)]
         if self.source is None:

@@ -88,7 +88,7 @@ def _rows(edit: Any) -> tuple[int, ...]:
             f"{_named(edit)} cannot use these rows",
             got=repr(edit.rows),
             allowed="a tuple of row numbers",
-            do="write rows=(0,) for the first row alone",
+            do="write rows=(0,) for only the first row",
         ) from None
     if not rows:
         raise error(EditError, f"{edit!r} names no rows", do="name at least one, or leave rows= out for all")

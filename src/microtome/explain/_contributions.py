@@ -105,13 +105,13 @@ def refuse_unless_sum(model: Model) -> None:
     """Refuse a model whose logits are not a sum over what its parts add.
 
     Raises:
-        SiteError: there are norms on the residual stream itself, or a head with a transform of its own.
+        SiteError: there are norms on the residual stream itself, or a head with its own transform.
     """
     a = model.anatomy
     if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
         raise error(
             SiteError, f"the logits of {a.name} are not a sum over its parts",
-            got="norms on the residual stream itself, or a head with a transform of its own",
+            got="norms on the residual stream itself, or a head with its own transform",
             do="use a causal model with norms before its branches",
         )  # fmt: skip
 

@@ -61,6 +61,6 @@ def first_difference(model: Model, clean: Tensor, corrupt: Tensor, span: tuple[i
             PromptError, "the prompts differ outside of the subject",
             got=f"token {outside[0]}, {model.to_words(clean)[outside[0]]!r}",
             allowed=f"tokens {span[0]} to {span[1] - 1}",
-            do="replace the subject alone, or name all that is replaced",
+            do="replace only the subject, or name everything that is replaced",
         )  # fmt: skip
     return differs[0]

@@ -149,7 +149,7 @@ def _examples(
 def _components(model: Model, components: str | Sequence[str], receivers: str) -> list[Address]:
     """Heads and branches by address, each of one layer, in the order given."""
     if receivers == "heads" and any(part.attn_post_norm for part in model.anatomy.parts.layers):
-        raise error(SiteError, "a norm stands behind the heads", do='use receivers="branches"')
+        raise error(SiteError, "a norm follows the heads", do='use receivers="branches"')
     named: list[Address] = []
     listed = [components] if isinstance(components, str) else components
     for text in [one for name in listed for one in (_names(model, name) if name in RECEIVERS else [name])]:

@@ -115,7 +115,7 @@ def _require_circuit(it: Planted) -> None:
         raise error(DataError, f"the truth of {it.model.anatomy.name} names no edges to recover", got=about, do=do)
     if not isinstance(it.model.hf, PlantedForCausalLM):
         got = type(it.model.hf).__name__
-        raise error(ModelUnsupported, "positions can be shuffled in planted networks alone", got=got, do=do)
+        raise error(ModelUnsupported, "positions can be shuffled only in planted networks", got=got, do=do)
 
 
 def _measured(

@@ -178,6 +178,6 @@ def _whole(seen: Seen) -> Tensor | None:
     if bool((some & ~every).any()):
         raise error(
             DataError, "a row of the text holds several groups, and this measure has one value per row",
-            do="give each group as a text of its own: text={name: corpus}, with length= so that rows fill",
+            do="give each group as a separate text: text={name: corpus}, with length= so that rows fill",
         )  # fmt: skip
     return every

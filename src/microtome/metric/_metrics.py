@@ -272,7 +272,7 @@ class SpanLoss:
                 EditError,
                 "a SpanLoss cannot use these targets",
                 got=repr(self.targets),
-                allowed="token ids, as many for each prompt",
+                allowed="token ids, equally many for each prompt",
                 do="give a tensor [prompt, span] of whole numbers",
             )
         object.__setattr__(self, "targets", targets.long())

@@ -318,7 +318,7 @@ def _plain(model: LoadedModel, tokens: Tensor) -> Tensor:
             ModelUnsupported,
             f"{model.anatomy.name} cannot run {tokens.shape[1]} tokens{kind} even without hooks",
             got=_said(problem),
-            do="open a language model that runs on token ids alone" if usual else "open it in float32",
+            do="open a language model that runs on only token ids" if usual else "open it in float32",
         ) from problem
 
 

@@ -92,7 +92,7 @@ def check_truth(model: Model, truth: Mapping[str, Any]) -> None:
         if not listed or tuple(edge) not in possible:
             allowed = "[sender, receiver, input] in the order of the model, input one of q, k, v, in"
             raise error(
-                DataError, f"the truth names an edge that {model.anatomy.name} has not", got=edge, allowed=allowed
+                DataError, f"the truth names an edge that {model.anatomy.name} does not have", got=edge, allowed=allowed
             )
         lost = [node for node in edge[:2] if node not in attributes]
         if lost:

@@ -253,6 +253,6 @@ def _encoded(prompt: Mapping[str, Any]) -> list[Tensor]:
         real = mask.nonzero().squeeze(1)
         if len(real) and len(real) <= int(real[-1] - real[0]):
             raise error(
-                PromptError, f"the attention_mask hides tokens inside row {i}", do="mask pads alone, or use KnockOut"
+                PromptError, f"the attention_mask hides tokens inside row {i}", do="mask only pads, or use KnockOut"
             )
     return [row[mask] for row, mask in zip(rows, masks, strict=True)]

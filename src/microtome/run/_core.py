@@ -85,7 +85,7 @@ class LoadedModel:
             raise error(
                 SiteError,
                 f"the residual stream of {self.anatomy.name} cannot be read as logits",
-                got="a head with a transform of its own between the stream and the unembedding",
+                got="a head with its own transform between the stream and the unembedding",
                 do="use a causal model with a final norm",
             )
         return norm

@@ -271,7 +271,7 @@ class Run:
                 f"gradients do not fit {of}",
                 got=f"shape {list(gradients.shape)}",
                 allowed=f"[n, {str(list(start.shape))[1:]}",
-                do="give gradients with the axes of the site behind their own",
+                do="give gradients whose last axes are those of the site",
             )
         # The second output only makes sure of a gradient, of zeros, where `of` does not depend on `to`.
         zeros = torch.zeros(len(gradients), *end.shape, dtype=end.dtype, device=end.device)

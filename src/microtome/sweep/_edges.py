@@ -255,7 +255,7 @@ class Edges:
         source = placed.edge.source
         if isinstance(source, Mapping):
             if str(site) not in source:
-                raise error(EditError, f"the source of an edge has no {site}", do="capture that site whole")
+                raise error(EditError, f"the source of an edge has no {site}", do="capture the whole site")
             there = source[str(site)]
         else:
             assert source is not None

@@ -329,7 +329,7 @@ def _edits_of(cell: object, place: int) -> list[SiteEdit]:
             f"cell {place} of the sweep holds something other than edits of sites",
             got=repr(other),
             allowed="edits of sites, or a single Edge",
-            do="give each Edge a cell of its own, and other edits to run(edits=)",
+            do="give each Edge its own cell, and other edits to run(edits=)",
         )
     return found
 

@@ -1,4 +1,4 @@
-"""How far back attention heads look.
+"""How far back attention heads attend.
 
 Formula:  A the pattern of a head: attention_span = mean over q of sum_k A[q, k] (q - k), q without each row's first;
           control: the same if attention were spread evenly over the keys 0 .. q, which is q / 2.
@@ -18,7 +18,7 @@ from microtome.method import Column, Seen, Source, Text, measure
     on=Text(sequences=16, width=128),
     sites="attn.pattern",
     title="span of attention",
-    question="How far back does each head look?",
+    question="How far back does each head attend?",
     columns=(
         Column("attention_span", "tokens", "mean distance to attended keys", "attention_span_uniform", (0, None)),
         Column("attention_span_uniform", "tokens", "the same for uniform attention", range=(0, None)),
