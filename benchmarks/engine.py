@@ -7,7 +7,7 @@ moment of the machine falls on both. Peers run in environments of their own: see
 default atlas too, in a process of its own, and says how long it took and how much memory.
 
 What is kept is new memory, whose pages the system must supply; on a virtual machine that returns freed pages to its
-host that costs more than the whole of the engine. The ratio of user time, which leaves the system's out, is printed too.
+host that costs more than the whole of the engine. The ratio of user time, without the system's, is printed too.
 """
 
 from __future__ import annotations
