@@ -70,9 +70,7 @@ def attention_knockout(
     model: Model,
     prompt: PromptText,
     *,
-    queries: Annotated[
-        Span, Argument("positions that can no longer attend to the keys", from_text=span_from_text)
-    ] = -1,
+    queries: Annotated[Span, Argument("positions that can no longer attend to keys", from_text=span_from_text)] = -1,
     keys: Annotated[Span, Argument("positions that the queries can no longer attend to", from_text=span_from_text)],
     answer: AnswerToken = None,
     window: Annotated[int, Argument("how many layers to cut at once", "layers", least=1)] = 9,

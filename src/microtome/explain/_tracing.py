@@ -75,9 +75,7 @@ def causal_trace(
     *,
     subject: Annotated[Span, Argument("the subject: its text in the prompt, or positions", from_text=span_from_text)],
     answer: AnswerToken = None,
-    corrupt: Annotated[
-        Prompt | None, Argument("a prompt with another subject, instead of noise", from_text=str)
-    ] = None,
+    corrupt: Annotated[Prompt | None, Argument("a prompt with another subject, not noise", from_text=str)] = None,
     window: Annotated[int, Argument("how many layers of a branch to restore at once", "layers", least=1)] = 10,
     noise: Annotated[float, Argument("size of the noise", "standard deviations of the embeddings", least=0)] = 3.0,
     samples: Annotated[int, Argument("how many draws of the noise to average over", "draws", least=1)] = 10,
