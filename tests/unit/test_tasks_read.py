@@ -63,8 +63,8 @@ def test_only_newlines_end_a_row(mark: str, tmp_path: Path, tok: Any) -> None:
          "position 2: ' dog' and ' b"),
         ("One dog,One car, two, two,", "row 1: the foil equals the answer; got ' two'. To do: choose another foil"),
         ("One dog,One car, is, are,cat", "row 1: the subject is not in the clean prompt; got 'cat'"),
-        ("One dog,One car,,are,", "row 1: answer is no text; got ''. To do: fill it in."),
-        ("One dog,One car", "row 1: answer is no text; got None"),
+        ("One dog,One car,,are,", "row 1: answer is not text; got ''. To do: fill it in."),
+        ("One dog,One car", "row 1: answer is not text; got None"),
         ("One dog,One dog, is, are,", "row 1: the clean and the corrupt prompt are the same"),
         ("One dog,One car,is, are,", "row 1: 'is' would continue the last word of the prompt; got 'dogis'. To do: "
          "begin it with a space, ' is'"),
