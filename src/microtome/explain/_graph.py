@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from microtome.errors import SiteError, error
 from microtome.model import Model
+from microtome.sweep import require_edges
 
 INPUTS = ("attn.q", "attn.k", "attn.v")
 
@@ -50,13 +50,7 @@ def graph(model: Model) -> Graph:
         SiteError: the stream is not a sum over its parts, as norms stand on it.
     """
     a = model.anatomy
-    if a.parts.form == "post_norm":
-        raise error(
-            SiteError,
-            f"the stream of {a.name} is not a sum over its parts, so that it has no edges",
-            got="norms on the residual stream itself",
-            do="use a model with norms before its branches",
-        )
+    require_edges(a)
     layers, heads = range(a.n_layers), range(a.n_heads)
     senders, receivers = ["embed"], []
     for layer in layers:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Address, NormWeights, Site, parse
+from microtome.anatomy import Address, Anatomy, NormWeights, Site, parse
 from microtome.edit import Add, Frame, Set, SiteEdit, Source
 from microtome.errors import EditError, SiteError, error
 from microtome.run import LoadedModel, Run, run_forward
@@ -161,19 +161,28 @@ def _set(site: str, new: Tensor, own: Tensor) -> SiteEdit:
     return Set(site + where, value=new[first:])
 
 
+def require_edges(anatomy: Anatomy) -> None:
+    """Refuse a model whose residual stream is not a sum over its parts.
+
+    Raises:
+        SiteError: there are norms on the residual stream itself.
+    """
+    if anatomy.parts.form == "post_norm":
+        raise error(
+            SiteError,
+            f"the stream of {anatomy.name} is not a sum over its parts, so that it has no edges",
+            got="norms on the residual stream itself",
+            do="use a model with norms before its branches",
+        )
+
+
 class Edges:
     """Converts edges over prompts of one length into ordinary cells."""
 
     def __init__(self, model: LoadedModel, tokens: Tensor, prompts: Sequence[int]) -> None:
         """Run prompts, tokens [prompt, pos] by their numbers, and keep what senders write and branches read."""
         a = model.anatomy
-        if a.parts.form == "post_norm":
-            raise error(
-                SiteError,
-                f"the stream of {a.name} is not a sum over its parts, so that it has no edges",
-                got="norms on the residual stream itself",
-                do="use a model with norms before its branches",
-            )
+        require_edges(a)
         self.model, self.tokens, self.prompts = model, tokens, list(prompts)
         self.parallel = a.parts.form == "parallel"
         names = ["resid_pre", "attn.q", "attn.k", "attn.v", "attn.z", "attn_out", "mlp_out"]
