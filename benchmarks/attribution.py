@@ -89,7 +89,7 @@ def measure(model: mt.Model, pair: tuple[str, str, str, str]) -> dict[str, xr.Da
 
 
 def table(task: str, measured: list[dict[str, xr.Dataset]]) -> list[dict[str, object]]:
-    """A row a site and measure."""
+    """One row per site and measure."""
     rows: list[dict[str, object]] = []
     for site in SITES:
         for name, correlation in (("pearson", pearson), ("- largest", without_largest), ("rank", spearman)):

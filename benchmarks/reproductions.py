@@ -3,7 +3,7 @@
     python benchmarks/reproductions.py [--only facts reading induction repair] [--model MODEL] [--samples 2] [--out F]
 
 What counts as reproduced is the sentence that each claim prints, written down before the numbers were seen, but for
-repair: its first two runs failed, on a head of the last layer and on a weak one, and which heads are strong was settled
+repair: its first two runs failed, on a head of the last layer and on a weak one, and which heads are strong was decided
 after that, on other prompts than those reported. Heads are chosen on other data than they are measured on.
 Intervals are 95 % bootstrap intervals over examples, p-values those of
 sign flips.

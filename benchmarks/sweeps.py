@@ -1,4 +1,4 @@
-"""What exact sweeps cost beside one forward a cell with plain hooks, as ratios measured within one run.
+"""What exact sweeps cost beside one forward per cell with plain hooks, as ratios measured within one run.
 
     python benchmarks/sweeps.py [--model MODEL] [--repeats 3] [--edges] [--out benchmarks/results/sweeps.json]
 

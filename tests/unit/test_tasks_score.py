@@ -40,6 +40,7 @@ def test_accuracy_is_what_single_runs_say(model: mt.Model, task: mt.tasks.Task) 
         for name in ("clean", "corrupt"):
             z = model.run(list(getattr(pair, f"{name}_tokens"))).logits[0, -1].double()
             assert bool(data[f"top1_{name}"][i]) == (int(z.argmax()) in pair.answer_ids)
+            assert str(data[f"predicted_{name}"][i].item()) == model.to_words([int(z.argmax())])[0]
             p = z.softmax(-1)
             odds = p[list(pair.answer_ids)].sum().log() - p[list(pair.foil_ids)].sum().log()
             assert float(data[f"difference_{name}"][i]) == pytest.approx(float(odds), abs=1e-5)

@@ -77,7 +77,7 @@ def _keys(model: Model, labels: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any
 
 
 def _flat(array: xr.DataArray, dims: Sequence[str]) -> npt.NDArray[Any]:
-    """A row a unit; axes behind those of the unit stay, as lists."""
+    """One row per unit; axes after those of the unit stay, as lists."""
     extra = [dim for dim in array.dims if dim not in dims]
     values = np.asarray(array.transpose(*dims, *extra).values)
     values = values.astype(np.float32) if values.dtype == np.float64 else values

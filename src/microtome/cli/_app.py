@@ -6,7 +6,7 @@ anything else is one line too; ``--debug`` puts the traceback before it.
     0  done            3  a model            6  a prompt        9  output
     1  other errors    4  a proof fails      7  an edit        10  data
     2  wrong usage     5  a site             8  memory         70  a defect of Microtome
-                                                              130  stopped by Ctrl-C;  143  told to end
+                                                              130  stopped by Ctrl-C;  143  ended by SIGTERM
 """
 
 from __future__ import annotations

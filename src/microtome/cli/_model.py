@@ -1,4 +1,4 @@
-"""What every command that opens a model shares: its options, opening, and what is said meanwhile."""
+"""What every command that opens a model shares: its options, opening, and progress."""
 
 from __future__ import annotations
 

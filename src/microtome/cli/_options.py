@@ -87,7 +87,7 @@ def slot_of(p: Parameter) -> Slot | None:
     # What Typer shows and passes as the default; None where it leaves the default to the method.
     default = kind(p.default) if words and p.default in words else p.default if type(p.default) is kind else None
     default = None if several else default
-    info: dict[str, Any] = {"help": _help(p, words, several=several, told=default is not None)}
+    info: dict[str, Any] = {"help": _help(p, words, several=several, shown=default is not None)}
     info |= {"min": argument.least, "max": argument.most} if kind in (int, float) else {}
     if len("|".join(words)) > LONGEST:
         info["metavar"] = _singular(p.name, several).upper()
@@ -95,12 +95,12 @@ def slot_of(p: Parameter) -> Slot | None:
     kind = list[kind] if several else kind
     kind = kind if required or default is not None else kind | None
     annotation = typer.Argument(**info) if argument.positional else typer.Option(_flag(p, kind, several), **info)
-    told = Slot.empty if required else default
-    return Slot(p.name, Slot.KEYWORD_ONLY, default=told, annotation=Annotated[kind, annotation])
+    given = Slot.empty if required else default
+    return Slot(p.name, Slot.KEYWORD_ONLY, default=given, annotation=Annotated[kind, annotation])
 
 
-def _help(p: Parameter, words: Sequence[str], *, several: bool, told: bool) -> str:
-    """The help of an option: what it means, the words it allows if they are long, and a default that is not told."""
+def _help(p: Parameter, words: Sequence[str], *, several: bool, shown: bool) -> str:
+    """The help of an option: its meaning, the words it allows if they are long, and a default Typer does not show."""
     assert p.argument is not None
     meaning = p.argument.meaning.removesuffix(".")
     first = meaning.split()[0]
@@ -109,7 +109,7 @@ def _help(p: Parameter, words: Sequence[str], *, several: bool, told: bool) -> s
         parts.append(f"{'Any' if several else 'One'} of: {' '.join(words)}")
     if several:
         parts.append("Repeatable")
-    if not told and not p.required and p.default not in (None, (), False):
+    if not shown and not p.required and p.default not in (None, (), False):
         default = p.default if isinstance(p.default, tuple | list) else (p.default,)
         parts[-1] += f"; by default: {' '.join(map(str, default))}"
     return (". ".join(parts) + ".").replace("[", "\\[")

@@ -23,7 +23,7 @@ EditsFile = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 CELLS, PARTS = 5, 15
-"""How many of the strongest cells, or of the parts of a sum, are listed unless told otherwise."""
+"""How many of the strongest cells, or of the parts of a sum, are listed by default."""
 
 Top = Annotated[
     int | None,

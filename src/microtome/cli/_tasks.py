@@ -85,7 +85,7 @@ def _list(model: Model, make: Callable[[Model, str], Task], as_json: bool) -> No
             report("tasks", number, len(names))
             try:
                 task = make(model, name)
-            except PromptError as problem:  # of this tokenizer: said in its row
+            except PromptError as problem:  # of this tokenizer: shown in its row
                 rows.append({"name": name, "refused": str(problem)})
                 continue
             rows.append(_row(task, task.accuracy(model)) | {"example": _pair(task[0], full=False)})
@@ -113,13 +113,15 @@ def _show(model: Model, name: str, make: Callable[[Model, str], Task], as_json: 
     with working("running the pairs"):
         task = make(model, name)
         data = task.accuracy(model)
-    said, gaps = data["said_clean"].values.tolist(), data["difference_clean"].values.tolist()
+    words, gaps = data["predicted_clean"].values.tolist(), data["difference_clean"].values.tolist()
     if as_json:
-        pairs = [_pair(p, full=True) | {"said": s, "difference": d} for p, s, d in zip(task, said, gaps, strict=True)]
+        pairs = [
+            _pair(p, full=True) | {"predicted": s, "difference": d} for p, s, d in zip(task, words, gaps, strict=True)
+        ]
         print_json(_row(task, data) | {"made": dict(task.attrs), "pairs": pairs, "provenance": model.provenance})
         return
-    table = Table(r"prompt, \[clean → corrupt]", "answer", "foil", "said", "logits", box=None, pad_edge=False)
-    for pair, word, gap in zip(task, said, gaps, strict=True):
+    table = Table(r"prompt, \[clean → corrupt]", "answer", "foil", "predicted", "logits", box=None, pad_edge=False)
+    for pair, word, gap in zip(task, words, gaps, strict=True):
         texts = (_short(pair.answer, 24), _short(pair.foil, 24), word)
         style = "" if word in pair.answer.split("|") else "dim"
         table.add_row(_both(pair), *(Text(_line(t), style=style) for t in texts), f"{gap:+.2f}")

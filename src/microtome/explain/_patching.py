@@ -223,7 +223,7 @@ def _by_site(layouts: dict[str, Layout], effects: Tensor) -> dict[str, tuple[tup
 
 
 def _attributes(model: Model, pairs: Pairs, kept: list[int], gaps: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The labels of one pair's tokens or of several examples, and what is said of them."""
+    """The labels of one pair's tokens or of several examples, and what is known of them."""
     if len(pairs) == 1:
         words = [model.to_words(row) for row in pairs.tokens[0]]
         return {"clean_token": ("pos", words[0]), "corrupt_token": ("pos", words[1])}, pairs.attrs()

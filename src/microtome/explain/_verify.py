@@ -77,7 +77,7 @@ def verify(
 
     Beside the scores there is `<site>_exact`, the effect metric(cell) - metric(start), NaN where not measured. A
     correlation is NaN where there are fewer than two cells, or all are equal. Stopped by Ctrl-C, it keeps what was
-    measured; all that is said of a site not measured to its end is NaN.
+    measured; everything about a site not measured to its end is NaN.
 
     Raises:
         DataError: the scores are of another model, of no pair, without labels, or have fewer than `top` cells.

@@ -1,6 +1,6 @@
 """What attention heads do on repeated random tokens.
 
-Formula:  tokens r_0..r_{T-1} r_0..r_{T-1};  A the pattern of a head, q over the second half unless said otherwise:
+Formula:  tokens r_0..r_{T-1} r_0..r_{T-1};  A the pattern of a head, q over the second half unless stated otherwise:
           induction       mean A[q, q - T + 1]      the token after the earlier occurrence
           duplicate       mean A[q, q - T]          the earlier occurrence itself
           previous_token  mean A[q, q - 1]          q >= 1, both halves

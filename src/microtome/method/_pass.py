@@ -47,7 +47,7 @@ class Pass:
         model: an open model.
         bound: the measures.
         look: what they look at.
-        groups: the names of the groups to keep apart, by number; none keeps all tokens together.
+        groups: the names of the groups to keep separate, by number; none keeps all tokens together.
     """
 
     def __init__(self, model: Model, bound: Sequence[Bound], look: Any, groups: Sequence[str] | None = None) -> None:

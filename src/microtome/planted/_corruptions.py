@@ -99,7 +99,7 @@ def writes(model: Model, tokens: Tensor, positions: Tensor | None = None) -> dic
     Args:
         model: a planted model.
         tokens: [batch, pos] token ids.
-        positions: [batch, pos] the position that each token is said to stand at; its own by default.
+        positions: [batch, pos] the position id of each token; its own position by default.
 
     Returns:
         By node, as `nodes` names them.

@@ -45,7 +45,7 @@ class Planted:
 
     Attributes:
         model: the open model, its map proven.
-        truth: what is inside. For circuits, `nodes` and `edges` (see `edges`); empty where nothing was said.
+        truth: what is inside. For circuits, `nodes` and `edges` (see `edges`); empty where none is given.
     """
 
     model: Model

@@ -74,7 +74,7 @@ class Program:
         says: what it computes, in a line.
         vocabulary: the tokens that it takes; the id of a token is its place, and BOS comes after the last.
         max_length: the longest input, BOS not counted.
-        evaluate: the reference: tokens to one value a position; None where the program defines none.
+        evaluate: the reference: tokens to one value per position; None where the program defines none.
         numeric: its one output is the value itself; otherwise outputs are labels, and the largest is the value.
         sample: draws an input of some length, by default of random tokens; where those would nearly all have the same
             answer, one that need not.

@@ -125,9 +125,9 @@ def score(model: Model, pairs: Sequence[Pair], text: bool, seed: int) -> xr.Data
         logits = last_logits(model, [getattr(p, f"{name}_tokens") for p in pairs])
         best = logits.argmax(-1).tolist()
         values[f"top1_{name}"] = np.array([b in p.answer_ids for b, p in zip(best, pairs, strict=True)])
-        values[f"said_{name}"] = np.array(model.to_words(best), dtype=object)
+        values[f"predicted_{name}"] = np.array(model.to_words(best), dtype=object)
         values[f"difference_{name}"] = metric.read(logits.unsqueeze(1), prompts).cpu().numpy()
-    units = {"difference": "logits", "top1": "bool", "said": "text"}
+    units = {"difference": "logits", "top1": "bool", "predicted": "text"}
     data = xr.Dataset({n: ("example", v, {"unit": units[n.split("_")[0]]}) for n, v in values.items()})
 
     def of_mean(values: np.ndarray) -> tuple[float, float]:

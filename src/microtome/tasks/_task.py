@@ -86,9 +86,9 @@ class Task:
 
         Returns:
             Dataset. By `example`: `top1_clean`, `top1_corrupt` (the likeliest token is an answer of the clean prompt),
-            `said_clean`, `said_corrupt` (that token), `difference_clean`, `difference_corrupt` (logits, positive where
-            the answer is preferred to the foil). As one number with `_lo` and `_hi`, 95 % intervals: `accuracy`;
-            `accuracy_corrupt`, its control, how often the same answer comes without what should cause it;
+            `predicted_clean`, `predicted_corrupt` (that token), `difference_clean`, `difference_corrupt` (logits,
+            positive where the answer is preferred to the foil). As one number with `_lo` and `_hi`, 95 % intervals:
+            `accuracy`; `accuracy_corrupt`, its control, how often the same answer comes without what should cause it;
             `preferred`, how often the answer beats the foil (Wilson's intervals); `mean_difference_clean` and
             `mean_difference_corrupt` in logits (bootstrap over examples).
 

@@ -100,7 +100,7 @@ def control(data: xr.Dataset, name: str) -> np.ndarray | None:
 
 
 def companions(data: xr.Dataset, name: str) -> dict[str, np.ndarray]:
-    """What is told beside each value of a variable: exact measurements, the control, and p-values, where there are."""
+    """What is shown beside each value of a variable: exact measurements, the control, and p-values, where there are."""
     found = {"exact": beside(data, name, "_exact"), "control": control(data, name), "p": beside(data, name, "_p")}
     return {key: values for key, values in found.items() if values is not None}
 

@@ -5,7 +5,7 @@
     (layer), (pos), (head)                       line with its interval and control        _series.py
     (layer, neuron)                              strongest neurons, distribution by layer  _neurons.py
     text over (layer, pos)                       tokens in cells, coloured by `shade`      _token_map.py
-    (site), (component), (group)                 a row a name, a column a variable         _tables.py
+    (site), (component), (group)                 one row per name, one column per variable _tables.py
     (group, ...) with two axes after group       their form, once a group, of the first six
     ()                                           facts                                     _tables.py
     `parts` that sum to `sum_of`                 bars, largest first, with their sum       _parts.py

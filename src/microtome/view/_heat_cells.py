@@ -32,7 +32,7 @@ MOST_WIDE, MOST_NAMED, MOST_ROWS = 7, 14, 24
 def drawn(
     values: np.ndarray, names: Sequence[str], columns: Sequence[str], across: str, limit: float, canvas: Canvas
 ) -> list[Text]:
-    """The lines of a map: what is to be said of it, the axis, and one line per row.
+    """The lines of a map: its notes, the axis, and one line per row.
 
     Args:
         values: [row, column]; NaN where nothing was measured.

@@ -43,7 +43,7 @@ class HeatMap:
         name, title: of the variable.
         values: [row, column], float64; NaN where nothing finite was measured.
         low, high: the ends of the 95 % interval, like `values`; none where the variable has no interval.
-        beside: what is told beside each value: exact measurements, the control, p-values.
+        beside: what is shown beside each value: exact measurements, the control, p-values.
         across, down: the axes of columns and rows.
         columns, rows: the name of each.
         unit: what a value counts.

@@ -35,7 +35,7 @@ class NeuronMap:
         layers, neurons: their names.
         values: [layer, neuron], float64; NaN where nothing was measured.
         low, high: the ends of the 95 % interval, like `values`; none where there is none.
-        beside: what is told beside each value: exact measurements, the control, p-values.
+        beside: what is shown beside each value: exact measurements, the control, p-values.
     """
 
     name: str

@@ -81,7 +81,7 @@ def page_text(data: xr.Dataset, *, title: str | None = None) -> str:
 
 
 def page_values(data: xr.Dataset) -> dict[str, Any]:
-    """What the page is told, as plain values: all that it shows.
+    """What the page shows, as plain values.
 
     Raises:
         DataError: no variable of the dataset can be drawn.

@@ -85,7 +85,7 @@ def pack_tokens(tokens: Sequence[str]) -> tuple[list[str], list[int]]:
 def count_firing(neurons: pa.Table, bins: int = 20) -> dict[str, Any] | None:
     """How many neurons of each layer fire how often: the edges of bins over 0 to 1, and counts by layer.
 
-    A neuron that never fires is counted apart, because it differs in kind from one that fires rarely.
+    A neuron that never fires is counted separately, because it differs in kind from one that fires rarely.
     """
     if "firing_rate" not in neurons.column_names:
         return None

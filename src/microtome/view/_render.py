@@ -40,7 +40,7 @@ def terminal(data: xr.Dataset, width: int, *, top: int = 5) -> Group:
 
     Args:
         data: any result; a batch of one is dropped. Of one that lists its parts, only these are shown.
-        width: of the terminal, in cells. Where columns do not fit, neighbours share one, and that is said.
+        width: of the terminal, in cells. Where columns do not fit, neighbours share one, and a note says so.
         top: how many of the strongest cells, neurons or parts to list.
     """
     data = one_example(data)

@@ -1,4 +1,4 @@
-"""A line over the layers, or over another axis with an order: a bar a place, its interval, and its control."""
+"""A line over the layers, or over another axis with an order: one bar per place, its interval, and its control."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Series:
         places: the name of each place.
         values: by place, float64; NaN where nothing was measured.
         low, high: the ends of the 95 % interval; none where there is none.
-        beside: what is told beside each value: exact measurements, the control, p-values.
+        beside: what is shown beside each value: exact measurements, the control, p-values.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Series:
         return (self.name,)
 
     def terminal(self, canvas: Canvas) -> list[RenderableType]:
-        """A row a place, with a bar."""
+        """One row per place, with a bar."""
         order = np.argsort(-np.nan_to_num(np.abs(self.values)), kind="stable").tolist()
         shown, left = sorted(order[:MOST_ROWS]), len(order) - MOST_ROWS
         table = plain_table(printable(self.axis), "")

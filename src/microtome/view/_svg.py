@@ -18,8 +18,8 @@ HOT, COLD = "#2f74c0", "#cf4f2e"
 MOST_COLUMNS, MOST_ROWS = 100, 40
 """Columns and rows of a map; beyond, neighbouring columns share one, and the weakest rows are left out."""
 
-MOST_TOLD = 900
-"""Cells of a map that each tell their value when pointed at; of a larger map only the listed ones are told."""
+MOST_TOOLTIPS = 900
+"""Cells of a map up to which each has a tooltip with its value; of a larger map only the listed ones have."""
 
 SHADES = 40
 LINE = (420.0, 150.0)
@@ -101,8 +101,8 @@ def heat(
 def _cells(
     values: np.ndarray, left: float, wide: float, tall: float, limit: float, caption: Callable[[int, int], str]
 ) -> list[str]:
-    """A rectangle a cell where each is told; else one shape a shade, so that the size stays bounded."""
-    if values.size <= MOST_TOLD:
+    """One rectangle per cell where each has a tooltip; else one shape per shade, so that the size stays bounded."""
+    if values.size <= MOST_TOOLTIPS:
         return [
             f'<rect x="{left + j * wide:.1f}" y="{tall * i + 0.5:.1f}" width="{wide - 1:.1f}" height="{tall - 1:.1f}"'
             f"{_shade(float(values[i, j]), limit)}><title>{escaped(caption(i, j))}</title></rect>"
@@ -139,11 +139,11 @@ def figure(heading: str, name: str, picture: str, notes: Sequence[str] = (), tab
     """A picture with its heading, its notes, and a table beside it."""
     beside = f' <code style="opacity:0.62;background:none">{escaped(name)}</code>' if name and name != heading else ""
     about = f' title="{escaped(meaning)}"' if meaning else ""
-    said = f'<div style="opacity:0.62">{escaped("; ".join(notes))}</div>' if notes else ""
+    footer = f'<div style="opacity:0.62">{escaped("; ".join(notes))}</div>' if notes else ""
     return (
         f'<div style="margin:0 28px 12px 0;max-width:100%"><div{about} style="margin-bottom:3px">'
         f'<b>{escaped(heading)}</b>{beside}</div><div style="display:flex;flex-wrap:wrap;gap:0 18px">'
-        f'<div style="max-width:100%">{picture}{said}</div><div>{table}</div></div></div>'
+        f'<div style="max-width:100%">{picture}{footer}</div><div>{table}</div></div></div>'
     )
 
 
@@ -170,7 +170,7 @@ def rows(pairs: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
 def bars(
     names: Sequence[str], values: Sequence[float], controls: Sequence[float] | None, caption: Sequence[str], name: str
 ) -> str:
-    """A bar a name, from a common zero; a tick where its control stands."""
+    """One bar per name, from a common zero; a tick where its control stands."""
     known = [v for v in (*values, *(controls or ())) if not math.isnan(v)]
     low, high = min([0.0, *known]), max([0.0, *known])
     span = (high - low) or 1.0
@@ -232,7 +232,7 @@ def line(
     return parts + [
         f'<circle cx="{xs[i]:.1f}" cy="{y(values[i]):.1f}" r="2.6" fill="{HOT}">'
         f"<title>{escaped(caption[i])}</title></circle>"
-        for i in range(min(n, MOST_TOLD))
+        for i in range(min(n, MOST_TOOLTIPS))
         if np.isfinite(values[i])
     ]
 

@@ -1,4 +1,4 @@
-"""Variables over names, a row a name and a column a variable; and single numbers as facts."""
+"""Variables over names, one row per name and one column per variable; and single numbers as facts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class LabelTable:
         return heads, [[visible(row), *(c.caption(i) for c in self.columns)] for i, row in enumerate(self.rows)]
 
     def terminal(self, canvas: Canvas) -> list[RenderableType]:
-        """A row a name."""
+        """One row per name."""
         heads, texts = self._texts()
         table = plain_table()
         for i, head in enumerate(heads):
@@ -123,7 +123,7 @@ class FactList:
         return tuple(name for name, _, _ in self.facts)
 
     def terminal(self, canvas: Canvas) -> list[RenderableType]:
-        """A line a fact."""
+        """One line per fact."""
         table = Table(box=None, pad_edge=False, show_header=False)
         for _, heading, value in self.facts:
             table.add_row(Text(printable(heading), "dim"), Text(printable(value)))

@@ -1,6 +1,6 @@
 """Text over (layer, pos), such as the top tokens of a lens: tokens in cells, coloured by the variable named `shade`.
 
-Layers stand from the last one down. Where the variable has an axis `rank`, a cell holds a line a rank.
+Layers stand from the last one down. Where the variable has an axis `rank`, a cell holds one line per rank.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TokenMap:
         return 0 if self.values is None else NUMBER
 
     def terminal(self, canvas: Canvas) -> list[RenderableType]:
-        """A row a layer; the last positions that fit are shown, and how many are left out is said."""
+        """One row per layer; the last positions that fit are shown, and how many are left out is written below."""
         number = self._numbered()
         heads = [canvas.token(i) for i in range(len(self.places))]
         sizes: dict[int, int] = {}
@@ -98,7 +98,7 @@ class TokenMap:
         return Text("\n").join(lines)
 
     def figure(self, canvas: Canvas) -> str:
-        """The first token of each cell, with all of them told where it is pointed at."""
+        """The first token of each cell, with all of them in its tooltip."""
         every = -(-self.words[..., 0].size // MOST_FIGURE_CELLS)
         shown = list(range(len(self.layers) - 1, -1, -every))
         plain = "border:0;padding:0 5px 0 0;background:none;color:inherit;opacity:0.62;font-weight:400"

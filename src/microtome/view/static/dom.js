@@ -24,7 +24,7 @@ window.atlas = window.atlas || {};
   /** An SVG element. */
   const s = (tag, attributes, ...children) => build(document.createElementNS(SVG, tag), attributes, children);
 
-  /** A problem that the reader is told about in its own words. */
+  /** A problem whose message is shown to the reader. */
   class Problem extends Error {}
 
   const NONE = "–";
@@ -45,7 +45,7 @@ window.atlas = window.atlas || {};
     return minus(size >= 100 ? value.toFixed(1) : value.toPrecision(3));
   }
 
-  /** A count with thousands apart: 46,080. */
+  /** A count with thousands separated: 46,080. */
   const count = (value) => (typeof value === "number" ? value.toLocaleString("en-US") : number(value));
 
   /** "3 heads", "1 head". */
