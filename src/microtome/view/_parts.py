@@ -1,6 +1,6 @@
 """Parts that sum to a whole: the largest with bars, what the others add together, and the sum.
 
-`attrs["parts"]` names the variables whose values sum to `attrs["sum_of"]`. A variable over (layer, head) is a part a
+`attrs["parts"]` names the variables whose values sum to `attrs["sum_of"]`. A variable over (layer, head) is a part per
 head, one over (layer) a part per layer, and one without axes a part. `X_source` says what each part of X reads from, by
 position.
 """
