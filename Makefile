@@ -7,7 +7,6 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 # Workers of pytest. Most tests run tiny models, which more threads do not speed up: one process a core, one thread each.
-# Tests that measure time or memory, marked `alone`, come after them, in one process that has the machine to itself.
 WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM ?= false
@@ -41,13 +40,11 @@ quick: check  ## the short loop: check, and the unit tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/unit
 
 test: check  ## what CI runs: check, the tests that are not slow, the docs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not alone"
-	$(BIN)/pytest -n 0 -m "alone and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
 	$(MAKE) --no-print-directory docs
 
 test-full: check  ## the same with the slow tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not alone"
-	$(BIN)/pytest -n 0 -m alone
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 	$(MAKE) --no-print-directory docs
 
 format: $(STAMP)  ## let ruff rewrite what it can

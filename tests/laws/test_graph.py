@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from tests import families
 
 import microtome as mt
 from microtome.explain import graph
-
-
-def of_size(n_layers: int, n_heads: int, form: str = "sequential") -> mt.explain.Graph:
-    anatomy = SimpleNamespace(n_layers=n_layers, n_heads=n_heads, name="sized", parts=SimpleNamespace(form=form))
-    listing = getattr(graph, "__wrapped__", graph)  # without the run-time check of its annotations
-    return listing(SimpleNamespace(anatomy=anatomy))
+from microtome.explain._graph import graph_of_size
 
 
 @pytest.mark.parametrize(
@@ -22,11 +15,11 @@ def of_size(n_layers: int, n_heads: int, form: str = "sequential") -> mt.explain
     [(12, 12, 32_491), (30, 9, 123_211), (32, 15, 367_521)],  # GPT-2 small (the published count), SmolLM2-135M, -360M
 )
 def test_the_published_number_of_edges(n_layers: int, n_heads: int, edges: int) -> None:
-    found = of_size(n_layers, n_heads)
+    found = graph_of_size(n_layers, n_heads, parallel=False)
     assert found.n_edges == edges
     assert len(found.senders) == 1 + n_layers * (n_heads + 1)
     assert len(found.receivers) == n_layers * (3 * n_heads + 1) + 1
-    assert of_size(n_layers, n_heads, "parallel").n_edges == edges - n_layers * n_heads
+    assert graph_of_size(n_layers, n_heads, parallel=True).n_edges == edges - n_layers * n_heads
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gptj"])

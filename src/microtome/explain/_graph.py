@@ -51,7 +51,12 @@ def graph(model: Model) -> Graph:
     """
     a = model.anatomy
     require_edges(a)
-    layers, heads = range(a.n_layers), range(a.n_heads)
+    return graph_of_size(a.n_layers, a.n_heads, parallel=a.parts.form == "parallel")
+
+
+def graph_of_size(n_layers: int, n_heads: int, *, parallel: bool) -> Graph:
+    """List the same for any model of this size; parallel: an MLP does not read the heads of its own layer."""
+    layers, heads = range(n_layers), range(n_heads)
     senders, receivers = ["embed"], []
     for layer in layers:
         senders += [f"{layer}.attn.z[{h}]" for h in heads] + [f"{layer}.mlp_out"]
@@ -60,8 +65,8 @@ def graph(model: Model) -> Graph:
     # How many of the senders stand before each receiver: they are listed in the order in which they write.
     before: list[int] = []
     for layer in layers:
-        earlier = 1 + (a.n_heads + 1) * layer
-        before += [earlier] * 3 * a.n_heads + [earlier + (0 if a.parts.form == "parallel" else a.n_heads)]
+        earlier = 1 + (n_heads + 1) * layer
+        before += [earlier] * 3 * n_heads + [earlier + (0 if parallel else n_heads)]
     before.append(len(senders))
     mask = torch.arange(len(senders)).unsqueeze(1) < torch.tensor(before).unsqueeze(0)
     return Graph(tuple(senders), tuple(receivers), mask)
