@@ -64,7 +64,7 @@ def previous() -> rasp.SOp:
 
 
 def last() -> rasp.SOp:
-    return rasp.Apply(lambda n: n - 1, length()).named("last")
+    return rasp.Map(lambda n: n - 1, length()).named("last")
 
 
 def backwards() -> rasp.SOp:
@@ -89,8 +89,8 @@ def how_many(flag: rasp.SOp, wanted: Any) -> rasp.SOp:
 
 def balanced() -> rasp.SOp:
     level = balance()
-    below = rasp.categorical(rasp.Apply(lambda x: x < -1e-3, level)).named("below")
-    closed = rasp.categorical(rasp.Apply(lambda x: abs(x) < 1e-3, level)).named("closed")
+    below = rasp.categorical(rasp.Map(lambda x: x < -1e-3, level)).named("below")
+    closed = rasp.categorical(rasp.Map(lambda x: abs(x) < 1e-3, level)).named("closed")
     ends = move(indices, last(), EQ, closed).named("ends")
     return rasp.SequenceMap(lambda n, e: n == 0 and e, how_many(below, True).named("faults"), ends)
 
@@ -106,7 +106,7 @@ def rank() -> rasp.SOp:
 
 
 def maximum_so_far() -> rasp.SOp:
-    has = {d: rasp.categorical(rasp.Apply(lambda x: x > 1e-3, share(tokens == d))).named(f"has_{d}") for d in "123"}
+    has = {d: rasp.categorical(rasp.Map(lambda x: x > 1e-3, share(tokens == d))).named(f"has_{d}") for d in "123"}
     top = rasp.SequenceMap(lambda a, b: "3" if a else "2" if b else "0", has["3"], has["2"]).named("top")
     return rasp.SequenceMap(lambda t, a: t if t != "0" else "1" if a else "0", top, has["1"])
 
@@ -126,7 +126,7 @@ def sort_by_frequency() -> rasp.SOp:
 
 def first_occurrence() -> rasp.SOp:
     pair = rasp.SequenceMap(lambda t, i: f"{t}{i}", tokens, indices).named("pair")
-    return rasp.Apply(lambda n: n == 0, width(pair, pair, lambda k, q: k[0] == q[0] and k[1] < q[1]))
+    return rasp.Map(lambda n: n == 0, width(pair, pair, lambda k, q: k[0] == q[0] and k[1] < q[1]))
 
 
 def running_count_a() -> rasp.SOp:
@@ -136,7 +136,7 @@ def running_count_a() -> rasp.SOp:
 
 PROGRAMS: dict[str, Callable[[], rasp.SOp]] = {
     "alternate": lambda: rasp.SequenceMap(lambda t, i: t.upper() if i % 2 else t, tokens, indices),
-    "ascending": lambda: rasp.Apply(
+    "ascending": lambda: rasp.Map(
         lambda n: n == 0, how_many(rasp.SequenceMap(lambda p, t: p > t, previous(), tokens).named("falls"), True)
     ),
     "balanced": balanced,
@@ -146,7 +146,7 @@ PROGRAMS: dict[str, Callable[[], rasp.SOp]] = {
     "first_occurrence": first_occurrence,
     "fraction_of_x": lambda: share(tokens == "x"),
     "histogram": histogram,
-    "increment": lambda: rasp.Apply(lambda t: str((int(t) + 1) % 4), tokens),
+    "increment": lambda: rasp.Map(lambda t: str((int(t) + 1) % 4), tokens),
     "last_token": lambda: move(indices, last(), EQ, tokens),
     "maximum_so_far": maximum_so_far,
     "mirrored": lambda: rasp.SequenceMap(lambda a, b: a == b, backwards(), tokens),
@@ -155,7 +155,7 @@ PROGRAMS: dict[str, Callable[[], rasp.SOp]] = {
     ),
     "next_token": lambda: move(indices, indices, lambda k, q: k == q + 1, tokens),
     "pair_balance": balance,
-    "palindrome": lambda: rasp.Apply(
+    "palindrome": lambda: rasp.Map(
         lambda n: n == 0, how_many(rasp.SequenceMap(lambda a, b: a == b, backwards(), tokens).named("same"), False)
     ),
     "previous_token": previous,
