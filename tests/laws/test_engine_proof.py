@@ -83,8 +83,8 @@ def test_every_family_opens_and_every_check_holds(name: str) -> None:
         assert experts or f"{layer}.W_in" in held
         assert name in LATENT or f"{layer}.W_V" in held
         assert name in NORMED | LATENT or {f"{layer}.W_Q", f"{layer}.W_K"} <= held
-    # The gaps are those of rounding, below what is allowed; norms without a weight are the loosest.
-    assert max(c.gap for c in proof) < 5e-5
+    # The gaps are those of rounding, ten times below what is allowed.
+    assert all(c.gap <= c.tolerance / 10 for c in proof)
 
 
 @pytest.mark.parametrize("name", families.NAMES)
@@ -143,7 +143,7 @@ def test_every_family_that_runs_in_float64_opens_in_it(name: str) -> None:
         with pytest.raises(mt.errors.ModelUnsupported, match=r"cannot run 8 tokens in float64.*open it in float32\.$"):
             mt.open(hf)
         return
-    assert {c.tolerance for c in mt.open(hf).proof if c.identity != "5 attention"} <= {0.0, 1e-6}
+    assert {c.tolerance for c in mt.open(hf).proof} <= {0.0, 1e-6, 3e-6}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -222,7 +222,7 @@ def test_false_map_is_refused_with_place_and_numbers(
         mt.open(families.build(name))
     text = str(caught.value)
     assert f'fails "{identity}" at {where}: gap ' in text
-    assert re.search(r"allowed 0\.000[13]\.", text)
+    assert re.search(r"allowed (1e-05|0\.000[13])\.", text)
     assert "To do: declare how the family differs in a Family record" in text
 
 
