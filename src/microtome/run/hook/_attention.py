@@ -202,7 +202,8 @@ def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     if mask is None:
         if not causal or n_q == 1:
             return scores
-        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=scores.device).tril(n_k - n_q)
+        # As the fused kernels do: query 0 stands at key 0, also in front of the free columns of a static cache.
+        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=scores.device).tril()
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores + mask
