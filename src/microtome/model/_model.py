@@ -161,11 +161,13 @@ class Model(LoadedModel):
         `prompt_lookup_num_tokens`, `assistant_model`); what runs a second prompt (`guidance_scale`) is refused, and so
         is a mask from which it is unclear which tokens are pads. The edits are
         removed when the block is left, also by an exception or Ctrl-C; a warning names those that never applied. Inside
-        the block the model is in evaluation mode, and refuses other threads; a run of theirs is waited for.
+        the block the model is in evaluation mode, and refuses other threads, plain calls of the model among them; a run
+        of theirs is waited for.
 
         >>> with model.editing(Add("12.resid_post@last", direction, strength=4.0)):
         ...     print(model.generate("I think"))
         """
+        self.require_mapped()
         generation = Generation(self.hf)
         session = Session(self.hf, self.anatomy, Frame((), 0), edits=edits, active=True)
         calls = 0
