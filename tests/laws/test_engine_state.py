@@ -155,6 +155,58 @@ def test_a_model_that_is_edited_elsewhere_is_refused() -> None:
         assert torch.equal(other.submit(lambda: model.run(ids()).logits).result(5), expected)
 
 
+def test_a_plain_call_elsewhere_is_refused_while_the_model_is_edited() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    expected = model.hf(ids()).logits
+    calls = (lambda: model.hf(ids()), lambda: model.hf.generate(ids(), max_new_tokens=2))
+    with model.editing(mt.edit.Zero("1.mlp_out"), mt.edit.KnockOut("1.attn.scores", keys="0")):
+        assert not torch.allclose(model.hf(ids()).logits, expected, atol=1e-2)
+        with ThreadPoolExecutor(1) as other:
+            for call in calls:
+                with pytest.raises(mt.errors.EditError, match="is being edited by another thread.*in the thread that"):
+                    other.submit(call).result(5)
+            # A part of the model called by itself is let through, unedited.
+            inner = other.submit(lambda: model.hf.model(ids()).last_hidden_state).result(5)
+    assert torch.equal(model.hf.lm_head(inner), expected)
+    with ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(lambda: model.hf(ids()).logits).result(5), expected)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt_neo"])
+def test_a_plain_call_elsewhere_neither_sees_a_run_nor_is_seen(name: str) -> None:
+    model = mt.open(families.build(name), prove=False)
+    sites = ["2.attn.pattern", "2.mlp_out"]
+    edits = [mt.edit.Zero("1.mlp_out"), mt.edit.KnockOut("2.attn.scores", keys="1"), mt.edit.ScaleBlock(2, 0.5)]
+    expected, plain = model.run(ids(), sites, edits), model.hf(ids(seed=5)).logits
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(site: mt.anatomy.Site, x: Tensor) -> None:
+        inside.set()
+        go.wait(0.2)  # as long as the other call could need to come through
+
+    def call(module: nn.Module, args: object) -> None:
+        if threading.get_ident() != main:
+            begun.set()
+            assert inside.wait(5)
+
+    main, begun = threading.get_ident(), threading.Event()
+    # The other call has begun when the run does: it is between the blocks while the hooks are installed.
+    handle = model.hf.get_submodule(model.anatomy.parts.layers[1].block).register_forward_pre_hook(call)
+    with ThreadPoolExecutor(1) as other:
+        early = other.submit(lambda: model.hf(ids(seed=5)).logits)
+        assert begun.wait(5)
+        run = model.run(ids(), sites, edits, observe={"0.resid_pre": wait})
+        assert torch.equal(early.result(5), plain)
+        handle.remove()
+        inside.clear()
+        late = other.submit(lambda: inside.wait(5) and model.hf(ids(seed=5)).logits)
+        again = model.run(ids(), sites, edits, observe={"0.resid_pre": wait})
+        assert torch.equal(late.result(5), plain)
+    for one in (run, again):
+        assert torch.equal(one.logits, expected.logits)
+        assert all(torch.equal(one[site], expected[site]) for site in sites)
+
+
 def test_an_edit_waits_for_the_run_of_another_thread() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
     expected = model.run(ids()).logits

@@ -139,6 +139,8 @@ def fitted(value: Values, x: Tensor, where: Selection) -> Values:
     """
     if not isinstance(value, Tensor):
         return value
+    if where.frame.split and value.dim() >= x.dim() - 1 and value.shape[1 - x.dim()] > 1:
+        raise _needs_all_positions(f"a value for each position of {where.site}")
     try:
         torch.broadcast_to(value, x.shape)
     except RuntimeError:
@@ -150,6 +152,14 @@ def fitted(value: Values, x: Tensor, where: Selection) -> Values:
             do="change the value's shape, or the units and positions of the address",
         ) from None
     return value.to(device=x.device, dtype=x.dtype)
+
+
+def _needs_all_positions(what: str) -> EditError:
+    return error(
+        EditError,
+        f"{what} cannot be used in a generation that reads its prompt in parts, or several new tokens at once",
+        do="generate without prefill_chunk_size, assistant and prompt lookup, or give one value for all positions",
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,6 +218,8 @@ class Mean(SiteEdit):
     def change(self, x: Tensor, where: Selection) -> Tensor:
         """The mean, the same for every row and position."""
         if self.mean is None:
+            if where.frame.split:
+                raise _needs_all_positions(f"the mean of the same run at {where.site}")
             return _mean(x, where).expand_as(x)
         value = fitted(self.mean, x, where)
         assert isinstance(value, Tensor)

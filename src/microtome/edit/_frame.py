@@ -27,9 +27,11 @@ class Frame:
     Attributes:
         spans: the real tokens of every row, as (first column, number).
         width: the number of columns of the prompt.
-        generated: the number of columns after the prompt, all real; None outside a generation.
+        generated: the number of columns after the prompt, all real; below 0 while only a part of the prompt has been
+            read; None outside a generation.
         begin: the first column of the current tensor, which lacks those that a cache holds.
         beams: consecutive rows that continue one prompt.
+        split: whether the prompt is read in several forwards, or several new tokens in this one.
         source_row: in a sweep, whose batch is one prompt, the row of that prompt in another run's batch.
         rows: [n] the selected rows, or None for all.
         columns: [batch, n] the selected columns of every row, or None for all of the current tensor.
@@ -40,6 +42,7 @@ class Frame:
     generated: int | None = None
     begin: int = 0
     beams: int = 1
+    split: bool = False
     source_row: int | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
@@ -100,7 +103,7 @@ class Frame:
                 generation.
         """
         rows = len(self.spans)
-        after = torch.arange(self.width, self.end, device=device).expand(rows, -1)
+        after = torch.arange(self.width, max(self.width, self.end), device=device).expand(rows, -1)
         if positions == "generated":
             if self.generated is None:
                 raise error(
@@ -149,15 +152,20 @@ class Frame:
         cut = replace(self.at(width), rows=chosen, columns=columns)
         if columns is None:
             return [cut]
-        if cut.begin == 0:
-            return [cut] if columns.shape[1] else []
-        present = columns >= cut.begin
+        if not columns.shape[1]:
+            return []
+        stop = min(cut.begin + width, cut.end)
+        if cut.begin == 0 and stop == cut.end >= cut.width:
+            return [cut]
+        present = (columns >= cut.begin) & (columns < stop)
         kinds, of_row = present.unique(dim=0, return_inverse=True)
         if len(kinds) == 1:
             columns = columns[:, kinds[0]]
             return [replace(cut, columns=columns)] if columns.shape[1] else []
         every = torch.arange(len(columns), device=device) if chosen is None else chosen
-        parts = [(every[of_row[every] == k], columns[:, kind].clamp(min=cut.begin)) for k, kind in enumerate(kinds)]
+        parts = [
+            (every[of_row[every] == k], columns[:, kind].clamp(cut.begin, stop - 1)) for k, kind in enumerate(kinds)
+        ]
         return [replace(cut, rows=of, columns=at) for of, at in parts if len(of) and at.shape[1]]
 
     def _rows(self, rows: tuple[int, ...]) -> Tensor:
@@ -188,7 +196,7 @@ class Frame:
 
     def take_source(self, x: Tensor) -> Tensor:
         """The corresponding part of another run's whole tensor [batch, pos, ...]."""
-        return self.take(x[:, self.begin :])
+        return self.take(x[:, self.begin : self.end if self.split else None])
 
     def index(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [n, 1] and columns [n, m] by which the selected part of the current tensor is indexed."""
@@ -213,7 +221,7 @@ class Frame:
         begin = self.at(width).begin
         mask = torch.zeros(len(chosen), width, dtype=torch.bool, device=device)
         for row, columns in enumerate(chosen):
-            mask[row, [c - begin for c in columns if c >= begin]] = True
+            mask[row, [c - begin for c in columns if begin <= c < begin + width]] = True
         return mask
 
     def _columns(self, n: int, device: torch.device) -> Tensor:

@@ -156,14 +156,19 @@ class Model(LoadedModel):
         """Apply edits to every call inside the block, also to `generate` with its key/value cache.
 
         In a generation, positions are those of the prompt; ``@last`` is the newest token at every step, ``@prompt``
-        and ``@generated`` are the tokens of the prompt and those after it, and no positions means all. The edits are
+        and ``@generated`` are the tokens of the prompt and those after it, and no positions means all. This holds in
+        whatever parts `generate` reads its prompt and checks its candidates (`prefill_chunk_size`,
+        `prompt_lookup_num_tokens`, `assistant_model`); what runs a second prompt (`guidance_scale`) is refused, and so
+        is a mask from which it is unclear which tokens are pads. The edits are
         removed when the block is left, also by an exception or Ctrl-C; a warning names those that never applied. Inside
-        the block the model is in evaluation mode, and refuses other threads; a run of theirs is waited for.
+        the block the model is in evaluation mode, and refuses other threads, plain calls of the model among them; a run
+        of theirs is waited for.
 
         >>> with model.editing(Add("12.resid_post@last", direction, strength=4.0)):
         ...     print(model.generate("I think"))
         """
-        generation = Generation()
+        self.require_mapped()
+        generation = Generation(self.hf)
         session = Session(self.hf, self.anatomy, Frame((), 0), edits=edits, active=True)
         calls = 0
 
@@ -173,12 +178,14 @@ class Model(LoadedModel):
             session.frame = generation.frame(args, kwargs)
 
         def generate(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-            given = args[0] if args else next((x for x in named if x is not None), None)
-            with generation.generating(1 if given is None else len(given), kwargs.get("attention_mask")):
+            with generation.generating(args, kwargs):
                 return own(*args, **kwargs)
 
+        def ended(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            generation.ended(output)
+
         session.hooks.before("", begin)
+        session.hooks.after("", ended)
         if hasattr(self.hf, "generate"):
             session.hooks.around("", generate, "generate")
         with session.hooks:

@@ -52,7 +52,25 @@ class LoadedModel:
     @property
     def layers(self) -> tuple[LayerWeights, ...]:
         """The weights of each layer, by the field's names, as views."""
+        self.require_mapped()
         return self._weights.layers
+
+    def require_mapped(self) -> None:
+        """Refuse a model whose blocks are not those of its map.
+
+        Raises:
+            SiteError: blocks were added or taken away after it was opened.
+        """
+        trunk = self.anatomy.parts.layers[0].block.rpartition(".")[0]
+        blocks = len(self.hf.get_submodule(trunk))
+        if blocks != self.anatomy.n_layers:
+            raise error(
+                SiteError,
+                f"the map of {self.anatomy.name} is stale: its blocks changed after it was opened",
+                got=f"{blocks} blocks",
+                allowed=f"{self.anatomy.n_layers}, as it was opened",
+                do="open it again: mt.open(model.hf)",
+            )
 
     @property
     def W_E(self) -> Tensor:

@@ -75,6 +75,7 @@ def run_forward(
     strict: bool = True,
 ) -> Run:
     """Run a model once, see `Model.run`; `strict=False` accepts addresses and edits that are never reached."""
+    model.require_mapped()
     batch, captures, edits = model.to_batch(prompt, padding), addresses(capture), edits_of(edits)
     extent = _Extent(model.anatomy, start_at, stop_at, logits)
     logits = extent.logits

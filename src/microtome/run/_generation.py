@@ -2,59 +2,256 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Parameter, signature
+from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from microtome.edit import Frame, Span
+from microtome.errors import EditError, error
+from microtome.run._mask import spans_of
+
+_BLOCKS = count(1)
+_MARK = "_microtome_prompt"
+"""The attribute by which a cache, or a copy of it, is known again."""
+
+_Prompt = tuple[tuple[Span, ...], int]
+"""The real tokens of each row of a prompt, and its width."""
 
 
 class Generation:
-    """Follows the forwards of a generation, with a key/value cache or without, and gives the frame of each.
+    """Follows the forwards of one `editing` block, with a key/value cache or without, and gives the frame of each.
 
-    The first forward of a generation reads the prompt, and positions are the prompt's from then on. `generated` names
-    what came after it; `last` names every token that was the newest when it was computed: the prompt's last one, and
-    all that came after it. A forward outside of `generate` that has no cache is a prompt of its own.
+    Inside `generate` the prompt is what the call was given, in however many forwards it is read, and positions are the
+    prompt's from then on. `generated` names what came after it; `last` names every token that was the newest when it
+    was computed: the prompt's last one, and all that came after it. Outside of `generate` a forward with an empty cache
+    is a prompt of its own, which the forwards that read its cache continue; what a cache brings into the block is part
+    of the prompt.
     """
 
-    def __init__(self) -> None:
-        self._prompt: tuple[tuple[Span, ...], int] | None = None
-        self._mask: Tensor | None = None
-        self._prompts: int | None = None
+    def __init__(self, hf: Any) -> None:
+        self._hf = hf
+        self._block = next(_BLOCKS)
+        self._call: _Call | None = None
+        self._latest: _Prompt | None = None
+        self._forward, self._generate = _names(type(hf).forward), _names(getattr(hf, "generate", _nothing))
 
     @contextmanager
-    def generating(self, prompts: int, mask: Tensor | None) -> Iterator[None]:
-        """Treat the forwards of this block as one generation from prompts with this mask [batch, pos]."""
-        outer = self._prompts, self._prompt, self._mask
-        self._prompts, self._prompt, self._mask = prompts, None, mask
+    def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Treat the forwards of this block as one generation: a call of `generate` with these arguments.
+
+        Raises:
+            EditError: the generation runs forwards of other tokens than its prompt and what follows it.
+        """
+        outer = self._call
+        self._call = _Call(self._hf, dict(zip(self._generate, args, strict=False)) | kwargs, outer)
         try:
             yield
         finally:
-            self._prompts, self._prompt, self._mask = outer
+            self._call = outer
 
     def frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
-        """The frame of a forward of the model with these arguments."""
-        tokens = kwargs.get("input_ids")
-        tokens = tokens if tokens is not None else (args[0] if args else kwargs.get("inputs_embeds"))
-        assert tokens is not None
-        cache = kwargs.get("past_key_values")
-        before = 0 if cache is None else int(cache.get_seq_length())
-        rows, end = int(tokens.shape[0]), before + int(tokens.shape[1])
-        if self._prompt is None or not (before or self._prompts):
-            self._prompt = self._spans(kwargs.get("attention_mask"), rows, end), end
-        spans, width = self._prompt
-        spans = tuple(spans[row * len(spans) // rows] for row in range(rows))
-        beams = max(1, rows // self._prompts) if self._prompts else 1
-        return Frame(spans, width, generated=end - width, begin=before, beams=beams)
+        """The frame of a forward of the model with these arguments.
 
-    def _spans(self, mask: object, rows: int, end: int) -> tuple[Span, ...]:
-        """The real tokens of each row: by the forward's mask, or by the call's where a static cache has changed it."""
-        if not isinstance(mask, Tensor) or mask.shape != (rows, end):
-            mask = self._mask
-            if mask is None or mask.dim() != 2 or mask.shape[1] != end or rows % mask.shape[0]:
-                return ((0, end),) * rows
-            mask = mask.repeat_interleave(rows // mask.shape[0], dim=0)  # a row for each beam of a prompt
-        mask = mask.int()
-        return tuple(zip(mask.argmax(1).tolist(), mask.sum(1).tolist(), strict=True))
+        Raises:
+            EditError: its mask or its cache leaves unclear which position is which.
+        """
+        given = dict(zip(self._forward, args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if not isinstance(tokens, Tensor):
+            got = ", ".join(name for name, value in given.items() if value is not None) or "nothing"
+            raise error(EditError, "an edited forward needs tokens", got=got, do="pass input_ids or inputs_embeds")
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        before = _length(cache)
+        end = before + int(tokens.shape[1])
+        if self._call is not None:
+            frame = self._call.frame(tokens, cache, mask, before, end)
+        else:
+            known = self._known(cache) if before else None
+            spans, width = known or (spans_of(mask, int(tokens.shape[0]), before, end), end)
+            frame = _framed(spans, width, int(tokens.shape[0]), before, end)
+        self._latest = frame.spans, frame.width
+        self._mark(cache)
+        return frame
+
+    def ended(self, output: Any) -> None:
+        """Remember the prompt of the cache that a forward has filled."""
+        self._mark(getattr(output, "past_key_values", None))
+
+    def _mark(self, cache: Any) -> None:
+        if cache is not None and self._latest is not None and hasattr(cache, "__dict__"):
+            setattr(cache, _MARK, (self._block, self._latest))
+
+    def _known(self, cache: Any) -> _Prompt | None:
+        block, prompt = getattr(cache, _MARK, (None, None))
+        return prompt if block == self._block else None
+
+
+class _Call:
+    """One call of `generate`: its prompt, which its forwards read in one piece or in several."""
+
+    def __init__(self, hf: Any, options: Mapping[str, Any], outer: _Call | None) -> None:
+        self.options = _Options(hf, options)
+        self.options.refuse_other_prompts()
+        self.ids, self.embeds = self.options.prompt
+        self.mask = options.get("attention_mask")
+        given = self.ids if self.embeds is None else self.embeds
+        self.prompts, self.width = (1, 1) if given is None else (int(given.shape[0]), int(given.shape[1]))
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 2:
+            # Of a filled cache only what comes after it may be given, with the mask of all.
+            self.width = max(self.width, int(self.mask.shape[1]))
+        self.start: int | None = None
+        self.cache: Any = None
+        self.spans: tuple[Span, ...] | None = None
+        if outer is not None and outer.begins(self.ids):  # the model drafts for itself
+            self.ids, self.width, self.spans = outer.ids, outer.width, outer.spans
+
+    def begins(self, ids: Tensor | None) -> bool:
+        """Whether the prompt of another call is this one, followed by what was generated so far."""
+        own = self.ids
+        if own is None or ids is None or self.spans is None or own.shape[1] != self.width:
+            return False
+        return ids.shape[1] >= self.width and torch.equal(ids[:, : self.width].to(own.device), own)
+
+    def frame(self, tokens: Tensor, cache: Any, mask: Any, before: int, end: int) -> Frame:
+        """The frame of a forward of this generation.
+
+        Raises:
+            EditError: it is one of other tokens.
+        """
+        rows = int(tokens.shape[0])
+        self._refuse_others(tokens, cache, before, end)
+        if self.start is None:
+            self.start = before
+        if self.spans is None:
+            self.spans = self._spans(mask, rows, before, end)
+        # Several parts of what is otherwise one forward, or one where there are otherwise several.
+        split = end < self.width or self.start < before < self.width or (end > self.width and end - before > 1)
+        beams = max(1, rows // self.prompts)
+        return _framed(self.spans, self.width, rows, before, end, beams, split=split and cache is not None)
+
+    def _refuse_others(self, tokens: Tensor, cache: Any, before: int, end: int) -> None:
+        own = self.cache is None or cache is self.cache
+        whole = cache is not None or end >= self.width
+        if own and whole and tokens.shape[0] % self.prompts == 0 and self._matches(tokens, before, end):
+            self.cache = cache if self.cache is None else self.cache
+            return
+        raise error(
+            EditError,
+            "a forward inside this generation reads other tokens than its prompt and what follows it, so that the "
+            "positions of edits are unclear",
+            do="leave out what runs the model on a second prompt, or call model.hf forward by forward",
+        )
+
+    def _matches(self, tokens: Tensor, before: int, end: int) -> bool:
+        """Whether the tokens of a forward that belong to the prompt are the prompt's; embeddings are believed."""
+        if self.ids is None or self.embeds is not None or tokens.dim() != 2:
+            return True
+        offset = self.width - int(self.ids.shape[1])
+        first, last = max(before, offset), min(end, self.width)
+        if first >= last:
+            return True
+        own = self.ids[:, first - offset : last - offset].repeat_interleave(tokens.shape[0] // self.prompts, dim=0)
+        return torch.equal(tokens[:, first - before : last - before], own.to(tokens.device))
+
+    def _spans(self, mask: Any, rows: int, before: int, end: int) -> tuple[Span, ...]:
+        """The real tokens of each row of the prompt."""
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 2:
+            return spans_of(self.mask, int(self.mask.shape[0]), 0, self.width)
+        if mask is None or not (self.ids is None or self.options.may_hold_pads(self.ids)):
+            return ((0, self.width),) * rows  # no mask is left where nothing is padded
+        if end >= self.width:
+            return spans_of(mask, rows, before, end, self.width)
+        raise error(
+            EditError,
+            "which tokens of this prompt are pads is unclear, as it is read in parts",
+            do="pass attention_mask= to generate",
+        )
+
+
+class _Options:
+    """The arguments of a call of `generate`, with those of its configuration and of the model's behind them."""
+
+    def __init__(self, hf: Any, given: Mapping[str, Any]) -> None:
+        self.given = given
+        self.behind = [x for x in (given.get("generation_config"), getattr(hf, "generation_config", None)) if x]
+
+    def __getitem__(self, name: str) -> Any:
+        values = (self.given.get(name), *(getattr(config, name, None) for config in self.behind))
+        return next((value for value in values if value is not None), None)
+
+    @property
+    def prompt(self) -> tuple[Tensor | None, Tensor | None]:
+        """Token ids [prompt, pos] and embeddings [prompt, pos, d_model], as far as they are given."""
+        ids = self.given.get("inputs")
+        ids = self.given.get("input_ids") if ids is None else ids
+        return ids, self.given.get("inputs_embeds")
+
+    def refuse_other_prompts(self) -> None:
+        """Refuse what runs the model on another prompt than the one given, so that positions are unclear.
+
+        Raises:
+            EditError: it is asked for.
+        """
+        asked = {
+            "guidance_scale": self["guidance_scale"] not in (None, 1),
+            "token_healing": bool(self["token_healing"]),
+            "cache_implementation": self["cache_implementation"] == "paged",
+        }
+        for name, wrong in asked.items():
+            if wrong:
+                raise error(
+                    EditError,
+                    f"a generation with {name} runs the model on another prompt than the one given, so that the "
+                    "positions of edits are unclear",
+                    got=f"{name}={self[name]!r}",
+                    do="leave it out inside `editing`",
+                )
+
+    def may_hold_pads(self, ids: Tensor) -> bool:
+        """Whether a prompt without a mask holds a token that `generate` may take for a pad."""
+        pads = [self[name] for name in ("pad_token_id", "eos_token_id")]
+        flat = [torch.as_tensor(x).reshape(-1) for x in pads if x is not None]
+        return bool(flat) and bool(torch.isin(ids.cpu(), torch.cat(flat).cpu()).any())
+
+
+def _framed(
+    spans: tuple[Span, ...], width: int, rows: int, before: int, end: int, beams: int = 1, split: bool = False
+) -> Frame:
+    """A frame in which the rows of a prompt stand once for each row of the forward that continues them."""
+    repeated = tuple(spans[row * len(spans) // rows] for row in range(rows))
+    return Frame(repeated, width, generated=end - width, begin=before, beams=beams, split=split)
+
+
+def _length(cache: Any) -> int:
+    """The number of columns that a cache holds.
+
+    Raises:
+        EditError: it cannot tell.
+    """
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        raise error(
+            EditError,
+            "edits cannot follow this key/value cache",
+            got=type(cache).__name__,
+            allowed="a Cache of transformers",
+            do="pass one, or none",
+        )
+    return int(cache.get_seq_length())
+
+
+def _nothing() -> None:
+    """What a model without `generate` generates."""
+
+
+def _names(function: Any) -> list[str]:
+    """The names of the positional parameters of a method."""
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in signature(function).parameters.items() if p.kind in kinds and name != "self"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,22 @@ from microtome.run._batch import Batch
 
 if TYPE_CHECKING:
     import xarray as xr
+
+
+@dataclass(frozen=True)
+class Words:
+    """The texts of the tokens of one run, by id, for copies of it that have no tokenizer."""
+
+    known: dict[int, str]
+
+    @classmethod
+    def of(cls, tokens: Tensor, words: Sequence[Sequence[str]]) -> Words:
+        """The texts [batch][pos] of tokens [batch, pos]."""
+        flat = (word for row in words for word in row)
+        return cls(dict(zip(tokens.flatten().tolist(), flat, strict=True)))
+
+    def __call__(self, tokens: Tensor) -> list[str]:
+        return [self.known[i] for i in tokens.tolist()]
 
 
 class Run:
@@ -41,6 +57,13 @@ class Run:
         self.anatomy, self.batch, self.captured, self._to_words = anatomy, batch, dict(captured), to_words
         self.provenance = dict(provenance)
         self._logits, self._nodes = logits, dict(nodes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle hold: everything but the model and the graph, so that a copy has no gradients."""
+        tensors = {address: _apart(x) for address, x in self.captured.items()}
+        logits = None if self._logits is None else _apart(self._logits)
+        words = Words.of(self.tokens, self.words)
+        return self.__dict__ | {"captured": tensors, "_logits": logits, "_nodes": {}, "_to_words": words}
 
     @property
     def tokens(self) -> Tensor:
@@ -296,6 +319,12 @@ def _differ(first: str, second: str, dim: str) -> SiteError:
         f"{first} and {second} select differently along {dim}, so that they cannot share one dataset",
         do='ask for one at a time: run.dataset("address")',
     )
+
+
+def _apart(x: Tensor) -> Tensor:
+    """A tensor without its graph, and without the larger one out of which it was cut."""
+    x = x.detach()
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

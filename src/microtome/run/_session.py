@@ -54,10 +54,12 @@ class _Visitor:
                 x = apply(edit, x, where)
         if self.session.grad and (self.captures or self.site.name == "embed"):
             x = self._node(x)
+        # Models that are set up for gradient checkpointing let embeddings require gradients also where none are kept.
+        seen = x if self.session.grad else x.detach()
         for address in self.captures:
-            self.session.captured[address] = _alone(self.session.cut(x, self.site, address))
+            self.session.captured[address] = _alone(self.session.cut(seen, self.site, address))
         for observe in self.observers:
-            observe(self.site, x)
+            observe(self.site, seen)
         return None if x is own else x
 
     def _node(self, x: Tensor) -> Tensor:

@@ -264,7 +264,7 @@ def base_of(
 
     def keep(i: int) -> Any:
         def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            streams[i] = input_of(args, kwargs)
+            streams[i] = input_of(args, kwargs).detach()
 
         return before
 

@@ -133,6 +133,7 @@ class Sweep:
     ) -> None:
         """Check, group and plan the cells; see `Model.sweep`."""
         self._model, self._cells, self._metric, self._prompts = model, cells, metric, prompts
+        model.require_mapped()
         self._batch = model.to_batch(prompt)
         _check(self._batch, cells, prompts)
         self._room = _room(model, self._batch, cells, prompts, budget)

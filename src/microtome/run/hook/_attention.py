@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -36,11 +37,13 @@ class AttentionHooks:
             functions that see the tensor and may return another.
         edits_pattern: whether a visit may change scores or pattern, so that they must replace the kernel's result.
         frozen: hold the pattern constant for gradients, by detaching queries and keys.
+        thread: the one whose forwards are watched.
     """
 
     visits: dict[str, list[Visit]] = field(default_factory=dict)
     edits_pattern: bool = False
     frozen: bool = False
+    thread: int = field(default_factory=get_ident)
 
     def add(self, slot: str, visit: Visit, edits: bool) -> None:
         """Visit one of the five tensors."""
@@ -70,9 +73,11 @@ _ACTIVE: dict[int, list[AttentionHooks]] = {}
 
 
 def watched(module: nn.Module) -> AttentionHooks:
-    """All hooks in the attention of a module, as one: visits in the order in which hook sets were entered."""
+    """All hooks of this thread in the attention of a module, as one: visits in the order in which they were entered."""
     one = AttentionHooks()
     for watch in _ACTIVE.get(id(module), ()):
+        if watch.thread != one.thread:
+            continue
         for slot, visits in watch.visits.items():
             one.visits.setdefault(slot, []).extend(visits)
         one.edits_pattern |= watch.edits_pattern
@@ -88,6 +93,7 @@ def is_unwatched(module: nn.Module) -> bool:
 @contextmanager
 def watching(module: nn.Module, watch: AttentionHooks) -> Iterator[None]:
     """Let a watch see the attention of a module."""
+    watch.thread = get_ident()
     stack = _ACTIVE.setdefault(id(module), [])
     stack.append(watch)
     try:
@@ -202,7 +208,8 @@ def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     if mask is None:
         if not causal or n_q == 1:
             return scores
-        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=scores.device).tril(n_k - n_q)
+        # As the fused kernels do: query 0 stands at key 0, also in front of the free columns of a static cache.
+        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=scores.device).tril()
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores + mask

@@ -2,14 +2,15 @@
 
 A `HookSet` collects what to run (functions before, after and around modules, and inside attention), installs it on
 entering and removes it on leaving, also after an exception or Ctrl-C. A module that is not named is untouched.
-While it is installed the model is in evaluation mode, and no other thread runs it. A hook set of
-active edits may have others inside.
+While it is installed the model is in evaluation mode, and no other thread runs it: one that began before is neither
+watched nor edited. A hook set of active edits may have others inside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from microtome.anatomy import hiding_kernel
 from microtome.edit import Edit
 from microtome.errors import SiteError, error
 from microtome.run.hook._attention import AttentionHooks, InlineAttention, interface_name, is_unwatched, watching
-from microtome.run.hook._lock import evaluating, lock_of
+from microtome.run.hook._lock import evaluating, lock_of, naming_outputs
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 After = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
@@ -65,6 +66,8 @@ class HookSet:
         try:
             self._stack.enter_context(lock_of(self._model).take(self._active_edits))
             self._stack.enter_context(evaluating(self._model))
+            if self._active_edits is None:
+                self._stack.enter_context(naming_outputs(self._model))
             self._install()
         except BaseException:
             self._stack.close()
@@ -75,10 +78,17 @@ class HookSet:
         self._stack.close()
 
     def _install(self) -> None:
+        owner, lock = get_ident(), lock_of(self._model)
+
+        def wait(module: nn.Module, args: Any) -> None:
+            if get_ident() != owner:
+                lock.wait_for_others()
+
+        self._keep(self._model.register_forward_pre_hook(wait, prepend=True))
         for path, before in self._before.items():
-            self._keep(self._module(path).register_forward_pre_hook(_pre_hook(before), with_kwargs=True))
+            self._keep(self._module(path).register_forward_pre_hook(_pre_hook(before, owner), with_kwargs=True))
         for path, after in self._after.items():
-            self._keep(self._module(path).register_forward_hook(_post_hook(after), with_kwargs=True))
+            self._keep(self._module(path).register_forward_hook(_post_hook(after, owner), with_kwargs=True))
         for (path, method), around in self._around.items():
             for function in around:
                 self._wrap(self._module(path), function, method)
@@ -86,17 +96,24 @@ class HookSet:
             self._install_attention()
 
     def _module(self, path: str) -> nn.Module:
-        return self._model.get_submodule(path)
+        try:
+            return self._model.get_submodule(path)
+        except AttributeError as problem:
+            raise error(
+                SiteError,
+                f"the model no longer has {path}: its modules changed after it was opened",
+                do="open it again",
+            ) from problem
 
     def _keep(self, handle: RemovableHandle) -> None:
         self._stack.callback(handle.remove)
 
     def _wrap(self, module: nn.Module, function: Around, method: str = "forward") -> None:
         had = module.__dict__.get(method)
-        inner = getattr(module, method)
+        inner, owner = getattr(module, method), get_ident()
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return function(inner, args, kwargs)
+            return function(inner, args, kwargs) if get_ident() == owner else inner(*args, **kwargs)
 
         def restore() -> None:
             if had is None:
@@ -137,8 +154,10 @@ def _configs(model: nn.Module) -> list[Any]:
     return [config for config in found.values() if getattr(config, "_attn_implementation", None) is not None]
 
 
-def _pre_hook(functions: list[Before]) -> Callable[..., Any]:
+def _pre_hook(functions: list[Before], owner: int) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if get_ident() != owner:
+            return None
         changed = False
         for function in functions:
             new = function(args, kwargs)
@@ -149,8 +168,10 @@ def _pre_hook(functions: list[Before]) -> Callable[..., Any]:
     return hook
 
 
-def _post_hook(functions: list[After]) -> Callable[..., Any]:
+def _post_hook(functions: list[After], owner: int) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if get_ident() != owner:
+            return None
         changed = False
         for function in functions:
             new = function(args, kwargs, output)

@@ -1,6 +1,7 @@
 """A lock on a model: one forward at a time, and no other thread while it is edited.
 
-Hooks are on the model itself, so that a forward of another thread would be watched and edited too.
+Hooks are on the model itself, so that a forward of another thread meets them too: they let it pass unwatched and
+unedited, and one that begins in the meantime waits for a run, and is refused while the model is edited.
 """
 
 from __future__ import annotations
@@ -54,15 +55,28 @@ class ModelLock:
                     self._owner = None
                 self._free.notify_all()
 
-    def _wait(self) -> None:
+    def wait_for_others(self) -> None:
+        """Wait until no other thread runs the model.
+
+        Raises:
+            EditError: another thread edits it.
+        """
+        with self._free:
+            self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
         while self._owner not in (None, get_ident()):
             if self._blocks:
                 raise error(
                     EditError,
                     "this model is being edited by another thread",
-                    do="wait until its `editing` block is left, or open the model twice",
+                    do="wait until its `editing` block is left, enter it in the thread that runs the model, or open "
+                    "the model twice",
                 )
             self._free.wait()
+
+    def _wait(self) -> None:
+        self._wait_for_others()
         if self._running:
             raise error(
                 EditError,
@@ -79,6 +93,20 @@ def lock_of(model: nn.Module) -> ModelLock:
     """The lock of a model, the same for all that opened it."""
     with _LOCK:
         return _LOCKS.setdefault(model, ModelLock())
+
+
+@contextmanager
+def naming_outputs(model: nn.Module) -> Iterator[None]:
+    """Let a model name its outputs, whatever its configuration says: several families cannot run otherwise."""
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    unnamed = [config for config in configs.values() if getattr(config, "return_dict", True) is False]
+    for config in unnamed:
+        config.return_dict = True
+    try:
+        yield
+    finally:
+        for config in unnamed:
+            config.return_dict = False
 
 
 @contextmanager
