@@ -19,7 +19,7 @@ from microtome.edit import Patch, SiteEdit
 from microtome.explain._answers import own_answer
 from microtome.explain._corruption import embedding_std, first_difference, noised
 from microtome.explain._pairs import aligned
-from microtome.explain._spans import at, layers_at, one_row, span_of, window_of
+from microtome.explain._spans import at, layers_at, one_prompt, span_of, window_of
 from microtome.method import (
     AnswerToken,
     Argument,
@@ -88,14 +88,14 @@ def causal_trace(
         PromptError: the subject is not in the prompt, the answer is several tokens, or `corrupt` does not align.
     """
     rows = [model.to_batch(prompt).tokens] if corrupt is None else list(aligned(model, prompt, corrupt).split(1))
-    span = span_of(model, one_row(rows[0]), subject, "subject")
+    span = span_of(model, one_prompt(model, prompt), subject, "subject")
     token, attrs = own_answer(model, rows[0][0], answer)
     clean = model.run(rows[0], capture=[f"*.{SITES[kind]}" for kind in kinds])
     if corrupt is None:
         attrs["std"] = noise * embedding_std(model, clean.tokens, span, subjects)
         first, lost = span[0], noised(model, clean.tokens, span, attrs["std"], samples)
     else:
-        attrs |= {"replaced": "".join(model.to_words(rows[1][0])), "noise": 0.0, "samples": 1}
+        attrs |= {"replaced": model.to_text(rows[1][0]), "noise": 0.0, "samples": 1}
         first, lost = first_difference(model, rows[0][0], rows[1][0], span), model.run(rows[1])
     first, n, length = first if model.anatomy.causal else 0, model.anatomy.n_layers, clean.tokens.shape[1]
     before = lost.logits[:, -1].float().softmax(-1)[:, token].double().cpu()
