@@ -17,7 +17,7 @@ from microtome.explain._spans import span_of
 from microtome.method import Argument, Span
 from microtome.metric import LogitDifference, LogProbability, Metric
 from microtome.model import Model
-from microtome.run import Encoding, Prompt, Run
+from microtome.run import Encoding, Prompt, Run, prompt_from_text
 from microtome.tasks import Task, read, require_fit
 
 Given = Prompt | Task | os.PathLike[str]
@@ -28,11 +28,19 @@ SMALLEST_GAP = 1e-4
 
 Clean = Annotated[
     Given,
-    Argument("the prompt with the answer, or several; a task; a .csv or .jsonl file", positional=True, from_text=str),
+    Argument(
+        "the prompt with the answer, or several; a task; a .csv or .jsonl file",
+        positional=True,
+        from_text=prompt_from_text,
+    ),
 ]
 Corrupt = Annotated[
     Prompt | None,
-    Argument("prompts of as many tokens with another answer, one per clean prompt", positional=True, from_text=str),
+    Argument(
+        "prompts of as many tokens with another answer, one per clean prompt",
+        positional=True,
+        from_text=prompt_from_text,
+    ),
 ]
 AnswerOfClean = Annotated[
     Answer | None, Argument("the clean prompt's answer, one token, or one per pair", from_text=str)

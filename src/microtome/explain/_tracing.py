@@ -34,7 +34,7 @@ from microtome.method import (
 )
 from microtome.metric import Probability
 from microtome.model import Model
-from microtome.run import Prompt, Run
+from microtome.run import Prompt, Run, prompt_from_text
 
 SITES = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
 CONTROL = "none: 0 before the subject, where clean and corrupted states are equal"
@@ -75,7 +75,9 @@ def causal_trace(
     *,
     subject: Annotated[Span, Argument("the subject: its text in the prompt, or positions", from_text=span_from_text)],
     answer: AnswerToken = None,
-    corrupt: Annotated[Prompt | None, Argument("a prompt with another subject, not noise", from_text=str)] = None,
+    corrupt: Annotated[
+        Prompt | None, Argument("a prompt with another subject, not noise", from_text=prompt_from_text)
+    ] = None,
     window: Annotated[int, Argument("how many layers of a branch to restore at once", "layers", least=1)] = 10,
     noise: Annotated[float, Argument("size of the noise", "standard deviations of the embeddings", least=0)] = 3.0,
     samples: Annotated[int, Argument("how many draws of the noise to average over", "draws", least=1)] = 10,

@@ -280,6 +280,7 @@ class Codec:
         Raises:
             PromptError: it is several tokens, with what they are, or not in the vocabulary; says how to write it.
         """
+        require_text(text, "the word")
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         itself = text == getattr(self.tokenizer, "unk_token", None)
         # A tokenizer that begins every word with a space may not know a word without one.
