@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -26,32 +27,91 @@ def text() -> tuple[str, ...]:
 @cache
 def build(name: str) -> Any:
     made = {"bpe-bos": lambda: _bpe(2), "bpe-three-digits": lambda: _bpe(3), "wordpiece": _wordpiece}
+    made |= {"bpe-eos": lambda: _bpe(2, "$A </s>"), "bpe-both": lambda: _bpe(2, "<s> $A </s>"), "chat": _chat}
+    made |= {"nfc": lambda: _bpe(2, normalizer=normalizers.NFC()), "llama-2": lambda: _llama("metaspace")}
+    made |= {"llama-2-legacy": lambda: _llama("prepend"), "bert": lambda: _wordpiece("[CLS] $A [SEP]")}
     return (made | {"characters": _characters})[name]()
 
 
-def _bpe(digits: int) -> PreTrainedTokenizerFast:
-    """Byte-level, numbers cut after so many digits, with a token before every text."""
+def _bpe(digits: int, around: str = "<s> $A", normalizer: Any = None) -> PreTrainedTokenizerFast:
+    """Byte-level, numbers cut after so many digits, with tokens of its own around every text."""
     made = Tokenizer(models.BPE())
+    if normalizer is not None:
+        made.normalizer = normalizer
     cut = pre_tokenizers.Split(Regex(rf"\d{{1,{digits}}}"), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=6000, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
-    )
+        vocab_size=6000, special_tokens=["<s>", *OWN[1:] * ("</s>" in around)], initial_alphabet=alphabet,
+        show_progress=False,
+    )  # fmt: skip
     made.train_from_iterator(text(), trainer)
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", clean_up_tokenization_spaces=False)
+    return _finished(made, around)
 
 
-def _wordpiece() -> PreTrainedTokenizerFast:
+OWN = ("<s>", "</s>")
+
+
+def _finished(made: Tokenizer, around: str) -> PreTrainedTokenizerFast:
+    there = [(mark, made.token_to_id(mark)) for mark in OWN if mark in around]
+    made.post_processor = processors.TemplateProcessing(single=around, special_tokens=there)
+    names = {name: mark for name, mark in zip(("bos_token", "eos_token"), OWN, strict=True) if mark in around}
+    return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **names)
+
+
+def _llama(space: str) -> PreTrainedTokenizerFast:
+    """Words with a mark of the space before them, which every text begins with, as those of Llama 2 are.
+
+    The mark is put before a text by the cut into words, or in older files before there is any, so that it stands
+    behind special tokens in the text too.
+    """
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if space == "metaspace":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    else:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", *OWN, *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=6000, special_tokens=special, show_progress=False)
+    trained.train_from_iterator(text(), trainer)
+    kept = json.loads(trained.to_str())["model"]
+    merges = [tuple(m) for m in kept["merges"]]
+    made.model = models.BPE(kept["vocab"], merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    made.add_special_tokens(["<unk>", *OWN])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return _finished(made, "<s> $A")
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('no role ' + m.role) }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _chat() -> PreTrainedTokenizerFast:
+    """Byte-level, with a template of messages that writes the token which the tokenizer puts before every text too."""
+    made = _bpe(2)
+    made.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]})
+    made.chat_template = TEMPLATE
+    return made
+
+
+def _wordpiece(around: str = "") -> PreTrainedTokenizerFast:
     """Lower-cased words without their spaces; digits one by one."""
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(True)])
     made.decoder = decoders.WordPiece(cleanup=False)
-    trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=["[UNK]"], show_progress=False)
+    marks = ["[UNK]", *around.replace("$A", "").split()]
+    trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=marks, show_progress=False)
     made.train_from_iterator(text(), trainer)
+    if around:
+        there = [(mark, made.token_to_id(mark)) for mark in marks[1:]]
+        made.post_processor = processors.TemplateProcessing(single=around, special_tokens=there)
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", clean_up_tokenization_spaces=False)
 
 

@@ -59,6 +59,22 @@ def test_one_row_or_no_mask(model: mt.Model) -> None:
         assert model.to_tokens(ids).tolist() == [[7, 8]]
 
 
+@pytest.mark.parametrize(("first", "family"), [(0, "llama-gqa"), (1, "roberta")])
+def test_positions_that_count_the_tokens_are_those_of_a_run(first: int, family: str) -> None:
+    model = mt.open(families.build(family), prove=False)
+    assert model.anatomy.first_position == first
+    positions = torch.tensor([[0, 1, 2, 3], [0, 0, 0, 1]]) + first
+    given = model.run(LEFT | {"position_ids": positions}, padding="left")
+    tensors = {k: torch.tensor(v) for k, v in LEFT.items()} | {"position_ids": positions}
+    with torch.no_grad():
+        expected = model.hf(**tensors).logits
+    for row, (pads, n) in enumerate(given.batch.spans):
+        torch.testing.assert_close(given.logits[row, pads:][:n], expected[row, pads:][:n], **NEAR)
+    assert torch.equal(model.run(LEFT | {"position_ids": positions}).logits, model.run(ROWS).logits)
+    more = {"special_tokens_mask": [[0, 0]], "offset_mapping": [[(0, 1), (1, 2)]], "position_ids": [first, first + 1]}
+    assert model.to_tokens({"input_ids": [[7, 8]]} | more).tolist() == [[7, 8]]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_is_a_prompt_and_keeps_its_padding(model: mt.Model, side: Literal["left", "right"]) -> None:
     batch = model.to_batch(ROWS, side)
@@ -114,6 +130,20 @@ def test_a_batch_whose_rows_do_not_fit_is_refused(lengths: tuple[int, ...], pads
         ([torch.tensor([7.0])], "must hold integer token ids"),
         (Batch(torch.tensor([[7, 101]]), (2,), (0,)), "a token id lies outside the vocabulary; got 101"),
         (Batch(torch.tensor([[7, 8]]), (0,), (0,)), "the prompt is empty"),
+        (
+            {"input_ids": [[7, 8]], "inputs_embeds": 0},
+            "a run cannot use the inputs_embeds of a prompt; allowed: input_ids",
+        ),
+        ({"input_ids": [[7, 8]], "labels": [[7, 8]]}, "a run cannot use the labels of a prompt"),
+        (
+            {"input_ids": [[7, 8]], "position_ids": [[1, 2]]},
+            "cannot use the position_ids of row 0; got \\[1, 2\\]; allowed: 0",
+        ),
+        (
+            RIGHT | {"position_ids": [[0, 1, 2, 3], [2, 3, 0, 0]]},
+            "cannot use the position_ids of row 1; got \\[2, 3\\]",
+        ),
+        ({"input_ids": [[7, 8]], "position_ids": [[0, 1, 2]]}, "the prompt's position_ids does not fit its input_ids"),
         ({"input_ids": [[7.5]]}, "a token id must be an integer; got 7.5"),
         ({"input_ids": [["a"]]}, "a token id must be an integer; got 'a'"),
         ({"input_ids": [7, "a"]}, "cannot read the prompt"),

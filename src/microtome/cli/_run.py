@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 @opens()
 def run(
-    prompt: Annotated[str, typer.Argument(help="The prompt, as text.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt, as text or as a JSON list of chat messages.")],
     capture: Annotated[
         list[str], typer.Option("--capture", "-c", help='Address to keep, such as "*.mlp.post"; repeatable.')
     ],
@@ -46,7 +46,7 @@ def run(
 ) -> None:
     """Run a prompt, keep what you name, and write it to a file with its axes and provenance."""
     if plan:
-        _show_plan(opening.open().plan(prompt, capture), as_json)
+        _show_plan(opening.open().plan(_read(prompt), capture), as_json)
         return
     file = _checked(output, force)
     limit = None if budget is None else bytes_of(budget)
@@ -55,9 +55,15 @@ def run(
     changes = [] if edits is None else load_edits(edits)
     opened = opening.open()
     with working("running the prompt"):
-        result = opened.run(prompt, capture=capture, edits=changes, budget=limit)
+        result = opened.run(_read(prompt), capture=capture, edits=changes, budget=limit)
         _write(result, file)
     _show(result, _next(opened, result), file, as_json)
+
+
+def _read(prompt: str) -> Any:
+    from microtome.run import prompt_from_text
+
+    return prompt_from_text(prompt)
 
 
 def _show_plan(on_plan: Plan, as_json: bool) -> None:

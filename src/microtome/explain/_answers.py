@@ -45,29 +45,7 @@ def one_token(model: Model, text: str | int) -> int:
     Raises:
         PromptError: it is several tokens, with the tokens that it is, lies outside the vocabulary, or is none.
     """
-    given: Any = text
-    if isinstance(given, bool) or not isinstance(given, str | int):
-        do = "give one of these"
-        raise error(PromptError, "cannot read a token", got=repr(given), allowed="a text or an id", do=do)
-    if isinstance(text, int):
-        if not 0 <= text < model.anatomy.d_vocab:
-            allowed = f"0 to {model.anatomy.d_vocab - 1}"
-            raise error(PromptError, f"token id {text} is not in the vocabulary", allowed=allowed, do="choose another")
-        return text
-    if model.tokenizer is None:
-        do = "pass a token id, or open the model with tokenizer="
-        raise error(PromptError, f'cannot read "{text}": this model was opened without a tokenizer', do=do)
-    ids: list[int] = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
-    if ids == [unknown] and text != model.tokenizer.unk_token:
-        raise error(PromptError, f'"{text}" is not in the vocabulary', do="choose another word, or pass a token id")
-    if len(ids) != 1:
-        raise error(
-            PromptError, f'"{text}" is not one token', got=str(model.to_words(ids)) if ids else "no tokens",
-            allowed="one token, usually with its leading space",
-            do="choose another word, pass a token id, or read a span with metric=SpanLoss where one is taken",
-        )  # fmt: skip
-    return ids[0]
+    return model.to_id(text)
 
 
 def answers_of(model: Model, given: Answer, n: int, what: str = "answer") -> list[int]:
@@ -77,6 +55,10 @@ def answers_of(model: Model, given: Answer, n: int, what: str = "answer") -> lis
         PromptError: there are not as many as examples, or one is several tokens or none.
     """
     plain: Any = given.tolist() if isinstance(given, Tensor) else given
+    if isinstance(plain, bytes | bytearray):  # their numbers are no ids
+        raise error(
+            PromptError, f"cannot read the {what}", got=repr(plain), allowed="texts or ids", do="decode it first"
+        )
     listed: list[Any] = list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str) else [plain] * n
     if len(listed) != n:
         raise error(PromptError, f"there must be one {what} per example", got=len(listed), allowed=str(n))

@@ -38,11 +38,11 @@ def embedding_std(model: Model, tokens: Tensor, span: tuple[int, int], subjects:
         return float(model.run(tokens, capture=site, logits=False)[site].double().std())
     if isinstance(subjects, str):
         raise error(PromptError, "subjects are several texts", got=repr(subjects), do="give a list of them")
-    if model.tokenizer is None:
+    codec = model.codec
+    if codec is None:
         do = "leave subjects= out, or open the model with tokenizer="
         raise error(PromptError, "subjects are texts, but the model has no tokenizer", do=do)
-    ids: list[list[int]] = [model.tokenizer(s, add_special_tokens=False)["input_ids"] for s in subjects]
-    run = model.run(ids, capture="embed", logits=False)
+    run = model.run([codec.alone(s) for s in subjects], capture="embed", logits=False)
     return float(run["embed"][run.mask].double().std())
 
 

@@ -31,7 +31,7 @@ from microtome.explain._contributions import refuse_unless_sum
 from microtome.explain._pairs import AnswerOfClean, FoilOfCorrupt, Given, aligned, pairs_of, task_of
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
-from microtome.run import Prompt, Run
+from microtome.run import Prompt, Run, prompt_from_text
 from microtome.stream import slope_interval
 
 ABLATIONS = ("zero", "mean", "resample", "corrupt")
@@ -74,7 +74,8 @@ def _effect(name: str, meaning: str, control: str = PARTS, dims: tuple[str, ...]
 def component_effects(
     model: Model,
     prompts: Annotated[
-        Given, Argument("prompts, a task, or a .csv or .jsonl file of pairs", positional=True, from_text=str)
+        Given,
+        Argument("prompts, a task, or a .csv or .jsonl file of pairs", positional=True, from_text=prompt_from_text),
     ],
     *,
     answer: AnswerOfClean = None,
@@ -87,10 +88,13 @@ def component_effects(
     ablation: Annotated[str, Argument("what replaces a component", choices=ABLATIONS)] = "mean",
     corrupt: Annotated[
         Prompt | None,
-        Argument('for "corrupt", one aligned prompt per prompt; by default those of the task', from_text=str),
+        Argument(
+            'for "corrupt", one aligned prompt per prompt; by default those of the task', from_text=prompt_from_text
+        ),
     ] = None,
     text: Annotated[
-        Prompt | None, Argument('for "mean", prompts to average over instead, at the ablated positions', from_text=str)
+        Prompt | None,
+        Argument('for "mean", prompts to average over instead, at the ablated positions', from_text=prompt_from_text),
     ] = None,
     everywhere: Annotated[bool, Argument("ablate at all positions instead of the last")] = False,
 ) -> Found:

@@ -17,7 +17,7 @@ from microtome.context import current
 from microtome.edit import KnockOut
 from microtome.errors import PromptError, error
 from microtome.explain._answers import own_answer
-from microtome.explain._spans import at, layers_at, one_row, span_of, window_of
+from microtome.explain._spans import at, layers_at, one_prompt, one_row, span_of, window_of
 from microtome.method import (
     AnswerToken,
     Argument,
@@ -84,7 +84,8 @@ def attention_knockout(
         BudgetError: not even one cell fits.
     """
     tokens = one_row(model.to_batch(prompt).tokens)
-    asked, cut = span_of(model, tokens, queries, "queries"), span_of(model, tokens, keys, "keys")
+    text = one_prompt(model, prompt)
+    asked, cut = span_of(model, text, queries, "queries"), span_of(model, text, keys, "keys")
     if model.anatomy.causal and cut[0] >= asked[1]:
         raise error(
             PromptError, "the queries cannot read the keys anyway", got=f"queries {asked}, keys {cut}",
@@ -96,9 +97,8 @@ def attention_knockout(
     windows = [layers_at(*window_of(i, window, n)) for i in range(n)]
     cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
     swept = run_sweep(model, tokens.unsqueeze(0), cells, LogProbability(token), stage="cutting attention").whole()
-    words = model.to_words(tokens)
     attrs |= {"metric": "probability of the answer", "controls": len(sets) - 1}
-    attrs |= {"queries": "".join(words[slice(*asked)]), "keys": "".join(words[slice(*cut)])}
+    attrs |= {"queries": model.to_text(tokens[slice(*asked)]), "keys": model.to_text(tokens[slice(*cut)])}
     values, base = swept.values.double().reshape(len(sets), n), float(swept.base[0])
     whole = torch.tensor(base, dtype=torch.float64).exp()
     changes = {

@@ -10,15 +10,18 @@ from microtome.explain._pairs import Pairs, pairs_of
 from microtome.method import Argument
 from microtome.metric import Metric
 from microtome.model import Model
-from microtome.run import Prompt, Run
+from microtome.run import Prompt, Run, prompt_from_text
 
 if TYPE_CHECKING:
     import xarray as xr
 
-CleanPrompt = Annotated[Prompt, Argument("the prompt with the answer", positional=True)]
-CorruptPrompt = Annotated[Prompt, Argument("a prompt of as many tokens with another answer", positional=True)]
+CleanPrompt = Annotated[Prompt, Argument("the prompt with the answer", positional=True, from_text=prompt_from_text)]
+CorruptPrompt = Annotated[
+    Prompt, Argument("a prompt of as many tokens with another answer", positional=True, from_text=prompt_from_text)
+]
 CorruptOrRun = Annotated[
-    Prompt | Run, Argument("a prompt of as many tokens with another answer, or its run", positional=True)
+    Prompt | Run,
+    Argument("a prompt of as many tokens with another answer, or its run", positional=True, from_text=prompt_from_text),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from microtome.explain._spans import span_of
 from microtome.method import Argument, Span
 from microtome.metric import LogitDifference, LogProbability, Metric
 from microtome.model import Model
-from microtome.run import Prompt, Run
+from microtome.run import Encoding, Prompt, Run, prompt_from_text
 from microtome.tasks import Task, read, require_fit
 
 Given = Prompt | Task | os.PathLike[str]
@@ -28,11 +28,19 @@ SMALLEST_GAP = 1e-4
 
 Clean = Annotated[
     Given,
-    Argument("the prompt with the answer, or several; a task; a .csv or .jsonl file", positional=True, from_text=str),
+    Argument(
+        "the prompt with the answer, or several; a task; a .csv or .jsonl file",
+        positional=True,
+        from_text=prompt_from_text,
+    ),
 ]
 Corrupt = Annotated[
     Prompt | None,
-    Argument("prompts of as many tokens with another answer, one per clean prompt", positional=True, from_text=str),
+    Argument(
+        "prompts of as many tokens with another answer, one per clean prompt",
+        positional=True,
+        from_text=prompt_from_text,
+    ),
 ]
 AnswerOfClean = Annotated[
     Answer | None, Argument("the clean prompt's answer, one token, or one per pair", from_text=str)
@@ -186,7 +194,15 @@ def pairs_of(
     for i, pair in enumerate(tokens):
         require_effect_on_metric(model, pairs.metric, pair, i, names[i])
     groups = () if task is None else tuple(pair.group for pair in task)
-    return replace(pairs, spans=_spans(model, tokens, task, spans), groups=groups)
+    texts = _texts(model, clean, task, batches[0])
+    return replace(pairs, spans=_spans(model, texts, task, spans), groups=groups)
+
+
+def _texts(model: Model, clean: Given, task: Task | None, rows: Sequence[Tensor]) -> Sequence[Encoding | Tensor]:
+    """The clean prompts as they were written, where there is a tokenizer to read them."""
+    if model.tokenizer is None or (task is not None and not task.text):
+        return rows
+    return model.encodings([pair.clean for pair in task] if task is not None else cast("Prompt", clean))
 
 
 def task_of(model: Model, given: Given) -> Task | None:
@@ -255,21 +271,23 @@ def _of_tokens(answers: tuple[int, ...], foils: tuple[int, ...]) -> Metric:
     return LogitDifference(answers, foil=foils) if foils else LogProbability(answers)
 
 
-def _spans(model: Model, tokens: tuple[Tensor, ...], task: Task | None, spans: Any) -> dict[str, tuple[Place, ...]]:
+def _spans(
+    model: Model, texts: Sequence[Encoding | Tensor], task: Task | None, spans: Any
+) -> dict[str, tuple[Place, ...]]:
     """By name, where each pair has the spans that all of them have."""
     if spans is None:
         given: list[Mapping[str, Span]] = [] if task is None else [pair.spans for pair in task]
     else:
-        given = [spans] * len(tokens) if isinstance(spans, Mapping) else list(spans)
-    if spans is not None and len(given) != len(tokens):
+        given = [spans] * len(texts) if isinstance(spans, Mapping) else list(spans)
+    if spans is not None and len(given) != len(texts):
         do = "give one mapping from names to places per pair"
-        raise error(PromptError, "there must be spans for each pair", got=len(given), allowed=str(len(tokens)), do=do)
+        raise error(PromptError, "there must be spans for each pair", got=len(given), allowed=str(len(texts)), do=do)
     names = [name for name in (given[0] if given else ()) if all(name in own for own in given)]
     if spans is not None and not names:
         got = str([list(own) for own in given[:3]])
         raise error(PromptError, "the pairs have no span in common", got=got, do="name the same places in all of them")
-    placed = list(zip(tokens, given, strict=True)) if given else []
-    return {name: tuple(span_of(model, pair[0], own[name], name) for pair, own in placed) for name in names}
+    placed = list(zip(texts, given, strict=True)) if given else []
+    return {name: tuple(span_of(model, prompt, own[name], name) for prompt, own in placed) for name in names}
 
 
 def require_effect_on_metric(model: Model, metric: Metric, tokens: Tensor, number: int = 0, of: str = "") -> None:

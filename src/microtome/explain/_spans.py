@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any, cast
@@ -12,28 +12,30 @@ from torch import Tensor
 from microtome.errors import PromptError, error
 from microtome.method import Span
 from microtome.model import Model
+from microtome.run import Encoding, Prompt, require_text
 
 COUNT = "count tokens, with the end left out"
 
 
-def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str = "span") -> tuple[int, int]:
+def span_of(model: Model, tokens: Tensor | Sequence[int] | Encoding, span: Span, what: str = "span") -> tuple[int, int]:
     """The tokens (first, end) of a prompt that a text, a position or a span means; of a text its first occurrence.
 
     An occurrence as words of their own comes before one inside longer words, which counts only if whole tokens make it.
+    Letters with their accents as marks of their own (NFD) are the same as without (NFC), and a text is found as the
+    tokenizer writes it too, in lower case for one that knows no other.
 
     Args:
         model: whose tokenizer made the tokens.
-        tokens: [pos], one row without padding.
+        tokens: [pos], one row without padding, or what `model.encodings` gives of it.
         span: text, position, or (first, end), with an end of 0 for that of the prompt.
         what: its name, for the error.
 
     Raises:
         PromptError: the text is not in the prompt, the span lies outside it, or it is none.
     """
-    ids: list[int] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     if isinstance(span, str):
-        return _of_text(model, ids, span, what)
-    n = len(ids)
+        return _of_text(model, tokens, span, what)
+    n = len(tokens.ids) if isinstance(tokens, Encoding) else len(tokens)
     first, end = _places(span, what)
     first, end = first + n if first < 0 else first, end + n if end <= 0 else end
     if not 0 <= first < end <= n:
@@ -45,7 +47,7 @@ def span_of(model: Model, tokens: Tensor | Sequence[int], span: Span, what: str 
 def _places(span: object, what: str) -> tuple[int, int]:
     """A position or a span as (first, end), as it was counted."""
     try:
-        if isinstance(span, Iterable):
+        if isinstance(span, Iterable) and not isinstance(span, bytes | bytearray):
             first, end = (index(place) for place in cast("Iterable[Any]", span))
             return first, end
         place = index(cast("Any", span))
@@ -55,42 +57,37 @@ def _places(span: object, what: str) -> tuple[int, int]:
     return place, place + 1
 
 
-def _of_text(model: Model, ids: list[int], text: str, what: str) -> tuple[int, int]:
-    if model.tokenizer is None:
+def _of_text(model: Model, tokens: Tensor | Sequence[int] | Encoding, text: str, what: str) -> tuple[int, int]:
+    codec = model.codec
+    if codec is None:
         raise error(PromptError, f"{what} given as text, but the model has no tokenizer", do="give (first, end)")
-    # The text of growing beginnings, because single tokens may lose the space before them; one that ends inside a
-    # character ends with a replacement character instead.
-    begun = [model.tokenizer.decode(ids[: i + 1]) for i in range(len(ids))]
-    ends = [len(text.rstrip("\ufffd")) for text in begun]
-    whole, wanted = model.tokenizer.decode(ids), text.strip()
-    starts = [found.start() for found in re.finditer(f"(?={re.escape(wanted)})", whole)] if wanted else []
-
-    def tokens_of(start: int) -> tuple[int, int]:
-        before = [i for i, end in enumerate(ends) if end == len(begun[i]) and end <= start]
-        last = next(i for i, end in enumerate(ends) if end >= start + len(wanted))
-        return before[-1] + 1 if before else 0, last + 1
-
-    def alone(start: int) -> bool:
-        return not _inside_a_word(whole, start) and not _inside_a_word(whole, start + len(wanted))
-
-    def whole_tokens(start: int) -> bool:
-        first, end = tokens_of(start)
-        return whole[ends[first - 1] if first else 0 : ends[end - 1]].strip() == wanted
-
-    found = next(filter(alone, starts), None)
-    found = next(filter(whole_tokens, starts), None) if found is None else found
-    if found is None:
-        why = f'"{text}" only inside longer words' if starts else f'no {what} "{text}"'
-        do = "write it as it stands there, or give its tokens as (first, end)"
-        raise error(PromptError, f"the prompt has {why}", got=f'"{whole}"', do=do)
-    return tokens_of(found)
+    require_text(text, f"the {what}")
+    prompt = tokens if isinstance(tokens, Encoding) else codec.decode([int(token) for token in tokens])
+    # As it was written, and as the tokenizer would give it back; in the text as it was given, and as it is given back.
+    back = codec.decode(codec.alone(text))
+    known = getattr(codec.tokenizer, "unk_token_id", None) not in back.ids
+    wanted, there = dict.fromkeys([text, back.text] if known else [text]), False
+    for own in (prompt, codec.decode(prompt.ids)):
+        for form in wanted:
+            found = own.find(form)
+            alone = [place for place in found if not any(_inside_a_word(own.text, cut) for cut in place)]
+            spans = [own.tokens_at(*place) for place in alone] or [own.whole_tokens_at(*place) for place in found]
+            if span := next(filter(None, spans), None):
+                return span
+            there = there or bool(found)
+    why = f'"{text}" only inside longer words' if there else f'no {what} "{text}"'
+    do = "write it as it stands there, or give its tokens as (first, end)"
+    raise error(PromptError, f"the prompt has {why}", got=f'"{prompt.text}"', do=do)
 
 
 def _inside_a_word(text: str, cut: int) -> bool:
     """Whether a cut parts two letters of one word; in scripts without spaces every letter may begin one."""
     beside = text[cut - 1 : cut + 1] if 0 < cut < len(text) else " "
     # Tokenizers without a decoder leave their own marks of a space.
-    return all(letter.isalnum() and ord(letter) < 0x2E80 and letter not in "\u0120\u2581" for letter in beside)
+    letters = [
+        unicodedata.combining(c) or (c.isalnum() and ord(c) < 0x2E80 and c not in "\u0120\u2581") for c in beside
+    ]
+    return all(letters)
 
 
 def one_row(tokens: Tensor) -> Tensor:
@@ -102,6 +99,16 @@ def one_row(tokens: Tensor) -> Tensor:
     if tokens.shape[0] != 1:
         raise error(PromptError, "one prompt at a time", got=f"{tokens.shape[0]}", do="call it once per prompt")
     return tokens[0]
+
+
+def one_prompt(model: Model, prompt: Prompt) -> Encoding | Tensor:
+    """One prompt as text with its tokens; the tokens [pos] alone where there is no tokenizer.
+
+    Raises:
+        PromptError: there are several.
+    """
+    row = one_row(model.to_tokens(prompt))
+    return row if model.tokenizer is None else model.encodings(prompt)[0]
 
 
 def at(first: int, end: int) -> str:

@@ -19,7 +19,7 @@ from microtome.edit import Patch, SiteEdit
 from microtome.explain._answers import own_answer
 from microtome.explain._corruption import embedding_std, first_difference, noised
 from microtome.explain._pairs import aligned
-from microtome.explain._spans import at, layers_at, one_row, span_of, window_of
+from microtome.explain._spans import at, layers_at, one_prompt, span_of, window_of
 from microtome.method import (
     AnswerToken,
     Argument,
@@ -34,7 +34,7 @@ from microtome.method import (
 )
 from microtome.metric import Probability
 from microtome.model import Model
-from microtome.run import Prompt, Run
+from microtome.run import Prompt, Run, prompt_from_text
 
 SITES = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
 CONTROL = "none: 0 before the subject, where clean and corrupted states are equal"
@@ -75,7 +75,9 @@ def causal_trace(
     *,
     subject: Annotated[Span, Argument("the subject: its text in the prompt, or positions", from_text=span_from_text)],
     answer: AnswerToken = None,
-    corrupt: Annotated[Prompt | None, Argument("a prompt with another subject, not noise", from_text=str)] = None,
+    corrupt: Annotated[
+        Prompt | None, Argument("a prompt with another subject, not noise", from_text=prompt_from_text)
+    ] = None,
     window: Annotated[int, Argument("how many layers of a branch to restore at once", "layers", least=1)] = 10,
     noise: Annotated[float, Argument("size of the noise", "standard deviations of the embeddings", least=0)] = 3.0,
     samples: Annotated[int, Argument("how many draws of the noise to average over", "draws", least=1)] = 10,
@@ -88,14 +90,14 @@ def causal_trace(
         PromptError: the subject is not in the prompt, the answer is several tokens, or `corrupt` does not align.
     """
     rows = [model.to_batch(prompt).tokens] if corrupt is None else list(aligned(model, prompt, corrupt).split(1))
-    span = span_of(model, one_row(rows[0]), subject, "subject")
+    span = span_of(model, one_prompt(model, prompt), subject, "subject")
     token, attrs = own_answer(model, rows[0][0], answer)
     clean = model.run(rows[0], capture=[f"*.{SITES[kind]}" for kind in kinds])
     if corrupt is None:
         attrs["std"] = noise * embedding_std(model, clean.tokens, span, subjects)
         first, lost = span[0], noised(model, clean.tokens, span, attrs["std"], samples)
     else:
-        attrs |= {"replaced": "".join(model.to_words(rows[1][0])), "noise": 0.0, "samples": 1}
+        attrs |= {"replaced": model.to_text(rows[1][0]), "noise": 0.0, "samples": 1}
         first, lost = first_difference(model, rows[0][0], rows[1][0], span), model.run(rows[1])
     first, n, length = first if model.anatomy.causal else 0, model.anatomy.n_layers, clean.tokens.shape[1]
     before = lost.logits[:, -1].float().softmax(-1)[:, token].double().cpu()

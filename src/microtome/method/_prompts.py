@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from microtome.method._declare import Argument
-from microtome.run import Prompt
+from microtome.run import Prompt, prompt_from_text
 
 Span = str | int | Sequence[int]
 """A text in the prompt, one position, or (first, end) with the end left out; negative ones count from the end."""
@@ -24,7 +24,10 @@ def span_from_text(text: str) -> Span:
     return first if match[2] is None else (first, int(match[2]) + 1)
 
 
-PromptText = Annotated[Prompt, Argument("the prompt, as text", positional=True)]
+PromptText = Annotated[
+    Prompt,
+    Argument("the prompt, as text or as a JSON list of chat messages", positional=True, from_text=prompt_from_text),
+]
 AnswerToken = Annotated[
     str | int | None, Argument('the answer, one token, such as " Paris"; by default the model\'s own')
 ]

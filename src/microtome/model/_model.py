@@ -83,7 +83,8 @@ class Model(LoadedModel):
 
         Args:
             prompt: text, texts, token ids, lists of token ids, an integer tensor [pos] or [batch, pos], what a
-                tokenizer gave, or a `Batch`, which keeps its padding.
+                tokenizer gave, a chat as a list of messages {"role", "content"}, several chats, or a `Batch`, which
+                keeps its padding.
             capture: addresses of what to keep, such as ``"*.mlp.post"`` or ``["3.attn.pattern", "final@-1"]``.
             edits: what to change: one edit, or several in order.
             start_at: the first layer to compute; needs `given`. Sites before it cannot be captured or edited.
@@ -199,7 +200,7 @@ class Model(LoadedModel):
         """Continue a text, or several; greedy by default.
 
         Args:
-            prompt: one text or several.
+            prompt: one text or several, or a chat as a list of messages {"role", "content"}, or several.
             max_new_tokens: how many tokens to add at most.
             options: what the `generate` of `transformers` takes, such as ``do_sample=True``.
 
@@ -217,7 +218,8 @@ class Model(LoadedModel):
                 do="use a causal model",
             )
         _refuse_options(max_new_tokens, options)
-        if self.tokenizer is None:
+        codec = self.codec
+        if codec is None:
             raise error(
                 PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids"
             )
@@ -252,8 +254,10 @@ class Model(LoadedModel):
                 raise error(
                     PromptError, "transformers cannot generate this way", got=reason, do="change options"
                 ) from problem
-        texts = [self.tokenizer.decode(row[batch.tokens.shape[1] :], skip_special_tokens=True) for row in out]
-        return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
+        added = [row[batch.tokens.shape[1] :].tolist() for row in out]
+        texts = [codec.continued(row, skip_special_tokens=True) for row in added]
+        one = isinstance(prompt, str) or (isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping))
+        return texts[0] if one and len(texts) == 1 else texts
 
 
 def _refuse_options(max_new_tokens: int, options: Mapping[str, Any]) -> None:

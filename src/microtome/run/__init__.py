@@ -3,7 +3,11 @@
 from microtome.run._batch import Batch as Batch
 from microtome.run._batch import Prompt as Prompt
 from microtome.run._batch import pad_id as pad_id
+from microtome.run._batch import prompt_from_text as prompt_from_text
 from microtome.run._batch import to_batch as to_batch
+from microtome.run._codec import Codec as Codec
+from microtome.run._codec import Encoding as Encoding
+from microtome.run._codec import require_text as require_text
 from microtome.run._core import LoadedModel as LoadedModel
 from microtome.run._fingerprint import Fingerprint as Fingerprint
 from microtome.run._forward import Capture as Capture

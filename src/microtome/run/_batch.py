@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from torch import Tensor
 from microtome.anatomy import integer
 from microtome.edit import Frame, Span
 from microtome.errors import PromptError, error
+from microtome.run._codec import Codec, Encoding
 
 SIDES = ("left", "right")
+UNREADABLE = (bytes, bytearray, memoryview, set, frozenset)
+"""What could be iterated over as if it were ids: bytes are no ids, and sets have no order."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,28 @@ Prompt = (
     | Sequence[Tensor]
     | Tensor
     | Mapping[str, Any]
+    | Sequence[Mapping[str, Any]]
+    | Sequence[Sequence[Mapping[str, Any]]]
     | Batch
 )
 """Text, texts, token ids, lists of token ids or tensors [pos] of them, an integer tensor [pos] or [batch, pos], what a
-tokenizer gave, or a `Batch`, which keeps its padding."""
+tokenizer gave, a chat as a list of messages {"role", "content"}, several chats, or a `Batch`, which keeps its padding.
+Ids are run as they are; for text see `Codec`."""
+
+CALLED = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+ABOUT = ("special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "num_truncated_tokens")
+"""What a tokenizer may say about its tokens beside them; it changes no forward."""
 
 
 def to_batch(
-    prompt: Prompt, tokenizer: Any, *, n_vocab: int, n_ctx: int, side: Literal["left", "right"], device: torch.device
+    prompt: Prompt,
+    codec: Codec | None,
+    *,
+    n_vocab: int,
+    n_ctx: int,
+    side: Literal["left", "right"],
+    device: torch.device,
+    first_position: int = 0,
 ) -> Batch:
     """Tokens of a prompt; see `Prompt`. Pads of a tokenizer are dropped, and added again on the side that is named.
 
@@ -98,14 +116,16 @@ def to_batch(
     if side not in SIDES:
         do = "name one of these"
         raise error(PromptError, "cannot pad on this side", got=repr(side), allowed='"left" or "right"', do=do)
-    rows = prompt.rows if isinstance(prompt, Batch) else rows_of(prompt, tokenizer)
+    rows = prompt.rows if isinstance(prompt, Batch) else rows_of(prompt, codec, first_position)
     _validate(rows, n_vocab, n_ctx, device)
     if isinstance(prompt, Batch):
         return Batch(prompt.tokens.to(device), prompt.lengths, prompt.pads)
     lengths = tuple(len(row) for row in rows)
     width = max(lengths)
     pads = tuple(width - n if side == "left" else 0 for n in lengths)
-    tokens = torch.full((len(rows), width), pad_id(tokenizer, n_vocab) or 0, device=device)
+    tokens = torch.full(
+        (len(rows), width), pad_id(None if codec is None else codec.tokenizer, n_vocab) or 0, device=device
+    )
     for row, ids, first in zip(tokens, rows, pads, strict=True):
         row[first : first + len(ids)] = ids
     return Batch(tokens, lengths, pads)
@@ -155,29 +175,62 @@ def pad_id(tokenizer: Any, n_vocab: int) -> int | None:
     return None
 
 
-def rows_of(prompt: Any, tokenizer: Any) -> list[Tensor]:
+def encodings_of(prompt: Any, codec: Codec | None) -> list[Encoding] | None:
+    """Text, texts, a chat or chats as tokens with the characters of each; None if the prompt is none of these.
+
+    Raises:
+        PromptError: there is no tokenizer to read it, or it cannot be read.
+    """
+    items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
+    if _are_messages(items):
+        items = [items]
+    elif not items or not all(isinstance(item, str) or _are_messages(item) for item in items):
+        return None
+    if codec is None:
+        raise error(
+            PromptError,
+            "this model was opened without a tokenizer, so it cannot read text",
+            do="pass token ids, or open it with tokenizer=",
+        )
+    return [codec.encode(item) if isinstance(item, str) else codec.chat(item) for item in items]
+
+
+def _are_messages(items: object) -> bool:
+    several = isinstance(items, Sequence) and not isinstance(items, str | bytes) and len(items) > 0
+    return several and all(isinstance(item, Mapping) for item in cast("Sequence[Any]", items))
+
+
+def prompt_from_text(text: str) -> Any:
+    """A prompt as a command takes it: text, or a chat as a JSON list of messages with "role" and "content"."""
+    if text.lstrip().startswith("["):
+        try:
+            found: Any = json.loads(text)
+        except ValueError:
+            return text
+        if _are_messages(found) and all({"role", "content"} <= message.keys() for message in found):
+            return found
+    return text
+
+
+def rows_of(prompt: Any, codec: Codec | None, first_position: int = 0) -> list[Tensor]:
     """Token ids [pos] by row of whatever was given as a prompt.
 
     Raises:
         PromptError: it is none.
     """
     if isinstance(prompt, Mapping):
-        return _encoded(prompt)
+        return _encoded(prompt, first_position)
     if isinstance(prompt, Tensor):
         return _of_tensor(prompt)
-    if not isinstance(prompt, Iterable):
+    if isinstance(prompt, UNREADABLE) or not isinstance(prompt, Iterable):
         raise _unreadable(prompt)
     items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-    if all(isinstance(item, str) for item in items):
-        if items and tokenizer is None:
-            raise error(
-                PromptError,
-                "this model was opened without a tokenizer, so it cannot read text",
-                do="pass token ids, or open it with tokenizer=",
-            )
-        return [_ids(tokenizer(item)["input_ids"]) for item in items]
-    if any(isinstance(item, str) for item in items):
-        raise _unreadable(prompt)
+    texts = encodings_of(items, codec)
+    if texts is not None:
+        return [torch.tensor(text.ids, dtype=torch.long) for text in texts]
+    odd = next((item for item in items if isinstance(item, (str, Mapping, *UNREADABLE))), None)
+    if odd is not None:
+        raise _unreadable(odd if isinstance(odd, UNREADABLE) else prompt)
     if all(isinstance(item, Sequence) or getattr(item, "ndim", 0) == 1 for item in items):
         return [_ids(item) for item in items]
     return [_ids(items)]
@@ -225,34 +278,70 @@ def _unreadable(prompt: object) -> PromptError:
         PromptError,
         "cannot read the prompt",
         got=type(prompt).__name__,
-        allowed="text, texts, token ids, lists of token ids, an integer tensor, or a Batch",
-        do="pass one of these",
+        allowed="text, texts, token ids, lists of token ids, an integer tensor, a list of chat messages, or a Batch",
+        do="decode it first" if isinstance(prompt, bytes | bytearray | memoryview) else "pass one of these",
     )
 
 
-def _encoded(prompt: Mapping[str, Any]) -> list[Tensor]:
+def _encoded(prompt: Mapping[str, Any], first_position: int) -> list[Tensor]:
     """The real tokens of each row of what a tokenizer gave."""
     if "input_ids" not in prompt:
         raise error(
             PromptError,
             "the prompt holds no input_ids",
-            got=", ".join(prompt) or "nothing",
-            do="pass what a tokenizer gave",
+            got=", ".join(map(str, prompt)) or "nothing",
+            do="put a single message into a list" if "role" in prompt else "pass what a tokenizer gave",
+        )
+    unknown = [str(key) for key in prompt if key not in (*CALLED, *ABOUT)]
+    if unknown:
+        raise error(
+            PromptError,
+            f"a run cannot use the {unknown[0]} of a prompt",
+            allowed=", ".join(CALLED),
+            do="leave it out; embeddings are changed by an edit, such as Add at the site embed"
+            if unknown[0] == "inputs_embeds"
+            else "leave it out",
         )
     rows = rows_of(prompt["input_ids"], None)
     if "token_type_ids" in prompt and any(bool(row.any()) for row in rows_of(prompt["token_type_ids"], None)):
         raise error(PromptError, "the prompt has a second segment (token_type_ids)", do="run its segments separately")
-    if "attention_mask" not in prompt:
-        return rows
-    masks = [mask != 0 for mask in rows_of(prompt["attention_mask"], None)]
-    if [len(mask) for mask in masks] != [len(row) for row in rows]:
-        raise error(
-            PromptError, "the prompt's attention_mask does not fit its input_ids", do="pass what a tokenizer gave"
-        )
+    masks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    if "attention_mask" in prompt:
+        masks = [mask != 0 for mask in _like(rows, prompt, "attention_mask")]
     for i, mask in enumerate(masks):
         real = mask.nonzero().squeeze(1)
         if len(real) and len(real) <= int(real[-1] - real[0]):
             raise error(
                 PromptError, f"the attention_mask hides tokens inside row {i}", do="mask only pads, or use KnockOut"
             )
+    if "position_ids" in prompt:
+        _refuse_other_positions(_like(rows, prompt, "position_ids"), masks, first_position)
     return [row[mask] for row, mask in zip(rows, masks, strict=True)]
+
+
+def _like(rows: Sequence[Tensor], prompt: Mapping[str, Any], key: str) -> list[Tensor]:
+    """What a prompt says of every token; one row of positions may serve all."""
+    found = rows_of(prompt[key], None)
+    if key == "position_ids" and len(found) == 1:
+        found = found * len(rows)
+    if [len(row) for row in found] != [len(row) for row in rows]:
+        raise error(PromptError, f"the prompt's {key} does not fit its input_ids", do="pass what a tokenizer gave")
+    return found
+
+
+def _refuse_other_positions(given: Sequence[Tensor], masks: Sequence[Tensor], first: int) -> None:
+    """A run counts the real tokens of a row: that is what these positions must do.
+
+    Raises:
+        PromptError: they do not.
+    """
+    for i, (row, mask) in enumerate(zip(given, masks, strict=True)):
+        real = row[mask]
+        if not torch.equal(real, torch.arange(first, first + len(real), device=real.device)):
+            raise error(
+                PromptError,
+                f"a run cannot use the position_ids of row {i}",
+                got=str(real[:8].tolist()).replace("]", ", ...]" if len(real) > 8 else "]"),
+                allowed=f"{first}, {first + 1}, ... over its real tokens",
+                do="leave them out, or call model.hf with them",
+            )

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Anatomy, LayerWeights, NormWeights, Weights
-from microtome.errors import SiteError, error
-from microtome.run._batch import Batch, Prompt, to_batch
+from microtome.anatomy import Anatomy, LayerWeights, NormWeights, Weights, integer
+from microtome.errors import PromptError, SiteError, error
+from microtome.run._batch import Batch, Prompt, encodings_of, to_batch
+from microtome.run._codec import Codec, Encoding
 from microtome.run._fingerprint import Fingerprint, tensors_of
 
 _version = cache(version)  # every run records them, and reading a package's metadata takes as long as a small forward
@@ -165,7 +166,30 @@ class LoadedModel:
             PromptError: it is empty, too long, or not of this vocabulary.
         """
         a = self.anatomy
-        return to_batch(prompt, self.tokenizer, n_vocab=a.d_vocab, n_ctx=a.n_ctx, side=padding, device=self.device)
+        return to_batch(
+            prompt, self.codec, n_vocab=a.d_vocab, n_ctx=a.n_ctx, side=padding, device=self.device,
+            first_position=a.first_position,
+        )  # fmt: skip
+
+    @property
+    def codec(self) -> Codec | None:
+        """How its tokenizer is asked; None where there is none."""
+        return None if self.tokenizer is None else Codec(self.tokenizer, causal=self.anatomy.causal)
+
+    def encodings(self, prompt: Prompt) -> list[Encoding]:
+        """The rows of a prompt as text, tokens and the characters of each token; of ids, the text that they decode to.
+
+        Raises:
+            PromptError: the prompt cannot be read, or there is no tokenizer.
+        """
+        codec = self.codec
+        found = None if isinstance(prompt, Batch) else encodings_of(prompt, codec)
+        if found is not None:
+            return found
+        if codec is None:
+            do = "open it with tokenizer="
+            raise error(PromptError, "this model was opened without a tokenizer, so its tokens have no text", do=do)
+        return [codec.decode(row.tolist()) for row in self.to_batch(prompt).rows]
 
     def to_tokens(self, prompt: Prompt) -> Tensor:
         """Token ids [batch, pos] of a prompt, padded on the right."""
@@ -174,4 +198,34 @@ class LoadedModel:
     def to_words(self, tokens: Tensor | Sequence[int]) -> list[str]:
         """The text of each token of one row, or its number where there is no tokenizer."""
         ids: list[int] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
-        return [str(i) if self.tokenizer is None else self.tokenizer.decode([i]) for i in ids]
+        codec = self.codec
+        return [str(i) for i in ids] if codec is None else codec.words(ids)
+
+    def to_text(self, tokens: Tensor | Sequence[int]) -> str:
+        """The text of tokens as it stands inside a longer one, or their numbers where there is no tokenizer."""
+        ids: list[int] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        codec = self.codec
+        return " ".join(map(str, ids)) if codec is None else codec.continued(ids)
+
+    def to_id(self, token: str | int) -> int:
+        """The id of a text of one token, as it stands inside a text; an id is itself.
+
+        Raises:
+            PromptError: it is several tokens, with the tokens that it is, lies outside the vocabulary, or is none.
+        """
+        given: Any = token
+        if isinstance(given, str):
+            codec = self.codec
+            if codec is None:
+                do = "pass a token id, or open the model with tokenizer="
+                raise error(PromptError, f'cannot read "{given}": this model was opened without a tokenizer', do=do)
+            return codec.one_token(given)
+        try:
+            found = integer(given)
+        except TypeError:
+            do = "give one of these"
+            raise error(PromptError, "cannot read a token", got=repr(given), allowed="a text or an id", do=do) from None
+        if not 0 <= found < self.anatomy.d_vocab:
+            allowed = f"0 to {self.anatomy.d_vocab - 1}"
+            raise error(PromptError, f"token id {found} is not in the vocabulary", allowed=allowed, do="choose another")
+        return found

@@ -106,6 +106,11 @@ def _pair(tokens: Tokens, row: Mapping[str, Any], where: str, answers: Answers) 
     for name in REQUIRED:
         if not isinstance(row[name], str) or not row[name]:
             raise error(DataError, f"{where}: {name} is not text", got=repr(row[name]), do="fill it in")
+        try:
+            row[name].encode()
+        except UnicodeEncodeError as cause:
+            what = f"{where}: {name} has half a surrogate pair at character {cause.start}"
+            raise error(DataError, what, got=ascii(row[name]), do="write the character itself") from None
     group = row.get("group") or ""
     if not isinstance(group, str):
         raise error(DataError, f"{where}: the group is not text", got=repr(group), do="write it as text")

@@ -1,7 +1,6 @@
 """What a task asks of a tokenizer: ids as the model will get them, where a word lies, and what continues a prompt.
 
-Only the interface that every tokenizer of `transformers` has is used: a call on a text. Special tokens are added as a
-run adds them, so positions count them too.
+Tokens are those of a run of a causal model, so positions count what stands before a text too; see `run.Codec`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any, cast
 
 from microtome.errors import PromptError, error
 from microtome.model import Model
+from microtome.run import Codec
 
 Ids = tuple[int, ...]
 Span = tuple[int, int]
@@ -42,16 +42,14 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, n_vocab: int, n_ctx: int | None = None) -> None:
         self.tokenizer, self.n_vocab, self.n_ctx = tokenizer, n_vocab, n_ctx
-        self.is_fast = bool(getattr(tokenizer, "is_fast", False))
-        if tokenizer is not None:
-            self._refuse_endings()
+        self.codec = Codec(tokenizer)
 
     @classmethod
     def of(cls, source: Any) -> Tokens:
         """From an open model, or from a tokenizer.
 
         Raises:
-            PromptError: it is neither, or the tokenizer puts a special token behind every text.
+            PromptError: it is neither.
         """
         if isinstance(source, Model):
             return cls(source.tokenizer, source.anatomy.d_vocab, source.anatomy.n_ctx)
@@ -59,16 +57,6 @@ class Tokens:
             got, do = type(source).__name__, "pass what microtome.open returned, or a tokenizer of transformers"
             raise error(PromptError, "cannot tokenise with this", got=got, allowed="a model or a tokenizer", do=do)
         return cls(source, len(cast("Sized", source)))
-
-    def _refuse_endings(self) -> None:
-        ids, special = self.ids("a"), self.special
-        if len(ids) > 1 and ids[-1] in special:
-            raise error(
-                PromptError,
-                "this tokenizer ends every text with a special token, so that no prompt can be continued",
-                got=repr(self.tokenizer.decode([ids[-1]])),
-                do="open the model with a tokenizer that adds none at the end",
-            )
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -80,7 +68,7 @@ class Tokens:
     @property
     def start(self) -> Ids:
         """What stands before every prompt: a beginning-of-text token, or nothing."""
-        return () if self.tokenizer is None else self.ids("")
+        return () if self.tokenizer is None else self.codec.start
 
     def require(self, task: str) -> None:
         """Refuse a task of texts where there is no tokenizer.
@@ -94,11 +82,11 @@ class Tokens:
 
     def ids(self, text: str) -> Ids:
         """The ids of a text, as a run would have them."""
-        return tuple(int(i) for i in self.tokenizer(text)["input_ids"])
+        return self.codec.ids(text)
 
     def words(self, ids: Sequence[int]) -> list[str]:
         """The text of each id, or its number where there is no tokenizer."""
-        return [str(i) if self.tokenizer is None else self.tokenizer.decode([i]) for i in ids]
+        return [str(i) for i in ids] if self.tokenizer is None else self.codec.words(ids)
 
     def continuations(self, prompt: str, texts: Sequence[str]) -> list[Ids]:
         """The ids that each text adds to a prompt.
@@ -108,8 +96,7 @@ class Tokens:
         """
         before = self.ids(prompt)
         found: list[Ids] = []
-        for text, row in zip(texts, self.tokenizer([prompt + t for t in texts])["input_ids"], strict=True):
-            ids = tuple(int(i) for i in row)
+        for text, ids in zip(texts, self.codec.ids_of_all([prompt + t for t in texts]), strict=True):
             if ids[: len(before)] != before or len(ids) == len(before):
                 raise Misfit("the answer merges with the end of the prompt", f"{prompt[-12:]!r} and {text!r}")
             found.append(ids[len(before) :])
@@ -123,29 +110,10 @@ class Tokens:
         """
         if not ranges:
             return {}
-        if not self.is_fast:
-            return {name: self._by_prefix(text, *r) for name, r in ranges.items()}
-        offsets: list[Span] = self.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        return {name: _by_offset(text, offsets, *r) for name, r in ranges.items()}
-
-    def _by_prefix(self, text: str, start: int, end: int) -> Span:
-        """For tokenizers that keep no offsets: the text up to a place must be tokenised as it is inside the whole."""
-        whole, through = self.ids(text), self.ids(text[:end])
-        for stop in (start, len(text[:start].rstrip())):  # a space may be a token, or begin the next one
-            before = self.ids(text[:stop])
-            if whole[: len(before)] == before and whole[: len(through)] == through and len(before) < len(through):
-                return len(before), len(through)
-        raise _broken(text[start:end])
-
-
-def _by_offset(text: str, offsets: Sequence[Span], start: int, end: int) -> Span:
-    touched = [i for i, (a, b) in enumerate(offsets) if b > start and a < end and b > a]
-    if touched:
-        first, last = touched[0], touched[-1]
-        if text[offsets[first][0] : offsets[last][1]].strip() == text[start:end].strip():
-            return first, last + 1
-    raise _broken(text[start:end])
-
-
-def _broken(word: str) -> Misfit:
-    return Misfit("a word of interest does not begin and end where tokens do", repr(word))
+        encoding, found = self.codec.encode(text), dict[str, Span]()
+        for name, (first, end) in ranges.items():
+            span = encoding.whole_tokens_at(first, end)
+            if span is None:
+                raise Misfit("a word of interest does not begin and end where tokens do", repr(text[first:end]))
+            found[name] = span
+        return found
