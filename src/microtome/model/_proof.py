@@ -26,11 +26,13 @@ from microtome.anatomy import Address, Site, parse
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.run import LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet
+from microtome.shown import shown
 
 # In float64 too the norms of transformers, and its plain softmax, compute in float32.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
+@shown
 @dataclass(frozen=True)
 class IdentityCheck:
     """One identity at one place: its gap relative to the largest value at a position, or why it does not apply."""

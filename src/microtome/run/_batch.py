@@ -13,10 +13,12 @@ from torch import Tensor
 from microtome.anatomy import integer
 from microtome.edit import Frame, Span
 from microtome.errors import PromptError, error
+from microtome.shown import shown
 
 SIDES = ("left", "right")
 
 
+@shown
 @dataclass(frozen=True)
 class Batch:
     """Tokens [batch, pos] with, for every row, how many are real and how many pads precede them."""
