@@ -17,6 +17,7 @@ from operator import index
 from typing import Any, cast
 
 from microtome.errors import ArgumentError, error
+from microtome.shown import shown
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, all)."""
@@ -59,6 +60,7 @@ def bytes_of(value: Any) -> int:
     return size
 
 
+@shown
 @dataclass(frozen=True)
 class Settings:
     """What holds for every method that runs.

@@ -155,12 +155,53 @@ def test_a_dataset_has_axes_coordinates_and_provenance() -> None:
     assert data["mlp.post"].attrs["meaning"].startswith("neuron activations")
 
 
-def test_captures_that_select_differently_do_not_share_a_dataset() -> None:
+def test_captures_that_select_differently_have_axes_of_their_own() -> None:
+    """The README's mixed capture: every value stands once, under its own labels, beside the tokens of its positions."""
     model = mt.open(families.build("llama-gqa"), prove=False)
-    run = model.run(ids(), capture=["0.mlp.post@-1", "0.resid_pre"])
-    with pytest.raises(mt.errors.SiteError, match="select differently along pos"):
-        run.dataset()
-    assert run.dataset("0.mlp.post@-1")["pos"].values.tolist() == [8]
+    run = model.run(ids(), capture=["*.resid_post", "1.mlp.post[4]@-1", "2.attn.pattern[3]", "1.mlp.post@2,0", "final"])
+    data = run.dataset()
+    dims = {name: array.dims for name, array in data.items()}
+    assert dims == {
+        "resid_post": ("layer", "batch", "pos", "d_model"),
+        "mlp.post": ("layer_2", "batch", "pos_3", "neuron_2"),
+        "attn.pattern": ("layer_3", "batch", "head", "q_pos", "k_pos"),
+        "1.mlp.post@2,0": ("layer_2", "batch", "pos_2", "neuron"),
+        "final": ("batch", "pos", "d_model"),
+    }
+    kept = {"layer": [0, 1, 2], "layer_2": [1], "layer_3": [2], "pos_2": [2, 0], "pos_3": [8], "neuron_2": [4]}
+    assert {dim: data[dim].values.tolist() for dim in kept} == kept
+    for name, array in data.items():
+        assert np.array_equal(array.values.squeeze(), run[array.attrs["address"]].numpy().squeeze()), name
+        assert not np.isnan(array.values).any()
+    for end, columns in (("", slice(None)), ("_2", [2, 0]), ("_3", [-1])):
+        assert data[f"token{end}"].dims == ("batch", f"pos{end}")
+        assert data[f"token{end}"].values.tolist() == [[str(i) for i in row] for row in ids()[:, columns].tolist()]
+        assert data[f"mask{end}"].values.all()
+    assert run.dataset("1.mlp.post[4]@-1")["pos"].values.tolist() == [8]
+
+
+def test_positions_named_one_by_one_are_the_same_axis_as_all_of_them() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    data = model.run(ids()[:1], capture=["0.mlp.post@0-8", "0.resid_pre"]).dataset()
+    assert data["mlp.post"].dims[:3] == data["resid_pre"].dims[:3] == ("layer", "batch", "pos")
+    rows = model.run([[5, 6, 7], [8, 9, 10, 11]], capture=["0.attn.z@-1", "0.mlp.post@0"], padding="left").dataset()
+    assert (rows["attn.z"].dims[2], rows["mlp.post"].dims[2]) == ("pos", "pos_2"), "one position each, not the same one"
+    assert rows["token"].values.tolist() == [["7"], ["11"]]
+    assert rows["token_2"].values.tolist() == [["5"], ["8"]]
+
+
+def test_a_head_goes_to_pandas() -> None:
+    """A table of one head, one row a value, that keeps its token and its numbers."""
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    run = model.run(ids()[:1], capture=["1.attn.z[3]", "1.attn.pattern[3]", "0.mlp.post[2]@-1"])
+    frame = run.dataset("1.attn.z[3]").to_dataframe().reset_index()
+    assert len(frame) == run["1.attn.z[3]"].numel()
+    row = frame[(frame.pos == 4) & (frame.d_head == 2)].iloc[0]
+    assert (row["layer"], row["head"], row["token"]) == (1, 3, str(int(ids()[0, 4])))
+    assert row["attn.z"] == run["1.attn.z[3]"][0, 4, 0, 2]
+    one = run.dataset()["mlp.post"].to_dataframe()
+    assert len(one) == 1
+    assert float(one["mlp.post"].iloc[0]) == float(run["0.mlp.post[2]@-1"])
 
 
 def test_the_axes_of_an_address_are_those_of_its_tensor() -> None:

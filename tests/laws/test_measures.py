@@ -305,6 +305,22 @@ def test_neuron_weights_are_the_dense_products(name: str) -> None:
     assert np.allclose(turned["cos_in_out"], -data["cos_in_out"], atol=1e-6)
 
 
+def test_what_neurons_promote_is_relative_to_the_mean_token_and_says_so() -> None:
+    """One vector added to the unembedding of every token moves all logits alike, and no promoted logit."""
+    model = mt.open(families.build("gpt2"), prove=False)
+    before = mt.measure(model, "promoted_tokens", top=3)
+    model.hf.lm_head.weight.data += torch.randn(1, model.anatomy.d_model, generator=torch.Generator().manual_seed(0))
+    after = mt.measure(model, "promoted_tokens", top=3)
+    w_out, norm = neuron_directions(model, 0)["w_out"], model.final_norm
+    assert norm is not None
+    absolute = (norm.centre(w_out) * norm.gain @ model.W_U).topk(3).values.detach()
+    gap = np.abs(after["promoted_logit"][0] - before["promoted_logit"][0]).max()
+    assert float(abs(absolute - torch.as_tensor(after["promoted_logit"].values[0])).median()) > 100 * float(gap)
+    for name in ("promoted_logit", "suppressed_logit"):
+        assert np.allclose(after[name], before[name], atol=1e-5)
+        assert "relative to the mean token" in after[name].attrs["meaning"]
+
+
 def test_intervals_cover_as_often_as_they_say() -> None:
     draws = torch.randn(40, 400, generator=torch.Generator().manual_seed(0)) + 3
     mean, low, high = mean_interval(draws)

@@ -16,10 +16,12 @@ from microtome.anatomy._family import number
 from microtome.anatomy._kernels import hiding_kernel
 from microtome.anatomy._sites import SITES, Address, Site
 from microtome.errors import SiteError, error
+from microtome.shown import brief, shown
 
 Side = Literal["input", "output", "inplace", "norm", "attention", "router", "experts", "result", "logits"]
 
 
+@shown
 @dataclass(frozen=True)
 class Split:
     """A part of a fused last axis: seen as (groups, chunks, width), chunks `low` to `high` of every group."""
@@ -36,6 +38,7 @@ class Split:
         return x.narrow(axis - 1 if axis < 0 else axis + 1, self.low, self.high - self.low)
 
 
+@shown
 @dataclass(frozen=True)
 class HookPoint:
     """Where a site is.
@@ -61,6 +64,7 @@ class HookPoint:
     sizes: tuple[tuple[str, int], ...] = ()
 
 
+@shown
 @dataclass(frozen=True)
 class Anatomy:
     """Sizes, parts and sites of one model. `missing` gives why a site is absent, by layer or for all (None)."""
@@ -85,6 +89,23 @@ class Anatomy:
     missing: Mapping[Site, str]
     logit_scale: float
     logit_softcap: float | None
+
+    def _facts(self) -> dict[str, str]:
+        """Its form and sizes, and which sites it has and lacks."""
+        experts = f", {self.n_experts} experts" if self.n_experts else ""
+        lacks = dict.fromkeys(site.name for site in self.missing)
+        return {
+            "name": brief(self.name),
+            "model_type": self.model_type,
+            "layers": f"{self.n_layers} of form {self.parts.form}, d_model {self.d_model}",
+            "heads": f"{self.n_heads}, {self.n_kv_heads} key/value heads of {self.d_head}",
+            "neurons": f"{self.d_mlp}, {'gated' if self.gated else 'plain'}{experts}",
+            "vocabulary": str(self.d_vocab),
+            "context": str(self.n_ctx),
+            "causal": str(self.causal),
+            "sites": f"{len(self.hook_points)}, {len({site.name for site in self.hook_points})} names",
+            "missing": ", ".join(lacks),
+        }
 
     def order(self, site: Site) -> tuple[int, int]:
         """A key that sorts sites as a forward reaches them within each layer, the model's own sites first."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from microtome.anatomy._family import Family, family_of
 from microtome.errors import ModelUnsupported, error
+from microtome.shown import shown
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe")
@@ -35,6 +36,7 @@ FINAL_NORM = ("norm", "final_layernorm", "ln_f", "norm_f", "final_layer_norm", "
 Form = Literal["sequential", "parallel", "post_norm"]
 
 
+@shown
 @dataclass(frozen=True)
 class Norm:
     """A normalisation ``gain * (x - centre(x)) / scale(x) + bias``, found by trying it on a random vector.

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from microtome.errors import SiteError, error, nearest
+from microtome.shown import Listing, shown
 
 Rule = Literal["last", "prompt", "generated"]
 RULES: tuple[Rule, ...] = ("last", "prompt", "generated")
@@ -51,47 +52,50 @@ def _spec(name: str, dims: str, meaning: str) -> SiteSpec:
     return SiteSpec(name, ("batch", *dims.split()), scope, meaning)
 
 
-SITES: dict[str, SiteSpec] = {
-    spec.name: spec
-    for spec in (
-        _spec("embed", "pos d_model", "what enters the first block"),
-        _spec("resid_pre", "pos d_model", "residual stream before the layer"),
-        _spec("resid_mid", "pos d_model", "residual stream between the two branches"),
-        _spec("resid_post", "pos d_model", "residual stream after the layer"),
-        _spec("attn.scale", "pos", "what the attention branch's norm divides by"),
-        _spec("attn.in", "pos d_model", "what attention reads, after its norm"),
-        _spec("attn.q", "pos head d_head", "queries as used"),
-        _spec("attn.k", "pos kv_head d_head", "keys as used"),
-        _spec("attn.v", "pos kv_head d_head", "values"),
-        _spec(
-            "attn.scores",
-            "head q_pos k_pos",
-            "attention before the softmax; what a mask forbids stays forbidden whatever is edited",
-        ),
-        _spec(
-            "attn.pattern",
-            "head q_pos k_pos",
-            "attention after the softmax; an edited pattern is neither masked nor normalised again",
-        ),
-        _spec("attn.z", "pos head d_head", "per-head mix of values, what enters W_O"),
-        _spec("attn.result", "pos head d_model", "each head's write, W_O applied"),
-        _spec("attn_out", "pos d_model", "what attention adds to the residual stream"),
-        _spec("mlp.scale", "pos", "what the MLP branch's norm divides by"),
-        _spec("mlp.in", "pos d_model", "what the MLP reads, after its norm"),
-        _spec("mlp.gate", "pos neuron", "gate before the non-linearity"),
-        _spec("mlp.up", "pos neuron", "the up branch of a gated MLP"),
-        _spec("mlp.pre", "pos neuron", "pre-activations of an ungated MLP"),
-        _spec("mlp.post", "pos neuron", "neuron activations, what enters W_out"),
-        _spec("mlp.router", "pos expert", "weight given to each expert, 0 where it is not used"),
-        _spec("mlp.experts", "pos rank d_model", "weighted output of each expert slot"),
-        _spec("mlp_out", "pos d_model", "what the MLP adds to the residual stream"),
-        _spec("final.scale", "pos", "what the final norm divides by"),
-        _spec("final", "pos d_model", "what the unembedding reads"),
-        _spec("logits", "pos vocab", "logits"),
-    )
-}
+SITES: Listing[SiteSpec] = Listing(
+    {
+        spec.name: spec
+        for spec in (
+            _spec("embed", "pos d_model", "what enters the first block"),
+            _spec("resid_pre", "pos d_model", "residual stream before the layer"),
+            _spec("resid_mid", "pos d_model", "residual stream between the two branches"),
+            _spec("resid_post", "pos d_model", "residual stream after the layer"),
+            _spec("attn.scale", "pos", "what the attention branch's norm divides by"),
+            _spec("attn.in", "pos d_model", "what attention reads, after its norm"),
+            _spec("attn.q", "pos head d_head", "queries as used"),
+            _spec("attn.k", "pos kv_head d_head", "keys as used"),
+            _spec("attn.v", "pos kv_head d_head", "values"),
+            _spec(
+                "attn.scores",
+                "head q_pos k_pos",
+                "attention before the softmax; what a mask forbids stays forbidden whatever is edited",
+            ),
+            _spec(
+                "attn.pattern",
+                "head q_pos k_pos",
+                "attention after the softmax; an edited pattern is neither masked nor normalised again",
+            ),
+            _spec("attn.z", "pos head d_head", "per-head mix of values, what enters W_O"),
+            _spec("attn.result", "pos head d_model", "each head's write, W_O applied"),
+            _spec("attn_out", "pos d_model", "what attention adds to the residual stream"),
+            _spec("mlp.scale", "pos", "what the MLP branch's norm divides by"),
+            _spec("mlp.in", "pos d_model", "what the MLP reads, after its norm"),
+            _spec("mlp.gate", "pos neuron", "gate before the non-linearity"),
+            _spec("mlp.up", "pos neuron", "the up branch of a gated MLP"),
+            _spec("mlp.pre", "pos neuron", "pre-activations of an ungated MLP"),
+            _spec("mlp.post", "pos neuron", "neuron activations, what enters W_out"),
+            _spec("mlp.router", "pos expert", "weight given to each expert, 0 where it is not used"),
+            _spec("mlp.experts", "pos rank d_model", "weighted output of each expert slot"),
+            _spec("mlp_out", "pos d_model", "what the MLP adds to the residual stream"),
+            _spec("final.scale", "pos", "what the final norm divides by"),
+            _spec("final", "pos d_model", "what the unembedding reads"),
+            _spec("logits", "pos vocab", "logits"),
+        )
+    }
+)
 
 
+@shown
 @dataclass(frozen=True)
 class Indices:
     """A choice of integers: everything, or inclusive ranges in the order they were written."""
@@ -134,6 +138,7 @@ class Indices:
 ALL = Indices()
 
 
+@shown
 @dataclass(frozen=True)
 class Site:
     """One activation, fully named: a site name and, where it belongs to one, a layer."""
@@ -150,6 +155,7 @@ class Site:
         return SITES[self.name]
 
 
+@shown
 @dataclass(frozen=True)
 class Address:
     """A parsed address: a site name with the layers, units and positions that it selects."""

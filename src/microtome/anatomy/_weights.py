@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from microtome.anatomy._anatomy import Anatomy, Split, fused_splits
 from microtome.anatomy._discover import Norm, is_conv1d, norm_of
 from microtome.errors import SiteError, error
+from microtome.shown import brief, shown
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -37,11 +38,30 @@ def _bias(module: Any) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
+def _shapes(of: object, names: tuple[str, ...]) -> dict[str, str]:
+    """The shape and type of each of some weights, of those that there are."""
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            value = getattr(of, name)
+        except SiteError:
+            continue
+        if value is not None:
+            found[name] = brief(value)
+    return found
+
+
+@shown
 class NormWeights:
     """Gain and bias of a norm, ``gain * centred(x) / scale + bias``, and the module that computes it."""
 
     def __init__(self, module: nn.Module, norm: Norm) -> None:
         self.module, self.norm = module, norm
+
+    def _facts(self) -> dict[str, str]:
+        """Its form, and the shapes of its weights."""
+        form = "layer norm" if self.norm.centred else "identity" if self.norm.identity else "root mean square"
+        return {"form": form, "module": self.norm.path, "eps": brief(self.norm.eps)} | _shapes(self, ("gain", "bias"))
 
     @property
     def gain(self) -> Tensor | float:
@@ -73,12 +93,18 @@ class NormWeights:
         return y if self.bias is None else y + self.bias
 
 
+@shown
 class LayerWeights:
     """The weights of one layer, as views."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, index: int) -> None:
         self._model, self._anatomy, self.index = model, anatomy, index
         self._parts = anatomy.parts.layers[index]
+
+    def _facts(self) -> dict[str, str]:
+        """Whose they are, and the shape of each that there is."""
+        names = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "b_Q", "b_K", "b_V", "b_O", "b_in", "b_out")
+        return {"layer": f"{self.index} of {self._anatomy.name}"} | _shapes(self, names)
 
     def _module(self, path: str | None, name: str) -> Any:
         if path is None:
@@ -246,12 +272,17 @@ class LayerWeights:
         return self._behind(self._parts.mlp_post_norm)
 
 
+@shown
 class Weights:
     """The weights outside the layers, and the layers."""
 
     def __init__(self, model: Any, anatomy: Anatomy) -> None:
         self._model, self._anatomy = model, anatomy
         self.layers: tuple[LayerWeights, ...] = tuple(LayerWeights(model, anatomy, i) for i in range(anatomy.n_layers))
+
+    def _facts(self) -> dict[str, str]:
+        """Whose they are, and their shapes."""
+        return {"of": brief(self._anatomy.name), "layers": str(len(self.layers))} | _shapes(self, ("W_E", "W_U", "b_U"))
 
     @property
     def W_E(self) -> Tensor:

@@ -12,12 +12,10 @@ from rich.table import Table
 from microtome.cli._model import Json, Opening, opens, out, print_json, working
 from microtome.cli._options import Budget
 from microtome.context import bytes_of
-from microtome.errors import OutputError, SiteError, error
+from microtome.errors import OutputError, error
 from microtome.files import atomic
 
 if TYPE_CHECKING:
-    import xarray as xr
-
     from microtome.model import Model
     from microtome.run import Plan, Run
 
@@ -149,7 +147,7 @@ def _write(result: Run, output: Path) -> None:
 
     with atomic(output.resolve()) as partial:
         if output.suffix == ".zarr":
-            _dataset(result).to_zarr(partial, mode="w")
+            result.dataset().to_zarr(partial, mode="w")
         else:
             tensors = unshared({str(a): x for a, x in result.captured.items()} | {"tokens": result.tokens})
             axes = {str(a): list(result.dims(a)) for a in result.captured}
@@ -157,12 +155,3 @@ def _write(result: Run, output: Path) -> None:
                 k: json.dumps(v) for k, v in (result.provenance | {"axes": axes, "words": result.words}).items()
             }
             save_file(tensors, partial, metadata=attributes)
-
-
-def _dataset(result: Run) -> xr.Dataset:
-    try:
-        return result.dataset()
-    except SiteError as problem:
-        named = ", ".join(map(str, result.captured))
-        do = "write .safetensors, or run once for each --capture"
-        raise error(SiteError, "these captures do not fit into one .zarr", got=named, do=do) from problem

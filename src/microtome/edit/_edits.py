@@ -21,6 +21,7 @@ from microtome.anatomy import Address, Site, parse
 from microtome.edit._frame import Frame
 from microtome.edit._validate import validate
 from microtome.errors import EditError, error
+from microtome.shown import brief, in_notebooks, shown
 
 Values = Tensor | float | int
 
@@ -38,9 +39,10 @@ def digest_of(value: object) -> bytes:
 def _short(value: object) -> str:
     if isinstance(value, Tensor):
         return f"Tensor{list(value.shape)}"
-    return repr(value)
+    return brief(value)
 
 
+@in_notebooks
 @dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """The base of all edits."""
@@ -93,6 +95,7 @@ class SiteEdit(Edit):
         raise TypeError(f"{type(self).__name__} is not an edit that can be applied")
 
 
+@shown
 @dataclass(frozen=True)
 class Selection:
     """The part of a tensor that an edit changes.

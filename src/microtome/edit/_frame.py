@@ -15,11 +15,13 @@ from torch import Tensor
 
 from microtome.anatomy import Indices, Rule
 from microtome.errors import EditError, MicrotomeError, SiteError, error
+from microtome.shown import shown
 
 Span = tuple[int, int]
 """The first column and the number of the real tokens of a row."""
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Frame:
     """Rows and columns of a forward, or of the part of it that an edit selects.

@@ -18,11 +18,13 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from microtome.model import Model
+from microtome.shown import shown
 from microtome.sweep import require_edges
 
 INPUTS = ("attn.q", "attn.k", "attn.v")
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Senders, receivers and edges, each by name.

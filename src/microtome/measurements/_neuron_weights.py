@@ -21,6 +21,7 @@ from microtome.model import Model
 PLAIN = "none: describes one neuron, to compare with others of its layer"
 ANGLE = "none: unrelated directions have a cosine within about 1 / sqrt(d_model) of 0"
 FOLDED = "norm gains are folded in"
+RELATIVE = "relative to the mean token (the mean over the whole vocabulary), before the final norm's scale"
 GATED = Source(
     "Gerstner and Schütze", "Understanding Gated Neurons in Transformers from Their Input-Output Functionality", 2025,
     departs=FOLDED,
@@ -67,8 +68,8 @@ def _cosine(name: str, meaning: str) -> Column:
             PLAIN, (0, None), interval=False,
         ),
         _cosine("cos_gate_in", "gate and input directions, the norm's gain folded in"),
-        _cosine("cos_gate_out", "gate and output directions"),
-        _cosine("cos_in_out", "input and output directions"),
+        _cosine("cos_gate_out", "gate and output directions, the norm's gain folded in"),
+        _cosine("cos_in_out", "input and output directions, the norm's gain folded in"),
     ),
     source=GATED,
     cost="3 d_model operations per neuron",
@@ -95,9 +96,9 @@ def neuron_weights(seen: Seen) -> dict[str, Tensor]:
         Column(name, unit, meaning, PLAIN, extra=("rank",), interval=False)
         for name, unit, meaning in (
             ("promoted", "token", "tokens whose logits the neuron's output raises most"),
-            ("promoted_logit", "logits", "by how much per unit of activation, before the final norm's scale"),
+            ("promoted_logit", "logits", f"by how much per unit of activation, {RELATIVE}"),
             ("suppressed", "token", "tokens whose logits the neuron's output lowers most"),
-            ("suppressed_logit", "logits", "by how much per unit of activation, before the final norm's scale"),
+            ("suppressed_logit", "logits", f"by how much per unit of activation, {RELATIVE}"),
         )
     ),
     source=VOCABULARY,

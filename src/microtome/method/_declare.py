@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from microtome.anatomy import SITES
 from microtome.errors import DeclarationError, error
+from microtome.shown import brief, shown
 
 Kind = Literal["measure", "question", "change"]
 Unit = Literal["model", "layer", "head", "neuron"]
@@ -34,6 +35,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_.]*(\[[a-z]+\])?")
 _DYNAMIC = re.compile(r"<[a-z]+>")
 
 
+@shown
 @dataclass(frozen=True)
 class Argument:
     """What an argument of a method is; written once, as a part of its annotation.
@@ -60,6 +62,7 @@ class Argument:
     command: bool = True
 
 
+@shown
 @dataclass(frozen=True)
 class Source:
     """Where a method comes from.
@@ -84,6 +87,7 @@ class Source:
         return f'{self.authors}, "{self.title}", {self.year}{place}{section}'
 
 
+@shown
 @dataclass(frozen=True)
 class Column:
     """One quantity that a method returns.
@@ -138,6 +142,7 @@ class Column:
         return name == self.name or bool(_DYNAMIC.fullmatch(self.name))
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Method:
     """A method as it was declared.
@@ -180,6 +185,19 @@ class Method:
     arguments: Mapping[str, Argument] = field(default_factory=dict[str, Argument])
     sites: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+
+    def _facts(self) -> dict[str, str]:
+        """What it answers, how to call it, and what it returns."""
+        return {
+            "name": brief(self.name),
+            "kind": self.kind + (f" of {self.of}" if self.of else ""),
+            "question": brief(self.question),
+            "call": self.call,
+            "arguments": ", ".join(self.arguments),
+            "columns": ", ".join(column.name for column in self.columns),
+            "source": brief("; ".join(map(str, self.source))),
+            "check": self.check,
+        }
 
     @property
     def home(self) -> str:

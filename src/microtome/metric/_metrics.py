@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import EditError, error
+from microtome.shown import shown
 
 if TYPE_CHECKING:
     from microtome.run import Run
@@ -137,6 +138,7 @@ class _AtOne:
         return values[:, 0].gather(-1, _pick(_ids(self.answer), prompts).unsqueeze(-1)).squeeze(-1)
 
 
+@shown
 @dataclass(frozen=True)
 class LogitDifference(_AtOne):
     """Logit of the answer minus logit of the foil.
@@ -174,6 +176,7 @@ class LogitDifference(_AtOne):
         return self._answer(logits, prompts) - foil
 
 
+@shown
 @dataclass(frozen=True)
 class Probability(_AtOne):
     """Probability of the answer."""
@@ -183,6 +186,7 @@ class Probability(_AtOne):
         return self._answer(logits.float().softmax(-1), prompts)
 
 
+@shown
 @dataclass(frozen=True)
 class LogProbability(_AtOne):
     """Log-probability of the answer."""
@@ -192,6 +196,7 @@ class LogProbability(_AtOne):
         return self._answer(logits.float().log_softmax(-1), prompts)
 
 
+@shown
 @dataclass(frozen=True)
 class Rank(_AtOne):
     """How many tokens outrank the answer."""
@@ -203,6 +208,7 @@ class Rank(_AtOne):
         return (logits[:, 0] > own).sum(-1).float()
 
 
+@shown
 @dataclass(frozen=True)
 class Divergence:
     """KL from the base run's distribution to the row's, summed over positions.
@@ -250,6 +256,7 @@ class Divergence:
         return (weight * gap).where(weight > 0, weight.new_zeros(())).sum((-1, -2))
 
 
+@shown
 @dataclass(frozen=True)
 class SpanLoss:
     """Mean loss of known tokens over a span.
@@ -299,6 +306,7 @@ class SpanLoss:
         return -logits.float().log_softmax(-1).gather(-1, targets).squeeze(-1).mean(-1)
 
 
+@shown
 @dataclass(frozen=True)
 class FunctionMetric:
     """A metric of your own: a function of logits [row, read, vocab] and prompts [row]."""

@@ -28,6 +28,7 @@ from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._sized import Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet
+from microtome.shown import shown
 
 # Of norms and softmaxes. In float64 too the norms of transformers, and its plain softmax, compute in float32.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -35,6 +36,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 PRODUCT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+@shown
 @dataclass(frozen=True)
 class IdentityCheck:
     """One identity at one place: its largest gap relative to what was summed there, or why it does not apply."""

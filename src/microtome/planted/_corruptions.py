@@ -18,8 +18,10 @@ from microtome.model import Model
 from microtome.planted._folder import Planted
 from microtome.planted._programs import PROGRAMS
 from microtome.planted._truth import head_of, mlp_of, nodes
+from microtome.shown import shown
 
 
+@shown
 @dataclass(frozen=True)
 class Corruptions:
     """Inputs of one length with two corruptions each. BOS, where there is one, stays at position 0.

@@ -34,11 +34,13 @@ from microtome.model import Model
 from microtome.model import open as open_model
 from microtome.planted._network import DIRECTIONS, NORMALIZATIONS, PlantedConfig, PlantedForCausalLM
 from microtome.planted._truth import check_truth
+from microtome.shown import shown
 
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "d_vocab_out", "n_ctx")
 _IGNORED = (".mask", ".IGNORE")  # buffers of TransformerLens, no weights
 
 
+@shown
 @dataclass(frozen=True)
 class Planted:
     """A model whose inside is known.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from microtome.errors import DataError, nearest
 from microtome.planted._folder import Planted, load
+from microtome.shown import Listing, shown
 
 Value = str | int | float | bool | None
 Tokens = Sequence[str]
@@ -65,6 +66,7 @@ def _brackets(program: Program, rng: Random, length: int) -> list[str]:
     return _nearly(x, program, rng)
 
 
+@shown
 @dataclass(frozen=True)
 class Program:
     """One program.
@@ -218,42 +220,57 @@ def _ascending(x: Tokens) -> list[Value]:
     return [all(a <= b for a, b in pairwise(x))] * len(x)
 
 
-PROGRAMS: dict[str, Program] = {
-    p.name: p
-    for p in (
-        Program("alternate", "upper case at every second position", LETTERS, MOST, _alternate),
-        Program(
-            "ascending", "whether no token is smaller than the one before it", DIGITS, MOST, _ascending, sample=_rising
-        ),
-        Program("balanced", "whether brackets close what they open", PARENS, MOST, _balanced, sample=_brackets),
-        Program("count_a", "how many tokens are a", LETTERS, MOST, _count_a),
-        Program("detect_ab", "whether an a and then this b stand here", LETTERS, MOST, _detect_ab),
-        Program("double_histogram", "how many tokens occur as often as this one", LETTERS, MOST, _double_histogram),
-        Program("first_occurrence", "whether this token is the first of its kind", LETTERS, MOST, _first_occurrence),
-        Program("fraction_of_x", "what share of the tokens so far is x", PARENS, MOST, _fraction_of_x, numeric=True),
-        Program("histogram", "how often this token occurs", LETTERS, MOST, _histogram),
-        Program("increment", "the next digit, 0 after 3", DIGITS, MOST, _increment),
-        Program("last_token", "the last token, everywhere", LETTERS, MOST, _last_token),
-        Program("maximum_so_far", "the largest token so far", DIGITS, MOST, _maximum_so_far),
-        Program("mirrored", "whether the token as far from the other end is the same", LETTERS, MOST, _mirrored),
-        Program("more_a_than_b", "whether there are more a than b", LETTERS, MOST, _more_a_than_b),
-        Program("next_token", "the token after this one", LETTERS, MOST, _next),
-        Program("pair_balance", "share of ( minus share of ) so far", PARENS, MOST, _pair_balance, numeric=True),
-        Program("palindrome", "whether it reads the same backwards", LETTERS, MOST, _palindrome, sample=_palindromes),
-        Program("previous_token", "the token before this one", LETTERS, MOST, _previous),
-        Program("rank", "the place of this token in ascending order, ties in order", DIGITS, 6, _rank),
-        Program("repeats", "whether this token is the one before it", LETTERS, MOST, _repeats),
-        Program("reverse", "the tokens backwards", LETTERS, MOST, _reverse),
-        Program("running_count_a", "how many tokens so far are a", LETTERS, MOST, _running_count_a),
-        Program("singletons", "how many tokens occur once", LETTERS, MOST, _singletons),
-        Program("smaller", "how many tokens are smaller than this one", DIGITS, MOST, _smaller),
-        Program("sort", "the tokens in ascending order, if all differ", tuple("0123456"), 6, _sort, sample=_distinct),
-        Program("sort_by_frequency", "the tokens, most frequent first", LETTERS, 5, _sort_by_frequency),
-        Program("successors", "how many tokens follow the digit before them", DIGITS, MOST, _successors),
-        Program("swap_pairs", "each pair of neighbours, swapped", LETTERS, MOST, _swap_pairs),
-        Program("third_token", "the third token, everywhere", LETTERS, MOST, _third_token),
-    )
-}
+PROGRAMS: Listing[Program] = Listing(
+    {
+        p.name: p
+        for p in (
+            Program("alternate", "upper case at every second position", LETTERS, MOST, _alternate),
+            Program(
+                "ascending",
+                "whether no token is smaller than the one before it",
+                DIGITS,
+                MOST,
+                _ascending,
+                sample=_rising,
+            ),
+            Program("balanced", "whether brackets close what they open", PARENS, MOST, _balanced, sample=_brackets),
+            Program("count_a", "how many tokens are a", LETTERS, MOST, _count_a),
+            Program("detect_ab", "whether an a and then this b stand here", LETTERS, MOST, _detect_ab),
+            Program("double_histogram", "how many tokens occur as often as this one", LETTERS, MOST, _double_histogram),
+            Program(
+                "first_occurrence", "whether this token is the first of its kind", LETTERS, MOST, _first_occurrence
+            ),
+            Program(
+                "fraction_of_x", "what share of the tokens so far is x", PARENS, MOST, _fraction_of_x, numeric=True
+            ),
+            Program("histogram", "how often this token occurs", LETTERS, MOST, _histogram),
+            Program("increment", "the next digit, 0 after 3", DIGITS, MOST, _increment),
+            Program("last_token", "the last token, everywhere", LETTERS, MOST, _last_token),
+            Program("maximum_so_far", "the largest token so far", DIGITS, MOST, _maximum_so_far),
+            Program("mirrored", "whether the token as far from the other end is the same", LETTERS, MOST, _mirrored),
+            Program("more_a_than_b", "whether there are more a than b", LETTERS, MOST, _more_a_than_b),
+            Program("next_token", "the token after this one", LETTERS, MOST, _next),
+            Program("pair_balance", "share of ( minus share of ) so far", PARENS, MOST, _pair_balance, numeric=True),
+            Program(
+                "palindrome", "whether it reads the same backwards", LETTERS, MOST, _palindrome, sample=_palindromes
+            ),
+            Program("previous_token", "the token before this one", LETTERS, MOST, _previous),
+            Program("rank", "the place of this token in ascending order, ties in order", DIGITS, 6, _rank),
+            Program("repeats", "whether this token is the one before it", LETTERS, MOST, _repeats),
+            Program("reverse", "the tokens backwards", LETTERS, MOST, _reverse),
+            Program("running_count_a", "how many tokens so far are a", LETTERS, MOST, _running_count_a),
+            Program("singletons", "how many tokens occur once", LETTERS, MOST, _singletons),
+            Program("smaller", "how many tokens are smaller than this one", DIGITS, MOST, _smaller),
+            Program(
+                "sort", "the tokens in ascending order, if all differ", tuple("0123456"), 6, _sort, sample=_distinct
+            ),
+            Program("sort_by_frequency", "the tokens, most frequent first", LETTERS, 5, _sort_by_frequency),
+            Program("successors", "how many tokens follow the digit before them", DIGITS, MOST, _successors),
+            Program("swap_pairs", "each pair of neighbours, swapped", LETTERS, MOST, _swap_pairs),
+            Program("third_token", "the third token, everywhere", LETTERS, MOST, _third_token),
+        )
+    }
+)
 
 
 def program(name: str) -> Planted:

@@ -15,12 +15,14 @@ from microtome.anatomy import integer
 from microtome.edit import Frame, Span
 from microtome.errors import PromptError, error
 from microtome.run._codec import Codec, Encoding
+from microtome.shown import shown
 
 SIDES = ("left", "right")
 UNREADABLE = (bytes, bytearray, memoryview, set, frozenset)
 """What could be iterated over as if it were ids: bytes are no ids, and sets have no order."""
 
 
+@shown
 @dataclass(frozen=True)
 class Batch:
     """Tokens [batch, pos] with, for every row, how many are real and how many pads precede them."""

@@ -15,10 +15,12 @@ from microtome.errors import PromptError, SiteError, error
 from microtome.run._batch import Batch, Prompt, encodings_of, to_batch
 from microtome.run._codec import Codec, Encoding
 from microtome.run._fingerprint import Fingerprint, tensors_of
+from microtome.shown import in_notebooks
 
 _version = cache(version)  # every run records them, and reading a package's metadata takes as long as a small forward
 
 
+@in_notebooks
 class LoadedModel:
     """A model that is loaded and mapped; its weights are untouched.
 
@@ -39,6 +41,21 @@ class LoadedModel:
         a = self.anatomy
         sizes = f"{a.n_layers} layers, {a.n_heads} heads, {a.d_mlp} neurons, d_model {a.d_model}"
         return f"{type(self).__name__}({a.name}: {sizes})"
+
+    def _facts(self) -> dict[str, str]:
+        """Its sizes, where it is, and what reads its text."""
+        a, tokenizer = self.anatomy, self.tokenizer
+        return {
+            "name": a.name,
+            "family": a.model_type,
+            "layers": str(a.n_layers),
+            "heads": f"{a.n_heads}, {a.n_kv_heads} key/value heads of {a.d_head}",
+            "neurons": f"{a.d_mlp} a layer",
+            "d_model": str(a.d_model),
+            "vocabulary": str(a.d_vocab),
+            "weights": f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+            "tokenizer": "none" if tokenizer is None else type(tokenizer).__name__,
+        }
 
     @property
     def device(self) -> torch.device:

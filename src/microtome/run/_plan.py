@@ -13,11 +13,13 @@ from microtome.context import current
 from microtome.errors import BudgetError, error
 from microtome.run._batch import Batch
 from microtome.run._core import LoadedModel
+from microtome.shown import brief, shown
 
 FIXED = 64
 """What a layer costs before its first token, in tokens: reading its weights takes as long as computing so many."""
 
 
+@shown
 @dataclass(frozen=True)
 class Plan:
     """The cost of a run.
@@ -38,6 +40,17 @@ class Plan:
     def bytes(self) -> int:
         """All that is kept."""
         return sum(self.bytes_by_address.values()) + self.logits_bytes
+
+    def _facts(self) -> dict[str, str]:
+        """What it keeps, and its cost."""
+        kept = {name: in_bytes(size) for name, size in self.bytes_by_address.items()}
+        return {
+            "captured": brief(kept),
+            "logits": in_bytes(self.logits_bytes),
+            "together": in_bytes(self.bytes),
+            "flops": f"{self.flops:.2g}",
+            "seconds": f"{self.seconds:.2g}",
+        }
 
     def __str__(self) -> str:
         lines = [f"{name:32} {in_bytes(size):>14}" for name, size in self.bytes_by_address.items()]

@@ -14,6 +14,8 @@ from microtome.anatomy import Address, Anatomy, Site, parse
 from microtome.edit import Selection, canonical
 from microtome.errors import SiteError, error
 from microtome.run._batch import Batch
+from microtome.run._labelled import Captured, joined
+from microtome.shown import brief, shown
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -35,6 +37,7 @@ class Words:
         return [self.known[i] for i in tokens.tolist()]
 
 
+@shown
 class Run:
     """One run of a model.
 
@@ -64,6 +67,22 @@ class Run:
         logits = None if self._logits is None else _apart(self._logits)
         words = Words.of(self.tokens, self.words)
         return self.__dict__ | {"captured": tensors, "_logits": logits, "_nodes": {}, "_to_words": words}
+    def _facts(self) -> dict[str, str]:
+        """The prompts, the logits, and what was captured, sites of several layers together."""
+        prompts = ["".join(self._to_words(row)) for row in self.batch.rows[:3]]
+        more = f", … {len(self.tokens)} in all" if len(self.tokens) > len(prompts) else ""
+        groups: dict[Address, list[Address]] = {}
+        for address in self.captured:
+            groups.setdefault(address.at(None), []).append(address)
+        held = [
+            f"{group[0] if len(group) == 1 else f'{name} of {len(group)} layers'} {list(self.captured[group[0]].shape)}"
+            for name, group in groups.items()
+        ]
+        return {
+            "tokens": f"{list(self.tokens.shape)} {brief(prompts)[1:-1]}{more}",
+            "logits": "none" if self._logits is None else brief(self._logits),
+            "captured": "; ".join(held) or "nothing",
+        }
 
     @property
     def tokens(self) -> Tensor:
@@ -172,31 +191,36 @@ class Run:
             float32 copies on the CPU, NaN at pads. Layers are stacked; coordinates are layer numbers, unit numbers and
             positions, counted over the real tokens of a row: from the start where all rows agree in that, from the
             end (-1 is the last) where they agree only in that. `token` [batch, pos] holds the text of the tokens, and
-            `mask` [batch, pos] is True at real ones.
+            `mask` [batch, pos] is True at real ones. Captures that select differently along an axis have one each,
+            the longest with the plain name: `layer`, `layer_2`, and `pos_2` with `token_2` and `mask_2`.
         """
-        import xarray as xr
-
-        variables: dict[str, xr.DataArray] = {}
-        chosen: dict[str, Tensor | None] = {}
+        parts: dict[str, Captured] = {}
         for address in [parse(a) for a in addresses] or _grouped(self.captured):
             array, columns = self._array(address)
-            name = address.name if address.name not in variables else str(address)
-            variables[name] = array.squeeze("layer", drop=True) if address.layers is None else array
-            known = chosen.setdefault(address.spec.pos, columns)
-            if not _same(known, columns):
-                raise _differ(next(iter(variables)), name, address.spec.pos)
-        _check_coords(variables)
-        data = xr.Dataset(variables, attrs=self.provenance)
-        if "pos" not in data.dims or "batch" not in data.dims:
-            return data
-        columns, tokens, mask = chosen["pos"], self.tokens.cpu(), self.mask.cpu()
+            array = array.squeeze("layer", drop=True) if address.layers is None else array
+            name = address.name if address.name not in parts else str(address)
+            parts[name] = Captured(array, address.spec.pos, columns)
+        data, columns_of = joined(parts, self.provenance)
+        for axis, columns in columns_of.items():
+            number = axis.removeprefix("pos")
+            if "batch" not in data.dims or axis not in data.dims or not axis.startswith("pos"):
+                continue
+            words, mask = self._told(columns)
+            data = data.assign_coords(
+                {f"token{number}": (("batch", axis), words), f"mask{number}": (("batch", axis), mask.numpy())}
+            )
+        return data
+
+    def _told(self, columns: Tensor | None) -> tuple[list[list[str]], Tensor]:
+        """The text of the tokens at columns [batch, n], empty at pads, and which of them are real."""
+        tokens, mask = self.tokens.cpu(), self.mask.cpu()
         if columns is not None:
             tokens, mask = tokens.gather(1, columns.cpu()), mask.gather(1, columns.cpu())
         words = [
             [word if real else "" for word, real in zip(self._to_words(row), held.tolist(), strict=True)]
             for row, held in zip(tokens, mask, strict=True)
         ]
-        return data.assign_coords(token=(("batch", "pos"), words), mask=(("batch", "pos"), mask.numpy()))
+        return words, mask
 
     def _array(self, address: Address) -> tuple[xr.DataArray, Tensor | None]:
         """One variable of a dataset, and the columns [batch, n] that it holds (None for all)."""
@@ -210,6 +234,10 @@ class Run:
             units = None if address.units.is_all else address.units.resolve(self.anatomy.units(sites[0]))
             coords[spec.unit] = units or list(range(x.shape[dims.index(spec.unit)]))
         columns = self.batch.frame.columns_of(address.positions, self.tokens.device)
+        if columns is not None and torch.equal(
+            columns, torch.arange(self.tokens.shape[1]).to(columns).expand(len(columns), -1)
+        ):
+            columns = None  # every column of the one row, by name
         whole = [dim for dim in dims if dim == "k_pos" or (dim == spec.pos and columns is None)]
         for dim in whole:
             coords[dim] = self._labels(None)
@@ -302,33 +330,10 @@ class Run:
         return torch.autograd.grad(outputs, end, rows, retain_graph=True, is_grads_batched=True)[0]
 
 
-def _check_coords(variables: Mapping[str, xr.DataArray]) -> None:
-    """Refuse variables that name different units or positions of one axis: joined, they would be padded with NaN."""
-    seen: dict[str, tuple[str, list[Any]]] = {}
-    for name, array in variables.items():
-        for dim in array.dims:
-            labels = array[dim].values.tolist()
-            first, known = seen.setdefault(str(dim), (name, labels))
-            if known != labels:
-                raise _differ(first, name, str(dim))
-
-
-def _differ(first: str, second: str, dim: str) -> SiteError:
-    return error(
-        SiteError,
-        f"{first} and {second} select differently along {dim}, so that they cannot share one dataset",
-        do='ask for one at a time: run.dataset("address")',
-    )
-
-
 def _apart(x: Tensor) -> Tensor:
     """A tensor without its graph, and without the larger one out of which it was cut."""
     x = x.detach()
     return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _layer(address: Address) -> int | None:

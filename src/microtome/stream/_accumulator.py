@@ -23,12 +23,14 @@ from torch import Tensor
 
 from microtome.errors import DataError, error
 from microtome.files import atomic
+from microtome.shown import brief, shown
 
 FORMAT = "microtome-accumulator-1"
 _KINDS: dict[str, type[Accumulator]] = {}
 _BLOCK = 2**18  # values a block: float64 copies of one block stay in a core's cache
 
 
+@shown
 class Accumulator(ABC):
     """A statistic that is fed in pieces: `update`, `merge`, `result`, `save`, `load`.
 
@@ -79,6 +81,11 @@ class Accumulator(ABC):
             raise error(DataError, f"cannot merge into {self._title()}", got=got, allowed=allowed)
         self._absorb(other)
         return self
+
+    def _facts(self) -> dict[str, str]:
+        """Its settings, and what it keeps: counts, and tensors by their shapes."""
+        kept = {name.lstrip("_"): brief(value) for name, value in vars(self).items() if isinstance(value, int | Tensor)}
+        return {"settings": brief(self._settings())} | kept
 
     def _title(self) -> str:
         """Kind and settings, cut to a readable length."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from microtome.axes import Tokens
 from microtome.errors import DataError, error
+from microtome.shown import brief, shown
 from microtome.stream._corpus import Corpus
 
 _CHARACTERS = 8  # a token of text is rarely longer, so this many characters a token nearly always give enough
@@ -32,6 +33,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, /, *, add_special_tokens: bool) -> Any: ...
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Rows of tokens, and where they are from; all int64.
@@ -77,6 +79,7 @@ def bos_id(tokenizer: Any) -> int | None:
     return int(bos) if list(with_it)[:1] == [bos] and list(without)[:1] != [bos] else None
 
 
+@shown
 class TokenBatches:
     """A corpus as batches of rows of tokens.
 
@@ -128,6 +131,14 @@ class TokenBatches:
             ends = [(_shifted(first, width), _shifted(end, width)) for first, end in ends]
         self.ranges = ends
         self._table = torch.tensor(rows_of_text, dtype=torch.int64)
+
+    def _facts(self) -> dict[str, str]:
+        """The text, and how it is cut."""
+        rows, width = self._table.shape
+        begins = "" if self.bos_id is None else f", each begins with token {self.bos_id}"
+        size = f"{rows:,} rows of {width}{begins}, {self.rows} in a batch"
+        asked = "fewer than were asked for" if self.short else ""
+        return {"corpus": brief(self.corpus.name), "tokens": f"{len(self.flat):,}", "rows": size, "short": asked}
 
     def __len__(self) -> int:
         """How many batches."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from microtome.errors import DataError, error, nearest
+from microtome.shown import brief, shown
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 CODE_MODULES = (
@@ -32,6 +33,7 @@ CODE_MODULES = (
 )  # fmt: skip
 
 
+@shown
 @dataclass(frozen=True)
 class Corpus:
     """Documents, in order.
@@ -71,6 +73,17 @@ class Corpus:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.documents)
+
+    def _facts(self) -> dict[str, str]:
+        """How much there is of it, and how it begins; a file that is read as it goes is not read for that."""
+        texts = self.documents
+        held = (
+            f"{len(texts):,} texts of {sum(map(len, texts)):,} characters, {brief(texts[0])}"
+            if isinstance(texts, tuple)
+            else brief(texts)
+        )
+        groups = dict.fromkeys(self.groups)
+        return {"name": brief(self.name), "documents": held, "groups": brief(tuple(groups)), "sha256": self.sha256[:16]}
 
     def group_of(self, document: int) -> str:
         """The group of a document, by its number from 0."""

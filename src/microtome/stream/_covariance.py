@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, error
+from microtome.shown import shown
 from microtome.stream._accumulator import Accumulator, as_shape, blocks, int_scalar, unit_rows
 
 _ROWS = 4096
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class CovarianceResult:
     """`count` rows, `mean` [d] and population `covariance` [d, d], float64; the covariance is exactly symmetric."""

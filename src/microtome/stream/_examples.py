@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, error
+from microtome.shown import shown
 from microtome.stream._accumulator import Accumulator, as_shape, check_mask, require_finite
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class ExampleMeansResult:
     """What `ExampleMeans` measured, float64.

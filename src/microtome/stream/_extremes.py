@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, error
+from microtome.shown import shown
 from microtome.stream._accumulator import Accumulator, as_shape, unit_rows
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class ExtremesResult:
     """`min` and `max`, float64 tensors of the accumulator's shape."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, error
+from microtome.shown import shown
 from microtome.stream._accumulator import (
     Accumulator,
     as_shape,
@@ -30,6 +31,7 @@ from microtome.stream._accumulator import (
 _EXACT_ROWS = 2**20
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class FiringResult:
     """`count` (int64, the accumulator's shape): rows above the threshold, of `total` rows."""
@@ -99,6 +101,7 @@ class Firing(Accumulator):
         return (self.shape, str(self.threshold.cpu().numpy().tolist()))
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class CounterResult:
     """`count` [group, unit] and `total` [group], int64, in the order of `groups`."""
@@ -175,6 +178,7 @@ class Counter(Accumulator):
         return (self.groups, self.units)
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class CooccurrenceResult:
     """`joint` [unit, unit] (int64, symmetric): rows where both fire, of `total`; its diagonal is each unit's count."""

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, error
+from microtome.shown import shown
 from microtome.stream._accumulator import Accumulator, as_shape, blocks, int_scalar, unit_rows
 
 DEFAULT_QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _BLOCK = 2**22  # values a block: each needs a bucket number and its count, so blocks are larger than the cache
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class HistogramResult:
     """`edges` [unit, bin + 1] (float64); `count` [unit, bin], `below` and `above` [unit], outside the edges (int64)."""
@@ -99,6 +101,7 @@ class Histogram(Accumulator):
         return (self.units, str(self.edges.cpu().numpy().tolist()))
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class QuantilesResult:
     """`values` [unit, q] (float64): the quantiles `q` of `count` rows, each within `accuracy` |x| of the true x."""

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, error
+from microtome.shown import shown
 from microtome.stream._accumulator import Accumulator, as_shape, blocks, int_scalar, unit_rows
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class MomentsResult:
     """What `Moments` measured: `count` rows, and float64 tensors of the accumulator's shape.

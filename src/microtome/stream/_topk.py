@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from microtome.errors import DataError, error
+from microtome.shown import shown
 from microtome.stream._accumulator import Accumulator, as_shape, check_mask, int_scalar, unit_rows
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class TopResult:
     """Each [unit, rank], best first; slots that were never filled hold value -inf, index -1 and start -1.

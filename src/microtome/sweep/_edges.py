@@ -27,6 +27,7 @@ from microtome.anatomy import Address, Anatomy, NormWeights, Site, parse
 from microtome.edit import Add, Frame, Set, SiteEdit, Source
 from microtome.errors import EditError, SiteError, error
 from microtome.run import LoadedModel, Run, run_forward
+from microtome.shown import shown
 
 SENDERS = ("embed", "attn.z", "mlp_out")
 INPUTS = ("attn.q", "attn.k", "attn.v")
@@ -35,6 +36,7 @@ BRANCH_ROWS = 256
 """How many rows one run of a branch holds."""
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Edge:
     """A cell of a sweep: one sender's change, read by one receiver alone.

@@ -14,10 +14,12 @@ from microtome.edit import Zero
 from microtome.errors import BudgetError, EditError, error
 from microtome.metric import Metric, TokenSubsetMetric
 from microtome.run import FIXED, Batch, LoadedModel, Prompt, free_memory, in_bytes, plan_of
+from microtome.shown import brief, shown
 from microtome.sweep._edges import Edge, Edges, bytes_of_edges
 from microtome.sweep._pass import Base, BatchedPass, Cell, Row, base_of, rows_of
 
 
+@shown
 @dataclass(frozen=True)
 class SweepPlan:
     """What a sweep will do.
@@ -49,6 +51,7 @@ class SweepPlan:
         )
 
 
+@shown
 @dataclass(frozen=True)
 class SweepResult:
     """The result of a sweep.
@@ -114,6 +117,7 @@ class _Ready:
     plan: SweepPlan
 
 
+@shown
 class Sweep:
     """A sweep that is prepared: its cost is known, and `run` runs it.
 
@@ -139,6 +143,16 @@ class Sweep:
         self._room = _room(model, self._batch, cells, prompts, budget)
         # What an edge changes is known only when its branch has run: until then a cell of the same layer represents it.
         self._ready = self._prepare([_stand_in(model, cell) if isinstance(cell, Edge) else cell for cell in cells])
+
+    def _facts(self) -> dict[str, str]:
+        """What it will run, and its cost."""
+        prompts = f"{len(self._batch.lengths)} of up to {self._batch.tokens.shape[1]} tokens"
+        return {
+            "cells": brief(list(self._cells)),
+            "prompts": prompts,
+            "metric": brief(self._metric),
+            "plan": str(self.plan),
+        }
 
     @property
     def plan(self) -> SweepPlan:

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from microtome.shown import shown
 from microtome.tasks._tokens import Ids, Misfit, Span, Tokens
 
 Answers = Literal["one", "first"]
 FIELD = re.compile(r"\{(\w+)\}")
 
 
+@shown
 @dataclass(frozen=True)
 class Pair:
     """Two prompts of one length that are answered differently.

@@ -20,6 +20,7 @@ from torch import Tensor
 from microtome.errors import EditError, ModelUnsupported, PromptError, error
 from microtome.metric import LogitDifference, Metric
 from microtome.model import Model
+from microtome.shown import shown
 from microtome.stream import mean_interval
 from microtome.tasks._pair import Pair
 from microtome.tasks._tokens import Ids, Tokens
@@ -31,6 +32,7 @@ AT_ONCE = 1024
 """Tokens per forward pass."""
 
 
+@shown
 @dataclass(frozen=True)
 class LogOdds:
     """Log-odds of a set of answers against a set of foils, at the last position; sets may differ by prompt.

@@ -11,6 +11,7 @@ import numpy as np
 from microtome.errors import PromptError, error
 from microtome.metric import Metric
 from microtome.model import Model
+from microtome.shown import in_notebooks
 from microtome.tasks._pair import Pair
 from microtome.tasks._score import metric_of, score
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Task:
     """Pairs of prompts with known answers, aligned under one tokenizer.

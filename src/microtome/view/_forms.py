@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from microtome.shown import shown
 from microtome.view._dataset import axis_kind, in_header, is_numeric, labels, own_variables, without_batch
 from microtome.view._heat_map import HeatMap, by_layer, heat_map, limits_of
 from microtome.view._neurons import NeuronMap, neuron_map
@@ -67,6 +68,7 @@ class Form(Protocol):
         ...
 
 
+@shown
 @dataclass(frozen=True)
 class Forms:
     """The forms of a dataset in the order of its variables, and what has none: variables by axes, or further groups."""

@@ -16,6 +16,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from microtome.shown import shown
 from microtome.view import _svg
 from microtome.view._dataset import axis_kind, beside, companions, labels, numbers, title, unit
 from microtome.view._heat_cells import drawn, joined, strongest_rows
@@ -35,6 +36,7 @@ LISTED = 100
 """Strongest cells of each map in the table of a page."""
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class HeatMap:
     """One map.

@@ -11,6 +11,7 @@ from rich.columns import Columns
 from rich.console import Group
 from rich.text import Text
 
+from microtome.shown import shown
 from microtome.view import _svg
 from microtome.view._dataset import beside, companions, labels, numbers, title, unit
 from microtome.view._page_values import rounded, rounded_row
@@ -26,6 +27,7 @@ BINS, LISTED, LEAST, FIGURE = 24, 100, 10, 10
 """Bins of a distribution, neurons in the table of a page, and the least that a terminal and a notebook list."""
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class NeuronMap:
     """The values of all neurons.

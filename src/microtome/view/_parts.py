@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from rich.text import Text
 
+from microtome.shown import shown
 from microtome.view import _svg
 from microtome.view._dataset import numbers, title, unit
 from microtome.view._page_values import rounded
@@ -31,6 +32,7 @@ BAR, READS, LISTED, FIGURE = 24, 3, 100, 15
 MARKS = {"head": "H", "kv_head": "H", "neuron": "N"}
 
 
+@shown
 @dataclass(frozen=True)
 class Part:
     """A part, what it adds, and the tokens that it reads most from."""
@@ -45,6 +47,7 @@ class Part:
         return ", ".join(f"{visible(word)} {value:+.2f}" for word, value in self.reads)
 
 
+@shown
 @dataclass(frozen=True)
 class PartsList:
     """All parts of a whole.

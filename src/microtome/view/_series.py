@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
+from microtome.shown import shown
 from microtome.view import _svg
 from microtome.view._dataset import axis_kind, beside, companions, labels, numbers, title, unit
 from microtome.view._page_values import rounded_row
@@ -26,6 +27,7 @@ MOST_ROWS, BAR = 48, 16
 """Places that are listed in a terminal, and cells of a bar; of more the strongest are shown."""
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Series:
     """One line.

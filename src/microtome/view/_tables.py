@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from microtome.shown import shown
 from microtome.view import _svg
 from microtome.view._dataset import beside, control, is_numeric, labels, numbers, title, unit
 from microtome.view._page_values import rounded
@@ -47,6 +48,7 @@ class Column:
         return (f"{value:,.0f}" if self.whole else unsigned(value)) + ends
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class LabelTable:
     """All variables over one axis of names, such as the sites that were checked, or the components of a model."""
@@ -110,6 +112,7 @@ def label_table(data: xr.Dataset, axis: str, names: Sequence[str]) -> LabelTable
     return LabelTable(axis, str(heading or f"by {axis.replace('_', ' ')}"), labels(data, axis), tuple(columns))
 
 
+@shown
 @dataclass(frozen=True)
 class FactList:
     """Single values, each with its name and unit."""

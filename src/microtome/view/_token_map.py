@@ -14,6 +14,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from microtome.shown import shown
 from microtome.view import _svg
 from microtome.view._dataset import is_numeric, labels, numbers, title
 from microtome.view._page_values import rounded
@@ -30,6 +31,7 @@ WEAK, STRONG = (44, 48, 56), (16, 122, 72)  # background of the least and the mo
 MOST_FIGURE_CELLS, MOST_PAGE_CELLS = 900, 20_000
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class TokenMap:
     """Tokens by layer and position.

@@ -285,11 +285,17 @@
   function directions(table, row, columns, vocab) {
     const meaning = (name) => table.described[name]?.meaning;
     const { suppressed, promoted_logit: up, suppressed_logit: down } = columns;
+    const counted = (up || down) && meaning("promoted_logit");
     return h(
       "section",
-      { class: "pair" },
-      effects("Promotes", meaning("promoted"), table.value("promoted", row), up?.[row], vocab),
-      effects("Suppresses", meaning("suppressed"), suppressed?.[row], down?.[row], vocab),
+      {},
+      h(
+        "div",
+        { class: "pair" },
+        effects("Promotes", meaning("promoted"), table.value("promoted", row), up?.[row], vocab),
+        effects("Suppresses", meaning("suppressed"), suppressed?.[row], down?.[row], vocab),
+      ),
+      counted && h("p", { class: "note" }, `Amounts in logits: ${counted}.`),
     );
   }
 
