@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from tests import families
+from tests import families, twins
 
 import microtome as mt
 from microtome.method import Change, Measure, Parameter, Question, RepeatedTokens, Text, choices_of, declared
@@ -46,7 +46,7 @@ class Reader:
 
 @cache
 def model(kind: str) -> mt.Model:
-    return mt.open(families.build(kind), tokenizer=Reader(), prove=False)
+    return mt.open(twins.build(kind), tokenizer=Reader(), prove=False)
 
 
 def rows(count: int = 4, length: int = 12) -> torch.Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests import families
+from tests.agreement import agreed, agreement
 
 import microtome as mt
 from microtome.explain import RELP, graph
@@ -75,13 +77,13 @@ def test_nodes_and_edges_are_exact_where_the_model_is_linear(direction: str) -> 
     width = (data["corrupt"] - data["clean"]) * (1 if direction == "noise" else -1)
     for end in ("clean", "corrupt"):
         assert float(plain[end]) == pytest.approx(float(data[end]), abs=1e-6 * float(abs(width)))
-    for site in ALL:
-        assert float(abs(plain[site] - data[site] * width).max()) < 1e-5 * float(abs(width)), site
-    assert float(abs(plain["mlp.post[neuron]"]).max()) > 1e-3 * float(abs(width))
+    with agreement(1e-5, most=0.35) as agree:  # most of the cells of streams and branches lie before the change
+        for site in ALL:
+            agree(plain[site] / float(abs(width)), data[site] * width / float(abs(width)), site)
     relp = scores(model, "relp", sites=ALL, direction=direction)
     assert gap(plain[list(ALL)], relp[list(ALL)]) < 1e-5 * float(abs(width))
     edges = mt.explain.verify(model, scores(model, "eap", direction=direction), top=graph(model).n_edges)
-    assert float(abs(edges["score"] - edges["score_exact"]).max()) < 1e-5 * float(abs(width))
+    agreed(edges["score"] / float(abs(width)), edges["score_exact"] / float(abs(width)), 1e-5, most=0.3)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "gptj"])
@@ -183,8 +185,8 @@ def test_the_edges_of_a_sender_add_up_to_its_node(name: str, rules: mt.edit.Free
     expected = [float(nodes["resid_pre"][0].sum())]
     for layer in range(model.anatomy.n_layers):
         expected += [*nodes["attn.z[head]"][layer].values, float(nodes["mlp_out"][layer].sum())]
-    assert abs(edges - expected).max() < 1e-4 * max(1.0, abs(edges).max())
-    assert abs(edges).max() > 1e-3
+    scale = max(1.0, abs(edges).max())
+    agreed(edges / scale, np.array(expected) / scale, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa", "falcon-gqa", "gemma2", "gpt_oss", "bloom"])

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from tests import families
+from tests.agreement import agreed, agreement
 
 import microtome as mt
 
 SKIPPED = ("attn.scale", "mlp.scale", "mlp.router")
+TOLERANCE = 2e-5
+"""Of logits."""
 READ = mt.metric.FunctionMetric(lambda logits, prompts: logits.flatten(1), positions=(-1, 5))
 
 
@@ -34,19 +37,21 @@ def test_equals_one_forward_a_cell(name: str) -> None:
     clean, corrupt = tokens(0), tokens(1)
     sites = [s for s in model.anatomy.hook_points if s.layer in (0, 2) and s.name not in SKIPPED]
     source = model.run(corrupt, capture=[str(s) for s in sites])
-    places = ("@0", "@4", "@2-5", "")
-    cells: list[mt.edit.SiteEdit] = [mt.edit.Patch(f"{s}{places[i % 4]}", source=source) for i, s in enumerate(sites)]
-    cells += [mt.edit.Zero(f"{s}[0]@3") for s in sites]
+    places = {0: ("@1", "@4", "@2-5", ""), 2: ("@5", "@8", "@2-5", "")}  # the last layer acts only where it is read
+    cells: list[mt.edit.SiteEdit] = []
+    for i, s in enumerate(sites):
+        cells.append(mt.edit.Patch(f"{s}{places[s.layer or 0][i % 4]}", source=source))
+        cells.append(mt.edit.Zero(f"{s}[0]@{5 if s.layer else 3}"))
     result = model.sweep(clean, cells, READ, prompts=[i % 2 for i in range(len(cells))]).run()
     assert result.done == len(cells) == len(result.values)
-    for i, cell in enumerate(cells):
-        row = i % 2
-        edit: mt.edit.Edit = cell
-        if isinstance(cell, mt.edit.Patch):
-            edit = mt.edit.Patch(cell.site, source={str(s): source[str(s)][row : row + 1] for s in sites})
-        expected = literal(model, clean[row], [edit])
-        gap = (result.values[i] - expected).abs().max()
-        assert gap < 1e-4, (cell, float(gap))
+    base = [literal(model, row, []) for row in clean]
+    with agreement(TOLERANCE) as agree:
+        for i, cell in enumerate(cells):
+            row = i % 2
+            edit: mt.edit.Edit = cell
+            if isinstance(cell, mt.edit.Patch):
+                edit = mt.edit.Patch(cell.site, source={str(s): source[str(s)][row : row + 1] for s in sites})
+            agree.cell(result.values[i], literal(model, clean[row], [edit]), base[row], cell.site)
 
 
 def test_prompts_of_several_lengths_and_cells_of_several_edits() -> None:
@@ -59,13 +64,14 @@ def test_prompts_of_several_lengths_and_cells_of_several_edits() -> None:
     ]
     prompts = [1, 2, 0]
     result = model.sweep(rows, cells, READ, prompts=prompts).run()
-    for i, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
-        edits = cell if isinstance(cell, list) else [cell]
-        expected = literal(model, torch.tensor(rows[prompt]), list(edits))
-        assert (result.values[i] - expected).abs().max() < 1e-4
-        assert (result.effects[i] - (result.values[i] - result.base[prompt])).abs().max() == 0
+    base = [literal(model, torch.tensor(row), []) for row in rows]
+    with agreement(TOLERANCE, most=1.0) as agree:
+        for i, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
+            edits = cell if isinstance(cell, list) else [cell]
+            agree.cell(result.values[i], literal(model, torch.tensor(rows[prompt]), list(edits)), base[prompt])
+            assert (result.effects[i] - (result.values[i] - result.base[prompt])).abs().max() == 0
     for prompt in range(3):
-        assert (result.base[prompt] - literal(model, torch.tensor(rows[prompt]), [])).abs().max() < 1e-4
+        assert (result.base[prompt] - base[prompt]).abs().max() < TOLERANCE
 
 
 def test_a_cell_behind_what_is_read_changes_nothing() -> None:
@@ -81,7 +87,8 @@ def test_a_small_budget_gives_the_same_in_more_walks() -> None:
     whole = model.sweep(tokens(0)[:1], cells, READ).run()
     cut = model.sweep(tokens(0)[:1], cells, READ, budget=one_row(model)).run()
     assert cut.plan.passes == len(cells) > whole.plan.passes
-    assert (whole.values - cut.values).abs().max() < 1e-4
+    agreed(cut.effects.abs().amax(1), whole.effects.abs().amax(1), TOLERANCE, most=0.6)  # the last layer is read twice
+    assert (whole.values - cut.values).abs().max() < TOLERANCE
 
 
 def test_layers_before_a_cell_are_not_computed() -> None:
@@ -161,9 +168,8 @@ def test_reading_two_tokens_computes_only_their_logits(name: str) -> None:
                        - z[:, 0].gather(1, torch.tensor([13, 11])[p].unsqueeze(1)).squeeze(1))  # fmt: skip
     prompts = [i % 2 for i in range(len(cells))]
     one, other = (model.sweep(tokens(0), cells, m, prompts=prompts).run() for m in (metric, whole))
-    assert (one.values - other.values).abs().max() < 1e-5
-    assert (one.base - other.base).abs().max() < 1e-5
-    assert one.effects.abs().max() > 1e-3
+    agreed(one.effects, other.effects, TOLERANCE)
+    assert (one.base - other.base).abs().max() < TOLERANCE
     assert one.plan.bytes < other.plan.bytes
 
 
@@ -177,7 +183,7 @@ def test_statistics_over_prompts_are_those_of_each_prompts_effects(monkeypatch: 
     with mt.settings(seed=3):
         data = mt.explain.over_prompts(swept)
     each = torch.stack([model.sweep([prompt], cells, metric).run().effects for prompt in prompts])
-    np.testing.assert_allclose(data["effect_each"], each.double(), atol=1e-5)
+    agreed(data["effect_each"], each, TOLERANCE)
     mean, low, high = mt.stream.mean_interval(swept.effects.reshape(3, 6).T.double(), seed=3)
     p = mt.stream.sign_flip(swept.effects.reshape(3, 6).T.double(), seed=3)
     for name, expected in (("effect", mean), ("effect_lo", low), ("effect_hi", high), ("effect_p", p)):
@@ -211,8 +217,7 @@ def test_each_prompt_takes_its_own_row_of_a_batch_of_several_lengths(name: str, 
     for source in (batch, mapping):
         cells = [mt.edit.Patch(site, source=source)] * 3
         found = model.sweep(prompts, cells, metric, prompts=[0, 1, 2]).run().effects
-        torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-5)
-        assert found.abs().min() > 1e-6
+        agreed(found, torch.stack(alone), 3e-6, most=1.0)
         with pytest.raises(
             mt.errors.EditError, match="another number of rows than there are prompts; got 3 rows for 1"
         ):

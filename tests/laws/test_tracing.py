@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import xarray as xr
 from tests import families
+from tests.agreement import agreed, agreement
 
 import microtome as mt
 from microtome.explain._corruption import noise_seed
 from microtome.explain._spans import window_of
 
 PROMPT, OTHER, SPAN = [7, 20, 33, 41, 52, 60], [7, 20, 64, 41, 52, 60], (2, 4)
-TOLERANCE = 2e-7
-"""Of probabilities whose effects, in models of random weights, may be as small as 1e-5."""
+TOLERANCE = 1e-6
+"""Of probabilities: those of the model's own answer, which the noise takes away."""
+RESTORED = (
+    ("resid", 0, "0.resid_post"), ("resid", 1, "1.resid_post"), ("mlp", 0, "0.mlp_out"), ("mlp", 2, "1-2.mlp_out"),
+    ("attn", 1, "0-1.attn_out"),
+)  # fmt: skip
+"""A kind, a layer, and what a window of two layers restores there."""
 FAMILIES = ["llama-gqa", "gpt2", "gptj", "gemma2", "gpt_neox-parallel", "bert"]
 
 
@@ -21,44 +29,48 @@ def model() -> mt.Model:
     return mt.open(families.build("llama-gqa"))
 
 
-def probability(model: mt.Model, tokens: list[int], edits: list[mt.edit.Edit]) -> float:
-    return float(model.run([tokens], edits=edits).logits[0, -1].softmax(-1)[11])
+def own(model: mt.Model) -> int:
+    """The model's own answer to the prompt."""
+    return int(model.run([PROMPT]).logits[0, -1].argmax())
 
 
-def literal(model: mt.Model, seed: int, std: float, restored: str | None) -> float:
+def probability(model: mt.Model, tokens: list[int], edits: list[mt.edit.Edit], answer: int = 11) -> float:
+    return float(model.run([tokens], edits=edits).logits[0, -1].softmax(-1)[answer])
+
+
+def literal(model: mt.Model, seed: int, std: float, restored: str | None, answer: int = 11) -> float:
     """One plain forward with noise on the subject and one state put back."""
     edits: list[mt.edit.Edit] = [mt.edit.Noise("embed@2-3", std=std, seed=seed)]
     if restored is not None:
         edits.append(mt.edit.Patch(restored, source=model.run([PROMPT], capture=restored.split("@")[0])))
-    return probability(model, PROMPT, edits)
+    return probability(model, PROMPT, edits, answer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_cell_is_its_literal_forward(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
+    answer = own(model)
     with mt.settings(seed=4):
-        data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=2, window=2, noise=2.0)
+        data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, samples=2, window=2, noise=5.0)
     std = data.attrs["std"]
-    assert std == pytest.approx(2 * float(model.run([PROMPT], capture="embed")["embed"][0, 2:4].std()), rel=1e-5)
-    for sample in (0, 1):
-        corrupt = literal(model, noise_seed(4, sample), std, None)
-        assert float(data["corrupt_each"][sample]) == pytest.approx(corrupt, abs=TOLERANCE)
-        assert float(abs(data["mlp_each"][sample] - data["attn_each"][sample]).max()) > 20 * TOLERANCE  # not each other
-        for position in (0, 2, 3, 5):
-            for kind, layer, restored in (
-                ("resid", 0, "0.resid_post"),
-                ("resid", 2, "2.resid_post"),
-                ("mlp", 0, "0.mlp_out"),
-                ("mlp", 2, "1-2.mlp_out"),
-                ("attn", 1, "0-1.attn_out"),
-            ):
-                expected = literal(model, noise_seed(4, sample), std, f"{restored}@{position}") - corrupt
-                got = float(data[f"{kind}_each"][sample, layer, position])
-                assert got == pytest.approx(expected, abs=TOLERANCE), (kind, layer, position)
+    assert std == pytest.approx(5 * float(model.run([PROMPT], capture="embed")["embed"][0, 2:4].std()), rel=1e-5)
+    clean = probability(model, PROMPT, [], answer)
+    with agreement(TOLERANCE) as agree:
+        agree(data["clean"], clean)
+        for sample in (0, 1):
+            seed = noise_seed(4, sample)
+            corrupt = literal(model, seed, std, None, answer)
+            agree(data["corrupt_each"][sample] - clean, corrupt - clean, "the noise")
+            for position, (kind, layer, restored) in product((2, 3, 5), RESTORED):
+                expected = literal(model, seed, std, f"{restored}@{position}", answer) - corrupt
+                agree(data[f"{kind}_each"][sample, layer, position], expected, (sample, kind, layer, position))
+            before = literal(model, seed, std, "0.mlp_out@0", answer) - corrupt  # 0, unless attention sees both ways
+            assert float(data["mlp_each"][sample, 0, 0]) == pytest.approx(before, abs=TOLERANCE)
+            apart = abs(data["mlp_each"][sample] - data["attn_each"][sample])[:, 2:]
+            assert float(apart.median()) > 10 * TOLERANCE  # they are not each other
     for kind in ("resid", "mlp", "attn"):
         assert float(abs(data[kind] - data[f"{kind}_each"].mean("example")).max()) < 1e-12
-    assert float(abs(data["resid_each"][0] - data["resid_each"][1]).max()) > 1e-6  # two noises
-    assert float(data["clean"]) == pytest.approx(probability(model, PROMPT, []), abs=1e-5)
+    assert float(abs(data["resid_each"][0] - data["resid_each"][1]).max()) > 1e-3  # two noises
 
 
 def test_prompts_that_differ_outside_of_the_subject_are_refused(model: mt.Model) -> None:
@@ -68,18 +80,16 @@ def test_prompts_that_differ_outside_of_the_subject_are_refused(model: mt.Model)
 
 
 def test_its_ends(model: mt.Model) -> None:
-    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=3)
+    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, samples=3)
     clean = float(data["clean"])
-    assert clean == pytest.approx(probability(model, PROMPT, []), abs=1e-6)
-    assert float(abs(data["corrupt_each"] - clean).min()) > 1e-5  # the noise takes something away, or adds to it
+    assert clean == pytest.approx(probability(model, PROMPT, [], own(model)), abs=1e-6)
+    assert float(abs(data["corrupt_each"] - clean).min()) > 1e-3  # the noise takes something away, or adds to it
     # Where the last token is the subject, its state in any layer is all that was changed.
-    one = mt.explain.causal_trace(model, PROMPT, subject=(5, 6), answer=11, samples=3, kinds=["resid"])
-    given_back = one["resid_each"][:, :, 5] + one["corrupt_each"]
-    assert float(abs(given_back - clean).max()) < 1e-5
-    assert float(abs(one["corrupt_each"] - clean).min()) > 1e-5
-    last = data["resid_each"][:, -1, -1] + data["corrupt_each"]  # the last state alone decides
-    assert float(abs(last - clean).max()) < 1e-5
-    assert float(abs(data["resid"][:, 2:]).max()) > 1e-5
+    one = mt.explain.causal_trace(model, PROMPT, subject=(5, 6), samples=3, kinds=["resid"])
+    lost = clean - one["corrupt_each"]
+    agreed(one["resid_each"][:, :, 5], lost.expand_dims(layer=3, axis=1), 1e-5)
+    agreed(data["resid_each"][:, -1, -1], clean - data["corrupt_each"], 1e-5)  # the last state alone decides
+    assert float(abs(data["resid"][:, 2:]).max()) > 1e-3
     assert float(abs(data["resid"][:, :2]).max()) == 0
     assert (data["resid_lo"] <= data["resid"] + 1e-12).all()
     assert (data["resid"] <= data["resid_hi"] + 1e-12).all()
@@ -88,14 +98,13 @@ def test_its_ends(model: mt.Model) -> None:
 
 
 def test_a_window_over_all_layers_restores_the_branch_everywhere(model: mt.Model) -> None:
-    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=1, window=6, kinds=["mlp", "attn"])
-    for kind, site in (("mlp", "mlp_out"), ("attn", "attn_out")):
-        for position in (2, 5):
-            expected = literal(model, noise_seed(0, 0), data.attrs["std"], f"*.{site}@{position}") - float(
-                data["corrupt"]
-            )
-            assert float(data[kind][1, position]) == pytest.approx(expected, abs=TOLERANCE)
-        assert bool(data[f"{kind}_lo"].isnull().all())  # one sample says nothing of the others
+    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, samples=1, window=6, kinds=["mlp", "attn"])
+    with agreement(TOLERANCE) as agree:
+        for kind, site in (("mlp", "mlp_out"), ("attn", "attn_out")):
+            for position in (2, 5):
+                expected = literal(model, noise_seed(0, 0), data.attrs["std"], f"*.{site}@{position}", own(model))
+                agree(data[kind][1, position], expected - float(data["corrupt"]), (kind, position))
+            assert bool(data[f"{kind}_lo"].isnull().all())  # one sample says nothing of the others
 
 
 @pytest.mark.parametrize(
@@ -114,7 +123,7 @@ def test_without_noise_nothing_is_lost(model: mt.Model) -> None:
 
 
 def test_seeds_repeat_and_differ(model: mt.Model) -> None:
-    arguments = {"subject": SPAN, "answer": 11, "samples": 2, "kinds": ["resid"]}
+    arguments = {"subject": SPAN, "samples": 2, "kinds": ["resid"]}
 
     def seeded(seed: int) -> xr.Dataset:
         with mt.settings(seed=seed):
@@ -122,7 +131,7 @@ def test_seeds_repeat_and_differ(model: mt.Model) -> None:
 
     first, again, other = (seeded(seed) for seed in (1, 1, 7))
     assert first.equals(again)
-    assert float(abs(first["resid"] - other["resid"]).max()) > 1e-6
+    assert float(abs(first["resid"] - other["resid"]).max()) > 1e-3
     drawn = {noise_seed(seed, i) for seed in range(20) for i in range(10)}
     assert len(drawn) == 200  # neighbouring seeds share no sample
     near = seeded(2)["corrupt_each"].values
@@ -130,17 +139,18 @@ def test_seeds_repeat_and_differ(model: mt.Model) -> None:
 
 
 def test_another_subject_instead_of_noise(model: mt.Model) -> None:
-    data = mt.explain.causal_trace(model, PROMPT, subject=(2, 3), answer=11, corrupt=OTHER, window=2)
-    base = probability(model, OTHER, [])
+    data, answer = mt.explain.causal_trace(model, PROMPT, subject=(2, 3), corrupt=OTHER, window=2), own(model)
+    base = probability(model, OTHER, [], answer)
     assert float(data["corrupt"]) == pytest.approx(base, abs=1e-5)
     source = model.run([PROMPT], capture=["*.resid_post", "*.mlp_out", "*.attn_out"])
-    for kind, layer, position, site in (
-        ("resid", 1, 2, "1.resid_post@2"),
-        ("mlp", 2, 3, "1-2.mlp_out@3"),
-        ("attn", 0, 5, "0.attn_out@5"),
-    ):
-        expected = probability(model, OTHER, [mt.edit.Patch(site, source=source)]) - base
-        assert float(data[kind][layer, position]) == pytest.approx(expected, abs=TOLERANCE)
+    with agreement(TOLERANCE) as agree:
+        for kind, layer, position, site in (
+            ("resid", 1, 2, "1.resid_post@2"),
+            ("mlp", 2, 3, "1-2.mlp_out@3"),
+            ("attn", 0, 5, "0.attn_out@5"),
+        ):
+            expected = probability(model, OTHER, [mt.edit.Patch(site, source=source)], answer) - base
+            agree(data[kind][layer, position], expected, site)
     assert float(abs(data["resid"][:, :2]).max()) == 0
 
 
