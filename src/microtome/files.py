@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +32,8 @@ def atomic(
     If the block raises anything, `KeyboardInterrupt` and `SystemExit` included, what stood at `path` stays as it was
     and the temporary file or folder is removed. Of two writers at once, the one that ends last is kept, whole. A folder
     that replaces another is put in place by two renames: for a moment nothing stands there. A symbolic link at `path`
-    is replaced, not followed: resolve the path to write to what it points at.
+    is replaced, not followed: resolve the path to write to what it points at. Files get the permissions that the umask
+    gives any new file, whatever the library that wrote them gives (safetensors: to the owner alone).
 
     Cost:  one fsync per file, and two renames.
     Check: interrupted at every step, the old version stands and nothing else is left; tests/laws/test_files.py.
@@ -58,6 +60,7 @@ def atomic(
             made = [parent for parent in place.parents if not parent.exists()]
             partial.mkdir(parents=True)
         yield partial
+        _open_to_others(partial)
         _flush(partial)
         if partial.is_dir():
             _replace_folder(partial, place, keep)
@@ -96,6 +99,22 @@ def _replace_folder(partial: Path, place: Path, keep: Callable[[Path], bool] | N
         if os.path.lexists(old) and not os.path.lexists(place):
             old.rename(place)
         _remove(old)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file, or every file of a folder, the permissions of a new file."""
+    probe = path.with_suffix(".mode")  # the umask itself can be read only by changing it, for all threads
+    try:
+        ordinary = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            mode = stat.S_IMODE(os.fstat(ordinary).st_mode)
+        finally:
+            os.close(ordinary)
+    finally:
+        _remove(probe)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def _flush(path: Path) -> None:

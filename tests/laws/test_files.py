@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -249,3 +250,20 @@ def test_a_folder_that_came_between_the_renames_is_replaced(tmp_path: Path, monk
         write(partial, "new", True)
     assert held(tmp_path)["it/b"] == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path, folder: bool, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        with atomic(tmp_path / "it", folder=folder) as partial:
+            for file in (partial / "inner" / "a", partial / "b") if folder else (partial,):
+                file.parent.mkdir(exist_ok=True)
+                file.write_text("as safetensors leaves it")
+                file.chmod(0o600)
+    finally:
+        os.umask(before)
+    written = [path for path in [tmp_path / "it", *tmp_path.rglob("*")] if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {mode}
+    assert len(held(tmp_path)) == (4 if folder else 1)
