@@ -67,6 +67,7 @@ class Run:
         logits = None if self._logits is None else _apart(self._logits)
         words = Words.of(self.tokens, self.words)
         return self.__dict__ | {"captured": tensors, "_logits": logits, "_nodes": {}, "_to_words": words}
+
     def _facts(self) -> dict[str, str]:
         """The prompts, the logits, and what was captured, sites of several layers together."""
         prompts = ["".join(self._to_words(row)) for row in self.batch.rows[:3]]
