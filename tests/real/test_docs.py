@@ -16,8 +16,8 @@ import pytest
 from tests.cli.conftest import TEXT
 
 DOCS = Path(__file__).parents[2] / "docs"
-LONG = {"causal.md"}  # its sweeps take minutes
-ELSEWHERE = {"design.md", "status.md", "index.md"}  # pages without blocks that could run
+LONG = {"causal.md", "gallery.md"}  # their sweeps and texts take minutes
+ELSEWHERE = {"design.md", "status.md", "index.md", "peers.md"}  # pages without blocks that could run
 PAGES = sorted(p.name for p in DOCS.glob("*.md") if p.name not in ELSEWHERE)
 PROMISE = re.compile(r"^\s*print\(.*\)  # ?(?P<promise>.*)$")
 pytestmark = pytest.mark.real

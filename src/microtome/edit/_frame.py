@@ -75,7 +75,7 @@ class Frame:
     def resolve(
         self, chosen: Indices, what: str = "positions @{}", kind: type[MicrotomeError] = SiteError
     ) -> list[list[int]]:
-        """The columns [row][n] of positions of the prompt, by selected row.
+        """The columns `[row][n]` of positions of the prompt, by selected row.
 
         Raises:
             SiteError: a position lies beyond a row; or an error of another `kind`.

@@ -97,7 +97,7 @@ class Run:
 
     @cached_property
     def words(self) -> list[list[str]]:
-        """The text of every token [batch][pos], or its number where there is no tokenizer."""
+        """The text of every token `[batch][pos]`, or its number where there is no tokenizer."""
         return [self._to_words(row) for row in self.tokens]
 
     @property
