@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -388,3 +389,79 @@ def test_editing_nests(model: mt.Model) -> None:
     with model.editing(one):
         assert torch.equal(model.run(ids(), edits=[two]).logits, both)
     assert not math.isclose(float(both[0, 0, 0]), float(model.run(ids()).logits[0, 0, 0]))
+
+
+# ------------------------------------------------------------------------ sequences, rows and rules as they are given
+
+
+def test_a_generator_is_what_it_gives(model: mt.Model) -> None:
+    names = ["0.mlp_out", "1.mlp_out@-1"]
+    listed = model.run(ids(), capture=names)
+    given = model.run(ids(), capture=(name for name in names))
+    assert list(given.captured) == list(listed.captured)
+    assert model.plan(ids(), (name for name in names)).bytes == model.plan(ids(), names).bytes > 0
+    with pytest.raises(mt.errors.SiteError, match="cannot capture this; got 3"):
+        model.run(ids(), capture=(x for x in ["0.mlp_out", 3]))  # pyright: ignore[reportArgumentType]
+    metric = mt.metric.LogitDifference(answer=7, foil=9)
+    cells = [mt.edit.Zero("0.mlp_out"), mt.edit.Zero("1.mlp_out")]
+    expected = model.sweep(ids(), cells, metric, prompts=[1, 0]).run().effects
+    assert float(expected.abs().min()) > 1e-3
+    generated: Any = (cell for cell in cells)
+    numbers: Any = (n for n in [1, 0])
+    assert torch.equal(model.sweep(ids(), generated, metric, prompts=numbers).run().effects, expected)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_only_the_rows_that_are_named_need_the_positions(model: mt.Model, padding: Any) -> None:
+    rows = [ids(1, 8)[0].tolist(), ids(1, 3, seed=4)[0].tolist(), ids(1, 6, seed=5)[0].tolist()]
+    push = torch.linspace(-2, 2, 40)
+    other = model.run([rows[0][::-1], rows[1], rows[2]], capture="1.resid_post", padding=padding)
+    wider = model.run([rows[0][::-1], rows[1] + [7], rows[2]], capture="1.resid_post", padding=padding)
+    for which, edit in (
+        ((0,), mt.edit.Add("1.resid_post@5-7", push, rows=(0,))),
+        ((0, 2), mt.edit.Zero("1.attn.z[0]@4,5", rows=(0, 2))),
+        ((2,), mt.edit.KnockOut("1.attn.scores@5", keys="4", rows=(2,))),
+        ((0,), mt.edit.Patch("1.resid_post@6,7", other, rows=(0,))),
+        ((0,), mt.edit.Patch("1.resid_post@6,-1", wider, rows=(0,))),
+    ):
+        run = model.run(rows, edits=edit, padding=padding)
+        plain = model.run(rows, padding=padding)
+        for i in range(3):
+            if i not in which:
+                torch.testing.assert_close(run.logits[i][run.mask[i]], plain.logits[i][plain.mask[i]])
+                continue
+            source = {"source": {"1.resid_post": other["1.resid_post"][:1]}} if isinstance(edit, mt.edit.Patch) else {}
+            alone = model.run([rows[i]], edits=dataclasses.replace(edit, rows=None, **source))
+            torch.testing.assert_close(run.logits[i][run.mask[i]], alone.logits[0], rtol=1e-4, atol=2e-5)
+            assert float((alone.logits[0] - plain.logits[i][plain.mask[i]]).abs().max()) > 1e-3
+    with pytest.raises(mt.errors.SiteError, match="no positions @5 in row 1"):
+        model.run(rows, edits=mt.edit.Zero("1.mlp_out@5", rows=(0, 1)), padding=padding)
+    with pytest.raises(mt.errors.SiteError, match="different numbers of positions in different rows"):
+        model.run(rows, edits=mt.edit.Zero("1.mlp_out@2--1", rows=(0, 2)), padding=padding)
+
+
+def test_keys_may_be_named_by_the_rules_of_an_address(model: mt.Model) -> None:
+    prompts, options = ids(2), {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    seen: dict[str, list[list[int]]] = {}
+
+    def watch(keys: str) -> list[mt.edit.Edit]:
+        def keep(x: Tensor) -> Tensor:
+            seen.setdefault(keys, []).append([int(i) for i in (x[0, -1, 0] == 0).nonzero().flatten()])
+            return x
+
+        return [mt.edit.KnockOut("1.attn.scores[0]", keys=keys),
+                mt.edit.Apply("1.attn.pattern[0]", keep)]  # fmt: skip
+
+    for keys in ("@prompt", "@generated", "@last"):
+        with model.editing(*watch(keys)):
+            model.hf.generate(prompts, max_new_tokens=3, **options)
+    assert seen["@prompt"] == [list(range(8))] * 3
+    assert seen["@generated"] == [[], [8], [8, 9]]
+    assert seen["@last"] == [[7], [7, 8], [7, 8, 9]]
+    cut = mt.edit.KnockOut("1.attn.scores", keys="@last")
+    assert torch.equal(model.run(prompts, edits=cut).logits,
+                       model.run(prompts, edits=mt.edit.KnockOut("1.attn.scores", keys="-1")).logits)  # fmt: skip
+    with pytest.raises(mt.errors.SiteError, match='"@generated" selects nothing in a run'):
+        model.run(prompts, edits=mt.edit.KnockOut("1.attn.scores", keys="@generated"))
+    with pytest.raises(mt.errors.SiteError, match="cannot read keys"):
+        mt.edit.KnockOut("1.attn.scores", keys="@now")

@@ -27,3 +27,5 @@ from microtome.anatomy._weights import LayerWeights as LayerWeights
 from microtome.anatomy._weights import NormWeights as NormWeights
 from microtome.anatomy._weights import Weights as Weights
 from microtome.anatomy._weights import at_least_float32 as at_least_float32
+from microtome.anatomy._weights import bias_of as bias_of
+from microtome.anatomy._weights import weight_of as weight_of

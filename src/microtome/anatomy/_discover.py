@@ -281,7 +281,11 @@ def discover(model: Any) -> Parts:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a projection stores its weight as [in, out], as GPT-2's does."""
+    """Whether a projection, or the one inside an adapter, stores its weight as [in, out], as GPT-2's does."""
+    inner: Any = module
+    while isinstance(getattr(inner, "base_layer", None), nn.Module):
+        inner = inner.base_layer
+    module = inner
     return type(module).__name__ == "Conv1D"
 
 

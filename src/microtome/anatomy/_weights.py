@@ -6,8 +6,10 @@
     b_Q [head, d_head], b_K, b_V [kv_head, d_head], b_O [d_model], b_gate, b_in [neuron], b_out [d_model], b_U [vocab]
 
 An activation times a weight is the next activation: ``x @ W_in``. In a mixture, W_gate, W_in and W_out have a leading
-expert axis. A view is never a copy, with one exception: queries of grouped fused projections (Falcon's newer
-architecture) are not evenly strided, so their W_Q is a copy.
+expert axis. A view is never a copy, with two exceptions: queries of grouped fused projections (Falcon's newer
+architecture) are not evenly strided, so their W_Q is a copy; and a projection with parts inside, such as a LoRA
+adapter, has the weight and bias that it acts with now, read off what it makes of unit vectors (one product of two
+matrices each time; tests/laws/test_engine_adapters.py).
 """
 
 from __future__ import annotations
@@ -28,14 +30,61 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _weight(module: Any) -> Tensor:
-    """Weight of a projection as [out, in]."""
-    return module.weight.T if is_conv1d(module) else module.weight
+UNIT_ROWS = 1024
+"""How many unit vectors are sent through a projection at once."""
 
 
-def _bias(module: Any) -> Tensor | None:
+def weight_of(module: Any) -> Tensor:
+    """Weight [out, in] with which a projection acts."""
+    weight = module.weight.T if is_conv1d(module) else module.weight
+    if not _has_parts(module):
+        return weight
+    n_in = weight.shape[1]
+    zero, found = _made_of(module, weight.new_zeros(1, n_in)), []
+    for first in range(0, n_in, UNIT_ROWS):
+        rows = torch.arange(first, min(first + UNIT_ROWS, n_in), device=weight.device)
+        units = torch.zeros(len(rows), n_in, dtype=weight.dtype, device=weight.device)
+        found.append(_made_of(module, units.scatter(1, rows.unsqueeze(1), 1.0)) - zero)
+    return torch.cat(found).T
+
+
+def bias_of(module: Any) -> Tensor | None:
+    """Bias [out] with which a projection acts, or None."""
     bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
+    if not _has_parts(module):
+        return bias if isinstance(bias, Tensor) else None
+    made = _made_of(module, module.weight.new_zeros(1, weight_shape(module)[1]))[0]
+    return made if isinstance(bias, Tensor) or bool(made.any()) else None
+
+
+def weight_shape(module: Any) -> tuple[int, int]:
+    """Output and input size of a projection."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _made_of(module: Any, x: Tensor) -> Tensor:
+    """What a projection makes of x in evaluation: its own forward, so that no hook of the module sees it."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        with torch.no_grad():
+            return module.forward(x)
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _embedded(module: Any) -> Tensor:
+    """[vocab, d_model] what an embedding gives for every token."""
+    if not _has_parts(module):
+        return module.weight
+    return _made_of(module, torch.arange(module.weight.shape[0], device=module.weight.device))
 
 
 def _shapes(of: object, names: tuple[str, ...]) -> dict[str, str]:
@@ -74,7 +123,8 @@ class NormWeights:
     @property
     def bias(self) -> Tensor | None:
         """[d_model], or None."""
-        return _bias(self.module)
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
 
     def centre(self, x: Tensor) -> Tensor:
         """x [..., d_model], minus its mean where the norm is a layer norm."""
@@ -115,21 +165,21 @@ class LayerWeights:
         parts, a = self._parts, self._anatomy
         if parts.qkv is not None:
             module = self._model.get_submodule(parts.qkv)
-            return module, fused_splits(a.parts, _weight(module).shape[0], a.n_heads, a.n_kv_heads)[name]
+            return module, fused_splits(a.parts, weight_shape(module)[0], a.n_heads, a.n_kv_heads)[name]
         path = {"q": parts.q, "k": parts.k, "v": parts.v}[name]
         module = self._module(path, f"W_{name.upper()}")
         n = a.n_heads if name == "q" else a.n_kv_heads
-        return module, Split(1, n, _weight(module).shape[0] // n, 0, n)
+        return module, Split(1, n, weight_shape(module)[0] // n, 0, n)
 
     def _heads(self, name: str) -> Tensor:
         module, split = self._qkv(name)
-        view = split.view(_weight(module), 0)
+        view = split.view(weight_of(module), 0)
         flat = view.squeeze(0) if split.groups == 1 else view.flatten(0, 1)
         return flat.transpose(1, 2)
 
     def _head_bias(self, name: str) -> Tensor | None:
         module, split = self._qkv(name)
-        bias = _bias(module)
+        bias = bias_of(module)
         return None if bias is None else split.view(bias, 0).flatten(0, 1)
 
     @property
@@ -150,7 +200,7 @@ class LayerWeights:
     @property
     def W_O(self) -> Tensor:
         """[head, d_head, d_model]"""
-        weight = _weight(self._model.get_submodule(self._parts.o))
+        weight = weight_of(self._model.get_submodule(self._parts.o))
         return weight.T.unflatten(0, (self._anatomy.n_heads, -1))
 
     @property
@@ -171,7 +221,7 @@ class LayerWeights:
     @property
     def b_O(self) -> Tensor | None:
         """[d_model]"""
-        return _bias(self._model.get_submodule(self._parts.o))
+        return bias_of(self._model.get_submodule(self._parts.o))
 
     def _expert(self, name: str) -> Tensor:
         experts = self._module(self._parts.experts, name)
@@ -186,7 +236,7 @@ class LayerWeights:
 
     def _half(self, k: int) -> tuple[Any, slice]:
         module = self._module(self._parts.gate_up, "W_gate")
-        width = _weight(module).shape[0] // 2
+        width = weight_shape(module)[0] // 2
         return module, slice(k * width, (k + 1) * width)
 
     @property
@@ -196,8 +246,8 @@ class LayerWeights:
             return self._expert("W_gate")
         if self._parts.gate_up is not None:
             module, half = self._half(0)
-            return _weight(module)[half].T
-        return _weight(self._module(self._parts.gate, "W_gate")).T
+            return weight_of(module)[half].T
+        return weight_of(self._module(self._parts.gate, "W_gate")).T
 
     @property
     def W_in(self) -> Tensor:
@@ -206,24 +256,24 @@ class LayerWeights:
             return self._expert("W_in")
         if self._parts.gate_up is not None:
             module, half = self._half(1)
-            return _weight(module)[half].T
-        return _weight(self._module(self._parts.up, "W_in")).T
+            return weight_of(module)[half].T
+        return weight_of(self._module(self._parts.up, "W_in")).T
 
     @property
     def W_out(self) -> Tensor:
         """[neuron, d_model]"""
         if self._parts.experts is not None:
             return self._expert("W_out")
-        return _weight(self._module(self._parts.down, "W_out")).T
+        return weight_of(self._module(self._parts.down, "W_out")).T
 
     def _mlp_bias(self, path: str | None, k: int) -> Tensor | None:
         if self._parts.experts is not None:
             return None
         if path is None and self._parts.gate_up is not None:
             module, half = self._half(k)
-            bias = _bias(module)
+            bias = bias_of(module)
             return None if bias is None else bias[half]
-        return None if path is None else _bias(self._model.get_submodule(path))
+        return None if path is None else bias_of(self._model.get_submodule(path))
 
     @property
     def b_gate(self) -> Tensor | None:
@@ -238,7 +288,7 @@ class LayerWeights:
     @property
     def b_out(self) -> Tensor | None:
         """[d_model]"""
-        return None if self._parts.down is None else _bias(self._model.get_submodule(self._parts.down))
+        return None if self._parts.down is None else bias_of(self._model.get_submodule(self._parts.down))
 
     @property
     def attn_norm(self) -> NormWeights | None:
@@ -287,17 +337,17 @@ class Weights:
     @property
     def W_E(self) -> Tensor:
         """[vocab, d_model]"""
-        return self._model.get_input_embeddings().weight
+        return _embedded(self._model.get_input_embeddings())
 
     @property
     def W_U(self) -> Tensor:
         """[d_model, vocab]"""
-        return self._model.get_output_embeddings().weight.T
+        return weight_of(self._model.get_output_embeddings()).T
 
     @property
     def b_U(self) -> Tensor | None:
         """[vocab]"""
-        return _bias(self._model.get_output_embeddings())
+        return bias_of(self._model.get_output_embeddings())
 
     @property
     def final_norm(self) -> NormWeights | None:

@@ -100,6 +100,8 @@ class Frame:
     def columns_of(self, positions: Indices | Rule, device: torch.device | None = None) -> Tensor | None:
         """The columns [batch, n] of positions, or of a rule; None for all that there are.
 
+        Only selected rows must have the positions; what stands in the others is theirs too, and is not used.
+
         Raises:
             SiteError: a position lies beyond a row, rows have different numbers of them, or the rule needs a
                 generation.
@@ -128,7 +130,10 @@ class Frame:
                 got=str([len(row) for row in found]),
                 do="count from one end, or run rows of one length",
             )
-        return torch.tensor(found, device=device)
+        columns = torch.tensor(found, device=device)
+        if self.rows is None:
+            return columns
+        return columns[:1].repeat(rows, 1).index_copy(0, self.rows.to(columns.device), columns)
 
     def select(
         self, positions: Indices | Rule, rows: tuple[int, ...] | None, width: int, device: torch.device
@@ -150,8 +155,9 @@ class Frame:
         self, positions: Indices | Rule, rows: tuple[int, ...] | None, width: int, device: torch.device
     ) -> list[Frame]:
         chosen = None if rows is None else self._rows(rows).to(device)
-        columns = self.columns_of(positions, device)
-        cut = replace(self.at(width), rows=chosen, columns=columns)
+        own = replace(self.at(width), rows=chosen)
+        columns = own.columns_of(positions, device)
+        cut = replace(own, columns=columns)
         if columns is None:
             return [cut]
         if not columns.shape[1]:

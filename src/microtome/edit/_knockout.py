@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from microtome.anatomy import parse_indices
+from microtome.anatomy import RULES, Indices, Rule, parse_indices
 from microtome.edit._edits import Selection, SiteEdit, forbidden
 from microtome.errors import EditError, error
 
@@ -20,7 +21,8 @@ class KnockOut(SiteEdit):
 
     Attributes:
         keys: the positions that can no longer be attended to, as a selection ("0-3", "*"), counted like those of an
-            address: over the real tokens of each row, in a generation those of the prompt.
+            address: over the real tokens of each row, in a generation those of the prompt; or a rule of an address:
+            "@prompt", "@generated", "@last".
     """
 
     keys: str = "*"
@@ -34,7 +36,14 @@ class KnockOut(SiteEdit):
                 got=f'"{self.site}"',
                 do='write "<layers>.attn.scores[<heads>]@<queries>"',
             )
-        parse_indices(self.keys, "keys")
+        self._chosen()
+
+    def _chosen(self) -> Indices | Rule:
+        keys: Any = self.keys
+        for rule in RULES:
+            if keys == f"@{rule}":
+                return rule
+        return parse_indices(keys, "keys")
 
     def change(self, x: Tensor, where: Selection) -> Tensor:
         """Scores [batch, q_pos, head, k_pos] with the keys masked."""
@@ -45,8 +54,12 @@ class KnockOut(SiteEdit):
 
     def _cut(self, x: Tensor, where: Selection) -> Tensor:
         """[batch or 1, 1, 1, k_pos] True at the keys to cut."""
-        keys, width = parse_indices(self.keys, "keys"), x.shape[-1]
-        if keys.is_all:
+        keys, width, frame = self._chosen(), x.shape[-1], where.frame
+        if isinstance(keys, Indices) and not keys.is_all:
+            columns = frame.resolve(keys, f"keys {{}} at {where.site}", EditError)
+            return frame.mask(columns, width, x.device)[:, None, None]
+        named = frame.columns_of(keys)
+        if named is None:
             return torch.ones(1, 1, 1, width, dtype=torch.bool, device=x.device)
-        columns = where.frame.resolve(keys, f"keys {{}} at {where.site}", EditError)
-        return where.frame.mask(columns, width, x.device)[:, None, None]
+        named = named if frame.rows is None else named[frame.rows.to(named.device)]
+        return frame.mask(named.tolist(), width, x.device)[:, None, None]

@@ -94,9 +94,11 @@ class Patch(SiteEdit):
         rows = frame.spans_of(spans)
         if rows is None:
             return  # refused for its shape
+        which = range(len(rows)) if frame.rows is None else frame.rows.tolist()
+        pairs = [(rows[row], frame.spans[row]) for row in which]
         positions = self.address.positions
         from_end = positions == "last" if isinstance(positions, str) else positions.from_end
-        if any(a[0] != b[0] or (from_end and a[1] != b[1]) for a, b in zip(rows, frame.spans, strict=True)):
+        if any(a[0] != b[0] or (from_end and a[1] != b[1]) for a, b in pairs):
             raise error(
                 EditError,
                 f"{self.site} names other columns in the source of Patch: its tokens are in other columns",

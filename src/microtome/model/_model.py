@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class Model(LoadedModel):
         self,
         prompt: Prompt,
         capture: Capture = (),
-        edits: Edit | Sequence[Edit] = (),
+        edits: Edit | Iterable[Edit] = (),
         *,
         start_at: int | None = None,
         given: Tensor | None = None,
@@ -115,10 +115,10 @@ class Model(LoadedModel):
     def sweep(
         self,
         prompt: Prompt,
-        cells: Sequence[Cell | Edge],
+        cells: Iterable[Cell | Edge],
         metric: Metric,
         *,
-        prompts: Sequence[int] | None = None,
+        prompts: Iterable[int] | None = None,
         budget: int | None = None,
     ) -> Sweep:
         """Prepare many edited runs of prompts, each read with a metric: exact, and many times faster than one by one.

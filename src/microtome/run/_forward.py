@@ -21,22 +21,26 @@ from microtome.run._result import Run
 from microtome.run._session import Observer, Session, Stop
 from microtome.run.hook._lock import lock_of
 
-Capture = str | Address | Sequence[str | Address]
+Capture = str | Address | Iterable[str | Address]
 
 
 def addresses(capture: Capture) -> list[Address]:
     """The parsed addresses of what to capture."""
-    items: Any = [capture] if isinstance(capture, str | Address) else capture
-    wrong = next((i for i in items if not isinstance(i, str | Address)), None) if isinstance(items, Iterable) else items
-    if wrong is not None or not isinstance(items, Iterable):
+    items = _listed(capture)
+    wrong = [item for item in items if not isinstance(item, str | Address)]
+    if wrong:
         raise error(
             SiteError,
             "cannot capture this",
-            got=f"{wrong!r}",
+            got=f"{wrong[0]!r}",
             allowed="an address, or a list of addresses",
             do='name a site, such as "*.mlp.post"',
         )
     return [parse(item) for item in items]
+
+
+def _listed(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str | Address) or not isinstance(given, Iterable) else list(given)
 
 
 def edits_of(edits: Any) -> list[Edit]:
@@ -62,7 +66,7 @@ def run_forward(
     model: LoadedModel,
     prompt: Prompt,
     capture: Capture = (),
-    edits: Edit | Sequence[Edit] = (),
+    edits: Edit | Iterable[Edit] = (),
     *,
     start_at: int | None = None,
     given: Tensor | None = None,
@@ -90,7 +94,7 @@ def run_forward(
     )  # fmt: skip
     for address in captures:
         batch.frame.columns_of(address.positions)
-    _end(model, session, stop_at, logits)
+    _end(model, session, stop_at, logits, edits)
     output = _forward(model, session, batch, edits, grad)
     if strict:
         _refuse_idle(session, [*captures, *watchers])
@@ -229,7 +233,9 @@ def _watchers(observe: Any) -> dict[Address, Observer]:
     return {parse(address): function for address, function in given.items()}
 
 
-def _end(model: LoadedModel, session: Session, stop_at: int | None, logits: bool) -> None:
+def _end(model: LoadedModel, session: Session, stop_at: int | None, logits: bool, edits: Sequence[Edit]) -> None:
+    """Let a run end where it is to end, and one without logits where nothing that is named is left to come."""
+
     def stop(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise Stop
 
@@ -237,6 +243,9 @@ def _end(model: LoadedModel, session: Session, stop_at: int | None, logits: bool
         session.hooks.before(model.anatomy.parts.layers[stop_at].block, stop)
     elif not logits:
         session.hooks.before(model.anatomy.parts.unembedding, stop)
+    # A site in a repeated block is seen several times, of which the last counts.
+    if not logits and not any(isinstance(edit, Repeat) for edit in (*edits, *lock_of(model.hf).active_edits)):
+        session.end_after_last()
 
 
 def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence[Edit], grad: bool) -> Any:

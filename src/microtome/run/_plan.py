@@ -72,9 +72,14 @@ def plan_of(
         held = sum(_elements(model, batch, address, site) for site in a.sites(address))
         kept[str(address)] = held * each * (2 if grad else 1)
     tokens = rows * width
-    weights = model.n_parameters - model.W_E.numel()
-    weights -= 0 if model.W_U.data_ptr() == model.W_E.data_ptr() else model.W_U.numel()
+    read, written = (part.weight for part in (model.hf.get_input_embeddings(), model.hf.get_output_embeddings()))
+    weights = model.n_parameters - read.numel()
+    weights -= 0 if written.data_ptr() == read.data_ptr() else written.numel()
     flops = 2.0 * tokens * weights + 4.0 * rows * width * width * a.n_heads * a.d_head * a.n_layers
+    if captures and not logits:  # the run ends in the last layer that is named
+        sites = [site for address in captures for site in a.sites(address)]
+        last = max(a.n_layers if s.layer is None and s.name != "embed" else (s.layer or 0) + 1 for s in sites)
+        flops *= min(last, a.n_layers) / a.n_layers
     written = a.size(Site("logits"), "vocab")
     flops += 2.0 * tokens * a.d_model * written if logits else 0.0
     work = flops * (tokens + FIXED) / tokens * (3 if grad else 1)

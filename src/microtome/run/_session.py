@@ -60,6 +60,9 @@ class _Visitor:
             self.session.captured[address] = _alone(self.session.cut(seen, self.site, address))
         for observe in self.observers:
             observe(self.site, seen)
+        self.session.waiting.discard(self.site)
+        if self.session.ends and not self.session.waiting:
+            raise Stop
         return None if x is own else x
 
     def _node(self, x: Tensor) -> Tensor:
@@ -91,6 +94,8 @@ class Session:
         self.nodes: dict[Site, Tensor] = {}
         self.fired: set[tuple[int, Site]] = set()
         self.visited: set[Site] = set()
+        self.waiting: set[Site] = set()
+        self.ends = False
         self._first = first
         self.hooks = HookSet(model, anatomy.attention, anatomy.n_heads, edits if active else None)
         self.site_edits = [edit for edit in edits if isinstance(edit, SiteEdit)]
@@ -108,10 +113,15 @@ class Session:
                 self._visitor(visitors, site).observers.append(observe)
         if grad:
             self._visitor(visitors, Site("embed"))
+        self.waiting = set(visitors)
         for site in sorted(visitors, key=anatomy.order):
             visitor = visitors[site]
             changes = bool(visitor.edits) or grad
             install(self.hooks, model, site, anatomy.hook_points[site], visitor, self._shape, changes)
+
+    def end_after_last(self) -> None:
+        """Let the forward end when every site that is edited, captured or observed has been seen."""
+        self.ends = True
 
     def _shape(self) -> tuple[int, int]:
         """Rows and columns of the forward under way."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from microtome.anatomy import Address, Site
+from microtome.anatomy import Address, Site, bias_of, weight_of
 from microtome.edit import Frame, Selection, SiteEdit, apply, canonical
 from microtome.errors import EditError, SiteError, error
 from microtome.run import Batch, LoadedModel
@@ -244,7 +244,7 @@ def _columns_of(x: Tensor, columns: Tensor) -> Tensor:
 
 def _some_logits(unembedding: Any, ids: Tensor) -> Any:
     """The unembedding for some tokens only; what the model does to logits after it is done to these."""
-    weight, bias = unembedding.weight[ids], getattr(unembedding, "bias", None)
+    weight, bias = weight_of(unembedding)[ids], bias_of(unembedding)
     bias = None if bias is None else bias[ids]
 
     def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

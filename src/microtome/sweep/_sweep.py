@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,20 +129,23 @@ class Sweep:
         self,
         model: LoadedModel,
         prompt: Prompt,
-        cells: Sequence[Cell | Edge],
+        cells: Iterable[Cell | Edge],
         metric: Metric,
         *,
-        prompts: Sequence[int] | None = None,
+        prompts: Iterable[int] | None = None,
         budget: int | None = None,
     ) -> None:
         """Check, group and plan the cells; see `Model.sweep`."""
-        self._model, self._cells, self._metric, self._prompts = model, cells, metric, prompts
+        self._cells, self._prompts = list(cells), None if prompts is None else list(prompts)
+        self._model, self._metric = model, metric
         model.require_mapped()
         self._batch = model.to_batch(prompt)
-        _check(self._batch, cells, prompts)
-        self._room = _room(model, self._batch, cells, prompts, budget)
+        _check(self._batch, self._cells, self._prompts)
+        self._room = _room(model, self._batch, self._cells, self._prompts, budget)
         # What an edge changes is known only when its branch has run: until then a cell of the same layer represents it.
-        self._ready = self._prepare([_stand_in(model, cell) if isinstance(cell, Edge) else cell for cell in cells])
+        self._ready = self._prepare(
+            [_stand_in(model, cell) if isinstance(cell, Edge) else cell for cell in self._cells]
+        )
 
     def _facts(self) -> dict[str, str]:
         """What it will run, and its cost."""

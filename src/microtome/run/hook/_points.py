@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.anatomy import HookPoint, NormWeights, Site
+from microtome.anatomy import HookPoint, NormWeights, Site, weight_of
 from microtome.run.hook._hooks import HookSet
 
 Visit = Callable[[Tensor], Tensor | None]
@@ -153,8 +153,7 @@ def _result(o: Any, point: HookPoint, visit: Visit) -> Any:
     def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         def compute() -> Tensor:
             z = input_of(args, kwargs).unflatten(-1, (point.heads or 1, -1))
-            weight = o.weight if type(o).__name__ == "Conv1D" else o.weight.T
-            return torch.einsum("bphd,hdm->bphm", z, weight.unflatten(0, (point.heads or 1, -1)))
+            return torch.einsum("bphd,hdm->bphm", z, weight_of(o).T.unflatten(0, (point.heads or 1, -1)))
 
         whole = output_of(output)
         own = made_of(whole, "results", compute)
