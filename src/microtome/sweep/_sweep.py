@@ -12,7 +12,7 @@ from microtome.anatomy import Site
 from microtome.context import current
 from microtome.edit import Zero
 from microtome.errors import BudgetError, EditError, error
-from microtome.metric import Metric, TokenSubsetMetric
+from microtome.metric import Metric, TokenSubsetMetric, in_ids
 from microtome.run import FIXED, Batch, LoadedModel, Prompt, free_memory, in_bytes, plan_of
 from microtome.shown import brief, shown
 from microtome.sweep._edges import Edge, Edges, bytes_of_edges
@@ -136,7 +136,7 @@ class Sweep:
         budget: int | None = None,
     ) -> None:
         """Check, group and plan the cells; see `Model.sweep`."""
-        self._model, self._cells, self._metric, self._prompts = model, cells, metric, prompts
+        self._model, self._cells, self._metric, self._prompts = model, cells, in_ids(metric, model), prompts
         model.require_mapped()
         self._batch = model.to_batch(prompt)
         _check(self._batch, cells, prompts)
