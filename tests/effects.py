@@ -114,7 +114,7 @@ def words() -> xr.Dataset:
     data = xr.Dataset({"word": (ranked, tokens, {"title": "top tokens", "shade": "probability"})})
     data["probability"], data["ids"] = (ranked, p), (ranked, np.arange(30).reshape(3, 5, 2))
     data["entropy"] = (("layer", "pos"), p[..., 0], {"unit": "nats"})
-    coords = {"layer": ("layer", [0, 1, 2], {"last": "out"}), "token": ("pos", CLEAN)}
+    coords = {"layer": ("layer", [-1, 0, 1], {"before": "embed"}), "token": ("pos", CLEAN)}
     return data.assign_coords(coords).assign_attrs(method="lens")
 
 

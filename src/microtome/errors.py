@@ -25,6 +25,10 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 
+class MicrotomeWarning(UserWarning):
+    """Something that was done as asked and is likely not what was meant; the command line says it on stderr."""
+
+
 class MicrotomeError(Exception):
     """The root of the tree: catch it to catch every error that Microtome raises on purpose."""
 

@@ -282,7 +282,7 @@ def test_neurons_are_listed_beside_their_distribution(tab: Tab, tmp_path: Path) 
 def test_tokens_stand_in_cells_from_the_last_layer_down(tab: Tab, tmp_path: Path) -> None:
     tab.open(write_page(tmp_path / "a.html", effects.words()))
     rows = tab.eval("[...document.querySelectorAll('.word-map tbody tr')].map((r) => r.innerText.split(/\\s+/))")
-    assert [row[0] for row in rows] == ["out", "1", "0"]
+    assert [row[0] for row in rows] == ["1", "0", "embed"]
     assert rows[0][-2:] == ["·<i>Paris", "↵"]
     share = "[...document.querySelectorAll('.word')].map((w) => w.style.getPropertyValue('--share'))"
     assert tab.eval(share)[8:10] == ["72%", "75%"]

@@ -64,7 +64,8 @@ def test_lens_and_contributions(cli: Cli, saved: Path) -> None:
     assert len(lens["variables"]["word"]["values"]) == families.N_LAYERS + 1
     assert lens["variables"]["answer_rank"]["values"][-1] == [[0] * 5]
     cut = json.loads(cli("lens", "the cat sat on the", "-m", saved, "--every", 2, "--positions", "-2--1", "--json").out)
-    assert cut["coords"]["layer"]["values"] == [1, 3]
+    assert cut["coords"]["layer"]["values"] == [0, 2]
+    assert lens["coords"]["layer"]["values"] == [-1, 0, 1, 2]
     assert cut["coords"]["pos"]["values"] == [3, 4]
     for flags in ((), ("--detail", "source"), ("--detail", "neuron"), ("--detail", "source", "--detail", "neuron")):
         told = json.loads(cli("contributions", "the cat sat", "-m", saved, "--json", *flags).out)

@@ -117,6 +117,8 @@ def test_all_components_and_what_cannot_act() -> None:
     )
     assert bool(alone["total_control"].isnull().all())  # nothing is like them
     assert data.attrs["ablation"] == "zero"
+    for said in (data.attrs["sign"], data.attrs["reading"], data["total"].attrs["meaning"]):
+        assert "ablated minus clean" in said  # which the literal ablations above are
     slope = data["slope"].values
     each, sums = data["direct_each"].values[:, 0], data["repair_each"].values[:, 0].sum(-1)
     d = each - each.mean()
@@ -160,6 +162,8 @@ def test_a_task_gives_prompts_answers_and_corrupt_prompts() -> None:
     ("change", "text"),
     [
         ({"components": ["0.resid_pre"]}, '"0.resid_pre" is not a component; allowed: heads'),
+        ({"components": "mlps"}, '"mlps" is not a component; .* "\\*.mlp_out", or the words "branches" and'),
+        ({"components": ["0.mlpout"]}, '"0.mlpout" is not a component; allowed: heads'),
         ({"components": ["0.attn_out@2"]}, '"0.attn_out@2" is not a component'),
         ({"answer": [11, 12]}, "there must be one answer per example; got 2; allowed: 3"),
         ({"foil": ANSWERS}, 'the foil equals the answer in example 0; got "11"'),

@@ -111,7 +111,12 @@ def test_the_lens_ends_at_the_model_and_begins_at_the_embedding(name: str) -> No
     final = run.logits.softmax(-1).topk(4)
     assert abs(torch.from_numpy(data["probability"].values[-1]) - final.values).max() < 1e-4
     first = model.unembed(run["embed"]).softmax(-1).topk(4).values
-    assert abs(torch.from_numpy(data["probability"].values[0]) - first).max() < 1e-5
+    assert abs(torch.from_numpy(data["probability"].sel(layer=-1).values) - first).max() < 1e-5
+    assert data["layer"].values.tolist() == list(range(-1, model.anatomy.n_layers))
+    streams = model.run(ids(), capture="*.resid_post")
+    for layer in range(model.anatomy.n_layers):  # as the addresses count them
+        best = model.unembed(streams[f"{layer}.resid_post"]).softmax(-1).topk(4).values
+        assert abs(torch.from_numpy(data["probability"].sel(layer=layer).values) - best).max() < 1e-5
     assert (data["answer_rank"][-1] == 0).all()
     assert data["entropy"].min() >= 0
     assert data["entropy"].max() <= math.log(model.anatomy.d_vocab)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -313,3 +314,127 @@ def test_bytes_are_neither_answers_nor_spans_and_sets_have_no_order() -> None:
         mt.explain.contributions(m, [PROMPT] * 3, answer=b"abc")  # type: ignore[arg-type]
     with pytest.raises(PromptError, match="cannot read the prompt; got set"):
         rows_of({5, 6}, None)
+
+
+# ------------------------------------------------------------------------------------------------- answers and metrics
+
+
+@pytest.mark.parametrize("kind", ["bpe-bos", "llama-2"])
+def test_a_metric_takes_text_where_a_function_does(kind: str) -> None:
+    m = model(kind)
+    paris, rome, bern = (m.to_id(f" {word}") for word in ("Paris", "Rome", "Lima"))
+    cells = [mt.edit.Zero("0.mlp_out"), mt.edit.Zero("1.attn_out")]
+    mk = mt.metric
+    both = [
+        (mk.LogitDifference(" Paris", foil=" Rome"), mk.LogitDifference(paris, foil=rome)),
+        (mk.LogitDifference([" Paris", rome], foil=bern), mk.LogitDifference([paris, rome], foil=bern)),
+        (mk.LogProbability(" Paris"), mk.LogProbability(paris)),
+        (mk.Probability(" Paris", position=-2), mk.Probability(paris, position=-2)),
+        (mk.Rank([" Paris", " Rome"]), mk.Rank([paris, rome])),
+        (mk.SpanLoss([" Paris Rome"] * 2, positions=(-2, -1)), mk.SpanLoss([[paris, rome]] * 2, positions=(-2, -1))),
+        (
+            mt.tasks.LogOdds([(" Paris", bern)] * 2, [(" Rome",)] * 2),
+            mt.tasks.LogOdds([(paris, bern)] * 2, [(rome,)] * 2),
+        ),
+    ]
+    for text, ids in both:
+        found, expected = (m.sweep([PROMPT, OTHER], cells, metric, prompts=[0, 1]).run() for metric in (text, ids))
+        assert torch.equal(found.values, expected.values)
+        assert expected.effects.abs().max() > 0.005 * expected.values.abs().max()
+        with pytest.raises(mt.errors.EditError, match="must be read by a model's tokenizer first"):
+            text.read(torch.zeros(2, 2, 6000), torch.arange(2))
+    given = {"sites": ["resid_pre"], "share": False}
+    patched = mt.explain.patch(m, PROMPT, OTHER, metric=both[0][0], **given)
+    assert patched.equals(mt.explain.patch(m, PROMPT, OTHER, metric=both[0][1], **given))
+    nodes = mt.explain.node_effects(m, PROMPT, OTHER, metric=mk.LogProbability(" Paris"))
+    assert nodes["effect"].equals(mt.explain.node_effects(m, PROMPT, OTHER, metric=mk.LogProbability(paris))["effect"])
+
+
+@pytest.mark.parametrize(
+    ("made", "kind", "text"),
+    [
+        (lambda: mt.metric.LogitDifference(" Paris", foil=" Paris"), mt.errors.EditError, "the foil equals the answer"),
+        (lambda: mt.metric.LogProbability("Paris"), PromptError, 'with its space: " Paris"'),
+        (lambda: mt.metric.Rank([]), mt.errors.EditError, "cannot read the tokens of a metric"),
+        (lambda: mt.metric.Rank(b"a"), mt.errors.EditError, "cannot read the tokens of a metric; got b'a'"),
+        (lambda: mt.metric.SpanLoss([" Paris"], positions=(-2, -1)), mt.errors.EditError, "got ' Paris', 1 tokens"),
+    ],
+)
+def test_texts_of_a_metric_that_cannot_be_read(made: Any, kind: Any, text: str) -> None:
+    with pytest.raises(kind, match=text):
+        model("bpe-bos").sweep(PROMPT, [mt.edit.Zero("0.mlp_out")], made())
+
+
+def test_a_metric_in_text_needs_a_tokenizer() -> None:
+    bare = mt.open(families.build("llama-gqa"), prove=False)
+    with pytest.raises(PromptError, match='cannot read " Paris": this model was opened without a tokenizer'):
+        bare.sweep([5, 6], [mt.edit.Zero("0.mlp_out")], mt.metric.Probability(" Paris"))
+
+
+def spaced(kind: str = "bpe-bos") -> tuple[mt.Model, int, int]:
+    """A model whose words without a space are tokens, and the ids of "is" and " is"; the second is far likelier."""
+    m = model(kind)
+    return m, m.to_id("is"), m.to_id(" is")
+
+
+@pytest.fixture
+def likelier(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes one token a hundred times as likely as it was, after every prompt."""
+
+    def make(m: mt.Model, token: int, times: float) -> None:
+        bias = torch.zeros(m.anatomy.d_vocab)
+        bias[token] = np.log(times)
+        hook = m.hf.lm_head.register_forward_hook(lambda module, given, out: out + bias)
+        undo.append(hook)
+
+    undo: list[Any] = []
+    yield make
+    for hook in undo:
+        hook.remove()
+
+
+ASKED = {
+    "contributions": lambda m, a: mt.explain.contributions(m, PROMPT, answer=a),
+    "patch": lambda m, a: mt.explain.patch(m, PROMPT, OTHER, answer=a, sites=["mlp_out"], share=False),
+    "metric": lambda m, a: mt.explain.patch(
+        m, PROMPT, OTHER, metric=mt.metric.LogProbability(a), sites=["mlp_out"], share=False
+    ),
+    "component_effects": lambda m, a: mt.explain.component_effects(m, [PROMPT], answer=a, components=["0.mlp_out"]),
+    "causal_trace": lambda m, a: mt.explain.causal_trace(m, PROMPT, subject="France", answer=a, samples=1),
+    "attention_knockout": lambda m, a: mt.explain.attention_knockout(m, PROMPT, keys="France", answer=a, controls=0),
+    "node_effects": lambda m, a: mt.explain.node_effects(m, PROMPT, OTHER, answer=a),
+    "attribute": lambda m, a: mt.explain.attribute(m, PROMPT, OTHER, answer=a, verify=0, sites=["mlp_out"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", sorted(ASKED))
+def test_an_answer_without_its_space_is_warned_of(method: str, likelier: Any) -> None:
+    m, bare, word = spaced()
+    chances = m.run(PROMPT).logits[0, -1].log_softmax(-1)
+    likelier(m, word, 1000 * float((chances[bare] - chances[word]).exp()))
+    with pytest.warns(mt.errors.MicrotomeWarning, match=r"the answer is the token 'is', and ' is' is 1e\+03 times as"):
+        ASKED[method](m, "is")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mt.errors.MicrotomeWarning)
+        ASKED[method](m, " is")
+        ASKED[method](m, bare)  # an id is what it is
+
+
+def test_no_warning_where_the_other_form_is_not_far_likelier(likelier: Any) -> None:
+    m, bare, word = spaced()
+    chances = m.run(PROMPT).logits[0, -1].log_softmax(-1)
+    likelier(m, word, 9 * float((chances[bare] - chances[word]).exp()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mt.errors.MicrotomeWarning)
+        ASKED["contributions"](m, "is")
+
+
+def test_behind_a_space_the_form_with_another_one_is_warned_of(likelier: Any) -> None:
+    m, bare, word = spaced()
+    ended = PROMPT + " "
+    chances = m.run(ended).logits[0, -1].log_softmax(-1)
+    likelier(m, bare, 1000 * float((chances[word] - chances[bare]).exp()))
+    with pytest.warns(mt.errors.MicrotomeWarning, match="the answer is the token ' is', and 'is' is"):
+        mt.explain.contributions(m, ended, answer=" is")
+    with pytest.warns(mt.errors.MicrotomeWarning, match="the foil of example 1 is the token ' is'"):
+        mt.explain.contributions(m, [PROMPT, ended], answer=word + 1, foil=" is")

@@ -270,19 +270,20 @@ def test_a_matrix_reads_from_its_rows_to_its_columns() -> None:
 def test_tokens_are_coloured_by_their_shade_and_hold_a_line_a_rank() -> None:
     data = effects.words()
     (form,) = forms(data).of(TokenMap)
-    assert form.layers == ("0", "1", "out")
+    assert form.layers == ("embed", "0", "1")
     np.testing.assert_array_equal(form.values, data["probability"].values)
     text = shown(data)
     lines = [row.strip() for row in text.splitlines()]
-    (at,) = [i for i, row in enumerate(lines) if row.startswith("out")]
-    assert lines[at].startswith("out ·w200 .69")
+    (at,) = [i for i, row in enumerate(lines) if row.startswith("1 ·w")]
+    assert lines[at].startswith("1 ·w200 .69")
     assert lines[at].endswith("·<i>Paris .97")
     assert lines[at + 1].endswith("↵ 1.0")
-    assert lines.index(next(row for row in lines if row.startswith("0 ·w000"))) > at, "the last layer stands first"
+    assert lines.index(next(row for row in lines if row.startswith("embed ·w000"))) > at, "the last layer stands first"
     section = page_values(data)["sections"][0]
-    assert section["layers"] == ["out", "1", "0"]
+    assert section["layers"] == ["1", "0", "embed"]
     assert section["cells"][0][4] == [[" <i>Paris", 0.96552, 0.96552], ["\n", 1.0, 1.0]]
     assert "·<i>Paris 0.966, ↵ 1" in html_titles(data)
+    assert forms(data.isel(layer=[1, 2])).of(TokenMap)[0].layers == ("0", "1")
     turned = forms(data.transpose("pos", "rank", "layer")).of(TokenMap)[0]
     assert (turned.words == form.words).all()
     narrow = shown(data[["word", "probability"]], width=30)

@@ -82,6 +82,7 @@ def test_senders_stand_at_the_left_and_receivers_above() -> None:
     assert text.count("embed → 1.mlp.in") == 1, "a map that sums another up is not listed"
     assert "strongest score between two layers" in text
     assert [len(one["strongest"]) for one in told(page_text(data))["maps"]] == [6, 0]
+    assert told(page_text(data))["maps"][0]["size"] == 6, "of 9 pairs: where there is no edge, there is no cell"
 
 
 def test_a_dataset_with_nothing_to_draw_has_no_page() -> None:

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from microtome.cli import _atlas, _cache, _check, _model, _run, _tasks
 from microtome.cli._methods import MeasureGroup, MethodGroup
-from microtome.errors import BudgetError, MicrotomeError, OutputError, error
+from microtome.errors import BudgetError, MicrotomeError, MicrotomeWarning, OutputError, error
 
 app = typer.Typer(
     name="microtome",
@@ -129,6 +129,13 @@ def _hush() -> None:
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=MicrotomeWarning)
+    warnings.showwarning = _note
+
+
+def _note(message: Warning | str, *where: Any, **more: Any) -> None:
+    """Our own warnings on stderr, without the place in the code."""
+    _say(f"microtome: note: {message}")
 
 
 @contextmanager

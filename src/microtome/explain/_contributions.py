@@ -86,7 +86,7 @@ def contributions(
     wanted += [f"*.attn.pattern{at}", "*.attn.v"] if "source" in detail else []
     run = model.run(prompt, capture=wanted)
     with torch.no_grad():
-        reader = _Reader(model, run, at, answer, foil)
+        reader = _Reader(model, run, answer, foil, position)
         values = reader.values(detail)
     coords: dict[str, Any] = {"layer": list(range(model.anatomy.n_layers)), "head": list(range(model.anatomy.n_heads))}
     words = {"answer": reader.answers, "foil": reader.foils}
@@ -119,15 +119,17 @@ def refuse_unless_sum(model: Model) -> None:
 class _Reader:
     """Reads what was written at one position through the final norm, in the direction of the answer."""
 
-    def __init__(self, model: Model, run: Run, at: str, answer: Answer | None, foil: Answer | None) -> None:
-        self.model, self.run, self.at, self.a = model, run, at, model.anatomy
+    def __init__(self, model: Model, run: Run, answer: Answer | None, foil: Answer | None, position: int) -> None:
+        self.model, self.run, self.at, self.a = model, run, f"@{position}", model.anatomy
         norm = model.final_norm
         assert norm is not None
         logits = self._before_cap()
         own = logits.argmax(-1).tolist() if answer is None else answer
-        self.answers, self.foils = answers_and_foils(model, own, foil, len(logits))
+        ends = [range(n)[position] + 1 for n in run.batch.lengths]
+        prompts = [row[:end] for row, end in zip(run.batch.rows, ends, strict=True)]
+        self.answers, self.foils = answers_and_foils(model, own, foil, prompts)
         unembed = self._difference(model.W_U.T).double() * self.a.logit_scale
-        self.u = norm.centre(unembed * norm.gain) / run[f"final.scale{at}"].double()
+        self.u = norm.centre(unembed * norm.gain) / run[f"final.scale{self.at}"].double()
         self.constant = self.zero = unembed.new_zeros(len(logits))
         if norm.bias is not None:
             self.constant = self.constant + unembed @ norm.bias.double()

@@ -18,7 +18,7 @@ from torch import Tensor
 from microtome.context import current, settings
 from microtome.edit import Patch
 from microtome.errors import EditError, PromptError, error
-from microtome.explain._answers import Answer, answer_metric, metric_in_words, require_metric
+from microtome.explain._answers import Answer, answer_metric, metric_in_words, metric_of
 from microtome.explain._graph import Graph, graph
 from microtome.explain._pair import CleanPrompt, CorruptOrRun, one_pair
 from microtome.explain._pairs import AnswerOfClean, Direction, FoilOfCorrupt, ReadMetric
@@ -185,9 +185,8 @@ def _ends(
         what, do = "one prompt can only take values from a run of one row", "run the corrupt prompt alone"
         raise error(PromptError, what, got=got, allowed="one each", do=do)
     if metric is None:
-        return tokens, corrupt, answer_metric(model, answer, foil)
-    require_metric(metric)
-    return tokens, corrupt, metric
+        return tokens, corrupt, answer_metric(model, answer, foil, [tokens[0]])
+    return tokens, corrupt, metric_of(model, metric, [tokens[0]])
 
 
 def _found(effects: Tensor, axes: Mapping[str, Sequence[str]], base: Tensor, metric: Metric, direction: str) -> Found:

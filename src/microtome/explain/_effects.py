@@ -38,10 +38,14 @@ ABLATIONS = ("zero", "mean", "resample", "corrupt")
 RECEIVERS = ("branches", "heads")
 BRANCHES = ("attn_out", "mlp_out")
 PARTS = "none: they sum to the total, exactly"
+SIGN = "ablated minus clean, so that below 0 the component helps the answer"
 
 
-def _effect(name: str, meaning: str, control: str = PARTS, dims: tuple[str, ...] = ("component",)) -> Column:
-    return Column(name, "logits", f"change of the logit (difference) {meaning}", control, dims=dims, test=True)
+def _effect(
+    name: str, meaning: str, control: str = PARTS, dims: tuple[str, ...] = ("component",), sign: str = SIGN
+) -> Column:
+    meaning = f"change of the logit (difference) {meaning}; {sign}"
+    return Column(name, "logits", meaning, control, dims=dims, test=True)
 
 
 @question(
@@ -56,7 +60,8 @@ def _effect(name: str, meaning: str, control: str = PARTS, dims: tuple[str, ...]
         _effect("direct", "through the component's own output, with what follows held fixed"),
         _effect("indirect", "other than the direct effect: total - direct"),
         _effect("norm", "due to the final norm and any soft cap on the logits"),
-        _effect("repair", "through a later component, the receiver", dims=("component", "receiver")),
+        _effect("repair", "through a later component, the receiver", dims=("component", "receiver"),
+                sign="ablated minus clean, so that above 0 the receiver repairs what a helpful component did"),
         Column("slope", "logits per logit", "slope of the summed repairs on the direct effect, over examples",
                "none: 0 is no repair, -1 full repair", dims=("component",)),
         Column("clean", "logits", "the logit (difference) without ablation", "none: the baseline of the changes",
@@ -69,7 +74,8 @@ def _effect(name: str, meaning: str, control: str = PARTS, dims: tuple[str, ...]
     cost="(L - l)/L of a forward per example and component of layer l, in batches of one layer's components",
     check="tests/laws/test_effects.py, tests/planted/test_causal.py",
     call='mt.explain.component_effects(model, ["The capital of France is"], answer=" Paris", foil=" Rome")',
-    reading="Below 0, the component helps the answer; a repair above 0 compensates for its loss.",
+    reading="Every effect is ablated minus clean: below 0, the component helps the answer; a repair above 0 "
+    "compensates for its loss.",
 )  # fmt: skip
 def component_effects(
     model: Model,
@@ -82,7 +88,7 @@ def component_effects(
     foil: FoilOfCorrupt = None,
     components: Annotated[
         str | Sequence[str],
-        Argument('addresses such as "3.attn.z[2]" or "3.mlp_out", or all "branches" or "heads"', from_text=str),
+        Argument('addresses such as "3.attn.z[2]" or "*.mlp_out", or all "branches" or "heads"', from_text=str),
     ] = "branches",
     receivers: Annotated[str, Argument("split repair by branch or by head", choices=RECEIVERS)] = "branches",
     ablation: Annotated[str, Argument("what replaces a component", choices=ABLATIONS)] = "mean",
@@ -128,7 +134,7 @@ def component_effects(
         each=each,
         coords={"component": [str(a) for a in named], "receiver": _names(model, receivers)},
         attrs={"positions": "all" if everywhere else "last", "examples": len(rows)}
-        | {"metric": "logit of the answer" if foils is None else "logit difference"},
+        | {"metric": "logit of the answer" if foils is None else "logit difference", "sign": SIGN},
     )
 
 
@@ -146,7 +152,7 @@ def _examples(
     rows: list[Tensor] = model.to_batch(prompts).rows  # pyright: ignore[reportArgumentType]
     if answer is None:
         raise error(PromptError, "there is nothing to read", do="give answer=")
-    answers, foils = answers_and_foils(model, answer, foil, len(rows))
+    answers, foils = answers_and_foils(model, answer, foil, rows)
     return rows, None if corrupt is None else model.to_batch(corrupt).rows, answers, foils
 
 
@@ -157,16 +163,26 @@ def _components(model: Model, components: str | Sequence[str], receivers: str) -
     named: list[Address] = []
     listed = [components] if isinstance(components, str) else components
     for text in [one for name in listed for one in (_names(model, name) if name in RECEIVERS else [name])]:
-        address = parse(text)
-        head = address.name == "attn.z" and not address.units.is_all
-        if not (head or (address.name in BRANCHES and address.units.is_all)) or "@" in text:
-            raise error(
-                SiteError, f'"{text}" is not a component',
-                allowed='heads "3.attn.z[2]", branches "3.attn_out" and "3.mlp_out"',
-                do="name one of these, without positions",
-            )  # fmt: skip
+        address = _component(text)
         named += [address.at(site.layer) for site in model.anatomy.sites(address)]
     return named
+
+
+def _component(text: str) -> Address:
+    """The address of a head or a branch, in one layer or in several."""
+    try:
+        address = parse(text)
+        head = address.name == "attn.z" and not address.units.is_all
+        fits = (head or (address.name in BRANCHES and address.units.is_all)) and "@" not in text
+    except SiteError:  # which would name other sites
+        address, fits = None, False
+    if address is None or not fits:
+        raise error(
+            SiteError, f'"{text}" is not a component',
+            allowed='heads "3.attn.z[2]", branches "3.attn_out" and "3.mlp_out", those of all layers "*.mlp_out", or '
+            'the words "branches" and "heads"', do="name one of these, without positions",
+        )  # fmt: skip
+    return address
 
 
 def _names(model: Model, kind: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The logit lens: what the model would predict if it ended after each layer.
 
-Formula:  logits_l = unembed(final_norm(resid_pre_l)), l = 0 .. L, where l = L is the stream after the last layer, so
-          that logits_L are the model's own.
+Formula:  logits_l = unembed(final_norm(resid_post_l)), l = 0 .. L - 1, so that those of the last layer are the model's
+          own; and l = -1 for the stream before the first layer, the embedding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def _number(name: str, unit: str, meaning: str, *extra: str) -> Column:
     cost="one forward, and L + 1 unembeddings of every position",
     check="tests/laws/test_explain.py",
     call='mt.explain.logit_lens(model, "The capital of France is")',
-    reading="Each cell is the token predicted from the stream before a layer; the last row is the model's output.",
+    reading="Each cell is the token predicted from the stream after a layer, its resid_post; embed is the stream "
+    "before the first layer, and the last layer's row is the model's output.",
 )  # fmt: skip
 def logit_lens(
     model: Model,
@@ -80,8 +81,8 @@ def logit_lens(
     words = {t: model.to_words([t])[0] for t in ids.unique().tolist()}
     text = [[[[words[t] for t in p] for p in b] for b in layer] for layer in ids.tolist()]
     coords = {
-        "layer": ("layer", list(range(n + 1)), {"last": "out"}), "pos": list(range(ids.shape[2])),
+        "layer": ("layer", list(range(-1, n)), {"before": "embed"}), "pos": list(range(ids.shape[2])),
         "prompt": (("batch", "pos"), run.words),
         "answer": (("batch", "pos"), [model.to_words(row) for row in answer.squeeze(-1)]),
     }  # fmt: skip
-    return Found(values | {"word": text}, coords=coords, attrs={"layers": f"{n} is after the last layer"})
+    return Found(values | {"word": text}, coords=coords, attrs={"layers": "after each layer; -1 is the embedding"})

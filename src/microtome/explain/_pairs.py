@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
-from microtome.explain._answers import Answer, answers_and_foils, metric_in_words, require_metric
+from microtome.explain._answers import Answer, answers_and_foils, metric_in_words, metric_of
 from microtome.explain._spans import span_of
 from microtome.method import Argument, Span
 from microtome.metric import LogitDifference, LogProbability, Metric
@@ -251,8 +251,7 @@ def _reading(
 ) -> Pairs:
     """The pairs with what is read: a metric that was given, answers that were given, or those of the task."""
     if metric is not None:
-        require_metric(metric)
-        return Pairs(tokens, metric)
+        return Pairs(tokens, metric_of(model, metric, [pair[0] for pair in tokens]))
     if answer is None and task is not None:
         sets = [pair.answer_ids for pair in task], [pair.foil_ids for pair in task]
         if not all(len(ids) == 1 for side in sets for ids in side):
@@ -261,7 +260,7 @@ def _reading(
         answer, foil = ([ids[0] for ids in side] for side in sets)
     if answer is None:
         raise error(PromptError, "there is nothing to read", do="give answer= or metric=")
-    answers, foils = answers_and_foils(model, answer, foil, len(tokens))
+    answers, foils = answers_and_foils(model, answer, foil, [pair[0] for pair in tokens])
     ids = tuple(answers), tuple(foils or ())
     words = tuple(model.to_words(answers)), tuple(model.to_words(foils) if foils else ())
     return Pairs(tokens, _of_tokens(*ids), *ids, *words)

@@ -48,6 +48,12 @@ READING = {
     "noise": "Each cell is one run of the clean prompt with one activation taken from the corrupt run: 0 leaves the "
     "clean answer, 1 fully replaces it by the corrupt one.",
 }
+CHANGES = {
+    "denoise": "Each cell is one run of the corrupt prompt with one activation taken from the clean run, minus the "
+    "corrupt run: above 0, that activation raises the {metric}.",
+    "noise": "Each cell is one run of the clean prompt with one activation taken from the corrupt run, minus the clean "
+    "run: below 0, the activation that it replaces raises the {metric}.",
+}
 
 
 @question(
@@ -117,13 +123,14 @@ def patch(
         effects = effects / (gaps.mean() if direction == "denoise" else -gaps.mean())
         unit = "share of the gap" if len(pairs) == 1 else "share of the mean gap"
     coords, attrs = _attributes(model, pairs, kept, gaps)
+    reading = READING[direction] if share else CHANGES[direction].format(metric=attrs["metric"])
     cells, one = _by_site(layouts[0], effects), len(pairs) == 1
     values = {name: ((), ends[0, i]) if one else (("example",), ends[:, i]) for i, name in enumerate(ENDS)}
     return Found(
         values | ({site: (dims, x[0]) for site, (dims, x) in cells.items()} if one else {}),
         each={} if one else cells,
         coords=coords | {axis: labels, "layer": list(range(model.anatomy.n_layers))},
-        attrs=attrs | {"direction": direction} | ({"reading": READING[direction]} if share else {}),
+        attrs=attrs | {"direction": direction, "reading": reading},
         units=dict.fromkeys(sites, unit) | dict.fromkeys(ENDS, pairs.unit),
     )
 

@@ -8,4 +8,7 @@ from microtome.metric._metrics import Metric as Metric
 from microtome.metric._metrics import Probability as Probability
 from microtome.metric._metrics import Rank as Rank
 from microtome.metric._metrics import SpanLoss as SpanLoss
+from microtome.metric._metrics import TextMetric as TextMetric
 from microtome.metric._metrics import TokenSubsetMetric as TokenSubsetMetric
+from microtome.metric._metrics import Vocabulary as Vocabulary
+from microtome.metric._metrics import in_ids as in_ids

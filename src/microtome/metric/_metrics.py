@@ -3,13 +3,14 @@
 Formula:  logit difference  z[answer] - z[foil];     probability  softmax(z)[answer];     log-probability of it;
           rank of the answer (0 is first);   KL(base || row) = sum p_base (log p_base - log p_row), in nats;
           loss over a span = -mean log p(next token), in nats.
+          Tokens are named by their ids, or as text of one token that a model's tokenizer then reads.
 Check:    against plain torch on random logits; tests/unit/test_metrics.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -46,12 +47,77 @@ class TokenSubsetMetric(Protocol):
         ...
 
 
-def _ids(tokens: int | Sequence[int] | Tensor) -> tuple[int, ...]:
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What reads the text of tokens: an open model."""
+
+    def to_id(self, token: str | int) -> int:
+        """The id of a text of one token; an id is itself."""
+        ...
+
+    def continuation(self, text: str) -> list[int]:
+        """The ids that a text becomes inside another one."""
+        ...
+
+
+@runtime_checkable
+class TextMetric(Protocol):
+    """A metric that may name its tokens as text."""
+
+    def in_ids(self, vocabulary: Vocabulary) -> Metric:
+        """The same metric with the ids of these tokens."""
+        ...
+
+
+def in_ids(metric: Metric, vocabulary: Vocabulary) -> Metric:
+    """A metric with ids in the place of texts, as all that reads it needs it.
+
+    Raises:
+        PromptError: a text is not one token of the vocabulary, or there is no tokenizer to read it.
+    """
+    return metric.in_ids(vocabulary) if isinstance(metric, TextMetric) else metric
+
+
+Token = int | str
+Tokens = Token | Sequence[Token] | Tensor
+"""One token, or one a prompt; each an id or a text."""
+
+
+def _named(tokens: Any) -> tuple[Any, ...] | None:
+    """The tokens that were given if any of them is a text; None if they are ids or nothing that can be read."""
+    if isinstance(tokens, str):
+        return (tokens,)
+    several = isinstance(tokens, Sequence) and not isinstance(tokens, bytes | bytearray)
+    return tuple(cast("Sequence[Any]", tokens)) if several and any(isinstance(t, str) for t in tokens) else None
+
+
+def _named_or_ids(tokens: Tokens) -> tuple[Any, ...]:
+    named = _named(tokens)
+    return _ids(tokens) if named is None else named
+
+
+def _read_texts(tokens: Any, vocabulary: Vocabulary) -> Any:
+    """The tokens with their ids in the place of texts; ids stay as they were given."""
+    named = _named(tokens)
+    if named is None:
+        return tokens
+    ids = [vocabulary.to_id(t) for t in named]
+    return ids[0] if isinstance(tokens, str) else ids
+
+
+def _ids(tokens: Tokens) -> tuple[int, ...]:
     """The ids that were given: one, or one a prompt.
 
     Raises:
-        EditError: there are none, or they are not whole numbers, such as the text of a token.
+        EditError: there are none, they are not whole numbers, or they are texts that no tokenizer has read yet.
     """
+    if _named(tokens) is not None:
+        raise error(
+            EditError,
+            "a metric that names tokens as text must be read by a model's tokenizer first",
+            got=repr(tokens),
+            do="give it to a sweep or a method, or call its in_ids(model)",
+        )
     try:
         listed: list[Any] = np.atleast_1d(np.asarray(tokens.cpu() if isinstance(tokens, Tensor) else tokens)).tolist()
         ids = tuple(index(t) for t in listed)
@@ -60,12 +126,17 @@ def _ids(tokens: int | Sequence[int] | Tensor) -> tuple[int, ...]:
     if not ids:
         raise error(
             EditError,
-            "a metric names tokens by their ids",
+            "cannot read the tokens of a metric",
             got=repr(tokens),
-            allowed="one id, or one per prompt",
-            do="give the id that the tokenizer has for this text",
+            allowed="one token, or one per prompt: ids, or texts of one token",
+            do="give one of these",
         )
     return ids
+
+
+def _ids_alone(targets: Any) -> Any:
+    """Targets that are ids; texts are refused as `_ids` does."""
+    return _ids(targets) if _named(targets) is not None else targets
 
 
 def _pick(ids: tuple[int, ...], prompts: Tensor) -> Tensor:
@@ -120,15 +191,19 @@ class _AtOne:
     """Reads one position of each prompt.
 
     Attributes:
-        answer: token id, or one a prompt.
+        answer: one token, or one a prompt: its id, or its text, such as " Paris".
         position: where, counted from the end if negative.
     """
 
-    answer: int | Sequence[int] | Tensor
+    answer: Tokens
     position: int = -1
 
     def __post_init__(self) -> None:
-        _ids(self.answer)  # refuses what is no id
+        _named_or_ids(self.answer)  # refuses what is no token
+
+    def in_ids(self, vocabulary: Vocabulary) -> Metric:
+        """The same metric with the ids of its tokens."""
+        return cast("Metric", replace(self, answer=_read_texts(self.answer, vocabulary)))
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The one column."""
@@ -144,13 +219,13 @@ class LogitDifference(_AtOne):
     """Logit of the answer minus logit of the foil.
 
     Attributes:
-        foil: token id, or one a prompt.
+        foil: one token, or one a prompt, likewise.
     """
 
-    foil: int | Sequence[int] | Tensor = field(kw_only=True)
+    foil: Tokens = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        answers, foils = _ids(self.answer), _ids(self.foil)
+        answers, foils = _named_or_ids(self.answer), _named_or_ids(self.foil)
         if len(answers) != len(foils) and 1 not in (len(answers), len(foils)):
             raise error(
                 EditError,
@@ -161,7 +236,12 @@ class LogitDifference(_AtOne):
         n = max(len(answers), len(foils))
         pairs = zip(answers * (n // len(answers)), foils * (n // len(foils)), strict=True)
         if any(a == f for a, f in pairs):
-            raise error(EditError, "the foil equals the answer", got=f"token {answers[0]}", do="choose another foil")
+            raise error(EditError, "the foil equals the answer", got=f"token {answers[0]!r}", do="choose another foil")
+
+    def in_ids(self, vocabulary: Vocabulary) -> Metric:
+        """The same metric with the ids of its tokens."""
+        answer, foil = (_read_texts(tokens, vocabulary) for tokens in (self.answer, self.foil))
+        return replace(self, answer=answer, foil=foil)
 
     def token_subset(self) -> tuple[tuple[int, ...], Metric]:
         """Answers and foils."""
@@ -262,14 +342,17 @@ class SpanLoss:
     """Mean loss of known tokens over a span.
 
     Attributes:
-        targets: [prompt, span] the tokens to be predicted, as a tensor or as lists of one length.
+        targets: [prompt, span] the tokens to be predicted, as a tensor, as lists of one length, or as one text per
+            prompt, with its leading space.
         positions: where each is predicted from, one a target.
     """
 
-    targets: Tensor | Sequence[Sequence[int]]
+    targets: Tensor | Sequence[Sequence[int]] | Sequence[str]
     positions: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if _named(self.targets) is not None:
+            return
         try:
             targets = torch.as_tensor(self.targets)
         except (TypeError, ValueError, RuntimeError):
@@ -284,13 +367,29 @@ class SpanLoss:
             )
         object.__setattr__(self, "targets", targets.long())
 
+    def in_ids(self, vocabulary: Vocabulary) -> Metric:
+        """The same metric with the ids of its targets.
+
+        Raises:
+            EditError: a text is not as many tokens as there are positions; with what it is.
+        """
+        texts = _named(self.targets)
+        if texts is None:
+            return self
+        rows = [vocabulary.continuation(text) for text in texts]
+        wrong = next((i for i, row in enumerate(rows) if len(row) != len(self.positions)), None)
+        if wrong is not None:
+            got, allowed = f"{texts[wrong]!r}, {len(rows[wrong])} tokens", f"{len(self.positions)}, one per position"
+            raise error(EditError, "a target of a SpanLoss does not fit its positions", got=got, allowed=allowed)
+        return replace(self, targets=torch.tensor(rows))
+
     def columns(self, prompt: int, length: int) -> list[int]:
         """The columns of the positions."""
         return _columns(self.positions, prompt, length)
 
     def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
         """[row], in nats."""
-        targets = torch.as_tensor(self.targets)
+        targets = torch.as_tensor(_ids_alone(self.targets))
         _check_shape("targets of a SpanLoss", targets, (int(prompts.max()) + 1, logits.shape[1]))
         vocab = logits.shape[-1]
         bad = targets[(targets < 0) | (targets >= vocab)]

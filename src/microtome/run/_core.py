@@ -224,6 +224,18 @@ class LoadedModel:
         codec = self.codec
         return " ".join(map(str, ids)) if codec is None else codec.continued(ids)
 
+    def continuation(self, text: str) -> list[int]:
+        """The ids that a text becomes inside another one, with its leading space if it has one.
+
+        Raises:
+            PromptError: there is no tokenizer, or it is no valid text.
+        """
+        codec = self.codec
+        if codec is None:
+            do = "pass token ids, or open the model with tokenizer="
+            raise error(PromptError, f'cannot read "{text}": this model was opened without a tokenizer', do=do)
+        return list(codec.continuation(text))
+
     def to_id(self, token: str | int) -> int:
         """The id of a text of one token, as it stands inside a text; an id is itself.
 

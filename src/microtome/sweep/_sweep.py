@@ -12,7 +12,7 @@ from microtome.anatomy import Site
 from microtome.context import current
 from microtome.edit import Zero
 from microtome.errors import BudgetError, EditError, error
-from microtome.metric import Metric, TokenSubsetMetric
+from microtome.metric import Metric, TokenSubsetMetric, in_ids
 from microtome.run import FIXED, Batch, LoadedModel, Prompt, free_memory, in_bytes, plan_of
 from microtome.shown import brief, shown
 from microtome.sweep._edges import Edge, Edges, bytes_of_edges
@@ -137,7 +137,7 @@ class Sweep:
     ) -> None:
         """Check, group and plan the cells; see `Model.sweep`."""
         self._cells, self._prompts = list(cells), None if prompts is None else list(prompts)
-        self._model, self._metric = model, metric
+        self._model, self._metric = model, in_ids(metric, model)
         model.require_mapped()
         self._batch = model.to_batch(prompt)
         _check(self._batch, self._cells, self._prompts)

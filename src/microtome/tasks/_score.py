@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import EditError, ModelUnsupported, PromptError, error
-from microtome.metric import LogitDifference, Metric
+from microtome.metric import LogitDifference, Metric, Vocabulary
 from microtome.model import Model
 from microtome.shown import shown
 from microtome.stream import mean_interval
@@ -38,12 +38,12 @@ class LogOdds:
     """Log-odds of a set of answers against a set of foils, at the last position; sets may differ by prompt.
 
     Attributes:
-        answers: one set of token ids per prompt.
-        foils: one set of token ids per prompt.
+        answers: one set of tokens per prompt, each an id or a text of one token.
+        foils: likewise.
     """
 
-    answers: Sequence[Ids]
-    foils: Sequence[Ids]
+    answers: Sequence[Sequence[int | str]]
+    foils: Sequence[Sequence[int | str]]
 
     def __post_init__(self) -> None:
         if len(self.answers) != len(self.foils):
@@ -59,6 +59,11 @@ class LogOdds:
                 got = f"{len(right)} answers, {len(wrong)} foils, {len(set(right) & set(wrong))} in both"
                 raise error(EditError, "answers and foils must be two disjoint sets of tokens", got=got)
 
+    def in_ids(self, vocabulary: Vocabulary) -> Metric:
+        """The same sets with the ids of their tokens."""
+        both = [[tuple(map(vocabulary.to_id, own)) for own in sets] for sets in (self.answers, self.foils)]
+        return LogOdds(*both)
+
     def columns(self, prompt: int, length: int) -> list[int]:
         """The last column."""
         return [length - 1]
@@ -69,6 +74,9 @@ class LogOdds:
         if needed > len(self.answers):
             got = f"{len(self.answers)} for {needed} prompts"
             raise error(EditError, "fewer sets of tokens than prompts", got=got, do="give one set per prompt")
+        if any(isinstance(t, str) for sets in (self.answers, self.foils) for own in sets for t in own):
+            do = "give it to a sweep or a method, or call its in_ids(model)"
+            raise error(EditError, "sets of texts must be read by a model's tokenizer first", do=do)
         rows = zip(logits[:, 0], prompts.tolist(), strict=True)
         return torch.stack([z[[*self.answers[p]]].logsumexp(0) - z[[*self.foils[p]]].logsumexp(0) for z, p in rows])
 

@@ -117,11 +117,11 @@ def unit(data: xr.Dataset, name: str) -> str:
 
 
 def labels(data: xr.Dataset, axis: str) -> tuple[str, ...]:
-    """The name of each place on an axis: its coordinate, else its number; `last` renames the last one."""
+    """The name of each place on an axis: its coordinate, else its number; `before` is the name of the place -1."""
     if axis not in data.coords:
         return tuple(map(str, range(data.sizes[axis])))
-    held = [str(value) for value in data[axis].values.tolist()]
-    return (*held[:-1], str(data[axis].attrs.get("last", held[-1]))) if held else ()
+    held, before = [str(value) for value in data[axis].values.tolist()], data[axis].attrs.get("before")
+    return tuple(str(before) if name == "-1" and before is not None else name for name in held)
 
 
 # ------------------------------------------------------------------------------------------------ the prompts and title

@@ -159,7 +159,7 @@ class HeatMap:
         limit = self._limit(canvas)
         return {
             "kind": self.kind, "name": self.name, "title": self.title, "unit": self.unit, "scale": self.scale,
-            "site": self._site(), "size": self.values.size, "listed": self.listed, "meaning": self.meaning,
+            "site": self._site(), "size": known.size, "listed": self.listed, "meaning": self.meaning,
             "across": self.across, "down": self.down, "columns": self.columns, "rows": self.rows,
             "by_token": axis_kind(self.down) == "pos",
             "limit": rounded(limit), "own": rounded(own if own > 0 else limit), "strongest": strongest,
