@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from tests.browser.conftest import LENGTH
 from tests.browser.tab import Tab
 
 from microtome.view import write_pages
@@ -49,6 +52,28 @@ CHARTS = """[...document.querySelectorAll(".charts figure")].map((f) => [
   f.querySelectorAll(".line.control").length,
 ])"""
 MAPS = "[...document.querySelectorAll('.maps figcaption b')].map((b) => b.textContent)"
+
+
+def test_a_thin_atlas_says_so_on_every_page(fake: dict[str, Any], text: Reader, dom: Reader, tmp_path: Path) -> None:
+    few = fake | {"manifest": fake["manifest"] | {"thin": ["640 tokens were read: <few>."]}}
+    page = write_pages(tmp_path, **few)
+    assert "Thin: 640 tokens were read: <few>." in text(page, "")
+    for route in ("", "#/neurons", "#/head/2.1", "#/nowhere"):
+        assert re.search(r'<a class="thin complaint"[^>]*>thin: 640 tokens</a>', dom(page, route))
+
+
+def test_measures_are_a_table_and_not_raw_json(fake: dict[str, Any], text: Reader, tmp_path: Path) -> None:
+    told = {
+        "question": "Which heads <look> back?",
+        "source": "A & B",
+        "looked_at": "text, 8 rows",
+        "check": "tests/x.py",
+    }
+    page = write_pages(tmp_path, **(fake | {"manifest": fake["manifest"] | {"measures": {"look_back": told}}}))
+    words = text(page, "")
+    assert "measure what it asks read on from" in re.sub(r"\s+", " ", words)
+    assert "look back Which heads <look> back? text, 8 rows A & B" in re.sub(r"\s+", " ", words)
+    assert '{"' not in words
 
 
 def test_columns_that_no_page_has_heard_of_come_to_their_place(page: Path, browser: str, fake: dict[str, Any]) -> None:
@@ -143,21 +168,59 @@ def test_list_sorts_by_permalink(page: Path, dom: Reader, fake: dict[str, Any]) 
     assert addresses(dom(page, "#/neurons?sort=max&desc=0"), "neuron") == expected[::-1][:50]
 
 
-@pytest.mark.parametrize(
-    ("query", "expected"),
-    [
-        ("Paris", ["1.5"]),
-        ("1.5", ["1.5"]),
-        ("1.mlp.post[5]", ["1.5"]),
-        ("2.*%20max%3E999", []),
-        ("paris%20max>=0", ["1.5"]),
-    ],
-)
-def test_list_filters_by_permalink(page: Path, dom: Reader, query: str, expected: list[str]) -> None:
-    document = dom(page, f"#/neurons?q={query}")
-    assert addresses(document, "neuron") == expected
+def with_word(fake: dict[str, Any], word: str) -> list[str]:
+    """Neurons that promote or suppress a token with a word in it, or show it in an example, by a plain look."""
+    tokens, vocab = fake["tokens"], fake["vocab"]
+
+    def shows(row: dict[str, Any]) -> bool:
+        listed = [vocab[i] for i in (*row["promoted"], *row["suppressed"])]
+        shown = [
+            "".join(tokens[max(start, at - 24) : min(start + LENGTH, at + 13)])
+            for at, start in zip(row["example_index"], row["example_start"], strict=True)
+        ]
+        return any(word in text.lower() for text in (*listed, *shown))
+
+    return [f"{row['layer']}.{row['neuron']}" for row in fake["tables"]["neurons"].to_pylist() if shows(row)]
+
+
+@pytest.mark.parametrize("query", ["1.5", "1.mlp.post[5]", "1.5 max > 0", "1.5 MAX>=0"])
+def test_list_filters_by_permalink(page: Path, dom: Reader, query: str) -> None:
+    document = dom(page, f"#/neurons?q={quote(query)}")
+    assert addresses(document, "neuron") == ["1.5"]
+    assert "1 of 210 neurons" in document
+    assert "found in" not in document
+
+
+@pytest.mark.parametrize("word", ["Paris", "paris", "word7", "word19", '"4 word1"', "nowhere"])
+def test_words_are_found_in_tokens_and_in_examples(page: Path, dom: Reader, fake: dict[str, Any], word: str) -> None:
+    """Also words that several tokens write together, and in quotes a space."""
+    expected = with_word(fake, word.strip('"').lower())
+    promoting = [n for n in expected if n in with_word(fake | {"tokens": [""] * 640}, word.strip('"').lower())]
+    if word != "nowhere":
+        assert 0 < len(expected) < 210
+        assert len(expected) > len(promoting), "examples count for this word"
+    document = dom(page, f"#/neurons?q={quote(word)}")
+    assert addresses(document, "neuron") == expected[:50]
     assert f"{len(expected)} of 210 neurons" in document
-    assert document.count("token hit") == (1 if "paris" in query.lower() else 0), "what was searched for is marked"
+    found = re.findall(r'<td class="found">(.*?)</td>', document, flags=re.S)
+    assert len(found) == min(50, len(expected))
+    for cell in found:
+        plain = html.unescape(re.sub(r"<[^>]*>", "", cell))
+        marked = html.unescape("".join(re.findall(r"<mark>(.*?)</mark>", cell)))
+        assert word.strip('"').lower() in marked.lower() or "promotes" in plain or "suppresses" in plain
+    own = [n for n in expected if n[0] == "1"]
+    layer = addresses(dom(page, f"#/layer/1?q={quote(word)}"), "neuron")
+    assert len(layer) == min(50, len(own))
+    assert set(layer) <= set(own)
+
+
+def test_words_and_comparisons_combine(page: Path, dom: Reader, fake: dict[str, Any]) -> None:
+    top = {f"{r['layer']}.{r['neuron']}" for r in fake["tables"]["neurons"].to_pylist() if r["max"] > 100}
+    both = [n for n in with_word(fake, "paris") if n in top]
+    assert 0 < len(both) < len(with_word(fake, "paris"))
+    document = dom(page, f"#/neurons?q={quote('paris max>100')}")
+    assert addresses(document, "neuron") == both[:50]
+    assert addresses(dom(page, f"#/neurons?q={quote('2.* max>999')}"), "neuron") == []
 
 
 def test_lists_filter_by_layer_number_and_name(page: Path, dom: Reader, fake: dict[str, Any]) -> None:
@@ -181,6 +244,24 @@ def test_lists_filter_by_layer_number_and_name(page: Path, dom: Reader, fake: di
         ("#/neuron/9.1", "This atlas has no neuron 9.1: layers with neurons are 0 to 2."),
         ("#/neurons?q=colour>1", 'No column "colour" here. Columns: layer, neuron, firing_rate, mean, max.'),
         ("#/heads?sort=colour", 'There is no column "colour" to sort by.'),
+        ("#/neurons?q=max>", 'Cannot read the number "" of "max>"; write it like 5, 0.01 or 1e-3.'),
+        ("#/neurons?q=max>0,5", 'Cannot read the number "0,5" of "max>0,5"'),
+        ("#/neurons?q=max!=5", 'Cannot read "max!=5": write a column, one of < <= > >= =, and a number, as in max>5.'),
+        ("#/neurons?q=>5", 'Cannot read ">5": write a column'),
+        ("#/neurons?q=9.5", "There is no 9.5 in this list."),
+        ("#/layer/1?q=2.5", "There is no 2.5 in this list."),
+        ("#/neurons?q=%22Paris", "A quotation mark is not closed."),
+        ("#/heads?q=label>3", 'The column "label" holds words, not numbers: type the words alone.'),
+        ("#/heads?q=induction", '"induction" is a column: sort by it , or compare it, as in induction>1.'),
+        ("#/layers?q=colour", 'Cannot read "colour": this list has no words. Write an address, or a column with a'),
+        ("#/layers?q=1.5", "Layers have no units to name: write 1 instead of 1.5."),
+        ("#/neurons?page=99", "There is no page 99: this is the last of 5."),
+        ("#/neurons?page=x", 'Cannot read the page "x": this is the first.'),
+        ("#/neurons?sort=max&desc=yes", 'Cannot read desc="yes": it is 0 or 1.'),
+        (
+            "#/neurons?filter=max",
+            'The address says "filter", which no list here knows; it may say q, sort, desc, page.',
+        ),
     ],
 )
 def test_what_is_not_there_is_said(page: Path, text: Reader, route: str, told: str) -> None:
@@ -220,6 +301,7 @@ const report = {};
   const box = document.activeElement;
   box.value = "Paris";
   box.dispatchEvent(new Event("input"));
+  await wait(300);
   report.typed = location.hash;
   report.kept = document.activeElement === box;
   report.rows = document.querySelectorAll("tbody tr").length;
@@ -241,14 +323,15 @@ const report = {};
 """
 
 
-def test_typing_sorting_and_keys(page: Path, text: Reader, tmp_path: Path) -> None:
+def test_typing_sorting_and_keys(page: Path, text: Reader, tmp_path: Path, fake: dict[str, Any]) -> None:
     shutil.copytree(page.parent, tmp_path, dirs_exist_ok=True)
     driven = tmp_path / "index.html"
     driven.write_text(page.read_text().replace("</head>", '<script defer src="driver.js"></script></head>'))
     (tmp_path / "driver.js").write_text(DRIVER)
     told = text(driven, "#/neurons")
+    rows = min(50, len(with_word(fake, "paris")))
     for expected in (
-        '"typed":"#/neurons?q=Paris"', '"kept":true', '"rows":1', '"sorted":"#/neurons?sort=max&desc=1"',
+        '"typed":"#/neurons?q=Paris"', '"kept":true', f'"rows":{rows}', '"sorted":"#/neurons?sort=max&desc=1"',
         '"focus":"by-max"', '"next":"Neuron 1.6"', '"title":"Neuron 1.6 · Fake <b>& small"',
     ):  # fmt: skip
         assert expected in told, told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tests import families
 from tests.cli.conftest import TEXT, tokenizer
 
 import microtome as mt
+from microtome.atlas._write import LEAST_TOKENS, thin
+from microtome.cli._atlas import atlas
 
 OPTIONS = {"tokens": 240, "length": 20, "rows": 4}
 MEASURES = (
@@ -90,3 +93,28 @@ def test_what_a_model_lacks_the_sites_for_is_left_out_and_said(tmp_path: Path) -
     assert list(manifest["measures"]) == ["stream"]
     assert "needs mlp.post, which MixtralForCausalLM has in no layer" in manifest["left_out"]["firing"]
     assert pq.read_table(tmp_path / "atlas" / "neurons.parquet").num_rows == 0
+
+
+def test_too_few_tokens_make_no_atlas_and_few_are_marked_as_thin(made: tuple[mt.Model, Path], tmp_path: Path) -> None:
+    model, folder = made
+    with pytest.raises(mt.errors.ArgumentError, match="an atlas reads too few tokens; got 99; allowed: 100 or more"):
+        mt.atlas.write_atlas(model, tmp_path / "a", text=[TEXT] * 20, tokens=99)
+    with pytest.raises(mt.errors.DataError, match="has too few tokens for an atlas; got 2; allowed: 100 or more"):
+        mt.atlas.write_atlas(model, tmp_path / "a", text=["the cat"])
+    assert not list(tmp_path.iterdir())
+    told = json.loads((folder / "manifest.json").read_text())["thin"]
+    assert told[0].startswith("240 tokens were read: a share of them, such as a firing rate, is known to within 0.063")
+    assert told[1].startswith("12 rows were read: intervals over so few examples are rough")
+    assert 'thin":["240 tokens were read' in (folder / "assets" / "data" / "model.js").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "marks"), [(20_000, 79, 0), (10_000, 30, 0), (9_999, 30, 1), (10_000, 29, 1), (100, 1, 2)]
+)
+def test_what_is_thin(tokens: int, rows: int, marks: int) -> None:
+    assert len(thin(tokens, rows)) == marks
+
+
+def test_the_command_asks_for_as_many_tokens_as_an_atlas_needs() -> None:
+    (option,) = inspect.get_annotations(atlas, eval_str=True)["tokens"].__metadata__
+    assert option.min == LEAST_TOKENS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from microtome.atlas._tables import described, tables
 from microtome.context import current
-from microtome.errors import ModelUnsupported, OutputError, error
+from microtome.errors import ArgumentError, DataError, MicrotomeError, ModelUnsupported, OutputError, error
 from microtome.files import atomic
 from microtome.method import corpus_of, methods
 from microtome.method.runner import Measured, run_measures
@@ -31,6 +32,12 @@ from microtome.stream import TokenBatches, standard_library_text
 from microtome.view import write_pages
 
 KIND = "microtome atlas"
+
+LEAST_TOKENS = 100
+"""Of fewer no atlas is made: a share of so many is known to 0.1 at best, which is more than most neurons differ."""
+
+THIN_TOKENS, THIN_ROWS = 10_000, 30
+"""An atlas of fewer is marked as thin: by then a share is known to 0.01, and an interval over rows is steady."""
 
 
 def write_atlas(
@@ -54,7 +61,8 @@ def write_atlas(
         text: a corpus, the path of a file, or texts; the documentation topics of the standard library by default.
         measures: which to run; all that are declared for the atlas by default. What the model lacks the sites for is
             left out, and the manifest says why.
-        tokens: how many tokens of the text to read.
+        tokens: how many tokens of the text to read, 100 or more. Under 10,000, or under 30 rows, the manifest, the
+            pages and the command say that the atlas is thin, and how exactly a share is known.
         length: tokens in a row.
         rows: rows in a batch.
         options: arguments of measures, such as ``examples=10``.
@@ -64,22 +72,46 @@ def write_atlas(
 
     Raises:
         OutputError: the folder holds something else, or cannot be written.
-        DataError: the text has too few tokens.
+        DataError: the text has under 100 tokens.
         ModelUnsupported: the model is not causal, or was opened without a tokenizer.
-        ArgumentError: there is no such measure or argument.
+        ArgumentError: there is no such measure or argument, or fewer than 100 tokens are asked for.
     """
     out = Path(out)
+    _require_enough(ArgumentError, "an atlas reads too few tokens", tokens, "ask for more with tokens=")
     check_out(out)
     _check_model(model)
     length = min(length, model.anatomy.n_ctx)
     chosen = [m.name for m in methods("measure").values() if m.atlas] if measures is None else list(measures)
     corpus = standard_library_text() if text is None else corpus_of(text)
     batches = TokenBatches(corpus, model.tokenizer, length=length, rows=rows, tokens=tokens)
+    _require_enough(DataError, f"{corpus.name} has too few tokens for an atlas", len(batches.flat), "give it more text")
     place = out.resolve()
     with atomic(place, "the atlas to", folder=True) as partial:
         _make(model, batches, partial, chosen, options)
         check_out(place)  # it took minutes: something may have come meanwhile
     return out / "index.html"
+
+
+def _require_enough(kind: type[MicrotomeError], what: str, tokens: int, do: str) -> None:
+    if tokens < LEAST_TOKENS:
+        raise error(kind, what, got=tokens, allowed=f"{LEAST_TOKENS} or more", do=do)
+
+
+def thin(tokens: int, rows: int) -> list[str]:
+    """In which ways an atlas of so many tokens in so many rows is thin: sentences, none where it is not."""
+    found: list[str] = []
+    if tokens < THIN_TOKENS:
+        share = 1.96 * 0.5 / math.sqrt(tokens)
+        found.append(
+            f"{tokens:,} tokens were read: a share of them, such as a firing rate, is known to within {share:.2g} at "
+            f"best (95 %), and what is rare was not seen. From {THIN_TOKENS:,} tokens on this mark goes."
+        )
+    if rows < THIN_ROWS:
+        found.append(
+            f"{rows} row{'s were' if rows > 1 else ' was'} read: intervals over so few examples are rough, and no "
+            f"neuron has more examples than that. From {THIN_ROWS} rows on this mark goes."
+        )
+    return found
 
 
 def _check_model(model: Model) -> None:
@@ -186,6 +218,7 @@ def _manifest(
             "sequences": -(-len(batches.flat) // batches[0].tokens.shape[1]),
             "sha256": hashlib.sha256(str(batches.flat).encode()).hexdigest(), "short": batches.short,
         },
+        "thin": thin(len(batches.flat), -(-len(batches.flat) // batches[0].tokens.shape[1])),
         **whole,
         "seed": current().seed,
         "versions": {k: provenance[k] for k in ("microtome", "transformers", "torch")} | {"pyarrow": pa.__version__},

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 @opens(ModelArgument)
 def atlas(
     text: Text = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to read.")] = 20_000,
+    tokens: Annotated[int, typer.Option(min=100, help="How many tokens of it to read.")] = 20_000,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("atlas"),
     length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
     measure: Annotated[
@@ -46,7 +46,9 @@ def atlas(
     tables = {name: str(output / f"{name}.parquet") for name in manifest["tables"]}
     if as_json:
         found = {"index": str(index), "manifest": str(output / "manifest.json"), "tables": tables}
-        print_json(found | {"seconds": manifest["cost"]["seconds"], "loss": manifest.get("loss")})
+        print_json(
+            found | {"seconds": manifest["cost"]["seconds"], "loss": manifest.get("loss"), "thin": manifest["thin"]}
+        )
         return
     read, cost = manifest["text"]["tokens"], manifest["cost"]
     out.print(f"pages   {index}", markup=False, soft_wrap=True)
@@ -55,6 +57,8 @@ def atlas(
     memory, loss = cost["peak_memory_bytes"] / 2**30, manifest.get("loss")
     loss_text = "" if loss is None else f", loss {loss:.3f} nats"
     out.print(f"read {read:,} tokens{loss_text}; {cost['seconds']:.0f} s, {memory:.1f} GiB at most")
+    for sentence in manifest["thin"]:
+        out.print(f"thin: {sentence}", markup=False, soft_wrap=True)
     for name, why in manifest["left_out"].items():
         out.print(f"left out {name}: {why}", markup=False, soft_wrap=True)
     if manifest["text"]["short"]:

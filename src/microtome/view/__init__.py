@@ -1,9 +1,14 @@
 """What a reader sees: pages that open from disk without a network, figures in a notebook, and tables in a terminal.
 
-A result is drawn by the axes of its variables: see `forms`.
+A result is drawn by the axes of its variables: see `forms`. The room itself can be called: `mt.view(result)` is
+`mt.view.View(result)`, which shows itself in a terminal and in a notebook.
 """
 
 from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
 
 from microtome.view._dataset import tokens_of as tokens_of
 from microtome.view._forms import Form as Form
@@ -24,3 +29,14 @@ from microtome.view._series import Series as Series
 from microtome.view._tables import FactList as FactList
 from microtome.view._tables import LabelTable as LabelTable
 from microtome.view._token_map import TokenMap as TokenMap
+from microtome.view._view import View as View
+
+
+class _Room(ModuleType):
+    """This module, which draws what it is called with."""
+
+    def __call__(self, data: Any, *, top: int = 5) -> View:
+        return View(data, top=top)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -35,7 +35,7 @@ from microtome.view._page_data import (
     split_columns,
 )
 
-SCRIPTS = ("dom.js", "data.js", "chart.js", "list.js", "diagram.js", "overview.js", "units.js", "atlas.js")
+SCRIPTS = ("dom.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "overview.js", "units.js", "atlas.js")
 STYLES = ("atlas.css",)
 
 DIGITS = 6

@@ -25,7 +25,10 @@
         shownPath !== route.path && busy(`Reading the neurons of layer ${done} of ${all} …`);
       const [all, vocab] = await Promise.all([data.allNeurons(progress), data.vocab()]);
       table = all;
-      options = { vocab };
+      const { manifest, neurons } = await data.model();
+      const load = () => data.words(neurons.map(({ layer }) => layer));
+      const words = atlas.query.hasWords(table, route.params.get("q") ?? "") ? await load() : null;
+      options = { vocab, words, load, length: manifest.text?.length };
     } else {
       table = (await data.model()).tables[kind];
     }
@@ -97,7 +100,12 @@
     const samePage = route.path === shownPath;
     main.replaceChildren(...content.flat(Infinity).filter(Boolean));
     main.removeAttribute("aria-busy");
-    const { name } = (await data.model().catch(() => null))?.manifest.model || { name: "a model" };
+    const manifest = (await data.model().catch(() => null))?.manifest;
+    const { name } = manifest?.model || { name: "a model" };
+    if (manifest?.thin?.length && !document.querySelector("header .thin")) {
+      const few = { class: "thin complaint", href: href("/"), title: manifest.thin.join(" ") };
+      document.querySelector("header").append(h("a", few, `thin: ${atlas.plural(manifest.text?.tokens ?? 0, "token")}`));
+    }
     document.title = title ? `${title} · ${name}` : `Atlas of ${name}`;
     for (const link of document.querySelectorAll("header nav a")) {
       const [, room] = link.getAttribute("href").split("/");

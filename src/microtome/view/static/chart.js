@@ -171,7 +171,7 @@
       series.map(({ values }, k) => curve(values, colour(k), x, y)),
     );
     const legend = series.map(({ name, title: meaning }, k) =>
-      h("span", { class: `key ${colour(k)}`, title: meaning }, name, readings[k]),
+      h("span", { class: `key ${name || series.length > 1 ? colour(k) : "only"}`, title: meaning }, name, readings[k]),
     );
     return h("figure", {}, h("figcaption", {}, h("b", {}, title), where, h("span", { class: "legend" }, legend)), svg);
   }

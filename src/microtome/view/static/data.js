@@ -191,5 +191,22 @@
     return found;
   }
 
-  Object.assign(atlas, { receive, Table, data: { model, neurons, allNeurons, details, vocab, text } });
+  /** What words are searched in beside the lists: what neurons of some layers suppress, their examples, the text. */
+  async function words(layers) {
+    const parts = await Promise.all(layers.map(details));
+    const columns = {};
+    for (const name of ["suppressed", "example_index", "example_start"])
+      if (parts.every((part) => name in part)) columns[name] = parts.flatMap((part) => part[name]);
+    const tokens = await text(0, Infinity);
+    const lower = tokens.map((token) => token.toLowerCase());
+    const offsets = [];
+    let end = 0;
+    for (const token of lower) {
+      offsets.push(end);
+      end += token.length;
+    }
+    return { columns, tokens, lower, offsets, joined: lower.join("") };
+  }
+
+  Object.assign(atlas, { receive, Table, data: { model, neurons, allNeurons, details, vocab, text, words } });
 })(window.atlas);

@@ -61,8 +61,8 @@ window.atlas = window.atlas || {};
     ];
   }
 
-  /* Characters that show nothing or reorder what is around them: controls, joiners, directions, line separators. */
-  const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/gu;
+  /* Characters that show nothing or reorder what is around them: controls, joiners, directions, line ends, half pairs. */
+  const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]/gu;
   const escaped = (char) => `\\u${char.codePointAt(0).toString(16).padStart(4, "0")}`;
 
   /** The marks of a token in a running text: spaces stay spaces, line ends and tabs show. */

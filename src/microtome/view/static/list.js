@@ -2,9 +2,10 @@
 "use strict";
 
 (function (atlas) {
-  const { h, count, plural, measured, token, href, Problem } = atlas;
+  const { h, count, plural, measured, token, inText, href, query, Problem } = atlas;
   const ROWS = 50;
   const TOKENS = 6; // promoted tokens in a row
+  const CONTEXT = 5; // tokens shown before and after words found in an example
 
   /**
    * Columns in groups that share their first words, for headings of two rows:
@@ -26,58 +27,10 @@
     return found;
   }
 
-  const COMPARE = {
-    "<": (a, b) => a < b,
-    "<=": (a, b) => a <= b,
-    ">": (a, b) => a > b,
-    ">=": (a, b) => a >= b,
-    "=": (a, b) => a === b,
-  };
-
-  /** The test of one term of a query, as a function of the row; `found` gathers the tokens that the term names. */
-  function test(table, term, vocab, found) {
-    const { layer: layers } = table.columns;
-    const units = table.columns[table.keys[1]];
-    const comparison = /^([a-z]\w*)(<=|>=|<|>|=)(-?\d*\.?\d+(?:e[+-]?\d+)?)$/i.exec(term);
-    if (comparison) {
-      const [, name, sign, limit] = comparison;
-      if (!table.has(name) || table.types[name] === "list") {
-        throw new Problem(`No column "${name}" here. Columns: ${[...table.keys, ...table.names].join(", ")}.`);
-      }
-      const values = table.columns[name];
-      return (row) => values[row] !== null && COMPARE[sign](values[row], Number(limit));
-    }
-    const site = /^(\d+)\.(?:(\d+)|[a-z_.]+\[(\d+)\]|\*?)$/i.exec(term);
-    if (site || (!units && /^\d+$/.test(term))) {
-      const layer = parseInt(term, 10);
-      const unit = site ? (site[2] ?? site[3]) : undefined;
-      return (row) => layers[row] === layer && (unit === undefined || !units || units[row] === Number(unit));
-    }
-    const text = term.toLowerCase();
-    const named = table.names.filter((name) => table.types[name] === "text");
-    const matching = new Set();
-    (vocab || []).forEach((string, id) => string.toLowerCase().includes(text) && matching.add(id));
-    for (const id of matching) found.add(id);
-    const promoted = table.columns.promoted;
-    return (row) =>
-      Boolean(promoted?.[row]?.some((id) => matching.has(id))) ||
-      named.some((name) => table.columns[name][row]?.toLowerCase().includes(text));
-  }
-
-  /** The rows that pass every term: an address (12.431, 12.*), a comparison (max>5), or text in a token or a name. */
-  function search(table, query, vocab, found) {
-    const tests = query
-      .trim()
-      .split(/\s+/)
-      .filter(Boolean)
-      .map((term) => test(table, term, vocab, found));
-    return table.rows((row) => tests.every((passes) => passes(row)));
-  }
-
   const firstHeading = (table) => (table.kind === "layers" ? "layer" : table.keys.join("."));
 
   /** The headings, each a link that sorts by its column: largest first, and the other way when it is already so. */
-  function headings(list, names, view) {
+  function headings(list, names, view, places) {
     const heading = (name, label, meaning, attributes) => {
       const here = view.sort === name;
       const first = name === "address" ? "0" : "1";
@@ -121,6 +74,7 @@
         list.vocab &&
           table.has("promoted") &&
           h("th", { rowspan: 2, class: "tokens", scope: "col", title: table.meaning("promoted") }, "promotes"),
+        places.length > 0 && h("th", { rowspan: 2, class: "tokens", scope: "col" }, "found in"),
       ),
       h("tr", {}, below),
     );
@@ -133,7 +87,23 @@
     return first.map((id) => [token(vocab[id], found.has(id) ? "token hit" : "token"), " "]);
   }
 
-  function line(list, names, row, found) {
+  /** Where a row has the words that were searched for. */
+  function foundIn(list, row, { promotes, suppresses, example, name }) {
+    const { vocab, words } = list;
+    return [
+      promotes && "what it promotes ",
+      suppresses.length > 0 && ["what it suppresses: ", suppresses.map((id) => token(vocab[id], "token hit")), " "],
+      name && `${name.replaceAll("_", " ")} `,
+      example &&
+        h("span", { class: "context" }, "… ", contextOf(words.tokens, example.first - CONTEXT, example.first),
+          h("mark", {}, contextOf(words.tokens, example.first, example.last + 1)),
+          contextOf(words.tokens, example.last + 1, example.last + 1 + CONTEXT), " …"),
+    ];
+  }
+
+  const contextOf = (tokens, from, to) => tokens.slice(Math.max(0, from), to).map(inText).join("");
+
+  function line(list, names, row, { tokens: found, places }) {
     const { table, vocab } = list;
     return h(
       "tr",
@@ -147,6 +117,7 @@
         ),
       ),
       vocab && table.has("promoted") && h("td", { class: "tokens" }, tokens(list, row, found)),
+      places.length > 0 && h("td", { class: "found" }, places.map((where) => foundIn(list, row, where(row)))),
     );
   }
 
@@ -155,12 +126,19 @@
     const get = (key) => params.get(list.prefix + key);
     const sort = get("sort") ?? list.sort;
     const known = sort === "address" || (list.table.has(sort) && list.table.types[sort] !== "list");
+    const [page, desc] = [get("page"), get("desc")];
+    const unknown = [...params.keys()].filter((key) => !/^(heads-)?(q|sort|desc|page)$/.test(key));
     return {
       query: get("q") ?? "",
       sort: known ? sort : "address",
-      descending: get("sort") === null ? list.descending : get("desc") === "1",
-      page: Math.max(1, parseInt(get("page"), 10) || 1),
-      complaint: known ? null : `There is no column "${sort}" to sort by.`,
+      descending: get("sort") === null ? list.descending : desc === "1",
+      page: Math.max(1, parseInt(page, 10) || 1),
+      complaints: [
+        !known && `There is no column "${sort}" to sort by.`,
+        page !== null && !/^[1-9]\d*$/.test(page) && `Cannot read the page "${page}": this is the first.`,
+        desc !== null && !/^[01]$/.test(desc) && `Cannot read desc="${desc}": it is 0 or 1.`,
+        unknown.length > 0 && `The address says "${unknown[0]}", which no list here knows; it may say q, sort, desc, page.`,
+      ],
     };
   }
 
@@ -188,19 +166,20 @@
   /** The part of a list that changes as it is filtered. */
   function body(list, names) {
     const view = read(list, list.route.params);
-    const found = new Set(); // tokens that the filter names
+    const { complaints } = view;
     let rows = [];
-    let complaint = view.complaint;
+    let found = { tokens: new Set(), columns: new Set(), places: [] };
     try {
-      rows = search(list.table, view.query, list.vocab, found);
+      ({ rows, ...found } = query.search(list, view.query));
     } catch (problem) {
       if (!(problem instanceof Problem)) throw problem;
-      complaint = problem.message;
+      complaints.push(problem.message);
     }
     if (view.sort !== "address") rows = list.table.sorted(rows, view.sort, view.descending);
     else if (view.descending) rows.reverse();
     const pages = Math.max(1, Math.ceil(rows.length / ROWS));
     const page = Math.min(view.page, pages);
+    if (page < view.page) complaints.push(`There is no page ${count(view.page)}: this is the last of ${count(pages)}.`);
     const shown = rows.slice((page - 1) * ROWS, page * ROWS);
     const whole = plural(list.table.length, list.table.unit);
     const wide = names.length > 12 ? "wide" : null;
@@ -209,7 +188,10 @@
         "div",
         { class: "tally" },
         list.filter && h("span", { role: "status" }, view.query ? `${count(rows.length)} of ${whole}` : whole),
-        complaint && h("span", { class: "complaint", role: "alert" }, complaint),
+        complaints.filter(Boolean).map((text) => h("span", { class: "complaint", role: "alert" }, text)),
+        [...found.columns].map((name) =>
+          h("span", {}, `"${name.replaceAll("_", " ")}" is a column: `, h("a", { href: list.link({ sort: name, desc: "1", q: null }) }, "sort by it"), `, or compare it, as in ${name}>1.`),
+        ),
         pager(list, page, pages),
       ),
       h(
@@ -218,14 +200,14 @@
         h(
           "table",
           { class: wide },
-          headings(list, names, view),
+          headings(list, names, view, found.places),
           h(
             "tbody",
             {},
             shown.map((row) => line(list, names, row, found)),
           ),
         ),
-        !rows.length && h("p", { class: "note" }, "Nothing here passes this filter."),
+        !rows.length && !complaints.some(Boolean) && h("p", { class: "note" }, "Nothing here passes this filter."),
       ),
     ];
   }
@@ -251,6 +233,8 @@
    *   route       the page it is on, whose address keeps its state        prefix  of its parameters there
    *   sort, descending  the order when the address names none             vocab   strings of promoted tokens
    *   here        the row of the page's own unit                          filter  whether there is a filter box
+   *   words       what words are searched in beside the table, if loaded  load    a function that loads it
+   *   length      tokens in a row of the text
    */
   function list({
     table,
@@ -261,8 +245,17 @@
     vocab = null,
     here = null,
     filter = true,
+    words = null,
+    load = null,
+    length = null,
   }) {
-    const own = { table, route, prefix, sort, descending: sort !== "address" && descending, vocab, here, filter };
+    const example =
+      table.kind === "neurons"
+        ? 'Paris   "New York"   12.431   12.*   max>5   firing_rate<0.01'
+        : table.kind === "heads"
+          ? "12.3   12.*   induction>0.3"
+          : "12   mlp_share>0.5";
+    const own = { words, length, example, table, route, prefix, sort, descending: sort !== "address" && descending, vocab, here, filter };
     own.link = (changes) => {
       const params = new URLSearchParams(route.params);
       for (const [key, value] of Object.entries(changes)) {
@@ -273,16 +266,17 @@
     };
     const { names } = table;
     const part = h("div", { class: "rows" }, body(own, names));
-    const example =
-      table.kind === "neurons"
-        ? "Paris   12.431   12.*   max>5   firing_rate<0.01"
-        : table.kind === "heads"
-          ? "12.3   12.*   induction>0.3"
-          : "12   mlp_share>0.5";
     const type = (event) => {
       const address = own.link({ q: event.target.value, page: null });
       history.replaceState(null, "", address); // no entry in the history for every letter
       route.params = new URLSearchParams(address.split("?")[1] || "");
+      draw();
+    };
+    const draw = async () => {
+      if (load && !own.words && query.hasWords(table, read(own, route.params).query)) {
+        part.replaceChildren(h("p", { class: "note", role: "status" }, "Reading the examples …"));
+        own.words = await load();
+      }
       part.replaceChildren(...body(own, names).filter(Boolean));
     };
     const box =

@@ -34,7 +34,8 @@
       );
       const series = names.flatMap((name) => {
         const label = names.length > 1 ? table.described[name]?.title || own[name] : ""; // alone it is what the title says
-        const line = { name: label, title: `${name}: ${table.meaning(name)}`, values: table.columns[name] };
+        const alone = !label && table.controlOf(name) ? heading(table, name).toLowerCase() : label;
+        const line = { name: alone, title: `${name}: ${table.meaning(name)}`, values: table.columns[name] };
         const ends = table.hasInterval(name) ? { lo: table.columns[`${name}_lo`], hi: table.columns[`${name}_hi`] } : {};
         const control = table.controlOf(name);
         if (!control) return [{ ...line, ...ends }];
@@ -174,12 +175,12 @@
 
   /** What was run, from the manifest: everything in it but the descriptions of columns. */
   function provenance(manifest) {
-    const { model, text, versions, cost, tables, ...run } = manifest;
+    const { model, text, versions, cost, tables, measures, thin, ...run } = manifest;
     const flat = Object.entries(run).filter(([, value]) => typeof value !== "object" || value === null);
     const rest = Object.entries(run).filter(
       ([, value]) => typeof value === "object" && value !== null && !Array.isArray(value),
     );
-    return h(
+    const columns = h(
       "div",
       { class: "columns" },
       facts("Model", model),
@@ -187,13 +188,33 @@
       facts("Run", Object.fromEntries(flat)),
       facts("Cost", inSeconds(cost)),
       facts("Versions", versions),
-      rest.map(([name, value]) => facts(name, value)),
+      rest.map(([name, value]) => facts(name.replaceAll("_", " "), value)),
     );
+    return [columns, measuresTable(measures)];
+  }
+
+  /** What each measure asks, of what it was read, and where it comes from. */
+  function measuresTable(measures) {
+    const all = Object.entries(measures || {});
+    if (!all.length) return null;
+    const head = ["measure", "what it asks", "read on", "from"].map((text) => h("th", { scope: "col" }, text));
+    const row = ([name, { question, looked_at: on, source }]) =>
+      h(
+        "tr",
+        {},
+        h("th", { scope: "row" }, name.replaceAll("_", " ")),
+        [question, on, source].map((text) => h("td", {}, text ?? "")),
+      );
+    return [
+      h("h3", {}, "Measures"),
+      h("div", { class: "scroll" }, h("table", { class: "measures" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, all.map(row)))),
+    ];
   }
 
   async function overview() {
     const { manifest, layers, heads, firing, neurons, tables } = await atlas.data.model();
     const model = manifest.model || {};
+    const { thin } = manifest;
     const total = neurons.reduce((sum, { rows }) => sum + rows, 0);
     const link = (path, label) => h("a", { href: href(path) }, label);
     return {
@@ -214,7 +235,8 @@
             .filter(Boolean)
             .flatMap((part, i) => (i ? [h("span", { class: "dot" }, " · "), part] : [part])),
         ),
-        atlas.diagram(model),
+        thin?.length > 0 && h("p", { class: "complaint", role: "note" }, "Thin: ", thin.join(" ")),
+        h("div", { class: "scroll" }, atlas.diagram(model)),
         h(
           "section",
           {},

@@ -3,8 +3,6 @@
 
 (function (atlas) {
   const { h, number, count, plural, measured, token, alone, inText, href, paths, chart, Problem } = atlas;
-  const BEFORE = 24; // tokens of context before the peak of an example
-  const AFTER = 12;
 
   /** Title, address, and the neighbours of a unit; j and k follow the neighbours. */
   function top(title, site, previous, next, ...links) {
@@ -97,7 +95,7 @@
     values.length ? `${Math.min(...values)} to ${values.reduce((a, b) => Math.max(a, b))}` : "none";
 
   async function layerPage(route) {
-    const { tables, neurons: counts } = await atlas.data.model();
+    const { manifest, tables, neurons: counts } = await atlas.data.model();
     const { layers, heads } = tables;
     const layer = Number(route.parts[1]);
     const row = layers.find(layer);
@@ -107,6 +105,9 @@
     const [neurons, vocab] = measuredHere
       ? await Promise.all([atlas.data.neurons(layer), atlas.data.vocab()])
       : [null, null];
+    const load = () => atlas.data.words([layer]);
+    const typed = route.params.get("q") ?? "";
+    const words = neurons && atlas.query.hasWords(neurons, typed) ? await load() : null;
     return {
       title: `Layer ${layer}`,
       content: [
@@ -142,7 +143,15 @@
             "section",
             {},
             h("h2", {}, plural(neurons.length, "neuron")),
-            atlas.list({ table: neurons, route, sort: neurons.has("max") ? "max" : "address", vocab }),
+            atlas.list({
+              table: neurons,
+              route,
+              sort: neurons.has("max") ? "max" : "address",
+              vocab,
+              words,
+              load,
+              length: manifest.text?.length,
+            }),
           ),
       ],
     };
@@ -238,9 +247,8 @@
 
   /** One example: the tokens around its peak, never beyond its sequence. */
   async function example(place, value, start, length) {
-    const from = Math.max(start ?? place, place - BEFORE);
-    const end = length && start !== null ? start + length : place + 1; // without a length, nothing after the peak
-    const words = await atlas.data.text(from, Math.min(end, place + AFTER + 1));
+    const [from, to] = atlas.query.window(place, start, length);
+    const words = await atlas.data.text(from, to);
     return h(
       "li",
       {},
