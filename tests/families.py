@@ -83,6 +83,7 @@ _DEEPSEEK = _MHA | {
 # family -> (prefix of its configuration class, {variant: configuration}). The unnamed variant is the family itself.
 _TABLE: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "gpt2": ("GPT2", {"": _GPT}),
+    "gpt_bigcode": ("GPTBigCode", {"mqa": _GPT | {"multi_query": True}, "mha": _GPT | {"multi_query": False}}),
     "gpt_neo": (
         "GPTNeo",
         {

@@ -22,8 +22,13 @@ from microtome.stream import TokenBatch
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = mt.methods()
-KINDS = ("llama-gqa", "gpt2", "bloom", "gpt_neox-parallel", "falcon-mqa", "mistral")
-"""A tiny model of each kind: grouped heads, one key per head, attention of its own, parallel, shared keys, a window."""
+KINDS = ("llama-gqa", "gpt2", "bloom", "gpt_neox-parallel", "falcon-mqa", "mistral", "gpt_bigcode-mqa")
+"""A tiny model of each kind: grouped heads, one key per head, attention of its own, parallel, shared keys, a window, a
+trunk that gives what it returns the shape of the tokens."""
+
+OTHER_KINDS = ("deepseek_v3-qlora", "gpt_oss", "gemma2", "qwen3", "gptj", "opt-postnorm", "bert")
+"""What else attention can be: latent, with sinks, capped, of normalised queries, with interleaved rotations, in blocks
+whose norms lie on the stream, and looking both ways."""
 
 PROMPT = [7, 20, 33, 41, 52, 60]
 OTHER = [7, 20, 34, 41, 52, 60]
@@ -246,6 +251,40 @@ def test_each_limit_is_refused_by_its_text(name: str, argument: str, wrong: Any)
 def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> None:
     sizes = {key: np.nanmax(np.abs(x)) for key, x in numbers(result(name, kind)).items() if np.isfinite(x).any()}
     assert max(sizes.values(), default=0.0) > 1e-5
+
+
+NO_HEAD = {"component_effects", "contributions", "logit_lens", "promoted_tokens"}
+NO_EDGES = {"edge_effects", "node_effects"}
+NO_LOSS = {"ablation_loss", "loss"}
+NO_NEURONS = {"activations", "firing", "kurtosis", "neuron_weights", "promoted_tokens", "top_examples"}
+REFUSED = {
+    "opt-proj": NO_HEAD,
+    "opt-postnorm": NO_HEAD | NO_EDGES,
+    **dict.fromkeys(families.MASKED, NO_HEAD | NO_EDGES | NO_LOSS),
+    **dict.fromkeys(("mixtral", "gpt_oss"), NO_NEURONS),
+}
+"""What cannot be asked: logits that are no sum over parts, a stream that is none, a loss, neurons of experts."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [n if n in OTHER_KINDS + KINDS else pytest.param(n, marks=pytest.mark.slow) for n in families.NAMES],
+)
+def test_every_method_runs_on_every_family_that_opens(kind: str) -> None:
+    """Or it is refused by name, and just those that cannot be asked are."""
+    refused: dict[str, str] = {}
+    for name in METHODS:
+        if name == "circuit_recovery":
+            continue  # of compiled programs
+        try:
+            made = run(name, kind)
+        except mt.errors.MicrotomeError as problem:
+            refused[name] = str(problem)
+            continue
+        if isinstance(made, xr.Dataset):
+            assert all(np.isfinite(x).any() for x in numbers(made).values()), name
+    assert refused.keys() == REFUSED.get(kind, set())
+    assert all("To do: " in text and "\n" not in text for text in refused.values())
 
 
 NOUGHT = {"gap", "circuit_recovery.score"}

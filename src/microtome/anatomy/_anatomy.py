@@ -212,10 +212,10 @@ def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, 
 
 
 def _kv_heads(model: nn.Module, config: Any, layer: LayerParts, n_heads: int) -> int:
-    if getattr(config, "model_type", "") == "falcon":
-        if config.new_decoder_architecture:
-            return int(config.num_kv_heads)
-        return 1 if config.multi_query else n_heads
+    if getattr(config, "new_decoder_architecture", False):
+        return int(config.num_kv_heads)
+    if (shared := getattr(config, "multi_query", None)) is not None:  # Falcon and GPTBigCode
+        return 1 if shared else n_heads
     if layer.k is not None and layer.q is not None:
         d_head = out_features(model.get_submodule(layer.q)) // n_heads
         return out_features(model.get_submodule(layer.k)) // d_head

@@ -49,6 +49,7 @@ FAMILIES: Mapping[str, Family] = {
     "cohere": Family(logit_multiply="logit_scale"),
     "cohere2": Family(logit_multiply="logit_scale"),
     "falcon": Family(fused_qkv="grouped", sums_in_place=True),
+    "gpt_bigcode": Family(fused_qkv="grouped"),
     "gpt_neox": Family(fused_qkv="per_head"),
     "gpt_oss": Family(
         experts="interleaved", note="each head has a learned sink: rows of the pattern sum to less than 1"

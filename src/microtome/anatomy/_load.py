@@ -19,7 +19,10 @@ from typing import Any
 import platformdirs
 import torch
 
-from microtome.errors import ModelBroken, ModelNotFound, ModelUnsupported, error
+from microtome.anatomy._checkpoint import pickled, refuse_adapter, refuse_pickled, refuse_unlike
+from microtome.anatomy._gguf import GGUF, refuse_unread, scaled
+from microtome.anatomy._readable import refuse_quantised_files
+from microtome.errors import MicrotomeError, ModelBroken, ModelNotFound, ModelUnsupported, error
 from microtome.files import atomic
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
@@ -59,8 +62,9 @@ def load(
 
     Raises:
         ModelNotFound: the folder or the model on the hub does not exist, or there is no network.
-        ModelBroken: files are damaged or incomplete.
-        ModelUnsupported: it is not a language model.
+        ModelBroken: files are damaged, incomplete, or those of another model than their configuration says.
+        ModelUnsupported: it is not a language model, or its weights are pickles, quantised, or an adapter of peft
+            that is not installed.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if name is None:
@@ -79,6 +83,7 @@ def load(
             raise error(ModelNotFound, f"no GGUF file {source}", do="check the path")
         options["gguf_file"], source = path.name, str(path.parent)
     elif path.is_dir():
+        refuse_adapter(path)
         if not (path / "config.json").is_file():
             raise error(
                 ModelNotFound,
@@ -120,32 +125,30 @@ def _quiet() -> Iterator[None]:
 def _load_model(source: str, short: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
     from transformers import AutoConfig
 
+    config: Any = None
+    file: GGUF | None = None
     try:
-        config: Any = AutoConfig.from_pretrained(source, **options)
-        model, loading = _auto_class(config, short).from_pretrained(
+        config = AutoConfig.from_pretrained(source, **options)
+        kind = _auto_class(config, short)
+        if "gguf_file" in options:
+            file = GGUF(Path(source) / options["gguf_file"])
+            options = options | {"config": scaled(config, file)}
+        else:
+            refuse_pickled(Path(source), kind.__name__)
+            options = options | {"use_safetensors": True}
+        model, loading = kind.from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except ModelUnsupported:
+    except MicrotomeError:
         raise
     except Exception as problem:  # broken files raise whatever their libraries do
+        refuse_quantised_files(config, short, problem)
         raise _translate(problem, source, short, options.get("gguf_file")) from problem
-    _refuse_unfilled(loading, short)
+    refuse_unlike(loading, short)
+    if file is not None:
+        refuse_unread(model, file)
     model.requires_grad_(False)
     return model.eval()
-
-
-def _refuse_unfilled(loading: dict[str, Any], short: str) -> None:
-    """Refuse a model of which a part would be random, because its files lack it or hold another shape."""
-    do = "copy or download the model again"
-    if loading["mismatched_keys"]:
-        name, held, asked = sorted(loading["mismatched_keys"])[0]
-        what = f"the weights of {short} are not those of its config.json"
-        raise error(ModelBroken, what, got=f"{name} {list(held)}", allowed=f"{list(asked)}", do=do)
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        what = f"the files of {short} lack weights"
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise error(ModelBroken, what, got=f"{len(missing)} missing: {some}", do=do)
 
 
 def _auto_class(config: Any, short: str) -> Any:
@@ -205,6 +208,8 @@ def _translate(problem: Exception, source: str, short: str, gguf: str | None) ->
     """Our own error for an exception of the loading libraries."""
     text = str(problem).strip().split("\n")[0].rstrip(".") or type(problem).__name__
     local = Path(source).is_dir()
+    if not local and "safetensors" in text and "does not appear to have" in text:  # a model of the hub in pickles
+        return pickled(source, text, "AutoModelForCausalLM")
     if local and isinstance(problem, OSError) and "no file named" in text.lower():
         return error(ModelBroken, f"the folder {source} has no weights", got=text, do="copy the model's files again")
     if not local:

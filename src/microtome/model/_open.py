@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from microtome.anatomy import Anatomy, anatomy_of, load
+from microtome.anatomy import Anatomy, anatomy_of, load, refuse_unreadable
 from microtome.context import current
 from microtome.errors import MicrotomeError, ModelError, ModelUnsupported, error
 from microtome.model._model import Model
@@ -70,12 +70,13 @@ def _load(
         hf = hf if target is None else hf.to(target)
         return Model(hf, tokenizer, _anatomy(hf, name))
     if not hasattr(name_or_path, "get_output_embeddings") or not hasattr(name_or_path, "config"):
+        inside = isinstance(getattr(name_or_path, "module", None), torch.nn.Module)  # DataParallel and its like
         raise error(
             ModelUnsupported,
             "cannot open this object as a model",
             got=type(name_or_path).__name__,
             allowed="a name, a folder, a GGUF file, or a transformers PreTrainedModel",
-            do="load it with transformers first",
+            do="open its .module" if inside else "load it with transformers first",
         )
     asked = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code or None}
     ignored = [name for name, value in asked.items() if value is not None]
@@ -95,8 +96,9 @@ def _anatomy(hf: Any, name: str) -> Anatomy:
     """The map of a loaded model.
 
     Raises:
-        ModelUnsupported: it has parts of no known form.
+        ModelUnsupported: it has parts of no known form; or it is compiled, offloaded or quantised.
     """
+    refuse_unreadable(hf, name)
     try:
         return anatomy_of(hf, name)
     except MicrotomeError:

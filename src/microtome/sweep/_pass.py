@@ -115,6 +115,7 @@ class BatchedPass:
         self._entries = [r.entry for r in self.rows]
         self._width = base.tokens.shape[1]
         self._active = 0
+        self._aside: Tensor | None = None
 
     def run(self) -> Tensor:
         """Logits [row, read, vocab] of the rows, in the order of `rows`."""
@@ -126,6 +127,9 @@ class BatchedPass:
         self._install_acts(hooks)
         self._narrow_last(hooks)
         unembedding = model.anatomy.parts.unembedding
+        norm = model.final_norm
+        if norm is not None and model.W_U.shape[0] == model.anatomy.d_model:
+            hooks.after(norm.norm.path, self._set_aside)
         hooks.before(unembedding, self._read)
         if self.base.ids is not None:
             hooks.around(unembedding, _some_logits(model.hf.get_submodule(unembedding), self.base.ids))
@@ -167,8 +171,17 @@ class BatchedPass:
         """[row, read] The columns that the metric reads; those before `first` are read off the base later."""
         return (self.base.read[self.bases] - self.first).clamp(min=0)
 
+    def _set_aside(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Hand over one row of what the final norm gives, as some trunks give what follows the shape of the tokens.
+
+        The unembedding reads just what that norm gives, as the proof says, and is given all rows again.
+        """
+        self._aside = output
+        return output[:1]
+
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return with_input(args, kwargs, _columns_of(input_of(args, kwargs), self._columns()))
+        rows = input_of(args, kwargs) if self._aside is None else self._aside
+        return with_input(args, kwargs, _columns_of(rows, self._columns()))
 
     def _narrow_last(self, hooks: HookSet) -> None:
         """Let the last MLP see only the columns that are read: it does not mix them, and nothing comes after it."""

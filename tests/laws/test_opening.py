@@ -1,0 +1,256 @@
+"""What is opened is what the files hold, all of it; what cannot be is refused with the right advice."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests import families
+from torch import Tensor, nn
+
+import microtome as mt
+from microtome.errors import ModelBroken, ModelError, ModelNotFound, ModelUnsupported
+
+TOKENS = [5, 9, 23, 41, 60]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    families.build("llama-gqa").save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def refused(subject: Any, kind: type[ModelError], *texts: str) -> str:
+    with pytest.raises(kind) as caught:
+        mt.open(subject)
+    said = str(caught.value)
+    assert type(caught.value) is kind
+    assert "\n" not in said
+    for text in texts:
+        assert text in said
+    return said
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder: Path, **entries: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# ------------------------------------------------------------------------------- weights that have no place
+
+
+def test_a_layer_that_the_configuration_does_not_know_is_refused(folder: Path) -> None:
+    configure(folder, num_hidden_layers=2)
+    what = "the files of tiny hold weights that have no place in the model of its config.json"
+    refused(folder, ModelBroken, what, "got 9 left over: model.layers.2.", "To do: mend config.json, or load")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.gate_proj.weight_scale", "v_head.weight"]
+)
+def test_any_other_tensor_is_refused_by_name(folder: Path, name: str) -> None:
+    rewrite(folder, lambda held: held | {name: torch.ones(40)})
+    refused(folder, ModelBroken, f"got 1 left over: {name}")
+
+
+def test_what_takes_no_part_in_the_model_is_not(folder: Path, tmp_path: Path) -> None:
+    rewrite(folder, lambda held: held | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(5)})
+    mt.open(folder)
+    gpt2 = tmp_path / "gpt2"
+    families.build("gpt2").save_pretrained(gpt2)
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.ones(())}
+    rewrite(gpt2, lambda held: held | mask | {"lm_head.weight": held["transformer.wte.weight"].clone()})
+    expected = mt.open(families.build("gpt2")).run(TOKENS).logits
+    assert torch.equal(mt.open(gpt2).run(TOKENS).logits, expected)
+
+
+def test_a_head_of_its_own_beside_a_tied_one_is_used(tmp_path: Path) -> None:
+    """A configuration may say that the head is tied while the file holds another one."""
+    hf = families.build("gpt2")
+    hf.save_pretrained(tmp_path)
+    head = torch.randn(families.VOCAB, families.D_MODEL, generator=torch.Generator().manual_seed(0))
+    rewrite(tmp_path, lambda held: held | {"lm_head.weight": head})
+    model = mt.open(tmp_path)
+    assert torch.equal(model.W_U, head.T)
+    assert torch.equal(model.W_E, hf.get_input_embeddings().weight)
+
+
+def test_the_other_heads_of_bert_are_left_aside(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForPreTraining
+
+    torch.manual_seed(0)
+    hf: Any = BertForPreTraining(BertConfig(**families._HF)).eval()
+    hf.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = hf(input_ids=torch.tensor([TOKENS])).prediction_logits
+    torch.testing.assert_close(mt.open(tmp_path).run(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_opens_from_what_it_saved(name: str, tmp_path: Path) -> None:
+    """Nothing that a family saves is taken for a tensor without a place."""
+    hf = families.build(name)
+    hf.save_pretrained(tmp_path)
+    same = mt.open(tmp_path, prove=False).hf.state_dict()
+    assert all(torch.equal(x, same[key]) for key, x in hf.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+def test_an_adapter_beside_its_base_is_not_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "."}))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    what = "holds an adapter beside its base, which would be left out without peft; got adapter_config.json"
+    refused(folder, ModelUnsupported, what, "To do: install peft, or merge it into its base")
+
+
+def test_an_adapter_alone_is_called_one(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "config.json").unlink()
+    refused(folder, ModelNotFound, "holds an adapter without the model that it adapts", "merge it into its base")
+
+
+# ------------------------------------------------------------------------------------------------- pickles
+
+
+def pickled(folder: Path) -> Path:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_pickled_weights_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the advice makes a folder that opens, with the same weights."""
+    expected = mt.open(folder).run(TOKENS).logits
+    pickled(folder)
+    load, read = torch.load, list[Any]()
+    monkeypatch.setattr(torch, "load", lambda *args, **more: read.append(args) or load(*args, **more))
+    said = refused(
+        folder, ModelUnsupported, "are pickles, which may run code when they are read; got pytorch_model.bin"
+    )
+    assert not read
+    code = re.search(r'python -c "(.*)"`', said)
+    assert code
+    exec(code[1], {})
+    assert torch.equal(mt.open(f"{folder}-safetensors").run(TOKENS).logits, expected)
+
+
+def test_safetensors_beside_pickles_are_read(folder: Path) -> None:
+    expected = mt.open(folder).run(TOKENS).logits
+    (folder / "pytorch_model.bin").write_bytes(b"anything")
+    (folder / "training_args.bin").write_bytes(b"anything")
+    assert torch.equal(mt.open(folder).run(TOKENS).logits, expected)
+
+
+def test_a_masked_model_is_converted_as_one(tmp_path: Path) -> None:
+    families.build("bert").save_pretrained(tmp_path)
+    refused(pickled(tmp_path), ModelUnsupported, "from transformers import AutoModelForMaskedLM as M")
+
+
+# ----------------------------------------------------------------------- compiled, offloaded, quantised models
+
+
+def compiled(how: str) -> Any:
+    hf: Any = families.build("llama-gqa")
+    if how == "wrapped":
+        return torch.compile(hf)
+    if how == "in place":
+        hf.compile()
+    elif how == "one layer":
+        hf.model.layers[1] = torch.compile(hf.model.layers[1])
+    elif how == "one layer in place":
+        hf.model.layers[1].compile()
+    else:
+        hf.forward = torch.compile(hf.forward)
+    return hf
+
+
+@pytest.mark.slow  # torch.compile imports for seconds
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
+@pytest.mark.parametrize("how", ["wrapped", "in place", "one layer", "one layer in place", "its forward"])
+def test_a_compiled_model_is_to_be_opened_before(how: str) -> None:
+    hf = compiled(how)
+    said = refused(hf, ModelUnsupported, "is compiled, and what a compiled forward computes inside cannot be watched")
+    if how == "wrapped":
+        assert said.endswith("To do: open what was given to torch.compile (._orig_mod).")
+        assert mt.open(hf._orig_mod).proof
+    else:
+        assert said.endswith("To do: load it again, and do not compile it.")
+        assert ("model.layers.1" in said) == ("layer" in how)
+
+
+def test_an_offloaded_model_is_to_be_loaded_whole(folder: Path, tmp_path: Path) -> None:
+    from accelerate import cpu_offload, disk_offload
+    from transformers import AutoModelForCausalLM
+
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
+    placed = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    cpu = torch.device("cpu")
+    for hf in (
+        cpu_offload(families.build("llama-gqa"), execution_device=cpu),
+        disk_offload(families.build("llama-gqa"), str(tmp_path / "a"), execution_device=cpu),
+        AutoModelForCausalLM.from_pretrained(folder, device_map=placed, offload_folder=str(tmp_path / "b")),
+    ):
+        said = refused(hf, ModelUnsupported, "are offloaded, so that they are not there to be read", "is on no device")
+        assert said.endswith("without device_map, offload_folder and cpu_offload, on one device that holds all of it.")
+    refused(families.build("llama-gqa").to("meta"), ModelUnsupported, "has no weights", "from_pretrained")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_quantised_model_is_to_be_loaded_in_plain_numbers(folder: Path) -> None:
+    whole = families.build("llama-gqa")
+    packed = torch.ao.quantization.quantize_dynamic(copy.deepcopy(whole), {nn.Linear}, dtype=torch.qint8)
+    narrow: Any = copy.deepcopy(whole)
+    down = narrow.model.layers[1].mlp.down_proj
+    down.weight = nn.Parameter(down.weight.detach().mul(10).to(torch.int8), requires_grad=False)
+    held: Any = copy.deepcopy(whole)
+    held.model.layers[1].mlp.down_proj.register_buffer("qweight", torch.zeros(3, dtype=torch.int32))
+    eighth: Any = copy.deepcopy(whole)
+    eighth.model.layers[1].mlp.down_proj.weight.data = down.weight.detach().to(torch.float8_e4m3fn)
+    for hf, got in (
+        (packed, "is a Linear"),
+        (narrow, "got model.layers.1.mlp.down_proj.weight in int8"),
+        (held, "got model.layers.1.mlp.down_proj is a Linear"),
+        (eighth, "got model.layers.1.mlp.down_proj.weight in float8_e4m3fn"),
+    ):
+        said = refused(hf, ModelUnsupported, "are quantised, and cannot be read as plain matrices", got)
+        assert (
+            "To do: load the model without quantization_config or load_in_8bit, or call its dequantize() first" in said
+        )
+
+
+@pytest.mark.parametrize(
+    "method", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}]
+)
+def test_quantised_files_are_no_matter_of_a_missing_package(method: dict[str, Any], folder: Path) -> None:
+    configure(folder, quantization_config=method)
+    said = refused(folder, ModelUnsupported, f"the weights of tiny are quantised ({method['quant_method']})")
+    assert said.endswith("To do: open the model that it was made from, or one that was dequantised and saved again.")
+
+
+def test_a_model_inside_of_a_wrapper_is_named() -> None:
+    refused(nn.DataParallel(families.build("gpt2")), ModelUnsupported, "got DataParallel", "To do: open its .module.")
+
+
+def test_a_folder_that_was_removed_meanwhile_is_said_to_lack_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    refused(folder, ModelBroken, "has no weights", "copy the model's files again")
+    shutil.rmtree(folder)
+    with pytest.raises(ModelNotFound):
+        mt.open(folder)
