@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from microtome.anatomy._discover import LayerParts, Norm, Parts, discover, is_conv1d
 from microtome.anatomy._family import number
 from microtome.anatomy._kernels import hiding_kernel
+from microtome.anatomy._rotary import RotarySwitch, switch_of
 from microtome.anatomy._sites import SITES, Address, Site
 from microtome.errors import SiteError, error
 from microtome.shown import brief, shown
@@ -67,7 +68,10 @@ class HookPoint:
 @shown
 @dataclass(frozen=True)
 class Anatomy:
-    """Sizes, parts and sites of one model. `missing` gives why a site is absent, by layer or for all (None)."""
+    """Sizes, parts and sites of one model. `missing` gives why a site is absent, by layer or for all (None).
+
+    `rotary_switch` is where rows of a batch would change each other, if they would.
+    """
 
     name: str
     model_type: str
@@ -89,6 +93,7 @@ class Anatomy:
     missing: Mapping[Site, str]
     logit_scale: float
     logit_softcap: float | None
+    rotary_switch: RotarySwitch | None = None
 
     def _facts(self) -> dict[str, str]:
         """Its form and sizes, and which sites it has and lacks."""
@@ -377,6 +382,7 @@ def anatomy_of(model: Any, name: str) -> Anatomy:
         missing=hook_points.missing,
         logit_scale=(multiply or 1.0) / (divide or 1.0),
         logit_softcap=number(config, family.logit_softcap),
+        rotary_switch=switch_of(config),
     )
 
 

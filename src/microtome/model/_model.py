@@ -233,6 +233,8 @@ class Model(LoadedModel):
                 allowed=f"{room}",
                 do="shorten the prompt",
             )
+        if self.anatomy.rotary_switch is not None:
+            self.anatomy.rotary_switch.refuse(batch.lengths, self.anatomy.name, max_new_tokens)
         pad = pad_id(self.tokenizer, self.anatomy.d_vocab)
         # A model's own settings may ask for more than tokens.
         options = {"do_sample": False, "pad_token_id": pad} | options | {"return_dict_in_generate": False}

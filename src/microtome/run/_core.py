@@ -180,13 +180,16 @@ class LoadedModel:
         """Tokens, mask and lengths of a prompt; a `Batch` stays as it is.
 
         Raises:
-            PromptError: it is empty, too long, or not of this vocabulary.
+            PromptError: it is empty, too long, or not of this vocabulary; or its rows would change each other.
         """
         a = self.anatomy
-        return to_batch(
+        batch = to_batch(
             prompt, self.codec, n_vocab=a.d_vocab, n_ctx=a.n_ctx, side=padding, device=self.device,
             first_position=a.first_position,
         )  # fmt: skip
+        if a.rotary_switch is not None:
+            a.rotary_switch.refuse(batch.lengths, a.name)
+        return batch
 
     @property
     def codec(self) -> Codec | None:
