@@ -33,8 +33,13 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def _require_causal(model: Model) -> None:
     if not model.anatomy.causal:
-        what = f"{model.anatomy.name} does not predict the next token, so it has no loss to measure"
-        raise error(ModelUnsupported, what, got="attention in both directions", allowed="causal models")
+        raise error(
+            ModelUnsupported,
+            f"{model.anatomy.name} does not predict the next token, so it has no loss to measure",
+            got="attention in both directions",
+            allowed="causal models",
+            do="choose a causal model",
+        )
 
 
 @measure(
