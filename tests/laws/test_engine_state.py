@@ -234,17 +234,6 @@ def test_a_run_inside_a_run_is_refused() -> None:
         )
 
 
-def test_a_sweep_inside_editing_is_refused() -> None:
-    model = mt.open(families.build("llama-gqa"), prove=False)
-    cells = [mt.edit.Zero("1.mlp_out@3")]
-    with (
-        model.editing(mt.edit.Zero("1.attn.z[0]")),
-        pytest.raises(mt.errors.EditError, match="a sweep cannot run inside `editing`.*into every cell"),
-    ):
-        model.sweep(ids(), cells, READ, prompts=[0]).run()
-    assert model.sweep(ids(), cells, READ, prompts=[0]).run().done == 1
-
-
 @pytest.mark.parametrize("edit", [mt.edit.Skip(0), mt.edit.Repeat(1, 2)])
 def test_a_run_inside_editing_needs_no_cache(edit: mt.edit.Edit) -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from microtome.anatomy import Anatomy, integer
 from microtome.edit import Edit, Frame, SiteEdit
-from microtome.errors import EditError, PromptError, error
+from microtome.errors import PromptError, error
 from microtome.metric import Metric
 from microtome.model._proof import IdentityCheck, prove
 from microtome.run import (
@@ -130,26 +130,22 @@ class Model(LoadedModel):
             prompts: the number of each cell's prompt; the first by default.
             budget: memory limit per pass in bytes; half of the free memory, at most 2 GiB, by default.
 
+        Inside `editing`, the standing edits hold in every cell, before its own, and in the runs without a cell.
+
         Returns:
             A `Sweep`: its `plan` gives the cost; `run()` gives values and effects by cell, and the values of
-            the unedited prompts.
+            the prompts without a cell.
 
         Raises:
             SiteError: an address matches nothing, lies outside the layers, or beyond its prompt.
-            EditError: a cell is empty, or the metric does not fit; or the model is being edited.
+            EditError: a cell is empty, or the metric does not fit; or an edit of `editing` is none of a site inside
+                the layers, names rows, or meets an `Edge`.
             BudgetError: not even one cell fits.
 
         >>> cells = [Patch(f"{layer}.resid_pre@{pos}", source=corrupt) for layer in range(30) for pos in range(13)]
         >>> sweep = model.sweep(clean, cells, LogitDifference(answer=paris, foil=rome))
         >>> effects = sweep.run().effects.reshape(30, 13)
         """
-        if lock_of(self.hf).active_edits:
-            raise error(
-                EditError,
-                "a sweep cannot run inside `editing`: its batch holds cells, not the rows of a prompt",
-                got=", ".join(map(repr, lock_of(self.hf).active_edits)),
-                do="put these edits into every cell",
-            )
         return Sweep(self, prompt, cells, metric, prompts=prompts, budget=budget)
 
     @contextmanager
@@ -175,6 +171,8 @@ class Model(LoadedModel):
 
         def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal calls
+            if lock_of(self.hf).standing_aside:
+                return
             calls += 1
             session.frame = generation.frame(args, kwargs)
 
@@ -183,6 +181,8 @@ class Model(LoadedModel):
                 return own(*args, **kwargs)
 
         def ended(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if lock_of(self.hf).standing_aside:
+                return
             generation.ended(output)
 
         session.hooks.before("", begin)

@@ -19,7 +19,7 @@ Check:  equal to one literal forward a cell for every site and family; tests/law
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -28,10 +28,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from microtome.anatomy import Address, Site, bias_of, weight_of
-from microtome.edit import Frame, Selection, SiteEdit, apply, canonical
+from microtome.edit import Apply, Frame, Mean, Selection, SiteEdit, apply, canonical
 from microtome.errors import EditError, SiteError, error
 from microtome.run import Batch, LoadedModel
-from microtome.run.hook import HookSet, input_of, install, output_of, with_input, with_output
+from microtome.run.hook import HookSet, input_of, install, lock_of, output_of, with_input, with_output
 
 Cell = SiteEdit | Sequence[SiteEdit]
 
@@ -45,11 +45,15 @@ class _Act:
     site: Site
     address: Address
     frame: Frame
+    standing: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """A cell ready to run: its place in the result, its prompt, its acts, where it joins, and from which column on."""
+    """A cell ready to run: its place in the result, its prompt, its acts, where it joins, and from which column on.
+
+    Of acts that stand in every row only those behind the entry are left; they act from whichever column a pass has on.
+    """
 
     place: int
     prompt: int
@@ -124,7 +128,7 @@ class BatchedPass:
         for i, layer in enumerate(model.anatomy.parts.layers):
             hooks.before(layer.block, self._enter(i))
             hooks.around(layer.block, self._block)
-        self._install_acts(hooks)
+        _install_acts(hooks, model, [row.acts for row in self.rows], self._shape)
         self._narrow_last(hooks)
         unembedding = model.anatomy.parts.unembedding
         norm = model.final_norm
@@ -140,7 +144,7 @@ class BatchedPass:
             inputs |= {"past_key_values": cache, "use_cache": True}
         elif model.anatomy.causal:
             inputs["use_cache"] = False
-        with torch.no_grad(), hooks:
+        with torch.no_grad(), lock_of(model.hf).aside(), hooks:
             return model.hf(**inputs).logits
 
     def _enter(self, layer: int) -> Any:
@@ -186,7 +190,8 @@ class BatchedPass:
     def _narrow_last(self, hooks: HookSet) -> None:
         """Let the last MLP see only the columns that are read: it does not mix them, and nothing comes after it."""
         last = self.model.anatomy.n_layers - 1
-        edited = any(act.site.layer == last and act.site.name.startswith("mlp") for r in self.rows for act in r.acts)
+        acts = [act for row in self.rows for act in row.acts if act.site.layer == last]
+        edited = any(act.site.name.startswith("mlp") or _mixes_positions(act.edit) for act in acts)
         path = self.model.anatomy.parts.layers[last].mlp
         if path is None or edited or self.base.read.shape[1] >= self._width - self.first:
             return
@@ -204,35 +209,46 @@ class BatchedPass:
 
         hooks.around(path, token_subset)
 
-    def _install_acts(self, hooks: HookSet) -> None:
-        at: dict[Site, list[tuple[int, _Act]]] = {}
-        for number, row in enumerate(self.rows):
-            for act in row.acts:
-                at.setdefault(act.site, []).append((number, act))
-        model = self.model
-        for site in sorted(at, key=model.anatomy.order):
-            point = model.anatomy.hook_points[site]
-            install(hooks, model.hf, site, point, self._visit(site, at[site]), self._shape, edits=True)
-
     def _shape(self) -> tuple[int, int]:
         return self._active, self._width - self.first
 
-    def _visit(self, site: Site, acts: list[tuple[int, _Act]]) -> Callable[[Tensor], Tensor | None]:
-        def visit(x: Tensor) -> Tensor:
-            x = x.clone()
-            for number, act in acts:
-                row = x[number : number + 1]
-                x[number : number + 1] = apply(act.edit, row, _selection(row, site, act))
-            return x
 
-        return visit
+def _install_acts(
+    hooks: HookSet, model: LoadedModel, acts: Sequence[Sequence[_Act]], shape: Callable[[], tuple[int, int]]
+) -> None:
+    """Let every row of a batch, by its number, be changed by its own acts."""
+    at: dict[Site, list[tuple[int, _Act]]] = {}
+    for number, of_row in enumerate(acts):
+        for act in of_row:
+            at.setdefault(act.site, []).append((number, act))
+    for site in sorted(at, key=model.anatomy.order):
+        point = model.anatomy.hook_points[site]
+        # What leaves a layer is changed where it enters the next, before what is changed there.
+        in_order = sorted(at[site], key=lambda numbered: model.anatomy.order(numbered[1].named))
+        install(hooks, model.hf, site, point, _visit(site, in_order), shape, edits=True)
 
 
-def _selection(x: Tensor, site: Site, act: _Act) -> Selection:
+def _visit(site: Site, acts: Sequence[tuple[int, _Act]]) -> Callable[[Tensor], Tensor | None]:
+    def visit(x: Tensor) -> Tensor:
+        x = x.clone()
+        for number, act in acts:
+            row = x[number : number + 1]
+            for where in _selections(row, site, act):
+                row = apply(act.edit, row, where)
+            x[number : number + 1] = row
+        return x
+
+    return visit
+
+
+def _selections(x: Tensor, site: Site, act: _Act) -> list[Selection]:
     """The part of one row that an act changes. Keys and values have the prefix in front, everything else has not."""
     width, units = canonical(x, site).shape[1:3]
     chosen = None if act.address.units.is_all else torch.tensor(act.address.units.resolve(units), device=x.device)
-    return Selection(act.named, chosen, act.frame.at(width))
+    if not act.standing:
+        return [Selection(act.named, chosen, act.frame.at(width))]
+    cuts = act.frame.select(act.address.positions, None, width, x.device)
+    return [Selection(act.named, chosen, cut) for cut in cuts]
 
 
 def _widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[str, Any]]:
@@ -267,9 +283,15 @@ def _some_logits(unembedding: Any, ids: Tensor) -> Any:
 
 
 def base_of(
-    model: LoadedModel, batch: Batch, prompts: Sequence[int], read: Tensor, ids: Tensor | None, cached: bool
+    model: LoadedModel,
+    batch: Batch,
+    prompts: Sequence[int],
+    read: Tensor,
+    ids: Tensor | None,
+    standing: Sequence[SiteEdit],
+    cached: bool,
 ) -> Base:
-    """Run prompts of one length unedited, and keep what sweeps over them need."""
+    """Run prompts of one length with nothing but the standing edits, and keep what sweeps over them need."""
     n = model.anatomy.n_layers
     tokens = batch.tokens
     streams: list[Tensor] = [torch.empty(0)] * n
@@ -286,6 +308,9 @@ def base_of(
 
     for i, layer in enumerate(model.anatomy.parts.layers):
         hooks.before(layer.block, keep(i))
+    # What enters a layer is kept as it is before edits: a row that joins there is edited like all others.
+    acts = [standing_acts(model, standing, prompt, tokens.shape[1]) for prompt in prompts]
+    _install_acts(hooks, model, acts, lambda: (int(tokens.shape[0]), int(tokens.shape[1])))
     unembedding = model.anatomy.parts.unembedding
     hooks.before(unembedding, select)
     if ids is not None:
@@ -294,14 +319,54 @@ def base_of(
     inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if cached else {}
     if not cached and model.anatomy.causal:
         inputs["use_cache"] = False
-    with torch.no_grad(), hooks:
+    with torch.no_grad(), lock_of(model.hf).aside(), hooks:
         logits: Tensor = model.hf(input_ids=tokens, **inputs).logits
     layers: list[Any] = list(cache.layers) if cached else []
     keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
     return Base(tuple(prompts), tokens, torch.stack(streams), keys, values, read, ids, logits)
 
 
-def rows_of(model: LoadedModel, batch: Batch, cells: Sequence[Cell], prompts: Sequence[int]) -> list[Row]:
+def standing_acts(model: LoadedModel, standing: Sequence[SiteEdit], prompt: int, length: int) -> list[_Act]:
+    """The edits that stand in every row of a sweep, each narrowed to one layer, for one prompt.
+
+    Raises:
+        SiteError: one lies outside the layers, or beyond the prompt.
+        EditError: one names rows.
+    """
+    frame, n = Frame(((0, length),), length, source_row=prompt), model.anatomy.n_layers
+    found: list[_Act] = []
+    for edit in standing:
+        if edit.rows is not None:
+            raise error(EditError, f"{edit!r} of `editing` names rows, but a cell of a sweep is one row",
+                        do="leave rows= out, or put the edit into the cells that it is for")  # fmt: skip
+        frame.columns_of(edit.address.positions)
+        found += [replace(_act(edit, site, frame, n), standing=True) for site in model.anatomy.sites(edit.address)]
+    return found
+
+
+def _mixes_positions(edit: SiteEdit) -> bool:
+    """Whether what an edit does at one position may depend on others."""
+    return isinstance(edit, Apply) or (isinstance(edit, Mean) and edit.mean is None)
+
+
+def _first_whole(act: _Act) -> int:
+    """The first column of a standing act that must see all of its columns at once; else one behind all."""
+    dims = len(act.named.spec.dims)
+    values = [getattr(act.edit, name, None) for name in ("value", "factor", "mean")]
+    by_position = any(isinstance(v, Tensor) and v.dim() >= dims - 1 and v.shape[1 - dims] > 1 for v in values)
+    if not (by_position or _mixes_positions(act.edit)):
+        return act.frame.width
+    columns = act.frame.columns_of(act.address.positions)
+    return 0 if columns is None else int(columns.min())
+
+
+def rows_of(
+    model: LoadedModel,
+    batch: Batch,
+    cells: Sequence[Cell],
+    prompts: Sequence[int],
+    standing: Sequence[SiteEdit] = (),
+) -> list[Row]:
     """Rows of a pass from cells: every edit narrowed to one layer, at the site where it first acts.
 
     Raises:
@@ -311,6 +376,7 @@ def rows_of(model: LoadedModel, batch: Batch, cells: Sequence[Cell], prompts: Se
     n = model.anatomy.n_layers
     frames = [Frame(((0, length),), length, source_row=prompt) for prompt, length in enumerate(batch.lengths)]
     rows: list[Row] = []
+    always: dict[int, list[_Act]] = {}
     for place, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
         edits = _edits_of(cell, place)
         acts: list[_Act] = []
@@ -320,8 +386,12 @@ def rows_of(model: LoadedModel, batch: Batch, cells: Sequence[Cell], prompts: Se
             frame = frames[prompt]
             (cut,) = frame.select(edit.address.positions, None, frame.width, batch.tokens.device)
             acts += [_act(edit, site, cut, n) for site in model.anatomy.sites(edit.address)]
-        entry = min(_entry(act.site) for act in acts)
-        rows.append(Row(place, prompt, tuple(acts), entry, min(act.frame.first for act in acts)))
+        entry, first = min(_entry(act.site) for act in acts), min(act.frame.first for act in acts)
+        if prompt not in always:
+            always[prompt] = standing_acts(model, standing, prompt, batch.lengths[prompt])
+        later = [act for act in always[prompt] if _entry(act.site) >= entry]
+        first = min([first, *map(_first_whole, later)])
+        rows.append(Row(place, prompt, (*later, *acts), entry, first))
     return rows
 
 

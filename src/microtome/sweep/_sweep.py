@@ -10,13 +10,15 @@ from torch import Tensor
 
 from microtome.anatomy import Site
 from microtome.context import current
-from microtome.edit import Zero
+from microtome.edit import SiteEdit, Zero
 from microtome.errors import BudgetError, EditError, error
 from microtome.metric import Metric, TokenSubsetMetric, in_ids
 from microtome.run import FIXED, Batch, LoadedModel, Prompt, free_memory, in_bytes, plan_of
+from microtome.run.hook import lock_of
 from microtome.shown import brief, shown
 from microtome.sweep._edges import Edge, Edges, bytes_of_edges
 from microtome.sweep._pass import Base, BatchedPass, Cell, Row, base_of, rows_of
+from microtome.sweep._standing import refuse_other_edits, standing_of
 
 
 @shown
@@ -58,7 +60,7 @@ class SweepResult:
 
     Attributes:
         values: [cell, ...] the metric of every cell, in float32; NaN for cells not reached when it was stopped.
-        base: [prompt, ...] the metric of the unedited prompts.
+        base: [prompt, ...] the metric of the prompts without a cell.
         effects: values minus the base of each cell's prompt.
         plan: what was done.
         done: how many cells were reached.
@@ -115,6 +117,7 @@ class _Ready:
     groups: list[_Group]
     passes: list[tuple[_Group, int, list[Row]]]
     plan: SweepPlan
+    standing: tuple[SiteEdit, ...]
 
 
 @shown
@@ -138,6 +141,8 @@ class Sweep:
         """Check, group and plan the cells; see `Model.sweep`."""
         self._cells, self._prompts = list(cells), None if prompts is None else list(prompts)
         self._model, self._metric = model, in_ids(metric, model)
+        self._active = list(lock_of(model.hf).active_edits)
+        self._standing = standing_of(self._active, edges=any(isinstance(cell, Edge) for cell in self._cells))
         model.require_mapped()
         self._batch = model.to_batch(prompt)
         _check(self._batch, self._cells, self._prompts)
@@ -163,7 +168,7 @@ class Sweep:
         return self._ready.plan
 
     def _prepare(self, cells: Sequence[Cell]) -> _Ready:
-        return _prepare(self._model, self._batch, cells, self._metric, self._prompts, self._room)
+        return _prepare(self._model, self._batch, cells, self._metric, self._prompts, self._room, self._standing)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> SweepResult:
         """Run every cell.
@@ -174,7 +179,11 @@ class Sweep:
         Returns:
             Values and effects by cell. Stopped with Ctrl-C it keeps the cells that were reached; `SweepResult.whole` is
             for callers that need all of them.
+
+        Raises:
+            EditError: other edits are active than when the sweep was prepared.
         """
+        refuse_other_edits(lock_of(self._model.hf).active_edits, self._active)
         if any(isinstance(cell, Edge) for cell in self._cells):
             self._ready = self._prepare(_without_edges(self._model, self._batch, self._cells, self._prompts))
         return _run(self._model, self._ready, len(self._cells), progress)
@@ -214,10 +223,11 @@ def _prepare(
     metric: Metric,
     prompts: Sequence[int] | None,
     room: _Room,
+    standing: tuple[SiteEdit, ...],
 ) -> _Ready:
     which = [0] * len(cells) if prompts is None else list(prompts)
     _check_metric(model, metric, len(batch.lengths))
-    rows = rows_of(model, batch, cells, which)
+    rows = rows_of(model, batch, cells, which, standing)
     _refuse_unread(model, batch, metric, rows)
     ids, over = _narrowed(model, metric)
     vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)
@@ -231,7 +241,7 @@ def _prepare(
         mine = [(group, first, part) for first, part in _passes(model, group, rows, _step(held, each, room.allowed))]
         passes += mine
         most = max(most, held + each * max((len(part) for _, _, part in mine), default=0))
-    return _Ready(which, over, ids, groups, passes, _plan(model, len(rows), passes, most))
+    return _Ready(which, over, ids, groups, passes, _plan(model, len(rows), passes, most), standing)
 
 
 def _run(model: LoadedModel, ready: _Ready, cells: int, progress: Callable[[int, int], None] | None) -> SweepResult:
@@ -241,7 +251,8 @@ def _run(model: LoadedModel, ready: _Ready, cells: int, progress: Callable[[int,
     done = 0
     try:
         for group in ready.groups:
-            base = base_of(model, group.batch, group.prompts, group.read, ready.ids, cached=model.anatomy.causal)
+            cached = model.anatomy.causal
+            base = base_of(model, group.batch, group.prompts, group.read, ready.ids, ready.standing, cached)
             read = ready.metric.read(base.logits, torch.tensor(group.prompts, device=base.logits.device))
             for prompt_number, value in zip(group.prompts, read.float(), strict=True):
                 base_values[prompt_number] = value

@@ -22,10 +22,12 @@ class ModelLock:
 
     Attributes:
         active_edits: the edits of the `editing` blocks that are open.
+        standing_aside: whether the hooks of those edits let a forward pass as it is: a sweep applies them itself.
     """
 
     def __init__(self) -> None:
         self.active_edits: list[Edit] = []
+        self.standing_aside = False
         self._owner: int | None = None
         self._running, self._blocks = False, 0
         self._free = Condition()
@@ -54,6 +56,15 @@ class ModelLock:
                 if not (self._running or self._blocks):
                     self._owner = None
                 self._free.notify_all()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let the hooks of active edits pass the forwards of this block by."""
+        before, self.standing_aside = self.standing_aside, True
+        try:
+            yield
+        finally:
+            self.standing_aside = before
 
     def wait_for_others(self) -> None:
         """Wait until no other thread runs the model.

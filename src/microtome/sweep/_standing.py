@@ -1,0 +1,50 @@
+"""The edits of `editing` in a sweep: they stand in every row, before the edits of its cell, and in the base run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from microtome.edit import Edit, SiteEdit
+from microtome.errors import EditError, error
+
+
+def standing_of(active: Sequence[Edit], *, edges: bool) -> tuple[SiteEdit, ...]:
+    """The edits of `editing` that hold in every row of a sweep.
+
+    Raises:
+        EditError: a sweep cannot hold one of them, or they meet edges.
+    """
+    found = tuple(edit for edit in active if isinstance(edit, SiteEdit))
+    wrong = next((edit for edit in active if not isinstance(edit, SiteEdit)), None)
+    if wrong is not None:
+        raise error(
+            EditError,
+            "a sweep inside `editing` cannot hold this edit in its rows",
+            got=repr(wrong),
+            allowed="edits of sites",
+            do="run the cells one by one with model.run",
+        )
+    if found and edges:
+        raise error(
+            EditError,
+            "a sweep of edges cannot run inside `editing`: an edge is the difference of two unedited runs",
+            got=", ".join(map(repr, found)),
+            do="leave the `editing` block",
+        )
+    return found
+
+
+def refuse_other_edits(now: Sequence[Edit], prepared: Sequence[Edit]) -> None:
+    """Refuse to run a sweep under other edits than those under which it was prepared.
+
+    Raises:
+        EditError: they are others.
+    """
+    if [*map(id, now)] != [*map(id, prepared)]:
+        raise error(
+            EditError,
+            "a sweep must run under the edits of `editing` under which it was prepared",
+            got=", ".join(map(repr, now)) or "none",
+            allowed=", ".join(map(repr, prepared)) or "none",
+            do="prepare it again: model.sweep(...)",
+        )
