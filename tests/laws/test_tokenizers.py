@@ -17,6 +17,7 @@ import microtome as mt
 from microtome.errors import PromptError
 from microtome.run import Codec
 from microtome.run._batch import rows_of
+from microtome.stream import Corpus, TokenBatches
 
 PROMPT, OTHER = "The capital of France is", "The capital of Italy is"
 KINDS = (
@@ -73,6 +74,18 @@ def test_a_prompt_ends_with_its_own_last_token(kind: str, first: list[str]) -> N
     given = m.tokenizer(PROMPT)
     assert m.to_tokens(given)[0].tolist() == given["input_ids"]
     assert m.to_tokens(PROMPT + "</s>")[0].tolist()[: len(ids[0])] == ids[0].tolist()
+
+
+def test_a_corpus_of_chats_begins_once() -> None:
+    tokenizer = tokenizers.build("chat")
+    chats = [tokenizer.apply_chat_template(CHAT[i:], tokenize=False) for i in range(2)]
+    assert all(chat.startswith("<s>") for chat in chats)
+    made = [TokenBatches(Corpus.of("t", texts), tokenizer, length=16) for texts in (chats, [c[3:] for c in chats])]
+    assert made[0].flat == made[1].flat
+    for batch in made[0]:
+        for row in batch.tokens.tolist():
+            assert row[0] == tokenizer.bos_token_id
+            assert row[1] != tokenizer.bos_token_id
 
 
 def test_an_end_that_was_written_stays() -> None:
@@ -189,6 +202,17 @@ def test_a_word_of_sentencepiece_keeps_its_space(kind: str, tmp_path: Path) -> N
     path = tmp_path / "pairs.csv"
     path.write_text(f"clean,corrupt,answer,foil\n{PROMPT},{OTHER}, Paris, Rome\n")
     assert mt.tasks.read(path, m)[0].answer == " Paris"
+
+
+def test_a_subject_of_a_file_is_found_as_one_of_a_prompt_is(tmp_path: Path) -> None:
+    m = model("nfc")
+    path = tmp_path / "pairs.csv"
+    for written, subject in (("Peruvians of Peru and", "Peru"), ("in Zu\u0308rich and", "Z\u00fcrich")):
+        path.write_text(f"clean,corrupt,answer,foil,subject\n{written} is,{written} of, is, of,{subject}\n", "utf-8")
+        pair = mt.tasks.read(path, m)[0]
+        assert pair.spans["subject"] == mt.explain.span_of(m, m.encodings(written)[0], subject)
+        shown = m.tokenizer.decode(pair.clean_tokens[slice(*pair.spans["subject"])])
+        assert shown == unicodedata.normalize("NFC", f" {subject}")
 
 
 @pytest.mark.parametrize("kind", LLAMA)
@@ -418,6 +442,14 @@ def test_an_answer_without_its_space_is_warned_of(method: str, likelier: Any) ->
         warnings.simplefilter("error", mt.errors.MicrotomeWarning)
         ASKED[method](m, " is")
         ASKED[method](m, bare)  # an id is what it is
+
+
+def test_behind_the_mark_of_a_turn_the_form_with_a_space_is_warned_of(likelier: Any) -> None:
+    m, bare, word = spaced("chat")
+    chances = m.run(CHAT).logits[0, -1].log_softmax(-1)
+    likelier(m, bare, 1000 * float((chances[word] - chances[bare]).exp()))
+    with pytest.warns(mt.errors.MicrotomeWarning, match="the answer is the token ' is', and 'is' is"):
+        mt.explain.contributions(m, CHAT, answer=" is")
 
 
 def test_no_warning_where_the_other_form_is_not_far_likelier(likelier: Any) -> None:

@@ -126,10 +126,11 @@ def warn_of_spaces(model: Model, given: Any, ids: Sequence[int], prompts: Sequen
 
 
 def _other_form(model: Model, text: Any, prompt: Tensor) -> int | None:
-    """The token of a word with its space where it has none, without it where the prompt ends in one; None if none."""
+    """The token of a word with its space where it has none, or without it behind a space or a mark of a chat's turn."""
     if not isinstance(text, str) or not text.strip():
         return None
-    if text[0].isspace() and not model.to_words(prompt[-1:])[0][-1:].isspace():
+    special: list[int] = getattr(model.tokenizer, "all_special_ids", [])
+    if text[0].isspace() and int(prompt[-1]) not in special and not model.to_words(prompt[-1:])[0][-1:].isspace():
         return None
     try:
         return model.to_id(text.lstrip() if text[0].isspace() else f" {text}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any, cast
@@ -70,7 +69,7 @@ def _of_text(model: Model, tokens: Tensor | Sequence[int] | Encoding, text: str,
     for own in (prompt, codec.decode(prompt.ids)):
         for form in wanted:
             found = own.find(form)
-            alone = [place for place in found if not any(_inside_a_word(own.text, cut) for cut in place)]
+            alone = [place for place in found if own.stands_alone(*place)]
             spans = [own.tokens_at(*place) for place in alone] or [own.whole_tokens_at(*place) for place in found]
             if span := next(filter(None, spans), None):
                 return span
@@ -78,16 +77,6 @@ def _of_text(model: Model, tokens: Tensor | Sequence[int] | Encoding, text: str,
     why = f'"{text}" only inside longer words' if there else f'no {what} "{text}"'
     do = "write it as it stands there, or give its tokens as (first, end)"
     raise error(PromptError, f"the prompt has {why}", got=f'"{prompt.text}"', do=do)
-
-
-def _inside_a_word(text: str, cut: int) -> bool:
-    """Whether a cut parts two letters of one word; in scripts without spaces every letter may begin one."""
-    beside = text[cut - 1 : cut + 1] if 0 < cut < len(text) else " "
-    # Tokenizers without a decoder leave their own marks of a space.
-    letters = [
-        unicodedata.combining(c) or (c.isalnum() and ord(c) < 0x2E80 and c not in "\u0120\u2581") for c in beside
-    ]
-    return all(letters)
 
 
 def one_row(tokens: Tensor) -> Tensor:

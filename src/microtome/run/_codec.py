@@ -76,6 +76,20 @@ class Encoding:
             at = whole.find(target, at + 1)
         return found
 
+    def stands_alone(self, first: int, end: int) -> bool:
+        """Whether some characters are words of their own, and no part of longer ones."""
+        return not any(_inside_a_word(self.text, cut) for cut in (first, end))
+
+
+def _inside_a_word(text: str, cut: int) -> bool:
+    """Whether a cut parts two letters of one word; in scripts without spaces every letter may begin one."""
+    beside = text[cut - 1 : cut + 1] if 0 < cut < len(text) else " "
+    # Tokenizers without a decoder leave their own marks of a space.
+    letters = [
+        unicodedata.combining(c) or (c.isalnum() and ord(c) < 0x2E80 and c not in "\u0120\u2581") for c in beside
+    ]
+    return all(letters)
+
 
 def _stripped(text: str, first: int, end: int) -> Characters:
     """Characters without the spaces at both ends."""

@@ -1,7 +1,8 @@
 """Documents as batches of token rows, in a fixed order.
 
 Formula:  flat = d_0, sep, d_1, sep, ... cut to `tokens`; row r is flat[r length : (r + 1) length]. A tokenizer that
-          begins every text with a token of its own has it at the head of every row, before `length - 1` of the others.
+          begins every text with a token of its own has it at the head of every row, before `length - 1` of the others,
+          and leaves it out of documents that were written with it.
 Cost:     tokenises documents only until there are enough tokens, and of a long document only as much as is needed.
 Check:    rows concatenated give `flat`; the same tokens as tokenising everything first (tests/unit).
 """
@@ -202,13 +203,15 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, tokens: int | None) -> tuple
     separator = getattr(tokenizer, "eos_token_id", None)
     separator = getattr(tokenizer, "bos_token_id", None) if separator is None else separator
     between = [] if separator is None else [int(separator)]
+    begins = bos_id(tokenizer)  # rows begin with it: a text of a chat template would have it twice
     flat: list[int] = []
     ranges: list[tuple[int, int]] = []
     for text in corpus:
         if flat and ranges[-1][0] < ranges[-1][1]:  # a document without tokens gets no separator
             flat += between
         first = len(flat)
-        flat += _start_of(text, tokenizer, None if tokens is None else tokens - first)
+        ids = _start_of(text, tokenizer, None if tokens is None else tokens - first)
+        flat += ids[1:] if begins is not None and ids[:1] == [begins] else ids
         ranges.append((first, len(flat)))
         if tokens is not None and len(flat) >= tokens:
             break

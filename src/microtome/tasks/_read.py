@@ -23,8 +23,9 @@ def read(path: str | os.PathLike[str], source: Any, *, answers: Answers = "one")
 
     Columns (of a `.csv`) or fields (of the object on each line of a `.jsonl`): `clean`, `corrupt`, `answer`, `foil`,
     and if you like `subject` and `group`. An answer is what follows the prompt, letter by letter: with its leading
-    space, if it has one. A subject is looked for in the clean prompt, and its first occurrence counts; in the corrupt
-    prompt the same token positions are its span. Nothing is left out: a row that does not fit is an error.
+    space, if it has one. A subject is looked for in the clean prompt, and its first occurrence counts, as a word of its
+    own before one inside a longer word; in the corrupt prompt the same token positions are its span. Nothing is left
+    out: a row that does not fit is an error.
 
     Args:
         path: the file, in UTF-8.
@@ -115,7 +116,7 @@ def _pair(tokens: Tokens, row: Mapping[str, Any], where: str, answers: Answers) 
     if not isinstance(group, str):
         raise error(DataError, f"{where}: the group is not text", got=repr(group), do="write it as text")
     clean, subject = row["clean"], row.get("subject") or None
-    if subject is not None and (not isinstance(subject, str) or subject not in clean):
+    if subject is not None and (not isinstance(subject, str) or not tokens.codec.encode(clean).find(subject)):
         raise error(
             DataError, f"{where}: the subject is not in the clean prompt", got=repr(subject), allowed=repr(clean)
         )
@@ -133,8 +134,10 @@ def _with_subject(tokens: Tokens, pair: Pair, subject: str) -> Pair:
 
     from microtome.tasks._pair import with_places
 
-    at = pair.clean.index(subject)
-    spans = tokens.spans(pair.clean, {"subject": (at, at + len(subject))})
+    encoding = tokens.codec.encode(pair.clean)
+    places = encoding.find(subject)
+    at = next((place for place in places if encoding.stands_alone(*place)), places[0])
+    spans = tokens.spans(pair.clean, {"subject": at})
     return replace(pair, spans=with_places(spans, len(pair.clean_tokens)))
 
 
