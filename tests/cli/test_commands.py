@@ -261,6 +261,20 @@ def test_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("microtome ")
 
 
+def test_run_writes_mixed_captures_into_one_zarr(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("zarr")
+    import xarray as xr
+
+    file = tmp_path / "mixed.zarr"
+    done = cli("run", "the cat sat", "-m", saved, "-c", "*.resid_post", "-c", "1.mlp.post[3]@-1", "-o", file)
+    assert done.code == 0
+    data = xr.open_zarr(file)
+    assert data["resid_post"].dims == ("layer", "batch", "pos", "d_model")
+    assert data["mlp.post"].dims == ("layer_2", "batch", "pos_2", "neuron")
+    assert data["pos_2"].values.tolist() == [2]
+    assert data["token_2"].values.tolist() == data["token"].values[:, [2]].tolist()
+
+
 def test_run_writes_zarr_that_says_what_it_holds(cli: Cli, saved: Path, tmp_path: Path) -> None:
     import torch
     import xarray as xr
