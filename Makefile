@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export NO_MKDOCS_2_WARNING ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install atlas test test-full check quick format methods docs bench bench-peers clean
+.PHONY: help install atlas test test-full mutants check quick format methods docs bench bench-peers clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +46,12 @@ test: check  ## what CI runs: check, the tests that are not slow, the docs
 test-full: check  ## the same with the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 	$(MAKE) --no-print-directory docs
+
+# COUNT mutants, sampled by SEED. The first run maps which test executes which line, once for every test file.
+COUNT ?= 60
+SEED ?= 0
+mutants: $(STAMP)  ## break the code on purpose, and count what no test notices
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py --count $(COUNT) --seed $(SEED)
 
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
@@ -81,5 +87,5 @@ bench-peers: .venv-peers/.installed .venv-nnsight/.installed  ## time Transforme
 	mv benchmarks/results/peers-nnsight.json.tmp benchmarks/results/peers-nnsight.json
 
 clean:  ## remove what the commands made, environments included
-	rm -rf $(VENV) .venv-peers .venv-nnsight atlas site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-nnsight .mutants atlas site build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

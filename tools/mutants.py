@@ -39,9 +39,14 @@ TESTS = ("laws", "contract", "planted", "unit", "cli")
 MOST_SURVIVE = 0.10
 SECONDS = 90.0
 """Of tests, as they took when they were mapped: how long a mutant is looked for."""
+QUIETLY = ("-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+BROKEN = 3
+"""The exit status of pytest, or of the process around it, where neither a test nor the code failed."""
+FAMILIES = 4
+"""Of models, that a test is mapped on where it is run on more."""
 IMPORTED_FIRST = (
     "torch", "transformers", "pytest", "xarray", "scipy.stats", "sklearn", "pyarrow.parquet", "jaxtyping", "beartype",
-    "hypothesis", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2",
 )  # fmt: skip
 """What every test needs and no mutant is in: imported once, before the processes of the mutants part."""
 
@@ -105,6 +110,18 @@ class Mapping:
         self.uses, self.passed = defaultdict[str, set[str]](set), set[str]()
         self._cache, self._begun = functools.cache, 0.0
         functools.cache = self._told  # type: ignore[assignment]
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Of a test that is run on many families of models, keep some: a change shows on most, or on none."""
+        from tests import families
+
+        groups: dict[str, list[Any]] = defaultdict(list)
+        for item in items:
+            given: dict[str, Any] = (getattr(item, "callspec", None) and item.callspec.params) or {}
+            other = {k: v for k, v in given.items() if not isinstance(v, str) or v.split("/")[0] not in families.NAMES}
+            groups[f"{item.nodeid.split('[')[0]} {other!r}"].append(item)
+        kept = {id(item) for own in groups.values() for item in own[:: -(-len(own) // FAMILIES)]}
+        items[:] = [item for item in items if id(item) in kept]
 
     def _enter(self, context: str) -> str:
         """Go on in another context; the one that was left."""
@@ -203,7 +220,7 @@ def tests_of(mutant: Mutant, every: list[Covering]) -> list[Covering]:
     chosen: list[Covering] = []
     for _, _, test in rounds:
         if chosen and sum(t.seconds for t in chosen) + test.seconds > SECONDS:
-            break
+            continue
         chosen.append(test)
     return chosen
 
@@ -241,9 +258,11 @@ def _forked(names: list[str], copy: Path, limit: int) -> tuple[str, str]:
         os.close(read)
         os.setsid()
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
-        code = 3
+        code = BROKEN
         try:
             code = _run(names, copy, write)
+        except BaseException as problem:  # noqa: BLE001 - whatever it was, the parent says it
+            os.write(write, repr(problem).encode())
         finally:
             os._exit(code)
     os.close(write)
@@ -261,6 +280,8 @@ def _forked(names: list[str], copy: Path, limit: int) -> tuple[str, str]:
         failed = pipe.read()
     if os.WIFSIGNALED(status):
         return "timeout", ""
+    if os.WEXITSTATUS(status) == BROKEN:
+        raise SystemExit(f"the tests could not be run: {failed}")
     return ("survived", "") if os.WEXITSTATUS(status) == 0 else ("killed", failed or "at import")
 
 
@@ -279,7 +300,7 @@ def _run(names: list[str], copy: Path, write: int) -> int:
             if report.failed:
                 os.write(write, report.nodeid.encode())
 
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *names], plugins=[First()]))
+    return int(pytest.main([*QUIETLY, *names], plugins=[First()]))
 
 
 # -------------------------------------------------------------------------------------------------------------- the run
@@ -347,6 +368,9 @@ def run(chosen: list[Mutant], texts: dict[str, str], tests: list[Covering], *, a
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(folder))
+        control = [test.name for test in sorted(tests, key=lambda test: test.seconds)[:5]]
+        if _forked(control, copy, 120) != ("survived", ""):
+            raise SystemExit(f"without any change these do not pass: {', '.join(control)}")
         for i, mutant in enumerate(chosen):
             key = mutant.key(texts[mutant.file])
             if key not in before or (again and before[key]["status"] == "survived"):

@@ -1,7 +1,7 @@
 """Small changes to Python code, each of which a test should notice: found in a syntax tree, written into the text.
 
 A mutant is one expression or statement put in place of another. What only speaks is left as it is: docstrings,
-annotations, decorators (the declarations of methods), the texts of errors, and everything under TYPE_CHECKING.
+annotations and names of types, decorators (the declarations of methods), the texts of errors, and TYPE_CHECKING.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -121,7 +122,10 @@ def _only_speaks(node: ast.AST) -> bool:
         return ast.unparse(node.func) in ("error", "cast", "TypeVar", "Column", "Source")
     if isinstance(node, ast.keyword):
         return node.arg == "strict"
-    return isinstance(node, ast.Assign) and "Annotated" in ast.unparse(node.value)
+    names = (
+        [target.id for target in node.targets if isinstance(target, ast.Name)] if isinstance(node, ast.Assign) else []
+    )
+    return any(re.match("_?[A-Z][a-z]", name) for name in names)  # a type of its own
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST | str]]:

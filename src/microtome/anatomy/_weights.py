@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from microtome.anatomy._anatomy import Anatomy, Split, fused_splits
@@ -113,7 +114,7 @@ class NormWeights:
         return {"form": form, "module": self.norm.path, "eps": brief(self.norm.eps)} | _shapes(self, ("gain", "bias"))
 
     @property
-    def gain(self) -> Tensor | float:
+    def gain(self) -> Float[Tensor, " d_model"] | float:
         """[d_model], or 1.0 for a norm without weights. A sum 1 + w is in float32 at least, as in the models."""
         weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor):
@@ -121,22 +122,24 @@ class NormWeights:
         return at_least_float32(weight) + self.norm.offset if self.norm.offset else weight
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Float[Tensor, " d_model"] | None:
         """[d_model], or None."""
         bias = getattr(self.module, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
-    def centre(self, x: Tensor) -> Tensor:
+    def centre(self, x: Float[Tensor, "*at d_model"]) -> Float[Tensor, "*at d_model"]:
         """x [..., d_model], minus its mean where the norm is a layer norm."""
         return x - x.mean(-1, keepdim=True) if self.norm.centred else x
 
-    def scale(self, x: Tensor) -> Tensor:
+    def scale(self, x: Float[Tensor, "*at d_model"]) -> Float[Tensor, "*at"]:
         """What the norm divides by, [...] in float32, for x [..., d_model]."""
         if self.norm.identity:
             return x.new_ones(x.shape[:-1], dtype=torch.float32)
         return (self.centre(x.float()).pow(2).mean(-1) + self.norm.eps).sqrt()
 
-    def apply(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    def apply(
+        self, x: Float[Tensor, "*at d_model"], scale: Float[Tensor, "*at"] | None = None
+    ) -> Float[Tensor, "*at d_model"]:
         """The norm of x [..., d_model], dividing by a given scale [...] instead of its own if there is one."""
         scale = self.scale(x) if scale is None else scale
         y = (self.centre(x) / scale.unsqueeze(-1).to(x.dtype) * self.gain).to(x.dtype)
@@ -183,43 +186,43 @@ class LayerWeights:
         return None if bias is None else split.view(bias, 0).flatten(0, 1)
 
     @property
-    def W_Q(self) -> Tensor:
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         """[head, d_model, d_head]"""
         return self._heads("q")
 
     @property
-    def W_K(self) -> Tensor:
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """[kv_head, d_model, d_head]"""
         return self._heads("k")
 
     @property
-    def W_V(self) -> Tensor:
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """[kv_head, d_model, d_head]"""
         return self._heads("v")
 
     @property
-    def W_O(self) -> Tensor:
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """[head, d_head, d_model]"""
         weight = weight_of(self._model.get_submodule(self._parts.o))
         return weight.T.unflatten(0, (self._anatomy.n_heads, -1))
 
     @property
-    def b_Q(self) -> Tensor | None:
+    def b_Q(self) -> Float[Tensor, "head d_head"] | None:
         """[head, d_head]"""
         return self._head_bias("q")
 
     @property
-    def b_K(self) -> Tensor | None:
+    def b_K(self) -> Float[Tensor, "kv_head d_head"] | None:
         """[kv_head, d_head]"""
         return self._head_bias("k")
 
     @property
-    def b_V(self) -> Tensor | None:
+    def b_V(self) -> Float[Tensor, "kv_head d_head"] | None:
         """[kv_head, d_head]"""
         return self._head_bias("v")
 
     @property
-    def b_O(self) -> Tensor | None:
+    def b_O(self) -> Float[Tensor, " d_model"] | None:
         """[d_model]"""
         return bias_of(self._model.get_submodule(self._parts.o))
 
@@ -240,7 +243,7 @@ class LayerWeights:
         return module, slice(k * width, (k + 1) * width)
 
     @property
-    def W_gate(self) -> Tensor:
+    def W_gate(self) -> Float[Tensor, "*expert d_model neuron"]:
         """[d_model, neuron]"""
         if self._parts.experts is not None:
             return self._expert("W_gate")
@@ -250,7 +253,7 @@ class LayerWeights:
         return weight_of(self._module(self._parts.gate, "W_gate")).T
 
     @property
-    def W_in(self) -> Tensor:
+    def W_in(self) -> Float[Tensor, "*expert d_model neuron"]:
         """[d_model, neuron]"""
         if self._parts.experts is not None:
             return self._expert("W_in")
@@ -260,7 +263,7 @@ class LayerWeights:
         return weight_of(self._module(self._parts.up, "W_in")).T
 
     @property
-    def W_out(self) -> Tensor:
+    def W_out(self) -> Float[Tensor, "*expert neuron d_model"]:
         """[neuron, d_model]"""
         if self._parts.experts is not None:
             return self._expert("W_out")
@@ -276,17 +279,17 @@ class LayerWeights:
         return None if path is None else bias_of(self._model.get_submodule(path))
 
     @property
-    def b_gate(self) -> Tensor | None:
+    def b_gate(self) -> Float[Tensor, "*expert neuron"] | None:
         """[neuron]"""
         return self._mlp_bias(self._parts.gate, 0)
 
     @property
-    def b_in(self) -> Tensor | None:
+    def b_in(self) -> Float[Tensor, "*expert neuron"] | None:
         """[neuron]"""
         return self._mlp_bias(self._parts.up, 1)
 
     @property
-    def b_out(self) -> Tensor | None:
+    def b_out(self) -> Float[Tensor, "*expert d_model"] | None:
         """[d_model]"""
         return None if self._parts.down is None else bias_of(self._model.get_submodule(self._parts.down))
 
@@ -335,17 +338,17 @@ class Weights:
         return {"of": brief(self._anatomy.name), "layers": str(len(self.layers))} | _shapes(self, ("W_E", "W_U", "b_U"))
 
     @property
-    def W_E(self) -> Tensor:
+    def W_E(self) -> Float[Tensor, "vocab d_embed"]:
         """[vocab, d_model]"""
         return _embedded(self._model.get_input_embeddings())
 
     @property
-    def W_U(self) -> Tensor:
+    def W_U(self) -> Float[Tensor, "d_read vocab"]:
         """[d_model, vocab]"""
         return weight_of(self._model.get_output_embeddings()).T
 
     @property
-    def b_U(self) -> Tensor | None:
+    def b_U(self) -> Float[Tensor, " vocab"] | None:
         """[vocab]"""
         return bias_of(self._model.get_output_embeddings())
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from microtome.anatomy import Address, Site, parse
@@ -229,7 +230,7 @@ class Mean(SiteEdit):
         return value.expand_as(x)
 
 
-def orthonormal(basis: Tensor) -> Tensor:
+def orthonormal(basis: Shaped[Tensor, "*vector unit"]) -> Float[Tensor, "unit rank"]:
     """Columns [d, rank] that span the rows of a basis [n, d] or [d], of which some may depend on others."""
     rows = basis.detach().reshape(-1, basis.shape[-1])
     if not bool(rows.isfinite().all()):
@@ -364,7 +365,7 @@ def canonical(x: Tensor, site: Site) -> Tensor:
     return x.transpose(1, 2) if site.spec.dims[1] == "head" else x
 
 
-def forbidden(scores: Tensor) -> Tensor:
+def forbidden(scores: Float[Tensor, "*of"]) -> Bool[Tensor, "*of"]:
     """True where a mask forbids attention: minus infinity, or the lowest number, which some families scale later."""
     return scores <= torch.finfo(scores.dtype).min / 64
 

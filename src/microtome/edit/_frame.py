@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from microtome.anatomy import Indices, Rule
@@ -46,8 +47,8 @@ class Frame:
     beams: int = 1
     split: bool = False
     source_row: int | None = None
-    rows: Tensor | None = None
-    columns: Tensor | None = None
+    rows: Int[Tensor, " row"] | None = None
+    columns: Int[Tensor, "_ n"] | None = None
     _known: dict[object, list[Frame]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -195,36 +196,36 @@ class Frame:
         """Whether all of the current tensor is selected."""
         return self.rows is None and self.columns is None
 
-    def take(self, x: Tensor) -> Tensor:
+    def take(self, x: Shaped[Tensor, "batch pos *of"]) -> Shaped[Tensor, "row n *of"]:
         """The selected part [row, n, ...] of the current tensor [batch, pos, ...]; a batch of one serves all rows."""
         if self.columns is not None:
             columns = self.columns if x.shape[0] != 1 else self.columns[:1]
             x = x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), columns - self.begin]
         return x if self.rows is None or x.shape[0] == 1 else x[self.rows]
 
-    def take_source(self, x: Tensor) -> Tensor:
+    def take_source(self, x: Shaped[Tensor, "batch pos *of"]) -> Shaped[Tensor, "row n *of"]:
         """The corresponding part of another run's whole tensor [batch, pos, ...]."""
         return self.take(x[:, self.begin : self.end if self.split else None])
 
-    def index(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def index(self, x: Shaped[Tensor, "batch pos *of"]) -> tuple[Int[Tensor, "row 1"], Int[Tensor, "row n"]]:
         """Rows [n, 1] and columns [n, m] by which the selected part of the current tensor is indexed."""
         rows = torch.arange(x.shape[0], device=x.device) if self.rows is None else self.rows
         return rows.unsqueeze(1), self._columns(x.shape[1], x.device).expand(x.shape[0], -1)[rows] - self.begin
 
-    def positions(self, n: int, device: torch.device) -> Tensor:
+    def positions(self, n: int, device: torch.device) -> Int[Tensor, "row _"]:
         """[row, n] The positions of the selected columns within each row's own tokens."""
         first, _ = self._ends(device)
         columns = self._columns(n, device).expand(len(self.spans), -1) - first
         return columns if self.rows is None else columns[self.rows]
 
-    def real(self, n: int, device: torch.device) -> Tensor:
+    def real(self, n: int, device: torch.device) -> Bool[Tensor, "row _"]:
         """[row, n] True where a selected column is a real token."""
         first, length = self._ends(device)
         columns = self._columns(n, device)
         real = (columns >= first) & (columns < first + length) | (columns >= self.width)
         return real if self.rows is None else real[self.rows]
 
-    def mask(self, chosen: list[list[int]], width: int, device: torch.device) -> Tensor:
+    def mask(self, chosen: list[list[int]], width: int, device: torch.device) -> Bool[Tensor, "row {width}"]:
         """[row, width] True at columns, given by selected row, of a tensor of `width` columns."""
         begin = self.at(width).begin
         mask = torch.zeros(len(chosen), width, dtype=torch.bool, device=device)

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.edit._edits import Selection, SiteEdit
@@ -62,7 +63,7 @@ class Noise(SiteEdit):
 
 
 @lru_cache(maxsize=4096)
-def _drawn(seed: int, site: str, position: int, size: int) -> Tensor:
+def _drawn(seed: int, site: str, position: int, size: int) -> Float[Tensor, " {size}"]:
     """Standard normal numbers [size]; fewer of them are the first of more."""
     key = hashlib.sha256(f"{site}@{position}".encode()).digest()
     generator = np.random.Generator(np.random.Philox([seed, int.from_bytes(key[:8], "big")]))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+from jaxtyping import Int
 from torch import Tensor
 
 from microtome.errors import ArgumentError, MicrotomeWarning, PromptError, error
@@ -173,7 +174,7 @@ def answer_metric(model: Model, answer: Answer | None, foil: Answer | None, prom
     return LogProbability(answers) if foils is None else LogitDifference(answers, foil=foils)
 
 
-def own_answer(model: Model, tokens: Tensor, answer: str | int | None) -> tuple[int, dict[str, Any]]:
+def own_answer(model: Model, tokens: Int[Tensor, " pos"], answer: str | int | None) -> tuple[int, dict[str, Any]]:
     """The token that is read of one prompt [pos], the model's own by default; and what a result says of it."""
     own = int(model.run(tokens.unsqueeze(0)).logits[0, -1].argmax())
     token = own if answer is None else one_token(model, answer)

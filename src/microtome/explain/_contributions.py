@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from microtome.anatomy import NormWeights, Site, at_least_float32
@@ -137,7 +137,7 @@ class _Reader:
             self.constant = self.constant + self._difference(model.b_U).double() * self.a.logit_scale
         self.logit = self._difference(logits.T).diagonal()
 
-    def _difference(self, x: Tensor) -> Tensor:
+    def _difference(self, x: Shaped[Tensor, " vocab *of"]) -> Float[Tensor, " batch *of"]:
         """[row, ...] What x [vocab, ...] holds for the answer of each row, minus what it holds for the foil."""
         own = x[self.answers].double()
         return own if self.foils is None else own - x[self.foils].double()
@@ -185,8 +185,9 @@ class _Reader:
         return {"mlp_neuron": post.double() * (u.to(w.dtype) @ w.T), "mlp_bias": bias}
 
     def _through(
-        self, name: str, i: int, norm: NormWeights | None, x: Tensor, w: Tensor, b: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, name: str, i: int, norm: NormWeights | None, x: Float[Tensor, "batch unit"],
+        w: Float[Tensor, "unit d_model"], b: Float[Tensor, " d_model"] | None,
+    ) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:  # fmt: skip
         """The direction u drawn back to what x @ w + b gives, through a norm behind it; and what the biases add."""
         scale = self.a.hook_points[Site(name, i)].scale
         u, bias = self.u if scale == 1.0 else self.u * scale, self.zero

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 from torch import Tensor
 
 from microtome.context import current
@@ -20,14 +21,14 @@ def noise_seed(seed: int, sample: int) -> int:
     return int(np.random.SeedSequence([seed, sample]).generate_state(1, np.uint64)[0])
 
 
-def noised(model: Model, tokens: Tensor, span: tuple[int, int], std: float, samples: int) -> Run:
+def noised(model: Model, tokens: Int[Tensor, "1 pos"], span: tuple[int, int], std: float, samples: int) -> Run:
     """All samples of the noise on the subject's embeddings in one run, with the streams that they leave."""
     seeds = [noise_seed(current().seed, i) for i in range(samples)]
     edits = [Noise(f"embed{at(*span)}", std=std, seed=seed, rows=(i,)) for i, seed in enumerate(seeds)]
     return model.run(tokens.expand(samples, -1), capture=["*.resid_pre", "*.resid_post"], edits=edits)
 
 
-def embedding_std(model: Model, tokens: Tensor, span: tuple[int, int], subjects: Sequence[str]) -> float:
+def embedding_std(model: Model, tokens: Int[Tensor, "1 pos"], span: tuple[int, int], subjects: Sequence[str]) -> float:
     """The standard deviation of all numbers in the embeddings of a span of the prompt, or of texts.
 
     Raises:
@@ -46,7 +47,9 @@ def embedding_std(model: Model, tokens: Tensor, span: tuple[int, int], subjects:
     return float(run["embed"][run.mask].double().std())
 
 
-def first_difference(model: Model, clean: Tensor, corrupt: Tensor, span: tuple[int, int]) -> int:
+def first_difference(
+    model: Model, clean: Int[Tensor, " pos"], corrupt: Int[Tensor, " pos"], span: tuple[int, int]
+) -> int:
     """The first position where two prompts [pos] differ.
 
     Raises:

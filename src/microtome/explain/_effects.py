@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.anatomy import Address, Site, parse
@@ -140,7 +140,7 @@ def component_effects(
 
 def _examples(
     model: Model, prompts: Given, answer: Any, foil: Any, corrupt: Prompt | None
-) -> tuple[list[Tensor], list[Tensor] | None, Sequence[int], Sequence[int] | None]:
+) -> tuple[list[Int[Tensor, " _"]], list[Int[Tensor, " _"]] | None, Sequence[int], Sequence[int] | None]:
     """The tokens of the prompts and of the corrupt ones, and the ids of answers and foils."""
     task = task_of(model, prompts)
     if task is not None:
@@ -195,8 +195,8 @@ def _names(model: Model, kind: str) -> list[str]:
 
 def _ablations(
     model: Model,
-    rows: list[Tensor],
-    others: list[Tensor] | None,
+    rows: list[Int[Tensor, " _"]],
+    others: list[Int[Tensor, " _"]] | None,
     named: list[Address],
     ablation: str,
     text: Prompt | None,
@@ -223,7 +223,9 @@ def _ablations(
     return lambda i, address: Patch(f"{address}{positions}", source=sources[i])
 
 
-def _corrupt_runs(model: Model, rows: list[Tensor], others: list[Tensor] | None, sites: list[str]) -> list[Run]:
+def _corrupt_runs(
+    model: Model, rows: list[Int[Tensor, " _"]], others: list[Int[Tensor, " _"]] | None, sites: list[str]
+) -> list[Run]:
     """A run of the corrupt prompt of each example."""
     if others is None:
         raise error(PromptError, "there is nothing to ablate with", do="give corrupt=, one per prompt")
@@ -247,7 +249,7 @@ def _layer(address: Address) -> int:
 class _Example:
     """One prompt: its clean run, and what ablations change at its last position."""
 
-    def __init__(self, model: Model, row: Tensor, answer: int, foil: int | None, receivers: str) -> None:
+    def __init__(self, model: Model, row: Int[Tensor, " pos"], answer: int, foil: int | None, receivers: str) -> None:
         self.model, self.by_head = model, receivers == "heads"
         self.read = [answer] if foil is None else [answer, foil]
         self.tokens = row.unsqueeze(0)
@@ -266,16 +268,16 @@ class _Example:
         names = ("attn_out", "mlp_out", "attn.z") if self.by_head else BRANCHES
         return [f"{layer}-{self.n - 1}.{name}@-1" for name in names] + [f"{self.n - 1}.resid_post@-1"]
 
-    def _difference(self, logits: Tensor) -> Tensor:
+    def _difference(self, logits: Float[Tensor, "at read"]) -> Float[Tensor, "at 1"]:
         """[..., (answer, foil)] to answer minus foil, [..., 1]."""
         return logits if len(self.read) == 1 else logits[..., :1] - logits[..., 1:]
 
-    def _logit(self, run: Run) -> Tensor:
+    def _logit(self, run: Run) -> Float[Tensor, " row"]:
         """The logit (difference) that the model gives, [row]."""
         logits = self.model.unembed(run[f"{self.n - 1}.resid_post@-1"][:, 0])
         return self._difference(logits[:, self.read]).squeeze(-1).double()
 
-    def _parts(self, run: Run, layer: int) -> tuple[Tensor, Tensor]:
+    def _parts(self, run: Run, layer: int) -> tuple[Float[Tensor, "row branch"], Float[Tensor, "row receiver"]]:
         """What a layer's branches add to the logit, [row, branch], and its receivers, [row, receiver]."""
         branches = torch.stack([run[f"{layer}.{name}@-1"][:, 0].double() @ self.u for name in BRANCHES], dim=1)
         if not self.by_head:

@@ -65,7 +65,9 @@ def node_scores(model: Model, pair: Pairs, direction: str, rules: Freeze | None,
     return ends, found
 
 
-def _first_order(change: Tensor, slope: Tensor, part: Layout) -> Float[Tensor, "layer cell"]:
+def _first_order(
+    change: Float[Tensor, "layer 1 *of"], slope: Float[Tensor, "layer 1 *of"], part: Layout
+) -> Float[Tensor, "layer cell"]:
     """The products, summed over what a cell covers; both are [layer, 1, pos, unit, ...]."""
     product = change.double() * slope.double()
     product = product.squeeze(1).movedim(1 if part.dims[1] == "pos" else 2, 1)
@@ -93,7 +95,7 @@ def captures(model: Model) -> list[str]:
     return ["embed", *(f"*.{name}" for name in names), f"{model.anatomy.n_layers - 1}.resid_post"]
 
 
-def changes(model: Model, start: Run, goal: Run, rules: Freeze | None) -> Tensor:
+def changes(model: Model, start: Run, goal: Run, rules: Freeze | None) -> Float[Tensor, "sender pos d_model"]:
     """[sender, pos, d_model] What every sender writes in the goal run minus what it writes in the start run."""
     found = [at_least_float32(goal["embed"]) - at_least_float32(start["embed"].detach())]
     for layer in range(model.anatomy.n_layers):
@@ -107,7 +109,10 @@ def changes(model: Model, start: Run, goal: Run, rules: Freeze | None) -> Tensor
     return torch.cat(found)
 
 
-def _behind(model: Model, layer: int, z: Tensor, added: Tensor, rules: Freeze | None) -> Tensor:
+def _behind(
+    model: Model, layer: int, z: Float[Tensor, "pos head d_head"], added: Float[Tensor, "head pos d_model"],
+    rules: Freeze | None,
+) -> Float[Tensor, "head pos d_model"]:  # fmt: skip
     """What heads add [head, pos, d_model] as the stream gets it: scaled, and through a norm behind to first order.
 
     For y = gain c(x) / s, with s^2 = mean(c(x)^2) + eps:  dy = gain (c(dx) / s - c(x) mean(c(x) c(dx)) / s^3).
@@ -130,7 +135,9 @@ def _behind(model: Model, layer: int, z: Tensor, added: Tensor, rules: Freeze | 
     return (slope * form.gain).detach() * scale
 
 
-def contract(model: Model, start: Run, gradient: dict[str, Tensor], change: Tensor) -> Tensor:
+def contract(
+    model: Model, start: Run, gradient: dict[str, Tensor], change: Float[Tensor, "sender pos d_model"]
+) -> Float[Tensor, "sender receiver"]:
     """[sender, receiver] Scores of all pairs, in float64, also of those that are no edges; a layer at a time."""
     flat = change.double().flatten(1)
     columns = [flat @ at_inputs(model, start, gradient, i).double().flatten(1).T for i in range(model.anatomy.n_layers)]
@@ -138,7 +145,9 @@ def contract(model: Model, start: Run, gradient: dict[str, Tensor], change: Tens
     return torch.cat([*columns, flat @ last.double().flatten(1).T], dim=1)
 
 
-def at_inputs(model: Model, start: Run, gradient: dict[str, Tensor], layer: int) -> Tensor:
+def at_inputs(
+    model: Model, start: Run, gradient: dict[str, Tensor], layer: int
+) -> Float[Tensor, "receiver pos d_model"]:
     """[receiver, pos, d_model] Gradients at the inputs of one layer: q, k, v of every query head, then the MLP."""
     stream = f"{layer}.resid_pre"
     found = [start.vjp(x, f"{layer}.attn.{name}", stream) for name, x in by_head(start, gradient, layer).items()]
@@ -147,7 +156,7 @@ def at_inputs(model: Model, start: Run, gradient: dict[str, Tensor], layer: int)
     return torch.cat(found).squeeze(1)
 
 
-def by_head(start: Run, gradient: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+def by_head(start: Run, gradient: dict[str, Tensor], layer: int) -> dict[str, Float[Tensor, "head 1 pos _ d_head"]]:
     """Gradients at q, k and v, each [head, 1, pos, head or kv_head, d_head], of one query head at a time."""
     at = {name: f"{layer}.attn.{name}" for name in ("q", "k", "v", "scores", "z")}
     return {
@@ -157,7 +166,7 @@ def by_head(start: Run, gradient: dict[str, Tensor], layer: int) -> dict[str, Te
     }
 
 
-def _one_by_one(x: Tensor, axis: int) -> Tensor:
+def _one_by_one(x: Float[Tensor, "*of"], axis: int) -> Float[Tensor, " head *of"]:
     """[head, ...] The tensor with one head kept at a time, all others zero."""
     heads = x.shape[axis]
     keep = torch.eye(heads, dtype=x.dtype, device=x.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from microtome.errors import PromptError, SiteError, error
@@ -71,7 +71,7 @@ class _Later:
         """The columns of the prompt."""
         return self.metric.columns(prompt + self.first, length)
 
-    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+    def read(self, logits: Float[Tensor, "row read vocab"], prompts: Int[Tensor, " row"]) -> Shaped[Tensor, "row ..."]:
         """What the metric reads of the prompts, [row, ...]."""
         return self.metric.read(logits, prompts + self.first)
 
@@ -89,7 +89,7 @@ class Pairs:
         groups: of each pair, where its task tells them.
     """
 
-    tokens: tuple[Tensor, ...]
+    tokens: tuple[Int[Tensor, "2 _"], ...]
     metric: Metric
     answer_ids: tuple[int, ...] = ()
     foil_ids: tuple[int, ...] = ()
@@ -117,11 +117,11 @@ class Pairs:
         """How many tokens the prompts of each pair have."""
         return [pair.shape[1] for pair in self.tokens]
 
-    def start(self, direction: str) -> list[Tensor]:
+    def start(self, direction: str) -> list[Int[Tensor, " _"]]:
         """The prompts that are patched: the corrupt ones to denoise, the clean ones to noise."""
         return [pair[int(direction == "denoise")] for pair in self.tokens]
 
-    def goal(self, direction: str) -> list[Tensor]:
+    def goal(self, direction: str) -> list[Int[Tensor, " _"]]:
         """The prompts that values are taken from."""
         return [pair[int(direction != "denoise")] for pair in self.tokens]
 
@@ -243,7 +243,7 @@ def aligned(model: Model, clean: Prompt, corrupt: Prompt, of: str = "") -> Int[T
 
 def _reading(
     model: Model,
-    tokens: tuple[Tensor, ...],
+    tokens: tuple[Int[Tensor, "2 _"], ...],
     task: Task | None,
     answer: Answer | None,
     foil: Answer | None,
@@ -289,7 +289,9 @@ def _spans(
     return {name: tuple(span_of(model, prompt, own[name], name) for prompt, own in placed) for name in names}
 
 
-def require_effect_on_metric(model: Model, metric: Metric, tokens: Tensor, number: int = 0, of: str = "") -> None:
+def require_effect_on_metric(
+    model: Model, metric: Metric, tokens: Int[Tensor, "2 pos"], number: int = 0, of: str = ""
+) -> None:
     """Refuse a pair [2, pos], named by `of`, of which no patch can reach what is read.
 
     Raises:

@@ -222,14 +222,18 @@ def _swept(
     return swept.effects.double().reshape(len(pairs), -1), swept.done < len(every)
 
 
-def _by_site(layouts: dict[str, Layout], effects: Tensor) -> dict[str, tuple[tuple[str, str], Tensor]]:
+def _by_site(
+    layouts: dict[str, Layout], effects: Float[Tensor, "example cell"]
+) -> dict[str, tuple[tuple[str, str], Float[Tensor, "example layer _"]]]:
     """The effects [example, cell] of every site with its axes, [example, layer, place or unit]."""
     parts = effects.split([len(part.addresses) for part in layouts.values()], dim=1)
     sites = zip(layouts.items(), parts, strict=True)
     return {site: (part.dims, x.reshape(-1, *part.shape)) for (site, part), x in sites}
 
 
-def _attributes(model: Model, pairs: Pairs, kept: list[int], gaps: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def _attributes(
+    model: Model, pairs: Pairs, kept: list[int], gaps: Float[Tensor, " example"]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The labels of one pair's tokens or of several examples, and what is known of them."""
     if len(pairs) == 1:
         words = [model.to_words(row) for row in pairs.tokens[0]]

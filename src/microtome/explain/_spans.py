@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any, cast
 
+from jaxtyping import Int
 from torch import Tensor
 
+from microtome.axes import Tokens
 from microtome.errors import PromptError, error
 from microtome.method import Span
 from microtome.model import Model
@@ -16,7 +18,9 @@ from microtome.run import Encoding, Prompt, require_text
 COUNT = "count tokens, with the end left out"
 
 
-def span_of(model: Model, tokens: Tensor | Sequence[int] | Encoding, span: Span, what: str = "span") -> tuple[int, int]:
+def span_of(
+    model: Model, tokens: Int[Tensor, " pos"] | Sequence[int] | Encoding, span: Span, what: str = "span"
+) -> tuple[int, int]:
     """The tokens (first, end) of a prompt that a text, a position or a span means; of a text its first occurrence.
 
     An occurrence as words of their own comes before one inside longer words, which counts only if whole tokens make it.
@@ -79,7 +83,7 @@ def _of_text(model: Model, tokens: Tensor | Sequence[int] | Encoding, text: str,
     raise error(PromptError, f"the prompt has {why}", got=f'"{prompt.text}"', do=do)
 
 
-def one_row(tokens: Tensor) -> Tensor:
+def one_row(tokens: Tokens) -> Int[Tensor, " pos"]:
     """The tokens [pos] of one prompt [1, pos].
 
     Raises:

@@ -8,6 +8,7 @@ Formula:  A the pattern of a head, D the keys whose token is a delimiter (punctu
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -38,7 +39,7 @@ def _share(name: str, meaning: str, control: str = "") -> Column:
     cost="one forward over the first sequences of the text; patterns are computed but not kept",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
-def attention_targets(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
+def attention_targets(seen: Seen) -> dict[str, tuple[Float[Tensor, "batch pos head"], Bool[Tensor, "batch pos"]]]:
     """Shares of attention to delimiters and to the token itself, beside those of uniform attention.
 
     Raises:
@@ -48,7 +49,9 @@ def attention_targets(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (x, seen.later) for name, x in found.items()}
 
 
-def target_shares(pattern: Tensor, delimiter: Tensor, *, causal: bool) -> dict[str, Tensor]:
+def target_shares(
+    pattern: Float[Tensor, "batch head q_pos k_pos"], delimiter: Bool[Tensor, "batch k_pos"], *, causal: bool
+) -> dict[str, Float[Tensor, "batch q_pos head"]]:
     """The shares [batch, q_pos, head] of patterns [batch, head, q_pos, k_pos], and those of uniform attention.
 
     Args:
@@ -71,7 +74,7 @@ def target_shares(pattern: Tensor, delimiter: Tensor, *, causal: bool) -> dict[s
     }
 
 
-def delimiters(seen: Seen) -> Tensor:
+def delimiters(seen: Seen) -> Bool[Tensor, "batch pos"]:
     """[example, pos] The tokens without a letter or digit.
 
     Raises:

@@ -16,6 +16,7 @@ Formula:  tokens r_0..r_{T-1} r_0..r_{T-1};  A the pattern of a head, q over the
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.method import Column, RepeatedTokens, Seen, Source, measure
@@ -59,12 +60,14 @@ def _share(name: str, meaning: str, control: str = "uniform_share") -> Column:
     cost="one forward over sequences x 2 period tokens; patterns are computed in every layer but not kept",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
-def induction(seen: Seen) -> dict[str, Tensor]:
+def induction(seen: Seen) -> dict[str, Float[Tensor, "example head"]]:
     """Previous-token, duplicate, induction and first-token scores of every head, with controls."""
     return pattern_scores(seen["attn.pattern"], seen.look.period, seen.lead, causal=seen.model.anatomy.causal)
 
 
-def pattern_scores(pattern: Tensor, period: int, lead: int = 0, *, causal: bool = True) -> dict[str, Tensor]:
+def pattern_scores(
+    pattern: Float[Tensor, "batch head q_pos k_pos"], period: int, lead: int = 0, *, causal: bool = True
+) -> dict[str, Float[Tensor, "batch head"]]:
     """The scores [batch, head] of patterns [batch, head, q_pos, k_pos] on tokens that repeat after `period`.
 
     The first `lead` positions stand before the tokens, and count as the first token only. Even attention is spread over
@@ -72,7 +75,7 @@ def pattern_scores(pattern: Tensor, period: int, lead: int = 0, *, causal: bool 
     """
     a = pattern.double()
 
-    def diagonal(offset: int, first: int) -> Tensor:
+    def diagonal(offset: int, first: int) -> Float[Tensor, "batch head"]:
         """Mean of A[q, q - offset] over q >= first, counted without the lead."""
         return a.diagonal(-offset, dim1=2, dim2=3)[..., max(lead, lead + first - offset) :].mean(-1)
 

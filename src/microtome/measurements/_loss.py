@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from microtome.axes import Tokens
 from microtome.context import current
 from microtome.edit import Edit, Skip, Zero
 from microtome.errors import ModelUnsupported, error
@@ -22,7 +24,7 @@ CHART = "Loss when a part is skipped"
 CHECK = "tests/laws/test_measures.py"
 
 
-def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+def token_loss(logits: Float[Tensor, "batch pos vocab"], tokens: Tokens) -> Float[Tensor, "batch next"]:
     """Loss of each next token in nats [batch, pos - 1], from logits [batch, pos, vocab]; one row at a time."""
     rows = [
         torch.logsumexp(row[:-1].float(), -1) - row[:-1].gather(-1, target[1:, None]).squeeze(-1).float()

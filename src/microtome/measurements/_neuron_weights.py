@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -33,7 +34,7 @@ VOCABULARY = Source(
 )  # fmt: skip
 
 
-def neuron_directions(model: Model, layer: int) -> dict[str, Tensor]:
+def neuron_directions(model: Model, layer: int) -> dict[str, Float[Tensor, "neuron d_model"]]:
     """`w_out`, `w_in` and, in gated MLPs, `w_gate` of every neuron [neuron, d_model]: see this file's head.
 
     In float32 at least, whatever the type of the weights.
@@ -75,7 +76,7 @@ def _cosine(name: str, meaning: str) -> Column:
     cost="3 d_model operations per neuron",
     check="tests/laws/test_measures.py",
 )  # fmt: skip
-def neuron_weights(seen: Seen) -> dict[str, Tensor]:
+def neuron_weights(seen: Seen) -> dict[str, Float[Tensor, " neuron"]]:
     """Norms and cosines of every neuron's weights; those with a gate only in gated MLPs."""
     w = neuron_directions(seen.model, seen.layer or 0)
     found = {"out_norm": w["w_out"].norm(dim=-1), "cos_in_out": cosine_similarity(w["w_in"], w["w_out"], dim=-1)}
@@ -107,7 +108,7 @@ def neuron_weights(seen: Seen) -> dict[str, Tensor]:
 )
 def promoted_tokens(
     seen: Seen, top: Annotated[int, Argument("how many tokens to list at either end", "tokens", least=1)] = 5
-) -> dict[str, Tensor]:
+) -> dict[str, Shaped[Tensor, "neuron rank"]]:
     """The tokens that each neuron promotes and suppresses when its output is read as logits.
 
     Raises:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -42,7 +43,7 @@ class Seen:
     layer: int | None
     batch: TokenBatch | None
     look: Any
-    mask: Tensor | None = None
+    mask: Bool[Tensor, "example pos"] | None = None
     _held: Mapping[str, Tensor] | None = None
 
     def __getitem__(self, site: str) -> Tensor:
@@ -54,13 +55,13 @@ class Seen:
         return self._held is not None and site in self._held
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Int[Tensor, "example pos"]:
         """Token ids [example, pos]."""
         assert self.batch is not None
         return self.batch.tokens.to(self.model.device)
 
     @property
-    def examples(self) -> Tensor:
+    def examples(self) -> Int[Tensor, " example"]:
         """[example] What each row is called."""
         assert self.batch is not None
         return self.batch.start
@@ -71,7 +72,7 @@ class Seen:
         return 0 if self.batch is None else self.batch.lead
 
     @property
-    def later(self) -> Tensor:
+    def later(self) -> Bool[Tensor, "example pos"]:
         """[example, pos] The tokens that count, without the first one of each row, where attention sinks live."""
         assert self.batch is not None
         mask = torch.ones(self.batch.tokens.shape, dtype=torch.bool) if self.mask is None else self.mask.clone()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from microtome.errors import EditError, error
@@ -23,6 +24,11 @@ from microtome.shown import shown
 
 if TYPE_CHECKING:
     from microtome.run import Run
+
+
+Logits = Float[Tensor, "row read vocab"]
+Rows = Int[Tensor, " row"]
+Values = Float[Tensor, " row"]
 
 
 @runtime_checkable
@@ -33,7 +39,7 @@ class Metric(Protocol):
         """The columns of a prompt of some length that it reads."""
         ...
 
-    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+    def read(self, logits: Logits, prompts: Rows) -> Shaped[Tensor, "row ..."]:
         """Values [row, ...] from logits [row, read, vocab] of rows that belong to prompts [row]."""
         ...
 
@@ -139,7 +145,7 @@ def _ids_alone(targets: Any) -> Any:
     return _ids(targets) if _named(targets) is not None else targets
 
 
-def _pick(ids: tuple[int, ...], prompts: Tensor) -> Tensor:
+def _pick(ids: tuple[int, ...], prompts: Rows) -> Rows:
     """The id of each row's prompt; one id serves all prompts.
 
     Raises:
@@ -209,7 +215,7 @@ class _AtOne:
         """The one column."""
         return _columns((self.position,), prompt, length)
 
-    def _answer(self, values: Tensor, prompts: Tensor) -> Tensor:
+    def _answer(self, values: Logits, prompts: Rows) -> Values:
         return values[:, 0].gather(-1, _pick(_ids(self.answer), prompts).unsqueeze(-1)).squeeze(-1)
 
 
@@ -249,7 +255,7 @@ class LogitDifference(_AtOne):
         answer, foil = ([ids.index(i) for i in _ids(named)] for named in (self.answer, self.foil))
         return ids, LogitDifference(answer, self.position, foil=foil)
 
-    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+    def read(self, logits: Logits, prompts: Rows) -> Values:
         """[row], in logits."""
         logits = logits.float()
         foil = logits[:, 0].gather(-1, _pick(_ids(self.foil), prompts).unsqueeze(-1)).squeeze(-1)
@@ -261,7 +267,7 @@ class LogitDifference(_AtOne):
 class Probability(_AtOne):
     """Probability of the answer."""
 
-    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+    def read(self, logits: Logits, prompts: Rows) -> Values:
         """[row], 0 to 1."""
         return self._answer(logits.float().softmax(-1), prompts)
 
@@ -271,7 +277,7 @@ class Probability(_AtOne):
 class LogProbability(_AtOne):
     """Log-probability of the answer."""
 
-    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+    def read(self, logits: Logits, prompts: Rows) -> Values:
         """[row], in nats, at most 0."""
         return self._answer(logits.float().log_softmax(-1), prompts)
 
@@ -281,7 +287,7 @@ class LogProbability(_AtOne):
 class Rank(_AtOne):
     """How many tokens outrank the answer."""
 
-    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+    def read(self, logits: Logits, prompts: Rows) -> Values:
         """[row], 0 for the first."""
         logits = logits.float()
         own = self._answer(logits, prompts).unsqueeze(-1)
@@ -298,7 +304,7 @@ class Divergence:
         positions: which positions are read.
     """
 
-    base: Tensor
+    base: Float[Tensor, "prompt read vocab"]
     positions: tuple[int, ...] = (-1,)
 
     def __post_init__(self) -> None:
@@ -312,7 +318,7 @@ class Divergence:
             )
 
     @classmethod
-    def of(cls, base: Run | Tensor, positions: tuple[int, ...] = (-1,)) -> Divergence:
+    def of(cls, base: Run | Float[Tensor, "prompt pos vocab"], positions: tuple[int, ...] = (-1,)) -> Divergence:
         """From the run of unedited prompts, or their logits [prompt, pos, vocab] if they are of one length."""
         if isinstance(base, Tensor):
             logits, spans = base, ((0, base.shape[1]),) * len(base)
@@ -327,7 +333,7 @@ class Divergence:
         """The columns of the positions."""
         return _columns(self.positions, prompt, length)
 
-    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+    def read(self, logits: Logits, prompts: Rows) -> Values:
         """[row], in nats, at least 0."""
         _check_shape("base of a Divergence", self.base, (int(prompts.max()) + 1, *logits.shape[1:]))
         base = self.base.to(logits.device)[prompts].float()
@@ -387,7 +393,7 @@ class SpanLoss:
         """The columns of the positions."""
         return _columns(self.positions, prompt, length)
 
-    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+    def read(self, logits: Logits, prompts: Rows) -> Values:
         """[row], in nats."""
         targets = torch.as_tensor(_ids_alone(self.targets))
         _check_shape("targets of a SpanLoss", targets, (int(prompts.max()) + 1, logits.shape[1]))
@@ -417,7 +423,7 @@ class FunctionMetric:
         """The columns of the positions."""
         return _columns(self.positions, prompt, length)
 
-    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+    def read(self, logits: Logits, prompts: Rows) -> Shaped[Tensor, "row ..."]:
         """What the function returns, [row, ...].
 
         Raises:

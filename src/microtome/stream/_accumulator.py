@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
+from jaxtyping import Int, Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -191,7 +192,7 @@ def as_shape(shape: int | tuple[int, ...]) -> tuple[int, ...]:
     return axes
 
 
-def unit_rows(values: Tensor, shape: tuple[int, ...], mask: Tensor | None, where: str) -> Tensor:
+def unit_rows(values: Tensor, shape: tuple[int, ...], mask: Tensor | None, where: str) -> Shaped[Tensor, "row unit"]:
     """Values [..., *shape] as a table [row, unit] of the rows that `mask` selects, shape and finiteness checked."""
     lead = values.ndim - len(shape)
     if lead < 0 or tuple(values.shape[lead:]) != shape:
@@ -215,7 +216,7 @@ def check_mask(mask: Tensor, shape: tuple[int, ...], where: str) -> None:
         raise error(DataError, f"{where}: the mask does not fit", got=got, allowed=allowed)
 
 
-def require_finite(rows: Tensor, shape: tuple[int, ...], where: str) -> None:
+def require_finite(rows: Shaped[Tensor, "row unit"], shape: tuple[int, ...], where: str) -> None:
     """Refuse NaN and infinity, naming the first unit that has one. Costs one sum when all is well."""
     if bool(torch.isfinite(rows.sum())):
         return
@@ -231,18 +232,18 @@ def require_finite(rows: Tensor, shape: tuple[int, ...], where: str) -> None:
     )
 
 
-def blocks(rows: Tensor, values: int = _BLOCK) -> Iterator[Tensor]:
+def blocks(rows: Shaped[Tensor, "row unit"], values: int = _BLOCK) -> Iterator[Tensor]:
     """Rows in blocks of about `values` values each, at least one row."""
     step = max(1, values // max(1, rows.shape[1]))
     return (rows[first : first + step] for first in range(0, rows.shape[0], step))
 
 
-def int_scalar(value: int) -> Tensor:
+def int_scalar(value: int) -> Int[Tensor, ""]:
     """A count as a state tensor."""
     return torch.tensor(value, dtype=torch.int64)
 
 
-def pack_names(names: tuple[str, ...]) -> Tensor:
+def pack_names(names: tuple[str, ...]) -> UInt8[Tensor, " byte"]:
     """Names as a state tensor: the bytes of their JSON."""
     return torch.tensor(list(json.dumps(names).encode()), dtype=torch.uint8)
 

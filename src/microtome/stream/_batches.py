@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from microtome.axes import Tokens
@@ -46,14 +47,14 @@ class TokenBatch:
     """
 
     tokens: Tokens
-    start: Tensor
-    document: Tensor
-    position: Tensor
-    group: Tensor
+    start: Int[Tensor, " batch"]
+    document: Int[Tensor, "batch pos"]
+    position: Int[Tensor, "batch pos"]
+    group: Int[Tensor, "batch pos"]
     lead: int = 0
 
     @classmethod
-    def of(cls, tokens: Tokens, start: Tensor | None = None, lead: int = 0) -> Self:
+    def of(cls, tokens: Tokens, start: Int[Tensor, " batch"] | None = None, lead: int = 0) -> Self:
         """Rows of tokens that are of one document each, numbered by row; `start` as if they stood one after another."""
         rows, width = tokens.shape
         start = torch.arange(rows) * width if start is None else start
@@ -62,7 +63,7 @@ class TokenBatch:
         return cls(tokens, start, document, position, torch.zeros_like(document), lead)
 
     @property
-    def text(self) -> Tensor | None:
+    def text(self) -> Bool[Tensor, "batch pos"] | None:
         """[batch, pos] True at tokens of the text; None if all of them are."""
         if not self.lead:
             return None
@@ -170,7 +171,7 @@ class TokenBatches:
         """The group of the document that the token at a global index is from."""
         return self.corpus.group_of(self.document_of(index))
 
-    def _text_before(self, index: Tensor) -> Tensor:
+    def _text_before(self, index: Int[Tensor, "*at"]) -> Int[Tensor, "*at"]:
         """How many tokens of the text come before a global index; those that begin rows are none."""
         if self.bos_id is None:
             return index
@@ -183,11 +184,11 @@ class TokenBatches:
         return tuple(dict.fromkeys(self.corpus.group_of(number) for number in range(len(self.ranges))))
 
     @cached_property
-    def _firsts(self) -> Tensor:
+    def _firsts(self) -> Int[Tensor, " document"]:
         return torch.tensor([first for first, _ in self.ranges], dtype=torch.int64)
 
     @cached_property
-    def _group(self) -> Tensor:
+    def _group(self) -> Int[Tensor, " document"]:
         numbers = {name: number for number, name in enumerate(self.groups)}
         return torch.tensor([numbers[self.corpus.group_of(i)] for i in range(len(self.ranges))], dtype=torch.int64)
 

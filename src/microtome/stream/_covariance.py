@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -29,16 +30,16 @@ class CovarianceResult:
     """`count` rows, `mean` [d] and population `covariance` [d, d], float64; the covariance is exactly symmetric."""
 
     count: int
-    mean: Tensor
-    covariance: Tensor
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
 
     @property
-    def second_moment(self) -> Tensor:
+    def second_moment(self) -> Float[Tensor, "d d"]:
         """Mean of x x^T, uncentred [d, d]."""
         return self.covariance + torch.outer(self.mean, self.mean)
 
     @property
-    def correlation(self) -> Tensor:
+    def correlation(self) -> Float[Tensor, "d d"]:
         """Pearson correlation [d, d]; NaN for a unit that never varies."""
         scale = self.covariance.diagonal().sqrt()
         return self.covariance / torch.outer(scale, scale)
@@ -77,7 +78,7 @@ class Covariance(Accumulator):
             shifted -= mean
             self._chan(block.shape[0], mean.to(home), (shifted.T @ shifted).to(home))
 
-    def _chan(self, count: int, offset: Tensor, scatter: Tensor) -> None:
+    def _chan(self, count: int, offset: Float[Tensor, " d"], scatter: Float[Tensor, "d d"]) -> None:
         """Take in `count` rows whose mean is `offset` from this origin."""
         whole = self.count + count
         delta = offset - self._offset

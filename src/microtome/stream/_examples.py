@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -31,17 +32,17 @@ class ExampleMeansResult:
         total: [example, *shape] the sum over them.
     """
 
-    example: Tensor
-    count: Tensor
-    total: Tensor
+    example: Int[Tensor, " example"]
+    count: Float[Tensor, " example"]
+    total: Float[Tensor, "example ..."]
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> Float[Tensor, ...]:
         """The mean over all tokens, of the accumulator's shape."""
         return self.total.sum(0) / self.count.sum()
 
     @property
-    def each(self) -> Tensor:
+    def each(self) -> Float[Tensor, "example ..."]:
         """The mean of each example [example, *shape]."""
         return self.total / self.count.reshape(-1, *[1] * (self.total.dim() - 1))
 
@@ -89,7 +90,9 @@ class ExampleMeans(Accumulator):
         counted = count > 0
         self._take(example.to(self._example)[counted], count[counted], total[counted])
 
-    def _take(self, example: Tensor, count: Tensor, total: Tensor) -> None:
+    def _take(
+        self, example: Int[Tensor, " example"], count: Float[Tensor, " example"], total: Float[Tensor, "example unit"]
+    ) -> None:
         every = torch.cat([self._example, example])
         self._example, place = every.unique(return_inverse=True)
         size = len(self._example)
@@ -106,7 +109,7 @@ class ExampleMeans(Accumulator):
         return len(self._example)
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> Float[Tensor, ...]:
         """The mean over all tokens, of the accumulator's shape; NaN where nothing was counted."""
         return self._total.sum(0).reshape(self.shape) / self._count.sum()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -22,11 +23,11 @@ from microtome.stream._accumulator import Accumulator, as_shape, unit_rows
 class ExtremesResult:
     """`min` and `max`, float64 tensors of the accumulator's shape."""
 
-    min: Tensor
-    max: Tensor
+    min: Float[Tensor, "*unit"]
+    max: Float[Tensor, "*unit"]
 
     @property
-    def max_abs(self) -> Tensor:
+    def max_abs(self) -> Float[Tensor, "*unit"]:
         """The largest absolute value of each unit."""
         return torch.maximum(self.max, -self.min)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -36,11 +37,11 @@ _EXACT_ROWS = 2**20
 class FiringResult:
     """`count` (int64, the accumulator's shape): rows above the threshold, of `total` rows."""
 
-    count: Tensor
+    count: Int[Tensor, "*unit"]
     total: int
 
     @property
-    def rate(self) -> Tensor:
+    def rate(self) -> Float[Tensor, "*unit"]:
         """Share of rows in which each unit fires (float64); NaN when no row was counted."""
         return self.count.double() / self.total
 
@@ -107,11 +108,11 @@ class CounterResult:
     """`count` [group, unit] and `total` [group], int64, in the order of `groups`."""
 
     groups: tuple[str, ...]
-    count: Tensor
-    total: Tensor
+    count: Int[Tensor, "group unit"]
+    total: Int[Tensor, " group"]
 
     @property
-    def rate(self) -> Tensor:
+    def rate(self) -> Float[Tensor, "group unit"]:
         """Share of each group's rows in which each unit fires [group, unit] (float64); NaN for an empty group."""
         return self.count.double() / self.total.double()[:, None]
 
@@ -183,16 +184,16 @@ class Counter(Accumulator):
 class CooccurrenceResult:
     """`joint` [unit, unit] (int64, symmetric): rows where both fire, of `total`; its diagonal is each unit's count."""
 
-    joint: Tensor
+    joint: Int[Tensor, "unit unit"]
     total: int
 
     @property
-    def count(self) -> Tensor:
+    def count(self) -> Int[Tensor, " unit"]:
         """How often each unit fires [unit] (int64)."""
         return self.joint.diagonal().clone()
 
     @property
-    def jaccard(self) -> Tensor:
+    def jaccard(self) -> Float[Tensor, "unit unit"]:
         """Rows where both fire, over rows where either does [unit, unit] (float64); NaN where neither ever does."""
         count = self.count
         return self.joint.double() / (count[:, None] + count[None, :] - self.joint).double()
@@ -244,7 +245,7 @@ class Cooccurrence(Accumulator):
         return (self.units,)
 
 
-def _flag_rows(fired: Tensor, units: int, mask: Tensor | None, where: str) -> Tensor:
+def _flag_rows(fired: Tensor, units: int, mask: Tensor | None, where: str) -> Bool[Tensor, "row {units}"]:
     """Boolean flags [..., unit] as a table [row, unit] of the rows that count."""
     if fired.dtype != torch.bool or not fired.ndim or fired.shape[-1] != units:
         got, allowed = f"{fired.dtype} {tuple(fired.shape)}", f"torch.bool [..., {units}]"
@@ -256,7 +257,7 @@ def _flag_rows(fired: Tensor, units: int, mask: Tensor | None, where: str) -> Te
     return rows[mask.reshape(-1).to(rows.device)]
 
 
-def _sum_flags(flags: Tensor) -> Tensor:
+def _sum_flags(flags: Bool[Tensor, "row unit"]) -> Int[Tensor, " unit"]:
     """How many of the rows [row, unit] are true, for each unit; exact."""
     total = torch.zeros(flags.shape[1], dtype=torch.int64, device=flags.device)
     for block in blocks(flags, _EXACT_ROWS * flags.shape[1]):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -33,10 +34,10 @@ _BLOCK = 2**22  # values a block: each needs a bucket number and its count, so b
 class HistogramResult:
     """`edges` [unit, bin + 1] (float64); `count` [unit, bin], `below` and `above` [unit], outside the edges (int64)."""
 
-    edges: Tensor
-    count: Tensor
-    below: Tensor
-    above: Tensor
+    edges: Float[Tensor, "unit edge"]
+    count: Int[Tensor, "unit bin"]
+    below: Int[Tensor, " unit"]
+    above: Int[Tensor, " unit"]
 
 
 class Histogram(Accumulator):
@@ -107,7 +108,7 @@ class QuantilesResult:
     """`values` [unit, q] (float64): the quantiles `q` of `count` rows, each within `accuracy` |x| of the true x."""
 
     q: tuple[float, ...]
-    values: Tensor
+    values: Float[Tensor, "unit q"]
     count: int
     accuracy: float
     smallest: float
@@ -202,7 +203,7 @@ class Quantiles(Accumulator):
         return (self.units, self.accuracy, self.smallest)
 
 
-def _count_slots(slots: Tensor, width: int) -> Tensor:
+def _count_slots(slots: Int[Tensor, "unit row"], width: int) -> Int[Tensor, "unit {width}"]:
     """How often each slot 0 to width - 1 occurs in each row of `slots` [unit, row], as int64 [unit, slot]."""
     first = torch.arange(slots.shape[0], device=slots.device)[:, None] * width
     return (slots + first).reshape(-1).bincount(minlength=slots.shape[0] * width).reshape(-1, width)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -39,20 +40,20 @@ class MomentsResult:
     """
 
     count: int
-    mean: Tensor
-    variance: Tensor
-    min: Tensor
-    max: Tensor
-    skewness: Tensor | None = None
-    kurtosis: Tensor | None = None
+    mean: Float[Tensor, "*unit"]
+    variance: Float[Tensor, "*unit"]
+    min: Float[Tensor, "*unit"]
+    max: Float[Tensor, "*unit"]
+    skewness: Float[Tensor, "*unit"] | None = None
+    kurtosis: Float[Tensor, "*unit"] | None = None
 
     @property
-    def std(self) -> Tensor:
+    def std(self) -> Float[Tensor, "*unit"]:
         """Population standard deviation."""
         return self.variance.sqrt()
 
     @property
-    def mean_square(self) -> Tensor:
+    def mean_square(self) -> Float[Tensor, "*unit"]:
         """Uncentred second moment: the mean of the squares."""
         return self.variance + self.mean.square()
 
@@ -101,14 +102,14 @@ class Moments(Accumulator):
         self._min = torch.minimum(self._min, rows.amin(dim=0).to(self._min))
         self._max = torch.maximum(self._max, rows.amax(dim=0).to(self._max))
 
-    def _power_sums(self, centred: Tensor) -> list[Tensor]:
+    def _power_sums(self, centred: Float[Tensor, "row unit"]) -> list[Float[Tensor, " unit"]]:
         """Sums of squares, and of third and fourth powers where they are asked for, of rows that are overwritten."""
         if self.order == 2:
             return [centred.square_().sum(dim=0)]
         square = centred.square()
         return [square.sum(dim=0), centred.mul_(square).sum(dim=0), square.square_().sum(dim=0)]
 
-    def _combine(self, count: int, offset: Tensor, powers: Sequence[Tensor]) -> None:
+    def _combine(self, count: int, offset: Float[Tensor, " unit"], powers: Sequence[Float[Tensor, " unit"]]) -> None:
         """Take in `count` rows whose mean is `offset` from this origin, with their sums of centred powers."""
         m2, *higher = powers
         a, b, n = self.count, count, self.count + count

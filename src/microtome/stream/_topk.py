@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -29,9 +30,9 @@ class TopResult:
     index of the first token of its row, so that the peak is at position `index - start` of the row.
     """
 
-    values: Tensor
-    index: Tensor
-    start: Tensor
+    values: Float[Tensor, "unit rank"]
+    index: Int[Tensor, "unit rank"]
+    start: Int[Tensor, "unit rank"]
 
 
 class TopExamples(Accumulator):
@@ -87,7 +88,7 @@ class TopExamples(Accumulator):
         self._keep(peaks.T, (positions + starts).T, starts.T)
         self.rows += values.shape[0]
 
-    def _starts(self, start: Tensor | Sequence[int], batch: int) -> Tensor:
+    def _starts(self, start: Tensor | Sequence[int], batch: int) -> Int[Tensor, " {batch}"]:
         """Starts as int64 [batch], refused when they are not whole, not enough, or negative."""
         given = torch.as_tensor(start)
         whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool) or not given.numel()
@@ -96,7 +97,12 @@ class TopExamples(Accumulator):
             raise error(DataError, "TopExamples.update: the starts do not fit", got=got, allowed=allowed)
         return given.detach().to(torch.int64)
 
-    def _keep(self, values: Tensor, index: Tensor, start: Tensor) -> None:
+    def _keep(
+        self,
+        values: Float[Tensor, "unit candidate"],
+        index: Int[Tensor, "unit candidate"],
+        start: Int[Tensor, "unit candidate"],
+    ) -> None:
         """Keep the k best of what is held and the candidates [unit, candidate]."""
         pool: list[Tensor] = [torch.cat((self._values, values), dim=1)]
         pool += [torch.cat((self._index, index), dim=1), torch.cat((self._start, start), dim=1)]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from microtome.anatomy import Address, Anatomy, NormWeights, Site, parse
@@ -151,13 +152,13 @@ def _before(sender: Address, receiver: Address) -> bool:
     return written < read or (written == read and same)
 
 
-def _from_first(differs: Tensor) -> tuple[str, int]:
+def _from_first(differs: Bool[Tensor, " pos *of"]) -> tuple[str, int]:
     """The positions from the first one on where anything differs, and that one."""
     first = int(differs.flatten(1).any(1).int().argmax())
     return f"@{first}-{len(differs) - 1}", first
 
 
-def _set(site: str, new: Tensor, own: Tensor) -> SiteEdit:
+def _set(site: str, new: Float[Tensor, " pos *of"], own: Float[Tensor, " pos *of"]) -> SiteEdit:
     """The edit that puts `new` in place of `own`, from the first position on where they differ."""
     where, first = _from_first(new != own)
     return Set(site + where, value=new[first:])
@@ -235,13 +236,13 @@ class Edges:
                 do="name a sender of an earlier layer",
             )
 
-    def change(self, placed: _Placed) -> Tensor:
+    def change(self, placed: _Placed) -> Float[Tensor, "pos d_model"]:
         """[pos, d_model] What the sender adds to the stream in the source, minus what it adds in the base run."""
         if placed.origin not in self._changes:
             self._changes[placed.origin] = self._change(placed)
         return self._changes[placed.origin]
 
-    def _change(self, placed: _Placed) -> Tensor:
+    def _change(self, placed: _Placed) -> Float[Tensor, "pos d_model"]:
         edge, sender = placed.edge, parse(placed.edge.sender)
         site = Site(sender.name, _layer(sender))
         here = self.base[str(site)][placed.row]
@@ -262,7 +263,7 @@ class Edges:
             return new
         return torch.zeros_like(new).index_copy(0, columns[placed.row], new[columns[placed.row]])
 
-    def _of(self, placed: _Placed, site: Site, here: Tensor) -> Tensor:
+    def _of(self, placed: _Placed, site: Site, here: Float[Tensor, " pos *of"]) -> Float[Tensor, " pos *of"]:
         source = placed.edge.source
         if isinstance(source, Mapping):
             if str(site) not in source:
@@ -285,7 +286,9 @@ class Edges:
             )
         return own
 
-    def _written(self, site: Site, here: Tensor, there: Tensor, head: int) -> Tensor:
+    def _written(
+        self, site: Site, here: Float[Tensor, " pos *of"], there: Float[Tensor, " pos *of"], head: int
+    ) -> Float[Tensor, "pos d_model"]:
         if site.name != "attn.z":
             return there - here
         layer = site.layer or 0

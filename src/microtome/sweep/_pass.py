@@ -23,11 +23,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from microtome.anatomy import Address, Site, bias_of, weight_of
+from microtome.axes import Tokens
 from microtome.edit import Apply, Frame, Mean, Selection, SiteEdit, apply, canonical
 from microtome.errors import EditError, SiteError, error
 from microtome.run import Batch, LoadedModel
@@ -76,13 +78,13 @@ class Base:
     """
 
     prompts: tuple[int, ...]
-    tokens: Tensor
-    stream: Tensor
+    tokens: Tokens
+    stream: Float[Tensor, "layer batch pos d_model"]
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    read: Tensor
-    ids: Tensor | None
-    logits: Tensor
+    read: Int[Tensor, "batch read"]
+    ids: Int[Tensor, " vocab"] | None
+    logits: Float[Tensor, "batch read vocab"]
 
 
 class _Prefix(DynamicLayer):
@@ -121,7 +123,7 @@ class BatchedPass:
         self._active = 0
         self._aside: Tensor | None = None
 
-    def run(self) -> Tensor:
+    def run(self) -> Float[Tensor, "row read vocab"]:
         """Logits [row, read, vocab] of the rows, in the order of `rows`."""
         model = self.model
         hooks = HookSet(model.hf, model.anatomy.attention, model.anatomy.n_heads)
@@ -161,7 +163,7 @@ class BatchedPass:
         args, kwargs = _widened(args, kwargs, self._active)
         return forward(*args, **kwargs)
 
-    def _join(self, hidden: Tensor, layer: int) -> Tensor:
+    def _join(self, hidden: Float[Tensor, "before pos d_model"], layer: int) -> Float[Tensor, "row pos d_model"]:
         """The batch with the rows that first act at this layer."""
         stop = sum(e <= layer for e in self._entries)
         if stop == self._active:
@@ -171,7 +173,7 @@ class BatchedPass:
         self._active, self.bases = stop, self._all[:stop]
         return hidden
 
-    def _columns(self) -> Tensor:
+    def _columns(self) -> Int[Tensor, "row read"]:
         """[row, read] The columns that the metric reads; those before `first` are read off the base later."""
         return (self.base.read[self.bases] - self.first).clamp(min=0)
 
@@ -266,12 +268,12 @@ def _widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[st
     return ((args[0], *map(widen, args[1:])) if args else args), widened
 
 
-def _columns_of(x: Tensor, columns: Tensor) -> Tensor:
+def _columns_of(x: Float[Tensor, "row pos width"], columns: Int[Tensor, "row read"]) -> Float[Tensor, "row read width"]:
     """Columns [row, read] of x [row, pos, d_model]."""
     return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def _some_logits(unembedding: Any, ids: Tensor) -> Any:
+def _some_logits(unembedding: Any, ids: Int[Tensor, " id"]) -> Any:
     """The unembedding for some tokens only; what the model does to logits after it is done to these."""
     weight, bias = weight_of(unembedding)[ids], bias_of(unembedding)
     bias = None if bias is None else bias[ids]
@@ -286,8 +288,8 @@ def base_of(
     model: LoadedModel,
     batch: Batch,
     prompts: Sequence[int],
-    read: Tensor,
-    ids: Tensor | None,
+    read: Int[Tensor, "batch read"],
+    ids: Int[Tensor, " id"] | None,
     standing: Sequence[SiteEdit],
     cached: bool,
 ) -> Base:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from microtome.anatomy import Site
@@ -67,9 +68,9 @@ class SweepResult:
         prompts: the number of each cell's prompt.
     """
 
-    values: Tensor
-    base: Tensor
-    effects: Tensor
+    values: Float[Tensor, " cell *of"]
+    base: Float[Tensor, " prompt *of"]
+    effects: Float[Tensor, " cell *of"]
     plan: SweepPlan
     done: int
     prompts: tuple[int, ...]
@@ -91,7 +92,7 @@ class _Group:
 
     prompts: tuple[int, ...]
     batch: Batch
-    read: Tensor
+    read: Int[Tensor, "prompt read"]
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _run(model: LoadedModel, ready: _Ready, cells: int, progress: Callable[[int,
     return SweepResult(values, bases, effects, ready.plan, done, tuple(ready.which))
 
 
-def _narrowed(model: LoadedModel, metric: Metric) -> tuple[Tensor | None, Metric]:
+def _narrowed(model: LoadedModel, metric: Metric) -> tuple[Int[Tensor, " id"] | None, Metric]:
     """The tokens that a metric reads, and the metric over these alone, if it names them; None for all."""
     # A head with a transform of its own between the stream and the unembedding, as BERT's, is left whole.
     if not isinstance(metric, TokenSubsetMetric) or not model.anatomy.causal:
@@ -477,7 +478,7 @@ def _plan(model: LoadedModel, cells: int, passes: Sequence[tuple[_Group, int, li
     return SweepPlan(cells, len(passes), forwards, flops, most, work / model.pace, shares)
 
 
-def _run_pass(model: LoadedModel, base: Base, part: list[Row], first: int, metric: Metric) -> Tensor:
+def _run_pass(model: LoadedModel, base: Base, part: list[Row], first: int, metric: Metric) -> Shaped[Tensor, "row ..."]:
     batched_pass = BatchedPass(model, base, part, first)
     logits = batched_pass.run()
     owners = [base.prompts.index(r.prompt) for r in batched_pass.rows]
