@@ -4,9 +4,9 @@
 
 Both methods score every layer and position (and head) of every pair, from the first position on where its prompts
 differ; every one of these is also measured exactly. The correlation of the two is taken within each pair, and its mean
-over pairs is given with a 95 % bootstrap interval over pairs: Pearson's, Pearson's without the one cell of the largest
-exact effect, and that of ranks. RelP - AtP is taken in the same pairs: an interval without 0 is a difference. As a
-control, AtP's scores of each pair are compared with the exact effects of the next one of its task.
+over pairs is given with the interval of `mt.stream.mean_interval`: Pearson's, Pearson's without the one cell of the
+largest exact effect, and that of ranks. RelP - AtP is taken in the same pairs: an interval without 0 is a difference.
+As a control, AtP's scores of each pair are compared with the exact effects of the next one of its task.
 
 --cost prints only what the methods cost, in forwards, and contributions beside the plain forward of their prompt.
 """
@@ -27,6 +27,7 @@ from numpy import ndarray
 from scipy.stats import spearmanr
 
 import microtome as mt
+from microtome.stream import mean_interval
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]")
 
@@ -69,11 +70,9 @@ def spearman(a: ndarray, b: ndarray) -> float:
     return float(spearmanr(a.ravel(), b.ravel()).statistic)
 
 
-def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
-    """Mean, and a 95 % bootstrap interval of it."""
-    x = np.array(values)
-    draws = x[np.random.default_rng(seed).integers(0, len(x), (10_000, len(x)))].mean(1)
-    return float(x.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
+def interval(values: list[float]) -> tuple[float, ...]:
+    """Mean, and the ends of its 95 % interval."""
+    return tuple(float(x) for x in mean_interval(torch.tensor(values, dtype=torch.float64)))
 
 
 def measure(model: mt.Model, pair: tuple[str, str, str, str]) -> dict[str, xr.Dataset]:

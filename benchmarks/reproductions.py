@@ -5,8 +5,7 @@
 What counts as reproduced is the sentence that each claim prints, written down before the numbers were seen, but for
 repair: its first two runs failed, on a head of the last layer and on a weak one, and which heads are strong was decided
 after that, on other prompts than those reported. Heads are chosen on other data than they are measured on.
-Intervals are 95 % bootstrap intervals over examples, p-values those of
-sign flips.
+Intervals are those of `mt.stream.mean_interval` over examples, p-values those of sign flips.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ TEMPLATES = [
 def of(values: Tensor, seed: int = 0) -> dict[str, float]:
     """Mean, interval and p-value of one number an example; examples without one (no control there) are left out."""
     values = values[~values.isnan()]
-    mean, low, high = mean_interval(values, seed=seed)
+    mean, low, high = mean_interval(values)
     return {
         "mean": float(mean), "low": float(low), "high": float(high), "p": float(sign_flip(values, seed=seed)),
         "examples": len(values),

@@ -17,8 +17,9 @@ from tests import families, twins
 
 import microtome as mt
 from microtome.method import Change, Measure, Parameter, Question, RepeatedTokens, Text, choices_of, declared
+from microtome.method._result import column_of
 from microtome.method.runner import measure
-from microtome.stream import TokenBatch
+from microtome.stream import OF_MEANS, TokenBatch
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = mt.methods()
@@ -34,7 +35,7 @@ PROMPT = [7, 20, 33, 41, 52, 60]
 OTHER = [7, 20, 34, 41, 52, 60]
 GIVEN: dict[str, Any] = {
     "prompt": PROMPT, "clean": PROMPT, "prompts": [PROMPT, OTHER, PROMPT[::-1]], "answer": 11, "foil": 23,
-    "subject": (1, 3), "keys": (1, 3), "samples": 3, "controls": 2, "top": 3, "verify": 3,
+    "subject": (1, 3), "keys": (1, 3), "samples": 3, "controls": 8, "top": 3, "verify": 3,
     "sites": ["mlp_out", "attn.z[head]"], "tokens": 60, "pairs": 4,
 }  # fmt: skip
 """Arguments by name, for every method that has them; a new method is tried with these and its own defaults."""
@@ -54,13 +55,13 @@ def model(kind: str) -> mt.Model:
     return mt.open(twins.build(kind), tokenizer=Reader(), prove=False)
 
 
-def rows(count: int = 4, length: int = 12) -> torch.Tensor:
+def rows(count: int = 8, length: int = 12) -> torch.Tensor:
     return torch.randint(5, families.VOCAB, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def batches() -> list[TokenBatch]:
-    tokens = rows(6)
-    return [TokenBatch.of(tokens[i : i + 2], torch.arange(i, i + 2) * 12) for i in (0, 2, 4)]
+    tokens = rows(8)
+    return [TokenBatch.of(tokens[i : i + 2], torch.arange(i, i + 2) * 12) for i in (0, 2, 4, 6)]
 
 
 def parameters(name: str) -> tuple[Parameter, ...]:
@@ -93,7 +94,7 @@ def run(name: str, kind: str, *, seed: int = 0, given: Mapping[str, Any] | None 
             options = {p.name for p in parameters(name)} & {"top", "period", "sequences", "examples"}
             chosen = {k: v for k, v in own.items() if k in options}
             if isinstance(made.on, RepeatedTokens):
-                return measure(subject(name, kind), name, sequences=3, period=12)
+                return measure(subject(name, kind), name, sequences=8, period=12)
             text = {"text": rows()} if isinstance(made.on, Text) else {}
             return measure(subject(name, kind), name, **text, **chosen)
         if isinstance(made, Question):
@@ -124,11 +125,9 @@ def test_its_variables_are_those_it_declares(name: str, kind: str) -> None:
     method, data = METHODS[name], result(name, kind)
     assert data.data_vars
     for variable, x in data.data_vars.items():
-        base, _, ending = str(variable).rpartition("_")
-        exact = next((c for c in method.columns if c.name == variable), None)
-        column = exact or (method.column(base) if ending in ("lo", "hi", "p", "each", "exact") else None)
-        column = column or method.column(str(variable))
+        column, ending = column_of(method, str(variable))
         assert column is not None, variable
+        exact = None if ending else column if column.name == variable else None
         assert x.attrs["unit"], variable
         assert x.attrs["meaning"], variable
         if column.dims is not None and exact is not None:
@@ -145,8 +144,22 @@ def test_its_variables_are_those_it_declares(name: str, kind: str) -> None:
             slack = 1e-9 + 1e-9 * np.abs(values[there])
             assert (low[there] <= values[there] + slack).all(), variable
             assert (values[there] <= high[there] + slack).all(), variable
+    assert data.attrs.get("interval") == (OF_MEANS if any(str(v).endswith("_lo") for v in data.data_vars) else None)
     for attribute in ("fingerprint", "seed", "source", "question", "seconds"):
         assert attribute in data.attrs
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, k in EVERY if n in RESULTS])
+def test_each_column_is_given_minus_its_control(name: str, kind: str) -> None:
+    data = result(name, kind)
+    for column in METHODS[name].columns:
+        pair = [data[of] for of in (column.name, column.control) if of in data]
+        if len(pair) == 2 and all(x.dtype.kind in "fiu" for x in pair) and set(pair[1].dims) <= set(pair[0].dims):
+            less = data[f"{column.name}_diff"]
+            assert less.dims == pair[0].dims
+            assert np.allclose(less, (pair[0] - pair[1]).transpose(*less.dims), atol=1e-9, equal_nan=True)
+        else:
+            assert f"{column.name}_diff" not in data
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -191,7 +204,7 @@ def test_the_order_of_the_batches_does_not_matter(name: str) -> None:
     forth, back = (measure(model("llama-gqa"), name, text=some) for some in (batches(), batches()[::-1]))
     looked = declared(name).on  # type: ignore[attr-defined]
     if looked.sequences is not None:
-        assert looked.sequences >= 6, "then it would read other rows"
+        assert looked.sequences >= 8, "then it would read other rows"
     for key, x in numbers(forth).items():
         assert np.allclose(x, numbers(back)[key], rtol=1e-9, atol=1e-9, equal_nan=True), key
 

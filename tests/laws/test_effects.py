@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests import families
@@ -11,6 +12,7 @@ from tests.agreement import Agreement
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import microtome as mt
+from microtome.stream import mean_interval, sign_flip
 
 ROWS = [[7, 20, 33, 41, 52], [9, 21, 34, 42, 53], [8, 22, 35, 43, 54]]
 OTHERS = [[5, 20, 33, 41, 52], [9, 21, 36, 42, 53], [8, 27, 35, 43, 54]]
@@ -116,6 +118,14 @@ def test_all_components_and_what_cannot_act() -> None:
         model, ROWS, answer=11, components=["1.attn.z[2]", "2.mlp_out"], ablation="zero"
     )
     assert bool(alone["total_control"].isnull().all())  # nothing is like them
+    rows = [*ROWS, *(row[::-1] for row in ROWS), *ROWS[:4]][:8]
+    many = mt.explain.component_effects(model, rows, answer=11, ablation="zero")
+    for name in ("total", "direct", "repair"):  # the same example is subtracted
+        each = torch.from_numpy(many[f"{name}_each"].values)
+        like = torch.stack([each[:, [j for j in range(6) if j % 2 == i % 2 and j != i]].mean(1) for i in range(6)], 1)
+        less, low, high = mean_interval(each - like)
+        for end, expected in (("", less), ("_lo", low), ("_hi", high), ("_p", sign_flip(each - like))):
+            assert np.allclose(many[f"{name}_diff{end}"], expected, atol=1e-9), (name, end)
     assert data.attrs["ablation"] == "zero"
     for said in (data.attrs["sign"], data.attrs["reading"], data["total"].attrs["meaning"]):
         assert "ablated minus clean" in said  # which the literal ablations above are

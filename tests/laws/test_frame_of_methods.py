@@ -20,7 +20,7 @@ from torch import Tensor
 import microtome as mt
 from microtome.method import Argument, Column, Found, Seen, Source, Text, forget, measure, question
 from microtome.method._document import page
-from microtome.stream import Corpus, TokenBatch
+from microtome.stream import LEAST, OF_MEANS, Corpus, TokenBatch
 
 SOURCE = Source("Nobody", "A Toy for Tests", 2026)
 
@@ -75,8 +75,9 @@ def corpus(**groups: str) -> Mapping[str, Corpus]:
 
 
 def test_a_toy_measure_gives_its_columns_with_intervals_and_what_it_says_of_them(toy: str, model: mt.Model) -> None:
-    data = mt.measure(model, toy, text=ids())
-    run = model.run(ids(), capture="*.resid_post")
+    rows = ids(9)
+    data = mt.measure(model, toy, text=rows)
+    run = model.run(rows, capture="*.resid_post")
     norms = torch.stack([run[f"{i}.resid_post"].double().norm(dim=-1) for i in range(3)])
     assert np.allclose(data["toy_size"], 0.5 * norms.mean((1, 2)))
     assert (data["toy_size_lo"] < data["toy_size"]).all()
@@ -84,9 +85,24 @@ def test_a_toy_measure_gives_its_columns_with_intervals_and_what_it_says_of_them
     assert data["toy_size"].attrs["control"] == "toy_even"
     assert (data["toy_size"].attrs["unit"], data["toy_size_lo"].attrs["unit"]) == ("norm", "norm")
     assert "95 % interval" in data["toy_size_hi"].attrs["meaning"]
+    even = 0.5 * model.anatomy.d_model**0.5  # of every row alike: taken off the value and off both ends
+    for end in ("", "_lo", "_hi"):
+        assert np.allclose(data[f"toy_size_diff{end}"], data[f"toy_size{end}"] - even)
+    assert data["toy_size_diff"].attrs == {"unit": "norm", "meaning": "toy_size minus its control, toy_even"}
+    assert (
+        data["toy_size_diff_lo"]
+        .attrs["meaning"]
+        .endswith("interval over examples of: toy_size minus its control, toy_even")
+    )
+    assert "toy_even_diff" not in data
+    assert data.attrs["interval"] == OF_MEANS
+    few = mt.measure(model, toy, text=ids(LEAST - 1))
+    assert np.isfinite(few["toy_size_diff"]).all()
+    assert np.isnan(few["toy_size_lo"]).all()
+    assert np.isnan(few["toy_size_diff_lo"]).all()
     assert data.attrs["source"] == str(SOURCE)
     assert data.attrs["fingerprint"] == model.fingerprint
-    assert np.allclose(mt.measure(model, toy, text=ids(), half=1.0)["toy_size"], 2 * data["toy_size"])
+    assert np.allclose(mt.measure(model, toy, text=rows, half=1.0)["toy_size"], 2 * data["toy_size"])
     with pytest.raises(mt.errors.ArgumentError, match=r"half must be a number of 0 or more \(ratio\); got -1"):
         mt.measure(model, toy, text=ids(), half=-1)
 
@@ -144,14 +160,14 @@ def test_a_group_is_what_its_own_rows_give_and_all_groups_make_the_whole(reader:
     """The means of groups, each weighed by its tokens, are the mean of the whole; every group has its share."""
     model = mt.open(families.build("llama-gqa"), tokenizer=reader, prove=False)
     words = TEXT.split()
-    text = corpus(one=" ".join(words[:13] * 3), two=" ".join(words[5:24]), three=" ".join(words[::-1][:20]))
-    options: dict[str, Any] = {"text": text, "length": 7, "rows": 2, "tokens": 45}
+    text = corpus(one=" ".join(words[:13] * 9), two=" ".join(words[5:24] * 6), three=" ".join(words[::-1][:20] * 6))
+    options: dict[str, Any] = {"text": text, "length": 7, "rows": 2, "tokens": 180}
     names = ("activations", "firing", "massive", "stream", "loss")
     whole = mt.measure(model, *names, **options)
     parts = mt.measure(model, *names, groups=True, **options)
     assert parts["mean"].dims == ("group", "layer", "neuron")
     assert list(parts["group"].values) == ["one", "two", "three"]
-    batches = list(Text(text, tokens=45, length=7, rows=2).batches(model).parts)
+    batches = list(Text(text, tokens=180, length=7, rows=2).batches(model).parts)
     assert all(len(row.unique()) == 1 for batch in batches for row in batch.group)
     group = torch.cat([batch.group.flatten() for batch in batches])
     share = torch.bincount(group, minlength=3).double().numpy() / len(group)
@@ -163,8 +179,9 @@ def test_a_group_is_what_its_own_rows_give_and_all_groups_make_the_whole(reader:
     assert np.allclose(parts["attn_share"].mean("group"), whole["attn_share"])
     assert float(np.abs(parts["mean"][0] - parts["mean"][1]).max()) > 1e-3
     for number, (name, own) in enumerate(text.items()):  # each group is what its own text gives alone
-        alone = mt.measure(model, "activations", "loss", text=own, length=7, rows=2, tokens=15)
+        alone = mt.measure(model, "activations", "loss", text=own, length=7, rows=2, tokens=60)
         assert np.allclose(alone["mean"], parts["mean"].sel(group=name)), number
+        assert np.isfinite(alone["loss_hi"])
         assert np.allclose(alone["loss_hi"], parts["loss_hi"].sel(group=name), atol=1e-9)
     chosen = mt.measure(model, "activations", groups=["three", "one"], **options)
     assert np.array_equal(chosen["mean"][1], parts["mean"][0])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tests import families
 from tests.agreement import agreed, agreement
 
 import microtome as mt
+from microtome.stream import mean_interval
 
 PROMPT = [7, 20, 33, 41, 52, 60, 61, 62]
 
@@ -59,9 +61,14 @@ def test_the_control_cuts_as_many_other_keys(model: mt.Model) -> None:
     sets = [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]
     values = [torch.stack([masked(model, str(layer), [7], keys)[11] for keys in sets]).mean() for layer in range(3)]
     agreed(data["log_probability_control"], torch.stack(values) - float(data["clean_log"]), 1e-5)
-    low, high = data["log_probability_control_lo"], data["log_probability_control_hi"]
-    assert bool((low <= data["log_probability_control"] + 1e-12).all())
-    assert bool((data["log_probability_control"] <= high + 1e-12).all())
+    assert np.allclose(data["relative_diff"], data["relative"] - data["relative_control"])
+    assert bool(data["relative_diff_lo"].isnull().all())  # of four sets
+    many = mt.explain.attention_knockout(model, PROMPT, keys=(5, 7), answer=11, window=1)
+    assert many.attrs["controls"] == 8  # of the 10 pairs of keys 0 to 4, no two alike
+    each = torch.from_numpy((many["relative"] - many["relative_control_each"]).transpose("example", "layer").values)
+    assert len(each.unique(dim=0)) == 8
+    for end, expected in zip(("", "_lo", "_hi"), mean_interval(each), strict=True):
+        assert np.allclose(many[f"relative_diff{end}"], expected)
     again = mt.explain.attention_knockout(model, PROMPT, keys=(4, 7), answer=11, controls=50, window=1)
     assert again.equals(data)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests import families, tokenizers
@@ -94,15 +95,19 @@ def test_the_statistics_are_those_of_the_examples(model: mt.Model) -> None:
     with mt.settings(seed=5):
         data = mt.explain.patch(model, CLEAN, CORRUPT, **arguments)
         again = mt.explain.patch(model, CLEAN, CORRUPT, **arguments)
-    each = torch.from_numpy(data["mlp_out_each"].values)
-    mean, low, high = mt.stream.mean_interval(each, seed=5)
-    for name, x in (("", mean), ("_lo", low), ("_hi", high), ("_p", mt.stream.sign_flip(each, seed=5))):
-        assert torch.equal(torch.from_numpy(data[f"mlp_out{name}"].values), x)
     assert again.equals(data)
+    assert bool(data["mlp_out_lo"].isnull().all())  # of four pairs
     many = mt.explain.patch(model, *(ordered(x) for x in (CLEAN, CORRUPT)), **ordered_arguments())
     expected = data["mlp_out_each"].values[ORDER]
     agreed(many["mlp_out_each"], expected, 1e-4)
     assert float(abs(many["mlp_out_each"].values[16:] - expected[:4]).max()) > 0.01  # it is not the first ones again
+    each, ends = (torch.from_numpy(many[name].values) for name in ("mlp_out_each", "clean"))
+    gaps = ends - torch.from_numpy(many["corrupt"].values)
+    mean, low, high = mt.stream.mean_interval(each, weights=gaps / gaps.mean())
+    for name, x in (("", mean), ("_lo", low), ("_hi", high), ("_p", mt.stream.sign_flip(each))):
+        np.testing.assert_array_equal(many[f"mlp_out{name}"], x)
+    fixed = mt.stream.mean_interval(each)
+    assert float((high - low - fixed[2] + fixed[1]).abs().max()) > 0.05  # effects and gaps go together
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

@@ -175,24 +175,24 @@ def test_reading_two_tokens_computes_only_their_logits(name: str) -> None:
 
 def test_statistics_over_prompts_are_those_of_each_prompts_effects(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
-    prompts = [tokens(seed)[0, : 5 + seed % 3].tolist() for seed in range(6)]
+    prompts = [tokens(seed)[0, : 5 + seed % 3].tolist() for seed in range(8)]
     cells = [mt.edit.Zero(f"{layer}.mlp_out@-1") for layer in range(3)]
-    whose = [number for _ in cells for number in range(6)]  # cell by cell, not prompt by prompt
+    whose = [number for _ in cells for number in range(8)]  # cell by cell, not prompt by prompt
     metric = mt.metric.LogitDifference(11, foil=13)
-    swept = model.sweep(prompts, [cell for cell in cells for _ in range(6)], metric, prompts=whose).run()
+    swept = model.sweep(prompts, [cell for cell in cells for _ in range(8)], metric, prompts=whose).run()
     with mt.settings(seed=3):
         data = mt.explain.over_prompts(swept)
     each = torch.stack([model.sweep([prompt], cells, metric).run().effects for prompt in prompts])
     agreed(data["effect_each"], each, TOLERANCE)
-    mean, low, high = mt.stream.mean_interval(swept.effects.reshape(3, 6).T.double(), seed=3)
-    p = mt.stream.sign_flip(swept.effects.reshape(3, 6).T.double(), seed=3)
+    mean, low, high = mt.stream.mean_interval(swept.effects.reshape(3, 8).T.double())
+    p = mt.stream.sign_flip(swept.effects.reshape(3, 8).T.double(), seed=3)
     for name, expected in (("effect", mean), ("effect_lo", low), ("effect_hi", high), ("effect_p", p)):
         assert data[name].dims == ("cell",)
         np.testing.assert_array_equal(data[name], expected)
     effects = swept.effects.clone()
     effects[2] = torch.nan  # stopped: the third prompt lacks a cell
     stopped = mt.explain.over_prompts(replace(swept, effects=effects))
-    assert stopped.attrs["examples"] == 5
+    assert stopped.attrs["examples"] == 7
     np.testing.assert_array_equal(stopped["effect_each"], data["effect_each"].drop_isel(example=2))
     with pytest.raises(mt.errors.DataError, match=r"do not have the same cells; got \[2, 3\] cells"):
         mt.explain.over_prompts(model.sweep(prompts, [*cells, *cells[:2]], metric, prompts=[0, 0, 0, 1, 1]).run())

@@ -17,6 +17,9 @@ from microtome.model import Model
 TABLES = {"layer": "layers", "head": "heads", "neuron": "neurons"}
 """The table of each unit that measures are of; what is of the whole model stands in the manifest."""
 
+ENDINGS = ("", "_lo", "_hi", "_diff", "_diff_lo", "_diff_hi")
+"""The variables of a column that are columns of a table: itself, what it is above its control, and their intervals."""
+
 KEYS = {
     "layer": "number of the block, from 0",
     "head": "number of the query head, from 0",
@@ -49,7 +52,7 @@ def _table(model: Model, unit: str, found: Sequence[tuple[Method, xr.Dataset]]) 
     columns = _keys(model, labels)
     attrs: dict[str, dict[str, Any]] = {key: {"unit": "1", "meaning": KEYS[key]} for key in columns}
     for method, data in found:
-        named = [c.name + ending for c in method.columns for ending in ("", "_lo", "_hi")]
+        named = [c.name + ending for c in method.columns for ending in ENDINGS]
         placed = data.reindex({dim: x for dim, x in labels.items() if not np.array_equal(data[dim], x)})
         for name in (name for name in named if name in data):
             columns[name] = _flat(placed[name], dims)

@@ -197,7 +197,7 @@ def _manifest(
     a, provenance = model.anatomy, model.provenance
     text = batches.corpus
     whole = {
-        str(name): float(value)
+        str(name): float(value) if math.isfinite(value) else None
         for method, data in measured.datasets.items()
         for name, value in data.data_vars.items()
         if method.of == "model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import takewhile
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
     from microtome.model import Model
     from microtome.tasks import Pair, Task
 
-NUMBERS = ("accuracy", "accuracy_corrupt", "preferred", "mean_difference_clean", "mean_difference_corrupt")
+NUMBERS = (
+    "accuracy", "accuracy_corrupt", "accuracy_diff", "preferred", "preferred_corrupt", "preferred_diff",
+    "mean_difference_clean", "mean_difference_corrupt", "mean_difference_clean_diff",
+)  # fmt: skip
 FILES = (".csv", ".jsonl")
+PAIRS = 20
+"""Pairs of a task, unless more or fewer are asked for."""
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +47,7 @@ def tasks(
     name: Annotated[
         str | None, typer.Argument(help="A task, or a .csv or .jsonl file of your own pairs; by default all tasks.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Pairs a task; a table of facts may hold fewer.")] = 20,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pairs a task; a table of facts may hold fewer.")] = PAIRS,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawing of the pairs.")] = 0,
     answers: Annotated[
         str, typer.Option(callback=_way, help='"one": answers of one token; "first": the first token of each.')
@@ -93,10 +99,12 @@ def _list(model: Model, make: Callable[[Model, str], Task], as_json: bool) -> No
     if as_json:
         print_json({"tasks": rows, "provenance": model.provenance})
         return
-    table = Table("task, with an example", "pairs", "right", "control", "preferred", box=None, pad_edge=False)
+    table = Table(
+        "task, with an example", "pairs", "right", "control", "difference", "preferred", box=None, pad_edge=False
+    )
     for row in rows:
         if "refused" in row:
-            table.add_row(Text(f"{row['name']}\n  {row['refused']}"), "0", "", "", "")
+            table.add_row(Text(f"{row['name']}\n  {row['refused']}"), "0", "", "", "", "")
         else:
             table.add_row(_example(row), str(row["pairs"]), *_shares(row))
     for column in table.columns[1:]:
@@ -104,7 +112,8 @@ def _list(model: Model, make: Callable[[Model, str], Task], as_json: bool) -> No
     out.print(table)
     out.print(
         "right: the likeliest next token is the answer, with a 95 % interval; control: that answer after the corrupt "
-        "prompt; preferred: the answer has the higher logit than the foil.",
+        "prompt; difference: right minus control, in the same pairs; preferred: the answer has the higher logit than "
+        "the foil.",
         markup=False,
     )
 
@@ -129,11 +138,13 @@ def _show(model: Model, name: str, make: Callable[[Model, str], Task], as_json: 
         column.no_wrap = True
     out.print(table)
     row = _row(task, data)
-    right, control, preferred = _shares(row)
+    right, control, difference, preferred = _shares(row)
     low, high = row["mean_difference_clean_lo"], row["mean_difference_clean_hi"]
+    ends = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
     out.print(
-        f"{task.name}: {task.about}. Of {len(task)} pairs {right} right, {control} after the corrupt prompt, "
-        f"{preferred} preferred to the foil, by {row['mean_difference_clean']:+.2f} [{low:+.2f}, {high:+.2f}] logits; "
+        f"{task.name}: {task.about}. Of {len(task)} pairs {right} right, {control} after the corrupt prompt "
+        f"(difference {difference}), "
+        f"{preferred} preferred to the foil, by {row['mean_difference_clean']:+.2f}{ends} logits; "
         f"after the corrupt prompt {row['mean_difference_corrupt']:+.2f}.",
         markup=False,
     )
@@ -150,9 +161,10 @@ def _pair(pair: Pair, *, full: bool) -> dict[str, Any]:
     return {n: getattr(pair, n) for n in ("clean", "corrupt", "answer", "foil")}
 
 
-def _shares(row: dict[str, Any]) -> tuple[str, str, str]:
-    interval = f"{row['accuracy']:.2f} [{row['accuracy_lo']:.2f}, {row['accuracy_hi']:.2f}]"
-    return interval, f"{row['accuracy_corrupt']:.2f}", f"{row['preferred']:.2f}"
+def _shares(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    both = ("accuracy", "accuracy_diff")
+    right, difference = (f"{row[n]:.2f} [{row[f'{n}_lo']:.2f}, {row[f'{n}_hi']:.2f}]" for n in both)
+    return right, f"{row['accuracy_corrupt']:.2f}", difference, f"{row['preferred']:.2f}"
 
 
 def _example(row: dict[str, Any]) -> Text:

@@ -32,20 +32,25 @@ from microtome.explain._pairs import AnswerOfClean, FoilOfCorrupt, Given, aligne
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 from microtome.run import Prompt, Run, prompt_from_text
-from microtome.stream import slope_interval
+from microtome.stream import OF_SLOPES, slope_interval
 
 ABLATIONS = ("zero", "mean", "resample", "corrupt")
 RECEIVERS = ("branches", "heads")
 BRANCHES = ("attn_out", "mlp_out")
-PARTS = "none: they sum to the total, exactly"
+EFFECTS = ("total", "direct", "indirect", "norm", "repair")
 SIGN = "ablated minus clean, so that below 0 the component helps the answer"
 
 
 def _effect(
-    name: str, meaning: str, control: str = PARTS, dims: tuple[str, ...] = ("component",), sign: str = SIGN
-) -> Column:
+    name: str, meaning: str, dims: tuple[str, ...] = ("component",), sign: str = SIGN
+) -> tuple[Column, Column]:
+    """An effect, and its control: that of what is like the component."""
     meaning = f"change of the logit (difference) {meaning}; {sign}"
-    return Column(name, "logits", meaning, control, dims=dims, test=True)
+    control = f"mean {name} of the layer's other heads, or of the branch in other layers"
+    return (
+        Column(name, "logits", meaning, f"{name}_control", dims=dims, test=True),
+        Column(f"{name}_control", "logits", control, dims=dims),
+    )
 
 
 @question(
@@ -54,14 +59,12 @@ def _effect(
     title="component effects",
     question="How much does a component contribute to an answer directly, and what compensates for its loss?",
     columns=(
-        _effect("total", "when the component is ablated", "total_control"),
-        Column("total_control", "logits", "mean total of the layer's other heads, or of the branch in other layers",
-               dims=("component",)),
-        _effect("direct", "through the component's own output, with what follows held fixed"),
-        _effect("indirect", "other than the direct effect: total - direct"),
-        _effect("norm", "due to the final norm and any soft cap on the logits"),
-        _effect("repair", "through a later component, the receiver", dims=("component", "receiver"),
-                sign="ablated minus clean, so that above 0 the receiver repairs what a helpful component did"),
+        *_effect("total", "when the component is ablated"),
+        *_effect("direct", "through the component's own output, with what follows held fixed"),
+        *_effect("indirect", "other than the direct effect: total - direct"),
+        *_effect("norm", "due to the final norm and any soft cap on the logits"),
+        *_effect("repair", "through a later component, the receiver", dims=("component", "receiver"),
+                 sign="ablated minus clean, so that above 0 the receiver repairs what a helpful component did"),
         Column("slope", "logits per logit", "slope of the summed repairs on the direct effect, over examples",
                "none: 0 is no repair, -1 full repair", dims=("component",)),
         Column("clean", "logits", "the logit (difference) without ablation", "none: the baseline of the changes",
@@ -107,7 +110,7 @@ def component_effects(
     """Total, direct and indirect effects of ablating heads or branches, and which later components compensate for them.
 
     The answer is read at the last position of each prompt; prompts may have any lengths, unless they are resampled.
-    `total_control` is over the components that are measured, NaN where none of them is like this one.
+    Controls are over the components that are measured, NaN where none of them is like this one.
 
     Raises:
         PromptError: answers, foils or corrupt prompts do not fit the prompts.
@@ -127,13 +130,14 @@ def component_effects(
     each = {name: torch.stack([f[name] for f in found]).cpu() for name in found[0]}
     clean, total, direct, repair = each.pop("clean"), each["total"], each["direct"], each["repair"]
     each |= {"indirect": total - direct, "norm": total - direct - repair.sum(-1)}
-    slope = slope_interval(direct, repair.sum(-1), seed=current().seed)
+    each |= {f"{name}_control": _control(named, each[name]) for name in EFFECTS}
+    slope = slope_interval(direct, repair.sum(-1))
     values = {f"slope{end}": (("component",), x) for end, x in zip(("", "_lo", "_hi"), slope, strict=True)}
     return Found(
-        values | {"total_control": _control(named, total), "clean": clean},
+        values | {"clean": clean},
         each=each,
         coords={"component": [str(a) for a in named], "receiver": _names(model, receivers)},
-        attrs={"positions": "all" if everywhere else "last", "examples": len(rows)}
+        attrs={"positions": "all" if everywhere else "last", "examples": len(rows), "interval_of_slope": OF_SLOPES}
         | {"metric": "logit of the answer" if foils is None else "logit difference", "sign": SIGN},
     )
 
@@ -317,8 +321,9 @@ class _Example:
         return {"total": total, "direct": direct, "repair": repair.flatten(1)}
 
 
-def _control(named: list[Address], total: Float[Tensor, "example component"]) -> Float[Tensor, " component"]:
-    """The mean total of what is like each component: the other heads of its layer, its branch in other layers."""
+def _control(named: list[Address], x: Float[Tensor, "example component ..."]) -> Float[Tensor, "example component ..."]:
+    """The mean of what is like each component: the other heads of its layer, its branch in other layers."""
     kinds = [(a.name, _layer(a) if a.name == "attn.z" else None) for a in named]
     alike = torch.tensor([[float(a == b and i != j) for j, b in enumerate(kinds)] for i, a in enumerate(kinds)])
-    return alike.double() @ total.mean(0) / alike.double().sum(1)  # NaN where it has no like
+    share = alike.double() / alike.double().sum(1, keepdim=True)  # NaN where it has no like
+    return torch.einsum("cd,ed...->ec...", share, x.double())

@@ -7,14 +7,14 @@ import xarray as xr
 
 from microtome.context import current
 from microtome.errors import DataError, error
-from microtome.stream import mean_interval, sign_flip
+from microtome.stream import OF_MEANS, mean_interval, sign_flip
 from microtome.sweep import SweepResult
 
 
 def over_prompts(swept: SweepResult) -> xr.Dataset:
     """The effects of a sweep on average over its prompts, of which each has the same cells in the same order.
 
-    Formula:  mean over prompts of values - base, cell by cell; 95 % bootstrap interval; p-value of sign flips.
+    Formula:  mean over prompts of values - base, cell by cell; interval of `mean_interval`; p-value of sign flips.
     Source:   as `mean_interval` and `sign_flip`. Departs: none.
     Cost:     no forward.
     Check:    equal to both of these on the effects of each prompt; tests/laws/test_sweep.py.
@@ -43,8 +43,8 @@ def over_prompts(swept: SweepResult) -> xr.Dataset:
         raise error(DataError, "no prompt of this sweep was measured to its end", do="let it run longer")
     values, seed = torch.stack(whole).double(), current().seed
     dims = ("cell", *(f"value_{i}" for i in range(values.dim() - 2)))
-    mean, low, high = mean_interval(values, seed=seed)
+    mean, low, high = mean_interval(values)
     parts = {"": mean, "_lo": low, "_hi": high, "_p": sign_flip(values, seed=seed)}
     data = xr.Dataset({f"effect{end}": (dims, x.numpy()) for end, x in parts.items()})
     data["effect_each"] = (("example", *dims), values.numpy())
-    return data.assign_attrs(seed=seed, examples=len(whole))
+    return data.assign_attrs(seed=seed, examples=len(whole), interval=OF_MEANS)

@@ -9,6 +9,8 @@ Formula:  in the window of layers w(l) = max(0, l - w//2) .. min(L, l + ceil(w/2
 
 from __future__ import annotations
 
+from itertools import combinations
+from math import comb
 from typing import Annotated
 
 import torch
@@ -74,7 +76,7 @@ def attention_knockout(
     keys: Annotated[Span, Argument("positions that the queries can no longer attend to", from_text=span_from_text)],
     answer: AnswerToken = None,
     window: Annotated[int, Argument("how many layers to cut at once", "layers", least=1)] = 9,
-    controls: Annotated[int, Argument("how many random sets of other keys to cut as a control", "sets", least=0)] = 5,
+    controls: Annotated[int, Argument("how many random sets of other keys to cut as a control", "sets", least=0)] = 8,
 ) -> Found:
     """In which layers some positions must attend to others for the model to give its answer.
 
@@ -115,14 +117,16 @@ def attention_knockout(
 def _other_keys(
     model: Model, asked: tuple[int, int], cut: tuple[int, int], length: int, controls: int
 ) -> list[list[int]]:
-    """Random sets of as many keys as are cut, among those that the first query can read but itself."""
+    """Random sets of as many keys as are cut, no two alike, among those that the first query can read but itself."""
     last = asked[0] if model.anatomy.causal else length
     free = [k for k in range(last) if not cut[0] <= k < cut[1] and not asked[0] <= k < asked[1]]
     size = cut[1] - cut[0]
     if len(free) < size:
         return []
+    if comb(len(free), size) <= controls:
+        return [list(s) for s in combinations(free, size)]
     generator = torch.Generator().manual_seed(current().seed)
-    drawn = {
-        tuple(sorted(free[i] for i in torch.randperm(len(free), generator=generator)[:size])) for _ in range(controls)
-    }
+    drawn: set[tuple[int, ...]] = set()
+    while len(drawn) < controls:
+        drawn.add(tuple(sorted(free[i] for i in torch.randperm(len(free), generator=generator)[:size])))
     return [list(s) for s in sorted(drawn)]

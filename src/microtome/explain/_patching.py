@@ -4,7 +4,7 @@ Formula:  effect_i(cell) = m_i(cell) - m_i(start) of pair i, where a cell is its
           other prompt. Denoising starts at the corrupt prompt and takes from the clean one, noising the reverse.
           As a share: divided by the mean over pairs of m_i(goal) - m_i(start), so that the mean is
           sum_i effect_i / sum_i gap_i and a pair of a small gap, or of one of the other sign, weighs no more than any.
-          The interval is that of the effects, the mean gap being taken as it is.
+          The interval is that of this ratio of sums, in which effects and gaps of a pair go together.
           A cell is a layer by a position, a layer by a span that each pair has at its own place, or a layer by a unit.
 """
 
@@ -35,7 +35,6 @@ from microtome.explain._pairs import (
 from microtome.explain._spans import at
 from microtome.method import Argument, Column, Found, Source, question, run_sweep
 from microtome.model import Model
-from microtome.stream import mean_interval
 
 TOGETHER = 16
 """Pairs whose activations are held at once."""
@@ -129,6 +128,7 @@ def patch(
     return Found(
         values | ({site: (dims, x[0]) for site, (dims, x) in cells.items()} if one else {}),
         each={} if one else cells,
+        weights=gaps / gaps.mean() if share else None,
         coords=coords | {axis: labels, "layer": list(range(model.anatomy.n_layers))},
         attrs=attrs | {"direction": direction, "reading": reading},
         units=dict.fromkeys(sites, unit) | dict.fromkeys(ENDS, pairs.unit),
@@ -171,11 +171,13 @@ def _ends(model: Model, pairs: Pairs, share: bool) -> Float[Tensor, "pair 2"]:
                 got=f"{clean:.4g}", do="choose prompts that are answered differently",
             )  # fmt: skip
     gaps = found[:, 0] - found[:, 1]
-    mean, low, high = (float(x) for x in mean_interval(gaps))
-    if share and len(gaps) > 1 and (low <= 0 <= high or abs(mean) < SMALLEST_GAP):
+    if not share or len(gaps) == 1:
+        return found
+    mean, error_of_mean = float(gaps.mean()), float(gaps.std()) / len(gaps) ** 0.5
+    if abs(mean) <= max(2 * error_of_mean, SMALLEST_GAP):
         raise error(
             SiteError, "the mean gap of the pairs is not clearly different from 0",
-            got=f"{mean:.3g}, 95 % interval {low:.3g} to {high:.3g}, "
+            got=f"{mean:.3g} with a standard error of {error_of_mean:.3g}, "
             f"{int((gaps * mean < 0).sum())} of {len(gaps)} gaps of the other sign",
             do="leave out pairs that the model answers wrongly, or give share=False",
         )  # fmt: skip

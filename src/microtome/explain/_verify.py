@@ -34,14 +34,15 @@ SCORES = (
            dims=("sender", "receiver")),
     Column("<site>", "logits", "estimated effect of taking the activation from the other run", MEASURED),
     Column("clean", "logits", "the metric of the clean prompt", "corrupt", dims=()),
-    Column("corrupt", "logits", "the metric of the corrupt prompt", "clean", dims=()),
+    Column("corrupt", "logits", "the metric of the corrupt prompt", dims=()),
     Column("rank_correlation", "correlation", "between scores and exact effects, among the top-scored cells",
            "rank_correlation_others", (-1, 1), dims=("site",)),
     Column("rank_correlation_others", "correlation", "between scores and exact effects, among random other cells",
            range=(-1, 1), dims=("site",)),
     Column("recall", "share", "share of the cells with the largest exact effects that are among the top-scored ones",
-           "none: random scores would find the same share as the share of cells measured", (0, 1),
-           dims=("site",)),
+           "recall_random", (0, 1), dims=("site",)),
+    Column("recall_random", "share", "the same for random scores: the share of all cells that as many are",
+           range=(0, 1), dims=("site",)),
     Column("measured", "cells", "how many cells were measured exactly", "none: a count", (0, None), dims=("site",)),
 )  # fmt: skip
 """The columns of scores, which `attribute` estimates and `verify` measures."""
@@ -134,6 +135,7 @@ def _attributes(
         "rank_correlation": rank_correlation(scores[best], first),
         "rank_correlation_others": rank_correlation(scores[others], rest),
         "recall": recall(first, rest, int(np.isfinite(scores).sum())),
+        "recall_random": len(best) / int(np.isfinite(scores).sum()),
     }
     whole, measured = bool(np.isfinite(effects).all()), int(np.isfinite(effects).sum())
     # NaN would sort like the largest effect and rank like a number.

@@ -6,6 +6,7 @@ Formula:  loss = mean over tokens of -log p(next), in nats;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -50,7 +51,12 @@ def _require_causal(model: Model) -> None:
     sites="logits",
     title="next-token loss",
     question="How well does the model predict the text?",
-    columns=(Column("loss", "nats", "mean next-token loss", "none: a size", (0, None)),),
+    columns=(
+        Column("loss", "nats", "mean next-token loss", "loss_uniform", (0, None)),
+        Column(
+            "loss_uniform", "nats", "the same for a uniform guess over the vocabulary", range=(0, None), interval=False
+        ),
+    ),
     source=Source("Shannon", "A Mathematical Theory of Communication", 1948, where="section 6, entropy"),
     cost="one forward with logits, and one logsumexp over them",
     check=CHECK,
@@ -66,7 +72,8 @@ def loss(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
     found = torch.nn.functional.pad(token_loss(seen["logits"], tokens), (1, 0))
     predicted = torch.ones(tokens.shape, dtype=torch.bool)
     predicted[:, 0] = False  # nothing comes before the first token to predict it from
-    return {"loss": (found, predicted)}
+    even = torch.full_like(found, math.log(seen["logits"].shape[-1]))
+    return {"loss": (found, predicted), "loss_uniform": (even, predicted)}
 
 
 def _skipped(name: str, part: str, title: str) -> Column:

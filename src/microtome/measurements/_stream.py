@@ -4,6 +4,8 @@ Formula:  over all tokens but the first of each row (which attention sinks infla
           attn_share = mean |attn_out| / |resid_pre|,   mlp_share = mean |mlp_out| / |resid before the MLP's sum|,
           attn_cos = mean cos(resid_pre, attn_out),     mlp_cos = mean cos(resid before, mlp_out),
           block_cos = mean cos(resid_pre, resid_post),  block_influence = 1 - block_cos;
+          their controls: the same with the second vector of the token half the row away, round its end (streams share
+          a direction, so that those of unrelated tokens are not at right angles);
           max_abs of |resid_post| over all tokens, median_abs the mean over 32 positions per row of each one's median.
 """
 
@@ -18,7 +20,6 @@ from microtome.anatomy import at_least_float32
 from microtome.method import Column, Seen, Source, measure
 
 SIZE = "none: a size, to compare with other layers"
-ANGLE = "none: unrelated directions have a cosine within about 1 / sqrt(d_model) of 0"
 NORMS = "Residual stream norm"
 ADDED = "Norm of what a branch adds, relative to the stream"
 COSINES = "Cosine with the residual stream"
@@ -30,8 +31,13 @@ def _norm(name: str, meaning: str, title: str) -> Column:
     return Column(name, "norm", meaning, SIZE, (0, None), title=title, chart=NORMS, log=True)
 
 
-def _cosine(name: str, meaning: str, title: str) -> Column:
-    return Column(name, "cosine", meaning, ANGLE, (-1, 1), title=title, chart=COSINES)
+def _cosine(name: str, what: str, other: str, title: str) -> tuple[Column, Column]:
+    """A cosine, and its control."""
+    control = f"the same with {other} half the row away"
+    return (
+        Column(name, "cosine", f"mean cosine between {what}", f"{name}_elsewhere", (-1, 1), title=title, chart=COSINES),
+        Column(f"{name}_elsewhere", "cosine", control, range=(-1, 1), chart=COSINES),
+    )
 
 
 def _share(name: str, part: str, title: str) -> Column:
@@ -53,10 +59,14 @@ def _share(name: str, part: str, title: str) -> Column:
         _norm("resid_post_norm_first", "mean norm after the layer at each row's first token", "after, first token"),
         _share("attn_share", "attention", "attention"),
         _share("mlp_share", "the MLP", "MLP"),
-        _cosine("attn_cos", "mean cosine between what attention adds and what it is added to", "attention"),
-        _cosine("mlp_cos", "mean cosine between what the MLP adds and what it is added to", "MLP"),
-        _cosine("block_cos", "mean cosine between a block's input and its output", "block"),
-        Column("block_influence", "1", "1 - block_cos: how much a block rotates the residual stream", ANGLE, (0, 2)),
+        *_cosine("attn_cos", "what attention adds and what it is added to", "what it adds", "attention"),
+        *_cosine("mlp_cos", "what the MLP adds and what it is added to", "what it adds", "MLP"),
+        *_cosine("block_cos", "a block's input and its output", "the output", "block"),
+        Column(
+            "block_influence", "1", "1 - block_cos: how much a block rotates the residual stream",
+            "block_influence_elsewhere", (0, 2),
+        ),
+        Column("block_influence_elsewhere", "1", "1 - block_cos_elsewhere", range=(0, 2)),
         Column(
             "median_abs", "activation", "median absolute value of a token after the layer, over 32 positions per row",
             SIZE, (0, None), title="median", chart=LARGEST, log=True,
@@ -83,16 +93,24 @@ def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:
     def cosine(a: Tensor, b: Tensor, of: str, other: str) -> Tensor:
         return (a * b).sum(-1) / (norm[of] * norm[other]).clamp(min=floor)
 
-    turn = cosine(pre, post, "pre", "post")
+    later = seen.later
+    away = _half_a_row(pre.shape[1]).to(pre.device)
+
+    def elsewhere(a: Tensor, b: Tensor, of: str, other: str) -> Tensor:
+        return (a * b[:, away]).sum(-1) / (norm[of] * norm[other][:, away]).clamp(min=floor)
+
+    turn, unrelated = cosine(pre, post, "pre", "post"), elsewhere(pre, post, "pre", "post")
     found = {
         "resid_pre_norm": norm["pre"], "resid_post_norm": norm["post"],
         "attn_share": norm["attn"] / norm["pre"].clamp(min=floor),
         "mlp_share": norm["mlp"] / norm["before"].clamp(min=floor),
         "attn_cos": cosine(pre, attn, "pre", "attn"), "mlp_cos": cosine(before, mlp, "before", "mlp"),
+        "attn_cos_elsewhere": elsewhere(pre, attn, "pre", "attn"),
+        "mlp_cos_elsewhere": elsewhere(before, mlp, "before", "mlp"),
         "block_cos": turn, "block_influence": 1 - turn,
+        "block_cos_elsewhere": unrelated, "block_influence_elsewhere": 1 - unrelated,
     }  # fmt: skip
     found |= {"resid_mid_norm": norm["before"]} if before is not pre else {}
-    later = seen.later
     first = torch.zeros_like(later)
     first[:, 0] = True
     some = torch.zeros_like(later)
@@ -102,3 +120,11 @@ def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:
     median[:, step - 1 :: step] = post[:, step - 1 :: step].abs().median(-1).values
     masked = {name: (x, later) for name, x in found.items()}
     return masked | {"resid_post_norm_first": (norm["post"], first), "median_abs": (median, some)}
+
+
+def _half_a_row(length: int) -> Tensor:
+    """[pos] For each token but the first the one half a row on, beginning again behind the first at the row's end."""
+    place = torch.arange(length)
+    if length > 1:
+        place[1:] = 1 + (place[1:] - 1 + (length - 1) // 2) % (length - 1)
+    return place

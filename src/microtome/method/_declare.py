@@ -28,8 +28,12 @@ DIMS: dict[str, tuple[str, ...]] = {
 NONE = "none: "
 """How a control begins that is no column, but the reason why there is none."""
 
-SUFFIXES = ("lo", "hi", "p", "each", "exact")
-"""Endings of the variables that belong to a column: ends of its interval, p-value, examples, exact measurement."""
+DIFFERENCE = "diff"
+"""Ending of the variable that is a column minus its control; it has an interval and a p-value of its own."""
+
+SUFFIXES = ("lo", "hi", "p", "each", "exact", DIFFERENCE)
+"""Endings of the variables that belong to a column: ends of its interval, p-value, examples, exact measurement, and
+difference from its control."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_.]*(\[[a-z]+\])?")
 _DYNAMIC = re.compile(r"<[a-z]+>")

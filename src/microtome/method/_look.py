@@ -36,7 +36,8 @@ class Text:
         text: a corpus, the path of a file, texts, a `Task` (its clean prompts), tokens [row, pos], batches, or a
             mapping from groups to any of these; the documentation topics of the standard library by default.
         tokens, length, rows: see `TokenBatches`; groups have equal shares of the tokens, and no row holds two groups.
-        sequences: read only this many rows, each cut to `width` tokens, shared equally between groups.
+        sequences: read only this many rows, each cut to `width` tokens, shared equally between groups,
+            or so many of each where groups are reported separately.
         width: tokens of those rows.
     """
 
@@ -51,15 +52,17 @@ class Text:
         """The same: rows longer than the context are cut when they are made."""
         return self
 
-    def batches(self, model: LoadedModel) -> Batches:
-        """The rows of tokens.
+    def batches(self, model: LoadedModel, *, apart: bool = False) -> Batches:
+        """The rows of tokens; `apart` reads so many `sequences` of every group, as each has intervals of its own.
 
         Raises:
             DataError: it is not text, or there is too little of it.
         """
         length = min(self.length, model.anatomy.n_ctx)
         found = batches_of(self.text, model, tokens=self.tokens, length=length, rows=self.rows)
-        return found if self.sequences is None else found.first(self.sequences, self.width)
+        if self.sequences is None:
+            return found
+        return found.first(self.sequences * (len(found.groups) if apart else 1), self.width)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import xarray as xr
 from torch import Tensor
 
 from microtome.anatomy import SITES, Site
-from microtome.context import current
 from microtome.errors import DataError, error
 from microtome.method._declare import DIMS
 from microtome.method._measure import Measure
-from microtome.method._statistic import Kept, MeanOverExamples, Seen, Statistic, intervals
+from microtome.method._result import column_of
+from microtome.method._statistic import Kept, MeanOverExamples, Seen, Statistic, differences, intervals
 from microtome.model import Model
 from microtome.stream import TokenBatch
 
@@ -172,8 +172,9 @@ class Pass:
             held.append(kept)
             for name, x in one.statistic.result(kept).items():
                 rows.setdefault(name, []).append(x)
-        ends = intervals(held, one.measure.method.columns, current().seed)
-        found = {name: torch.stack(x) for name, x in rows.items()} | ends
+        columns = one.measure.method.columns
+        found = {name: torch.stack(x) for name, x in rows.items()}
+        found |= intervals(held, columns) | differences(held, columns, found)
         return found if one.layers != [None] else {name: x[0] for name, x in found.items()}
 
 
@@ -188,7 +189,7 @@ def _dataset(
         nothing = torch.nan if like.is_floating_point() else -1  # of a group without tokens
         parts = [table[name] if name in table else torch.full_like(like, nothing) for table in tables]
         x = parts[0] if groups is None else torch.stack(parts)
-        column = method.column(name.removesuffix("_lo").removesuffix("_hi"))
+        column, _ = column_of(method, name)
         dims = (*(() if groups is None else ("group",)), *unit, *(() if column is None else column.extra))
         x = x.squeeze(-1) if x.dim() == len(dims) + 1 else x  # a value without axes is kept as one of one unit
         variables[name] = (dims, x.cpu().numpy())

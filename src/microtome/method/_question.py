@@ -14,6 +14,7 @@ from torch import Tensor
 
 from microtome.context import current
 from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared, split_call
+from microtome.method._control import with_differences
 from microtome.method._declare import Column, Method, Source, several
 from microtome.method._document import docstring
 from microtome.method._registry import register
@@ -34,6 +35,7 @@ class Found:
     Attributes:
         values: by column, the values with the axes that it declares, or (axes, values).
         each: by column, the same with a first axis of examples; gives mean, interval, p-value and `_each`.
+        weights: [example] how much each example counts, where the values of `each` are sums over that much.
         coords: labels of axes, as `xarray` takes them.
         attrs: further attributes, as plain values.
         units: by column, a unit that is known only at run time.
@@ -41,6 +43,7 @@ class Found:
 
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     each: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    weights: Tensor | None = None
     coords: Mapping[str, Any] = field(default_factory=dict[str, Any])
     attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     units: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -66,6 +69,7 @@ class Question:
         with counting() as cost:
             found: Any = self.method.function(model, **arguments)
             data = found if isinstance(found, xr.Dataset) else _dataset(self.method, found)
+            data = with_differences(self.method, data)
             own = dict(data.attrs)  # with those of the model where a run has given them: another look takes a while
             attributes = provenance(model, self.method, arguments, cost, own) | {"reading": self.reading}
             return Result.of(labelled(self.method, data).assign_attrs(attributes | own))
@@ -159,7 +163,7 @@ def _dataset(method: Method, found: Found) -> xr.Dataset:
         variables[name] = (dims, _array(x), _unit(found, name))
     for name, given in found.each.items():
         dims, x = _placed(method, name, given)
-        variables |= summarised(method, name, dims, x, _unit(found, name))
+        variables |= summarised(method, name, dims, x, _unit(found, name), found.weights)
     return xr.Dataset(variables, coords=dict(found.coords), attrs=dict(found.attrs))
 
 
@@ -180,11 +184,11 @@ def _array(x: Any) -> Any:
 
 
 def summarised(
-    method: Method, name: str, dims: Sequence[str], values: Tensor, attrs: Mapping[str, str]
+    method: Method, name: str, dims: Sequence[str], values: Tensor, attrs: Mapping[str, str], weights: Tensor | None
 ) -> dict[str, Any]:
     """Values [example, ...] as variables: mean, `_lo` and `_hi`, `_p` where the column has a test, and `_each`."""
     column = method.column(name)
-    mean, low, high = mean_interval(values, seed=current().seed)
+    mean, low, high = mean_interval(values, weights=weights)
     parts = {"": mean, "_lo": low, "_hi": high}
     if column is not None and column.test:
         parts["_p"] = sign_flip(values, seed=current().seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,7 +13,8 @@ import xarray as xr
 
 from microtome.context import current
 from microtome.errors import DeclarationError, error
-from microtome.method._declare import SUFFIXES, Column, Method
+from microtome.method._declare import DIFFERENCE, SUFFIXES, Column, Method
+from microtome.stream import OF_MEANS
 
 SPLIT = "_"
 NOTHING: Mapping[str, Any] = {}
@@ -107,28 +108,34 @@ def labelled(method: Method, data: xr.Dataset) -> xr.Dataset:
             raise error(DeclarationError, what, allowed=allowed, do="add a column to its declaration")
         own = dict(data[name].attrs)
         data[name].attrs.update(_attrs(column, ending) | own)
-    return data
+    return data.assign_attrs(said_of_intervals(data.data_vars))
 
 
-def _attrs(column: Column, ending: str) -> dict[str, Any]:
-    attributes = column.attrs
+def said_of_intervals(names: Iterable[Any]) -> dict[str, str]:
+    """The attribute that says what the intervals of a dataset are; none where its variables have no ends."""
+    return {"interval": OF_MEANS} if any(str(name).endswith("_lo") for name in names) else {}
+
+
+def _attrs(column: Column, endings: str) -> dict[str, Any]:
+    if not endings:
+        return column.attrs
+    ending = endings.rpartition(SPLIT)[2]
+    meaning = f"{column.name} minus its control, {column.control}" if DIFFERENCE in endings else column.meaning
     if ending in ("lo", "hi"):
-        meaning = (
-            f"{'lower' if ending == 'lo' else 'upper'} end of the 95 % interval over examples of: {column.meaning}"
-        )
-        return {"unit": column.unit, "meaning": meaning}
+        meaning = f"{'lower' if ending == 'lo' else 'upper'} end of the 95 % interval over examples of: {meaning}"
     if ending == "p":
-        meaning = f"two-sided p-value of sign flips over examples of: {column.meaning}"
+        meaning = f"two-sided p-value of sign flips over examples of: {meaning}"
         return {"unit": "probability", "meaning": meaning, "range": [0, 1]}
-    return {"unit": column.unit, "meaning": column.meaning} if ending else attributes
+    return {"unit": column.unit, "meaning": meaning}
 
 
 def column_of(method: Method, name: str) -> tuple[Column | None, str]:
-    """The column that a variable belongs to, and its ending: `lo` of "induction_lo"."""
+    """The column that a variable belongs to, and its endings: `lo` of "loss_lo", `diff_lo` of "loss_diff_lo"."""
     exact = next((c for c in method.columns if c.name == name), None)
     if exact is not None:
         return exact, ""
     base, _, ending = name.rpartition(SPLIT)
     if ending in SUFFIXES and base:
-        return method.column(base), ending
+        column, inner = column_of(method, base)
+        return column, f"{inner}{SPLIT}{ending}" if inner else ending
     return method.column(name), ""

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from microtome.errors import DataError, error
-from microtome.method._declare import Column
+from microtome.method._declare import DIFFERENCE, Column
 from microtome.model import Model
-from microtome.stream import ExampleMeans, TokenBatch, mean_interval
+from microtome.stream import ExampleMeans, ExampleMeansResult, TokenBatch, difference_interval, mean_interval
 
 Kept = dict[str, Any]
 """Accumulators by name; each is an `Accumulator` of `microtome.stream`."""
@@ -136,21 +136,55 @@ class MeanOverExamples(Statistic):
             held.update(x.reshape(*x.shape[: 2 if by_token else 1], *shape), seen.examples, mask)
 
 
-def intervals(layers: Sequence[Kept], columns: Sequence[Column], seed: int) -> dict[str, Tensor]:
+def intervals(layers: Sequence[Kept], columns: Sequence[Column]) -> dict[str, Tensor]:
     """The ends `_lo` and `_hi` [layer, *unit] of columns whose means were kept by example, all layers at once."""
     found: dict[str, Tensor] = {}
     for column in columns:
-        held = [kept.get(column.name) for kept in layers]
-        if column.interval and held and all(isinstance(one, ExampleMeans) for one in held):
-            means = [one.result() for one in held if isinstance(one, ExampleMeans) and one.examples]
-            if len(means) < len(held):  # a group of which this value counted nothing
-                nothing = torch.stack([one.mean for one in held if isinstance(one, ExampleMeans)])
-                found[f"{column.name}_lo"], found[f"{column.name}_hi"] = nothing, nothing
-                continue
-            total = torch.stack([one.total for one in means], dim=1)
-            _, low, high = mean_interval(total, weights=means[0].count, seed=seed)
-            found[f"{column.name}_lo"], found[f"{column.name}_hi"] = low, high
+        means = _means(layers, column.name) if column.interval else None
+        if means is not None:
+            found |= _named(column.name, mean_interval(_stacked(means), weights=means[0].count)[1:])
     return found
+
+
+def differences(layers: Sequence[Kept], columns: Sequence[Column], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each column minus its control, [layer, *unit], with the ends of its interval where both were kept by example."""
+    made: dict[str, Tensor] = {}
+    for column in columns:
+        if column.control not in found or column.name not in found:
+            continue
+        name = f"{column.name}_{DIFFERENCE}"
+        made[name] = found[column.name].double() - found[column.control].double()
+        means, control = (_means(layers, of) for of in (column.name, column.control))
+        if means is None or control is None:
+            continue
+        nothing = torch.full_like(made[name], torch.nan)
+        made |= _named(name, (nothing, nothing.clone()))
+        if torch.equal(means[0].example, control[0].example):
+            counts = means[0].count, control[0].count
+            both = _stacked(means), _stacked(control)
+            made |= _named(name, difference_interval(*both, weights=counts[0], control_weights=counts[1])[1:])
+    return made
+
+
+def _means(layers: Sequence[Kept], name: str) -> list[ExampleMeansResult] | None:
+    """The means of a column that were kept by example, layer by layer; none where it was not."""
+    held = [kept.get(name) for kept in layers]
+    means = [one for one in held if isinstance(one, ExampleMeans)]
+    if not held or len(means) < len(held):
+        return None
+    if all(one.examples for one in means):
+        return [one.result() for one in means]
+    none = torch.zeros(0, dtype=torch.float64)  # a group of which this value counted nothing
+    return [ExampleMeansResult(none.long(), none, none.new_zeros((0, *one.shape))) for one in means]
+
+
+def _stacked(means: Sequence[ExampleMeansResult]) -> Tensor:
+    """The sums [example, layer, *unit]."""
+    return torch.stack([one.total for one in means], dim=1)
+
+
+def _named(name: str, ends: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{name}_lo": ends[0], f"{name}_hi": ends[1]}
 
 
 def _counting(own: Tensor | None, seen: Seen) -> Tensor | None:

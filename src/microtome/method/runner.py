@@ -19,7 +19,7 @@ from microtome.method._look import Look, Text, Weights
 from microtome.method._measure import Measure
 from microtome.method._pass import Bound, Pass, coordinates
 from microtome.method._registry import Methods, declared, methods
-from microtome.method._result import Cost, Result, counting, labelled, provenance
+from microtome.method._result import Cost, Result, counting, labelled, provenance, said_of_intervals
 from microtome.method._statistic import Seen
 from microtome.method._texts import Batches
 from microtome.model import Model
@@ -42,8 +42,9 @@ def measure(model: Model, *names: str, text: Any = None, groups: Any = None, **o
         options: arguments of the measures and of what they read, such as ``tokens=5_000`` or ``period=20``.
 
     Returns:
-        A `Result`, an `xarray.Dataset` with one variable per column, its interval ends as `_lo` and `_hi`, units,
-        meanings and controls in the variables' attributes, and the provenance in its own.
+        A `Result`, an `xarray.Dataset` with one variable per column, its interval ends as `_lo` and `_hi`, a column
+        minus its control as `_diff` with the same, units, meanings and controls in the variables' attributes, and the
+        provenance in its own.
 
     Raises:
         ArgumentError: there is no such measure, argument or group, or one is outside its limits.
@@ -134,7 +135,8 @@ def run_measures(
         datasets = {one.method: labelled(one.method, found[one.method.name]) for one in ran}
         arguments = {k: v for some in bound.values() for one in some for k, v in one.arguments.items()}
         read = {"text": "; ".join(dict.fromkeys(filter(None, sources)))} if any(sources) else {}
-        attrs = _attrs(model, ran, arguments | read, cost)
+        said = said_of_intervals(name for data in datasets.values() for name in data.data_vars)
+        attrs = _attrs(model, ran, arguments | read, cost) | said
     looks = {one.measure.method.name: _described(look) for look, some in bound.items() for one in some}
     return Measured(datasets, attrs, looks, seconds, left_out)
 
@@ -203,8 +205,8 @@ def _of_batches(
 ) -> tuple[dict[str, xr.Dataset], str]:
     """The columns of measures that read batches, and what the batches were read from."""
     assert not isinstance(look, Weights)
-    batches = look.batches(model)
     kept = groups is not None and isinstance(look, Text)
+    batches = look.batches(model, apart=True) if kept and isinstance(look, Text) else look.batches(model)
     if kept and groups:
         _check_groups(groups, batches)
     made = Pass(model, bound, look, batches.groups if kept else None)

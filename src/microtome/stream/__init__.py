@@ -4,7 +4,8 @@
     batches     `TokenBatches` yields `TokenBatch`
     statistics  `Moments`, `ExampleMeans`, `Extremes`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`,
                 `Covariance`, `Histogram`, `Quantiles`
-    confidence  `mean_interval`, `slope_interval`, `sign_flip`
+    confidence  `mean_interval`, `difference_interval`, `slope_interval`, `share_interval`,
+                `share_difference_interval`, `sign_flip`
 
 Every statistic is an `Accumulator`: `update(values, ...)`, `merge(other)`, `result()`, `state()`, `save`, `load`.
 """
@@ -37,7 +38,14 @@ from microtome.stream._histogram import Histogram as Histogram
 from microtome.stream._histogram import HistogramResult as HistogramResult
 from microtome.stream._histogram import Quantiles as Quantiles
 from microtome.stream._histogram import QuantilesResult as QuantilesResult
+from microtome.stream._interval import LEAST as LEAST
+from microtome.stream._interval import OF_MEANS as OF_MEANS
+from microtome.stream._interval import OF_SHARES as OF_SHARES
+from microtome.stream._interval import OF_SLOPES as OF_SLOPES
+from microtome.stream._interval import difference_interval as difference_interval
 from microtome.stream._interval import mean_interval as mean_interval
+from microtome.stream._interval import share_difference_interval as share_difference_interval
+from microtome.stream._interval import share_interval as share_interval
 from microtome.stream._interval import sign_flip as sign_flip
 from microtome.stream._interval import slope_interval as slope_interval
 from microtome.stream._moments import Moments as Moments

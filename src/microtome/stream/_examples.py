@@ -1,7 +1,7 @@
 """Means over tokens that remember their examples, so that an interval can be over examples and not over tokens.
 
 Formula:  with s_e = sum over the tokens of example e of x, and n_e their number:
-          mean = sum_e s_e / sum_e n_e;  interval: the same ratio over examples drawn with replacement.
+          mean = sum_e s_e / sum_e n_e;  interval: `mean_interval` of s with the weights n.
 Law:      an example whose tokens come in several batches, in any order, counts once.
 Cost:     one sum over the values; 8 examples x units bytes.
 Check:    tests/laws/test_accumulators.py.

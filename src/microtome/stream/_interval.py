@@ -1,80 +1,250 @@
-"""Statistics of means over examples: how far one could move with other examples, and whether it differs from 0."""
+"""Statistics of means over examples: how far one could move with other examples, and whether it differs from 0.
+
+All intervals of means, of ratios of sums and of differences are one: Student's t of the jackknife's pseudo-values, of
+which each example has one, corrected for their skewness. `benchmarks/coverage.py` measures how often they hold what
+they promise; tests/laws/test_coverage.py refuses less than 93 % and more than 97.5 %.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy import ndarray
 from torch import Tensor
 
 _ENUMERATED = 12
 """Up to this many examples, all sign vectors are enumerated."""
 
-_RESAMPLED = 2**22
-"""Values of all samples together that one batch of resamples may hold."""
+LEAST = 8
+"""Examples below which there is no interval: with fewer, none was found that covers skewed and zero-inflated data."""
+
+OF_MEANS = f"95 % Student's t over examples, corrected for skewness (Hall, 1992); none below {LEAST} examples"
+OF_SLOPES = f"95 % Student's t with HC3 errors over examples (MacKinnon and White, 1985); none below {LEAST} examples"
+OF_SHARES = "95 % Agresti-Coull interval over examples"
+
+
+@dataclass(frozen=True, eq=False)
+class _Estimate:
+    """An estimate over examples.
+
+    Attributes:
+        value: [unit].
+        each: [example, unit] the pseudo-value of every example; their mean is the estimate without its bias.
+        freedom: [unit], or [1] for all, degrees of freedom of their variance.
+    """
+
+    value: Float[Tensor, " unit"]
+    each: Float[Tensor, "example unit"]
+    freedom: Float[Tensor, " unit_or_one"]
+
+    def minus(self, other: _Estimate) -> _Estimate:
+        """The difference, example by example."""
+        freedom = torch.minimum(self.freedom, other.freedom)
+        return _Estimate(self.value - other.value, self.each - other.each, freedom)
 
 
 def mean_interval(
-    values: Tensor, *, weights: Tensor | None = None, level: float = 0.95, draws: int = 1000, seed: int = 0
+    values: Tensor, *, weights: Tensor | None = None, level: float = 0.95
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over examples with a percentile bootstrap interval.
+    """Mean over examples with its interval: Student's t, corrected for skewness.
 
-    Formula:  quantiles (1 - level)/2 and (1 + level)/2 of mean(values[resample]), examples drawn with replacement;
-              with weights, where values are sums over as much as the weights say, of sum(values) / sum(weights).
-    Source:   Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; SciPy's `bootstrap`. Departs: none.
-    Cost:     draws x values, in float64 on the CPU.
-    Check:    covers the true mean of normal samples at the stated level; tests/unit/test_tasks_score.py.
+    Formula:  mean = sum_e x_e / n;  s, g their standard deviation and skewness, both with the unbiased factors;
+              ends: mean - s W(t), mean - s W(-t), with t = +-q / sqrt(n), q the quantile (1 + level)/2 of Student's t
+              with n - 1 degrees of freedom, and W(t) = 3 ((1 + g (t - g / 6n))^(1/3) - 1) / g. Where g is 0 these are
+              mean +- s q / sqrt(n).
+              With weights, where values are sums over as much as the weights say, mean = sum x_e / sum w_e; then x_e
+              above is the pseudo-value n mean - (n - 1) (mean without e), and there are (sum w^2)^2 / sum w^4 - 1
+              degrees of freedom, which is n - 1 where all weigh the same.
+    Source:   Hall, "On the Removal of Skewness by Transformation", 1992, the cubic transformation; Miller, "The
+              Jackknife: A Review", 1974; Satterthwaite, "An Approximate Distribution of Estimates of Variance
+              Components", 1946. Departs: quantiles of t in place of the normal's, and the unbiased skewness, without
+              either of which fewer than 93 % are covered below some 20 examples.
+    Cost:     a few operations a value, in float64.
+    Check:    covers 93 to 97.5 % on normal, skewed and zero-inflated data at every default number of examples, with
+              equal and unequal weights; tests/laws/test_coverage.py, table in docs/statistics.md.
 
     Args:
         values: [example, ...].
-        weights: [example] how much each example counts; its value is then a sum over that much.
+        weights: [example], or [example, ...] like the values, how much each example counts; its value is then a sum
+            over that much.
         level: coverage of the interval.
-        draws: number of resamples.
-        seed: of the resampling.
 
     Returns:
-        Mean, low and high, each [...], float64, on the device of `values`. With one example, low and high are NaN.
+        Mean, low and high, each [...], float64, on the device of `values`. With fewer than 8 examples, or where
+        nearly all the weight is that of one, low and high are NaN.
     """
-    flat = values.double().reshape(values.shape[0], values.shape[1:].numel())
-    n = flat.shape[0]
-    weight = torch.ones(n, dtype=torch.float64) if weights is None else weights.double()
-    weight = weight.to(flat.device).unsqueeze(1)
-    mean = flat.sum(0) / weight.sum()
-    if n < 2:
-        nothing = torch.full_like(mean, torch.nan)
-        return mean.reshape(values.shape[1:]), nothing.reshape(values.shape[1:]), nothing.reshape(values.shape[1:])
-    low, high = _percentile_interval(_ratio, [flat, weight.expand_as(flat)], level, draws, seed)
-    shape = values.shape[1:]
-    return mean.reshape(shape), low.reshape(shape), high.reshape(shape)
+    return _shaped(values, _estimate(values, weights), level)
 
 
-def _ratio(x: Float[ndarray, ...], weight: Float[ndarray, ...], axis: int) -> Float[ndarray, ...]:
-    return x.sum(axis=axis) / weight.sum(axis=axis)
+def difference_interval(
+    values: Tensor,
+    control: Tensor,
+    *,
+    weights: Tensor | None = None,
+    control_weights: Tensor | None = None,
+    level: float = 0.95,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean minus the mean of a control over the same examples, with its interval.
 
+    Formula:  as `mean_interval`, of the differences of the two pseudo-values of each example.
+    Source:   as `mean_interval`. Departs: none.
+    Cost:     twice that of `mean_interval`.
+    Check:    equal to `mean_interval` of the differences where all weigh the same; tests/laws/test_statistics.py.
 
-def _percentile_interval(
-    statistic: Callable[..., Any], samples: list[Tensor], level: float, draws: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Low and high [unit] of a statistic of samples [example, unit], of which the same examples are drawn together.
+    Args:
+        values: [example, ...].
+        control: [example, ...], of the same examples in the same order.
+        weights: as in `mean_interval`.
+        control_weights: the same of the control.
+        level: coverage of the interval.
 
-    Resamples of which the statistic is NaN are left out.
+    Returns:
+        Difference, low and high, as `mean_interval`.
     """
-    from scipy.stats import DegenerateDataWarning, bootstrap
+    both = _estimate(values, weights).minus(_estimate(control, control_weights))
+    return _shaped(values, both, level)
 
-    arrays = [x.detach().cpu().numpy() for x in samples]
-    batch = max(1, _RESAMPLED // sum(x.size for x in arrays))
-    options: dict[str, Any] = {"n_resamples": draws, "confidence_level": level, "method": "percentile", "rng": seed}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # of an interval that is NaN, as ours may be
-        found: Any = bootstrap(arrays, statistic, paired=True, axis=0, vectorized=True, batch=batch, **options)
-    edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.nanquantile(torch.from_numpy(found.bootstrap_distribution), edges, dim=-1)
-    return low.to(samples[0].device), high.to(samples[0].device)
+
+def slope_interval(x: Tensor, y: Tensor, *, level: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
+    """Slope of y on x over examples, by least squares with an intercept, with its interval.
+
+    Formula:  slope = cov(x, y) / var(x);  ends: slope +- q sqrt(sum_e (a_e r_e / (1 - h_e))^2) / sum_e a_e^2, with
+              a = x - mean x, r the residuals, h = 1/n + a^2 / sum a^2, q the quantile (1 + level)/2 of Student's t with
+              n - 2 degrees of freedom. Residuals may be larger where x is larger.
+    Source:   MacKinnon and White, "Some Heteroskedasticity-Consistent Covariance Matrix Estimators with Improved Finite
+              Sample Properties", 1985 (HC3). Departs: none.
+    Cost:     a few operations a value, in float64.
+    Check:    exact on a line; covers the slope of noisy lines; tests/laws/test_statistics.py, test_coverage.py.
+
+    Args:
+        x: [example, ...].
+        y: [example, ...].
+        level: coverage of the interval.
+
+    Returns:
+        Slope, low and high, each [...], float64; NaN where x is constant or differs in one example only, and with fewer
+        than 8 examples (the slope itself with fewer than 3).
+    """
+    shape, n = x.shape[1:], x.shape[0]
+    a, b = (v.double().reshape(n, shape.numel()) for v in (x, y))
+    nothing = a.new_full((a.shape[1],), torch.nan)
+    if n < 3:
+        return nothing.reshape(shape), nothing.reshape(shape).clone(), nothing.reshape(shape).clone()
+    a, b = a - a.mean(0), b - b.mean(0)
+    spread = (a * a).sum(0)
+    spread = torch.where(spread > 1e-24 * x.double().reshape(n, -1).square().sum(0), spread, nothing)
+    slope = (a * b).sum(0) / spread
+    rest = 1 - 1 / n - a * a / spread  # 1 - h
+    half = (
+        (a * (b - slope * a) / rest).square().sum(0).sqrt() / spread * _quantile(level, spread.new_full((1,), n - 2.0))
+    )
+    half = half if n >= LEAST else nothing
+    half = torch.where(half.isfinite() & (rest > 1e-12).all(0), half, nothing)
+    return slope.reshape(shape), (slope - half).reshape(shape), (slope + half).reshape(shape)
+
+
+def share_interval(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Ends of the interval of a share of successes. It has a width where all succeed, or none.
+
+    Formula:  p +- z sqrt(p (1 - p) / m), cut to 0..1, with m = n + z^2, p = (hits + z^2 / 2) / m, z the quantile
+              (1 + level)/2 of the normal distribution.
+    Source:   Agresti and Coull, "Approximate Is Better than 'Exact' for Interval Estimation of Binomial Proportions",
+              1998. Departs: none. Wilson's interval, which has the same middle, covers 84 % where the share is near 0
+              or 1; this one at least 92 % at every share from 10 examples on, and 96 % on average over shares.
+    Cost:     nothing.
+    Check:    the exact coverage at every share; tests/laws/test_coverage.py.
+
+    Args:
+        hits: how many succeeded.
+        n: of how many.
+        level: coverage of the interval.
+    """
+    z = _normal_quantile(level)
+    m = n + z * z
+    p = (hits + z * z / 2) / m
+    half = z * (p * (1 - p) / m) ** 0.5
+    return max(0.0, p - half), min(1.0, p + half)
+
+
+def share_difference_interval(gained: int, lost: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Ends of the interval of the difference of two shares of successes of the same examples.
+
+    Formula:  d +- z sqrt((b + c) / m - d^2) / sqrt(m), cut to -1..1, with b = gained + 1/2, c = lost + 1/2, m = n + 2,
+              d = (b - c) / m, z the quantile (1 + level)/2 of the normal distribution.
+    Source:   Agresti and Min, "Simple Improved Confidence Intervals for Comparing Matched Proportions", 2005.
+              Departs: none.
+    Cost:     nothing.
+    Check:    the exact coverage over shares; tests/laws/test_coverage.py.
+
+    Args:
+        gained: how many examples succeeded in the first way only.
+        lost: how many in the second way only.
+        n: of how many.
+        level: coverage of the interval.
+    """
+    z, m = _normal_quantile(level), n + 2
+    b, c = gained + 0.5, lost + 0.5
+    d = (b - c) / m
+    half = z * (((b + c) / m - d * d) / m) ** 0.5
+    return max(-1.0, d - half), min(1.0, d + half)
+
+
+def _estimate(values: Tensor, weights: Tensor | None) -> _Estimate:
+    n = values.shape[0]
+    flat = values.double().reshape(n, values.shape[1:].numel())
+    if weights is None:
+        return _Estimate(flat.mean(0), flat, flat.new_full((1,), n - 1.0))
+    w = weights.double().to(flat.device)
+    w = w.unsqueeze(1) if w.dim() == 1 else w.reshape(flat.shape)
+    total = w.sum(0)
+    mean = flat.sum(0) / total
+    each = mean + (n - 1) * (flat - mean * w) / (total - w)
+    return _Estimate(mean, each, w.square().sum(0).square() / w.pow(4).sum(0) - 1)
+
+
+def _shaped(values: Tensor, estimate: _Estimate, level: float) -> tuple[Tensor, Tensor, Tensor]:
+    """An estimate and the ends of its interval, with the axes of the values."""
+    low, high = _ends(estimate, level)
+    a, b, c = (x.reshape(values.shape[1:]) for x in (estimate.value, low, high))
+    return a, b, c
+
+
+def _ends(estimate: _Estimate, level: float) -> tuple[Tensor, Tensor]:
+    """The ends of Student's t, corrected for skewness; see `mean_interval`."""
+    n = estimate.each.shape[0]
+    if n < LEAST:
+        nothing = torch.full_like(estimate.value, torch.nan)
+        return nothing, nothing.clone()
+    d = estimate.each - estimate.each.mean(0)
+    s = (d.square().sum(0) / (n - 1)).sqrt()
+    skew = d.pow(3).sum(0) / s.pow(3) * (n / ((n - 1) * (n - 2)))
+    skew = torch.where(s > 0, skew, 0.0)
+    t = _quantile(level, estimate.freedom) / n**0.5
+
+    def untransformed(at: Tensor) -> Tensor:
+        """The w with w + g w^2 / 3 + g^2 w^3 / 27 + g / 6n = at."""
+        z = at - skew / (6 * n)
+        u = 1 + skew * z
+        root = u.sign() * u.abs().pow(1 / 3)
+        return 3 * z / (root * root + root + 1)
+
+    return estimate.value - s * untransformed(t), estimate.value - s * untransformed(-t)
+
+
+def _normal_quantile(level: float) -> float:
+    """The quantile (1 + level)/2 of the normal distribution."""
+    from scipy.special import ndtri
+
+    return float(ndtri((1 + level) / 2))
+
+
+def _quantile(level: float, freedom: Tensor) -> Tensor:
+    """The quantile (1 + level)/2 of Student's t; NaN below one degree of freedom."""
+    from scipy.special import stdtrit
+
+    found = torch.as_tensor(stdtrit(freedom.cpu().numpy(), (1 + level) / 2)).to(freedom)
+    return torch.where(freedom >= 1 - 1e-9, found, torch.nan)
 
 
 def sign_flip(values: Tensor, *, draws: int = 10000, seed: int = 0) -> Tensor:
@@ -112,42 +282,3 @@ def sign_flip(values: Tensor, *, draws: int = 10000, seed: int = 0) -> Tensor:
     p = hits / len(bits) if n <= _ENUMERATED else (hits + 1) / (draws + 1)
     p = torch.where(flat.isnan().any(0), torch.nan, p)
     return p.reshape(shape)
-
-
-def slope_interval(
-    x: Tensor, y: Tensor, *, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope of y on x over examples, by least squares with an intercept, with a percentile bootstrap interval.
-
-    Formula:  slope = cov(x, y) / var(x), over pairs drawn with replacement; resamples in which x is constant are left
-              out.
-    Source:   Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 9 (pairs); SciPy's `bootstrap`.
-              Departs: none.
-    Cost:     draws x values, in float64 on the CPU.
-    Check:    exact on a line, covers the slope of noisy lines; tests/laws/test_statistics.py.
-
-    Args:
-        x: [example, ...].
-        y: [example, ...].
-        level: coverage of the interval.
-        draws: number of resamples.
-        seed: of the resampling.
-
-    Returns:
-        Slope, low and high, each [...], float64; NaN with fewer than three examples, or where x is constant.
-    """
-    shape, n = x.shape[1:], x.shape[0]
-    a, b = (v.double().reshape(n, -1) for v in (x, y))
-    if n < 3:
-        nothing = torch.full(shape, torch.nan, dtype=torch.float64)
-        return nothing, nothing.clone(), nothing.clone()
-    slope = torch.from_numpy(_slope(a.detach().cpu().numpy(), b.detach().cpu().numpy(), axis=0)).to(a.device)
-    low, high = _percentile_interval(_slope, [a, b], level, draws, seed)
-    return slope.reshape(shape), low.reshape(shape), high.reshape(shape)
-
-
-def _slope(x: Float[ndarray, ...], y: Float[ndarray, ...], axis: int) -> Float[ndarray, ...]:
-    a, b = (v - v.mean(axis=axis, keepdims=True) for v in (x, y))
-    spread = (a * a).sum(axis=axis)
-    varies = spread > 1e-24 * (x * x).sum(axis=axis)
-    return np.where(varies, (a * b).sum(axis=axis) / np.where(varies, spread, 1.0), np.nan)

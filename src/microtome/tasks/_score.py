@@ -9,9 +9,9 @@ Check:    with one of each it is `LogitDifference`; it is the difference of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from microtome.errors import EditError, ModelUnsupported, PromptError, error
 from microtome.metric import LogitDifference, Metric, Vocabulary
 from microtome.model import Model
 from microtome.shown import shown
-from microtome.stream import mean_interval
+from microtome.stream import mean_interval, share_difference_interval, share_interval
 from microtome.tasks._pair import Pair
 from microtome.tasks._tokens import Ids, Tokens
 
@@ -124,7 +124,7 @@ def last_logits(model: Model, rows: Sequence[Ids]) -> Tensor:
     return torch.stack([found[i] for i in range(len(rows))])
 
 
-def score(model: Model, pairs: Sequence[Pair], text: bool, seed: int) -> xr.Dataset:
+def score(model: Model, pairs: Sequence[Pair], text: bool) -> xr.Dataset:
     """What `Task.accuracy` returns, without its attributes."""
     import xarray as xr
 
@@ -139,34 +139,35 @@ def score(model: Model, pairs: Sequence[Pair], text: bool, seed: int) -> xr.Data
         values[f"difference_{name}"] = metric.read(logits.unsqueeze(1), prompts).cpu().numpy()
     units = {"difference": "logits", "top1": "bool", "predicted": "text"}
     data = xr.Dataset({n: ("example", v, {"unit": units[n.split("_")[0]]}) for n, v in values.items()})
-
-    def of_mean(values: np.ndarray) -> tuple[float, float]:
-        _, low, high = mean_interval(torch.from_numpy(values), seed=seed)
-        return float(low), float(high)
-
-    means: dict[str, tuple[np.ndarray, Interval, str]] = {
-        "accuracy": (values["top1_clean"], wilson, "share"),
-        "accuracy_corrupt": (values["top1_corrupt"], wilson, "share"),
-        "preferred": (values["difference_clean"] > 0, wilson, "share"),
-        "mean_difference_clean": (values["difference_clean"], of_mean, "logits"),
-        "mean_difference_corrupt": (values["difference_corrupt"], of_mean, "logits"),
+    means = {
+        "accuracy": (values["top1_clean"], values["top1_corrupt"]),
+        "preferred": (values["difference_clean"] > 0, values["difference_corrupt"] > 0),
+        "mean_difference": (values["difference_clean"], values["difference_corrupt"]),
     }
-    for name, (each, interval, unit) in means.items():
-        low, high = interval(each.astype(np.float64))
-        for ending, value in (("", float(each.mean())), ("_lo", low), ("_hi", high)):
-            data[name + ending] = ((), value, {"unit": unit})
+    for name, (clean, corrupt) in means.items():
+        share = clean.dtype == bool
+        own = name if share else f"{name}_clean"
+        of = of_share if share else of_mean
+        found = {own: of(clean), f"{name}_corrupt": of(corrupt)}
+        found[f"{own}_diff"] = of_share_difference(clean, corrupt) if share else of_mean(clean - corrupt)
+        for column, ends in found.items():
+            attrs = {"unit": "share" if share else "logits"} | ({"control": f"{name}_corrupt"} if column == own else {})
+            data = data.assign({column + end: ((), x, attrs) for end, x in zip(("", "_lo", "_hi"), ends, strict=True)})
     return data
 
 
-Interval = Callable[[np.ndarray], tuple[float, float]]
+def of_share(values: np.ndarray) -> tuple[float, float, float]:
+    """A share of successes (boolean [example]), and the ends of its interval."""
+    return float(values.mean()), *share_interval(int(values.sum()), len(values))
 
 
-def wilson(values: np.ndarray) -> tuple[float, float]:
-    """95 % Wilson score interval of a share, by SciPy. Unlike a bootstrap it has a width where all are right, or none.
+def of_share_difference(values: np.ndarray, control: np.ndarray) -> tuple[float, float, float]:
+    """The difference of two shares of the same examples, and the ends of its interval."""
+    gained, lost = int((values & ~control).sum()), int((control & ~values).sum())
+    return float(values.mean() - control.mean()), *share_difference_interval(gained, lost, len(values))
 
-    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
-    """
-    from scipy.stats import binomtest
 
-    interval: Any = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+def of_mean(values: np.ndarray) -> tuple[float, float, float]:
+    """A mean over examples, and the ends of its interval."""
+    mean, low, high = (float(x) for x in mean_interval(torch.from_numpy(values)))
+    return mean, low, high

@@ -12,6 +12,7 @@ from microtome.errors import PromptError, error
 from microtome.metric import Metric
 from microtome.model import Model
 from microtome.shown import in_notebooks
+from microtome.stream import OF_MEANS, OF_SHARES
 from microtome.tasks._pair import Pair
 from microtome.tasks._score import metric_of, score
 
@@ -74,7 +75,7 @@ class Task:
         """
         return metric_of(self._some)
 
-    def accuracy(self, model: Model, *, seed: int = 0) -> xr.Dataset:
+    def accuracy(self, model: Model) -> xr.Dataset:
         """How often the model answers, by how much it prefers the answer, and the same after the corrupt prompt.
 
         Formula:  see the head of tasks/_score.py.
@@ -84,24 +85,24 @@ class Task:
 
         Args:
             model: a causal model with the tokenizer of the task.
-            seed: of the bootstrap.
 
         Returns:
             Dataset. By `example`: `top1_clean`, `top1_corrupt` (the likeliest token is an answer of the clean prompt),
             `predicted_clean`, `predicted_corrupt` (that token), `difference_clean`, `difference_corrupt` (logits,
             positive where the answer is preferred to the foil). As one number with `_lo` and `_hi`, 95 % intervals:
             `accuracy`; `accuracy_corrupt`, its control, how often the same answer comes without what should cause it;
-            `preferred`, how often the answer beats the foil (Wilson's intervals); `mean_difference_clean` and
-            `mean_difference_corrupt` in logits (bootstrap over examples).
+            `preferred`, how often the answer beats the foil, and `preferred_corrupt` (all four by `share_interval`);
+            `mean_difference_clean` and `mean_difference_corrupt` in logits (`mean_interval`); and each minus its
+            control in the same pairs, `accuracy_diff`, `preferred_diff` (`share_difference_interval`) and
+            `mean_difference_clean_diff`.
 
         Raises:
             ModelUnsupported: the model is not causal.
             PromptError: its tokenizer gives other tokens than the task holds, or there are no pairs.
         """
-        data = score(model, self._some, self.text, seed)
-        return data.assign_attrs(
-            model.provenance | self._attributes | {"method": "task accuracy", "bootstrap_seed": seed}
-        )
+        data = score(model, self._some, self.text)
+        said = {"method": "task accuracy", "interval": OF_MEANS, "interval_of_shares": OF_SHARES}
+        return data.assign_attrs(model.provenance | self._attributes | said)
 
     def known_by(self, model: Model) -> Task:
         """The pairs whose clean prompt the model answers correctly, with the accuracy in `attrs`.
@@ -109,7 +110,7 @@ class Task:
         Raises:
             PromptError: it answers none, or there is none.
         """
-        data = score(model, self._some, self.text, 0)
+        data = score(model, self._some, self.text)
         kept = tuple(p for p, right in zip(self.pairs, data["top1_clean"].values, strict=True) if right)
         name = model.anatomy.name
         if not kept:

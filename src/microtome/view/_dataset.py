@@ -2,10 +2,11 @@
 
 A result is an `xarray.Dataset`. A variable has the attributes `unit` and `meaning`, and may have `title`, `control`
 (the variable to compare it with), `range` ([low, high], infinite where open) and `shade` (for text: the variable that
-colours it). `X_lo` and `X_hi` are the ends of the 95 % interval of X, `X_p` its p-value, `X_each` its values by
-example, `X_exact` exact measurements of an estimate, `X_source` what each X reads, by position. The dataset's own
-attributes say the `method` (a title), the `reading` (how to read a value), the `metric`, `parts` that sum to `sum_of`,
-and where it comes from. Nothing here knows a method by name.
+colours it). `X_lo` and `X_hi` are the ends of the 95 % interval of X, `X_p` its p-value, `X_diff` X minus its control
+(with `X_diff_lo`, `X_diff_hi`, `X_diff_p` of its own), `X_each` its values by example, `X_exact` exact measurements of
+an estimate, `X_source` what each X reads, by position. The dataset's own attributes say the `method` (a title), the
+`reading` (how to read a value), the `metric`, `parts` that sum to `sum_of`, and where it comes from. Nothing here knows
+a method by name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
 
-BESIDE = ("_lo", "_hi", "_p", "_each", "_exact", "_source")
+BESIDE = ("_lo", "_hi", "_p", "_each", "_exact", "_source", "_diff")
 """Endings of the variables that belong to another."""
 
 AXES = (
@@ -100,8 +101,20 @@ def control(data: xr.Dataset, name: str) -> np.ndarray | None:
 
 
 def companions(data: xr.Dataset, name: str) -> dict[str, np.ndarray]:
-    """What is shown beside each value of a variable: exact measurements, the control, and p-values, where there are."""
-    found = {"exact": beside(data, name, "_exact"), "control": control(data, name), "p": beside(data, name, "_p")}
+    """What is shown beside each value of a variable, where there is such.
+
+    Exact measurements, the control, the difference of both and from where to where its interval goes, and p-values.
+    """
+    low, high = (beside(data, name, f"_diff_{end}") for end in ("lo", "hi"))
+    known = low is not None and not np.isnan(low).all()
+    found = {
+        "exact": beside(data, name, "_exact"),
+        "control": control(data, name),
+        "difference": beside(data, name, "_diff"),
+        "from": low if known else None,
+        "to": high if known else None,
+        "p": beside(data, name, "_p"),
+    }
     return {key: values for key, values in found.items() if values is not None}
 
 

@@ -99,7 +99,7 @@ class LabelTable:
 
 
 def label_table(data: xr.Dataset, axis: str, names: Sequence[str]) -> LabelTable:
-    """The table of the variables over an axis, each followed by its control."""
+    """The table of the variables over an axis, each followed by its control and the difference of both."""
     columns: list[Column] = []
     for name in names:
         whole = data[name].dtype.kind in "iub"
@@ -108,6 +108,10 @@ def label_table(data: xr.Dataset, axis: str, names: Sequence[str]) -> LabelTable
         if (other := control(data, name)) is not None:
             caption = f"{title(data, name)}, control"
             columns.append(Column(f"{name}, control", caption, unit(data, name), other, None, None, whole))
+        if (less := beside(data, name, "_diff")) is not None:
+            low, high = beside(data, name, "_diff_lo"), beside(data, name, "_diff_hi")
+            caption = f"{title(data, name)} minus control"
+            columns.append(Column(f"{name} minus control", caption, unit(data, name), less, low, high, whole))
     heading = data[axis].attrs.get("title") if axis in data.coords else None
     return LabelTable(axis, str(heading or f"by {axis.replace('_', ' ')}"), labels(data, axis), tuple(columns))
 
@@ -155,8 +159,13 @@ def _fact(data: xr.Dataset, name: str) -> str:
         text = "yes" if bool(data[name]) else "no"
     else:
         text = unsigned(float(numbers(data, name)))
+    text += _ends(data, name) + f" {unit(data, name)}".rstrip()
+    other, less = control(data, name), beside(data, name, "_diff")
+    more = [] if other is None else [f"control {unsigned(float(other))}"]
+    more += [] if less is None else [f"difference {unsigned(float(less))}{_ends(data, f'{name}_diff')}"]
+    return f"{text} ({', '.join(more)})" if more else text
+
+
+def _ends(data: xr.Dataset, name: str) -> str:
     low, high = (beside(data, name, end) for end in ("_lo", "_hi"))
-    text += "" if low is None or high is None else interval(float(low), float(high))
-    text += f" {unit(data, name)}".rstrip()
-    other = control(data, name)
-    return text if other is None else f"{text} (control {unsigned(float(other))})"
+    return "" if low is None or high is None else interval(float(low), float(high))

@@ -74,10 +74,16 @@
       return control && this.isQuantity(control) ? control : null;
     }
 
-    /** The columns that are drawn for themselves: amounts that are no control of another. */
+    /** The column that is a column minus its control; null where there is none. */
+    differenceOf(name) {
+      const difference = `${name}_diff`;
+      return this.controlOf(name) && this.isQuantity(difference) ? difference : null;
+    }
+
+    /** The columns that are drawn for themselves: amounts that are no control of another, nor the difference from one. */
     quantities() {
-      const controls = new Set(this.names.map((name) => this.controlOf(name)));
-      return this.names.filter((name) => this.isQuantity(name) && !controls.has(name));
+      const beside = new Set(this.names.flatMap((name) => [this.controlOf(name), this.differenceOf(name)]));
+      return this.names.filter((name) => this.isQuantity(name) && !beside.has(name));
     }
 
     value(name, row) {

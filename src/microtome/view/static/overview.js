@@ -47,10 +47,16 @@
     });
   }
 
-  /** What a cell says beside its value: the control, where there is one. */
+  /** What a cell says beside its value: the control and the difference of both, where there are. */
   function besideValue(table, name, row) {
-    const control = table.controlOf(name);
-    return control ? `, control ${number(table.value(control, row))}` : "";
+    const [control, difference] = [table.controlOf(name), table.differenceOf(name)];
+    const told = (of) => number(table.value(of, row)) + within(table.bounds(of, row));
+    return (control ? `, control ${number(table.value(control, row))}` : "") + (difference ? `, difference ${told(difference)}` : "");
+  }
+
+  /** The ends of an interval with a space before; nothing where one is missing. */
+  function within(ends) {
+    return ends && ends.lo !== null && ends.hi !== null ? ` [${number(ends.lo)}, ${number(ends.hi)}]` : "";
   }
 
   function headMaps(table) {
@@ -69,9 +75,7 @@
           const row = rowOf.get(`${layer}.${head}`);
           if (row === undefined) return {};
           const value = table.value(name, row);
-          const ends = table.bounds(name, row);
-          const interval =
-            ends && ends.lo !== null && ends.hi !== null ? ` [${number(ends.lo)}, ${number(ends.hi)}]` : "";
+          const interval = within(table.bounds(name, row));
           const text = `${layer}.${head}: ${number(value)}${interval}${besideValue(table, name, row)}`;
           return { value, text, href: href(table.path(row)) };
         },

@@ -253,7 +253,7 @@
 
   const known = (name) => data.maps.some((map) => map.strongest.some((cell) => more(map, cell)[name] !== undefined));
   const more = (map, cell) => Object.fromEntries(Object.keys(map.beside).map((name, i) => [name, cell[5 + i]]));
-  const further = ["exact", "control", "p"].filter(known); // what is shown beside a value
+  const further = ["exact", "control", "difference", "from", "to", "p"].filter(known); // what is shown beside a value
   const edges = listed.every(ofEdges); // whose name says both ends
   const WANTED = { column: !edges, row: !edges, token: listed.some(isPlace) };
   const COLUMNS = [
