@@ -26,10 +26,13 @@ if TYPE_CHECKING:
 MOST_ROWS = 60
 """Rows of a table in a terminal or a notebook."""
 
+MOST_COLUMNS = 5
+"""Columns of numbers side by side in a terminal; what is beside a variable stays with it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """A variable over names, with its interval and control."""
+    """A variable over names, with its interval; `beside` says that it is the control of the one before, or the like."""
 
     name: str
     title: str
@@ -38,6 +41,7 @@ class Column:
     low: np.ndarray | None
     high: np.ndarray | None
     whole: bool
+    beside: bool = False
 
     def caption(self, row: int) -> str:
         """A value in words."""
@@ -69,16 +73,33 @@ class LabelTable:
         return heads, [[visible(row), *(c.caption(i) for c in self.columns)] for i, row in enumerate(self.rows)]
 
     def terminal(self, canvas: Canvas) -> list[RenderableType]:
-        """One row per name."""
+        """One row per name; many columns one block below the other."""
         heads, texts = self._texts()
-        table = plain_table()
-        for i, head in enumerate(heads):
-            table.add_column(Text(printable(head), "dim"), justify="right" if i else "left")
-        for row in texts[:MOST_ROWS]:
-            table.add_row(*(Text(text) for text in row))
+        found: list[RenderableType] = [Text(printable(self.title), "bold")]
+        for block in self._blocks():
+            table = plain_table()
+            for i in (0, *block):
+                table.add_column(Text(printable(heads[i]), "dim"), justify="right" if i else "left")
+            for row in texts[:MOST_ROWS]:
+                table.add_row(*(Text(row[i]) for i in (0, *block)))
+            found += [table, Text()]
         left = len(texts) - MOST_ROWS
-        more = [Text(f"{left} more rows", "dim")] if left > 0 else []
-        return [Text(printable(self.title), "bold"), table, *more, Text()]
+        return found + ([Text(f"{left} more rows", "dim"), Text()] if left > 0 else [])
+
+    def _blocks(self) -> list[list[int]]:
+        """The numbers of the columns that stand side by side, from 1."""
+        variables: list[list[int]] = []
+        for i, column in enumerate(self.columns, 1):
+            if column.beside and variables:
+                variables[-1].append(i)
+            else:
+                variables.append([i])
+        blocks: list[list[int]] = [[]]
+        for one in variables:
+            if blocks[-1] and len(blocks[-1]) + len(one) > MOST_COLUMNS:
+                blocks.append([])
+            blocks[-1] += one
+        return blocks
 
     def figure(self, canvas: Canvas) -> str:
         """The same as a table."""
@@ -107,11 +128,11 @@ def label_table(data: xr.Dataset, axis: str, names: Sequence[str]) -> LabelTable
         columns.append(Column(name, title(data, name), unit(data, name), numbers(data, name), low, high, whole))
         if (other := control(data, name)) is not None:
             caption = f"{title(data, name)}, control"
-            columns.append(Column(f"{name}, control", caption, unit(data, name), other, None, None, whole))
+            columns.append(Column(f"{name}, control", caption, unit(data, name), other, None, None, whole, True))
         if (less := beside(data, name, "_diff")) is not None:
             low, high = beside(data, name, "_diff_lo"), beside(data, name, "_diff_hi")
             caption = f"{title(data, name)} minus control"
-            columns.append(Column(f"{name} minus control", caption, unit(data, name), less, low, high, whole))
+            columns.append(Column(f"{name} minus control", caption, unit(data, name), less, low, high, whole, True))
     heading = data[axis].attrs.get("title") if axis in data.coords else None
     return LabelTable(axis, str(heading or f"by {axis.replace('_', ' ')}"), labels(data, axis), tuple(columns))
 
