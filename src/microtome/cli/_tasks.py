@@ -99,20 +99,20 @@ def _list(model: Model, make: Callable[[Model, str], Task], as_json: bool) -> No
     if as_json:
         print_json({"tasks": rows, "provenance": model.provenance})
         return
-    table = Table(
-        "task, with an example", "pairs", "right", "control", "difference", "preferred", box=None, pad_edge=False
-    )
+    table = Table("task, with an example", "pairs", "right", "control", "diff.", "preferred", box=None, pad_edge=False)
     for row in rows:
         if "refused" in row:
             table.add_row(Text(f"{row['name']}\n  {row['refused']}"), "0", "", "", "", "")
         else:
-            table.add_row(_example(row), str(row["pairs"]), *_shares(row))
+            right, control, _, preferred = _shares(row)
+            difference = f"{row['accuracy_diff']:.2f}"  # without its interval, for want of room
+            table.add_row(_example(row), str(row["pairs"]), right, control, difference, preferred)
     for column in table.columns[1:]:
         column.no_wrap = True
     out.print(table)
     out.print(
         "right: the likeliest next token is the answer, with a 95 % interval; control: that answer after the corrupt "
-        "prompt; difference: right minus control, in the same pairs; preferred: the answer has the higher logit than "
+        "prompt; diff.: right minus control, in the same pairs; preferred: the answer has the higher logit than "
         "the foil.",
         markup=False,
     )
