@@ -70,11 +70,19 @@ class Seen:
 def stream(seen: Seen) -> Plain:
     pre, mid, post, attn, mlp = map(seen.later, ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"))
     cosine = torch.cosine_similarity
+
+    def away(x: Tensor) -> Tensor:
+        """The token half a row on, round the end of what follows the first one."""
+        return x.roll(-(x.shape[2] // 2), 2)
+
     found = {
         "resid_pre_norm": pre.norm(dim=-1), "resid_mid_norm": mid.norm(dim=-1), "resid_post_norm": post.norm(dim=-1),
         "attn_share": attn.norm(dim=-1) / pre.norm(dim=-1), "mlp_share": mlp.norm(dim=-1) / mid.norm(dim=-1),
         "attn_cos": cosine(pre, attn, dim=-1), "mlp_cos": cosine(mid, mlp, dim=-1),
         "block_cos": cosine(pre, post, dim=-1), "block_influence": 1 - cosine(pre, post, dim=-1),
+        "attn_cos_elsewhere": cosine(pre, away(attn), dim=-1), "mlp_cos_elsewhere": cosine(mid, away(mlp), dim=-1),
+        "block_cos_elsewhere": cosine(pre, away(post), dim=-1),
+        "block_influence_elsewhere": 1 - cosine(pre, away(post), dim=-1),
         "resid_post_norm_first": seen.row("resid_post")[:, :, :1].norm(dim=-1),
         "median_abs": seen.row("resid_post").abs().median(-1).values,
     }  # fmt: skip
@@ -135,7 +143,11 @@ def attention_targets(seen: Seen) -> Plain:
 
 
 def loss(seen: Seen) -> Plain:
-    return {"loss": token_loss(seen.model.run(seen.tokens).logits, seen.tokens).mean()}
+    logits = seen.model.run(seen.tokens).logits
+    return {
+        "loss": token_loss(logits, seen.tokens).mean(),
+        "loss_uniform": token_loss(torch.zeros_like(logits), seen.tokens).mean(),
+    }
 
 
 def ablation_loss(seen: Seen) -> Plain:
@@ -165,7 +177,7 @@ def test_a_measure_counts_the_tokens_that_it_says(model: mt.Model, name: str, le
     options = {"examples": 2} if name == "top_examples" else {}
     data = mt.measure(model, name, text=[TokenBatch.of(rows(), lead=lead)], **options)
     expected = EXPECTED[name](Seen(model, lead))
-    assert {str(v) for v in data.data_vars if not str(v).endswith(("_lo", "_hi"))} == set(expected)
+    assert {str(v) for v in data.data_vars if not str(v).endswith(("_lo", "_hi", "_diff"))} == set(expected)
     for column, value in expected.items():
         np.testing.assert_allclose(data[column], value, rtol=1e-4, atol=1e-5, err_msg=column)
 

@@ -80,7 +80,7 @@ def test_prompts_that_differ_outside_of_the_subject_are_refused(model: mt.Model)
 
 
 def test_its_ends(model: mt.Model) -> None:
-    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, samples=3)
+    data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, samples=8)
     clean = float(data["clean"])
     assert clean == pytest.approx(probability(model, PROMPT, [], own(model)), abs=1e-6)
     assert float(abs(data["corrupt_each"] - clean).min()) > 1e-3  # the noise takes something away, or adds to it

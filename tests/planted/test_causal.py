@@ -35,7 +35,7 @@ def test_tracing_finds_the_memory_and_the_head_that_reads_it() -> None:
     lost = float(data["clean"] - data["corrupt"])
     assert data.attrs["known"] == 1
     assert lost > 0.8
-    noisy = mt.explain.causal_trace(it.model, rows[3], subject=3, answer=objects[3], window=1, noise=6.0, samples=6)
+    noisy = mt.explain.causal_trace(it.model, rows[3], subject=3, answer=objects[3], window=1, noise=6.0, samples=10)
     gone = float(noisy["clean"] - noisy["corrupt"])
     assert gone > 0.5
     assert float(noisy["resid"][1, 5]) == pytest.approx(gone, abs=1e-4)  # the end decides in the end
