@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +39,8 @@ def same(copied: mt.Run, run: mt.Run) -> None:
     assert copied.words == run.words
     assert copied.provenance == run.provenance
     assert torch.equal(copied.mask, run.mask)
-    assert copied.dataset("1.resid_post").equals(run.dataset("1.resid_post"))
+    whole = str(next(a for a in run.captured if a.whole))
+    assert copied.dataset(whole).identical(run.dataset(whole))
 
 
 def pickled(run: mt.Run) -> bytes:
@@ -69,6 +71,62 @@ def test_a_copy_of_a_cut_does_not_hold_what_it_was_cut_from() -> None:
     run = model.run(ids(8, 32), capture="1.attn.pattern@-1", logits=False)
     run.captured = {a: x.expand(8, 4, 1, 32)[:1] for a, x in run.captured.items()}
     assert len(pickled(run)) < 20_000
+
+
+# ------------------------------------------------------------------------------------------------ runs on disk
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral", "falcon-gqa", "bert"])
+def test_a_run_that_is_saved_and_loaded_is_itself(name: str, tmp_path: Path) -> None:
+    model = mt.open(families.build(name), tokenizer=Letters(), prove=False)
+    capture = ["*.resid_post", "1.attn.pattern", "1.attn.z[1]@-1", "logits@-1"]
+    run = model.run(["abcd", "ef"], capture=capture, padding="left")
+    run.save(tmp_path / "run.safetensors")
+    for loaded in (mt.Run.load(tmp_path / "run.safetensors"), mt.Run.load(str(tmp_path / "run.safetensors"), model)):
+        same(loaded, run)
+        assert loaded.anatomy == run.anatomy
+        assert torch.equal(loaded["*.resid_post@-1"], run["*.resid_post@-1"])
+        edit, own = (mt.edit.Patch("1.resid_post@0", source) for source in (loaded, run))
+        others = ["dcba", "fe"]
+        patched = model.run(others, edits=edit, padding="left").logits
+        assert torch.equal(patched, model.run(others, edits=own, padding="left").logits)
+    half = mt.open(families.build(name).bfloat16(), prove=False).run(
+        ids(), capture="1.mlp_out", logits=False, grad=True
+    )
+    half.save(tmp_path / "run.safetensors")  # replaces the first
+    again = mt.Run.load(tmp_path / "run.safetensors")
+    assert again["1.mlp_out"].dtype == torch.bfloat16
+    assert torch.equal(again["1.mlp_out"], half["1.mlp_out"])
+    with pytest.raises(mt.errors.SiteError, match="this run has no logits"):
+        _ = again.logits
+    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_a_run_of_another_model_is_refused_where_a_model_is_given(tmp_path: Path) -> None:
+    model, path = mt.open(families.build("llama-gqa"), prove=False), tmp_path / "run"
+    model.run(ids(), capture="1.mlp_out").save(path)
+    own = mt.Run.load(path, model).provenance["fingerprint"]
+    with torch.no_grad():
+        model.layers[1].W_O.add_(0.5)
+    with pytest.raises(mt.errors.DataError, match=rf"is of another model; got .*{own}.*load it without model="):
+        mt.Run.load(path, model)
+    assert mt.Run.load(path).provenance["fingerprint"] == own
+
+
+def test_a_file_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+    model, path = mt.open(families.build("llama-gqa"), prove=False), tmp_path / "run"
+    run = model.run(ids(), capture="1.mlp_out")
+    mt.edit.save_edits(tmp_path / "edits", [mt.edit.Zero("1.mlp_out")])
+    run.save(path)
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-100])
+    for name, text in (("none", "No such file"), ("edits", "a file without a run"), ("cut", "")):
+        with pytest.raises(mt.errors.DataError, match=f"cannot read a run from .*{name}; got .*{text}"):
+            mt.Run.load(tmp_path / name)
+    with pytest.raises(mt.errors.OutputError, match="cannot write the run to"):
+        run.save(tmp_path / "missing" / "run")
+    with pytest.raises(mt.errors.OutputError, match="cannot write the run to"):
+        run.save(tmp_path)
+    same(mt.Run.load(path), model.run(ids(), capture="1.mlp_out"))
 
 
 # --------------------------------------------------------------------------- models in another state than usual

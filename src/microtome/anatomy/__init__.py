@@ -14,6 +14,8 @@ from microtome.anatomy._load import cache_dir as cache_dir
 from microtome.anatomy._load import default_folder as default_folder
 from microtome.anatomy._load import load as load
 from microtome.anatomy._readable import refuse_unreadable as refuse_unreadable
+from microtome.anatomy._saved import from_plain as from_plain
+from microtome.anatomy._saved import to_plain as to_plain
 from microtome.anatomy._sites import ALL as ALL
 from microtome.anatomy._sites import RULES as RULES
 from microtome.anatomy._sites import SITES as SITES

@@ -18,7 +18,11 @@ from microtome.run._labelled import Captured, joined
 from microtome.shown import brief, shown
 
 if TYPE_CHECKING:
+    import os
+
     import xarray as xr
+
+    from microtome.run._core import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,34 @@ class Run:
             "logits": "none" if self._logits is None else brief(self._logits),
             "captured": "; ".join(held) or "nothing",
         }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this run to one safetensors file: tensors in their own types, and tokens, texts, sizes and provenance.
+
+        Gradients are not saved. What stood at `path` is replaced when the new file is whole, and not before.
+        Check: what is loaded is equal to the bit; tests/laws/test_engine_copies.py.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        from microtome.run._saved import save_run  # which is made of runs
+
+        save_run(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: LoadedModel | None = None) -> Run:
+        """Read a run that `save` wrote; no model is needed.
+
+        Args:
+            path: of the file.
+            model: to use the run with, such as for `Patch`: the run must be one of it, and is put where it is.
+
+        Raises:
+            DataError: the file is missing or damaged, holds no run, or one of another model than the one given.
+        """
+        from microtome.run._saved import load_run
+
+        return load_run(path, model)
 
     @property
     def tokens(self) -> Tensor:
