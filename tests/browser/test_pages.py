@@ -169,18 +169,26 @@ def test_list_sorts_by_permalink(page: Path, dom: Reader, fake: dict[str, Any]) 
 
 
 def with_word(fake: dict[str, Any], word: str) -> list[str]:
-    """Neurons that promote or suppress a token with a word in it, or show it in an example, by a plain look."""
+    """Neurons that promote or suppress a token with a word in it, or show it in an example, by a plain look.
+
+    First those that have it at the peak of an example.
+    """
     tokens, vocab = fake["tokens"], fake["vocab"]
-
-    def shows(row: dict[str, Any]) -> bool:
-        listed = [vocab[i] for i in (*row["promoted"], *row["suppressed"])]
-        shown = [
-            "".join(tokens[max(start, at - 24) : min(start + LENGTH, at + 13)])
-            for at, start in zip(row["example_index"], row["example_start"], strict=True)
-        ]
-        return any(word in text.lower() for text in (*listed, *shown))
-
-    return [f"{row['layer']}.{row['neuron']}" for row in fake["tables"]["neurons"].to_pylist() if shows(row)]
+    peak: list[str] = []
+    other: list[str] = []
+    for row in fake["tables"]["neurons"].to_pylist():
+        found = [word in vocab[i].lower() for i in (*row["promoted"], *row["suppressed"])]
+        at_peak = False
+        for at, start in zip(row["example_index"], row["example_start"], strict=True):
+            first, end = max(start, at - 24), min(start + LENGTH, at + 13)
+            before, whole = ("".join(tokens[first:to]).lower() for to in (at, end))
+            ends = len(before) + len(tokens[at])
+            places = [i for i in range(len(whole)) if whole.startswith(word, i)]
+            found += [bool(places)]
+            at_peak |= any(i < ends and i + len(word) > len(before) for i in places)
+        if any(found):
+            (peak if at_peak else other).append(f"{row['layer']}.{row['neuron']}")
+    return peak + other
 
 
 @pytest.mark.parametrize("query", ["1.5", "1.mlp.post[5]", "1.5 max > 0", "1.5 MAX>=0"])
@@ -202,6 +210,8 @@ def test_words_are_found_in_tokens_and_in_examples(page: Path, dom: Reader, fake
     document = dom(page, f"#/neurons?q={quote(word)}")
     assert addresses(document, "neuron") == expected[:50]
     assert f"{len(expected)} of 210 neurons" in document
+    ordered = addresses(dom(page, f"#/neurons?q={quote(word)}&sort=address&desc=0"), "neuron")
+    assert ordered == sorted(expected, key=lambda n: [int(part) for part in n.split(".")])[:50]
     found = re.findall(r'<td class="found">(.*?)</td>', document, flags=re.S)
     assert len(found) == min(50, len(expected))
     for cell in found:

@@ -70,11 +70,11 @@
         "tr",
         {},
         heading("address", firstHeading(table), "where it is in the model", { rowspan: 2, class: "address" }),
+        places.length > 0 && h("th", { rowspan: 2, class: "tokens", scope: "col" }, "found in"),
         top,
         list.vocab &&
           table.has("promoted") &&
           h("th", { rowspan: 2, class: "tokens", scope: "col", title: table.meaning("promoted") }, "promotes"),
-        places.length > 0 && h("th", { rowspan: 2, class: "tokens", scope: "col" }, "found in"),
       ),
       h("tr", {}, below),
     );
@@ -94,6 +94,7 @@
       promotes && "what it promotes ",
       suppresses.length > 0 && ["what it suppresses: ", suppresses.map((id) => token(vocab[id], "token hit")), " "],
       name && `${name.replaceAll("_", " ")} `,
+      example?.peak && "its peak: ",
       example &&
         h("span", { class: "context" }, "… ", contextOf(words.tokens, example.first - CONTEXT, example.first),
           h("mark", {}, contextOf(words.tokens, example.first, example.last + 1)),
@@ -109,6 +110,7 @@
       "tr",
       { class: list.here === row ? "here" : null },
       h("th", { scope: "row", class: "address" }, h("a", { href: href(table.path(row)) }, table.address(row))),
+      places.length > 0 && h("td", { class: "found" }, places.map((where) => foundIn(list, row, where(row)))),
       names.map((name) =>
         h(
           "td",
@@ -117,7 +119,6 @@
         ),
       ),
       vocab && table.has("promoted") && h("td", { class: "tokens" }, tokens(list, row, found)),
-      places.length > 0 && h("td", { class: "found" }, places.map((where) => foundIn(list, row, where(row)))),
     );
   }
 
@@ -131,6 +132,7 @@
     return {
       query: get("q") ?? "",
       sort: known ? sort : "address",
+      chosen: get("sort") !== null,
       descending: get("sort") === null ? list.descending : desc === "1",
       page: Math.max(1, parseInt(page, 10) || 1),
       complaints: [
@@ -168,7 +170,7 @@
     const view = read(list, list.route.params);
     const { complaints } = view;
     let rows = [];
-    let found = { tokens: new Set(), columns: new Set(), places: [] };
+    let found = { tokens: new Set(), columns: new Set(), places: [], atPeak: new Set() };
     try {
       ({ rows, ...found } = query.search(list, view.query));
     } catch (problem) {
@@ -177,6 +179,8 @@
     }
     if (view.sort !== "address") rows = list.table.sorted(rows, view.sort, view.descending);
     else if (view.descending) rows.reverse();
+    // Where nobody asked for an order, what has the words at its peak comes first.
+    if (!view.chosen) rows.sort((a, b) => found.atPeak.has(b) - found.atPeak.has(a));
     const pages = Math.max(1, Math.ceil(rows.length / ROWS));
     const page = Math.min(view.page, pages);
     if (page < view.page) complaints.push(`There is no page ${count(view.page)}: this is the last of ${count(pages)}.`);

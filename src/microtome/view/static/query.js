@@ -97,20 +97,33 @@
     return [Math.max(start ?? place, place - BEFORE), Math.min(end, place + AFTER + 1)];
   }
 
-  /** The first example of a row that shows one of some occurrences: { from, to, first, last }; null if none does. */
-  function exampleWith(words, row, found, length) {
-    const places = words.columns.example_index?.[row] || [];
-    for (const [i, place] of places.entries()) {
-      const [from, to] = window(place, words.columns.example_start?.[row]?.[i] ?? null, length);
-      let [low, high] = [0, found.length];
-      while (low < high) {
-        const middle = (low + high) >> 1;
-        if (found[middle][0] >= from) high = middle;
-        else low = middle + 1;
-      }
-      if (low < found.length && found[low][1] < to) return { from, to, first: found[low][0], last: found[low][1] };
+  /** The number of the first occurrence that begins at a token or later; how many there are if none does. */
+  function firstFrom(found, from) {
+    let [low, high] = [0, found.length];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (found[middle][0] >= from) high = middle;
+      else low = middle + 1;
     }
-    return null;
+    return low;
+  }
+
+  /**
+   * An example of a row that shows one of some occurrences: { first, last, peak }, its tokens and whether the peak is
+   * among them. One at a peak is preferred; null if no example shows any.
+   */
+  function exampleWith(words, row, found, length) {
+    let best = null;
+    for (const [i, place] of (words.columns.example_index?.[row] || []).entries()) {
+      const [from, to] = window(place, words.columns.example_start?.[row]?.[i] ?? null, length);
+      for (let k = firstFrom(found, from); k < found.length && found[k][0] < to; k++) {
+        const [first, last] = found[k];
+        if (last >= to) continue;
+        if (first <= place && place <= last) return { first, last, peak: true };
+        best ??= { first, last, peak: false };
+      }
+    }
+    return best;
   }
 
   /** Words: in the tokens that a neuron promotes or suppresses, in its examples, and in columns of text. */
@@ -150,7 +163,8 @@
 
   /**
    * The rows that pass every term: an address (12.431, 12.*), a comparison (max>5), or words.
-   * Gives the rows; the tokens that were named; the columns that were; and for the words, where a row has them.
+   * Gives the rows; the tokens that were named; the columns that were; for the words, where a row has them; and the rows
+   * that have one of them where they are strongest.
    */
   function search(list, query) {
     const { table } = list;
@@ -161,7 +175,9 @@
       return SIGN.test(term.text) ? comparison(table, term.text) : address(table, term.text, site);
     });
     const places = tests.map(({ where }) => where).filter(Boolean);
-    return { rows: table.rows((row) => tests.every(({ passes }) => passes(row))), places, ...told };
+    const rows = table.rows((row) => tests.every(({ passes }) => passes(row)));
+    const atPeak = new Set(rows.filter((row) => places.some((where) => where(row).example?.peak)));
+    return { rows, places, atPeak, ...told };
   }
 
   Object.assign(atlas, { query: { search, hasWords, window } });
