@@ -201,7 +201,7 @@ def map_tests(name: str, kept: Path, key: str) -> None:
     kept.with_suffix(".part").replace(kept)
 
 
-def tests_of(mutant: Mutant, every: list[Covering]) -> list[Covering]:
+def tests_of(mutant: Mutant, every: list[Covering], seconds: float) -> list[Covering]:
     """The tests that execute a mutant's lines, quickest first, one of every test function before a second of any.
 
     What runs at import (a table of a module, a default) is executed by all tests that execute anything of the file.
@@ -219,7 +219,7 @@ def tests_of(mutant: Mutant, every: list[Covering]) -> list[Covering]:
     rounds.sort(key=lambda found: found[:2])
     chosen: list[Covering] = []
     for _, _, test in rounds:
-        if chosen and sum(t.seconds for t in chosen) + test.seconds > SECONDS:
+        if chosen and sum(t.seconds for t in chosen) + test.seconds > seconds:
             continue
         chosen.append(test)
     return chosen
@@ -337,6 +337,7 @@ def main() -> int:
     parser.add_argument("--kind", action="append", help="only of this kind of change; may be repeated")
     parser.add_argument("--again", action="store_true", help="try survivors of an earlier run again")
     parser.add_argument("--stale", action="store_true", help="do not map tests that changed anew")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of tests, that a mutant is looked for at most")
     parser.add_argument("--tests", action="append", default=[], help="only test files whose path holds this text")
     parser.add_argument("--map", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -354,11 +355,13 @@ def main() -> int:
     else:
         chosen = sampled(every, given.count, given.seed)
     tests = covering(given.tests, stale=given.stale)
-    found = run(chosen, texts, tests, again=given.again)
+    found = run(chosen, texts, tests, again=given.again, seconds=given.seconds)
     return told(chosen, found, texts, len(every), None if given.only or given.kind or given.room else given.seed)
 
 
-def run(chosen: list[Mutant], texts: dict[str, str], tests: list[Covering], *, again: bool) -> list[dict[str, Any]]:
+def run(
+    chosen: list[Mutant], texts: dict[str, str], tests: list[Covering], *, again: bool, seconds: float
+) -> list[dict[str, Any]]:
     """What became of each mutant, from an earlier run where it was tried before."""
     kept = STATE / "results.jsonl"
     lines = kept.read_text().splitlines() if kept.exists() else []
@@ -374,7 +377,7 @@ def run(chosen: list[Mutant], texts: dict[str, str], tests: list[Covering], *, a
         for i, mutant in enumerate(chosen):
             key = mutant.key(texts[mutant.file])
             if key not in before or (again and before[key]["status"] == "survived"):
-                before[key] = {"key": key} | tried(mutant, tests_of(mutant, tests), copy, i)
+                before[key] = {"key": key} | tried(mutant, tests_of(mutant, tests, seconds), copy, i)
                 with kept.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(before[key]) + "\n")
             found.append(before[key])
