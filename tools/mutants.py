@@ -25,6 +25,7 @@ import tempfile
 import time
 import tomllib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,7 @@ def map_tests(name: str, kept: Path, key: str) -> None:
 
 
 def tests_of(mutant: Mutant, every: list[Covering], seconds: float) -> list[Covering]:
-    """The tests that execute a mutant's lines, quickest first, one of every test function before a second of any.
+    """The tests that execute a mutant's lines, quickest first, the files by turns and in each its functions by turns.
 
     What runs at import (a table of a module, a default) is executed by all tests that execute anything of the file.
     """
@@ -210,19 +211,23 @@ def tests_of(mutant: Mutant, every: list[Covering], seconds: float) -> list[Cove
     own = [test for test in every if any(first <= line <= last for line in test.lines.get(mutant.file, ()))]
     own = own or [test for test in every if test.lines.get(mutant.file)]
     own.sort(key=lambda test: test.seconds)
-    seen: dict[str, int] = defaultdict(int)
-    rounds: list[tuple[int, float, Covering]] = []
-    for test in own:
-        function = test.name.split("[")[0]
-        rounds.append((seen[function], test.seconds, test))
-        seen[function] += 1
-    rounds.sort(key=lambda found: found[:2])
+    by_function = _by_turns(own, lambda test: test.name.split("[")[0])
     chosen: list[Covering] = []
-    for _, _, test in rounds:
+    for test in _by_turns(by_function, lambda test: test.name.split("::")[0]):
         if chosen and sum(t.seconds for t in chosen) + test.seconds > seconds:
             continue
         chosen.append(test)
     return chosen
+
+
+def _by_turns(tests: list[Covering], group: Callable[[Covering], str]) -> list[Covering]:
+    """The first of every group, then the second of every group, and so on; else in the order given."""
+    seen: dict[str, int] = defaultdict(int)
+    turns: list[tuple[int, int, Covering]] = []
+    for place, test in enumerate(tests):
+        turns.append((seen[group(test)], place, test))
+        seen[group(test)] += 1
+    return [test for _, _, test in sorted(turns, key=lambda turn: turn[:2])]
 
 
 # ----------------------------------------------------------------------------------------------------------- one mutant

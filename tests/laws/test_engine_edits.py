@@ -136,8 +136,10 @@ def test_the_algebra_of_projections_and_rotations(model: mt.Model) -> None:
     agreed(onto, inside, 1e-5)  # the part in the span of the basis
     assert torch.equal(basis, kept)
     clamped = after(mt.edit.Clamp("1.resid_pre", -0.1, 0.2))
-    assert clamped.min() >= -0.1
-    assert clamped.max() <= 0.2
+    for found, bounds in ((clamped, (-0.1, 0.2)), (after(mt.edit.Clamp("1.resid_pre", low=-0.1)), (-0.1, None)),
+                          (after(mt.edit.Clamp("1.resid_pre", high=0.2)), (None, 0.2))):  # fmt: skip
+        torch.testing.assert_close(found, base.clamp(*bounds), atol=0, rtol=0)
+        assert (found - base).abs().max() > 0.1
     assert torch.equal(after(mt.edit.Apply("1.resid_pre", lambda x: x.mul_(2))), base * 2)
     mean = after(mt.edit.Mean("1.resid_pre"))
     assert torch.allclose(mean, base.mean((0, 1)).expand_as(base), atol=1e-6)
