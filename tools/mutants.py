@@ -25,6 +25,7 @@ import tempfile
 import time
 import tomllib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,8 @@ def map_tests(name: str, kept: Path, key: str) -> None:
     kept.with_suffix(".part").replace(kept)
 
 
-def tests_of(mutant: Mutant, every: list[Covering]) -> list[Covering]:
-    """The tests that execute a mutant's lines, quickest first, one of every test function before a second of any.
+def tests_of(mutant: Mutant, every: list[Covering], seconds: float) -> list[Covering]:
+    """The tests that execute a mutant's lines, quickest first, the files by turns and in each its functions by turns.
 
     What runs at import (a table of a module, a default) is executed by all tests that execute anything of the file.
     """
@@ -210,19 +211,23 @@ def tests_of(mutant: Mutant, every: list[Covering]) -> list[Covering]:
     own = [test for test in every if any(first <= line <= last for line in test.lines.get(mutant.file, ()))]
     own = own or [test for test in every if test.lines.get(mutant.file)]
     own.sort(key=lambda test: test.seconds)
-    seen: dict[str, int] = defaultdict(int)
-    rounds: list[tuple[int, float, Covering]] = []
-    for test in own:
-        function = test.name.split("[")[0]
-        rounds.append((seen[function], test.seconds, test))
-        seen[function] += 1
-    rounds.sort(key=lambda found: found[:2])
+    by_function = _by_turns(own, lambda test: test.name.split("[")[0])
     chosen: list[Covering] = []
-    for _, _, test in rounds:
-        if chosen and sum(t.seconds for t in chosen) + test.seconds > SECONDS:
+    for test in _by_turns(by_function, lambda test: test.name.split("::")[0]):
+        if chosen and sum(t.seconds for t in chosen) + test.seconds > seconds:
             continue
         chosen.append(test)
     return chosen
+
+
+def _by_turns(tests: list[Covering], group: Callable[[Covering], str]) -> list[Covering]:
+    """The first of every group, then the second of every group, and so on; else in the order given."""
+    seen: dict[str, int] = defaultdict(int)
+    turns: list[tuple[int, int, Covering]] = []
+    for place, test in enumerate(tests):
+        turns.append((seen[group(test)], place, test))
+        seen[group(test)] += 1
+    return [test for _, _, test in sorted(turns, key=lambda turn: turn[:2])]
 
 
 # ----------------------------------------------------------------------------------------------------------- one mutant
@@ -337,6 +342,7 @@ def main() -> int:
     parser.add_argument("--kind", action="append", help="only of this kind of change; may be repeated")
     parser.add_argument("--again", action="store_true", help="try survivors of an earlier run again")
     parser.add_argument("--stale", action="store_true", help="do not map tests that changed anew")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of tests, that a mutant is looked for at most")
     parser.add_argument("--tests", action="append", default=[], help="only test files whose path holds this text")
     parser.add_argument("--map", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -354,11 +360,13 @@ def main() -> int:
     else:
         chosen = sampled(every, given.count, given.seed)
     tests = covering(given.tests, stale=given.stale)
-    found = run(chosen, texts, tests, again=given.again)
+    found = run(chosen, texts, tests, again=given.again, seconds=given.seconds)
     return told(chosen, found, texts, len(every), None if given.only or given.kind or given.room else given.seed)
 
 
-def run(chosen: list[Mutant], texts: dict[str, str], tests: list[Covering], *, again: bool) -> list[dict[str, Any]]:
+def run(
+    chosen: list[Mutant], texts: dict[str, str], tests: list[Covering], *, again: bool, seconds: float
+) -> list[dict[str, Any]]:
     """What became of each mutant, from an earlier run where it was tried before."""
     kept = STATE / "results.jsonl"
     lines = kept.read_text().splitlines() if kept.exists() else []
@@ -374,7 +382,7 @@ def run(chosen: list[Mutant], texts: dict[str, str], tests: list[Covering], *, a
         for i, mutant in enumerate(chosen):
             key = mutant.key(texts[mutant.file])
             if key not in before or (again and before[key]["status"] == "survived"):
-                before[key] = {"key": key} | tried(mutant, tests_of(mutant, tests), copy, i)
+                before[key] = {"key": key} | tried(mutant, tests_of(mutant, tests, seconds), copy, i)
                 with kept.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(before[key]) + "\n")
             found.append(before[key])

@@ -17,8 +17,8 @@ from microtome.stream import mean_interval, sign_flip
 ROWS = [[7, 20, 33, 41, 52], [9, 21, 34, 42, 53], [8, 22, 35, 43, 54]]
 OTHERS = [[5, 20, 33, 41, 52], [9, 21, 36, 42, 53], [8, 27, 35, 43, 54]]
 ANSWERS, FOILS = [11, 12, 13], [14, 15, 16]
-SEQUENTIAL = ["llama-gqa", "gpt2", "gpt_neox-sequential", "gemma2", "opt-prenorm"]
-PARALLEL = ["gptj", "gpt_neox-parallel", "falcon-mqa"]
+SEQUENTIAL = ["llama-gqa", "gpt2", "gpt_neox-sequential", "gemma2", "opt-prenorm", "granite"]
+PARALLEL = ["gptj", "gpt_neox-parallel", "falcon-mqa", "cohere"]
 
 
 def difference(logits: torch.Tensor, i: int, cap: float | None = None) -> float:

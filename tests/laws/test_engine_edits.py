@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import families
+from tests.agreement import agreed
 from torch import Tensor
 
 import microtome as mt
@@ -130,10 +131,15 @@ def test_the_algebra_of_projections_and_rotations(model: mt.Model) -> None:
         after(mt.edit.Project("1.resid_pre", basis), mt.edit.Project("1.resid_pre", basis)) - out
     ).abs().max() < 1e-5
     assert (after(mt.edit.Rotate("1.resid_pre", turn), mt.edit.Rotate("1.resid_pre", turn.T)) - base).abs().max() < 1e-4
+    agreed(after(mt.edit.Rotate("1.resid_pre", turn)) - base, base @ turn.T - base, 1e-5)  # this way round
+    inside = base @ (torch.linalg.pinv(basis) @ basis).T
+    agreed(onto, inside, 1e-5)  # the part in the span of the basis
     assert torch.equal(basis, kept)
     clamped = after(mt.edit.Clamp("1.resid_pre", -0.1, 0.2))
-    assert clamped.min() >= -0.1
-    assert clamped.max() <= 0.2
+    for found, bounds in ((clamped, (-0.1, 0.2)), (after(mt.edit.Clamp("1.resid_pre", low=-0.1)), (-0.1, None)),
+                          (after(mt.edit.Clamp("1.resid_pre", high=0.2)), (None, 0.2))):  # fmt: skip
+        torch.testing.assert_close(found, base.clamp(*bounds), atol=0, rtol=0)
+        assert (found - base).abs().max() > 0.1
     assert torch.equal(after(mt.edit.Apply("1.resid_pre", lambda x: x.mul_(2))), base * 2)
     mean = after(mt.edit.Mean("1.resid_pre"))
     assert torch.allclose(mean, base.mean((0, 1)).expand_as(base), atol=1e-6)
@@ -217,6 +223,10 @@ def test_what_a_function_returns_is_taken_in_the_models_type(model: mt.Model, ch
         ),
         (lambda: mt.edit.Set("1.resid_post", torch.zeros(3)), r"does not fit 1\.resid_post; got shape \[3\]; allowed"),
         (lambda: mt.edit.Rotate("1.resid_post", torch.ones(40, 40)), "is not a rotation"),
+        (
+            lambda: mt.edit.Rotate("1.resid_post", torch.eye(7)),
+            "a rotation does not fit 1.resid_post; got last axis of 7",
+        ),
         (lambda: mt.edit.Project("1.resid_post", torch.ones(2, 7)), "a basis does not fit"),
         (
             lambda: mt.edit.Project("1.resid_post", torch.full((2, 40), float("nan"))),

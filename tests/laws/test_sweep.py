@@ -157,6 +157,18 @@ def test_a_budget_below_one_cell_is_refused() -> None:
         model.sweep(tokens(0)[:1], [mt.edit.Zero("0.resid_pre@0")], READ, budget=one_row(model) - 1).run()
 
 
+def test_the_plan_counts_what_grows_with_the_length() -> None:
+    """Attention grows with its square; the streams, keys, values and one row's MLP grow with the length."""
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    a = model.anatomy
+    cell, metric = [mt.edit.Zero("0.resid_pre@0")], mt.metric.LogProbability(11)
+    held = [model.sweep(tokens(0, length)[:1], cell, metric).plan.bytes for length in (8, 16, 24)]
+    assert held[2] - 2 * held[1] + held[0] == 4 * a.n_heads * (24**2 - 2 * 16**2 + 8**2)
+    row = 6 * a.d_model + 3 * a.d_mlp + 4 * a.n_heads * a.d_head
+    base = a.n_layers * (a.d_model + 2 * a.n_kv_heads * a.d_head)
+    assert held[1] - held[0] == 4 * (8 * (row + base) + a.n_heads * (16**2 - 8**2))
+
+
 @pytest.mark.parametrize("name", [n for n in families.NAMES if families.KIND[n] == "causal"])
 def test_reading_two_tokens_computes_only_their_logits(name: str) -> None:
     model = mt.open(families.build(name), prove=False)

@@ -113,4 +113,4 @@ def test_a_mutant_is_tried_on_the_tests_that_execute_it_the_quickest_of_each_fir
         tool_.Covering("t.py::other", 0.1, {"b.py": frozenset({5})}),
         tool_.Covering("t.py::long", 500.0, {"a.py": frozenset({5})}),
     ]
-    assert [test.name for test in tool_.tests_of(mutant, tests)] == ["t.py::two[a]", "t.py::slow", "t.py::two[b]"]
+    assert [test.name for test in tool_.tests_of(mutant, tests, 90.0)] == ["t.py::two[a]", "t.py::slow", "t.py::two[b]"]
