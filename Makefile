@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 atlas: $(STAMP)  ## write the atlas of the default model into atlas/
-	$(BIN)/microtome atlas -o atlas
+	$(BIN)/microtome atlas -o atlas --force
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check .

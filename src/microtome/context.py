@@ -17,6 +17,7 @@ from operator import index
 from typing import Any, cast
 
 from microtome.errors import ArgumentError, error
+from microtome.progress import Drawing, Later, visible
 from microtome.shown import shown
 
 Progress = Callable[[str, int, int], None]
@@ -72,14 +73,15 @@ class Settings:
         seed: of every random draw: tokens, noise, controls, resampling.
         budget: bytes that a run or a sweep may hold, also as text, such as "2 GiB"; by default what each of them
             chooses from the free memory.
-        progress: called with (stage, done, all) while a method runs.
+        progress: True draws bars with the time left while a method runs, on stderr where that is a terminal, or under
+            the cell of a notebook; False or None draws nothing; a function is called with (stage, done, all) instead.
         on_plan: called with the plan of every sweep before its first cell.
         device: where `open` puts a model; the accelerator if there is one, by default.
     """
 
     seed: int = 0
     budget: Any = None
-    progress: Progress | None = None
+    progress: Progress | bool | None = True
     on_plan: Callable[[object], None] | None = None
     device: Any = None
 
@@ -89,13 +91,16 @@ class Settings:
             object.__setattr__(self, "budget", bytes_of(self.budget))
         for name in ("progress", "on_plan"):
             value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise error(ArgumentError, f"{name} must be a function, or None", got=repr(value), do="give one")
+            if value is not None and not callable(value) and not (name == "progress" and isinstance(value, bool)):
+                allowed = "a function, or None" if name == "on_plan" else "a function, True, False or None"
+                raise error(ArgumentError, f"{name} must be {allowed}", got=repr(value), do="give one")
 
     def report(self, stage: str, done: int, everything: int) -> None:
         """Report progress, where somebody listens."""
-        if self.progress is not None:
+        if not isinstance(self.progress, bool | None):
             self.progress(stage, done, everything)
+        elif self.progress and (shown := _SHOWN.get()) is not None:
+            shown.report(stage, done, everything)
 
     def counting(self, stage: str) -> Callable[[int, int], None]:
         """A function of (done, all) that reports one stage."""
@@ -103,6 +108,24 @@ class Settings:
 
 
 _CURRENT: ContextVar[Settings] = ContextVar("microtome_settings", default=Settings())  # noqa: B039 (it is frozen)
+
+
+_SHOWN: ContextVar[Drawing | None] = ContextVar("microtome_progress", default=None)
+
+
+@contextmanager
+def drawn() -> Iterator[None]:
+    """Draw what is reported inside the block, where the settings say so, somebody sees it, and no block around does."""
+    if current().progress is not True or _SHOWN.get() is not None or not visible():
+        yield
+        return
+    shown = Later()
+    token = _SHOWN.set(shown)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+        shown.close()
 
 
 def current() -> Settings:

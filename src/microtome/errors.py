@@ -30,9 +30,16 @@ class MicrotomeWarning(UserWarning):
 
 
 class MicrotomeError(Exception):
-    """The root of the tree: catch it to catch every error that Microtome raises on purpose."""
+    """The root of the tree: catch it to catch every error that Microtome raises on purpose.
+
+    Attributes:
+        told: its text without advice.
+        do: what it advises, if it advises anything.
+    """
 
     exit_code = 1
+    told: str = ""
+    do: str | None = None
 
 
 class ModelError(MicrotomeError):
@@ -122,9 +129,9 @@ def error(kind: type[E], what: str, *, got: object = None, allowed: object = Non
     if allowed is not None:
         text += f"; allowed: {allowed}"
     text += "."
-    if do is not None:
-        text += f" To do: {do}."
-    return kind(text)
+    problem = kind(text if do is None else f"{text} To do: {do}.")
+    problem.told, problem.do = text, do
+    return problem
 
 
 def nearest(word: str, words: list[str], most: int = 3) -> str:

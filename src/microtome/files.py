@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all.
+"""Files that are read, if they are there; files and folders that are written whole or not at all.
 
 What is written stands beside its place under a hidden temporary name until it is complete; then it is flushed to the
 disk and renamed. A reader, and whoever looks after a crash, finds the old version or the new one.
@@ -15,7 +15,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from microtome.errors import OutputError, error
+from microtome.errors import DataError, OutputError, error
+
+TEXTS = (".txt", ".jsonl", ".parquet")
+"""Endings of files that can be read as text."""
+PAIRS = (".csv", ".jsonl")
+"""Endings of files that can be read as pairs of prompts."""
+
+
+def whole_file(path: str | os.PathLike[str], endings: tuple[str, ...] = (), how: str = "") -> Path:
+    """A path, if a file stands there that ends as such files do.
+
+    Args:
+        path: of the file.
+        endings: those that are allowed; any by default.
+        how: it is to be read, for the error: "as text".
+
+    Raises:
+        DataError: there is no file, or one of another ending.
+    """
+    file = Path(path)
+    if not file.is_file():
+        where = "is a folder" if file.is_dir() else "does not exist"
+        raise error(DataError, f'cannot read "{path}": it {where}', do="give the path of a file")
+    if endings and file.suffix.lower() not in endings:
+        got, allowed = f'"{file.suffix}"' if file.suffix else "no ending", ", ".join(endings)
+        raise error(DataError, f'cannot read "{path}" {how}', got=got, allowed=allowed)
+    return file
+
+
+def text_file(path: str | os.PathLike[str]) -> Path:
+    """A path, if a file stands there that can be read as text.
+
+    Raises:
+        DataError: there is none.
+    """
+    return whole_file(path, TEXTS, "as text")
 
 
 @contextmanager

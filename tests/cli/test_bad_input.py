@@ -256,7 +256,7 @@ def test_edits(cli: Cli, saved: Path, tmp_path: Path, edit: mt.edit.Edit, code: 
 
 def test_files_of_edits(cli: Cli, saved: Path, tmp_path: Path) -> None:
     arguments = ("run", "the cat", "-m", saved, "-c", "final", "-o", tmp_path / "x.safetensors", "--edits")
-    check(cli(*arguments, tmp_path / "none"), 10, "DataError: cannot read edits from", "No such file")
+    check(cli(*arguments, tmp_path / "none"), 10, "DataError: cannot read", "it does not exist")
     (tmp_path / "text").write_text("Zero the neuron, please.")
     check(cli(*arguments, tmp_path / "text"), 10, "DataError: cannot read edits from", "save them again")
     check(cli(*arguments, saved / "model.safetensors"), 10, "cannot read edits from", "got a file without edits")
@@ -266,7 +266,7 @@ def test_files_of_edits(cli: Cli, saved: Path, tmp_path: Path) -> None:
 def test_outputs(cli: Cli, saved: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("years of work")
-    texts = ("OutputError", "holds something that is not an atlas", "thesis.tex", "name another folder with -o")
+    texts = ("OutputError", "holds something that is not an atlas", "thesis.tex", "name another folder")
     check(cli("atlas", saved, "--text", text, "-o", tmp_path / "taken"), 9, *texts)
     assert (tmp_path / "taken" / "thesis.tex").read_text() == "years of work"
     file = tmp_path / "x.safetensors"
@@ -300,11 +300,19 @@ def test_an_atlas_with_something_of_yours_in_it_is_not_replaced(
     out = tmp_path / "atlas"
     arguments = ("atlas", saved, "--text", text, "--tokens", 128, "--length", 32, "-o", out)
     assert cli(*arguments).code == 0
-    assert cli(*arguments).code == 0  # an atlas alone is
+    made = files_of(out)
+    check(cli(*arguments), 9, "OutputError", "holds an earlier atlas", "--force")
+    assert files_of(out) == made
+    assert cli(*arguments, "--force").code == 0  # an atlas alone is
+    assert files_of(out) != made
     (out / foreign).parent.mkdir(exist_ok=True)
     (out / foreign).write_text("mine")
-    before = files_of(out)
-    check(cli(*arguments), 9, "OutputError", "holds something that is not an atlas", foreign, "name another folder")
+    before, told = (
+        files_of(out),
+        ("OutputError", "holds something that is not an atlas", foreign, "name another folder"),
+    )
+    check(cli(*arguments, "--force"), 9, *told)
+    check(cli(*arguments), 9, *told)
     assert files_of(out) == before
 
 
@@ -355,7 +363,7 @@ def test_a_full_disk_or_a_stop_leaves_the_old_atlas(
         raise problem
 
     monkeypatch.setattr(pq, "write_table", full)
-    done = cli(*arguments)
+    done = cli(*arguments, "--force")
     if isinstance(problem, OSError):
         check(done, 9, "OutputError: cannot write the atlas", "No space left on device", "free space")
     else:

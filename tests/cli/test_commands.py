@@ -124,10 +124,12 @@ def test_atlas_writes_tables_pages_and_manifest(cli: Cli, saved: Path, text: Pat
     assert manifest["loss_lo"] <= told["loss"] == manifest["loss"] <= manifest["loss_hi"]
     assert {"reading the text", "reading weights", "seconds"} <= manifest["cost"].keys()
     assert manifest["model"]["fingerprint"]
-    again = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out)
+    again = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out, "--force")
     assert again.code == 0
     assert "index.html" in again.out
-    one = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out, "--measure", "stream")
+    one = cli(
+        "atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out, "--force", "--measure", "stream"
+    )
     assert one.code == 0
     assert "block_cos" in pq.read_table(out / "layers.parquet").column_names
     assert pq.read_table(out / "heads.parquet").num_rows == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+import microtome as mt
 from microtome import errors
 from microtome.cli import _app
 
@@ -39,6 +41,21 @@ def test_help_shows_its_brackets(path: tuple[str, ...], cli: Callable[..., Any])
     texts = [ALL[path].help, *(getattr(p, "help", None) for p in ALL[path].params)]
     for written in re.findall(r"\[[^\]]*\]", " ".join(filter(None, texts))):
         assert re.sub(r"\s+", "", written) in shown
+
+
+@pytest.mark.parametrize("path", [(), ("measure",), *ALL], ids=" ".join)
+def test_every_help_shows_an_example_that_the_command_takes(path: tuple[str, ...], cli: Callable[..., Any]) -> None:
+    shown = " ".join(cli(*path, "--help").out.split())
+    (words,) = (shlex.split(told) for told in re.findall(r"Example: (microtome .*)$", shown))
+    assert words[: 1 + len(path)] == ["microtome", *path]
+    if path in ALL:
+        context = ALL[path].make_context(path[-1], words[1 + len(path) :])  # parsed, not run
+        assert {p.name for p in ALL[path].params if p.required} <= {
+            n for n, x in context.params.items() if x is not None
+        }
+    kept = next((m for m in mt.methods().values() if m.command and m.command == " ".join(path)), None)
+    for text in re.findall(r'"([^"]*)"', "" if kept is None else kept.call):
+        assert text in words, "the example of the command is the call of the method"
 
 
 def test_long_choices_and_defaults_are_told_with_their_brackets(cli: Callable[..., Any]) -> None:

@@ -132,7 +132,7 @@ def test_prompts_and_answers_that_do_not_fit(cli: Cli, saved: Path, tmp_path: Pa
         done = cli("patch", *arguments, "-m", saved, "-o", page)
         check(done, code, *texts)
     assert not list(tmp_path.iterdir())
-    check(cli("patch", *PAIR, "-m", saved), 6, "there is nothing to read. To do: give answer=")
+    check(cli("patch", *PAIR, "-m", saved), 6, "there is nothing to read. To do: give --answer.")
     check(cli("patch", "-m", saved), 2, "Missing argument 'clean'")
     check(cli("patch", *PAIR, "--answer", "mat", "--direction", "both", "-m", saved), 2, "'denoise'", "'noise'")
 

@@ -74,7 +74,7 @@ def test_what_is_refused(cli: Cli, saved: Path, tmp_path: Path) -> None:
     assert 'PromptError: there is no task "inductoin". Did you mean "induction"' in done.err
     done = cli("tasks", tmp_path / "none.csv")
     assert done.code == 10
-    assert "there is no such file" in done.err
+    assert "it does not exist" in done.err
     done = cli("tasks", "fact.capital", "-m", saved)  # a tokenizer of twenty words
     assert done.code == 6
     assert 'only 0 of 20 pairs of "fact.capital" fit this tokenizer' in done.err

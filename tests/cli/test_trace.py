@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from tests.cli.test_help import ALL
 
 import microtome as mt
+from microtome.cli import _methods
+from microtome.cli._hints import written
 
 Cli = Callable[..., Any]
 PROMPT, SUBJECT = "the cat sat on the", "cat"
@@ -67,3 +71,23 @@ def test_prompts_and_subjects_that_do_not_fit(cli: Cli, saved: Path, tmp_path: P
     check(cli("trace", PROMPT, "-m", saved), 2, "Missing option '--subject'")
     check(cli("trace", PROMPT, "--subject", SUBJECT, "-o", tmp_path / "t.pdf"), 9, "allowed: .html")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_long_plan_comes_with_choices_that_the_command_has(
+    cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("trace", PROMPT, "--subject", SUBJECT, "--samples", 2, "-m", saved)
+    assert "shorter" not in cli(*arguments).err
+    monkeypatch.setattr(_methods, "LONG", 0)
+    told = cli(*arguments).err
+    assert "to make it shorter: fewer --samples, one --kind; Ctrl-C stops it" in told
+    assert told.index("plan: ") < told.index("to make it shorter")
+    assert "shorter" not in cli(*arguments, "--quiet").err
+
+
+def test_what_makes_a_plan_shorter_is_an_option_of_some_command() -> None:
+    for name, words in _methods.CHEAPER.items():
+        takers = [written(command) for command in ALL.values() if name in written(command)]
+        assert takers
+        for taker in takers:
+            assert taker[name].on in words

@@ -282,7 +282,7 @@ def test_a_file_of_pairs_is_its_task(tmp_path: Path) -> None:
     other = mt.open(hf, tokenizer=tokenizers.build("bpe-three-digits"), prove=False)
     with pytest.raises(mt.errors.PromptError, match="the task was built with another tokenizer"):
         mt.explain.patch(other, task)
-    with pytest.raises(mt.errors.DataError, match="there is no such file"):
+    with pytest.raises(mt.errors.DataError, match="it does not exist"):
         mt.explain.patch(model, "nothing.csv")
 
 

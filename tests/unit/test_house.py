@@ -29,7 +29,7 @@ SOURCE = ROOT / "src" / PACKAGE
 HOOKS = f"{PACKAGE}.run.hook._hooks"  # the one module that may register hooks
 
 FLOORS = (
-    ("errors", "axes", "shown"),
+    ("errors", "axes", "shown", "later", "progress"),
     ("catalogue", "context", "files"),
     ("anatomy",),
     ("edit",),

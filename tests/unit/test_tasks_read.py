@@ -114,7 +114,7 @@ def test_bad_files(name: str, content: str, text: str, tmp_path: Path, tok: Any)
 
 
 def test_no_file_no_text_no_tokenizer(tmp_path: Path, tok: Any) -> None:
-    with pytest.raises(DataError, match="there is no such file"):
+    with pytest.raises(DataError, match="it does not exist"):
         mt.tasks.read(tmp_path / "none.csv", tok)
     (tmp_path / "a.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="save it as UTF-8"):

@@ -1,34 +1,45 @@
 """Where everything is in a model: sites, discovery, anatomy, weights. Nothing here runs a model."""
 
-from microtome.anatomy._anatomy import Anatomy as Anatomy
-from microtome.anatomy._anatomy import HookPoint as HookPoint
-from microtome.anatomy._anatomy import Split as Split
-from microtome.anatomy._anatomy import anatomy_of as anatomy_of
-from microtome.anatomy._discover import Norm as Norm
-from microtome.anatomy._discover import norm_of as norm_of
-from microtome.anatomy._kernels import PREFIX as PREFIX
-from microtome.anatomy._kernels import hiding_kernel as hiding_kernel
-from microtome.anatomy._load import DEFAULT_NAME as DEFAULT_NAME
-from microtome.anatomy._load import MARK as MARK
-from microtome.anatomy._load import cache_dir as cache_dir
-from microtome.anatomy._load import default_folder as default_folder
-from microtome.anatomy._load import load as load
-from microtome.anatomy._readable import refuse_unreadable as refuse_unreadable
-from microtome.anatomy._saved import from_plain as from_plain
-from microtome.anatomy._saved import to_plain as to_plain
-from microtome.anatomy._sites import ALL as ALL
-from microtome.anatomy._sites import RULES as RULES
-from microtome.anatomy._sites import SITES as SITES
-from microtome.anatomy._sites import Address as Address
-from microtome.anatomy._sites import Indices as Indices
-from microtome.anatomy._sites import Rule as Rule
-from microtome.anatomy._sites import Site as Site
-from microtome.anatomy._sites import integer as integer
-from microtome.anatomy._sites import parse as parse
-from microtome.anatomy._sites import parse_indices as parse_indices
-from microtome.anatomy._weights import LayerWeights as LayerWeights
-from microtome.anatomy._weights import NormWeights as NormWeights
-from microtome.anatomy._weights import Weights as Weights
-from microtome.anatomy._weights import at_least_float32 as at_least_float32
-from microtome.anatomy._weights import bias_of as bias_of
-from microtome.anatomy._weights import weight_of as weight_of
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from microtome.later import names_of
+
+if TYPE_CHECKING:
+    from microtome.anatomy._anatomy import Anatomy as Anatomy
+    from microtome.anatomy._anatomy import HookPoint as HookPoint
+    from microtome.anatomy._anatomy import Split as Split
+    from microtome.anatomy._anatomy import anatomy_of as anatomy_of
+    from microtome.anatomy._discover import Norm as Norm
+    from microtome.anatomy._discover import norm_of as norm_of
+    from microtome.anatomy._kernels import PREFIX as PREFIX
+    from microtome.anatomy._kernels import hiding_kernel as hiding_kernel
+    from microtome.anatomy._load import default_folder as default_folder
+    from microtome.anatomy._load import load as load
+    from microtome.anatomy._place import DEFAULT_NAME as DEFAULT_NAME
+    from microtome.anatomy._place import MARK as MARK
+    from microtome.anatomy._place import Place as Place
+    from microtome.anatomy._place import cache_dir as cache_dir
+    from microtome.anatomy._place import place_of as place_of
+    from microtome.anatomy._readable import refuse_unreadable as refuse_unreadable
+    from microtome.anatomy._saved import from_plain as from_plain
+    from microtome.anatomy._saved import to_plain as to_plain
+    from microtome.anatomy._sites import ALL as ALL
+    from microtome.anatomy._sites import RULES as RULES
+    from microtome.anatomy._sites import SITES as SITES
+    from microtome.anatomy._sites import Address as Address
+    from microtome.anatomy._sites import Indices as Indices
+    from microtome.anatomy._sites import Rule as Rule
+    from microtome.anatomy._sites import Site as Site
+    from microtome.anatomy._sites import integer as integer
+    from microtome.anatomy._sites import parse as parse
+    from microtome.anatomy._sites import parse_indices as parse_indices
+    from microtome.anatomy._weights import LayerWeights as LayerWeights
+    from microtome.anatomy._weights import NormWeights as NormWeights
+    from microtome.anatomy._weights import Weights as Weights
+    from microtome.anatomy._weights import at_least_float32 as at_least_float32
+    from microtome.anatomy._weights import bias_of as bias_of
+    from microtome.anatomy._weights import weight_of as weight_of
+else:
+    __getattr__, __dir__ = names_of(__name__)

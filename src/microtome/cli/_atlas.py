@@ -8,13 +8,26 @@ from typing import Annotated
 
 import typer
 
-from microtome.cli._model import Json, ModelArgument, Opening, opens, out, print_json, progress
+from microtome.cli._examples import shown
+from microtome.cli._model import (
+    LOADING,
+    Json,
+    ModelArgument,
+    Opening,
+    opens,
+    out,
+    print_json,
+    progress,
+    working,
+)
 from microtome.cli._options import Budget, Seed, Text
+from microtome.errors import ArgumentError, error
+from microtome.files import text_file
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    app.command("atlas")(atlas)
+    app.command("atlas", epilog=shown("microtome atlas --tokens 100000 -o atlas"))(atlas)
 
 
 @opens(ModelArgument)
@@ -27,6 +40,7 @@ def atlas(
         list[str] | None,
         typer.Option(help="A measure to run, one of those that `microtome measure` lists; repeatable."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier atlas.")] = False,
     seed: Seed = 0,
     budget: Budget = None,
     as_json: Json = False,
@@ -34,11 +48,20 @@ def atlas(
     opening: Opening,
 ) -> None:
     """Measure every layer, head and neuron of a model, and write its atlas: tables, and pages that open from disk."""
-    from microtome.atlas import check_out, write_atlas
     from microtome.context import settings
+    from microtome.method import from_source, sketch
 
-    check_out(output)
+    from_source("microtome.atlas", "check_out")(output, force)
+    for name in measure or ():
+        if (found := sketch(name).method).kind != "measure":
+            what = f'"{found.name}" is a {found.kind}, not a measure'
+            raise error(ArgumentError, what, do="name those that `microtome measure` lists")
+    if text is not None:
+        text_file(text)
     with settings(seed=seed, budget=budget):
+        opening.check()
+        with working(LOADING):
+            from microtome.atlas import write_atlas
         opened = opening.open()
     with progress() as report, settings(seed=seed, budget=budget, progress=report):
         index = write_atlas(opened, output, text=text, tokens=tokens, length=length, measures=measure or None)

@@ -8,16 +8,18 @@ from typing import Annotated
 
 import typer
 
+from microtome.cli._examples import shown
 from microtome.cli._model import Json, out, print_json
 from microtome.errors import OutputError, error
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    cache = typer.Typer(help="Show what Microtome keeps on this machine, or clear it.")
+    shows, clears = shown("microtome cache show"), shown("microtome cache clear --yes")
+    cache = typer.Typer(help="Show what Microtome keeps on this machine, or clear it.", epilog=shows)
     cache.callback(invoke_without_command=True)(bare)
-    cache.command("show")(show)
-    cache.command("clear")(clear)
+    cache.command("show", epilog=shows)(show)
+    cache.command("clear", epilog=clears)(clear)
     app.add_typer(cache, name="cache")
 
 

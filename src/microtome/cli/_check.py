@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
+from microtome.cli._examples import shown
 from microtome.cli._model import Json, ModelArgument, Opening, opens, out, print_json, working
 from microtome.errors import ProofError
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    app.command("check")(check)
-    app.command("sites")(sites)
+    app.command("check", epilog=shown("microtome check path/to/model"))(check)
+    app.command("sites", epilog=shown("microtome sites"))(sites)
 
 
 @opens(ModelArgument)
@@ -24,9 +25,9 @@ def check(
     opening: Opening,
 ) -> None:
     """Verify the map of a model: seven identities in every layer. Exit code 4 if one fails."""
+    opened = opening.open(prove=False)
     from microtome.view import failed_lines, proof_table
 
-    opened = opening.open(prove=False)
     with working("proving the map"):
         checks = opened.prove()
     failed = [c for c in checks if c.status == "fails"]
@@ -52,10 +53,10 @@ def sites(
     opening: Opening,
 ) -> None:
     """List the sites of a model: what each name means, its axes, and why some are missing."""
+    anatomy = opening.open(prove=False).anatomy
     from microtome.anatomy import SITES
     from microtome.view import sites_table
 
-    anatomy = opening.open(prove=False).anatomy
     if not as_json:
         out.print(sites_table(anatomy))
         return

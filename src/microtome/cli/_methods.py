@@ -8,28 +8,45 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from microtome.catalogue import Entry, entries
-from microtome.cli._model import Opening, notes, opens, progress
+from microtome.cli._early import refuse
+from microtome.cli._examples import example
+from microtome.cli._examples import shown as shown_example
+from microtome.cli._hints import written
+from microtome.cli._model import LOADING, Opening, notes, opens, progress, working
 from microtome.cli._options import shared, signed, slot_of, values_of
 from microtome.cli._results import check_output, shown, write_edits
 from microtome.errors import ArgumentError, error, nearest
+from microtome.files import text_file
 
 if TYPE_CHECKING:
-    from microtome.method import Change, Declared, Question
+    from microtome.method import Sketch
     from microtome.model import Model
 
 PANELS = {"question": "Questions about prompts", "change": "Changes of a model", "measure": "Measures of a model"}
+
+
+LONG = 20
+"""Seconds of a plan, from which on it comes with choices."""
+
+CHEAPER = {
+    "samples": "fewer --samples", "kinds": "one --kind", "sites": "fewer --site", "controls": "fewer --controls",
+    "verify": "a smaller --verify",
+}  # fmt: skip
+"""By argument of a method: what makes its sweep shorter."""
 
 
 class MethodGroup(TyperGroup):
     """A group whose commands are those that it is given, and those of the methods of some kinds."""
 
     kinds: tuple[str, ...] = ("question", "change")
+    called: ClassVar[Any] = None
+    """The command under way, for what errors advise."""
 
     def entries(self) -> Mapping[str, Entry]:
         """The methods that have a command here, by the name of the command."""
@@ -60,7 +77,9 @@ class MethodGroup(TyperGroup):
             names = self.list_commands(ctx)
             what = f'no command "{args[0]}".{nearest(args[0], names)}'.removesuffix(".")
             raise error(ArgumentError, what, allowed=", ".join(names), do="name one of these")
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        MethodGroup.called = found[1]
+        return found
 
     def load(self, name: str) -> Any:
         """Make the command of a method; None where there is no such method."""
@@ -89,27 +108,23 @@ class MeasureGroup(MethodGroup):
 
 
 def command_of(name: str, names: Sequence[str]) -> Any:
-    """The command of a question, a change, or some measures."""
-    from microtome.method import Change, Measure, Question, declared
+    """The command of a question, a change, or some measures, made without importing them."""
+    from microtome.method import sketch
 
-    made = [declared(one) for one in names]
-    first = made[0]
-    if isinstance(first, Question):
-        call = _ask(first)
-    elif isinstance(first, Change):
-        call = _change(first)
-    else:
-        measures = [one for one in made if isinstance(one, Measure)]
-        if len(measures) < len(made):
-            other = next(one.method for one in made if not isinstance(one, Measure))
-            raise error(ArgumentError, f'"{other.name}" is a {other.kind}, not a measure', do="name measures only")
-        call = _measure(measures)
+    made = [sketch(one) for one in names]
+    kinds = {"question": _ask, "change": _change}
+    other = next((one.method for one in made if one.method.kind != "measure"), None)
+    if other is not None and len(made) > 1:
+        raise error(ArgumentError, f'"{other.name}" is a {other.kind}, not a measure', do="name measures only")
+    call = _measure(made) if other is None else kinds[other.kind](made[0])
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(name, help=_help(made))(call)
-    return typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
+    command.epilog = shown_example(example(name, made[0], written(command)))
+    return command
 
 
-def _help(made: Sequence[Declared]) -> str:
+def _help(made: Sequence[Sketch]) -> str:
     parts = [f"{one.method.question}\n\n{one.method.summary}" for one in made] if len(made) < 2 else []
     parts = parts or [f"{one.method.name}: {one.method.question}" for one in made]
     sources = [f"Source: {source}." for one in made for source in one.method.source]
@@ -117,7 +132,7 @@ def _help(made: Sequence[Declared]) -> str:
     return "\n\n".join([*parts, *sources, *costs]).replace("[", "\\[")
 
 
-def _ask(question: Question) -> Callable[..., None]:
+def _ask(question: Sketch) -> Callable[..., None]:
     """What the command of a question does."""
     slots = [slot for p in question.parameters if (slot := slot_of(p)) is not None]
     own = {slot.name for slot in slots}
@@ -133,29 +148,31 @@ def _ask(question: Question) -> Callable[..., None]:
             from microtome.anatomy import parse_indices
 
             display["positions"] = parse_indices(display["positions"], "positions")
-        with _settled(given, opening) as model:
-            data = question.ask(model, values_of(question.parameters, given))
+        refuse(question, values_of(question.parameters, given))
+        with _settled(given, opening, [question.method.name]) as (model, (real,)):
+            data = real.ask(model, values_of(real.parameters, given))
         shown(data, output, as_json=as_json, **display)
 
     return opens()(signed(call, slots))
 
 
-def _change(change: Change) -> Callable[..., None]:
+def _change(change: Sketch) -> Callable[..., None]:
     """What the command of a change does: write its edits."""
     slots = [slot for p in change.parameters if (slot := slot_of(p)) is not None]
     slots += shared("seed", "budget", "edits_file", "force", "as_json")
 
     def call(*, opening: Opening, **given: Any) -> None:
         output, force, as_json = given.pop("output"), given.pop("force"), given.pop("as_json")
-        check_output(output, force, (".safetensors",), required=True)
-        with _settled(given, opening) as model:
-            edits = change.make(model, values_of(change.parameters, given))
+        check_output(output, force, (".safetensors",), required="name one with -o")
+        refuse(change, values_of(change.parameters, given))
+        with _settled(given, opening, [change.method.name]) as (model, (real,)):
+            edits = real.make(model, values_of(real.parameters, given))
         write_edits(output, edits, as_json=as_json)
 
     return opens()(signed(call, slots))
 
 
-def _measure(measures: Sequence[Any]) -> Callable[..., None]:
+def _measure(measures: Sequence[Sketch]) -> Callable[..., None]:
     """What the command of some measures does."""
     parameters = {p.name: p for one in measures for p in (*one.parameters, *one.look_parameters)}
     slots = [slot for p in parameters.values() if (slot := slot_of(p)) is not None]
@@ -164,13 +181,13 @@ def _measure(measures: Sequence[Any]) -> Callable[..., None]:
     names = [one.method.name for one in measures]
 
     def call(*, opening: Opening, **given: Any) -> None:
-        from microtome.method.runner import measure
-
         output, force, display = given.pop("output"), given.pop("force"), {name: given.pop(name) for name in drawing}
         as_json, groups = given.pop("as_json"), given.pop("groups", None)
         check_output(output, force, (".html",))
         text = _text_of(given.pop("texts", None))
-        with _settled(given, opening) as model:
+        with _settled(given, opening, names) as (model, _):
+            from microtome.method.runner import measure
+
             options = values_of(list(parameters.values()), given)
             wanted: Any = True if groups == ["*"] else groups or False
             data = measure(model, *names, text=text, groups=wanted, **options)
@@ -181,6 +198,8 @@ def _measure(measures: Sequence[Any]) -> Callable[..., None]:
 
 def _text_of(files: Sequence[Path] | None) -> Path | dict[str, Path] | None:
     """The text in some files; of several, each is a group by its name."""
+    for file in files or ():
+        text_file(file)
     if not files or len(files) == 1:
         return files[0] if files else None
     names = [file.stem for file in files]
@@ -188,16 +207,21 @@ def _text_of(files: Sequence[Path] | None) -> Path | dict[str, Path] | None:
 
 
 @contextmanager
-def _settled(given: dict[str, Any], opening: Opening) -> Iterator[Model]:
-    """The model, opened under settings from the options of a command, with plan and progress on stderr.
+def _settled(given: dict[str, Any], opening: Opening, names: Sequence[str]) -> Iterator[tuple[Model, list[Any]]]:
+    """The model and the methods of a command, under its settings; plan and progress go to stderr.
 
     Raises:
         KeyboardInterrupt: a sweep was stopped before its last cell: what it kept is no whole result.
     """
     from microtome.context import settings
+    from microtome.method import declared
 
     reached: dict[str, tuple[int, int]] = {}
+    told: list[None] = []
     with settings(seed=given.pop("seed"), budget=given.pop("budget")):
+        opening.check()
+        with working(LOADING):
+            made: list[Any] = [declared(name) for name in names]
         model = opening.open()
         with progress() as bars:
 
@@ -205,10 +229,13 @@ def _settled(given: dict[str, Any], opening: Opening) -> Iterator[Model]:
                 reached[stage] = (done, everything)
                 bars(stage, done, everything)
 
-            def on_plan(plan: object) -> None:
+            def on_plan(plan: Any) -> None:
                 notes.print(f"plan: {plan}", markup=False, soft_wrap=True)
+                shorter = [CHEAPER[name] for name in CHEAPER if name in given]
+                if plan.seconds >= LONG and shorter and not told:
+                    told.append(notes.print(f"to make it shorter: {', '.join(shorter)}; Ctrl-C stops it", markup=False))
 
             with settings(progress=report, on_plan=on_plan):
-                yield model
+                yield model, made
     if any(done < everything for done, everything in reached.values()):
         raise KeyboardInterrupt

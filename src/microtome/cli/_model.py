@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from microtome.errors import nearest
+from microtome.progress import Bars
 
 if TYPE_CHECKING:
     from microtome.model import Model
@@ -30,6 +30,9 @@ def _dtype(value: str) -> str:
         raise typer.BadParameter(f"got {value!r}; allowed: {', '.join(DTYPES)}.{nearest(value, list(DTYPES))}")
     return value
 
+
+LOADING = "loading PyTorch and transformers"
+"""What a command does first, for seconds."""
 
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or GGUF file; if left out, the default model.")
@@ -84,12 +87,27 @@ class Opening:
             "trust_remote_code": self.trust,
         }
 
+    def check(self) -> None:
+        """Refuse a model that is not there, before anything is loaded.
+
+        Raises:
+            ModelNotFound: it is named by a path of no model.
+        """
+        if self.model is not None:
+            from microtome.anatomy import place_of
+
+            place_of(self.model, self.revision)
+
     def open(self, *, prove: bool = True) -> Model:
         """The opened model, its map proven unless `prove` is False."""
         import microtome as mt
+        from microtome.anatomy import DEFAULT_NAME
 
-        with working("opening " + (self.model or "the default model")):
-            return mt.open(self.model, prove=prove, **self.arguments())
+        self.check()
+        with working(LOADING) as say:
+            opened = mt.open
+            say(f"opening {self.model or DEFAULT_NAME}")
+            return opened(self.model, prove=prove, **self.arguments())
 
 
 def opens(model: Any = ModelOption) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -131,37 +149,29 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def working(text: str) -> Iterator[None]:
-    """Say on a terminal's stderr what is being done, until it is done."""
+def working(text: str) -> Iterator[Callable[[str], None]]:
+    """Say on a terminal's stderr what is being done, until it is done; gives what says the next thing."""
     if notes.quiet or not notes.is_terminal:
-        yield
+        yield lambda text: None
         return
-    from rich.markup import escape
+    from rich.live import Live
+    from rich.spinner import Spinner
+    from rich.text import Text
 
-    with notes.status(escape(text)):
-        yield
+    spinner = Spinner("dots", Text(text), style="status.spinner")
+    with Live(spinner, console=notes, refresh_per_second=12.5, transient=True) as live:
+        live.refresh()  # now: what follows may leave the thread that draws it no time for seconds
+        yield lambda text: spinner.update(text=Text(text))
 
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A function (stage, done, all) that draws bars on stderr, with the time left; silent if told, or in a pipe.
-
-    Until a first stage is reported a bar without an end says that something runs.
-    """
+    """A function (stage, done, all) that draws bars on stderr, with the time left; silent if told, or in a pipe."""
     if notes.quiet or not notes.is_terminal:
         yield lambda stage, done, everything: None
         return
-    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
-    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), left)
-    with Progress(*columns, console=notes) as bars:
-        tasks: dict[str, Any] = {}
-        waiting = [bars.add_task("running", total=None)]
-
-        def report(stage: str, done: int, everything: int) -> None:
-            if waiting:
-                bars.remove_task(waiting.pop())
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=everything)
-            bars.update(tasks[stage], completed=done, total=everything)
-
-        yield report
+    bars = Bars(notes)
+    try:
+        yield bars.report
+    finally:
+        bars.close()

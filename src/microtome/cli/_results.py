@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from microtome.cli._model import out, print_json
@@ -33,20 +32,42 @@ Top = Annotated[
 ]
 
 
-def check_output(output: Path | None, force: bool, endings: tuple[str, ...], *, required: bool = False) -> None:
-    """Refuse a file that could not be written, before anything is measured."""
+def check_output(output: Path | None, force: bool, endings: tuple[str, ...], *, required: str = "") -> None:
+    """Refuse a file that could not be written, before anything is loaded or measured: one rule for all commands.
+
+    Args:
+        output: the file, if one was named.
+        force: whether it may replace a file of its kind that stands there.
+        endings: those that are allowed; a `.zarr` is a folder.
+        required: what to do where none was named, if one must be.
+
+    Raises:
+        OutputError: it has another ending or no folder to be in, or something stands there.
+    """
     allowed = " or ".join(endings)
     if output is None:
         if required:
-            raise error(OutputError, "no file to write to", allowed=allowed, do="name one with -o")
+            raise error(OutputError, "no file to write to", allowed=allowed, do=required)
         return
     if output.suffix not in endings:
         got = output.suffix or "no ending"
         raise error(OutputError, f"cannot write {output.name}", got=got, allowed=allowed, do="choose this ending")
-    if output.is_dir() or (output.exists() and not force):
-        raise error(OutputError, f"{output} exists", do="name another file, or pass --force to replace a file")
+    if output.exists() and not _replaceable(output):
+        raise error(OutputError, f"{output} exists, and is not a {output.suffix} to replace", do="name another file")
+    if output.exists() and not force:
+        raise error(OutputError, f"{output} exists", do=REPLACE)
     if not output.parent.is_dir():
         raise error(OutputError, f"no folder {output.parent}", do="make it first")
+
+
+REPLACE = "name another place with -o, or pass --force to replace it"
+
+
+def _replaceable(output: Path) -> bool:
+    """Whether what stands at a place is of the kind that would replace it."""
+    if output.suffix == ".zarr":
+        return any((output / name).is_file() for name in ("zarr.json", ".zgroup"))
+    return output.is_file()
 
 
 def shown(
@@ -98,6 +119,8 @@ def values(data: xr.Dataset) -> dict[str, Any]:
 
 
 def _listed(x: Any) -> Any:
+    import numpy as np
+
     return np.asarray(x).tolist()
 
 

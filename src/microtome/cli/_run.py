@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from microtome.cli._model import Json, Opening, opens, out, print_json, working
+from microtome.cli._examples import shown
+from microtome.cli._model import LOADING, Json, Opening, opens, out, print_json, working
 from microtome.cli._options import Budget
+from microtome.cli._results import Force, check_output
 from microtome.context import bytes_of
 from microtome.errors import OutputError, error
-from microtome.files import atomic
+from microtome.files import atomic, whole_file
 
 if TYPE_CHECKING:
     from microtome.model import Model
@@ -24,7 +26,7 @@ ENDINGS = (".safetensors", ".zarr")
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    app.command("run")(run)
+    app.command("run", epilog=shown('microtome run "The capital of France is" -c "*.mlp.post" -o run.safetensors'))(run)
 
 
 @opens()
@@ -35,7 +37,7 @@ def run(
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write: .safetensors or .zarr.")] = None,
     edits: Annotated[Path | None, typer.Option(help="File of edits to run under, from `save_edits`.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would keep and take, and do not run.")] = False,
     budget: Budget = None,
     as_json: Json = False,
@@ -43,14 +45,22 @@ def run(
     opening: Opening,
 ) -> None:
     """Run a prompt, keep what you name, and write it to a file with its axes and provenance."""
+    from microtome.anatomy import parse
+
+    for address in capture:
+        parse(address)
+    if edits is not None:
+        whole_file(edits)
+    limit = None if budget is None else bytes_of(budget)
     if plan:
         _show_plan(opening.open().plan(_read(prompt), capture), as_json)
         return
     file = _checked(output, force)
-    limit = None if budget is None else bytes_of(budget)
-    from microtome.edit import load_edits
+    opening.check()
+    with working(LOADING):
+        from microtome.edit import load_edits
 
-    changes = [] if edits is None else load_edits(edits)
+        changes = [] if edits is None else load_edits(edits)
     opened = opening.open()
     with working("running the prompt"):
         result = opened.run(_read(prompt), capture=capture, edits=changes, budget=limit)
@@ -108,36 +118,15 @@ def _show(result: Run, following: list[tuple[str, float]], file: Path, as_json: 
 
 
 def _checked(output: Path | None, force: bool) -> Path:
-    if output is None:
-        raise error(OutputError, "no file to write to", do="name one with -o, or pass --plan")
-    if output.suffix not in ENDINGS:
-        raise error(
-            OutputError,
-            f"cannot write {output.name}",
-            got=output.suffix or "no ending",
-            allowed=" or ".join(ENDINGS),
-            do="choose one of these endings",
-        )
+    check_output(output, force, ENDINGS, required="name one with -o, or pass --plan")
+    assert output is not None
     if output.suffix == ".zarr":
         from importlib.util import find_spec
 
         if find_spec("zarr") is None:
             do = "pip install zarr, or write .safetensors"
             raise error(OutputError, "writing .zarr needs the package zarr", do=do)
-    if output.exists() and not force:
-        raise error(OutputError, f"{output} exists", do="name another file, or pass --force")
-    if output.exists() and not _ours(output):
-        raise error(OutputError, f"{output} is not a {output.suffix} to replace", do="name another file")
-    if not output.parent.is_dir():
-        raise error(OutputError, f"no folder {output.parent}", do="make it first")
     return output
-
-
-def _ours(output: Path) -> bool:
-    """Whether what stands at a place is of the kind that would replace it."""
-    if output.suffix == ".safetensors":
-        return output.is_file()
-    return any((output / name).is_file() for name in ("zarr.json", ".zgroup"))
 
 
 def _write(result: Run, output: Path) -> None:

@@ -13,8 +13,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from microtome.cli._examples import shown
 from microtome.cli._model import Json, Opening, opens, out, print_json, progress, working
-from microtome.errors import DataError, PromptError, error
+from microtome.errors import PromptError
+from microtome.files import PAIRS, whole_file
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,14 +28,13 @@ NUMBERS = (
     "accuracy", "accuracy_corrupt", "accuracy_diff", "preferred", "preferred_corrupt", "preferred_diff",
     "mean_difference_clean", "mean_difference_corrupt", "mean_difference_clean_diff",
 )  # fmt: skip
-FILES = (".csv", ".jsonl")
-PAIRS = 20
+EACH = 20
 """Pairs of a task, unless more or fewer are asked for."""
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    app.command("tasks")(tasks)
+    app.command("tasks", epilog=shown("microtome tasks greater_than"))(tasks)
 
 
 def _way(value: str) -> str:
@@ -47,7 +48,7 @@ def tasks(
     name: Annotated[
         str | None, typer.Argument(help="A task, or a .csv or .jsonl file of your own pairs; by default all tasks.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Pairs a task; a table of facts may hold fewer.")] = PAIRS,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pairs a task; a table of facts may hold fewer.")] = EACH,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawing of the pairs.")] = 0,
     answers: Annotated[
         str, typer.Option(callback=_way, help='"one": answers of one token; "first": the first token of each.')
@@ -66,16 +67,17 @@ def tasks(
 
 def _maker(name: str | None, n: int, seed: int, answers: Any) -> Callable[[Model, str], Task]:
     """What builds a task by name, or reads it from a file; refuses a wrong name before a model is opened."""
-    from microtome import tasks
+    from microtome.method import from_source
 
-    from_file = name is not None and Path(name).suffix in FILES
-    if name is not None and not from_file:
-        tasks.about(name)
-    if name is not None and from_file and not Path(name).is_file():
-        raise error(DataError, f'cannot read "{name}": there is no such file', do="check the path")
+    if name is not None and Path(name).suffix in PAIRS:
+        whole_file(name, PAIRS, "as pairs")
+    elif name is not None:
+        from_source("microtome.tasks", "about")(name)
 
     def make(model: Model, which: str) -> Task:
-        if Path(which).suffix in FILES:
+        from microtome import tasks
+
+        if Path(which).suffix in PAIRS:
             return tasks.read(which, model, answers=answers)
         return tasks.build(which, model, n, seed=seed, answers=answers, fewer=True)
 

@@ -22,10 +22,10 @@ def noise_seed(seed: int, sample: int) -> int:
 
 
 def noised(model: Model, tokens: Int[Tensor, "1 pos"], span: tuple[int, int], std: float, samples: int) -> Run:
-    """All samples of the noise on the subject's embeddings in one run, with the streams that they leave."""
+    """All samples of the noise on the subject's embeddings in one run, with what then enters the first layer."""
     seeds = [noise_seed(current().seed, i) for i in range(samples)]
     edits = [Noise(f"embed{at(*span)}", std=std, seed=seed, rows=(i,)) for i, seed in enumerate(seeds)]
-    return model.run(tokens.expand(samples, -1), capture=["*.resid_pre", "*.resid_post"], edits=edits)
+    return model.run(tokens.expand(samples, -1), capture="0.resid_pre", edits=edits)
 
 
 def embedding_std(model: Model, tokens: Int[Tensor, "1 pos"], span: tuple[int, int], subjects: Sequence[str]) -> float:

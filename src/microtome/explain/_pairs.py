@@ -178,7 +178,7 @@ def pairs_of(
     """
     task = task_of(model, clean) if corrupt is None else None
     if corrupt is None and task is None:
-        do = "give corrupt=, a Task, or the path of a .csv or .jsonl file of pairs"
+        do = "give corrupt=, give a Task, or name a .csv or .jsonl file of pairs"
         raise error(PromptError, "there is no corrupt prompt", do=do)
     if corrupt is not None and isinstance(clean, Task):
         raise error(PromptError, "a task has corrupt prompts of its own", got="corrupt=", do="leave it out")

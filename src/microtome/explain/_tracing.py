@@ -19,7 +19,7 @@ from microtome.edit import Patch, SiteEdit
 from microtome.explain._answers import own_answer
 from microtome.explain._corruption import embedding_std, first_difference, noised
 from microtome.explain._pairs import aligned
-from microtome.explain._spans import at, layers_at, one_prompt, span_of, window_of
+from microtome.explain._spans import layers_at, one_prompt, span_of, window_of
 from microtome.method import (
     AnswerToken,
     Argument,
@@ -63,7 +63,8 @@ def _gain(kind: str, what: str) -> Column:
         Source("Zhang and Nanda", "Towards Best Practices of Activation Patching in Language Models", 2023,
                "2309.16042", "symmetric token replacement, with `corrupt`"),
     ),
-    cost="three forwards and a sweep of kinds x samples x L x (T - first) cells, each about half a forward",
+    cost="three forwards and a sweep of kinds x samples x L x (T - first) cells: one of layer l and position p costs "
+    "(L - l)/L (T - p)/T of a forward, a branch from the first layer of its window on",
     check="tests/laws/test_tracing.py, tests/planted/test_causal.py",
     call='mt.explain.causal_trace(model, "The Colosseum is in the city of", subject="The Colosseum")',
     reading="Each cell restores one state of the clean run in the run with the corrupted subject, and shows by how "
@@ -101,8 +102,12 @@ def causal_trace(
         first, lost = first_difference(model, rows[0][0], rows[1][0], span), model.run(rows[1])
     first, n, length = first if model.anatomy.causal else 0, model.anatomy.n_layers, clean.tokens.shape[1]
     before = lost.logits[:, -1].float().softmax(-1)[:, token].double().cpu()
-    cells = _cells(model, clean, lost, first, kinds, window)
-    swept = run_sweep(model, rows[-1], cells, Probability(token), stage="restoring states").whole()
+    one = _cells(model, clean, first, kinds, window)  # by kind, layer and position, of each sample
+    cells = [cell for kind in one for _ in before for cell in kind]
+    which = [sample for kind in one for sample in range(len(before)) for _ in kind]
+    prompts, start = rows[-1].expand(len(before), -1), None if corrupt is not None else lost["0.resid_pre"]
+    stage = "restoring states"
+    swept = run_sweep(model, prompts, cells, Probability(token), prompts=which, start=start, stage=stage).whole()
     effects = torch.zeros(len(kinds), len(before), n, length, dtype=torch.float64)
     effects[..., first:] = swept.values.double().reshape(len(kinds), len(before), n, -1) - before[:, None, None]
     inside = [span[0] <= p < span[1] for p in range(length)]
@@ -114,18 +119,15 @@ def causal_trace(
     )
 
 
-def _cells(model: Model, clean: Run, lost: Run, first: int, kinds: Sequence[str], window: int) -> list[list[SiteEdit]]:
-    """A cell by kind, sample, layer and position: what is restored, in the stream that the noise left.
+def _cells(model: Model, clean: Run, first: int, kinds: Sequence[str], window: int) -> list[list[SiteEdit]]:
+    """By kind, a cell by layer and position: what is restored in a run that starts with the corruption.
 
-    A restored run differs from the corrupted one only after what is restored, so a cell starts there from the corrupted
-    stream, and nothing before it is run again. Where other tokens are the corruption the sweep starts at them.
+    A restored run differs from the corrupted one only after what is restored, so the corrupted run is the base of the
+    sweep, and nothing before the cell's layer and position is run again.
     """
     n, length = model.anatomy.n_layers, clean.tokens.shape[1]
-    streams = [{str(a): x[i : i + 1] for a, x in lost.captured.items()} for i in range(len(lost.tokens))]
-    cells: list[list[SiteEdit]] = []
-    for kind, stream, layer, position in product(kinds, streams, range(n), range(first, length)):
+    cells: dict[str, list[SiteEdit]] = {kind: [] for kind in kinds}
+    for kind, layer, position in product(kinds, range(n), range(first, length)):
         low, high = (layer, layer) if kind == "resid" else window_of(layer, window, n)
-        start = f"{layer}.resid_post" if kind == "resid" else f"{low}.resid_pre"
-        corrupted = [Patch(start + at(first, length), source=stream)] if stream else []
-        cells.append([*corrupted, Patch(f"{layers_at(low, high)}.{SITES[kind]}@{position}", source=clean)])
-    return cells
+        cells[kind].append(Patch(f"{layers_at(low, high)}.{SITES[kind]}@{position}", source=clean))
+    return list(cells.values())

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 from microtome.anatomy import integer
 from microtome.errors import ArgumentError, DeclarationError, error, nearest
 from microtome.method._declare import Argument, Method, validate
-from microtome.model import Model
 
 MISSING = inspect.Parameter.empty
 
@@ -36,15 +35,20 @@ class Parameter:
 @cache
 def parameters_of(function: Callable[..., Any], skip: int = 0) -> tuple[Parameter, ...]:
     """The parameters of a function, or of a class's `__init__`, without the first `skip`."""
-    own = list(inspect.signature(function).parameters.values())[skip:]
     where: Any = inspect.unwrap(function)
     scope = vars(inspect.getmodule(where)) if inspect.isclass(where) else where.__globals__
+    return parameters_in(function, scope, skip)
+
+
+def parameters_in(function: Callable[..., Any], scope: dict[str, Any], skip: int = 0) -> tuple[Parameter, ...]:
+    """The parameters of a function, whose annotations are written in the names of a scope."""
+    own = list(inspect.signature(function).parameters.values())[skip:]
     return tuple(_parameter(p, scope) for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
-def _parameter(parameter: inspect.Parameter, scope: Mapping[str, Any]) -> Parameter:
+def _parameter(parameter: inspect.Parameter, scope: dict[str, Any]) -> Parameter:
     annotation = parameter.annotation
-    kind = eval(annotation, dict(scope)) if isinstance(annotation, str) else annotation  # of our own modules
+    kind = eval(annotation, scope) if isinstance(annotation, str) else annotation  # of our own modules
     argument = None
     if get_origin(kind) is Annotated:
         kind, *marks = get_args(kind)
@@ -81,6 +85,8 @@ def require_model(model: object) -> None:
     Raises:
         ArgumentError: with what was given.
     """
+    from microtome.model import Model  # here, because declarations are read before models are needed
+
     if not isinstance(model, Model):
         got = type(model).__name__
         raise error(ArgumentError, "model must be an open model", got=got, do="open it with mt.open")
@@ -94,6 +100,8 @@ def split_call(
     Raises:
         ArgumentError: too many by position, one twice, no model, or something else than a model.
     """
+    from microtome.model import Model
+
     slots = inspect.signature(function).parameters.values()
     names = [slot.name for slot in slots if slot.kind is slot.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):

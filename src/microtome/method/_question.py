@@ -136,20 +136,22 @@ def run_sweep(
     metric: Metric,
     *,
     prompts: Sequence[int] | None = None,
+    start: Tensor | None = None,
     stage: str = "patching",
 ) -> SweepResult:
     """Run a sweep under the current settings: first its plan is reported and recorded, then its progress.
 
     Args:
         model: the model.
-        prompt: one or several, as `Model.sweep` takes them, and so are the next three.
+        prompt: one or several, as `Model.sweep` takes them, and so are the next four.
         cells: edited runs.
         metric: what is read of each.
         prompts: the number of each cell's prompt.
+        start: what enters the first layer instead of the embeddings.
         stage: what its progress is called.
     """
     settings = current()
-    sweep = model.sweep(prompt, cells, metric, prompts=prompts)
+    sweep = model.sweep(prompt, cells, metric, prompts=prompts, start=start)
     spent(sweep.plan)
     if settings.on_plan is not None:
         settings.on_plan(sweep.plan)

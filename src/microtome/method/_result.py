@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import xarray as xr
 
-from microtome.context import current
+from microtome.context import current, drawn
 from microtome.errors import DeclarationError, error
 from microtome.method._declare import DIFFERENCE, SUFFIXES, Column, Method
 from microtome.stream import OF_MEANS
@@ -65,12 +65,16 @@ _COST: ContextVar[Cost | None] = ContextVar("microtome_cost", default=None)
 
 @contextmanager
 def counting() -> Iterator[Cost]:
-    """Count the cost of what runs in the block; a method called by another counts towards that one's cost too."""
+    """Count the cost of what runs in the block, and draw its progress.
+
+    A method called by another counts towards that one's cost too, and draws where that one does.
+    """
     outer = _COST.get()
     cost = Cost()
     token = _COST.set(cost)
     try:
-        yield cost
+        with drawn():
+            yield cost
     finally:
         _COST.reset(token)
         if outer is not None:

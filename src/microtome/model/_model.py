@@ -120,6 +120,7 @@ class Model(LoadedModel):
         *,
         prompts: Iterable[int] | None = None,
         budget: int | None = None,
+        start: Tensor | None = None,
     ) -> Sweep:
         """Prepare many edited runs of prompts, each read with a metric: exact, and many times faster than one by one.
 
@@ -129,6 +130,8 @@ class Model(LoadedModel):
             metric: what to read, such as `LogitDifference`.
             prompts: the number of each cell's prompt; the first by default.
             budget: memory limit per pass in bytes; half of the free memory, at most 2 GiB, by default.
+            start: [prompt, pos, d_model] what enters the first layer in every run instead of the embeddings, such as
+                the embeddings with noise, as a run captures `0.resid_pre`; for prompts of one length.
 
         Inside `editing`, the standing edits hold in every cell, before its own, and in the runs without a cell.
 
@@ -146,7 +149,7 @@ class Model(LoadedModel):
         >>> sweep = model.sweep(clean, cells, LogitDifference(answer=paris, foil=rome))
         >>> effects = sweep.run().effects.reshape(30, 13)
         """
-        return Sweep(self, prompt, cells, metric, prompts=prompts, budget=budget)
+        return Sweep(self, prompt, cells, metric, prompts=prompts, budget=budget, start=start)
 
     @contextmanager
     def editing(self, *edits: Edit) -> Iterator[Model]:

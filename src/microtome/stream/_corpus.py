@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from microtome.errors import DataError, error, nearest
+from microtome.files import TEXTS, text_file
 from microtome.shown import brief, shown
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = TEXTS
 CODE_MODULES = (
     "argparse", "ast", "base64", "bisect", "calendar", "configparser", "contextlib", "copy", "csv", "dataclasses",
     "datetime", "decimal", "difflib", "fractions", "functools", "gzip", "heapq", "inspect", "mailbox", "pathlib",
@@ -156,12 +157,7 @@ def read_text(path: str | os.PathLike[str], *, field: str = "text", paragraphs: 
         DataError: when the file is missing, empty or of another type, its bytes are not UTF-8, or a document has no
             such field. Of `.jsonl` and `.parquet` files only the first text is read here, the others when iterated.
     """
-    path = Path(path)
-    if not path.is_file():
-        where = "is a folder" if path.is_dir() else "does not exist"
-        raise error(DataError, f'cannot read "{path}": it {where}', do="give the path of a file")
-    if path.suffix.lower() not in SUFFIXES:
-        raise error(DataError, f'cannot read "{path}" as text', got=f'"{path.suffix}"', allowed=", ".join(SUFFIXES))
+    path = text_file(path)
     try:
         documents = _documents(path, field, paragraphs)
         if not any(text.strip() for text in documents):

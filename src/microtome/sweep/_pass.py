@@ -292,16 +292,21 @@ def base_of(
     ids: Int[Tensor, " id"] | None,
     standing: Sequence[SiteEdit],
     cached: bool,
+    start: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> Base:
-    """Run prompts of one length with nothing but the standing edits, and keep what sweeps over them need."""
+    """Run prompts of one length with nothing but the standing edits, and keep what sweeps over them need.
+
+    `start` replaces what enters the first layer.
+    """
     n = model.anatomy.n_layers
     tokens = batch.tokens
     streams: list[Tensor] = [torch.empty(0)] * n
     hooks = HookSet(model.hf, model.anatomy.attention, model.anatomy.n_heads)
 
     def keep(i: int) -> Any:
-        def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            streams[i] = input_of(args, kwargs).detach()
+        def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            streams[i] = input_of(args, kwargs).detach() if i or start is None else start
+            return None if i or start is None else with_input(args, kwargs, start)
 
         return before
 
@@ -311,7 +316,8 @@ def base_of(
     for i, layer in enumerate(model.anatomy.parts.layers):
         hooks.before(layer.block, keep(i))
     # What enters a layer is kept as it is before edits: a row that joins there is edited like all others.
-    acts = [standing_acts(model, standing, prompt, tokens.shape[1]) for prompt in prompts]
+    began = start is not None
+    acts = [standing_acts(model, standing, prompt, tokens.shape[1], began=began) for prompt in prompts]
     _install_acts(hooks, model, acts, lambda: (int(tokens.shape[0]), int(tokens.shape[1])))
     unembedding = model.anatomy.parts.unembedding
     hooks.before(unembedding, select)
@@ -328,8 +334,12 @@ def base_of(
     return Base(tuple(prompts), tokens, torch.stack(streams), keys, values, read, ids, logits)
 
 
-def standing_acts(model: LoadedModel, standing: Sequence[SiteEdit], prompt: int, length: int) -> list[_Act]:
+def standing_acts(
+    model: LoadedModel, standing: Sequence[SiteEdit], prompt: int, length: int, *, began: bool = False
+) -> list[_Act]:
     """The edits that stand in every row of a sweep, each narrowed to one layer, for one prompt.
+
+    Those of what enters the first layer are left out where the sweep has begun with it: it holds them already.
 
     Raises:
         SiteError: one lies outside the layers, or beyond the prompt.
@@ -343,7 +353,11 @@ def standing_acts(model: LoadedModel, standing: Sequence[SiteEdit], prompt: int,
                         do="leave rows= out, or put the edit into the cells that it is for")  # fmt: skip
         frame.columns_of(edit.address.positions)
         found += [replace(_act(edit, site, frame, n), standing=True) for site in model.anatomy.sites(edit.address)]
-    return found
+    return [act for act in found if not (began and act.site in STARTS)]
+
+
+STARTS = (Site("embed"), Site("resid_pre", 0))
+"""What enters the first layer."""
 
 
 def _mixes_positions(edit: SiteEdit) -> bool:
@@ -368,6 +382,8 @@ def rows_of(
     cells: Sequence[Cell],
     prompts: Sequence[int],
     standing: Sequence[SiteEdit] = (),
+    *,
+    began: bool = False,
 ) -> list[Row]:
     """Rows of a pass from cells: every edit narrowed to one layer, at the site where it first acts.
 
@@ -390,7 +406,7 @@ def rows_of(
             acts += [_act(edit, site, cut, n) for site in model.anatomy.sites(edit.address)]
         entry, first = min(_entry(act.site) for act in acts), min(act.frame.first for act in acts)
         if prompt not in always:
-            always[prompt] = standing_acts(model, standing, prompt, batch.lengths[prompt])
+            always[prompt] = standing_acts(model, standing, prompt, batch.lengths[prompt], began=began)
         later = [act for act in always[prompt] if _entry(act.site) >= entry]
         first = min([first, *map(_first_whole, later)])
         rows.append(Row(place, prompt, (*later, *acts), entry, first))

@@ -138,8 +138,10 @@ class Sweep:
         *,
         prompts: Iterable[int] | None = None,
         budget: int | None = None,
+        start: Tensor | None = None,
     ) -> None:
         """Check, group and plan the cells; see `Model.sweep`."""
+        self._start = start
         self._cells, self._prompts = list(cells), None if prompts is None else list(prompts)
         self._model, self._metric = model, in_ids(metric, model)
         self._active = list(lock_of(model.hf).active_edits)
@@ -147,6 +149,7 @@ class Sweep:
         model.require_mapped()
         self._batch = model.to_batch(prompt)
         _check(self._batch, self._cells, self._prompts)
+        _check_start(model, self._batch, start)
         self._room = _room(model, self._batch, self._cells, self._prompts, budget)
         # What an edge changes is known only when its branch has run: until then a cell of the same layer represents it.
         self._ready = self._prepare(
@@ -169,7 +172,9 @@ class Sweep:
         return self._ready.plan
 
     def _prepare(self, cells: Sequence[Cell]) -> _Ready:
-        return _prepare(self._model, self._batch, cells, self._metric, self._prompts, self._room, self._standing)
+        began = self._start is not None
+        room, standing = self._room, self._standing
+        return _prepare(self._model, self._batch, cells, self._metric, self._prompts, room, standing, began=began)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> SweepResult:
         """Run every cell.
@@ -187,7 +192,7 @@ class Sweep:
         refuse_other_edits(lock_of(self._model.hf).active_edits, self._active)
         if any(isinstance(cell, Edge) for cell in self._cells):
             self._ready = self._prepare(_without_edges(self._model, self._batch, self._cells, self._prompts))
-        return _run(self._model, self._ready, len(self._cells), progress)
+        return _run(self._model, self._ready, len(self._cells), progress, self._start)
 
 
 def _stand_in(model: LoadedModel, edge: Edge) -> Zero:
@@ -225,10 +230,12 @@ def _prepare(
     prompts: Sequence[int] | None,
     room: _Room,
     standing: tuple[SiteEdit, ...],
+    *,
+    began: bool,
 ) -> _Ready:
     which = [0] * len(cells) if prompts is None else list(prompts)
     _check_metric(model, metric, len(batch.lengths))
-    rows = rows_of(model, batch, cells, which, standing)
+    rows = rows_of(model, batch, cells, which, standing, began=began)
     _refuse_unread(model, batch, metric, rows)
     ids, over = _narrowed(model, metric)
     vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)
@@ -245,15 +252,22 @@ def _prepare(
     return _Ready(which, over, ids, groups, passes, _plan(model, len(rows), passes, most), standing)
 
 
-def _run(model: LoadedModel, ready: _Ready, cells: int, progress: Callable[[int, int], None] | None) -> SweepResult:
+def _run(
+    model: LoadedModel,
+    ready: _Ready,
+    cells: int,
+    progress: Callable[[int, int], None] | None,
+    start: Tensor | None = None,
+) -> SweepResult:
     """Run a sweep that is ready, group by group and pass by pass."""
     values: Tensor | None = None
     base_values: list[Tensor | None] = [None] * sum(len(group.prompts) for group in ready.groups)
     done = 0
     try:
         for group in ready.groups:
+            own = None if start is None else start[list(group.prompts)]
             cached = model.anatomy.causal
-            base = base_of(model, group.batch, group.prompts, group.read, ready.ids, ready.standing, cached)
+            base = base_of(model, group.batch, group.prompts, group.read, ready.ids, ready.standing, cached, own)
             read = ready.metric.read(base.logits, torch.tensor(group.prompts, device=base.logits.device))
             for prompt_number, value in zip(group.prompts, read.float(), strict=True):
                 base_values[prompt_number] = value
@@ -304,6 +318,13 @@ def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | 
                 got=f"{rows} rows for {n} prompts",
                 do="run one other prompt, or one per prompt",
             )
+
+
+def _check_start(model: LoadedModel, batch: Batch, start: Tensor | None) -> None:
+    wanted = [len(batch.lengths), max(batch.lengths), model.anatomy.d_model]
+    if start is not None and (list(start.shape) != wanted or len(set(batch.lengths)) > 1):
+        what, do = "the stream that prompts start with must be [prompt, pos, d_model]", "start prompts of one length"
+        raise error(EditError, what, got=list(start.shape), allowed=str(wanted), do=do)
 
 
 def _source_rows(edit: object) -> int | None:

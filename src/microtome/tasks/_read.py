@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from microtome.errors import DataError, error
+from microtome.files import PAIRS, whole_file
 from microtome.tasks._pair import Answers, Draft, Pair, pair_of
 from microtome.tasks._task import Task
 from microtome.tasks._tokens import Misfit, Tokens
@@ -51,10 +52,7 @@ def read(path: str | os.PathLike[str], source: Any, *, answers: Answers = "one")
 
 def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """The rows of a file, each with where it stands."""
-    if not path.is_file():
-        raise error(DataError, f'cannot read "{path}": there is no such file', do="check the path")
-    if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise error(DataError, f'cannot read "{path}" as pairs', got=path.suffix or "no ending", allowed=".csv, .jsonl")
+    whole_file(path, PAIRS, "as pairs")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as cause:

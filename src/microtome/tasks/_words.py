@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-DATA = files("microtome.tasks") / "data"
+DATA = files("microtome") / "tasks" / "data"  # of the package, so that names are read without importing this room
 
 
 @cache
