@@ -12,9 +12,10 @@ from torch import Tensor
 
 from microtome.anatomy import Address, Anatomy, Site, parse
 from microtome.edit import Selection, canonical
-from microtome.errors import SiteError, error
+from microtome.errors import DataError, SiteError, error
 from microtome.run._batch import Batch
 from microtome.run._labelled import Captured, joined
+from microtome.run._saved import SavedRun
 from microtome.shown import brief, shown
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ class Run:
         Raises:
             OutputError: the file cannot be written.
         """
-        from microtome.run._saved import save_run  # which is made of runs
-
-        save_run(self, path)
+        held = self.__getstate__()
+        words: Words = held["_to_words"]
+        SavedRun(self.anatomy, self.batch, held["_logits"], held["captured"], words.known, self.provenance).write(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: LoadedModel | None = None) -> Run:
@@ -113,9 +114,23 @@ class Run:
         Raises:
             DataError: the file is missing or damaged, holds no run, or one of another model than the one given.
         """
-        from microtome.run._saved import load_run
-
-        return load_run(path, model)
+        saved = SavedRun.read(path)
+        if model is None:
+            words = Words(dict(saved.words))
+            return cls(saved.anatomy, saved.batch, saved.logits, saved.captured, {}, words, saved.provenance)
+        own = model.provenance["fingerprint"]
+        if saved.provenance["fingerprint"] != own:
+            raise error(
+                DataError,
+                f"the run in {path} is of another model",
+                got=f"{saved.provenance['model']} ({saved.provenance['fingerprint']})",
+                allowed=f"{model.anatomy.name} ({own})",
+                do="open its model, or load it without model=",
+            )
+        batch = Batch(saved.batch.tokens.to(model.device), saved.batch.lengths, saved.batch.pads)
+        logits = None if saved.logits is None else saved.logits.to(model.device)
+        captured = {address: x.to(model.device) for address, x in saved.captured.items()}
+        return cls(model.anatomy, batch, logits, captured, {}, model.to_words, saved.provenance)
 
     @property
     def tokens(self) -> Tensor:
