@@ -41,9 +41,7 @@ EFFECTS = ("total", "direct", "indirect", "norm", "repair")
 SIGN = "ablated minus clean, so that below 0 the component helps the answer"
 
 
-def _effect(
-    name: str, meaning: str, dims: tuple[str, ...] = ("component",), sign: str = SIGN
-) -> tuple[Column, Column]:
+def _effect(name: str, meaning: str, dims: tuple[str, ...] = ("component",), sign: str = SIGN) -> tuple[Column, Column]:
     """An effect, and its control: that of what is like the component."""
     meaning = f"change of the logit (difference) {meaning}; {sign}"
     control = f"mean {name} of the layer's other heads, or of the branch in other layers"
