@@ -69,7 +69,8 @@ class Atlas:
         measured = mt.measure(self.model, *self.manifest["measures"], text=[TEXT] * 20, **OPTIONS)
         ends = {name: array.values for name, array in measured.items() if str(name).endswith(("_lo", "_hi"))}
         self.ends = {str(name): values for name, values in ends.items()}
-        self.expected = {"layers": layers(self), "heads": heads(self), "neurons": neurons(self)}
+        plain = {"layers": layers(self), "heads": heads(self), "neurons": neurons(self)}
+        self.expected = {name: found | differences(found) for name, found in plain.items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,13 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
 
 
 # -------------------------------------------------------------------------------------------------- the plain numbers
+
+
+def differences(found: Columns) -> Columns:
+    """Each column minus its control."""
+    controls = {column.name: column.control for method in mt.measures().values() for column in method.columns}
+    pairs = {name: controls.get(name, "") for name in found}
+    return {f"{name}_diff": found[name] - found[control] for name, control in pairs.items() if control in found}
 
 
 def loss_by_row(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -97,7 +105,12 @@ def layers(atlas: Atlas) -> Columns:
     found["mlp_share"] = (mlp.norm(dim=-1) / mid.norm(dim=-1))[:, :, 1:].mean((1, 2))
     pairs = {"attn_cos": (pre, attn), "mlp_cos": (mid, mlp), "block_cos": (pre, post)}
     found |= {name: cosine_similarity(*pair, dim=-1)[:, :, 1:].mean((1, 2)) for name, pair in pairs.items()}
-    found["block_influence"] = 1 - found["block_cos"]
+    away = -((tokens.shape[1] - 1) // 2)  # half a row on, the first token left out
+    for name, (read, added) in pairs.items():
+        other = torch.roll(added[:, :, 1:], away, dims=2)
+        found[f"{name}_elsewhere"] = cosine_similarity(read[:, :, 1:], other, dim=-1).mean((1, 2))
+    for end in ("", "_elsewhere"):
+        found[f"block_influence{end}"] = 1 - found[f"block_cos{end}"]
     found["median_abs"] = post.abs().median(-1).values.mean((1, 2))  # rows of 20: every position is one of the 32
     found["max_abs"], found["max_abs_dim"] = post.abs().amax((1, 2)).max(-1)
     for name, values in (("effective_rank", covariance_roots(post)), ("effective_rank_diagonal", variances(post))):
