@@ -294,8 +294,10 @@ def test_every_method_runs_on_every_family_that_opens(kind: str) -> None:
         except mt.errors.MicrotomeError as problem:
             refused[name] = str(problem)
             continue
-        if isinstance(made, xr.Dataset):
-            assert all(np.isfinite(x).any() for x in numbers(made).values()), name
+        if isinstance(made, xr.Dataset):  # intervals of few examples may have no ends
+            own = {column.name for column in METHODS[name].columns}
+            empty = {key for key, x in numbers(made).items() if key in own and not np.isfinite(x).any()}
+            assert not empty, name
     assert refused.keys() == REFUSED.get(kind, set())
     assert all("To do: " in text and "\n" not in text for text in refused.values())
 
