@@ -174,3 +174,42 @@ def test_what_cannot_be_traced_is_refused(model: mt.Model, change: dict[str, obj
     arguments = {"prompt": PROMPT, "subject": SPAN, "answer": 11} | change
     with pytest.raises(mt.errors.MicrotomeError, match=text):
         mt.explain.causal_trace(model, arguments.pop("prompt"), **arguments)
+
+
+STANDING = {
+    "embed": [mt.edit.Scale("embed@1-5", 1.5)],
+    "resid_pre": [mt.edit.Scale("0-1.resid_pre", 1.5)],
+    "later": [mt.edit.Scale("1.resid_pre", 1.5), mt.edit.Scale("0.mlp_out", 0.5)],
+}
+
+
+@pytest.mark.parametrize("where", STANDING)
+def test_inside_editing_every_cell_is_its_literal_forward(model: mt.Model, where: str) -> None:
+    """What a sweep starts with holds the standing edits of the first layer's input: they act once."""
+    with model.editing(*STANDING[where]):
+        data = mt.explain.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=1, window=2, noise=2.0)
+        std, seed = data.attrs["std"], noise_seed(0, 0)
+        corrupt = literal(model, seed, std, None)
+        for kind, layer, restored in (
+            ("resid", 0, "0.resid_post"),
+            ("mlp", 1, "0-1.mlp_out"),
+            ("attn", 0, "0.attn_out"),
+        ):
+            for position in (2, 5):
+                expected = literal(model, seed, std, f"{restored}@{position}") - corrupt
+                got = float(data[f"{kind}_each"][0, layer, position])
+                assert got == pytest.approx(expected, abs=TOLERANCE), (kind, position)
+        assert float(abs(data["resid_each"]).max()) > 1000 * TOLERANCE
+    plain = mt.explain.causal_trace(model, PROMPT, subject=SPAN, answer=11, samples=1, window=2, noise=2.0)
+    assert float(abs(plain["corrupt"] - data["corrupt"])) > 100 * TOLERANCE
+
+
+def test_a_sweep_starts_with_a_stream_of_every_prompt(model: mt.Model) -> None:
+    cell, metric = [mt.edit.Zero("1.mlp_out@2")], mt.metric.Probability(11)
+    start = model.run([PROMPT, OTHER], capture="0.resid_pre")["0.resid_pre"]
+    begun = model.sweep([PROMPT, PROMPT], cell * 2, metric, prompts=[0, 1], start=start).run()
+    whole = model.sweep([PROMPT, OTHER], cell * 2, metric, prompts=[0, 1]).run()
+    assert begun.values.tolist() == pytest.approx(whole.values.tolist(), abs=TOLERANCE)
+    assert float(abs(begun.values[0] - begun.values[1])) > 20 * TOLERANCE
+    with pytest.raises(mt.errors.EditError, match=r"must be \[prompt, pos, d_model\]; got \[1, 6, "):
+        model.sweep([PROMPT, PROMPT], cell, metric, prompts=[0], start=start[:1])

@@ -18,7 +18,7 @@ Check:  equal to one literal forward a cell for every site and family; tests/law
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -447,3 +447,13 @@ def _act(edit: SiteEdit, named: Site, frame: Frame, n_layers: int) -> _Act:
 
 def _entry(site: Site) -> int:
     return 0 if site.layer is None else site.layer
+
+
+def source_rows(edit: object) -> int | None:
+    """How many rows the source of an edit has; None where it has none, or no tensors."""
+    source = getattr(edit, "source", None)
+    batch = getattr(source, "batch", None)
+    if batch is not None:
+        return len(batch.lengths)
+    held = [len(x) for x in source.values() if isinstance(x, Tensor)] if isinstance(source, Mapping) else []
+    return max(held, default=None)

@@ -1,11 +1,14 @@
-"""The edits of `editing` in a sweep: they stand in every row, before the edits of its cell, and in the base run."""
+"""What every row of a sweep begins with: the edits of `editing`, before those of its cell, and another first stream."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from microtome.edit import Edit, SiteEdit
 from microtome.errors import EditError, error
+from microtome.run import Batch, LoadedModel
 
 
 def standing_of(active: Sequence[Edit], *, edges: bool) -> tuple[SiteEdit, ...]:
@@ -48,3 +51,11 @@ def refuse_other_edits(now: Sequence[Edit], prepared: Sequence[Edit]) -> None:
             allowed=", ".join(map(repr, prepared)) or "none",
             do="prepare it again: model.sweep(...)",
         )
+
+
+def refuse_unfit_start(model: LoadedModel, batch: Batch, start: Tensor | None) -> None:
+    """Refuse a stream to start with that is not one of every prompt, all of one length."""
+    wanted = [len(batch.lengths), max(batch.lengths), model.anatomy.d_model]
+    if start is not None and (list(start.shape) != wanted or len(set(batch.lengths)) > 1):
+        what, do = "the stream that prompts start with must be [prompt, pos, d_model]", "start prompts of one length"
+        raise error(EditError, what, got=list(start.shape), allowed=str(wanted), do=do)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,8 @@ from microtome.run import FIXED, Batch, LoadedModel, Prompt, free_memory, in_byt
 from microtome.run.hook import lock_of
 from microtome.shown import brief, shown
 from microtome.sweep._edges import Edge, Edges, bytes_of_edges
-from microtome.sweep._pass import Base, BatchedPass, Cell, Row, base_of, rows_of
-from microtome.sweep._standing import refuse_other_edits, standing_of
+from microtome.sweep._pass import Base, BatchedPass, Cell, Row, base_of, rows_of, source_rows
+from microtome.sweep._standing import refuse_other_edits, refuse_unfit_start, standing_of
 
 
 @shown
@@ -149,7 +149,7 @@ class Sweep:
         model.require_mapped()
         self._batch = model.to_batch(prompt)
         _check(self._batch, self._cells, self._prompts)
-        _check_start(model, self._batch, start)
+        refuse_unfit_start(model, self._batch, start)
         self._room = _room(model, self._batch, self._cells, self._prompts, budget)
         # What an edge changes is known only when its branch has run: until then a cell of the same layer represents it.
         self._ready = self._prepare(
@@ -310,7 +310,7 @@ def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | 
     if any(not 0 <= p < n for p in prompts):
         raise error(EditError, "a cell names a prompt that does not exist", got=max(prompts), allowed=f"0 to {n - 1}")
     for edit in (edit for cell in cells for edit in (cell if isinstance(cell, Sequence) else (cell,))):
-        rows = _source_rows(edit)
+        rows = source_rows(edit)
         if rows not in (None, 1, n):
             raise error(
                 EditError,
@@ -318,23 +318,6 @@ def _check(batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | 
                 got=f"{rows} rows for {n} prompts",
                 do="run one other prompt, or one per prompt",
             )
-
-
-def _check_start(model: LoadedModel, batch: Batch, start: Tensor | None) -> None:
-    wanted = [len(batch.lengths), max(batch.lengths), model.anatomy.d_model]
-    if start is not None and (list(start.shape) != wanted or len(set(batch.lengths)) > 1):
-        what, do = "the stream that prompts start with must be [prompt, pos, d_model]", "start prompts of one length"
-        raise error(EditError, what, got=list(start.shape), allowed=str(wanted), do=do)
-
-
-def _source_rows(edit: object) -> int | None:
-    """How many rows the source of an edit has; None where it has none, or no tensors."""
-    source = getattr(edit, "source", None)
-    batch = getattr(source, "batch", None)
-    if batch is not None:
-        return len(batch.lengths)
-    held = [len(x) for x in source.values() if isinstance(x, Tensor)] if isinstance(source, Mapping) else []
-    return max(held, default=None)
 
 
 def _check_metric(model: LoadedModel, metric: Metric, prompts: int) -> None:
