@@ -24,7 +24,7 @@ from numpy import ndarray
 from scipy.stats import binom
 
 import microtome as mt
-from microtome.cli._tasks import PAIRS
+from microtome.cli._tasks import EACH
 from microtome.method import RepeatedTokens, Text, declared
 from microtome.stream import (
     LEAST,
@@ -90,7 +90,7 @@ def defaults() -> dict[int, list[str]]:
             if p.argument is not None and p.argument.unit in DRAWN:
                 add(p.default, f"{p.name} of {name}")
     add(inspect.signature(mt.tasks.build).parameters["n"].default, "pairs of a task")
-    add(PAIRS, "pairs of a task in `microtome tasks`")
+    add(EACH, "pairs of a task in `microtome tasks`")
     return dict(sorted(found.items()))
 
 
