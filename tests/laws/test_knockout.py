@@ -76,6 +76,7 @@ def test_the_control_cuts_as_many_other_keys(model: mt.Model) -> None:
 def test_keys_after_a_query_are_not_missed(model: mt.Model) -> None:
     data = mt.explain.attention_knockout(model, PROMPT, queries=(2, 6), keys=(5, 8), answer=11, window=3)
     expected = masked(model, "*", [5], [5])[11]  # only query 5 can read key 5
+    assert [data.attrs[of] for of in ("queries", "keys")] == ["33 41 52 60", "60 61 62"]  # without a tokenizer, ids
     agreed(data["log_probability"][1], float(expected) - float(data["clean_log"]), 1e-5)
 
 
