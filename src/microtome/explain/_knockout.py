@@ -19,6 +19,7 @@ from microtome.context import current
 from microtome.edit import KnockOut
 from microtome.errors import PromptError, error
 from microtome.explain._answers import own_answer
+from microtome.explain._pairs import Place
 from microtome.explain._spans import at, layers_at, one_prompt, one_row, span_of, window_of
 from microtome.method import (
     AnswerToken,
@@ -85,8 +86,7 @@ def attention_knockout(
         SiteError: the model's attention scores are not seen.
         BudgetError: not even one cell fits.
     """
-    tokens = one_row(model.to_batch(prompt).tokens)
-    text = one_prompt(model, prompt)
+    tokens, text, n = one_row(model.to_batch(prompt).tokens), one_prompt(model, prompt), model.anatomy.n_layers
     asked, cut = span_of(model, text, queries, "queries"), span_of(model, text, keys, "keys")
     if model.anatomy.causal and cut[0] >= asked[1]:
         raise error(
@@ -95,7 +95,6 @@ def attention_knockout(
         )  # fmt: skip
     token, attrs = own_answer(model, tokens, answer)
     sets = [list(range(*cut)), *_other_keys(model, asked, cut, len(tokens), controls)]
-    n = model.anatomy.n_layers
     windows = [layers_at(*window_of(i, window, n)) for i in range(n)]
     cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
     swept = run_sweep(model, tokens.unsqueeze(0), cells, LogProbability(token), stage="cutting attention").whole()
@@ -114,9 +113,7 @@ def attention_knockout(
     )
 
 
-def _other_keys(
-    model: Model, asked: tuple[int, int], cut: tuple[int, int], length: int, controls: int
-) -> list[list[int]]:
+def _other_keys(model: Model, asked: Place, cut: Place, length: int, controls: int) -> list[list[int]]:
     """Random sets of as many keys as are cut, no two alike, among those that the first query can read but itself."""
     last = asked[0] if model.anatomy.causal else length
     free = [k for k in range(last) if not cut[0] <= k < cut[1] and not asked[0] <= k < asked[1]]

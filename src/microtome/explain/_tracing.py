@@ -76,9 +76,7 @@ def causal_trace(
     *,
     subject: Annotated[Span, Argument("the subject: its text in the prompt, or positions", from_text=span_from_text)],
     answer: AnswerToken = None,
-    corrupt: Annotated[
-        Prompt | None, Argument("a prompt with another subject, not noise", from_text=prompt_from_text)
-    ] = None,
+    corrupt: Annotated[Prompt | None, Argument("prompt of another subject instead", from_text=prompt_from_text)] = None,
     window: Annotated[int, Argument("how many layers of a branch to restore at once", "layers", least=1)] = 10,
     noise: Annotated[float, Argument("size of the noise", "standard deviations of the embeddings", least=0)] = 3.0,
     samples: Annotated[int, Argument("how many draws of the noise to average over", "draws", least=1)] = 10,
@@ -122,12 +120,10 @@ def causal_trace(
 def _cells(model: Model, clean: Run, first: int, kinds: Sequence[str], window: int) -> list[list[SiteEdit]]:
     """By kind, a cell by layer and position: what is restored in a run that starts with the corruption.
 
-    A restored run differs from the corrupted one only after what is restored, so the corrupted run is the base of the
-    sweep, and nothing before the cell's layer and position is run again.
+    Nothing before a cell's layer and position is run again: up to there its run is the corrupted one.
     """
-    n, length = model.anatomy.n_layers, clean.tokens.shape[1]
-    cells: dict[str, list[SiteEdit]] = {kind: [] for kind in kinds}
-    for kind, layer, position in product(kinds, range(n), range(first, length)):
-        low, high = (layer, layer) if kind == "resid" else window_of(layer, window, n)
-        cells[kind].append(Patch(f"{layers_at(low, high)}.{SITES[kind]}@{position}", source=clean))
-    return list(cells.values())
+    n = model.anatomy.n_layers
+    windows = [layers_at(*window_of(layer, window, n)) for layer in range(n)]
+    layers = {kind: [str(layer) for layer in range(n)] if kind == "resid" else windows for kind in kinds}
+    places = list(product(range(n), range(first, clean.tokens.shape[1])))
+    return [[Patch(f"{layers[kind][i]}.{SITES[kind]}@{p}", source=clean) for i, p in places] for kind in kinds]
