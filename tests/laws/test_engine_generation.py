@@ -92,6 +92,7 @@ def test_chunks_of_padded_rows_are_edited_like_each_row(name: str) -> None:
         mt.edit.Mean("1.resid_post@prompt"),
         mt.edit.Set("1.resid_post@prompt", torch.ones(9, 40)),
         mt.edit.Scale("1.attn.z[0]", torch.ones(1, 9, 1, 1)),
+        mt.edit.Apply("1.mlp_out", function=lambda x: x.cumsum(1)),
     ],
 )
 def test_edits_that_need_all_positions_at_once_are_refused_in_parts(how: dict[str, Any], edit: mt.edit.Edit) -> None:
@@ -231,7 +232,26 @@ def prefix_sees_all(n: int) -> Tensor:
     return allowed[None, None]
 
 
-@pytest.mark.parametrize("mask", [prefix_sees_all(8), torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])], ids=["prefix", "hole"])
+def pads_see_themselves(n: int) -> Tensor:
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()
+    allowed[:, :3] = False
+    return (allowed | torch.eye(n, dtype=torch.bool))[None, None]
+
+
+def two_texts(n: int) -> Tensor:
+    text = torch.arange(n) < n // 2
+    return (torch.ones(n, n, dtype=torch.bool).tril() & (text[:, None] == text))[None, None]
+
+
+UNCLEAR = {
+    "prefix": prefix_sees_all(8),
+    "hole": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]]),
+    "pads": pads_see_themselves(8),
+    "packed": two_texts(8),
+}
+
+
+@pytest.mark.parametrize("mask", UNCLEAR.values(), ids=UNCLEAR)
 def test_a_mask_that_leaves_positions_unclear_is_refused(mask: Tensor) -> None:
     model = opened()
     with (
@@ -239,3 +259,11 @@ def test_a_mask_that_leaves_positions_unclear_is_refused(mask: Tensor) -> None:
         model.editing(push(model, "@1")),
     ):
         model.hf(prompt(8), attention_mask=mask)
+
+
+def test_a_call_of_a_part_of_the_model_is_refused_while_it_is_edited() -> None:
+    model = opened()
+    with model.editing(push(model, "@-1")):
+        model.hf(prompt(5))
+        with pytest.raises(mt.errors.EditError, match="call of a part of the model.*call the model itself"):
+            model.hf.model(prompt(9))

@@ -144,6 +144,21 @@ def test_runs_in_threads_are_those_of_one_thread() -> None:
             assert all(torch.equal(run[s], expected[i % 4][s]) for s in sites)
 
 
+def test_sweeps_in_threads_leave_edits_to_act() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    cells = [mt.edit.Zero(f"{layer}.mlp_out@{p}") for layer in range(2) for p in range(3)]
+    metric, plain = mt.metric.LogitDifference(4, foil=6), model.run(ids()).logits
+    expected = model.sweep(ids()[:1], cells, metric).run().values
+
+    def sweeps(_: int) -> bool:
+        return all(torch.equal(model.sweep(ids()[:1], cells, metric).run().values, expected) for _ in range(30))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(sweeps, range(2)))
+    with model.editing(mt.edit.Zero("1.mlp_out")):
+        assert not torch.allclose(model.hf(ids()).logits, plain, atol=1e-3)
+
+
 def test_a_model_that_is_edited_elsewhere_is_refused() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
     expected = model.run(ids()).logits

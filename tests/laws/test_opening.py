@@ -68,7 +68,9 @@ def test_any_other_tensor_is_refused_by_name(folder: Path, name: str) -> None:
 
 
 def test_what_takes_no_part_in_the_model_is_not(folder: Path, tmp_path: Path) -> None:
-    rewrite(folder, lambda held: held | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(5)})
+    buffers = ("self_attn.rotary_emb.inv_freq", "self_attn.rotary_emb.original_inv_freq", "attn.causal_mask")
+    spare = [*(f"model.layers.1.{name}" for name in buffers), "model.embed_positions.weights", "model.decoder.version"]
+    rewrite(folder, lambda held: held | {name: torch.ones(5) for name in spare})
     mt.open(folder)
     gpt2 = tmp_path / "gpt2"
     families.build("gpt2").save_pretrained(gpt2)

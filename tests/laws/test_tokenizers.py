@@ -221,10 +221,21 @@ def test_what_is_generated_keeps_its_first_space(kind: str) -> None:
     added = [m.tokenizer.convert_tokens_to_ids(t) for t in ("▁Paris", "▁is")]
     assert Codec(m.tokenizer).continued(added, skip_special_tokens=True) == " Paris is"
     assert Codec(m.tokenizer).continued([1, *added], skip_special_tokens=True) == " Paris is"
+    space = m.tokenizer.convert_tokens_to_ids("▁")
+    assert Codec(m.tokenizer).continued([space, space, *added]) == "   Paris is"
     ids = m.to_tokens(PROMPT)
     out = m.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
     whole = m.tokenizer.decode(out[0], skip_special_tokens=True)
     assert whole == PROMPT + m.generate(PROMPT, max_new_tokens=4)
+
+
+def test_what_is_generated_keeps_its_indentation() -> None:
+    m = model("bpe-bos")
+    ids = m.to_tokens("a  b")[0, -2:].tolist()
+    assert Codec(m.tokenizer).continued(ids) == m.tokenizer.decode(ids)
+    for text in ("  b", "    b c", "\n  b"):
+        ids = Codec(m.tokenizer).alone(text)
+        assert Codec(m.tokenizer).continued(ids) == text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -267,3 +267,9 @@ def test_a_damaged_tokenizer_is_said_to_be(folder: Path, tmp_path: Path, damage:
     assert "\n" not in str(caught.value)
     given = mt.open(tmp_path, tokenizer=Words())  # another one is as good
     assert given.run("abc").logits.isfinite().all()
+
+
+def test_what_is_none_in_a_mapping_is_not_there(model: mt.Model) -> None:
+    ids = [[3, 5, 8]]
+    given = {"input_ids": ids, "attention_mask": None, "inputs_embeds": None}
+    assert torch.equal(model.run(given).logits, model.run(ids).logits)  # pyright: ignore[reportArgumentType]

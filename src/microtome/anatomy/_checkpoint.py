@@ -13,8 +13,10 @@ ADAPTER = "adapter_config.json"
 # Tensors of files that take no part in predicting a token: buffers of older versions, and heads beside the language
 # model's own (BERT's pooler and next-sentence head).
 SPARE = (
-    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"(^|\.)attn(\.attention)?\.(masked_bias|bias)$",
-    r"(^|\.)attention\.(masked_bias|bias)$", r"(^|\.)position_ids$", r"(^|\.)pooler\.", r"^cls\.seq_relationship\.",
+    r"(^|\.)rotary(_emb)?\.((original_)?inv_freq|cos_cached|sin_cached)$", r"(^|\.)embed_positions(\.weights)?$",
+    r"(^|\.)attn(\.attention)?\.(masked_bias|bias)$", r"(^|\.)attention\.(masked_bias|bias)$",
+    r"(^|\.)attn\.causal_mask$", r"(^|\.)decoder\.version$", r"(^|\.)position_ids$",
+    r"(^|\.)pooler\.", r"^cls\.seq_relationship\.",
 )  # fmt: skip
 
 

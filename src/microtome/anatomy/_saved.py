@@ -9,9 +9,12 @@ from typing import Any, cast
 from microtome.anatomy._anatomy import Anatomy, HookPoint, Split
 from microtome.anatomy._discover import LayerParts, Norm, Parts
 from microtome.anatomy._family import Family
+from microtome.anatomy._rotary import RotarySwitch
 from microtome.anatomy._sites import Site, parse
 
-KINDS: dict[str, Any] = {k.__name__: k for k in (Anatomy, HookPoint, Split, Norm, Parts, LayerParts, Family)}
+KINDS: dict[str, Any] = {
+    k.__name__: k for k in (Anatomy, HookPoint, Split, Norm, Parts, LayerParts, Family, RotarySwitch)
+}
 
 
 def to_plain(value: Any) -> Any:

@@ -343,6 +343,8 @@ class Apply(SiteEdit):
         """What the function returns, with the dtype and device of x; it must keep the shape."""
         if self.function is None:
             raise error(EditError, f"Apply on {where.site} has no function", do="give function=")
+        if where.frame.split:
+            raise _needs_all_positions(f"Apply on {where.site}")
         new: Any = self.function(x.clone())
         shape = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
         if shape != list(x.shape):

@@ -187,6 +187,7 @@ class Model(LoadedModel):
             if lock_of(self.hf).standing_aside:
                 return
             generation.ended(output)
+            session.frame = Frame((), 0)
 
         session.hooks.before("", begin)
         session.hooks.after("", ended)

@@ -287,6 +287,7 @@ def _unreadable(prompt: object) -> PromptError:
 
 def _encoded(prompt: Mapping[str, Any], first_position: int) -> list[Tensor]:
     """The real tokens of each row of what a tokenizer gave."""
+    prompt = {key: value for key, value in prompt.items() if value is not None}
     if "input_ids" not in prompt:
         raise error(
             PromptError,

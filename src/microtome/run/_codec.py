@@ -152,7 +152,10 @@ class Codec:
     @cached_property
     def _own(self) -> tuple[Ids, Ids]:
         """What the tokenizer puts before every text, and behind it."""
-        empty, one = self._raw(""), self._raw("a")
+        try:
+            empty, one = self._raw(""), self._raw("a")
+        except ValueError:  # one that refuses a text of nothing puts nothing around it
+            return (), ()
         n = next((i for i, (a, b) in enumerate(zip(empty, one, strict=False)) if a != b), min(len(empty), len(one)))
         behind = empty[n:]
         return empty[:n], behind if one[len(one) - len(behind) :] == behind else ()
@@ -258,13 +261,12 @@ class Codec:
     def continued(self, ids: Sequence[int], **options: Any) -> str:
         """The text of ids that follow others, with the space that decoders drop at the beginning of a text."""
         text = self.tokenizer.decode(ids, **options)
-        hidden = (
-            set(getattr(self.tokenizer, "all_special_ids", ())) if options.get("skip_special_tokens") else set[int]()
-        )
-        first = next((int(i) for i in ids if int(i) not in hidden), None)
-        word = "" if first is None else self.words([first])[0]
-        spaces = len(word) - len(word.lstrip(" "))
-        return " " * spaces + text.lstrip(" ") if spaces else text
+        named = getattr(self.tokenizer, "convert_ids_to_tokens", None)
+        hidden = getattr(self.tokenizer, "all_special_ids", ()) if options.get("skip_special_tokens") else ()
+        shown = [int(i) for i in ids if int(i) not in hidden]
+        written = "" if named is None else "".join(str(piece or "") for piece in named(shown))
+        spaces = len(written) - len(written.lstrip(SPACE))  # as SentencePiece wrote them: none in other vocabularies
+        return " " * (spaces - (len(text) - len(text.lstrip(" ")))) + text
 
     def alone(self, text: str) -> Ids:
         """The ids of a text that nothing stands before, without what the tokenizer adds by itself.

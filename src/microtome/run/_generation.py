@@ -136,7 +136,7 @@ class _Call:
         return _framed(self.spans, self.width, rows, before, end, beams, split=split and cache is not None)
 
     def _refuse_others(self, tokens: Tensor, cache: Any, before: int, end: int) -> None:
-        own = self.cache is None or cache is self.cache
+        own = cache is None or self.cache is None or cache is self.cache  # a cache may be left for good midway
         whole = cache is not None or end >= self.width
         if own and whole and tokens.shape[0] % self.prompts == 0 and self._matches(tokens, before, end):
             self.cache = cache if self.cache is None else self.cache

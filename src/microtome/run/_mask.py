@@ -60,7 +60,10 @@ def _real(mask: Tensor, width: int) -> Tensor | None:
     ahead = torch.ones_like(allowed[0]).triu(1)
     real = allowed.diagonal(dim1=1, dim2=2) & ~(allowed & ahead).any(2)
     seen = (allowed & real.unsqueeze(2)).any(1)
-    return real if bool((seen == real).all()) else None
+    # Every token of one text but its first sees the one before it; packed texts, and pads that see themselves, do not.
+    follows = real[:, 1:] & (real.cumsum(1)[:, :-1] > 0)
+    joined = allowed.diagonal(-1, dim1=1, dim2=2) | ~follows
+    return real if bool((seen == real).all() and joined.all()) else None
 
 
 def _unclear() -> Exception:

@@ -176,6 +176,11 @@ class Session:
 
     def places(self, site: Site, address: Address, rows: tuple[int, ...] | None, x: Tensor) -> list[Selection]:
         """The parts of x that an address names in the forward under way; see `Frame.select`."""
+        if not self.frame.spans:
+            raise error(
+                EditError, f"{site} is reached by a call of a part of the model, whose positions are not known",
+                do="inside `editing`, call the model itself",
+            )  # fmt: skip
         width, units = canonical(x, site).shape[1], self.units(address, x, site)
         return [Selection(site, units, cut) for cut in self.frame.select(address.positions, rows, width, x.device)]
 

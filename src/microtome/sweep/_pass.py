@@ -146,7 +146,7 @@ class BatchedPass:
             inputs |= {"past_key_values": cache, "use_cache": True}
         elif model.anatomy.causal:
             inputs["use_cache"] = False
-        with torch.no_grad(), lock_of(model.hf).aside(), hooks:
+        with torch.no_grad(), hooks, lock_of(model.hf).aside():
             return model.hf(**inputs).logits
 
     def _enter(self, layer: int) -> Any:
@@ -327,7 +327,7 @@ def base_of(
     inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if cached else {}
     if not cached and model.anatomy.causal:
         inputs["use_cache"] = False
-    with torch.no_grad(), lock_of(model.hf).aside(), hooks:
+    with torch.no_grad(), hooks, lock_of(model.hf).aside():
         logits: Tensor = model.hf(input_ids=tokens, **inputs).logits
     layers: list[Any] = list(cache.layers) if cached else []
     keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)

@@ -56,6 +56,7 @@ def refuse_other_edits(now: Sequence[Edit], prepared: Sequence[Edit]) -> None:
 def refuse_unfit_start(model: LoadedModel, batch: Batch, start: Tensor | None) -> None:
     """Refuse a stream to start with that is not one of every prompt, all of one length."""
     wanted = [len(batch.lengths), max(batch.lengths), model.anatomy.d_model]
-    if start is not None and (list(start.shape) != wanted or len(set(batch.lengths)) > 1):
+    got = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
+    if start is not None and (got != wanted or len(set(batch.lengths)) > 1):
         what, do = "the stream that prompts start with must be [prompt, pos, d_model]", "start prompts of one length"
-        raise error(EditError, what, got=list(start.shape), allowed=str(wanted), do=do)
+        raise error(EditError, what, got=got, allowed=str(wanted), do=do)

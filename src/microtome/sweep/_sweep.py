@@ -141,7 +141,6 @@ class Sweep:
         start: Tensor | None = None,
     ) -> None:
         """Check, group and plan the cells; see `Model.sweep`."""
-        self._start = start
         self._cells, self._prompts = list(cells), None if prompts is None else list(prompts)
         self._model, self._metric = model, in_ids(metric, model)
         self._active = list(lock_of(model.hf).active_edits)
@@ -150,6 +149,7 @@ class Sweep:
         self._batch = model.to_batch(prompt)
         _check(self._batch, self._cells, self._prompts)
         refuse_unfit_start(model, self._batch, start)
+        self._start = None if start is None else start.to(model.device, model.dtype)
         self._room = _room(model, self._batch, self._cells, self._prompts, budget)
         # What an edge changes is known only when its branch has run: until then a cell of the same layer represents it.
         self._ready = self._prepare(

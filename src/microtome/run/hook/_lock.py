@@ -59,7 +59,7 @@ class ModelLock:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Let the hooks of active edits pass the forwards of this block by."""
+        """Let the hooks of active edits pass the forwards of this block by; only for whoever holds the lock."""
         before, self.standing_aside = self.standing_aside, True
         try:
             yield
