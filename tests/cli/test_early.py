@@ -17,6 +17,7 @@ import pytest
 import microtome as mt
 from microtome.catalogue import own
 from microtome.cli._options import slot_of
+from microtome.errors import PromptError
 from microtome.method import Method, Sketch, declared, sketch
 
 HEAVY = ("torch", "transformers", "numpy", "xarray", "scipy", "sklearn", "pyarrow", "safetensors")
@@ -62,7 +63,6 @@ WRONG: dict[tuple[str, ...], tuple[int, str]] = {
     ("nodes", *PAIR): (6, "there is nothing to read"),
     ("edges", PAIR[0], PAIR[0], "--answer", "x"): (6, "are the same"),
     ("effects", "none.jsonl", "--answer", "x"): (10, "it does not exist"),
-    ("effects", PAIR[0], "--answer", "x", "--components", "3.mpl_out"): (5, 'Did you mean "mlp_out"'),
     ("trace", PAIR[0], "--subject", "Pantheon"): (6, 'the prompt has no subject "Pantheon"'),
     ("trace", PAIR[0], "--subject", "France", "--samples", "0"): (2, "'--samples'"),
     ("trace", PAIR[0]): (2, "Missing option '--subject'"),
@@ -204,3 +204,28 @@ def test_no_colour_and_a_narrow_terminal(cli: Any, monkeypatch: pytest.MonkeyPat
     assert done.code == 0
     assert "\x1b[3" not in done.out
     assert max(map(len, done.out.splitlines())) <= 30
+
+
+CHAT = [{"role": "user", "content": "The Colosseum is in"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("causal_trace", {"prompt": CHAT, "subject": "Colosseum"}),
+        ("attention_knockout", {"prompt": CHAT, "keys": "Colosseum"}),
+        ("patch", {"clean": "The file is data.csv", "corrupt": "The file is rows.csv", "answer": "x"}),
+        ("component_effects", {"prompts": "a", "answer": "x", "components": "mlps"}),
+    ],
+)
+def test_what_only_the_method_can_judge_is_left_to_it(name: str, given: dict[str, Any]) -> None:
+    from microtome.cli._early import refuse
+
+    refuse(sketch(name), given)
+
+
+def test_a_chat_without_its_corrupt_prompt_is_refused_like_a_text() -> None:
+    from microtome.cli._early import refuse
+
+    with pytest.raises(PromptError, match="there is no corrupt prompt"):
+        refuse(sketch("patch"), {"clean": CHAT, "answer": "x"})

@@ -51,7 +51,7 @@ def test_means(law: str, n: int) -> None:
 @pytest.mark.parametrize("weights", BENCH.WEIGHTS)
 @pytest.mark.parametrize("n", DEFAULTS)
 def test_means_of_examples_of_unequal_length(weights: str, n: int) -> None:
-    for law in PROMISED:
+    for law in (law for law in PROMISED if law not in BENCH.EVEN_ONLY):
         assert LOW <= BENCH.of_weighted(law, weights, n, SAMPLES) <= HIGH, law
 
 

@@ -103,16 +103,36 @@ def test_of_symmetric_examples_the_interval_is_students_t(level: float) -> None:
     assert np.allclose(high, expected.high, rtol=1e-9)
 
 
-def test_the_ends_solve_halls_cubic() -> None:
-    """At both ends the transformed statistic is the quantile, with skewness and deviation as SciPy has them."""
+def test_the_ends_solve_halls_cubic_or_are_students() -> None:
+    """At each end the farther one: there the transformed statistic, or the plain one, is the quantile of t."""
     x = samples(12)
     mean, low, high = (v.numpy() for v in mean_interval(x))
     s, g, n = x.std(0).numpy(), skew(x.numpy(), axis=0, bias=False), len(x)
     q = t.ppf(0.975, n - 1) / n**0.5
-    for end, at in ((low, q), (high, -q)):
+    for end, at, side in ((low, q, 1), (high, -q, -1)):
         w = (mean - end) / s
-        assert np.allclose(w + g * w**2 / 3 + g**2 * w**3 / 27 + g / (6 * n), at, atol=1e-9)
+        cubic = w + g * w**2 / 3 + g**2 * w**3 / 27 + g / (6 * n)
+        student, hall = np.isclose(w, at, atol=1e-9), np.isclose(cubic, at, atol=1e-9)
+        assert (student | hall).all()
+        assert (side * w >= side * at - 1e-9).all()  # never nearer than Student's
+        assert (side * cubic >= side * at - 1e-9).all()  # nor than Hall's: the cubic grows with w
     assert (high - mean > mean - low).mean() > 0.95  # the longer side is that of the tail
+
+
+def test_the_ends_of_unequal_weights_solve_halls_cubic() -> None:
+    x, w = samples(12), torch.tensor([1.0, 9.0, *[3.0] * 10], dtype=torch.float64)
+    mean, low, high = (v.numpy() for v in mean_interval(x * w[:, None], weights=w))
+    total, n = w.sum(), len(x)
+    each = (
+        n * torch.from_numpy(mean) - (n - 1) * ((x * w[:, None]).sum(0) - x * w[:, None]) / (total - w)[:, None]
+    ).numpy()
+    s, g = each.std(0, ddof=1), skew(each, axis=0, bias=False)
+    freedom = float(w.square().sum() ** 2 / w.pow(4).sum() - 1)
+    assert freedom < 0.9 * (n - 1)
+    q = t.ppf(0.975, freedom) / n**0.5
+    for end, at in ((low, q), (high, -q)):
+        v = (mean - end) / s
+        assert np.allclose(v + g * v**2 / 3 + g**2 * v**3 / 27 + g / (6 * n), at, atol=1e-9)
 
 
 def test_intervals_turn_shift_and_stretch_with_the_data() -> None:

@@ -38,7 +38,7 @@ def refuse(method: Sketch, given: Mapping[str, Any]) -> None:
         if isinstance(value, Path):
             text_file(value)
     for name in ("clean", "prompts"):
-        if isinstance(given.get(name), str) and given[name].lower().endswith(PAIRS):
+        if _is_file(given.get(name)) and given.get("corrupt") is None:
             whole_file(given[name], PAIRS, "as pairs")
     if {"clean", "corrupt"} <= names:
         _refuse_pair(given)
@@ -47,13 +47,16 @@ def refuse(method: Sketch, given: Mapping[str, Any]) -> None:
             _refuse_span(given["prompt"], given.get(name), name)
     if method.method.kind == "change" and "sites" in given:
         parse(given["sites"])
-    if given.get("components") not in (None, "branches", "heads"):
-        parse(given["components"])
+
+
+def _is_file(prompt: Any) -> bool:
+    """Whether a prompt is the name of a file of pairs; a chat is none."""
+    return isinstance(prompt, str) and prompt.lower().endswith(PAIRS)
 
 
 def _refuse_pair(given: Mapping[str, Any]) -> None:
     clean, corrupt = given["clean"], given.get("corrupt")
-    if corrupt is None and not clean.lower().endswith(PAIRS):
+    if corrupt is None and not _is_file(clean):
         do = f"give it behind the clean one, or name a file of pairs that ends in {' or '.join(PAIRS)}"
         raise error(PromptError, "there is no corrupt prompt", do=do)
     if corrupt == clean:
@@ -63,9 +66,14 @@ def _refuse_pair(given: Mapping[str, Any]) -> None:
         raise error(PromptError, "there is nothing to read", do="give answer=")
 
 
-def _refuse_span(prompt: str, span: Any, what: str) -> None:
+def _refuse_span(prompt: Any, span: Any, what: str) -> None:
     """Refuse a text that is not in the prompt, however a tokenizer changes letters; its own marks are left to it."""
-    if isinstance(span, str) and span.strip()[:1].isalnum() and _letters(span) not in _letters(prompt):
+    if (
+        isinstance(prompt, str)
+        and isinstance(span, str)
+        and span.strip()[:1].isalnum()
+        and _letters(span) not in _letters(prompt)
+    ):
         do = "write it as it stands there, or give its positions, such as @3 or @3-5"
         raise error(PromptError, f'the prompt has no {what} "{span}"', got=f'"{prompt}"', do=do)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,17 +129,8 @@ def _checked(output: Path | None, force: bool) -> Path:
 
 
 def _write(result: Run, output: Path) -> None:
-    from safetensors.torch import save_file
-
-    from microtome.edit import unshared
-
+    if output.suffix != ".zarr":
+        result.save(output, logits=False)
+        return
     with atomic(output.resolve()) as partial:
-        if output.suffix == ".zarr":
-            result.dataset().to_zarr(partial, mode="w")
-        else:
-            tensors = unshared({str(a): x for a, x in result.captured.items()} | {"tokens": result.tokens})
-            axes = {str(a): list(result.dims(a)) for a in result.captured}
-            attributes = {
-                k: json.dumps(v) for k, v in (result.provenance | {"axes": axes, "words": result.words}).items()
-            }
-            save_file(tensors, partial, metadata=attributes)
+        result.dataset().to_zarr(partial, mode="w")

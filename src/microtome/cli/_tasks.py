@@ -69,7 +69,7 @@ def _maker(name: str | None, n: int, seed: int, answers: Any) -> Callable[[Model
     """What builds a task by name, or reads it from a file; refuses a wrong name before a model is opened."""
     from microtome.method import from_source
 
-    if name is not None and Path(name).suffix in PAIRS:
+    if name is not None and Path(name).suffix.lower() in PAIRS:
         whole_file(name, PAIRS, "as pairs")
     elif name is not None:
         from_source("microtome.tasks", "about")(name)
@@ -77,7 +77,7 @@ def _maker(name: str | None, n: int, seed: int, answers: Any) -> Callable[[Model
     def make(model: Model, which: str) -> Task:
         from microtome import tasks
 
-        if Path(which).suffix in PAIRS:
+        if Path(which).suffix.lower() in PAIRS:
             return tasks.read(which, model, answers=answers)
         return tasks.build(which, model, n, seed=seed, answers=answers, fewer=True)
 

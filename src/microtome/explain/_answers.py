@@ -119,8 +119,8 @@ def warn_of_spaces(model: Model, given: Any, ids: Sequence[int], prompts: Sequen
         if times >= FAR:
             words, where = model.to_words([ids[i], cast("int", other)]), f" of example {i}" if len(prompts) > 1 else ""
             text = (
-                f"the {what}{where} is the token {words[0]!r}, and {words[1]!r} is {times:.3g} times as likely there. "
-                f"To do: write it with the space as it follows the prompt, or give its id."
+                f"the {what}{where} is the token {words[0]!r}, and {words[1]!r} is {times:,.0f} times as likely there. "
+                f"To do: write {words[1]!r} if that is meant."
             )
             warnings.warn(text, MicrotomeWarning, stacklevel=2)
             return

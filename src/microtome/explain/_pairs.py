@@ -250,6 +250,10 @@ def _reading(
     metric: Metric | None,
 ) -> Pairs:
     """The pairs with what is read: a metric that was given, answers that were given, or those of the task."""
+    if metric is not None and not (answer is None and foil is None):
+        raise error(PromptError, "a metric and an answer cannot both be read", do="give one of them")
+    if foil is not None and answer is None:
+        raise error(PromptError, "a foil needs an answer to be compared with", do="give answer= too")
     if metric is not None:
         return Pairs(tokens, metric_of(model, metric, [pair[0] for pair in tokens]))
     if answer is None and task is not None:

@@ -90,10 +90,11 @@ class Run:
             "captured": "; ".join(held) or "nothing",
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, logits: bool = True) -> None:
         """Write this run to one safetensors file: tensors in their own types, and tokens, texts, sizes and provenance.
 
-        Gradients are not saved. What stood at `path` is replaced when the new file is whole, and not before.
+        Captured tensors have their addresses as names. Gradients are not saved, and logits are if `logits` and they
+        were computed. What stood at `path` is replaced when the new file is whole, and not before.
         Check: what is loaded is equal to the bit; tests/laws/test_engine_copies.py.
 
         Raises:
@@ -101,7 +102,9 @@ class Run:
         """
         held = self.__getstate__()
         words: Words = held["_to_words"]
-        SavedRun(self.anatomy, self.batch, held["_logits"], held["captured"], words.known, self.provenance).write(path)
+        axes = {str(address): list(self.dims(address)) for address in self.captured}
+        tensors = (held["_logits"] if logits else None, held["captured"])
+        SavedRun(self.anatomy, self.batch, *tensors, words.known, self.provenance, axes).write(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: LoadedModel | None = None) -> Run:

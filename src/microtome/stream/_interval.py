@@ -24,6 +24,10 @@ OF_SLOPES = f"95 % Student's t with HC3 errors over examples (MacKinnon and Whit
 OF_SHARES = "95 % Agresti-Coull interval over examples"
 
 
+EVEN = 0.9
+"""The share of n - 1 degrees of freedom from which on examples weigh much the same."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Estimate:
     """An estimate over examples.
@@ -52,7 +56,8 @@ def mean_interval(
     Formula:  mean = sum_e x_e / n;  s, g their standard deviation and skewness, both with the unbiased factors;
               ends: mean - s W(t), mean - s W(-t), with t = +-q / sqrt(n), q the quantile (1 + level)/2 of Student's t
               with n - 1 degrees of freedom, and W(t) = 3 ((1 + g (t - g / 6n))^(1/3) - 1) / g. Where g is 0 these are
-              mean +- s q / sqrt(n).
+              mean +- s q / sqrt(n). Where examples weigh much the same (at least 0.9 of the degrees of freedom) either
+              end is the farther one of this and of g = 0: the skewness of few examples is badly known.
               With weights, where values are sums over as much as the weights say, mean = sum x_e / sum w_e; then x_e
               above is the pseudo-value n mean - (n - 1) (mean without e), and there are (sum w^2)^2 / sum w^4 - 1
               degrees of freedom, which is n - 1 where all weigh the same.
@@ -229,7 +234,10 @@ def _ends(estimate: _Estimate, level: float) -> tuple[Tensor, Tensor]:
         root = u.sign() * u.abs().pow(1 / 3)
         return 3 * z / (root * root + root + 1)
 
-    return estimate.value - s * untransformed(t), estimate.value - s * untransformed(-t)
+    low, high = untransformed(t), untransformed(-t)
+    even = estimate.freedom >= EVEN * (n - 1)
+    low, high = (torch.where(even, a, b) for a, b in ((torch.maximum(low, t), low), (torch.minimum(high, -t), high)))
+    return estimate.value - s * low, estimate.value - s * high
 
 
 def _normal_quantile(level: float) -> float:

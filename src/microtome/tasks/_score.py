@@ -55,6 +55,10 @@ class LogOdds:
                 do="give one of each per prompt",
             )
         for right, wrong in zip(self.answers, self.foils, strict=True):
+            for held in (right, wrong):
+                if isinstance(held, str | int):
+                    what, do = "answers and foils must be a set for each prompt", f"write [[{held!r}]] for one prompt"
+                    raise error(EditError, what, got=repr(held), allowed="lists of tokens, ids or texts", do=do)
             if not right or not wrong or set(right) & set(wrong):
                 got = f"{len(right)} answers, {len(wrong)} foils, {len(set(right) & set(wrong))} in both"
                 raise error(EditError, "answers and foils must be two disjoint sets of tokens", got=got)
