@@ -18,7 +18,6 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from tests import families
@@ -26,6 +25,7 @@ from tests import families
 import microtome as mt
 from microtome.anatomy import _load
 from microtome.edit import _saved
+from microtome.run import _saved as _saved_run
 
 Cli = Callable[..., Any]
 
@@ -218,7 +218,7 @@ def test_a_sweep_larger_than_the_budget(cli: Cli, saved: Path, tmp_path: Path, c
     page = ("-o", tmp_path / "p.html", "-m", saved)
     done = cli(*arguments, *page, "--budget", 1000)
     assert done.code == 8
-    for text in ("microtome: BudgetError: ", "more than memory allows", "allowed: 1,000 B", "raise budget="):
+    for text in ("microtome: BudgetError: ", "more than memory allows", "allowed: 1,000 B", "raise --budget"):
         assert text in done.err, done.err
     assert not list(tmp_path.iterdir())
     small = cli(*arguments, "-m", saved, "--budget", 2**18, "--json")
@@ -386,12 +386,12 @@ def test_a_full_disk_or_a_stop_while_captures_are_written(
 
     file = tmp_path / "x.safetensors"
     file.write_text("kept")
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(_saved_run, "save_file", full)
     done = cli("run", "the cat", "-m", saved, "-c", "final", "-o", file, "--force")
     if isinstance(problem, KeyboardInterrupt):
         check(done, 130, "stopped; nothing is left half-written")
     else:
-        check(done, 9, f"OutputError: cannot write {file}", "No space left on device", "free space")
+        check(done, 9, f"OutputError: cannot write the run to {file}", "No space left on device", "free space")
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     assert file.read_text() == "kept"
 

@@ -150,8 +150,8 @@ def test_rows_of_the_atlas_begin_as_the_tokenizer_begins_a_text(
     )
     tokenizer.save_pretrained(folder)
     out = tmp_path / "atlas"
-    for model, bos_id in ((saved, None), (folder, "<eos>")):
-        done = cli("atlas", model, "--text", text, "--tokens", 310, "--length", 32, "-o", out, "--json")
+    for model, bos_id, force in ((saved, None, ()), (folder, "<eos>", ("--force",))):
+        done = cli("atlas", model, "--text", text, "--tokens", 310, "--length", 32, "-o", out, "--json", *force)
         assert done.code == 0, done.err
         told = json.loads((out / "manifest.json").read_text())["text"]
         assert told["rows_begin_with"] == bos_id

@@ -33,7 +33,8 @@ def test_json_holds_what_the_method_returned(cli: Cli, saved: Path) -> None:
     held = told["variables"]
     assert {"resid", "mlp", "attn", "clean", "corrupt"} <= held.keys() == set(data.data_vars)
     for name, one in held.items():
-        np.testing.assert_allclose(one["values"], data[name].values, atol=1e-5)
+        values = np.array(one["values"], dtype=float)  # null, where two samples have no interval, is NaN
+        np.testing.assert_allclose(values, data[name].values, atol=1e-5)
     assert told["provenance"]["seed"] == 0
     assert done.err.startswith("plan: ")
 
@@ -87,7 +88,7 @@ def test_a_long_plan_comes_with_choices_that_the_command_has(
 
 def test_what_makes_a_plan_shorter_is_an_option_of_some_command() -> None:
     for name, words in _methods.CHEAPER.items():
-        takers = [written(command) for command in ALL.values() if name in written(command)]
+        takers = [w for command in ALL.values() if (w := written(command)).get(name) and w[name].on.startswith("--")]
         assert takers
         for taker in takers:
             assert taker[name].on in words

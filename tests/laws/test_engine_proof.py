@@ -387,7 +387,7 @@ def test_a_rig_that_cannot_be_installed_is_taken_back() -> None:
         Site("resid_post", 2): replace(broken.hook_points[Site("resid_post", 2)], module="nowhere"),
     }
     model.anatomy = replace(broken, hook_points=hook_points)
-    with pytest.raises(AttributeError):
+    with pytest.raises(mt.errors.SiteError, match="the model no longer has nowhere"):
         model.run(ids(), capture=["*.resid_post", "*.attn.q"])
     assert traces(model.hf) == []
 

@@ -301,12 +301,15 @@ def test_a_file_of_pairs_is_its_task(tmp_path: Path) -> None:
         ({"answer": None, "foil": None}, r"there is nothing to read\. To do: give answer= or metric="),
         ({"sites": []}, r"sites names nothing; allowed: resid_pre, "),
         (
-            {"metric": mt.metric.LogProbability([11, 12])},
+            {"metric": mt.metric.LogProbability([11, 12]), "answer": None, "foil": None},
             "names fewer tokens than there are prompts; got 2 for 3 prompts",
         ),
         ({"sites": ["final"]}, "sites must be one of resid_pre, .*; got 'final'"),
         ({"direction": "sideways"}, "direction must be one of denoise, noise; got 'sideways'"),
-        ({"metric": mt.metric.Probability(11, position=0)}, "does not depend on what is patched, so that every effect"),
+        (
+            {"metric": mt.metric.Probability(11, position=0), "answer": None, "foil": None},
+            "does not depend on what is patched, so that every effect",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(model: mt.Model, change: dict[str, object], text: str) -> None:

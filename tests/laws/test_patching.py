@@ -81,9 +81,14 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
     [
         ({"corrupt": [7, 20, 64, 41]}, "differ first at token 2; got 5 and 4 tokens"),
         ({"foil": 11}, 'the foil equals the answer; got "11"'),
-        ({"answer": None}, r"there is nothing to read\. To do: give answer= or metric="),
+        ({"answer": None, "foil": None}, r"there is nothing to read\. To do: give answer= or metric="),
+        ({"answer": None}, r"a foil needs an answer to be compared with\. To do: give answer= too"),
         (
-            {"metric": mt.metric.Probability(11, position=1)},
+            {"metric": mt.metric.Probability(11)},
+            r"a metric and an answer cannot both be read\. To do: give one of them",
+        ),
+        (
+            {"metric": mt.metric.Probability(11, position=1), "answer": None, "foil": None},
             r"the metric does not depend on what is patched, so that every effect would be 0; "
             r"got it reads positions \[1\], and the prompts differ from token 2 on",
         ),
@@ -92,7 +97,7 @@ def test_an_answer_of_several_tokens_is_read_over_its_span(model: mt.Model) -> N
         ({"sites": []}, r"sites names nothing; allowed: resid_pre, "),
         ({"sites": ["logits"]}, "sites must be one of resid_pre, .*; got 'logits'"),
         ({"share": "no"}, "share must be True or False; got 'no'"),
-        ({"corrupt": None}, r"there is no corrupt prompt\. To do: give corrupt=, a Task, or the path of a .csv"),
+        ({"corrupt": None}, r"there is no corrupt prompt\. To do: give corrupt=, give a Task, or name a .csv"),
         ({"answer": " Paris", "foil": None}, 'cannot read " Paris": this model was opened without a tokenizer'),
     ],
 )

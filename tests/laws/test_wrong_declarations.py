@@ -85,7 +85,7 @@ SENTENCES = [
     "has a source that is not a Source; got 3",
     "has a source that is not a Source; got 3",
     "has a column that is not a Column; got 'bad_x'",
-    "ArgumentError progress must be a function, or None; got 3",
+    "ArgumentError progress must be a function, True, False or None; got 3",
     "ArgumentError on_plan must be a function, or None; got 'print'",
     "ArgumentError cannot read this as settings; got dict",
     "ArgumentError model is missing",

@@ -37,6 +37,8 @@ def test_the_reference_has_every_public_name(pages: ModuleType) -> None:
     assert {"microtome.edit.Patch", "microtome.explain.patch", "microtome.stream.Corpus"} <= entries
     for method in mt.methods("measure").values():
         f = method.function
+        if not f.__module__.startswith("microtome."):  # declared by another test
+            continue
         assert f"{f.__module__}.{f.__name__}" in entries, method.name
     assert not [e for e in entries if e.startswith("microtome.explain.") and not hasattr(mt.explain, e.split(".")[2])]
 

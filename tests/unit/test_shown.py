@@ -107,7 +107,7 @@ def made() -> list[Any]:
         stream.Corpus.of(IMAGE, LARGE, [f"group {i}" for i in range(len(LARGE))]), stream.standard_library_text(),
         *accumulators, *(one.result() for one in accumulators),
         site, mt.anatomy.Site("mlp.post", 1), site.units, LLAMA.anatomy.hook_points[mt.anatomy.Site("mlp.post", 1)],
-        mt.anatomy.Split(1, 2, 3, 0, 1), LLAMA.anatomy.parts.final_norm,
+        mt.anatomy.Place("models/" + IMAGE, IMAGE), mt.anatomy.Split(1, 2, 3, 0, 1), LLAMA.anatomy.parts.final_norm,
         edit.Zero("1.mlp.post"), edit.Add("1.mlp.post", WIDE), edit.Set("1.mlp.post", WIDE),
         edit.Scale("1.mlp.post", 2.0), edit.Clamp("1.mlp.post", 0.0, 1.0), edit.Mean("1.mlp.post", WIDE),
         edit.Noise("1.mlp.post"), edit.Patch("1.mlp.post", source=run), edit.Apply("1.mlp.post", torch.relu),

@@ -102,7 +102,7 @@ def test_the_row_is_named_by_its_number(tmp_path: Path, tok: Any) -> None:
             '"{}" row 1 is not CSV; got field larger than field limit (131072)',
         ),
         ("a.jsonl", json.dumps(ROWS[0] | {"group": ["a"]}), "\"{}\" line 1: the group is not text; got ['a']"),
-        ("a.txt", "x", 'cannot read "{}" as pairs; got .txt; allowed: .csv, .jsonl.'),
+        ("a.txt", "x", 'cannot read "{}" as pairs; got ".txt"; allowed: .csv, .jsonl.'),
     ],
 )
 def test_bad_files(name: str, content: str, text: str, tmp_path: Path, tok: Any) -> None:

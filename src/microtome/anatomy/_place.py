@@ -10,12 +10,14 @@ import platformdirs
 
 from microtome.anatomy._checkpoint import refuse_adapter
 from microtome.errors import ModelNotFound, error
+from microtome.shown import shown
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 MARK = "made-by-microtome.json"
 """A file in every folder that Microtome makes in its cache, so that it never deletes another's."""
 
 
+@shown
 @dataclass(frozen=True)
 class Place:
     """Where a model is.

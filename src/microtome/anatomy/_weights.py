@@ -114,16 +114,19 @@ class NormWeights:
         return {"form": form, "module": self.norm.path, "eps": brief(self.norm.eps)} | _shapes(self, ("gain", "bias"))
 
     @property
-    def gain(self) -> Float[Tensor, " d_model"] | float:
-        """[d_model], or 1.0 for a norm without weights. A sum 1 + w is in float32 at least, as in the models."""
+    def gain(self) -> Float[Tensor, "*norm"] | float:
+        """As the norm has it: [d_model], [d_head] or [head, d_head]; 1.0 for one without weights.
+
+        A sum 1 + w is in float32 at least, as in the models.
+        """
         weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor):
             return 1.0
         return at_least_float32(weight) + self.norm.offset if self.norm.offset else weight
 
     @property
-    def bias(self) -> Float[Tensor, " d_model"] | None:
-        """[d_model], or None."""
+    def bias(self) -> Float[Tensor, "*norm"] | None:
+        """As the gain, or None."""
         bias = getattr(self.module, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 

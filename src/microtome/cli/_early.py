@@ -72,10 +72,16 @@ def _refuse_span(prompt: Any, span: Any, what: str) -> None:
         isinstance(prompt, str)
         and isinstance(span, str)
         and span.strip()[:1].isalnum()
+        and _is_unicode(prompt + span)
         and _letters(span) not in _letters(prompt)
     ):
         do = "write it as it stands there, or give its positions, such as @3 or @3-5"
         raise error(PromptError, f'the prompt has no {what} "{span}"', got=f'"{prompt}"', do=do)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text holds no half of a surrogate pair, which a tokenizer refuses with words of its own."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _letters(text: str) -> str:
