@@ -299,12 +299,13 @@ def test_what_has_no_start_or_no_end_is_refused(method: Any) -> None:
     clean, corrupt = ids(0), ids(0)
     corrupt[0, 4] = 99
     source, two = captured(model, corrupt), captured(model, torch.cat([corrupt, ids(1)]))
+    early = mt.metric.Probability(11, position=3)
     for change, text in (
         ({"direction": "sideways"}, "direction must be one of denoise, noise; got 'sideways'"),
         ({"corrupt": source, "direction": "denoise"}, "a run can only supply values, not receive them"),
         ({"corrupt": two}, "can only take values from a run of one row; got 1 prompts and a run of 2 rows"),
         ({"clean": torch.cat([clean, clean]), "corrupt": source}, "got 2 prompts and a run of 1 rows"),
-        ({"metric": mt.metric.Probability(11, position=3)}, r"every effect would be 0; got it reads positions \[3\]"),
+        ({"metric": early, "answer": None}, r"every effect would be 0; got it reads positions \[3\]"),
     ):
         arguments: dict[str, Any] = {"clean": clean, "corrupt": corrupt, "answer": 11, "direction": "noise"} | change
         with pytest.raises(mt.errors.MicrotomeError, match=text):

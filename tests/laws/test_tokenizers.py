@@ -447,7 +447,7 @@ def test_an_answer_without_its_space_is_warned_of(method: str, likelier: Any) ->
     m, bare, word = spaced()
     chances = m.run(PROMPT).logits[0, -1].log_softmax(-1)
     likelier(m, word, 1000 * float((chances[bare] - chances[word]).exp()))
-    with pytest.warns(mt.errors.MicrotomeWarning, match=r"the answer is the token 'is', and ' is' is 1e\+03 times as"):
+    with pytest.warns(mt.errors.MicrotomeWarning, match=r"the answer is the token 'is', and ' is' is 1,000 times as"):
         ASKED[method](m, "is")
     with warnings.catch_warnings():
         warnings.simplefilter("error", mt.errors.MicrotomeWarning)
