@@ -99,7 +99,7 @@ def summed(rows: list[dict[str, Any]], compared: dict[str, tuple[str, str]]) -> 
 
 def traced(model: mt.Model, prompt: str, subject: str, answer: str, samples: int) -> dict[str, Any] | None:
     """What restores one fact, or None where the model does not answer so."""
-    if int(model.run(prompt).logits[0, -1].argmax()) != mt.explain.one_token(model, answer):
+    if int(model.run(prompt).logits[0, -1].argmax()) != model.to_id(answer):
         return None
     data = mt.explain.causal_trace(model, prompt, subject=subject, answer=answer, samples=samples)
     half, last = model.anatomy.n_layers // 2, data.sizes["pos"] - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,3 +95,11 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
         return Done(code, streams.out, " ".join(streams.err.split()))
 
     return call
+
+
+def check(done: Any, code: int, *texts: str) -> None:
+    """What a command that failed said: its exit code, and one line with all of these."""
+    assert done.code == code, done.err
+    assert done.err.startswith("microtome: ")
+    for text in texts:
+        assert text in done.err, done.err

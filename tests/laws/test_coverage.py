@@ -6,29 +6,15 @@ all do, is not so by chance.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from tests.scripts import ROOT, script
 
 from microtome.stream import LEAST
 
-ROOT = Path(__file__).parents[2]
-
-
-def _loaded() -> Any:
-    spec = importlib.util.spec_from_file_location("coverage_of_intervals", ROOT / "benchmarks" / "coverage.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BENCH = _loaded()
+BENCH = script("benchmarks/coverage.py")
 DEFAULTS = list(BENCH.defaults())
 PROMISED = [law for law, (_, _, promised) in BENCH.LAWS.items() if promised]
 LOW, HIGH = 0.93, 0.975

@@ -177,11 +177,12 @@ def test_a_model_that_returns_tuples_runs_like_one_that_names_its_outputs(name: 
     assert hf.config.return_dict is False
 
 
-@pytest.mark.parametrize("change", ["fewer", "more"])
+@pytest.mark.parametrize("change", ["fewer", "more", "none"])
 def test_a_model_whose_blocks_changed_is_refused(change: str) -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
     blocks = model.hf.model.layers
-    model.hf.model.layers = blocks[:1] if change == "fewer" else torch.nn.ModuleList([*blocks, blocks[0]])
+    changed = {"fewer": blocks[:1], "more": torch.nn.ModuleList([*blocks, blocks[0]]), "none": torch.nn.Identity()}
+    model.hf.model.layers = changed[change]
     metric = mt.metric.LogitDifference(answer=7, foil=9)
     for use in (
         lambda: model.run(ids()),

@@ -414,6 +414,40 @@ def test_a_result_with_an_undeclared_column_is_refused(model: mt.Model) -> None:
         forget("bad")
 
 
+def test_a_difference_counts_its_examples_as_its_column_does(model: mt.Model) -> None:
+    """Sums over unequal weights, with a control by example and with one that is a single number."""
+    weights = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0, 1.0, 2.0, 6.0, 2.0])
+    sums, noise = weights * torch.linspace(1.0, 3.0, 9), weights * torch.linspace(0.5, -0.5, 9) ** 2
+
+    @question(
+        "weighted_gain", question="What?",
+        columns=(
+            Column("gain", "1", "a gain", "by_example", dims=()), Column("by_example", "1", "its control", "", dims=()),
+            Column("rise", "1", "a rise", "known", dims=()), Column("known", "1", "its control", "", dims=()),
+        ),
+        source=Source("Nobody", "Nothing", 2026), cost="nothing", check="tests/laws/test_frame_of_methods.py", call="",
+    )  # fmt: skip
+    def weighted_gain(model: mt.Model) -> Found:
+        """A gain over examples that count unequally."""
+        return Found({"known": 0.25}, each={"gain": sums, "rise": sums, "by_example": noise}, weights=weights)
+
+    try:
+        data = weighted_gain(model)
+    finally:
+        forget("weighted_gain")
+    for name, control, each in (("gain", "by_example", sums - noise), ("rise", "known", sums - 0.25 * weights)):
+        mean, low, high = mt.stream.mean_interval(each, weights=weights)
+        assert (
+            float(data[f"{name}_diff"])
+            == pytest.approx(float(data[name] - data[control]))
+            == pytest.approx(float(mean))
+        )
+        assert float(data[f"{name}_diff_lo"]) == pytest.approx(float(low))
+        assert float(data[f"{name}_diff_hi"]) == pytest.approx(float(high))
+        plain = mt.stream.mean_interval(each)
+        assert abs(float(plain[1]) - float(low)) > 0.1  # weights matter here
+
+
 def test_unknown_measures_and_arguments_are_refused_with_what_is_near(model: mt.Model) -> None:
     with pytest.raises(mt.errors.ArgumentError, match='no method "inductoin".*Did you mean "induction"'):
         mt.measure(model, "inductoin")

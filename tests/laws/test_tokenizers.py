@@ -191,13 +191,13 @@ def test_a_word_of_sentencepiece_keeps_its_space(kind: str, tmp_path: Path) -> N
     paris = m.tokenizer.convert_tokens_to_ids("▁Paris")
     assert m.to_words([paris]) == [" Paris"]
     assert "".join(m.to_words(m.to_tokens(PROMPT)[0])) == "<s> " + PROMPT
-    assert mt.explain.one_token(m, " Paris") == paris
+    assert m.to_id(" Paris") == paris
     assert mt.explain.contributions(m, PROMPT, answer=" Paris").attrs["answer"] == " Paris"
     with pytest.raises(PromptError, match=r'"Paris" is not one token; .* with its space: " Paris"'):
-        mt.explain.one_token(m, "Paris")
+        m.to_id("Paris")
     pair = mt.tasks.build("fact.capital", m, 1)[0]
     assert pair.answer.startswith(" ")
-    assert mt.explain.one_token(m, pair.answer) == pair.answer_ids[0]
+    assert m.to_id(pair.answer) == pair.answer_ids[0]
     assert m.to_tokens(pair.clean + pair.answer)[0].tolist() == [*pair.clean_tokens, *pair.answer_ids]
     path = tmp_path / "pairs.csv"
     path.write_text(f"clean,corrupt,answer,foil\n{PROMPT},{OTHER}, Paris, Rome\n")

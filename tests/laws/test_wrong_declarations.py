@@ -72,6 +72,8 @@ for call in (
     lambda: patch(model, ids, [5, 6, 8], answer=1.5),
     lambda: patch(model, ids, [5, 6, 8], metric="answer"),
     lambda: mt.explain.node_effects(model, ids, model.run([5, 6, 8]), direction="noise", metric="answer"),
+    lambda: mt.metric.LogProbability([1, " x", 2.5]),
+    lambda: mt.tasks.LogOdds([3], [5]),
 ):
     try:
         call()
@@ -99,6 +101,8 @@ SENTENCES = [
     "PromptError cannot read a token; got 1.5; allowed: a text or an id",
     "ArgumentError metric must be a metric; got 'answer'",
     "ArgumentError metric must be a metric; got 'answer'",
+    "EditError cannot read the tokens of a metric; got 2.5; allowed: one token, or one per prompt",
+    "EditError answers and foils must be a set for each prompt; got 3; allowed: lists of tokens, ids or texts",
 ]
 
 

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from tests.scripts import ROOT, script
 
 import microtome as mt
 
-ROOT = Path(__file__).parents[2]
 pytest.importorskip("mkdocs", reason="the documentation's packages are not installed")
 
 
 @pytest.fixture(scope="module")
-def pages() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools" / "docs_pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pages() -> Any:
+    return script("tools/docs_pages.py")
 
 
-def test_the_reference_has_every_public_name(pages: ModuleType) -> None:
+def test_the_reference_has_every_public_name(pages: Any) -> None:
     text = "\n".join(pages.reference(room) for room in pages.rooms())
     entries = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
     for name in mt.__all__:
@@ -43,7 +37,7 @@ def test_the_reference_has_every_public_name(pages: ModuleType) -> None:
     assert not [e for e in entries if e.startswith("microtome.explain.") and not hasattr(mt.explain, e.split(".")[2])]
 
 
-def test_the_notebook_has_the_blocks_of_the_gallery(pages: ModuleType) -> None:
+def test_the_notebook_has_the_blocks_of_the_gallery(pages: Any) -> None:
     page = (ROOT / "docs" / pages.GALLERY).read_text()
     book = pages.notebook(page)
     code = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
@@ -53,6 +47,6 @@ def test_the_notebook_has_the_blocks_of_the_gallery(pages: ModuleType) -> None:
     assert (book["nbformat"], {c["cell_type"] for c in book["cells"]}) == (4, {"code", "markdown"})
 
 
-def test_every_task_of_the_gallery_is_short(pages: ModuleType) -> None:
+def test_every_task_of_the_gallery_is_short(pages: Any) -> None:
     for block in pages.BLOCK.findall((ROOT / "docs" / pages.GALLERY).read_text()):
         assert len([line for line in block.splitlines() if line.strip()]) <= 10, block

@@ -144,3 +144,8 @@ def test_divergence_from_a_run_reads_each_prompt_where_it_ends(padding: Literal[
 def test_a_difference_needs_its_foil() -> None:
     with pytest.raises(TypeError, match="foil"):
         mt.metric.LogitDifference(11)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_text_is_no_set_of_answers() -> None:
+    with pytest.raises(mt.errors.EditError, match=r"must be a set for each prompt; got .*; allowed: lists of tokens"):
+        mt.tasks.LogOdds(["ab"], ["cd"])

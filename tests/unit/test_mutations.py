@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+from tests.scripts import ROOT, script
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[name] = made
-    spec.loader.exec_module(made)
-    return made
-
-
-MUTATIONS = tool("mutations")
+MUTATIONS = script("tools/mutations.py")
 
 
 def changes(code: str) -> set[tuple[str, str]]:
@@ -94,7 +78,7 @@ def test_every_mutant_of_a_file_is_code_and_another_one() -> None:
 
 
 def test_a_sample_has_every_kind_and_depends_on_the_seed_alone() -> None:
-    tool_ = tool("mutants")
+    tool_ = script("tools/mutants.py")
     text = (ROOT / "src" / "microtome" / "explain" / "_effects.py").read_text(encoding="utf-8")
     every = MUTATIONS.mutants("x.py", text)
     first, again, other = (tool_.sampled(every, 15, seed) for seed in (1, 1, 2))
@@ -104,7 +88,7 @@ def test_a_sample_has_every_kind_and_depends_on_the_seed_alone() -> None:
 
 
 def test_a_mutant_is_tried_on_the_tests_that_execute_it_the_quickest_of_each_first() -> None:
-    tool_ = tool("mutants")
+    tool_ = script("tools/mutants.py")
     (mutant,) = [m for m in MUTATIONS.mutants("a.py", "x = 1\n\n\ndef f():\n    return -y\n") if m.kind == "sign"]
     tests = [
         tool_.Covering("t.py::slow", 5.0, {"a.py": frozenset({5})}),

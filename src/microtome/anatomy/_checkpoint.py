@@ -87,17 +87,17 @@ def refuse_unlike(loading: dict[str, Any], short: str) -> None:
         raise error(ModelBroken, what, got=f"{name} {list(held)}", allowed=f"{list(asked)}", do=do)
     if loading["missing_keys"]:
         what = f"the files of {short} lack weights"
-        raise error(ModelBroken, what, got=_some(loading["missing_keys"], "missing"), do=do)
+        raise error(ModelBroken, what, got=_listed(loading["missing_keys"], "missing"), do=do)
     left = {name for name in loading["unexpected_keys"] if not any(re.search(spare, name) for spare in SPARE)}
     if left:
         raise error(
             ModelBroken,
             f"the files of {short} hold weights that have no place in the model of its config.json",
-            got=_some(left, "left over"),
+            got=_listed(left, "left over"),
             do="mend config.json, or load the model with transformers and open what it gives",
         )
 
 
-def _some(names: Any, kind: str) -> str:
+def _listed(names: Any, kind: str) -> str:
     names = sorted(names)
     return f"{len(names)} {kind}: " + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -154,11 +154,11 @@ def _refuse_frequencies(model: Any, file: GGUF) -> None:
     made = made if divisors is None else made / divisors
     if own.shape != made.shape or not torch.allclose(own.double(), made, rtol=1e-4, atol=0):
         what = f"the rotary positions that transformers reads from {file.path.name} ({file.arch}) are not those of it"
-        got = f"frequencies {_some(own)}"
-        raise error(ModelUnsupported, what, got=got, allowed=_some(made), do=DO)
+        got = f"frequencies {_first_few(own)}"
+        raise error(ModelUnsupported, what, got=got, allowed=_first_few(made), do=DO)
 
 
-def _some(frequencies: Tensor) -> str:
+def _first_few(frequencies: Tensor) -> str:
     return "[" + ", ".join(f"{x:.4g}" for x in frequencies[:4].tolist()) + (", ...]" if len(frequencies) > 4 else "]")
 
 

@@ -115,14 +115,7 @@ def thin(tokens: int, rows: int) -> list[str]:
 
 
 def _check_model(model: Model) -> None:
-    if not model.anatomy.causal:
-        raise error(
-            ModelUnsupported,
-            f"{model.anatomy.name} does not predict the next token, so it has no loss to measure",
-            got="attention in both directions",
-            allowed="causal models",
-            do="choose a causal model",
-        )
+    model.require_next_token()
     if model.tokenizer is None:
         raise error(
             ModelUnsupported,

@@ -1,6 +1,5 @@
 """Why a model gives its answer: lenses, decompositions, patching and attribution."""
 
-from microtome.explain._answers import one_token as one_token
 from microtome.explain._attribution import RELP as RELP
 from microtome.explain._attribution import attribute as attribute
 from microtome.explain._contributions import contributions as contributions

@@ -63,15 +63,6 @@ def metric_of(model: Model, metric: object, prompts: Sequence[Tensor]) -> Metric
     return found
 
 
-def one_token(model: Model, text: str | int) -> int:
-    """The id of a text of one token; an id is itself.
-
-    Raises:
-        PromptError: it is several tokens, with the tokens that it is, lies outside the vocabulary, or is none.
-    """
-    return model.to_id(text)
-
-
 def answers_of(model: Model, given: Answer, n: int, what: str = "answer") -> list[int]:
     """The token of each of n examples.
 
@@ -86,7 +77,7 @@ def answers_of(model: Model, given: Answer, n: int, what: str = "answer") -> lis
     listed = _listed(plain, n)
     if len(listed) != n:
         raise error(PromptError, f"there must be one {what} per example", got=len(listed), allowed=str(n))
-    return [one_token(model, a) for a in listed]
+    return [model.to_id(a) for a in listed]
 
 
 def _listed(given: Any, n: int) -> list[Any]:
@@ -177,6 +168,6 @@ def answer_metric(model: Model, answer: Answer | None, foil: Answer | None, prom
 def own_answer(model: Model, tokens: Int[Tensor, " pos"], answer: str | int | None) -> tuple[int, dict[str, Any]]:
     """The token that is read of one prompt [pos], the model's own by default; and what a result says of it."""
     own = int(model.run(tokens.unsqueeze(0)).logits[0, -1].argmax())
-    token = own if answer is None else one_token(model, answer)
+    token = own if answer is None else model.to_id(answer)
     warn_of_spaces(model, answer, [token], [tokens], "answer")
     return token, {"answer": model.to_words([token])[0], "known": int(token == own)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from microtome.errors import PromptError, SiteError, error
 from microtome.explain._answers import Answer, answers_and_foils, metric_in_words, metric_of
 from microtome.explain._spans import span_of
+from microtome.files import PAIRS
 from microtome.method import Argument, Span
 from microtome.metric import LogitDifference, LogProbability, Metric
 from microtome.model import Model
@@ -22,7 +23,6 @@ from microtome.tasks import Task, read, require_fit
 
 Given = Prompt | Task | os.PathLike[str]
 Place = tuple[int, int]
-SUFFIXES = (".csv", ".jsonl")
 SMALLEST_GAP = 1e-4
 """What rounding may leave of the difference between two equal metrics."""
 
@@ -211,7 +211,7 @@ def task_of(model: Model, given: Given) -> Task | None:
     Raises:
         PromptError: the task was built with another tokenizer; DataError: the file cannot be read as pairs.
     """
-    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(SUFFIXES)):
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(PAIRS)):
         return read(given, model)
     if not isinstance(given, Task):
         return None

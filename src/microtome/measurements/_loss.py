@@ -16,9 +16,7 @@ from torch import Tensor
 from microtome.axes import Tokens
 from microtome.context import current
 from microtome.edit import Edit, Skip, Zero
-from microtome.errors import ModelUnsupported, error
 from microtome.method import Column, Seen, Source, Text, measure
-from microtome.model import Model
 
 WHOLE = "none: already relative to the loss of the whole model"
 CHART = "Loss when a part is skipped"
@@ -32,17 +30,6 @@ def token_loss(logits: Float[Tensor, "batch pos vocab"], tokens: Tokens) -> Floa
         for row, target in zip(logits, tokens, strict=True)
     ]
     return torch.stack(rows)
-
-
-def _require_causal(model: Model) -> None:
-    if not model.anatomy.causal:
-        raise error(
-            ModelUnsupported,
-            f"{model.anatomy.name} does not predict the next token, so it has no loss to measure",
-            got="attention in both directions",
-            allowed="causal models",
-            do="choose a causal model",
-        )
 
 
 @measure(
@@ -67,7 +54,7 @@ def loss(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         ModelUnsupported: the model is not causal.
     """
-    _require_causal(seen.model)
+    seen.model.require_next_token()
     tokens = seen.tokens
     found = torch.nn.functional.pad(token_loss(seen["logits"], tokens), (1, 0))
     predicted = torch.ones(tokens.shape, dtype=torch.bool)
@@ -105,7 +92,7 @@ def ablation_loss(seen: Seen) -> dict[str, Tensor]:
     Raises:
         ModelUnsupported: the model is not causal.
     """
-    _require_causal(seen.model)
+    seen.model.require_next_token()
     model, tokens = seen.model, seen.tokens
     branches: dict[str, Callable[[int], Edit]] = {
         "attn": lambda i: Zero(f"{i}.attn_out"), "mlp": lambda i: Zero(f"{i}.mlp_out"), "block": Skip,

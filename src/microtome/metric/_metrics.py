@@ -93,8 +93,12 @@ def _named(tokens: Any) -> tuple[Any, ...] | None:
     """The tokens that were given if any of them is a text; None if they are ids or nothing that can be read."""
     if isinstance(tokens, str):
         return (tokens,)
-    several = isinstance(tokens, Sequence) and not isinstance(tokens, bytes | bytearray)
-    return tuple(cast("Sequence[Any]", tokens)) if several and any(isinstance(t, str) for t in tokens) else None
+    if not isinstance(tokens, Sequence) or isinstance(tokens, bytes | bytearray):
+        return None
+    several = cast("Sequence[Any]", tokens)
+    if not any(isinstance(t, str) for t in several):
+        return None
+    return tuple(t if isinstance(t, str) else _ids(t)[0] for t in several)
 
 
 def _named_or_ids(tokens: Tokens) -> tuple[Any, ...]:
@@ -386,7 +390,11 @@ class SpanLoss:
         wrong = next((i for i, row in enumerate(rows) if len(row) != len(self.positions)), None)
         if wrong is not None:
             got, allowed = f"{texts[wrong]!r}, {len(rows[wrong])} tokens", f"{len(self.positions)}, one per position"
-            raise error(EditError, "a target of a SpanLoss does not fit its positions", got=got, allowed=allowed)
+            what, do = (
+                "a target of a SpanLoss does not fit its positions",
+                "name one position per token",
+            )
+            raise error(EditError, what, got=got, allowed=allowed, do=do)
         return replace(self, targets=torch.tensor(rows))
 
     def columns(self, prompt: int, length: int) -> list[int]:

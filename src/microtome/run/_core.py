@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import Anatomy, LayerWeights, NormWeights, Weights, integer
-from microtome.errors import PromptError, SiteError, error
+from microtome.errors import ModelUnsupported, PromptError, SiteError, error
 from microtome.run._batch import Batch, Prompt, encodings_of, to_batch
 from microtome.run._codec import Codec, Encoding
 from microtome.run._fingerprint import Fingerprint, tensors_of
@@ -80,7 +80,11 @@ class LoadedModel:
             SiteError: blocks were added or taken away after it was opened.
         """
         trunk = self.anatomy.parts.layers[0].block.rpartition(".")[0]
-        blocks = len(self.hf.get_submodule(trunk))
+        try:
+            held: Any = self.hf.get_submodule(trunk)
+            blocks = len(held)
+        except (AttributeError, TypeError):  # it is gone, or is no list of blocks any more
+            blocks = 0
         if blocks != self.anatomy.n_layers:
             raise error(
                 SiteError,
@@ -109,6 +113,21 @@ class LoadedModel:
     def final_norm(self) -> NormWeights | None:
         """The norm before the unembedding."""
         return self._weights.final_norm
+
+    def require_next_token(self) -> None:
+        """Refuse a model that does not predict the next token.
+
+        Raises:
+            ModelUnsupported: it attends in both directions.
+        """
+        if not self.anatomy.causal:
+            raise error(
+                ModelUnsupported,
+                f"{self.anatomy.name} does not predict the next token",
+                got="attention in both directions",
+                allowed="causal models",
+                do="choose a causal model",
+            )
 
     def require_readable(self) -> NormWeights:
         """The final norm, of a model whose residual stream can be read as logits.

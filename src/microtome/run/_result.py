@@ -16,6 +16,7 @@ from microtome.errors import DataError, SiteError, error
 from microtome.run._batch import Batch
 from microtome.run._labelled import Captured, joined
 from microtome.run._saved import SavedRun
+from microtome.run._session import compact
 from microtome.shown import brief, shown
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class Run:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy and a pickle hold: everything but the model and the graph, so that a copy has no gradients."""
-        tensors = {address: _apart(x) for address, x in self.captured.items()}
-        logits = None if self._logits is None else _apart(self._logits)
+        tensors = {address: compact(x.detach()) for address, x in self.captured.items()}
+        logits = None if self._logits is None else compact(self._logits.detach())
         words = Words.of(self.tokens, self.words)
         return self.__dict__ | {"captured": tensors, "_logits": logits, "_nodes": {}, "_to_words": words}
 
@@ -379,12 +380,6 @@ class Run:
         zeros = torch.zeros(len(gradients), *end.shape, dtype=end.dtype, device=end.device)
         outputs, rows = [start, end.view_as(end)], [gradients, zeros]
         return torch.autograd.grad(outputs, end, rows, retain_graph=True, is_grads_batched=True)[0]
-
-
-def _apart(x: Tensor) -> Tensor:
-    """A tensor without its graph, and without the larger one out of which it was cut."""
-    x = x.detach()
-    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 def _layer(address: Address) -> int | None:

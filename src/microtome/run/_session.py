@@ -29,7 +29,7 @@ class Stop(Exception):
     """Raised inside a forward to end it where nothing more is wanted; caught by the run."""
 
 
-def _alone(x: Tensor) -> Tensor:
+def compact(x: Tensor) -> Tensor:
     """A tensor to be kept: a copy where it is cut out of a larger one, all of which it would keep with it."""
     return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
@@ -60,7 +60,7 @@ class _Visitor:
         # Models that are set up for gradient checkpointing let embeddings require gradients also where none are kept.
         seen = x if self.session.grad else x.detach()
         for address in self.captures:
-            self.session.captured[address] = _alone(self.session.cut(seen, self.site, address))
+            self.session.captured[address] = compact(self.session.cut(seen, self.site, address))
         for observe in self.observers:
             observe(self.site, seen)
         self.session.waiting.discard(self.site)

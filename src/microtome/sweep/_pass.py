@@ -316,8 +316,8 @@ def base_of(
     for i, layer in enumerate(model.anatomy.parts.layers):
         hooks.before(layer.block, keep(i))
     # What enters a layer is kept as it is before edits: a row that joins there is edited like all others.
-    began = start is not None
-    acts = [standing_acts(model, standing, prompt, tokens.shape[1], began=began) for prompt in prompts]
+    has_start = start is not None
+    acts = [standing_acts(model, standing, prompt, tokens.shape[1], has_start=has_start) for prompt in prompts]
     _install_acts(hooks, model, acts, lambda: (int(tokens.shape[0]), int(tokens.shape[1])))
     unembedding = model.anatomy.parts.unembedding
     hooks.before(unembedding, select)
@@ -335,7 +335,7 @@ def base_of(
 
 
 def standing_acts(
-    model: LoadedModel, standing: Sequence[SiteEdit], prompt: int, length: int, *, began: bool = False
+    model: LoadedModel, standing: Sequence[SiteEdit], prompt: int, length: int, *, has_start: bool = False
 ) -> list[_Act]:
     """The edits that stand in every row of a sweep, each narrowed to one layer, for one prompt.
 
@@ -353,7 +353,7 @@ def standing_acts(
                         do="leave rows= out, or put the edit into the cells that it is for")  # fmt: skip
         frame.columns_of(edit.address.positions)
         found += [replace(_act(edit, site, frame, n), standing=True) for site in model.anatomy.sites(edit.address)]
-    return [act for act in found if not (began and act.site in STARTS)]
+    return [act for act in found if not (has_start and act.site in STARTS)]
 
 
 STARTS = (Site("embed"), Site("resid_pre", 0))
@@ -383,7 +383,7 @@ def rows_of(
     prompts: Sequence[int],
     standing: Sequence[SiteEdit] = (),
     *,
-    began: bool = False,
+    has_start: bool = False,
 ) -> list[Row]:
     """Rows of a pass from cells: every edit narrowed to one layer, at the site where it first acts.
 
@@ -406,7 +406,7 @@ def rows_of(
             acts += [_act(edit, site, cut, n) for site in model.anatomy.sites(edit.address)]
         entry, first = min(_entry(act.site) for act in acts), min(act.frame.first for act in acts)
         if prompt not in always:
-            always[prompt] = standing_acts(model, standing, prompt, batch.lengths[prompt], began=began)
+            always[prompt] = standing_acts(model, standing, prompt, batch.lengths[prompt], has_start=has_start)
         later = [act for act in always[prompt] if _entry(act.site) >= entry]
         first = min([first, *map(_first_whole, later)])
         rows.append(Row(place, prompt, (*later, *acts), entry, first))

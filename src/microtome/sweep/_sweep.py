@@ -172,9 +172,8 @@ class Sweep:
         return self._ready.plan
 
     def _prepare(self, cells: Sequence[Cell]) -> _Ready:
-        began = self._start is not None
-        room, standing = self._room, self._standing
-        return _prepare(self._model, self._batch, cells, self._metric, self._prompts, room, standing, began=began)
+        given = self._model, self._batch, cells, self._metric, self._prompts, self._room, self._standing
+        return _prepare(*given, has_start=self._start is not None)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> SweepResult:
         """Run every cell.
@@ -231,11 +230,11 @@ def _prepare(
     room: _Room,
     standing: tuple[SiteEdit, ...],
     *,
-    began: bool,
+    has_start: bool,
 ) -> _Ready:
     which = [0] * len(cells) if prompts is None else list(prompts)
     _check_metric(model, metric, len(batch.lengths))
-    rows = rows_of(model, batch, cells, which, standing, began=began)
+    rows = rows_of(model, batch, cells, which, standing, has_start=has_start)
     _refuse_unread(model, batch, metric, rows)
     ids, over = _narrowed(model, metric)
     vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microtome.errors import EditError, ModelUnsupported, PromptError, error
+from microtome.errors import EditError, PromptError, error
 from microtome.metric import LogitDifference, Metric, Vocabulary
 from microtome.model import Model
 from microtome.shown import shown
@@ -100,9 +100,7 @@ def require_fit(model: Model, pairs: Sequence[Pair], text: bool) -> None:
         ModelUnsupported: it is not causal.
         PromptError: its tokenizer gives other ids.
     """
-    if not model.anatomy.causal:
-        got = f"{model.anatomy.name}, which is not causal"
-        raise error(ModelUnsupported, "tasks ask for the next token", got=got, do="use a causal model")
+    model.require_next_token()
     if not text or model.tokenizer is None:
         return
     tokens = Tokens.of(model)

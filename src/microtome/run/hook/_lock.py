@@ -40,7 +40,7 @@ class ModelLock:
             EditError: another thread edits the model, or this one is already inside a run.
         """
         with self._free:
-            self._wait()
+            self._require_idle()
             self._owner = get_ident()
             self._running, self._blocks = edits is None, self._blocks + (edits is not None)
             self.active_edits.extend(edits or ())
@@ -73,9 +73,9 @@ class ModelLock:
             EditError: another thread edits it.
         """
         with self._free:
-            self._wait_for_others()
+            self._wait_or_refuse()
 
-    def _wait_for_others(self) -> None:
+    def _wait_or_refuse(self) -> None:
         while self._owner not in (None, get_ident()):
             if self._blocks:
                 raise error(
@@ -86,8 +86,8 @@ class ModelLock:
                 )
             self._free.wait()
 
-    def _wait(self) -> None:
-        self._wait_for_others()
+    def _require_idle(self) -> None:
+        self._wait_or_refuse()
         if self._running:
             raise error(
                 EditError,
