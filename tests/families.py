@@ -264,11 +264,17 @@ def build(name: str) -> PreTrainedModel:
     """The tiny model called ``name``: eval mode, float32, and the same weights at every call."""
     prefix, settings = _CONFIGS[name]
     config_class = getattr(transformers, f"{prefix}Config")
-    auto = transformers.AutoModelForMaskedLM if KIND[name] == "masked" else transformers.AutoModelForCausalLM
+    # A copy, since configurations write into their nested settings.
+    return made(config_class(**copy.deepcopy(settings)), name)
+
+
+def made(config: Any, name: str = "") -> PreTrainedModel:
+    """The model of a configuration, with the same random weights at every call of one name."""
+    masked = KIND.get(name) == "masked"
+    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()))
-        # A copy, since configurations write into their nested settings.
-        model = auto.from_config(config_class(**copy.deepcopy(settings))).float().eval()
+        model = auto.from_config(config).float().eval()
         _randomise(model)
     return model
 

@@ -72,8 +72,7 @@ def registered(name: str, kernel: Callable[..., Any], mask: Callable[..., Any]) 
         yield
     finally:
         for registry in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
-            for known in (name, f"microtome:{name}"):
-                registry._global_mapping.pop(known, None)
+            registry._global_mapping.pop(name, None)
 
 
 SDPA = transformers.AttentionInterface._global_mapping["sdpa"]
@@ -266,3 +265,31 @@ def test_a_norm_that_hides_its_epsilon_is_measured(scale: float) -> None:
     norm = model.layers[0].attn_norm
     assert norm is not None
     assert norm.norm.eps == pytest.approx(1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ sparse attention
+
+
+def test_a_model_that_chooses_its_mask_by_the_kernel_s_name_keeps_it() -> None:
+    # DeepSeek-V3.2 (2025) reads its top-k keys alone, here 4 of 24, and only under kernels that it knows by name.
+    settings = families._DEEPSEEK | {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16}
+    hf = families.made(transformers.DeepseekV32Config(**settings))
+    tokens = ids(2, 24)
+    with torch.no_grad():
+        expected = hf(input_ids=tokens).logits
+    model = mt.open(hf, prove=False)
+    inside = [f"*.attn.{name}" for name in ("q", "k", "v", "scores", "pattern", "z")]
+    run = model.run(tokens, capture=inside)
+    assert torch.equal(run.logits, expected)
+    assert set((run["2.attn.pattern"] > 0).sum(-1)[:, :, 4:].flatten().tolist()) == {4}
+    dense = replace_topk(hf, 64)
+    with torch.no_grad():
+        assert (dense(input_ids=tokens).logits - expected).abs().max() > 0.01  # that mask is what is tested
+
+
+def replace_topk(hf: Any, k: int) -> Any:
+    hf.config.index_topk = k
+    for module in hf.modules():
+        if hasattr(module, "index_topk"):
+            module.index_topk = k
+    return hf

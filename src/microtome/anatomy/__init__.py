@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from microtome.anatomy._anatomy import anatomy_of as anatomy_of
     from microtome.anatomy._discover import Norm as Norm
     from microtome.anatomy._discover import norm_of as norm_of
-    from microtome.anatomy._kernels import PREFIX as PREFIX
     from microtome.anatomy._kernels import hiding_kernel as hiding_kernel
     from microtome.anatomy._load import default_folder as default_folder
     from microtome.anatomy._load import load as load

@@ -11,15 +11,12 @@ from typing import Any
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-PREFIX = "microtome:"
-"""Prefix of a kernel's name while the engine watches it."""
-
 
 def hiding_kernel(config: Any) -> str | None:
     """The name of a configuration's attention kernel if its masks cannot be read, None if they can."""
     name = getattr(config, "_attn_implementation", None)
     if name is None:
         return None
-    name = str(name).removeprefix(PREFIX)
+    name = str(name)
     masks = AttentionMaskInterface._global_mapping  # pyright: ignore[reportPrivateUsage]
     return None if masks.get(name) in (eager_mask, sdpa_mask) else name

@@ -1,9 +1,10 @@
 """Inside attention: queries, keys, values, scores and patterns, seen and changed.
 
-Most families of `transformers` look their attention function up in a registry. While a hook set watches, that registry
-answers with ours, which shows q, k and v as used and then delegates to the function that the model would have used, so
-that its result is the same to the bit. Scores and patterns, which fast kernels never form, are computed separately when
-they are only read; the kernel's result is replaced only when they are edited.
+Most families of `transformers` look their attention function up in a registry. While a hook set watches, what that
+registry answers is wrapped in ours, which shows q, k and v as used and then calls what it wraps, so that its result is
+the same to the bit; the name of the kernel in the configuration stays, since some models choose their masks by it.
+Scores and patterns, which fast kernels never form, are computed separately when they are only read; the kernel's result
+is replaced only when they are edited.
 
 Families with attention code of their own are watched from a `TorchFunctionMode` that is active during the forward of
 the attention module alone: it sees the product of queries and keys, the softmax, and the product with the values.
@@ -11,19 +12,16 @@ the attention module alone: it sees the product of queries and keys, the softmax
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import get_ident
-from typing import Any, cast
+from threading import Lock, get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface
-
-from microtome.anatomy import PREFIX
+from transformers import AttentionInterface
 
 Visit = Callable[[Tensor], Tensor | None]
 
@@ -104,39 +102,64 @@ def watching(module: nn.Module, watch: AttentionHooks) -> Iterator[None]:
             del _ACTIVE[id(module)]
 
 
-def interface_name(base: str) -> str:
-    """The registered name of our attention function over `base`; registers it on first use."""
-    if base.startswith(PREFIX):
-        return base
-    name = PREFIX + base
-    if name not in AttentionInterface._global_mapping:  # pyright: ignore[reportPrivateUsage]
+class _Registry:
+    """Wraps what the registry of attention functions answers, for as long as anything is watched."""
 
-        def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # Families pass these by position or by name.
-            given = dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)) | kwargs
-            q, k, v, mask = (given.pop(name, None) for name in ("query", "key", "value", "attention_mask"))
-            return _attend(base, module, q, k, v, mask, **given)
+    def __init__(self) -> None:
+        self._lock, self._users = Lock(), 0
 
-        AttentionInterface.register(name, attend)
-        masks = cast("dict[str, Any]", AttentionMaskInterface._global_mapping)  # pyright: ignore[reportPrivateUsage]
-        if base in masks:
-            AttentionMaskInterface.register(name, masks[base])
-    return name
+    @contextmanager
+    def wrapped(self) -> Iterator[None]:
+        """Answer with wrapped functions inside the block; blocks of several threads may overlap."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._install()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    AttentionInterface.get_interface = self._named
+                    del AttentionInterface.__getitem__
+
+    def _install(self) -> None:
+        self._named = AttentionInterface.get_interface
+
+        def get_interface(own: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+            return _wrapped(self._named(own, *args, **kwargs))
+
+        def getitem(own: AttentionInterface, key: str) -> Callable[..., Any]:
+            return _wrapped(super(AttentionInterface, own).__getitem__(key))
+
+        AttentionInterface.get_interface = get_interface
+        AttentionInterface.__getitem__ = getitem
 
 
-def _base_function(base: str, module: nn.Module) -> Callable[..., Any]:
-    registry = cast("dict[str, Any]", AttentionInterface._global_mapping)  # pyright: ignore[reportPrivateUsage]
-    if base in registry:
-        return registry[base]
-    for kind in type(module).__mro__:
-        eager = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-        if eager is not None:
-            return eager
-    raise LookupError(f"no attention function {base!r} for {type(module).__name__}")
+REGISTRY = _Registry()
 
 
-def _attend(base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **kwargs: Any) -> Any:
-    function = _base_function(base, module)
+def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function that shows what it reads where its module is watched."""
+    if getattr(function, "shows_what_it_reads", False):
+        return function
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_unwatched(module):
+            return function(module, *args, **kwargs)
+        # Families pass these by position or by name.
+        given = dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)) | kwargs
+        q, k, v, mask = (given.pop(name, None) for name in ("query", "key", "value", "attention_mask"))
+        return _attend(function, module, q, k, v, mask, **given)
+
+    attend.shows_what_it_reads = True  # pyright: ignore[reportFunctionMemberAccess]
+    return attend
+
+
+def _attend(
+    function: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
+) -> Any:
     watch = watched(module)
     q, k, v = (watch.visit_heads(slot, x) for slot, x in zip("qkv", (q, k, v), strict=True))
     if watch.frozen:
@@ -146,23 +169,7 @@ def _attend(base: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask:
         return (pattern @ _repeat(v, q)).transpose(1, 2).contiguous(), pattern
     if watch.wants_pattern:
         _form_pattern(module, watch, q, k, mask, kwargs)
-    with _under_own_name(module, base):
-        return function(module, q, k, v, mask, **kwargs)
-
-
-@contextmanager
-def _under_own_name(module: nn.Module, base: str) -> Iterator[None]:
-    """Give a kernel its own name back while it runs: flash kernels are found by the name in the configuration."""
-    config: Any = getattr(module, "config", None)
-    watched = getattr(config, "_attn_implementation", None)
-    if watched != PREFIX + base:
-        yield
-        return
-    config._attn_implementation_internal = base
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = watched
+    return function(module, q, k, v, mask, **kwargs)
 
 
 def _repeat(x: Tensor, q: Tensor) -> Tensor:

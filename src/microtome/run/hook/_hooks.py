@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from microtome.anatomy import hiding_kernel
 from microtome.edit import Edit
 from microtome.errors import SiteError, error
-from microtome.run.hook._attention import AttentionHooks, InlineAttention, interface_name, is_unwatched, watching
+from microtome.run.hook._attention import REGISTRY, AttentionHooks, InlineAttention, is_unwatched, watching
 from microtome.run.hook._lock import evaluating, lock_of, naming_outputs
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
@@ -134,9 +134,7 @@ class HookSet:
             if self._attention_kind == "inline" and first:
                 self._wrap(module, InlineAttention.around(module, self._n_heads))
         if self._attention_kind == "interface":
-            for config in _configs(self._model):
-                self._stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
-                config._attn_implementation_internal = interface_name(config._attn_implementation)
+            self._stack.enter_context(REGISTRY.wrapped())
 
     def _refuse_hidden(self, path: str, module: nn.Module, watch: AttentionHooks) -> None:
         kernel = hiding_kernel(getattr(module, "config", None))
@@ -147,11 +145,6 @@ class HookSet:
                 allowed="eager or sdpa",
                 do='call model.hf.set_attn_implementation("sdpa")',
             )
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    return [config for config in found.values() if getattr(config, "_attn_implementation", None) is not None]
 
 
 def _pre_hook(functions: list[Before], owner: int) -> Callable[..., Any]:
