@@ -8,11 +8,13 @@ from microtome.later import names_of
 
 if TYPE_CHECKING:
     from microtome.anatomy._anatomy import Anatomy as Anatomy
-    from microtome.anatomy._anatomy import HookPoint as HookPoint
-    from microtome.anatomy._anatomy import Split as Split
     from microtome.anatomy._anatomy import anatomy_of as anatomy_of
     from microtome.anatomy._discover import Norm as Norm
     from microtome.anatomy._discover import norm_of as norm_of
+    from microtome.anatomy._flow import Call as Call
+    from microtome.anatomy._flow import Flow as Flow
+    from microtome.anatomy._flow import Seen as Seen
+    from microtome.anatomy._flow import tensors as tensors
     from microtome.anatomy._kernels import hiding_kernel as hiding_kernel
     from microtome.anatomy._load import default_folder as default_folder
     from microtome.anatomy._load import load as load
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from microtome.anatomy._sites import integer as integer
     from microtome.anatomy._sites import parse as parse
     from microtome.anatomy._sites import parse_indices as parse_indices
+    from microtome.anatomy._taps import HookPoint as HookPoint
+    from microtome.anatomy._taps import Split as Split
     from microtome.anatomy._weights import LayerWeights as LayerWeights
     from microtome.anatomy._weights import NormWeights as NormWeights
     from microtome.anatomy._weights import Weights as Weights

@@ -6,71 +6,33 @@ A hook point is data: a module, the side of it, and the part of the tensor. `mic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from microtome.anatomy._discover import LayerParts, Norm, Parts, discover, is_conv1d
+from microtome.anatomy._discover import Parts, discover
 from microtome.anatomy._family import number
-from microtome.anatomy._kernels import hiding_kernel
+from microtome.anatomy._flow import Flow
+from microtome.anatomy._forms import learned
 from microtome.anatomy._rotary import RotarySwitch, switch_of
 from microtome.anatomy._sites import SITES, Address, Site
+from microtome.anatomy._taps import HookPoint, Taps, heads_of, in_features, neurons_of, out_features
 from microtome.errors import SiteError, error
 from microtome.shown import brief, shown
-
-Side = Literal["input", "output", "inplace", "norm", "attention", "router", "experts", "result", "logits"]
-
-
-@shown
-@dataclass(frozen=True)
-class Split:
-    """A part of a fused last axis: seen as (groups, chunks, width), chunks `low` to `high` of every group."""
-
-    groups: int
-    chunks: int
-    width: int
-    low: int
-    high: int
-
-    def view(self, x: Tensor, axis: int = -1) -> Tensor:
-        """The part as [..., groups, high - low, width], a view."""
-        x = x.unflatten(axis, (self.groups, self.chunks, self.width))
-        return x.narrow(axis - 1 if axis < 0 else axis + 1, self.low, self.high - self.low)
-
-
-@shown
-@dataclass(frozen=True)
-class HookPoint:
-    """Where a site is.
-
-    Attributes:
-        module: path of the module whose input or output holds the tensor.
-        side: which tensor of it, and how an edit is written back.
-        split: the part of a fused last axis.
-        heads: the last axis holds this many heads; for keys and values, how many the model has.
-        sizes: axes of another length than the sizes of the model.
-        scale: the site's value is this many times the tensor.
-        norm: for `side="norm"`, the norm whose divisor is the value.
-        clone: the model changes this tensor later, so a reader needs its own copy.
-    """
-
-    module: str
-    side: Side
-    split: Split | None = None
-    heads: int | None = None
-    scale: float = 1.0
-    norm: Norm | None = None
-    clone: bool = False
-    sizes: tuple[tuple[str, int], ...] = ()
 
 
 @shown
 @dataclass(frozen=True)
 class Anatomy:
-    """Sizes, parts and sites of one model. `missing` gives why a site is absent, by layer or for all (None).
+    """Sizes, parts and sites of one model.
 
-    `rotary_switch` is where rows of a batch would change each other, if they would.
+    Attributes:
+        missing: why a site is absent, by layer or for all (None).
+        unproven: why a weight is, by its name with its layer, such as "3.W_Q".
+        causal: whether attention looks back alone, as the probe showed.
+        padding: the sides on which rows can be padded without being changed.
+        rotary_switch: where rows of a batch would change each other, if they would.
     """
 
     name: str
@@ -94,6 +56,8 @@ class Anatomy:
     logit_scale: float
     logit_softcap: float | None
     rotary_switch: RotarySwitch | None = None
+    padding: tuple[Literal["left", "right"], ...] = ("left", "right")
+    unproven: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def _facts(self) -> dict[str, str]:
         """Its form and sizes, and which sites it has and lacks."""
@@ -186,204 +150,77 @@ class Anatomy:
         return "\n".join(lines)
 
 
-def out_features(module: nn.Module) -> int:
-    """Output size of a projection, whichever way round its weight is stored."""
-    weight: Any = module.weight
-    return int(weight.shape[1 if is_conv1d(module) else 0])
-
-
-def in_features(module: nn.Module) -> int:
-    """Input size of a projection, whichever way round its weight is stored."""
-    weight: Any = module.weight
-    return int(weight.shape[0 if is_conv1d(module) else 1])
-
-
-def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, Split]:
-    """Where q, k and v lie in the output of a fused projection of `size` features."""
-    layout = parts.family.fused_qkv
-    if layout == "per_head":
-        width = size // (3 * n_heads)
-        return {name: Split(n_heads, 3, width, i, i + 1) for i, name in enumerate("qkv")}
-    if layout == "quarters":
-        width, n = size // (3 * n_heads), n_heads // 4
-        return {name: Split(4, 3 * n, width, i * n, (i + 1) * n) for i, name in enumerate("qvk")}
-    width = size // (n_heads + 2 * n_kv)
-    if layout == "grouped":
-        group = n_heads // n_kv
-        bounds = {"q": (0, group), "k": (group, group + 1), "v": (group + 1, group + 2)}
-        return {name: Split(n_kv, group + 2, width, low, high) for name, (low, high) in bounds.items()}
-    bounds = {"q": (0, n_heads), "k": (n_heads, n_heads + n_kv), "v": (n_heads + n_kv, n_heads + 2 * n_kv)}
-    return {name: Split(1, n_heads + 2 * n_kv, width, low, high) for name, (low, high) in bounds.items()}
-
-
-def _kv_heads(model: nn.Module, config: Any, layer: LayerParts, n_heads: int) -> int:
-    if getattr(config, "new_decoder_architecture", False):
-        return int(config.num_kv_heads)
-    if (shared := getattr(config, "multi_query", None)) is not None:  # Falcon and GPTBigCode
-        return 1 if shared else n_heads
-    if layer.k is not None and layer.q is not None:
-        d_head = out_features(model.get_submodule(layer.q)) // n_heads
-        return out_features(model.get_submodule(layer.k)) // d_head
-    return int(getattr(config, "num_key_value_heads", None) or n_heads)
-
-
-def _neurons(model: nn.Module, config: Any, layers: tuple[LayerParts, ...]) -> int:
-    for layer in layers:
-        if layer.down is not None:
-            return in_features(model.get_submodule(layer.down))
-    return int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
-
-
-class _Taps:
-    """Collects the hook points of one model, and the reasons for what it lacks."""
-
-    def __init__(self, model: Any, parts: Parts, n_heads: int, n_kv_heads: int, branch_scale: float) -> None:
-        self.model, self.parts, self.branch_scale = model, parts, branch_scale
-        self.interface = uses_interface(model.get_submodule(parts.layers[0].attn))
-        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
-        self.hook_points: dict[Site, HookPoint] = {}
-        self.missing: dict[Site, str] = {}
-
-    def norm(self, site: Site, norm: Norm | None) -> None:
-        if norm is None:
-            self.missing[site] = "there is no norm of a known form"
-        else:
-            self.hook_points[site] = HookPoint(norm.path, "norm", norm=norm)
-
-    def residual(self, i: int, layer: LayerParts) -> None:
-        self.hook_points[Site("resid_pre", i)] = HookPoint(layer.block, "input")
-        self.hook_points[Site("resid_post", i)] = HookPoint(layer.block, "output")
-        site = Site("resid_mid", i)
-        if self.parts.form == "parallel":
-            self.missing[site] = "both branches read resid_pre (parallel block)"
-        elif self.parts.form == "post_norm" and layer.attn_post_norm is not None:
-            self.hook_points[site] = HookPoint(layer.attn_post_norm, "output")
-        else:
-            reads = layer.mlp_norm.path if layer.mlp_norm else layer.mlp
-            if reads is None:
-                self.missing[site] = "no module reads it"
-            else:
-                self.hook_points[site] = HookPoint(reads, "inplace")
-
-    def attention(self, i: int, layer: LayerParts) -> None:
-        self.norm(Site("attn.scale", i), layer.attn_norm)
-        self.hook_points[Site("attn.in", i)] = HookPoint(layer.attn, "input")
-        # In latent attention queries and keys are wider than values.
-        width = out_features(self.model.get_submodule(layer.q)) // self.n_heads if layer.q is not None else 0
-        sizes = (("d_head", width),) if width else ()
-        self.hook_points[Site("attn.q", i)] = HookPoint(layer.attn, "attention", sizes=sizes)
-        self.hook_points[Site("attn.k", i)] = HookPoint(layer.attn, "attention", heads=self.n_kv_heads, sizes=sizes)
-        self.hook_points[Site("attn.v", i)] = HookPoint(layer.attn, "attention", heads=self.n_kv_heads)
-        kernel = hiding_kernel(self.model.config) if self.interface else None
-        for slot in ("scores", "pattern"):
-            site = Site(f"attn.{slot}", i)
-            if kernel is None:
-                self.hook_points[site] = HookPoint(layer.attn, "attention")
-            else:
-                self.missing[site] = f"the masks of the attention kernel {kernel} cannot be read, open it under sdpa"
-        self.hook_points[Site("attn.z", i)] = HookPoint(layer.o, "input", heads=self.n_heads)
-        self.hook_points[Site("attn.result", i)] = HookPoint(layer.o, "result", heads=self.n_heads)
-        after = layer.attn_post_norm if self.parts.form == "sequential" else None
-        self.hook_points[Site("attn_out", i)] = HookPoint(after or layer.o, "output", scale=self.branch_scale)
-
-    def mlp(self, i: int, layer: LayerParts) -> None:
-        self.norm(Site("mlp.scale", i), layer.mlp_norm)
-        reads = layer.mlp or layer.up
-        if reads is not None:
-            self.hook_points[Site("mlp.in", i)] = HookPoint(reads, "input")
-        if layer.experts is not None and layer.router is not None and layer.mlp is not None:
-            self.hook_points[Site("mlp.router", i)] = HookPoint(layer.router, "router")
-            router: Any = self.model.get_submodule(layer.router)
-            self.hook_points[Site("mlp.experts", i)] = HookPoint(
-                layer.experts, "experts", sizes=(("rank", int(router.top_k)),)
-            )
-            for name in ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post"):
-                self.missing[Site(name, i)] = "the layer is a mixture: see mlp.router and mlp.experts"
-        else:
-            self.neurons(i, layer)
-            for name in ("mlp.router", "mlp.experts"):
-                self.missing[Site(name, i)] = "the layer is not a mixture of experts"
-        writes = layer.down or layer.mlp
-        after = layer.mlp_post_norm if self.parts.form == "sequential" else None
-        if writes is not None:
-            clone = self.parts.family.sums_in_place and self.parts.form == "parallel"
-            self.hook_points[Site("mlp_out", i)] = HookPoint(
-                after or writes, "output", scale=self.branch_scale, clone=clone
-            )
-
-    def neurons(self, i: int, layer: LayerParts) -> None:
-        down, up = layer.down, layer.up
-        assert down is not None
-        width = in_features(self.model.get_submodule(down))
-        sizes = (("neuron", width),)
-        self.hook_points[Site("mlp.post", i)] = HookPoint(down, "input", sizes=sizes)
-        if layer.gate_up is not None:
-            for k, name in enumerate(("mlp.gate", "mlp.up")):
-                split = Split(1, 2, width, k, k + 1)
-                self.hook_points[Site(name, i)] = HookPoint(layer.gate_up, "output", split=split, sizes=sizes)
-        elif layer.gate is not None and up is not None:
-            self.hook_points[Site("mlp.gate", i)] = HookPoint(layer.gate, "output", sizes=sizes)
-            self.hook_points[Site("mlp.up", i)] = HookPoint(up, "output", sizes=sizes)
-        elif up is not None:
-            self.hook_points[Site("mlp.pre", i)] = HookPoint(up, "output", sizes=sizes)
-            for name in ("mlp.gate", "mlp.up"):
-                self.missing[Site(name, i)] = "the MLP is not gated: see mlp.pre"
-            return
-        self.missing[Site("mlp.pre", i)] = "the MLP is gated: see mlp.gate and mlp.up"
-
-
-def anatomy_of(model: Any, name: str) -> Anatomy:
+def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
     """Discover the parts of a loaded `PreTrainedModel` and define a hook point for every site.
+
+    Args:
+        model: the model.
+        name: what it is called.
+        flow: what one forward passed between its modules, where their names do not say what they are.
 
     Raises:
         ModelUnsupported: the module tree is not that of a transformer language model.
     """
-    parts = discover(model)
+    parts = discover(model, flow)
+    logit_scale: float | None = None
+    if flow is not None:
+        parts, logit_scale = learned(model, parts, flow)
     config = model.config.get_text_config()
-    first = parts.layers[0]
-    n_heads = int(config.num_attention_heads)
-    o = model.get_submodule(first.o)
-    family = parts.family
-    multiply, divide = number(config, family.logit_multiply), number(config, family.logit_divide)
-    n_kv_heads = _kv_heads(model, config, first, n_heads)
-    hook_points = _Taps(model, parts, n_heads, n_kv_heads, number(config, family.branch_scale) or 1.0)
-    hook_points.hook_points[Site("embed")] = HookPoint(first.block, "input")
+    taps = Taps(model, parts, config)
+    taps.hook_points[Site("embed")] = HookPoint(parts.layers[0].block, "input")
     for i, layer in enumerate(parts.layers):
-        hook_points.residual(i, layer)
-        hook_points.attention(i, layer)
-        hook_points.mlp(i, layer)
-    hook_points.norm(Site("final.scale"), parts.final_norm)
+        taps.residual(i, layer)
+        taps.attention(i, layer)
+        taps.mixer(i, layer)
+        taps.mlp(i, layer)
+    taps.norm(Site("final.scale"), parts.final_norm)
     read = in_features(model.get_submodule(parts.unembedding))
-    hook_points.hook_points[Site("final")] = HookPoint(parts.unembedding, "input", sizes=(("d_model", read),))
+    taps.hook_points[Site("final")] = HookPoint(parts.unembedding, "input", sizes=(("d_model", read),))
     written = out_features(model.get_submodule(parts.unembedding))
-    hook_points.hook_points[Site("logits")] = HookPoint("", "logits", sizes=(("vocab", written),))
-    experts = next((layer.router for layer in parts.layers if layer.router), None)
-    router: Any = model.get_submodule(experts) if experts else None
+    taps.hook_points[Site("logits")] = HookPoint("", "logits", sizes=(("vocab", written),))
     start = _first_position(model)
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2048
+    family = parts.family
+    multiply, divide = number(config, family.logit_multiply), number(config, family.logit_divide)
     return Anatomy(
         name=name,
         model_type=config.model_type,
-        attention="interface" if hook_points.interface else "inline",
-        causal=_looks_back(model.get_submodule(first.attn), parts, config),
+        attention="interface" if taps.interface else "inline",
+        causal=_looks_back(model, parts, config),
         n_layers=len(parts.layers),
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        d_model=out_features(o),
-        d_head=in_features(o) // n_heads,
-        d_mlp=_neurons(model, config, parts.layers),
         d_vocab=int(model.get_input_embeddings().weight.shape[0]),
         n_ctx=int(longest) - start,
         first_position=start,
-        n_experts=int(router.weight.shape[0]) if router is not None else 0,
         gated=any(layer.gate or layer.gate_up or layer.experts for layer in parts.layers),
         parts=parts,
-        hook_points=hook_points.hook_points,
-        missing=hook_points.missing,
-        logit_scale=(multiply or 1.0) / (divide or 1.0),
+        hook_points=taps.hook_points,
+        missing=taps.missing,
+        logit_scale=(multiply or 1.0) / (divide or 1.0) if logit_scale is None else logit_scale,
         logit_softcap=number(config, family.logit_softcap),
         rotary_switch=switch_of(config),
+        **_sizes(model, parts, config, 0 if flow is None else _stream_width(parts, flow)),
     )
+
+
+def _sizes(model: Any, parts: Parts, config: Any, width: int) -> dict[str, Any]:
+    """How many heads, neurons and experts the first layers that have them have, and how wide the stream is."""
+    first = next((layer for layer in parts.layers if layer.attn is not None), None)
+    n_heads, n_kv_heads = (0, 0) if first is None else heads_of(model, config, first)
+    o = None if first is None else model.get_submodule(first.o)
+    routers = (layer.router for layer in parts.layers if layer.router is not None)
+    weights = (getattr(model.get_submodule(path), "weight", None) for path in routers)
+    of_o = 0 if o is None else out_features(o)
+    return {
+        "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_model": width or of_o,
+        "d_head": 0 if o is None else in_features(o) // n_heads,
+        "d_mlp": neurons_of(model, config, parts.layers),
+        "n_experts": next((int(weight.shape[0]) for weight in weights if isinstance(weight, Tensor)), 0),
+    }  # fmt: skip
+
+
+def _stream_width(parts: Parts, flow: Flow) -> int:
+    seen = flow.first(parts.layers[0].block)
+    return 0 if seen is None or seen.read is None else int(seen.read.value.shape[-1])
 
 
 def _first_position(model: nn.Module) -> int:
@@ -394,18 +231,12 @@ def _first_position(model: nn.Module) -> int:
     return 0
 
 
-def _looks_back(attn: nn.Module, parts: Parts, config: Any) -> bool:
-    """Whether attention sees nothing behind it; the proof tries it."""
-    declared = getattr(attn, "is_causal", None)
+def _looks_back(model: nn.Module, parts: Parts, config: Any) -> bool:
+    """Whether attention sees nothing behind it, as far as it is declared; the proof tries it."""
+    attn = parts.layers[0].attn
+    declared = getattr(model.get_submodule(attn), "is_causal", None) if attn is not None else True
     if declared is not None:
         return bool(declared)
     # Blocks of the encoders' form may be a decoder's; OPT's norm follows its branches too, and it is always one.
     encoder = parts.form == "post_norm" and getattr(config, "do_layer_norm_before", None) is None
     return bool(getattr(config, "is_decoder", False)) if encoder else True
-
-
-def uses_interface(attn: nn.Module) -> bool:
-    """Whether the attention module's forward goes through the attention interface of `transformers`."""
-    forward = getattr(type(attn), "forward")  # noqa: B009 - a plain attribute would be bound by the type checker
-    code = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -7,25 +7,18 @@ configuration. Nothing here is trusted: `open()` proves the map on a probe input
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from microtome.anatomy._family import Family, family_of
+from microtome.anatomy._family import Family, family_of, number
+from microtome.anatomy._flow import Flow
+from microtome.anatomy._roles import ATTENTION, attention_of, child, mixer_of, mlp_of
 from microtome.errors import ModelUnsupported, error
 from microtome.shown import shown
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe")
-Q, K, V = ("q_proj", "query", "q_b_proj"), ("k_proj", "key"), ("v_proj", "value")
-QKV = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv")
-O = ("o_proj", "out_proj", "c_proj", "dense", "output.dense")  # noqa: E741 - the field's letter
-GATE = ("gate_proj", "w1", "linear_gate")
-UP = ("up_proj", "w3", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "intermediate.dense", "linear_in")
-GATE_UP = ("gate_up_proj",)
-DOWN = ("down_proj", "w2", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "output.dense", "linear_out")
-ROUTER = ("router", "gate")
 FIRST_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "norm_1", "ln_attn", "attention_norm", "norm1")
 SECOND_NORM = (
     "pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm", "norm_2", "ln_mlp", "ffn_norm",
@@ -54,15 +47,19 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """Module paths of one block; None where the block has no such part."""
+    """Module paths of one block; None where the block has no such part.
+
+    What a branch adds to the stream is what the module at `*_writes` gives, times `*_by`.
+    """
 
     block: str
-    attn: str
+    mixer: str | None
+    attn: str | None
     q: str | None
     k: str | None
     v: str | None
     qkv: str | None
-    o: str
+    o: str | None
     mlp: str | None
     gate: str | None
     up: str | None
@@ -75,6 +72,12 @@ class LayerParts:
     mlp_norm: Norm | None
     attn_post_norm: str | None
     mlp_post_norm: str | None
+    attn_writes: str | None
+    mixer_writes: str | None
+    mlp_writes: str | None
+    attn_by: float = 1.0
+    mixer_by: float = 1.0
+    mlp_by: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,22 +90,6 @@ class Parts:
     final_norm: Norm | None
     form: Form
     family: Family
-
-
-def child(module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] | None:
-    """The first of `names` (dotted) that exists below a module, with the module it names."""
-    for name in names:
-        found: Any = module
-        for step in name.split("."):
-            found = getattr(found, step, None)
-        if isinstance(found, nn.Module):
-            return name, found
-    return None
-
-
-def _path(module: nn.Module, prefix: str, names: tuple[str, ...]) -> str | None:
-    found = child(module, names)
-    return None if found is None else f"{prefix}.{found[0]}"
 
 
 def _blocks(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
@@ -119,6 +106,35 @@ def _blocks(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
             do="open a transformer language model",
         )
     return found[0]
+
+
+def _chain_of_blocks(model: nn.Module, flow: Flow) -> tuple[str, nn.ModuleList]:
+    """The last list of modules of which each read the stream that the one before it wrote.
+
+    Raises:
+        ModelUnsupported: there is none.
+    """
+    found: list[tuple[int, str, nn.ModuleList]] = []
+    order = {call.path: n for n, call in enumerate(flow.calls)}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        calls = [flow.first(f"{path}.{i}") for i in range(len(module))]
+        streams = [(c.read, c.wrote) for c in calls if c is not None and c.read is not None and c.wrote is not None]
+        same = all(x.value.shape == y.value.shape for x, y in streams)
+        chained = all(before[1].key == after[0].key for before, after in pairwise(streams))
+        within = any(path.startswith(other + ".") for _, other, _ in found)
+        if len(streams) == len(module) and same and chained and not within:
+            found.append((order[f"{path}.{len(module) - 1}"], path, module))
+    weights = {path: sum(p.numel() for p in module.parameters()) for _, path, module in found}
+    large = [each for each in found if weights[each[1]] * 4 >= max(weights.values())]
+    if not large:
+        raise error(
+            ModelUnsupported,
+            f"{type(model).__name__} has no list of blocks, each of which reads what the one before it writes",
+            do="open a language model that is a stack of blocks",
+        )
+    return max(large, key=lambda each: each[0])[1:]
 
 
 def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
@@ -162,43 +178,14 @@ def _measured_eps(module: nn.Module, x: Tensor, centred: bool) -> float:
     return max(float(f"{float((size * (ratio - 1)).median()):.1e}"), 0.0)
 
 
+def _path(module: nn.Module, prefix: str, names: tuple[str, ...]) -> str | None:
+    found = child(module, names)
+    return None if found is None else f"{prefix}.{found[0]}"
+
+
 def _norm(block: nn.Module, prefix: str, names: tuple[str, ...], d_model: int) -> Norm | None:
     found = child(block, names)
     return None if found is None else norm_of(found[1], f"{prefix}.{found[0]}", d_model)
-
-
-def _attention(block: nn.Module, prefix: str) -> dict[str, str | None]:
-    name, attn = child(block, ATTENTION) or ("", block)
-    path = f"{prefix}.{name}"
-    o = _path(attn, path, O) or (f"{path}.attention.out_proj" if child(attn, ("attention.out_proj",)) else None)
-    inner = child(attn, ("attention", "self"))
-    if inner is not None and (child(inner[1], Q) or child(inner[1], QKV)):
-        path, attn = f"{path}.{inner[0]}", inner[1]
-    fused = _path(attn, path, QKV) if not child(attn, Q) else None
-    return {
-        "attn": path, "q": _path(attn, path, Q), "k": _path(attn, path, K), "v": _path(attn, path, V),
-        "qkv": fused, "o": o,
-    }  # fmt: skip
-
-
-def _activation(holder: nn.Module, path: str) -> str | None:
-    for name in ("act_fn", "activation_fn", "act", "gelu_impl", "intermediate.intermediate_act_fn"):
-        if child(holder, (name,)) is not None:
-            return f"{path}.{name}"
-    return None
-
-
-def _mlp(block: nn.Module, prefix: str) -> dict[str, str | None]:
-    found = child(block, MLP)
-    path, holder = (f"{prefix}.{found[0]}", found[1]) if found else (prefix, block)
-    none = dict.fromkeys(("gate", "up", "gate_up", "down", "act", "router", "experts"))
-    if child(holder, ("experts",)):
-        return none | {"mlp": path, "router": _path(holder, path, ROUTER), "experts": f"{path}.experts"}
-    gate, fused = _path(holder, path, GATE), _path(holder, path, GATE_UP)
-    return none | {
-        "mlp": path if found else None, "gate": gate, "gate_up": fused, "up": _path(holder, path, UP),
-        "down": _path(holder, path, DOWN), "act": _activation(holder, path),
-    }  # fmt: skip
 
 
 def _form(config: Any, block: nn.Module) -> Form:
@@ -210,7 +197,8 @@ def _form(config: Any, block: nn.Module) -> Form:
     return "sequential" if child(block, SECOND_NORM) or child(block, AFTER_MLP) else "parallel"
 
 
-def _block(block: nn.Module, path: str, form: Form, d_model: int) -> LayerParts:
+def _norms(block: nn.Module, path: str, form: Form, d_model: int) -> dict[str, Any]:
+    """The norms of a block by their names."""
     first, second = FIRST_NORM, SECOND_NORM
     after_attention: str | None = None
     after_mlp = _path(block, path, AFTER_MLP)
@@ -228,55 +216,77 @@ def _block(block: nn.Module, path: str, form: Form, d_model: int) -> LayerParts:
     attn_norm = _norm(block, path, first, d_model)
     if form == "parallel" and mlp_norm is None:
         mlp_norm = attn_norm
-    parts = _attention(block, path) | _mlp(block, path)
-    if parts["o"] is None or (parts["down"] is None and parts["experts"] is None):
-        part = "attention's output projection" if parts["o"] is None else "the MLP's output projection"
+    behind = {"attn_post_norm": after_attention, "mlp_post_norm": after_mlp}
+    return {"attn_norm": attn_norm, "mlp_norm": mlp_norm} | behind
+
+
+def _block(block: nn.Module, path: str, form: Form, d_model: int, by: float) -> LayerParts:
+    """The parts of a block by their names.
+
+    Raises:
+        ModelUnsupported: it has no branch that can be found.
+    """
+    parts = attention_of(block, path) | mlp_of(block, path)
+    if parts["o"] is None:
+        parts |= dict.fromkeys(("attn", "q", "k", "v", "qkv", "o"))
+    mixer = mixer_of(block, path, (parts["attn"], parts["o"], parts["mlp"], parts["down"], parts["up"], parts["gate"]))
+    if parts["o"] is None and parts["mlp"] is None and parts["down"] is None and mixer is None:
         raise error(
             ModelUnsupported,
-            f"cannot find {part} in {path} ({type(block).__name__})",
+            f"cannot find a branch in {path} ({type(block).__name__})",
             got=", ".join(name for name, _ in block.named_modules() if name),
-            allowed=", ".join(O if parts["o"] is None else DOWN),
-            do="rename the module, or open a model of a known family",
+            allowed="attention, an MLP, or another mixer",
+            do="open a model of a known family",
         )
+    norms: dict[str, Any] = _norms(block, path, form, d_model)
+    behind = (norms["attn_post_norm"], norms["mlp_post_norm"]) if form == "sequential" else (None, None)
     return LayerParts(
         block=path,
-        attn_norm=attn_norm,
-        mlp_norm=mlp_norm,
-        attn_post_norm=after_attention,
-        mlp_post_norm=after_mlp,
-        **parts,  # pyright: ignore[reportArgumentType]
+        mixer=mixer,
+        attn_writes=behind[0] or parts["o"],
+        mixer_writes=mixer,
+        mlp_writes=behind[1] or parts["down"] or parts["mlp"],
+        attn_by=by,
+        mixer_by=by,
+        mlp_by=by,
+        **norms | parts,
     )
 
 
-def discover(model: Any) -> Parts:
-    """Find the parts of a loaded `PreTrainedModel`.
+def discover(model: Any, flow: Flow | None = None) -> Parts:
+    """Find the parts of a loaded `PreTrainedModel`: by their names, or by what passed between them in a forward.
 
     Raises:
         ModelUnsupported: the module tree has no blocks, no embedding, or no unembedding that can be found.
     """
     config = model.config.get_text_config()
-    blocks_path, blocks = _blocks(model, config.num_hidden_layers)
-    names = {id(module): path for path, module in model.named_modules()}
-    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
+    unembedding = model.get_output_embeddings()
     if unembedding is None:
         raise error(
             ModelUnsupported,
             f"{type(model).__name__} has no unembedding: it is not a language model",
             do="open a causal or masked language model",
         )
+    if flow is None:
+        blocks_path, blocks = _blocks(model, config.num_hidden_layers)
+    else:
+        blocks_path, blocks = _chain_of_blocks(model, flow)
+    names = {id(module): path for path, module in model.named_modules()}
+    family = family_of(config.model_type)
     form = _form(config, blocks[0])
+    d_model = _width(blocks[0], model.get_input_embeddings())
+    by = number(config, family.branch_scale) or 1.0
+    layers = tuple(_block(block, f"{blocks_path}.{i}", form, d_model, by) for i, block in enumerate(blocks))
     trunk_path = blocks_path.rpartition(".")[0]
-    trunk = model.get_submodule(trunk_path)
-    found = child(trunk, FINAL_NORM)
-    d_model = _width(blocks[0])
+    found = child(model.get_submodule(trunk_path), FINAL_NORM)
     final = None if found is None else norm_of(found[1], f"{trunk_path}.{found[0]}", d_model)
     return Parts(
-        layers=tuple(_block(block, f"{blocks_path}.{i}", form, d_model) for i, block in enumerate(blocks)),
-        embedding=names[id(embedding)],
+        layers=layers,
+        embedding=names[id(model.get_input_embeddings())],
         unembedding=names[id(unembedding)],
         final_norm=final,
         form=form,
-        family=family_of(config.model_type),
+        family=family,
     )
 
 
@@ -289,9 +299,10 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _width(block: nn.Module) -> int:
-    o = _attention(block, "")["o"]
-    if o is None:
-        raise error(ModelUnsupported, f"cannot find attention's output projection in {type(block).__name__}")
-    module: Any = block.get_submodule(o.removeprefix("."))
+def _width(block: nn.Module, embedding: nn.Module) -> int:
+    """Of the stream: what attention's output projection gives, or else as wide as the embeddings."""
+    o = attention_of(block, "")["o"]
+    module: Any = embedding if o is None else block.get_submodule(o.removeprefix("."))
+    if o is None or not isinstance(getattr(module, "weight", None), Tensor):
+        return int(getattr(embedding, "weight").shape[-1])  # noqa: B009 - typed as any module's
     return int(module.weight.shape[1 if is_conv1d(module) else 0])

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
-from microtome.anatomy._anatomy import Anatomy, HookPoint, Split
+from microtome.anatomy._anatomy import Anatomy
 from microtome.anatomy._discover import LayerParts, Norm, Parts
 from microtome.anatomy._family import Family
 from microtome.anatomy._rotary import RotarySwitch
 from microtome.anatomy._sites import Site, parse
+from microtome.anatomy._taps import HookPoint, Split
 
 KINDS: dict[str, Any] = {
     k.__name__: k for k in (Anatomy, HookPoint, Split, Norm, Parts, LayerParts, Family, RotarySwitch)
@@ -42,6 +43,7 @@ def from_plain(value: Any) -> Any:
     kind = KINDS[held.pop("kind")]
     if kind is Anatomy:
         held |= {name: {_site(site): x for site, x in held[name]} for name in ("hook_points", "missing")}
+        held["unproven"] = dict(held["unproven"])
     return kind(**held)
 
 

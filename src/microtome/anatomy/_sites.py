@@ -78,6 +78,8 @@ SITES: Listing[SiteSpec] = Listing(
             _spec("attn.z", "pos head d_head", "per-head mix of values, what enters W_O"),
             _spec("attn.result", "pos head d_model", "each head's write, W_O applied"),
             _spec("attn_out", "pos d_model", "what attention adds to the residual stream"),
+            _spec("mixer.in", "pos d_model", "what a mixer that is no attention reads, after its norm"),
+            _spec("mixer_out", "pos d_model", "what a mixer that is no attention adds to the residual stream"),
             _spec("mlp.scale", "pos", "what the MLP branch's norm divides by"),
             _spec("mlp.in", "pos d_model", "what the MLP reads, after its norm"),
             _spec("mlp.gate", "pos neuron", "gate before the non-linearity"),

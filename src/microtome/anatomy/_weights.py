@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from microtome.anatomy._anatomy import Anatomy, Split, fused_splits
+from microtome.anatomy._anatomy import Anatomy
 from microtome.anatomy._discover import Norm, is_conv1d, norm_of
+from microtome.anatomy._taps import Split, fused_splits
 from microtome.errors import SiteError, error
 from microtome.shown import brief, shown
 
@@ -162,13 +163,25 @@ class LayerWeights:
         names = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "b_Q", "b_K", "b_V", "b_O", "b_in", "b_out")
         return {"layer": f"{self.index} of {self._anatomy.name}"} | _shapes(self, names)
 
+    def _prove(self, name: str) -> None:
+        """Refuse a weight whose identity failed.
+
+        Raises:
+            SiteError: it did.
+        """
+        why = self._anatomy.unproven.get(f"{self.index}.{name}")
+        if why is not None:
+            raise SiteError(f"no {name} in layer {self.index} of {self._anatomy.name}: {why}.")
+
     def _module(self, path: str | None, name: str) -> Any:
+        self._prove(name)
         if path is None:
             raise SiteError(f"no {name} in layer {self.index} of {self._anatomy.name}: it has no such projection.")
         return self._model.get_submodule(path)
 
     def _qkv(self, name: str) -> tuple[Any, Split]:
         parts, a = self._parts, self._anatomy
+        self._prove(f"W_{name.upper()}")
         if parts.qkv is not None:
             module = self._model.get_submodule(parts.qkv)
             return module, fused_splits(a.parts, weight_shape(module)[0], a.n_heads, a.n_kv_heads)[name]
@@ -206,7 +219,7 @@ class LayerWeights:
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """[head, d_head, d_model]"""
-        weight = weight_of(self._model.get_submodule(self._parts.o))
+        weight = weight_of(self._module(self._parts.o, "W_O"))
         return weight.T.unflatten(0, (self._anatomy.n_heads, -1))
 
     @property
@@ -227,7 +240,7 @@ class LayerWeights:
     @property
     def b_O(self) -> Float[Tensor, " d_model"] | None:
         """[d_model]"""
-        return bias_of(self._model.get_submodule(self._parts.o))
+        return bias_of(self._module(self._parts.o, "W_O"))
 
     def _expert(self, name: str) -> Tensor:
         experts = self._module(self._parts.experts, name)
@@ -299,12 +312,14 @@ class LayerWeights:
     @property
     def attn_norm(self) -> NormWeights | None:
         """The norm that attention reads through."""
+        self._prove("attn_norm")
         norm = self._parts.attn_norm
         return None if norm is None else NormWeights(self._model.get_submodule(norm.path), norm)
 
     @property
     def mlp_norm(self) -> NormWeights | None:
         """The norm that the MLP reads through."""
+        self._prove("mlp_norm")
         norm = self._parts.mlp_norm
         return None if norm is None else NormWeights(self._model.get_submodule(norm.path), norm)
 
@@ -345,9 +360,15 @@ class Weights:
         """[vocab, d_model]"""
         return _embedded(self._model.get_input_embeddings())
 
+    def _prove(self, name: str) -> None:
+        why = self._anatomy.unproven.get(name)
+        if why is not None:
+            raise SiteError(f"no {name} in {self._anatomy.name}: {why}.")
+
     @property
     def W_U(self) -> Float[Tensor, "d_read vocab"]:
         """[d_model, vocab]"""
+        self._prove("W_U")
         return weight_of(self._model.get_output_embeddings()).T
 
     @property
@@ -358,5 +379,6 @@ class Weights:
     @property
     def final_norm(self) -> NormWeights | None:
         """The norm before the unembedding."""
+        self._prove("final_norm")
         norm = self._anatomy.parts.final_norm
         return None if norm is None else NormWeights(self._model.get_submodule(norm.path), norm)

@@ -14,7 +14,8 @@ from microtome.anatomy import Anatomy, integer
 from microtome.edit import Edit, Frame, SiteEdit
 from microtome.errors import PromptError, error
 from microtome.metric import Metric
-from microtome.model._proof import IdentityCheck, prove
+from microtome.model._identities import IdentityCheck
+from microtome.model._map import best_map
 from microtome.run import (
     Batch,
     Capture,
@@ -49,14 +50,17 @@ class Model(LoadedModel):
     def __init__(self, hf: Any, tokenizer: Any, anatomy: Anatomy) -> None:
         super().__init__(hf, tokenizer, anatomy)
         self.proof: list[IdentityCheck] = []
+        self._found = anatomy
 
     def prove(self) -> list[IdentityCheck]:
-        """Check the identities of the map on a probe batch, and keep the result as `proof`.
+        """Check the identities of the map on a probe batch, keep the result as `proof`, and leave out what fails.
 
         Raises:
             ModelUnsupported: the model does not run on token ids alone.
         """
-        self.proof = prove(self)
+        self.remap(self._found)
+        self.proof, self._found, proven = best_map(self)
+        self.remap(proven)
         return self.proof
 
     def plan(self, prompt: Prompt, capture: Capture = (), *, logits: bool = True, grad: bool = False) -> Plan:

@@ -10,8 +10,9 @@ import torch
 from microtome.anatomy import Anatomy, anatomy_of, load, refuse_unreadable
 from microtome.context import current
 from microtome.errors import MicrotomeError, ModelError, ModelUnsupported, error
+from microtome.model._map import traced_anatomy
 from microtome.model._model import Model
-from microtome.model._proof import require_proven
+from microtome.model._proof import require_proven, require_stream
 
 
 def open(
@@ -23,8 +24,12 @@ def open(
     revision: str | None = None,
     trust_remote_code: bool = False,
     prove: bool = True,
+    strict: bool = False,
 ) -> Model:
-    """Open a language model and prove the map of its inside.
+    """Open a language model and prove the map of its inside, site by site.
+
+    A site whose identity fails on the probe is left out, with the reason (``model.anatomy.missing``), which whoever
+    asks for it is told; a weight likewise (``model.anatomy.unproven``). `microtome check` shows the whole proof.
 
     Args:
         name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel` (which is left as it is,
@@ -37,18 +42,22 @@ def open(
         revision: of a hub model.
         trust_remote_code: whether code that comes with the model may run.
         prove: whether to check the map; without it, to look at why a proof fails: `model.prove()` gives all checks.
+        strict: whether to refuse a model of which any identity fails.
 
     Returns:
-        A `Model`, on whose map all seven identities hold (see ``model.proof``).
+        A `Model`, on whose map all identities hold (see ``model.proof``) of what is not missing.
 
     Raises:
         ModelError: it is not found, damaged, or not a language model; or it is already loaded and is asked to be
             another.
-        ProofError: its map fails an identity; `open(prove=False)` and `microtome check` show the whole proof.
+        ProofError: its residual stream is not proven, or, under `strict`, any other site or weight.
     """
     model = _load(name_or_path, tokenizer, dtype, device, revision, trust_remote_code)
-    if prove:
-        require_proven(model, model.prove())
+    if prove or strict:
+        checks = model.prove()
+        require_stream(model, checks)
+        if strict:
+            require_proven(model, checks)
     return model
 
 
@@ -101,9 +110,13 @@ def _anatomy(hf: Any, name: str) -> Anatomy:
     refuse_unreadable(hf, name)
     try:
         return anatomy_of(hf, name)
+    except Exception:  # noqa: BLE001 (whatever parts of an unknown family make of being looked at)
+        pass
+    try:
+        return traced_anatomy(hf, name)
     except MicrotomeError:
         raise
-    except Exception as problem:  # whatever parts of an unknown family make of being looked at
+    except Exception as problem:  # the same
         raise error(
             ModelUnsupported,
             f"the parts of {name} ({type(hf).__name__}) have no known form, so it cannot be mapped",

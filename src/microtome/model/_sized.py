@@ -7,6 +7,7 @@ small the result is. A gap is therefore compared with that, element by element, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class Sized:
 
     def __mul__(self, factor: float) -> Sized:
         return Sized(self.value * factor, self.size * abs(factor))
+
+    def __getitem__(self, at: Any) -> Sized:
+        return Sized(self.value[at], self.size[at])
 
     def sum(self, axis: int) -> Sized:
         """The sum along an axis."""

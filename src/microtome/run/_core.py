@@ -33,9 +33,13 @@ class LoadedModel:
 
     def __init__(self, hf: Any, tokenizer: Any, anatomy: Anatomy) -> None:
         self.hf, self.tokenizer, self.anatomy = hf, tokenizer, anatomy
-        self._weights = Weights(hf, anatomy)
+        self.remap(anatomy)
         self.pace = 2e10
         self._fingerprint = Fingerprint(hf)
+
+    def remap(self, anatomy: Anatomy) -> None:
+        """Take another map of the same model: what it lacks is missing from now on."""
+        self.anatomy, self._weights = anatomy, Weights(self.hf, anatomy)
 
     def __repr__(self) -> str:
         a = self.anatomy

@@ -7,3 +7,4 @@ from microtome.run.hook._points import install as install
 from microtome.run.hook._points import output_of as output_of
 from microtome.run.hook._points import with_input as with_input
 from microtome.run.hook._points import with_output as with_output
+from microtome.run.hook._trace import trace as trace

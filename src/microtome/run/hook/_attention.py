@@ -31,8 +31,8 @@ class AttentionHooks:
     """What to do inside one attention module.
 
     Attributes:
-        visits: for each of q, k, v [batch, pos, head, d_head] and scores, pattern [batch, head, q_pos, k_pos],
-            functions that see the tensor and may return another.
+        visits: for each of q, k, v, mix [batch, pos, head, d_head] and scores, pattern [batch, head, q_pos, k_pos],
+            functions that see the tensor and may return another; the mix is what attention gives.
         edits_pattern: whether a visit may change scores or pattern, so that they must replace the kernel's result.
         frozen: hold the pattern constant for gradients, by detaching queries and keys.
         thread: the one whose forwards are watched.
@@ -44,7 +44,7 @@ class AttentionHooks:
     thread: int = field(default_factory=get_ident)
 
     def add(self, slot: str, visit: Visit, edits: bool) -> None:
-        """Visit one of the five tensors."""
+        """Visit one of the six tensors."""
         self.visits.setdefault(slot, []).append(visit)
         self.edits_pattern |= edits and slot in ("scores", "pattern")
 
@@ -133,8 +133,8 @@ class _Registry:
         def getitem(own: AttentionInterface, key: str) -> Callable[..., Any]:
             return _wrapped(super(AttentionInterface, own).__getitem__(key))
 
-        AttentionInterface.get_interface = get_interface
-        AttentionInterface.__getitem__ = getitem
+        for name, function in (("get_interface", get_interface), ("__getitem__", getitem)):
+            setattr(AttentionInterface, name, function)
 
 
 REGISTRY = _Registry()
@@ -166,10 +166,13 @@ def _attend(
         q, k = q.detach(), k.detach()
     if watch.edits_pattern:
         pattern = _form_pattern(module, watch, q, k, mask, kwargs)
-        return (pattern @ _repeat(v, q)).transpose(1, 2).contiguous(), pattern
+        return watch.visit("mix", (pattern @ _repeat(v, q)).transpose(1, 2).contiguous()), pattern
     if watch.wants_pattern:
         _form_pattern(module, watch, q, k, mask, kwargs)
-    return function(module, q, k, v, mask, **kwargs)
+    output = function(module, q, k, v, mask, **kwargs)
+    if not watch.visits.get("mix"):
+        return output
+    return watch.visit("mix", output[0]), *output[1:]
 
 
 def _repeat(x: Tensor, q: Tensor) -> Tensor:

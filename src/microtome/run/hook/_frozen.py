@@ -38,9 +38,17 @@ def freeze(hooks: HookSet, model: Any, anatomy: Anatomy, edit: Freeze, shape: Sh
                 )
             hooks.after(path, _frozen_norm(NormWeights(model.get_submodule(path), norm)))
     for i, layer in enumerate(anatomy.parts.layers):
-        if edit.patterns:
+        if edit.patterns and layer.attn is None and layer.mixer is not None:
+            raise error(
+                EditError,
+                f"layer {i} mixes positions without attention, so that it has no pattern that could be frozen",
+                do="use Freeze(patterns=False)",
+            )
+        if edit.patterns and layer.attn is not None:
             hooks.attention(layer.attn).frozen = True
         if edit.activations:
+            if layer.act is None and layer.mlp is None:
+                continue
             if layer.act is None:
                 raise error(
                     EditError,
@@ -60,7 +68,7 @@ def _norm_paths(model: Any, anatomy: Anatomy) -> list[str]:
     parts = anatomy.parts
     paths = [n.path for layer in parts.layers for n in (layer.attn_norm, layer.mlp_norm) if n is not None]
     paths += [p for layer in parts.layers for p in (layer.attn_post_norm, layer.mlp_post_norm) if p is not None]
-    for attn in (layer.attn for layer in parts.layers):
+    for attn in (layer.attn for layer in parts.layers if layer.attn is not None):
         inside = model.get_submodule(attn).named_modules(prefix=attn)
         paths += [p for p, m in inside if "Norm" in type(m).__name__ and not list(m.children())]
     return list(dict.fromkeys([*paths, parts.final_norm.path] if parts.final_norm else paths))

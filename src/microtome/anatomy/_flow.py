@@ -1,0 +1,112 @@
+"""What one forward passed between modules, and what that says of the form of a block.
+
+Tensors are told apart by where they lie in memory, so that the module that wrote what another one reads is found
+without any name; sums are found by trying them on the values. What is found here is a guess: the proof checks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FITS = 1e-3
+"""Largest residual of a sum, relative to what is explained, with which its terms are taken for what was added."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A tensor that passed: where it lay, and what it was."""
+
+    key: tuple[Any, ...]
+    value: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Seen:
+        """A tensor as it is now."""
+        return cls((x.data_ptr(), tuple(x.shape), x.storage_offset()), x.detach().clone())
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: which, what it read, and what it wrote, the hidden states first."""
+
+    path: str
+    reads: tuple[Seen, ...]
+    writes: tuple[Seen, ...]
+
+    @property
+    def read(self) -> Seen | None:
+        """The first tensor that it read."""
+        return self.reads[0] if self.reads else None
+
+    @property
+    def wrote(self) -> Seen | None:
+        """The first tensor that it wrote."""
+        return self.writes[0] if self.writes else None
+
+
+@dataclass
+class Flow:
+    """The calls of one forward, in the order in which they ended; `alive` keeps the tensors where they lie."""
+
+    calls: list[Call] = field(default_factory=list[Call])
+    alive: list[Any] = field(default_factory=list[Any])
+
+    def first(self, path: str | None) -> Call | None:
+        """The first call of a module."""
+        return next((call for call in self.calls if call.path == path), None)
+
+    def inside(self, path: str) -> list[Call]:
+        """All calls within a module, not its own."""
+        return [call for call in self.calls if call.path.startswith(path + ".")]
+
+
+def tensors(value: Any, depth: int = 2) -> Iterable[Tensor]:
+    """The floating tensors of at least two axes among arguments or outputs, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.dim() >= 2:
+            yield value
+    elif isinstance(value, tuple | list) and depth:
+        for item in value:  # pyright: ignore[reportUnknownVariableType]
+            yield from tensors(item, depth - 1)
+
+
+def multiples(y: Tensor, *terms: Tensor) -> list[float] | None:
+    """The numbers by which terms sum to y; None where they do not."""
+    if any(term.shape != y.shape for term in terms):
+        return None
+    goal = y.double().flatten()
+    columns = torch.stack([term.double().flatten() for term in terms], dim=1)
+    if not bool(torch.isfinite(goal).all()) or not bool(torch.isfinite(columns).all()):
+        return None
+    found = torch.linalg.lstsq(columns, goal.unsqueeze(1), driver="gelsd").solution[:, 0]
+    rest = goal - columns @ found
+    if float(rest.norm()) > FITS * float(goal.norm()):
+        return None
+    return [1.0 if abs(float(x) - 1.0) < 1e-4 else float(x) for x in found]
+
+
+def chain(inside: Sequence[Call], start: Call) -> list[Call]:
+    """A call, and those that one after the other read nothing but what the one before wrote, and keep its shape."""
+    found = [start]
+    while True:
+        last = found[-1].wrote
+        if last is None:
+            return found
+        after = inside[inside.index(found[-1]) + 1 :]
+        follows = (c for c in after if c.read is not None and c.read.key == last.key and c.path != found[-1].path)
+        then = next((c for c in follows if c.wrote is not None and c.wrote.value.shape == last.value.shape), None)
+        if then is None or then.wrote is None or then.wrote.key == last.key:
+            return found
+        found.append(then)
+
+
+def writer(inside: Sequence[Call], seen: Seen) -> Call | None:
+    """The innermost module that wrote a tensor."""
+    found = [c for c in inside if c.wrote is not None and c.wrote.key == seen.key]
+    found = [c for c in found if c.read is None or c.read.key != seen.key]
+    return max(found, key=lambda c: c.path.count("."), default=None)

@@ -1,0 +1,166 @@
+"""The form of a block, learned from one forward: through what its branches read the stream, and how they add to it.
+
+A branch reads the stream at some point, through a norm or directly, and what it writes, itself or behind a norm, is
+added times a number, at once or in turn. Which of these it is, is tried on the values (`multiples`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import Any
+
+from torch import Tensor, nn
+
+from microtome.anatomy._discover import Form, LayerParts, Norm, Parts, norm_of
+from microtome.anatomy._flow import Call, Flow, Seen, chain, multiples, writer
+
+
+def learned(model: Any, parts: Parts, flow: Flow) -> tuple[Parts, float | None]:
+    """The parts of a model with the forms that one forward shows, and by what its logits are scaled."""
+    found = [BlockForm(model, layer, flow).learned() for layer in parts.layers]
+    forms = [form for layer, form in found if form is not None and layer.attn and (layer.mlp or layer.down)]
+    form = max(set(forms), key=forms.count) if forms else "sequential"
+    last, head, whole = flow.first(parts.layers[-1].block), flow.first(parts.unembedding), flow.first("")
+    norm: Norm | None = None
+    if head is not None and head.read is not None and last is not None and last.wrote is not None:
+        before = writer(flow.calls, head.read)
+        if before is not None and before.read is not None and _same(before.read, last.wrote):
+            norm = _tried(model, before.path, int(last.wrote.value.shape[-1]))
+    scale: float | None = None
+    if head is not None and head.wrote is not None and whole is not None and whole.wrote is not None:
+        by = multiples(whole.wrote.value, head.wrote.value)
+        scale = None if by is None else by[0]
+    return replace(parts, layers=tuple(layer for layer, _ in found), form=form, final_norm=norm), scale
+
+
+def _tried(model: nn.Module, path: str, width: int) -> Norm | None:
+    """A module as a norm; None where it is none."""
+    module = model.get_submodule(path)
+    if next(module.children(), None) is not None:
+        return None
+    try:
+        return norm_of(module, path, width)
+    except Exception:  # noqa: BLE001 (whatever a module makes of a tensor that it does not expect)
+        return None
+
+
+MOST = 5
+"""Places at which what a branch writes is looked for."""
+
+
+@dataclass
+class Branch:
+    """One branch of a block: what it reads, the point of the stream that it reads through a norm, what it may add."""
+
+    name: str
+    reads: Seen
+    norm: Call | None
+    point: Seen
+    writes: list[Call]
+
+
+class BlockForm:
+    """The form of one block in one forward."""
+
+    def __init__(self, model: nn.Module, layer: LayerParts, flow: Flow) -> None:
+        self.model, self.layer = model, layer
+        self.inside = flow.inside(layer.block)
+        whole = flow.first(layer.block)
+        self.pre = None if whole is None else whole.read
+        self.post = None if whole is None else whole.wrote
+        found = (
+            self._branch("attn", layer.attn, layer.o),
+            self._branch("mixer", layer.mixer, layer.mixer),
+            self._branch("mlp", layer.mlp or layer.gate or layer.up, layer.down or layer.mlp),
+        )
+        self.branches = [branch for branch in found if branch is not None]
+
+    def _call(self, path: str | None) -> Call | None:
+        return next((call for call in self.inside if call.path == path), None)
+
+    def _branch(self, name: str, reader: str | None, last: str | None) -> Branch | None:
+        reading, writing = self._call(reader), self._call(last)
+        if reading is None or writing is None or reading.read is None or self.pre is None:
+            return None
+        before, norm = writer(self.inside, reading.read), None
+        if before is not None and before.read is not None and self.norm(before.path) is not None:
+            norm = before
+        point = reading.read if norm is None or norm.read is None else norm.read
+        above = [c for c in self.inside if writing.path.startswith(c.path + ".")]
+        writes = [*chain(self.inside, writing), *above]
+        writes = [c for c in writes if c.wrote is not None and c.wrote.value.shape == self.pre.value.shape]
+        return Branch(name, reading.read, norm, point, writes[:MOST])
+
+    def norm(self, path: str) -> Norm | None:
+        """A module as a norm; None where it is none."""
+        return _tried(self.model, path, 0 if self.pre is None else int(self.pre.value.shape[-1]))
+
+    def learned(self) -> tuple[LayerParts, Form | None]:
+        """The parts of the block with its norms and what its branches add, and its form; as they were where unclear."""
+        if self.pre is None or self.post is None or not self.branches:
+            return self.layer, None
+        new: dict[str, Any] = {}
+        for branch in self.branches:
+            if branch.name != "mixer":
+                new[f"{branch.name}_norm"] = None if branch.norm is None else self.norm(branch.norm.path)
+        points = self._points()
+        form: Form = "parallel" if len(points) == 2 and len(self.branches) > 1 else "sequential"
+        for start, end in pairwise(points):
+            some = [branch for branch in self.branches if _same(branch.point, start)]
+            found = self._added(start, end, some)
+            if found is None:
+                found, behind = self._normed(start, end, some)
+                form = "post_norm" if behind is not None else form
+                if behind is not None:
+                    new |= {f"{branch.name}_post_norm": behind for branch in some}
+            elif form != "post_norm":
+                new |= {f"{branch.name}_post_norm": self._behind(branch, path) for branch, path, _ in found}
+            for branch, path, by in found or ():
+                new |= {f"{branch.name}_writes": path, f"{branch.name}_by": by}
+        known = set(LayerParts.__dataclass_fields__)
+        return replace(self.layer, **{key: value for key, value in new.items() if key in known}), form
+
+    def _points(self) -> list[Seen]:
+        """The points of the stream at which branches read it, from what enters the block to what leaves it."""
+        assert self.pre is not None
+        assert self.post is not None
+        points = [self.pre]
+        for branch in self.branches:
+            if not any(_same(branch.point, point) for point in points):
+                points.append(branch.point)
+        return [*points, self.post]
+
+    def _added(self, start: Seen, end: Seen, some: Sequence[Branch]) -> list[tuple[Branch, str, float]] | None:
+        """Which of the writes of some branches, times which number, lead from one point of the stream to the next."""
+        if start.value.shape != end.value.shape or not some:
+            return None
+        added = end.value.double() - start.value.double()
+        plain: list[tuple[Branch, str, float]] | None = None
+        for choice in product(*(branch.writes for branch in some)):
+            values: list[Tensor] = [call.wrote.value for call in choice if call.wrote is not None]
+            by = multiples(added, *values)
+            if by is None:
+                continue
+            found = [(b, c.path, x) for b, c, x in zip(some, choice, by, strict=True)]
+            if all(x == 1.0 for x in by):
+                return found
+            plain = plain or found
+        return plain
+
+    def _normed(self, start: Seen, end: Seen, some: Sequence[Branch]) -> tuple[Any, str | None]:
+        """The same where a norm makes the next point of the sum of branch and stream; with the path of the norm."""
+        norm = writer(self.inside, end)
+        if norm is None or norm.read is None or self.norm(norm.path) is None:
+            return None, None
+        found = self._added(start, norm.read, some)
+        return found, None if found is None else norm.path
+
+    def _behind(self, branch: Branch, path: str) -> str | None:
+        """The norm behind a branch, where what is added is what that norm wrote."""
+        return path if branch.writes and path != branch.writes[0].path and self.norm(path) is not None else None
+
+
+def _same(one: Seen, other: Seen) -> bool:
+    return one.key == other.key or (one.value.shape == other.value.shape and bool((one.value == other.value).all()))

@@ -1,0 +1,133 @@
+"""Which modules of a block are its attention, its MLP, or another mixer of positions.
+
+By the names that families use, else by what the modules are: attention has projections of queries and takes a softmax.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
+MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe", "feedforward")
+Q = ("q_proj", "query", "q_b_proj", "query_proj", "project_q", "Wq")
+K, V = ("k_proj", "key", "key_proj", "project_k", "Wk"), ("v_proj", "value", "value_proj", "project_v", "Wv")
+QKV = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv")
+O = ("o_proj", "out_proj", "c_proj", "dense", "output.dense", "wo", "Wo", "attention_out")  # noqa: E741 - the field's letter
+GATE = ("gate_proj", "w1", "linear_gate")
+UP = ("up_proj", "w3", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "intermediate.dense", "linear_in", "Wi")
+GATE_UP = ("gate_up_proj",)
+DOWN = ("down_proj", "w2", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "output.dense", "linear_out", "Wo")
+ROUTER = ("router", "gate")
+_SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"}
+_OTHERS = re.compile("cross|encoder_attn|adapter|altup|laurel|per_layer|embed")
+"""Names of parts that read something else than the stream, or that change what is there."""
+_MLP_KIND = re.compile("mlp|feedforward|feed_forward|ffn|moe|mixtureofexperts|sparsemoe", re.IGNORECASE)
+
+
+def child(module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] | None:
+    """The first of `names` (dotted) that exists below a module, with the module it names."""
+    for name in names:
+        found: Any = module
+        for step in name.split("."):
+            found = getattr(found, step, None)
+        if isinstance(found, nn.Module):
+            return name, found
+    return None
+
+
+def _path(module: nn.Module, prefix: str, names: tuple[str, ...]) -> str | None:
+    found = child(module, names)
+    return None if found is None else f"{prefix}.{found[0]}"
+
+
+def attention_of(block: nn.Module, prefix: str) -> dict[str, str | None]:
+    """The modules of a block's attention: by the usual names, else the first that projects queries and attends."""
+    none: dict[str, str | None] = dict.fromkeys(("attn", "q", "k", "v", "qkv", "o"))
+    name, attn = child(block, ATTENTION) or ("", None)
+    if attn is None or not _projects(attn):
+        found = ((path, m) for path, m in block.named_modules() if path and _projects(m) and attends(m))
+        name, attn = next(found, ("", None)) if attn is None or not attends(attn) else (name, attn)
+    if attn is None or not attends(attn):
+        return none
+    path = f"{prefix}.{name}"
+    o = _path(attn, path, O) or (f"{path}.attention.out_proj" if child(attn, ("attention.out_proj",)) else None)
+    inner = child(attn, ("attention", "self"))
+    if inner is not None and _projects(inner[1]):
+        path, attn = f"{path}.{inner[0]}", inner[1]
+    fused = _path(attn, path, QKV) if not child(attn, Q) else None
+    return {
+        "attn": path, "q": _path(attn, path, Q), "k": _path(attn, path, K), "v": _path(attn, path, V),
+        "qkv": fused, "o": o,
+    }  # fmt: skip
+
+
+def _projects(module: nn.Module) -> bool:
+    """Whether a module has projections of queries."""
+    return child(module, Q) is not None or child(module, QKV) is not None
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a softmax over positions is taken anywhere inside a module, or the attention interface is asked."""
+    return any(_SOFTMAX & _names_in(type(part)) for part in module.modules())
+
+
+@cache
+def _names_in(kind: type) -> frozenset[str]:
+    """All names that the methods of a class of `transformers`, or of the model's own code, use."""
+    found: set[str] = set()
+    for own in kind.__mro__:
+        if own.__module__.startswith("torch."):
+            continue
+        for value in vars(own).values():
+            code = getattr(getattr(value, "__wrapped__", value), "__code__", None)
+            found.update(() if code is None else code.co_names)
+    return frozenset(found)
+
+
+def uses_interface(attn: nn.Module) -> bool:
+    """Whether the attention module's forward goes through the attention interface of `transformers`."""
+    forward = getattr(type(attn), "forward")  # noqa: B009 - a plain attribute would be bound by the type checker
+    code = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def mixer_of(block: nn.Module, prefix: str, taken: Iterable[str | None]) -> str | None:
+    """The part of a block that has weights and is neither attention, nor an MLP, nor a norm."""
+    others = [path for path in taken if path is not None]
+    for name, module in block.named_children():
+        path = f"{prefix}.{name}"
+        known = any(other == path or other.startswith(path + ".") for other in others)
+        weights = any(p.dim() > 1 for p in module.parameters())
+        if not known and weights and not _MLP_KIND.search(type(module).__name__) and not _OTHERS.search(name):
+            return path
+    return None
+
+
+def _activation(holder: nn.Module, path: str) -> str | None:
+    for name in ("act_fn", "activation_fn", "act", "gelu_impl", "intermediate.intermediate_act_fn"):
+        if child(holder, (name,)) is not None:
+            return f"{path}.{name}"
+    return None
+
+
+def mlp_of(block: nn.Module, prefix: str) -> dict[str, str | None]:
+    """The modules of a block's MLP: by the usual names, else by the kind of module."""
+    found = child(block, MLP) or next(
+        ((name, m) for name, m in block.named_children() if _MLP_KIND.search(type(m).__name__)), None
+    )
+    path, holder = (f"{prefix}.{found[0]}", found[1]) if found else (prefix, block)
+    none = dict.fromkeys(("gate", "up", "gate_up", "down", "act", "router", "experts"))
+    if child(holder, ("experts",)):
+        return none | {"mlp": path, "router": _path(holder, path, ROUTER), "experts": f"{path}.experts"}
+    if found is None and child(block, DOWN) is None:
+        return none | {"mlp": None}
+    gate, fused = _path(holder, path, GATE), _path(holder, path, GATE_UP)
+    return none | {
+        "mlp": path if found else None, "gate": gate, "gate_up": fused, "up": _path(holder, path, UP),
+        "down": _path(holder, path, DOWN), "act": _activation(holder, path),
+    }  # fmt: skip

@@ -1,0 +1,244 @@
+"""Hook points: for every site of a model, the module and the side of it where the site is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from microtome.anatomy._discover import LayerParts, Norm, Parts, is_conv1d
+from microtome.anatomy._kernels import hiding_kernel
+from microtome.anatomy._roles import uses_interface
+from microtome.anatomy._sites import SITES, Site
+from microtome.shown import shown
+
+Side = Literal["input", "output", "inplace", "norm", "attention", "router", "experts", "result", "logits"]
+
+
+@shown
+@dataclass(frozen=True)
+class Split:
+    """A part of a fused last axis: seen as (groups, chunks, width), chunks `low` to `high` of every group."""
+
+    groups: int
+    chunks: int
+    width: int
+    low: int
+    high: int
+
+    def view(self, x: Tensor, axis: int = -1) -> Tensor:
+        """The part as [..., groups, high - low, width], a view."""
+        x = x.unflatten(axis, (self.groups, self.chunks, self.width))
+        return x.narrow(axis - 1 if axis < 0 else axis + 1, self.low, self.high - self.low)
+
+
+@shown
+@dataclass(frozen=True)
+class HookPoint:
+    """Where a site is.
+
+    Attributes:
+        module: path of the module whose input or output holds the tensor.
+        side: which tensor of it, and how an edit is written back.
+        split: the part of a fused last axis.
+        heads: the last axis holds this many heads; for keys and values, how many the model has.
+        sizes: axes of another length than the sizes of the model.
+        scale: the site's value is this many times the tensor.
+        norm: for `side="norm"`, the norm whose divisor is the value.
+        clone: the model changes this tensor later, so a reader needs its own copy.
+    """
+
+    module: str
+    side: Side
+    split: Split | None = None
+    heads: int | None = None
+    scale: float = 1.0
+    norm: Norm | None = None
+    clone: bool = False
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+def out_features(module: nn.Module) -> int:
+    """Output size of a projection, whichever way round its weight is stored."""
+    weight: Any = module.weight
+    return int(weight.shape[1 if is_conv1d(module) else 0])
+
+
+def in_features(module: nn.Module) -> int:
+    """Input size of a projection, whichever way round its weight is stored."""
+    weight: Any = module.weight
+    return int(weight.shape[0 if is_conv1d(module) else 1])
+
+
+def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, Split]:
+    """Where q, k and v lie in the output of a fused projection of `size` features."""
+    layout = parts.family.fused_qkv
+    if layout == "per_head":
+        width = size // (3 * n_heads)
+        return {name: Split(n_heads, 3, width, i, i + 1) for i, name in enumerate("qkv")}
+    if layout == "quarters":
+        width, n = size // (3 * n_heads), n_heads // 4
+        return {name: Split(4, 3 * n, width, i * n, (i + 1) * n) for i, name in enumerate("qvk")}
+    width = size // (n_heads + 2 * n_kv)
+    if layout == "grouped":
+        group = n_heads // n_kv
+        bounds = {"q": (0, group), "k": (group, group + 1), "v": (group + 1, group + 2)}
+        return {name: Split(n_kv, group + 2, width, low, high) for name, (low, high) in bounds.items()}
+    bounds = {"q": (0, n_heads), "k": (n_heads, n_heads + n_kv), "v": (n_heads + n_kv, n_heads + 2 * n_kv)}
+    return {name: Split(1, n_heads + 2 * n_kv, width, low, high) for name, (low, high) in bounds.items()}
+
+
+def heads_of(model: nn.Module, config: Any, layer: LayerParts) -> tuple[int, int]:
+    """How many query heads attention has in a layer, and how many heads of keys and values."""
+    attn: Any = model.get_submodule(layer.attn or "")
+    try:
+        declared = getattr(config, "num_attention_heads", None)
+    except Exception:  # noqa: BLE001 (some configurations refuse, since it differs from layer to layer)
+        declared = None
+    if not isinstance(declared, int):
+        declared = next((n for name in ("num_heads", "num_attention_heads") if (n := getattr(attn, name, 0))), 1)
+    n_heads = int(declared)
+    if getattr(config, "new_decoder_architecture", False):
+        return n_heads, int(config.num_kv_heads)
+    if (shared := getattr(config, "multi_query", None)) is not None:  # Falcon and GPTBigCode
+        return n_heads, 1 if shared else n_heads
+    if layer.k is not None and layer.q is not None:
+        d_head = out_features(model.get_submodule(layer.q)) // n_heads
+        return n_heads, max(out_features(model.get_submodule(layer.k)) // d_head, 1)
+    return n_heads, int(getattr(config, "num_key_value_heads", None) or n_heads)
+
+
+def neurons_of(model: nn.Module, config: Any, layers: tuple[LayerParts, ...]) -> int:
+    """How many neurons an MLP has, of the first layer that has one."""
+    for layer in layers:
+        if layer.down is not None:
+            return in_features(model.get_submodule(layer.down))
+    known = ("moe_intermediate_size", "intermediate_size")
+    return next((int(n) for name in known if isinstance(n := getattr(config, name, None), int)), 0)
+
+
+class Taps:
+    """Collects the hook points of one model, and the reasons for what it lacks."""
+
+    def __init__(self, model: Any, parts: Parts, config: Any) -> None:
+        self.model, self.parts, self.config = model, parts, config
+        attentions = [layer.attn for layer in parts.layers if layer.attn is not None]
+        self.interface = bool(attentions) and uses_interface(model.get_submodule(attentions[0]))
+        self.mixes = any(layer.mixer is not None for layer in parts.layers)
+        self.hook_points: dict[Site, HookPoint] = {}
+        self.missing: dict[Site, str] = {}
+
+    def norm(self, site: Site, norm: Norm | None) -> None:
+        if norm is None:
+            self.missing[site] = "there is no norm of a known form"
+        else:
+            self.hook_points[site] = HookPoint(norm.path, "norm", norm=norm)
+
+    def residual(self, i: int, layer: LayerParts) -> None:
+        self.hook_points[Site("resid_pre", i)] = HookPoint(layer.block, "input")
+        self.hook_points[Site("resid_post", i)] = HookPoint(layer.block, "output")
+        site = Site("resid_mid", i)
+        if self.parts.form == "parallel":
+            self.missing[site] = "both branches read resid_pre (parallel block)"
+        elif len([part for part in (layer.attn, layer.mixer, layer.mlp or layer.down) if part is not None]) < 2:
+            self.missing[site] = "the block has one branch"
+        elif self.parts.form == "post_norm" and layer.attn_post_norm is not None:
+            self.hook_points[site] = HookPoint(layer.attn_post_norm, "output")
+        else:
+            reads = layer.mlp_norm.path if layer.mlp_norm else layer.mlp
+            if reads is None:
+                self.missing[site] = "no module reads it"
+            else:
+                self.hook_points[site] = HookPoint(reads, "inplace")
+
+    def attention(self, i: int, layer: LayerParts) -> None:
+        if layer.attn is None or layer.o is None:
+            why = "the block has no attention" + ("" if layer.mixer is None else ": see mixer.in and mixer_out")
+            names = (name for name in SITES if name.startswith("attn"))
+            self.missing.update({Site(name, i): why for name in names})
+            return
+        n_heads, n_kv_heads = heads_of(self.model, self.config, layer)
+        self.norm(Site("attn.scale", i), layer.attn_norm)
+        self.hook_points[Site("attn.in", i)] = HookPoint(layer.attn, "input")
+        # In latent attention queries and keys are wider than values; some layers may have other heads than others.
+        o = self.model.get_submodule(layer.o)
+        width = out_features(self.model.get_submodule(layer.q)) // n_heads if layer.q is not None else 0
+        sizes: tuple[tuple[str, int], ...] = (("head", n_heads), ("kv_head", n_kv_heads))
+        mixed = (*sizes, ("d_head", in_features(o) // n_heads))
+        asked = (*sizes, ("d_head", width)) if width else mixed
+        self.hook_points[Site("attn.q", i)] = HookPoint(layer.attn, "attention", sizes=asked)
+        self.hook_points[Site("attn.k", i)] = HookPoint(layer.attn, "attention", heads=n_kv_heads, sizes=asked)
+        self.hook_points[Site("attn.v", i)] = HookPoint(layer.attn, "attention", heads=n_kv_heads, sizes=mixed)
+        kernel = hiding_kernel(self.model.config) if self.interface else None
+        for slot in ("scores", "pattern"):
+            site = Site(f"attn.{slot}", i)
+            if kernel is None:
+                self.hook_points[site] = HookPoint(layer.attn, "attention", sizes=sizes)
+            else:
+                self.missing[site] = f"the masks of the attention kernel {kernel} cannot be read, open it under sdpa"
+        self.hook_points[Site("attn.z", i)] = HookPoint(layer.o, "input", heads=n_heads, sizes=mixed)
+        self.hook_points[Site("attn.result", i)] = HookPoint(layer.o, "result", heads=n_heads, sizes=sizes)
+        self.hook_points[Site("attn_out", i)] = HookPoint(layer.attn_writes or layer.o, "output", scale=layer.attn_by)
+
+    def mixer(self, i: int, layer: LayerParts) -> None:
+        if layer.mixer is not None:
+            self.hook_points[Site("mixer.in", i)] = HookPoint(layer.mixer, "input")
+            writes = layer.mixer_writes or layer.mixer
+            self.hook_points[Site("mixer_out", i)] = HookPoint(writes, "output", scale=layer.mixer_by)
+        elif self.mixes:
+            why = "the block has no mixer but attention: see attn.in and attn_out"
+            self.missing.update({Site(name, i): why for name in ("mixer.in", "mixer_out")})
+
+    def mlp(self, i: int, layer: LayerParts) -> None:
+        writes = layer.mlp_writes or layer.down or layer.mlp
+        if writes is None:
+            names = (name for name in SITES if name.startswith("mlp"))
+            self.missing.update({Site(name, i): "the block has no MLP" for name in names})
+            return
+        self.norm(Site("mlp.scale", i), layer.mlp_norm)
+        reads = layer.mlp or layer.up
+        if reads is not None:
+            self.hook_points[Site("mlp.in", i)] = HookPoint(reads, "input")
+        if layer.experts is not None:
+            self.experts(i, layer)
+        elif layer.down is not None:
+            self.neurons(i, layer, layer.down)
+            for name in ("mlp.router", "mlp.experts"):
+                self.missing[Site(name, i)] = "the layer is not a mixture of experts"
+        else:
+            inner = ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post", "mlp.router", "mlp.experts")
+            self.missing.update({Site(name, i): "the parts of the MLP have no known form" for name in inner})
+        clone = self.parts.family.sums_in_place and self.parts.form == "parallel"
+        self.hook_points[Site("mlp_out", i)] = HookPoint(writes, "output", scale=layer.mlp_by, clone=clone)
+
+    def experts(self, i: int, layer: LayerParts) -> None:
+        router: Any = None if layer.router is None else self.model.get_submodule(layer.router)
+        top_k = getattr(router, "top_k", None)
+        if layer.router is not None and layer.experts is not None and isinstance(top_k, int):
+            self.hook_points[Site("mlp.router", i)] = HookPoint(layer.router, "router")
+            self.hook_points[Site("mlp.experts", i)] = HookPoint(layer.experts, "experts", sizes=(("rank", top_k),))
+        else:
+            why = "the router has no known form"
+            self.missing.update({Site(name, i): why for name in ("mlp.router", "mlp.experts")})
+        for name in ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post"):
+            self.missing[Site(name, i)] = "the layer is a mixture: see mlp.router and mlp.experts"
+
+    def neurons(self, i: int, layer: LayerParts, down: str) -> None:
+        up = layer.up
+        width = in_features(self.model.get_submodule(down))
+        sizes = (("neuron", width),)
+        self.hook_points[Site("mlp.post", i)] = HookPoint(down, "input", sizes=sizes)
+        if layer.gate_up is not None:
+            for k, name in enumerate(("mlp.gate", "mlp.up")):
+                split = Split(1, 2, width, k, k + 1)
+                self.hook_points[Site(name, i)] = HookPoint(layer.gate_up, "output", split=split, sizes=sizes)
+        elif layer.gate is not None and up is not None:
+            self.hook_points[Site("mlp.gate", i)] = HookPoint(layer.gate, "output", sizes=sizes)
+            self.hook_points[Site("mlp.up", i)] = HookPoint(up, "output", sizes=sizes)
+        elif up is not None:
+            self.hook_points[Site("mlp.pre", i)] = HookPoint(up, "output", sizes=sizes)
+            for name in ("mlp.gate", "mlp.up"):
+                self.missing[Site(name, i)] = "the MLP is not gated: see mlp.pre"
+            return
+        self.missing[Site("mlp.pre", i)] = "the MLP is gated: see mlp.gate and mlp.up"

@@ -1,0 +1,404 @@
+"""The identities of a map: each compares what was seen at a site with what other sites and weights make of it.
+
+A gap is relative to the sizes of what was summed there, |x| @ |W| for a product, and never to the result, which may
+truly be nothing. A check names what it vouches for: the sites and weights that a map is left without where it fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of
+from microtome.model._sized import Sized, normed, product, ratio
+from microtome.run import LoadedModel, Run
+from microtome.run.hook import HookSet
+from microtome.shown import shown
+
+# Of norms and softmaxes. In float64 too the norms of transformers, and its plain softmax, compute in float32.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Of products, whose size grows with their width faster than they do: a weight that is off by 1e-3 must be seen.
+PRODUCT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+BRANCHES = ("attn_out", "mixer_out", "mlp_out")
+
+
+@shown
+@dataclass(frozen=True)
+class IdentityCheck:
+    """One identity at one place: its largest gap relative to what was summed there, or why it does not apply.
+
+    Attributes:
+        identity: which of the seven.
+        where: the site or weight that is checked.
+        status: what came of it.
+        gap: the largest difference, relative to what was summed there.
+        tolerance: the largest that is allowed.
+        note: why it does not apply, or what went wrong.
+        vouches: the sites and weights that the map is left without where this fails.
+    """
+
+    identity: str
+    where: str
+    status: Literal["holds", "fails", "does not apply"]
+    gap: float
+    tolerance: float
+    note: str = ""
+    vouches: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Of one that fails: in one line, with its numbers."""
+        note = f": {self.note.rstrip('.')}" if self.note else ""
+        return f'it fails "{self.identity}" at {self.where} (gap {self.gap:.3g}, allowed {self.tolerance:.3g}){note}'
+
+
+LEFT_OUT: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("2 residual", "resid_post"): ("attn_out", "mlp_out", "resid_mid"),
+    ("3 heads", "W_O"): ("attn.result", "W_O"),
+    ("3 heads", "attn.result"): ("attn.result",),
+    ("4 neurons", "mlp_out"): ("mlp.post", "W_out", "mlp.experts", "mlp.router"),
+    ("4 neurons", "mlp.post"): ("mlp.post", "W_out"),
+    ("4 neurons", "mlp.experts"): ("mlp.experts", "mlp.router"),
+    ("5 attention", "attn.z"): ("attn.v", "attn.scores", "attn.pattern"),
+    ("5 attention", "attn.pattern"): ("attn.scores", "attn.pattern"),
+    ("6 unembed", "final"): ("final.scale", "final_norm"),
+    ("6 unembed", "logits"): ("W_U",),
+    ("7 weights", "attn.in"): ("attn.scale", "attn_norm"),
+    ("7 weights", "mlp.in"): ("mlp.scale", "mlp_norm"),
+    ("7 weights", "mlp.post"): ("mlp.gate", "mlp.up", "mlp.pre"),
+    ("7 weights", "mlp"): ("mlp.gate", "mlp.up", "mlp.pre", "W_gate", "W_in"),
+    ("7 weights", "attn"): ("W_Q", "W_K", "W_V"),
+}
+"""What a map is left without where an identity fails at a place; else the place itself."""
+WITH = {"attn_out": ("attn.result",), "mlp_out": ("mlp.experts", "mlp.router")}
+"""What falls with a site: heads and experts write what their branch writes."""
+
+
+def named(layer: int | None, *names: str) -> tuple[str, ...]:
+    """Names of one layer, or of the model."""
+    return names if layer is None else tuple(f"{layer}.{name}" for name in names)
+
+
+def vouched(identity: str, where: str) -> tuple[str, ...]:
+    """What an identity vouches for at a place."""
+    layer, _, name = where.partition(".")
+    if not layer.isdecimal():
+        return LEFT_OUT.get((identity, where), (where,))
+    return named(int(layer), *LEFT_OUT.get((identity, name), (name,)))
+
+
+def in_one_line(problem: Exception) -> str:
+    """An exception in one short line."""
+    text = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+class Prover:
+    """Checks the identities of one model on what one run saw."""
+
+    def __init__(self, model: LoadedModel, run: Run, plain: Tensor) -> None:
+        self.model, self.run, self.plain = model, run, plain
+        self.a, self.parts = model.anatomy, model.anatomy.parts
+        self.tolerance = TOLERANCE.get(model.dtype, 5e-2)
+        self.product = PRODUCT.get(model.dtype, 1e-2)
+        self.checks: list[IdentityCheck] = []
+
+    def at(self, name: str, layer: int | None = None) -> Tensor:
+        return self.run[str(Site(name, layer))]
+
+    def has(self, name: str, layer: int) -> bool:
+        return Site(name, layer) in self.a.hook_points
+
+    def same(self, identity: str, where: str, got: Tensor, expected: Sized, tolerance: float | None = None) -> None:
+        """Compare element by element: one huge activation must not make the others' gaps look small."""
+        tolerance = self.tolerance if tolerance is None else tolerance
+        if got.shape != expected.value.shape:
+            note = f"got shape {list(got.shape)}, expected {list(expected.value.shape)}"
+            self.fail(identity, where, tolerance, note)
+            return
+        self.judge(identity, where, (at_least_float32(got) - expected.value).abs(), expected.size, tolerance)
+
+    def multiplies(self, identity: str, where: str, got: Tensor, expected: Sized) -> None:
+        """The same for products, which are held tighter."""
+        self.same(identity, where, got, expected, self.product)
+
+    def added(self, after: Tensor, before: Tensor, *branches: Tensor) -> float:
+        """By how much what was added differs from the branches, beyond what rounding the sums leaves of them."""
+        eps = torch.finfo(after.dtype).eps
+        end, start, *added = (x.cpu().double() for x in (after, before, *branches))  # some devices have no float64
+        size = sum((x.abs() for x in added), torch.zeros_like(end))
+        gap = (end - start - sum(added)).abs() - eps * (start.abs() + size)
+        return ratio(gap.clamp(min=0), size)
+
+    def judge(self, identity: str, where: str, gaps: Tensor, sizes: Tensor, tolerance: float) -> None:
+        self.conclude(identity, where, ratio(gaps, sizes), tolerance)
+
+    def conclude(
+        self, identity: str, where: str, gap: float, tolerance: float, vouches: tuple[str, ...] | None = None
+    ) -> None:
+        """Note whether an identity holds, and what it vouches for."""
+        status = "holds" if gap <= tolerance else "fails"
+        vouches = vouched(identity, where) if vouches is None else vouches
+        self.checks.append(IdentityCheck(identity, where, status, gap, tolerance, "", vouches))
+
+    def fail(self, identity: str, where: str, tolerance: float, note: str) -> None:
+        """Note that an identity could not even be compared."""
+        found = IdentityCheck(identity, where, "fails", float("inf"), tolerance, note, vouched(identity, where))
+        self.checks.append(found)
+
+    def attempt(self, identity: str, where: str, step: Callable[[], None]) -> None:
+        """Take a step of the proof; what it raises is a check that fails."""
+        try:
+            step()
+        except Exception as problem:  # noqa: BLE001 (shapes and parts that no family had before)
+            self.fail(identity, where, self.tolerance, in_one_line(problem))
+
+    def skip(self, identity: str, where: str, why: str) -> None:
+        self.checks.append(IdentityCheck(identity, where, "does not apply", 0.0, self.tolerance, why))
+
+    def module(self, path: str) -> Any:
+        return self.model.hf.get_submodule(path)
+
+    def behind(self, path: str | None, x: Sized) -> Sized:
+        """What a norm behind a branch, or behind the sum of branch and stream, makes of x."""
+        if path is None:
+            return x
+        module = self.module(path)
+        value = at_least_float32(module(x.value.to(self.model.dtype)))
+        norm = norm_of(module, path, self.a.d_model)
+        if norm is None:  # of no known form, but never nothing
+            return Sized(value, value.abs().amax(-1, keepdim=True).expand_as(value))
+        return normed(NormWeights(module, norm), x, value)
+
+    def read(self, norm: NormWeights | None, x: Tensor) -> Sized:
+        """What is read of the stream x through a norm, or without one."""
+        return Sized.of(x) if norm is None else normed(norm, Sized.of(x), norm.apply(x))
+
+    def residual(self, i: int) -> None:
+        """What a block adds is what its branches write; what fails names the branch, where it can be told."""
+        pre, post, mid = self.at("resid_pre", i), self.at("resid_post", i), None
+        where, layer = f"{i}.resid_post", self.parts.layers[i]
+        names = [name for name in BRANCHES if self.has(name, i)]
+        branches = [self.at(name, i) for name in names]
+        if self.has("resid_mid", i):
+            mid = self.at("resid_mid", i)
+        if self.parts.form == "post_norm" and mid is not None:
+            after = self.behind(layer.attn_post_norm, Sized.of(pre) + Sized.of(branches[0]))
+            self.same("2 residual", f"{i}.resid_mid", mid, after)
+            self.same(
+                "2 residual", where, post, self.behind(layer.mlp_post_norm, Sized.of(mid) + Sized.of(branches[1]))
+            )
+            return
+        if mid is None or len(branches) < 2:
+            self.conclude("2 residual", where, self.added(post, pre, *branches), self.tolerance, named(i, *names))
+            return
+        first, second = self.added(mid, pre, branches[0]), self.added(post, mid, branches[1])
+        fall_first, fall_second = (names[0],), (names[1],)
+        if first > self.tolerance and second > self.tolerance:
+            whole = self.added(post, pre, *branches)
+            fall_first = fall_second = ("resid_mid",) if whole <= self.tolerance else ("resid_mid", *names)
+        self.conclude("2 residual", f"{i}.resid_mid", first, self.tolerance, named(i, *fall_first))
+        self.conclude("2 residual", where, second, self.tolerance, named(i, *fall_second))
+
+    def written(self, identity: str, where: str, i: int, name: str, raw: Sized, path: str | None) -> None:
+        """What a branch writes is what its parts sum to, behind a norm where it has one of its own."""
+        path = path if self.parts.form == "sequential" else None
+        tolerance = self.product if path is None else self.tolerance
+        expected = self.behind(path, raw) * self.a.hook_points[Site(name, i)].scale
+        self.same(identity, where, self.at(name, i), expected, tolerance)
+
+    def heads(self, i: int) -> None:
+        z, weights = at_least_float32(self.at("attn.z", i)), at_least_float32(self.model.layers[i].W_O)
+        seen = Sized(*(torch.einsum("bphd,hdm->bphm", x, w) for x, w in ((z, weights), (z.abs(), weights.abs()))))
+        result = self.at("attn.result", i)
+        self.multiplies("3 heads", f"{i}.W_O", result, seen)
+        if not self.has("attn_out", i):
+            return
+        total = Sized(at_least_float32(result), seen.size).sum(2) + self.model.layers[i].b_O
+        path = self.parts.layers[i].attn_post_norm
+        self.written("3 heads", f"{i}.attn.result", i, "attn_out", total, path)
+
+    def neurons(self, i: int) -> None:
+        layer, weights = self.parts.layers[i], self.model.layers[i]
+        if layer.experts is None:
+            total = product(self.at("mlp.post", i), weights.W_out, weights.b_out)
+            self.written("4 neurons", f"{i}.mlp.post", i, "mlp_out", total, layer.mlp_post_norm)
+            return
+        # What an expert summed is not seen: the size of its output is the largest value at a position.
+        parts = [self.at("mlp.experts", i)]
+        shared = getattr(self.module(layer.mlp or ""), "shared_experts", None)
+        parts += [] if shared is None else [shared(self.at("mlp.in", i)).unsqueeze(2)]
+        each = at_least_float32(torch.cat(parts, dim=2))
+        total = Sized(each, each.abs().amax(-1, keepdim=True).expand_as(each)).sum(2)
+        self.written("4 neurons", f"{i}.mlp.experts", i, "mlp_out", total, layer.mlp_post_norm)
+
+    def attention(self, i: int) -> None:
+        missing = [s for s in ("q", "k", "v", "scores", "pattern") if not self.has(f"attn.{s}", i)]
+        if missing:
+            self.skip("5 attention", f"{i}.attn", f"not seen in this family: {', '.join(missing)}")
+            return
+        v = at_least_float32(self.at("attn.v", i))
+        pattern = self.at("attn.pattern", i).to(v.dtype)
+        v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
+        mix = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+        size = torch.einsum("bhqk,bkhd->bqhd", pattern * self.softened(i, pattern), v.abs())
+        mixed, tolerance = Sized(mix, size), 3 * self.tolerance
+        self.same("5 attention", f"{i}.attn.z", self.at("attn.z", i), mixed, tolerance)
+        if self.checks[-1].status == "fails" and i in self.mixes:
+            # What a kernel gives may be gated, scaled or normalised before it enters W_O: then the pattern is right.
+            direct = self.checks.pop()
+            self.same("5 attention", f"{i}.attn.z", self.mixes[i].reshape(mix.shape), mixed, tolerance)
+            changed = self.checks[-1]
+            if changed.gap <= tolerance:
+                why = f"attn.z is pattern @ v changed by a gate, a scale or a norm (by {direct.gap:.2g})"
+                self.skip("5 attention", f"{i}.attn.mix", why)
+            else:
+                self.checks[-1] = direct
+        sums = pattern.sum(-1)
+        sinks = hasattr(self.module(self.parts.layers[i].attn or ""), "sinks")
+        whole = sums.clamp(max=1.0) if sinks else torch.ones_like(sums)
+        self.same("5 attention", f"{i}.attn.pattern", sums, Sized.of(whole))
+
+    def softened(self, i: int, pattern: Tensor) -> Tensor:
+        """By how much more than itself each weight of a pattern may be off, for the rounding of its score.
+
+        A softmax passes on the rounding of scores, a few units in the last place of |q| . |k|, as it is; and what the
+        others of its row lose, it gains.
+        """
+        q, k = at_least_float32(self.at("attn.q", i)), at_least_float32(self.at("attn.k", i))
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        scores, size = (torch.einsum("bqhd,bkhd->bhqk", *x) for x in ((q, k), (q.abs(), k.abs())))
+        live = pattern > 0
+        seen, made = self.at("attn.scores", i)[live].to(scores.dtype), scores[live]
+        power = made.pow(2).sum()
+        factor = ((seen * made).sum() / power).abs() if power > 0 else power  # what scores are scaled by
+        rounding = 4 * torch.finfo(self.model.dtype).eps * factor * size / (3 * self.tolerance)
+        return 1 + rounding + (pattern * rounding).sum(-1, keepdim=True)
+
+    @cached_property
+    def mixes(self) -> dict[int, Tensor]:
+        """[batch, pos, head, d_head] by layer: what the attention kernel gives, in one more forward."""
+        found: dict[int, Tensor] = {}
+        hooks = HookSet(self.model.hf, self.a.attention, self.a.n_heads)
+        for i, layer in enumerate(self.parts.layers):
+            if layer.attn is not None:
+                hooks.attention(layer.attn).add("mix", lambda x, i=i: found.update({i: at_least_float32(x)}), False)
+        with torch.no_grad(), hooks:
+            self.model.hf(input_ids=self.run.tokens)
+        return found
+
+    def sized(self, logits: Tensor) -> Sized:
+        """Logits with the size of what was summed to them, or where that is not known, of the largest of them."""
+        logits = at_least_float32(logits)
+        try:
+            size = self.logits.size
+        except Exception:  # noqa: BLE001 (a head of no known form, which its own check says)
+            size = logits.abs().amax(-1, keepdim=True)
+        return Sized(logits, size.expand_as(logits))
+
+    @cached_property
+    def logits(self) -> Sized:
+        """The logits that `final` gives."""
+        a = self.a
+        made = product(self.at("final"), self.model.W_U, self.model.b_U) * a.logit_scale
+        if a.logit_softcap is None:
+            return made
+        return Sized(torch.tanh(made.value / a.logit_softcap) * a.logit_softcap, made.size)
+
+    def unembed(self) -> None:
+        final, last = self.at("final"), self.at("resid_post", self.a.n_layers - 1)
+        norm = self.model.final_norm
+        trunk = self.parts.layers[0].block.rpartition(".")[0].rpartition(".")[0]
+        if norm is None:
+            self.skip("6 unembed", "final", "the head has a transform of its own, or no norm precedes it")
+        elif final.shape[-1] != last.shape[-1]:
+            self.skip("6 unembed", "final", f"{trunk} projects the stream to another width before the unembedding")
+        else:
+            self.same("6 unembed", "final", final, self.read(norm, last))
+        self.multiplies("6 unembed", "logits", self.run.logits, self.logits)
+
+    def reads(self, i: int) -> None:
+        """What a branch reads is the norm of the stream before it."""
+        weights, layer = self.model.layers[i], self.parts.layers[i]
+        pre = self.at("resid_pre", i)
+        between = self.parts.form != "parallel" and self.has("resid_mid", i)
+        if layer.attn is not None:
+            self.same("7 weights", f"{i}.attn.in", self.at("attn.in", i), self.read(weights.attn_norm, pre))
+        if self.has("mlp.in", i):
+            before = self.at("resid_mid", i) if between else pre
+            self.same("7 weights", f"{i}.mlp.in", self.at("mlp.in", i), self.read(weights.mlp_norm, before))
+
+    def mlp_weights(self, i: int) -> None:
+        weights, where = self.model.layers[i], f"{i}.mlp"
+        if self.parts.layers[i].experts is not None:
+            self.skip("7 weights", where, "the layer is a mixture: experts are checked by identity 4")
+            return
+        x = self.at("mlp.in", i)
+        views = {"mlp.gate": ("W_gate", "b_gate"), "mlp.up": ("W_in", "b_in"), "mlp.pre": ("W_in", "b_in")}
+        for name, (matrix, offset) in views.items():
+            if self.has(name, i):
+                expected = product(x, getattr(weights, matrix), getattr(weights, offset))
+                self.multiplies("7 weights", f"{i}.{matrix}", self.at(name, i), expected)
+        act = self.parts.layers[i].act
+        if act is None:
+            self.skip("7 weights", where, "the activation is not a module of its own")
+            return
+        gated = self.has("mlp.gate", i)
+        read = self.at("mlp.gate" if gated else "mlp.pre", i)
+        value, size = at_least_float32(self.module(act)(read)), at_least_float32(read).abs()
+        made = Sized(
+            value, size + value.abs()
+        )  # smooth activations are differences of about the size of what they read
+        if gated:
+            up = at_least_float32(self.at("mlp.up", i))
+            made = Sized(made.value * up, made.size * up.abs())
+        self.same("7 weights", f"{i}.mlp.post", self.at("mlp.post", i), made)
+
+    def attn_weights(self, i: int) -> None:
+        layer, weights, x = self.parts.layers[i], self.model.layers[i], self.at("attn.in", i)
+        if layer.qkv is None and layer.v is None:
+            self.skip("7 weights", f"{i}.attn", "latent attention: keys and values have no weights of their own")
+            return
+        module: Any = self.model.hf.get_submodule(layer.attn)
+        config = self.model.hf.config.get_text_config()
+        clip = getattr(config, "clip_qkv", None) or getattr(getattr(config, "attn_config", None), "clip_qkv", None)
+        has_norms = any("norm" in name for name, _ in module.named_children())
+        for name, matrix, bias in (("v", "W_V", "b_V"), ("q", "W_Q", "b_Q"), ("k", "W_K", "b_K")):
+            where = f"{i}.{matrix}"
+            if f"{i}.attn.{name}" not in self.run:
+                self.skip("7 weights", where, "not seen in this family")
+                continue
+            seen, view = self.at(f"attn.{name}", i), getattr(weights, matrix)
+            flat, offset = view.transpose(0, 1).flatten(1), getattr(weights, bias)
+            made = product(x, flat, None if offset is None else offset.flatten())
+            value = made.value if clip is None else made.value.clamp(-clip, clip)
+            expected = Sized(*(y.unflatten(-1, (view.shape[0], -1)) for y in (value, made.size)))
+            expected = expected.repeated(seen.shape[2] // view.shape[0])
+            if name == "v":
+                self.multiplies("7 weights", where, seen, expected)
+            elif has_norms:
+                self.skip("7 weights", where, "queries and keys are normalised before use")
+            else:
+                self.turned(where, at_least_float32(seen), expected)
+
+    def turned(self, where: str, seen: Tensor, expected: Sized) -> None:
+        """Queries or keys are the projection times one factor, turned by a rotation that position 0 is without.
+
+        A rotation keeps lengths, so that those are compared at every position, and the vectors themselves at the first.
+        """
+        lengths, made = seen.norm(dim=-1), expected.value.norm(dim=-1)
+        power = made.pow(2).sum()
+        factor = float((lengths * made).sum() / power) if power > 0 else 1.0
+        factor = 1.0 if abs(factor - 1) < 5e-3 else factor  # no model scales by so little: the view is off
+        expected = expected * factor
+        gaps = (seen - expected.value).abs()[:, 0], (lengths - expected.value.norm(dim=-1)).abs()
+        sizes = expected.size[:, 0], expected.size.norm(dim=-1)
+        gap, size = (torch.cat([x.flatten() for x in each]) for each in (gaps, sizes))
+        self.judge("7 weights", where, gap, size, self.product)

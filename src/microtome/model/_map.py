@@ -1,0 +1,53 @@
+"""The map of a model: found by the names of its parts, or where that fails, by what one forward passes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from microtome.anatomy import Anatomy, anatomy_of
+from microtome.errors import MicrotomeError
+from microtome.model._identities import IdentityCheck
+from microtome.model._proof import STREAM, probe, prove
+from microtome.run import LoadedModel
+from microtome.run.hook import trace
+
+
+def best_map(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy, Anatomy]:
+    """Prove the map of a model, and where something fails or is missing, that by what a forward shows, if it is better.
+
+    Returns:
+        The checks of the better map, it as it was found, and it without what failed.
+    """
+    found = model.anatomy
+    checks, proven = prove(model)
+    if not _worth(checks, proven):
+        return checks, found, proven
+    try:
+        traced = traced_anatomy(model.hf, found.name)
+        model.remap(traced)
+        others, other = prove(model)
+    except MicrotomeError:
+        return checks, found, proven
+    finally:
+        model.remap(found)
+    if _lack(others, other) < _lack(checks, proven):
+        return others, traced, other
+    return checks, found, proven
+
+
+def traced_anatomy(hf: Any, name: str) -> Anatomy:
+    """The map of a model as one forward shows its parts."""
+    return anatomy_of(hf, name, trace(hf, probe(hf)))
+
+
+def _worth(checks: Sequence[IdentityCheck], proven: Anatomy) -> bool:
+    """Whether another map might show more."""
+    unknown = any("no known form" in why or "no norm" in why for why in proven.missing.values())
+    return unknown or any(check.status == "fails" for check in checks)
+
+
+def _lack(checks: Sequence[IdentityCheck], proven: Anatomy) -> tuple[int, int, int]:
+    """What a map lacks: a stream, then sites, then weights."""
+    stream = any(c.status == "fails" and any(v.split(".")[-1] in STREAM for v in c.vouches) for c in checks)
+    return int(stream), -len(proven.hook_points), len(proven.unproven)
