@@ -84,14 +84,25 @@ class BlockForm:
         reading, writing = self._call(reader), self._call(last)
         if reading is None or writing is None or reading.read is None or self.pre is None:
             return None
-        before, norm = writer(self.inside, reading.read), None
-        if before is not None and before.read is not None and self.norm(before.path) is not None:
-            norm = before
+        norm = self._norm_before(reading)
         point = reading.read if norm is None or norm.read is None else norm.read
         above = [c for c in self.inside if writing.path.startswith(c.path + ".")]
         writes = [*chain(self.inside, writing), *above]
         writes = [c for c in writes if c.wrote is not None and c.wrote.value.shape == self.pre.value.shape]
         return Branch(name, reading.read, norm, point, writes[:MOST])
+
+    def _norm_before(self, reading: Call) -> Call | None:
+        """The norm that wrote what a module reads, or a multiple of it."""
+        assert reading.read is not None
+        before = writer(self.inside, reading.read)
+        if before is not None:
+            return before if before.read is not None and self.norm(before.path) is not None else None
+        for call in reversed(self.inside[: self.inside.index(reading)]):
+            if call.read is None or call.wrote is None or self.norm(call.path) is None:
+                continue
+            if multiples(reading.read.value, call.wrote.value) is not None:
+                return call
+        return None
 
     def norm(self, path: str) -> Norm | None:
         """A module as a norm; None where it is none."""
@@ -101,6 +112,9 @@ class BlockForm:
         """The parts of the block with its norms and what its branches add, and its form; as they were where unclear."""
         if self.pre is None or self.post is None or not self.branches:
             return self.layer, None
+        behind = self._post_norm()
+        if behind is not None:
+            return replace(self.layer, **behind), "post_norm"
         new: dict[str, Any] = {}
         for branch in self.branches:
             if branch.name != "mixer":
@@ -109,16 +123,9 @@ class BlockForm:
         form: Form = "parallel" if len(points) == 2 and len(self.branches) > 1 else "sequential"
         for start, end in pairwise(points):
             some = [branch for branch in self.branches if _same(branch.point, start)]
-            found = self._added(start, end, some)
-            if found is None:
-                found, behind = self._normed(start, end, some)
-                form = "post_norm" if behind is not None else form
-                if behind is not None:
-                    new |= {f"{branch.name}_post_norm": behind for branch in some}
-            elif form != "post_norm":
-                new |= {f"{branch.name}_post_norm": self._behind(branch, path) for branch, path, _ in found}
-            for branch, path, by in found or ():
+            for branch, path, by in self._added(start, end, some) or ():
                 new |= {f"{branch.name}_writes": path, f"{branch.name}_by": by}
+                new[f"{branch.name}_post_norm"] = self._behind(branch, path)
         known = set(LayerParts.__dataclass_fields__)
         return replace(self.layer, **{key: value for key, value in new.items() if key in known}), form
 
@@ -149,13 +156,25 @@ class BlockForm:
             plain = plain or found
         return plain
 
-    def _normed(self, start: Seen, end: Seen, some: Sequence[Branch]) -> tuple[Any, str | None]:
-        """The same where a norm makes the next point of the sum of branch and stream; with the path of the norm."""
-        norm = writer(self.inside, end)
-        if norm is None or norm.read is None or self.norm(norm.path) is None:
-            return None, None
-        found = self._added(start, norm.read, some)
-        return found, None if found is None else norm.path
+    def _post_norm(self) -> dict[str, Any] | None:
+        """The parts of a block whose norms follow the sums of stream and branch; None where they do not."""
+        assert self.pre is not None
+        assert self.post is not None
+        mlp = next((branch for branch in self.branches if branch.name == "mlp"), None)
+        first = next((branch for branch in self.branches if branch.name == "attn"), None)
+        if mlp is None or first is None:
+            return None
+        new: dict[str, Any] = {"attn_norm": None, "mlp_norm": None}
+        for branch, start, end in ((first, self.pre, mlp.reads), (mlp, mlp.reads, self.post)):
+            norm = writer(self.inside, end)
+            if norm is None or norm.read is None or self.norm(norm.path) is None:
+                return None
+            found = self._added(start, norm.read, [branch])
+            if found is None:
+                return None
+            name, (_, path, by) = branch.name, found[0]
+            new |= {f"{name}_writes": path, f"{name}_by": by, f"{name}_post_norm": norm.path}
+        return new
 
     def _behind(self, branch: Branch, path: str) -> str | None:
         """The norm behind a branch, where what is added is what that norm wrote."""

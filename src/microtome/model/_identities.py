@@ -227,6 +227,9 @@ class Prover:
 
     def neurons(self, i: int) -> None:
         layer, weights = self.parts.layers[i], self.model.layers[i]
+        if not self.has("mlp.post", i) and not self.has("mlp.experts", i):
+            self.skip("4 neurons", f"{i}.mlp", self.a.missing.get(Site("mlp.post", i), "neurons are not seen"))
+            return
         if layer.experts is None:
             total = product(self.at("mlp.post", i), weights.W_out, weights.b_out)
             self.written("4 neurons", f"{i}.mlp.post", i, "mlp_out", total, layer.mlp_post_norm)
@@ -299,9 +302,10 @@ class Prover:
         logits = at_least_float32(logits)
         try:
             size = self.logits.size
+            assert size.shape == logits.shape
         except Exception:  # noqa: BLE001 (a head of no known form, which its own check says)
-            size = logits.abs().amax(-1, keepdim=True)
-        return Sized(logits, size.expand_as(logits))
+            size = logits.abs().amax(-1, keepdim=True).expand_as(logits)
+        return Sized(logits, size)
 
     @cached_property
     def logits(self) -> Sized:
@@ -339,6 +343,9 @@ class Prover:
         weights, where = self.model.layers[i], f"{i}.mlp"
         if self.parts.layers[i].experts is not None:
             self.skip("7 weights", where, "the layer is a mixture: experts are checked by identity 4")
+            return
+        if not self.has("mlp.post", i):
+            self.skip("7 weights", where, self.a.missing.get(Site("mlp.post", i), "neurons are not seen"))
             return
         x = self.at("mlp.in", i)
         views = {"mlp.gate": ("W_gate", "b_gate"), "mlp.up": ("W_in", "b_in"), "mlp.pre": ("W_in", "b_in")}

@@ -2,9 +2,9 @@
 
 from microtome.run.hook._hooks import HookSet as HookSet
 from microtome.run.hook._lock import lock_of as lock_of
-from microtome.run.hook._points import input_of as input_of
 from microtome.run.hook._points import install as install
-from microtome.run.hook._points import output_of as output_of
-from microtome.run.hook._points import with_input as with_input
-from microtome.run.hook._points import with_output as with_output
+from microtome.run.hook._tensors import input_of as input_of
+from microtome.run.hook._tensors import output_of as output_of
+from microtome.run.hook._tensors import with_input as with_input
+from microtome.run.hook._tensors import with_output as with_output
 from microtome.run.hook._trace import trace as trace

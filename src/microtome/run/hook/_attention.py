@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
+from microtome.run.hook._tensors import input_of
+
 Visit = Callable[[Tensor], Tensor | None]
 
 
@@ -241,7 +243,7 @@ class InlineAttention(TorchFunctionMode):
         """A wrapper of a module's forward in which all that watches it is active."""
 
         def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = input_of(args, kwargs)
             with cls(watched(module), hidden.shape[0], n_heads):
                 return forward(*args, **kwargs)
 
@@ -254,10 +256,11 @@ class InlineAttention(TorchFunctionMode):
             return self._fused(args, kwargs)
         if name == "softmax" and not self.softmaxed:
             self.softmaxed = True
-            scores = self.watch.visit("scores", args[0])
+            given = kwargs.pop("input", None) if not args else args[0]
+            scores = self._by_head("scores", given)
             pattern = func(scores, *args[1:], **kwargs)
             pattern = pattern.nan_to_num() if self.watch.edits_pattern else pattern  # a row with no key left
-            return self.watch.visit("pattern", pattern)
+            return self._by_head("pattern", pattern)
         if name in self.PRODUCTS and not self.done and _batched(args, kwargs):
             self.done = self.softmaxed
             return self._values(func, args, kwargs) if self.softmaxed else self._scores(func, args, kwargs)
@@ -279,6 +282,12 @@ class InlineAttention(TorchFunctionMode):
                 return pattern @ _repeat(v, q)
         given |= {"query": q, "key": k, "value": v}
         return nn.functional.scaled_dot_product_attention(**given)
+
+    def _by_head(self, slot: str, x: Tensor) -> Tensor:
+        """Visit scores or a pattern of shape [batch * head, q_pos, k_pos] or [batch, head, q_pos, k_pos]."""
+        if x.dim() == 4:
+            return self.watch.visit(slot, x)
+        return self.watch.visit(slot, x.unflatten(0, (self.batch, -1))).flatten(0, 1)
 
     def _visit(self, slot: str, x: Tensor) -> Tensor:
         """Visit a tensor of shape [batch * head, pos, d_head] or [batch, head, pos, d_head]."""

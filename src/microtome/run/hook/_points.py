@@ -10,6 +10,8 @@ from torch import Tensor
 
 from microtome.anatomy import HookPoint, NormWeights, Site, weight_of
 from microtome.run.hook._hooks import HookSet
+from microtome.run.hook._tensors import input_of, output_of, with_output
+from microtome.run.hook._tensors import with_input as with_input
 
 Visit = Callable[[Tensor], Tensor | None]
 Shape = Callable[[], tuple[int, int]]
@@ -60,30 +62,6 @@ def write(point: HookPoint, raw: Tensor, value: Tensor) -> Tensor:
     view = point.split.view(new)
     view.copy_(value.reshape(view.shape))
     return new
-
-
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among the arguments of a module."""
-    if args and isinstance(args[0], Tensor):
-        return args[0]
-    return kwargs["hidden_states"]
-
-
-def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments, with other hidden states."""
-    if args and isinstance(args[0], Tensor):
-        return (new, *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": new}
-
-
-def output_of(output: Any) -> Tensor:
-    """The hidden states in the output of a module: it, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def with_output(output: Any, new: Tensor) -> Any:
-    """The output, with other hidden states."""
-    return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
 def _before(point: HookPoint, visit: Visit, shape: Shape) -> Any:
