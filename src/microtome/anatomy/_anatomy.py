@@ -15,9 +15,10 @@ from microtome.anatomy._discover import Parts, discover
 from microtome.anatomy._family import number
 from microtome.anatomy._flow import Flow
 from microtome.anatomy._forms import learned
+from microtome.anatomy._roles import in_features, out_features
 from microtome.anatomy._rotary import RotarySwitch, switch_of
 from microtome.anatomy._sites import SITES, Address, Site
-from microtome.anatomy._taps import HookPoint, Taps, heads_of, in_features, neurons_of, out_features
+from microtome.anatomy._taps import HookPoint, Taps, neurons_of
 from microtome.errors import SiteError, error
 from microtome.shown import brief, shown
 
@@ -205,7 +206,7 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
 def _sizes(model: Any, parts: Parts, config: Any, width: int) -> dict[str, Any]:
     """How many heads, neurons and experts the first layers that have them have, and how wide the stream is."""
     first = next((layer for layer in parts.layers if layer.attn is not None), None)
-    n_heads, n_kv_heads = (0, 0) if first is None else heads_of(model, config, first)
+    n_heads, n_kv_heads = (0, 0) if first is None else (first.n_heads, first.n_kv_heads)
     o = None if first is None else model.get_submodule(first.o)
     routers = (layer.router for layer in parts.layers if layer.router is not None)
     weights = (getattr(model.get_submodule(path), "weight", None) for path in routers)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from microtome.anatomy._family import Family, family_of, number
 from microtome.anatomy._flow import Flow
-from microtome.anatomy._roles import ATTENTION, attention_of, child, mixer_of, mlp_of
+from microtome.anatomy._roles import ATTENTION, attention_of, child, heads_of, is_conv1d, mixer_of, mlp_of
 from microtome.errors import ModelUnsupported, error
 from microtome.shown import shown
 
@@ -49,7 +49,8 @@ class Norm:
 class LayerParts:
     """Module paths of one block; None where the block has no such part.
 
-    What a branch adds to the stream is what the module at `*_writes` gives, times `*_by`.
+    What a branch adds to the stream is what the module at `*_writes` gives, times `*_by`. Attention has `n_heads` heads
+    of queries, each `d_head` wide, and `n_kv_heads` of keys and values.
     """
 
     block: str
@@ -75,6 +76,9 @@ class LayerParts:
     attn_writes: str | None
     mixer_writes: str | None
     mlp_writes: str | None
+    n_heads: int = 0
+    n_kv_heads: int = 0
+    d_head: int = 0
     attn_by: float = 1.0
     mixer_by: float = 1.0
     mlp_by: float = 1.0
@@ -220,7 +224,7 @@ def _norms(block: nn.Module, path: str, form: Form, d_model: int) -> dict[str, A
     return {"attn_norm": attn_norm, "mlp_norm": mlp_norm} | behind
 
 
-def _block(block: nn.Module, path: str, form: Form, d_model: int, by: float) -> LayerParts:
+def _block(block: nn.Module, path: str, form: Form, d_model: int, config: Any, by: float) -> LayerParts:
     """The parts of a block by their names.
 
     Raises:
@@ -238,18 +242,23 @@ def _block(block: nn.Module, path: str, form: Form, d_model: int, by: float) -> 
             allowed="attention, an MLP, or another mixer",
             do="open a model of a known family",
         )
-    norms: dict[str, Any] = _norms(block, path, form, d_model)
+    norms = _norms(block, path, form, d_model)
+    named: dict[str, Any] = norms | parts
     behind = (norms["attn_post_norm"], norms["mlp_post_norm"]) if form == "sequential" else (None, None)
+    n_heads, n_kv_heads, d_head = heads_of(block, path, parts, config)
     return LayerParts(
         block=path,
         mixer=mixer,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_head=d_head,
         attn_writes=behind[0] or parts["o"],
         mixer_writes=mixer,
         mlp_writes=behind[1] or parts["down"] or parts["mlp"],
         attn_by=by,
         mixer_by=by,
         mlp_by=by,
-        **norms | parts,
+        **named,
     )
 
 
@@ -276,7 +285,7 @@ def discover(model: Any, flow: Flow | None = None) -> Parts:
     form = _form(config, blocks[0])
     d_model = _width(blocks[0], model.get_input_embeddings())
     by = number(config, family.branch_scale) or 1.0
-    layers = tuple(_block(block, f"{blocks_path}.{i}", form, d_model, by) for i, block in enumerate(blocks))
+    layers = tuple(_block(block, f"{blocks_path}.{i}", form, d_model, config, by) for i, block in enumerate(blocks))
     trunk_path = blocks_path.rpartition(".")[0]
     found = child(model.get_submodule(trunk_path), FINAL_NORM)
     final = None if found is None else norm_of(found[1], f"{trunk_path}.{found[0]}", d_model)
@@ -288,15 +297,6 @@ def discover(model: Any, flow: Flow | None = None) -> Parts:
         form=form,
         family=family,
     )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a projection, or the one inside an adapter, stores its weight as [in, out], as GPT-2's does."""
-    inner: Any = module
-    while isinstance(getattr(inner, "base_layer", None), nn.Module):
-        inner = inner.base_layer
-    module = inner
-    return type(module).__name__ == "Conv1D"
 
 
 def _width(block: nn.Module, embedding: nn.Module) -> int:

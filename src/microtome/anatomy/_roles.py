@@ -6,7 +6,7 @@ By the names that families use, else by what the modules are: attention has proj
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -131,3 +131,69 @@ def mlp_of(block: nn.Module, prefix: str) -> dict[str, str | None]:
         "mlp": path if found else None, "gate": gate, "gate_up": fused, "up": _path(holder, path, UP),
         "down": _path(holder, path, DOWN), "act": _activation(holder, path),
     }  # fmt: skip
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a projection, or the one inside an adapter, stores its weight as [in, out], as GPT-2's does."""
+    inner: Any = module
+    while isinstance(getattr(inner, "base_layer", None), nn.Module):
+        inner = inner.base_layer
+    module = inner
+    return type(module).__name__ == "Conv1D"
+
+
+def out_features(module: nn.Module) -> int:
+    """Output size of a projection, whichever way round its weight is stored."""
+    weight: Any = module.weight
+    return int(weight.shape[1 if is_conv1d(module) else 0])
+
+
+def in_features(module: nn.Module) -> int:
+    """Input size of a projection, whichever way round its weight is stored."""
+    weight: Any = module.weight
+    return int(weight.shape[0 if is_conv1d(module) else 1])
+
+
+def _number(of: object, *names: str) -> int:
+    """The first of some attributes that is a whole number, or 0."""
+    for name in names:
+        try:
+            value = getattr(of, name, None)
+        except Exception:  # noqa: BLE001 (some configurations refuse what differs from layer to layer)
+            continue
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return 0
+
+
+def heads_of(block: nn.Module, prefix: str, parts: Mapping[str, str | None], config: Any) -> tuple[int, int, int]:
+    """How many heads of queries, and of keys and values, attention has in a block, and how wide its queries are.
+
+    Widths are read off the projections; where queries come with a gate of their size, half of it is theirs.
+    """
+    if parts["attn"] is None or parts["o"] is None:
+        return 0, 0, 0
+    inside = {name: block.get_submodule(path[len(prefix) + 1 :]) for name, path in parts.items() if path is not None}
+    attn, read = inside["attn"], in_features(inside["o"])
+    names = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+    d_head, n_heads = _number(attn, "head_dim"), _number(attn, *names) or _number(config, *names)
+    if "q" in inside and d_head and (not n_heads or out_features(inside["q"]) % (n_heads * d_head)):
+        asked = out_features(inside["q"]) // d_head
+        n_heads = asked // 2 if asked * d_head == 2 * read else asked
+    n_heads = n_heads if n_heads and read % n_heads == 0 else 1
+    if "q" not in inside:
+        return n_heads, _fused_kv_heads(config, n_heads), read // n_heads
+    d_query = out_features(inside["q"]) // n_heads
+    d_query = d_head if d_head and d_query == 2 * d_head else d_query
+    keys = out_features(inside["k"]) if "k" in inside else 0
+    n_kv = keys // d_query if keys and keys % d_query == 0 else _number(config, "num_key_value_heads") or n_heads
+    return n_heads, n_kv, d_query
+
+
+def _fused_kv_heads(config: Any, n_heads: int) -> int:
+    """How many heads of keys and values a fused projection gives."""
+    if getattr(config, "new_decoder_architecture", False):
+        return int(config.num_kv_heads)
+    if (shared := getattr(config, "multi_query", None)) is not None:  # Falcon and GPTBigCode
+        return 1 if shared else n_heads
+    return _number(config, "num_key_value_heads") or n_heads

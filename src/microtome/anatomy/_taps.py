@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from microtome.anatomy._discover import LayerParts, Norm, Parts, is_conv1d
+from microtome.anatomy._discover import LayerParts, Norm, Parts
 from microtome.anatomy._kernels import hiding_kernel
-from microtome.anatomy._roles import uses_interface
+from microtome.anatomy._roles import in_features, out_features, uses_interface
 from microtome.anatomy._sites import SITES, Site
 from microtome.shown import shown
 
@@ -59,18 +59,6 @@ class HookPoint:
     sizes: tuple[tuple[str, int], ...] = ()
 
 
-def out_features(module: nn.Module) -> int:
-    """Output size of a projection, whichever way round its weight is stored."""
-    weight: Any = module.weight
-    return int(weight.shape[1 if is_conv1d(module) else 0])
-
-
-def in_features(module: nn.Module) -> int:
-    """Input size of a projection, whichever way round its weight is stored."""
-    weight: Any = module.weight
-    return int(weight.shape[0 if is_conv1d(module) else 1])
-
-
 def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, Split]:
     """Where q, k and v lie in the output of a fused projection of `size` features."""
     layout = parts.family.fused_qkv
@@ -87,26 +75,6 @@ def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, 
         return {name: Split(n_kv, group + 2, width, low, high) for name, (low, high) in bounds.items()}
     bounds = {"q": (0, n_heads), "k": (n_heads, n_heads + n_kv), "v": (n_heads + n_kv, n_heads + 2 * n_kv)}
     return {name: Split(1, n_heads + 2 * n_kv, width, low, high) for name, (low, high) in bounds.items()}
-
-
-def heads_of(model: nn.Module, config: Any, layer: LayerParts) -> tuple[int, int]:
-    """How many query heads attention has in a layer, and how many heads of keys and values."""
-    attn: Any = model.get_submodule(layer.attn or "")
-    try:
-        declared = getattr(config, "num_attention_heads", None)
-    except Exception:  # noqa: BLE001 (some configurations refuse, since it differs from layer to layer)
-        declared = None
-    if not isinstance(declared, int):
-        declared = next((n for name in ("num_heads", "num_attention_heads") if (n := getattr(attn, name, 0))), 1)
-    n_heads = int(declared)
-    if getattr(config, "new_decoder_architecture", False):
-        return n_heads, int(config.num_kv_heads)
-    if (shared := getattr(config, "multi_query", None)) is not None:  # Falcon and GPTBigCode
-        return n_heads, 1 if shared else n_heads
-    if layer.k is not None and layer.q is not None:
-        d_head = out_features(model.get_submodule(layer.q)) // n_heads
-        return n_heads, max(out_features(model.get_submodule(layer.k)) // d_head, 1)
-    return n_heads, int(getattr(config, "num_key_value_heads", None) or n_heads)
 
 
 def neurons_of(model: nn.Module, config: Any, layers: tuple[LayerParts, ...]) -> int:
@@ -158,18 +126,19 @@ class Taps:
             names = (name for name in SITES if name.startswith("attn"))
             self.missing.update({Site(name, i): why for name in names})
             return
-        n_heads, n_kv_heads = heads_of(self.model, self.config, layer)
+        n_heads, n_kv_heads = layer.n_heads, layer.n_kv_heads
         self.norm(Site("attn.scale", i), layer.attn_norm)
         self.hook_points[Site("attn.in", i)] = HookPoint(layer.attn, "input")
         # In latent attention queries and keys are wider than values; some layers may have other heads than others.
         o = self.model.get_submodule(layer.o)
-        width = out_features(self.model.get_submodule(layer.q)) // n_heads if layer.q is not None else 0
+        v = None if layer.v is None else self.model.get_submodule(layer.v)
         sizes: tuple[tuple[str, int], ...] = (("head", n_heads), ("kv_head", n_kv_heads))
         mixed = (*sizes, ("d_head", in_features(o) // n_heads))
-        asked = (*sizes, ("d_head", width)) if width else mixed
+        asked = (*sizes, ("d_head", layer.d_head))
+        given = mixed if v is None else (*sizes, ("d_head", out_features(v) // n_kv_heads))
         self.hook_points[Site("attn.q", i)] = HookPoint(layer.attn, "attention", sizes=asked)
         self.hook_points[Site("attn.k", i)] = HookPoint(layer.attn, "attention", heads=n_kv_heads, sizes=asked)
-        self.hook_points[Site("attn.v", i)] = HookPoint(layer.attn, "attention", heads=n_kv_heads, sizes=mixed)
+        self.hook_points[Site("attn.v", i)] = HookPoint(layer.attn, "attention", heads=n_kv_heads, sizes=given)
         kernel = hiding_kernel(self.model.config) if self.interface else None
         for slot in ("scores", "pattern"):
             site = Site(f"attn.{slot}", i)

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from microtome.anatomy._anatomy import Anatomy
-from microtome.anatomy._discover import Norm, is_conv1d, norm_of
+from microtome.anatomy._discover import Norm, norm_of
+from microtome.anatomy._roles import is_conv1d
 from microtome.anatomy._taps import Split, fused_splits
 from microtome.errors import SiteError, error
 from microtome.shown import brief, shown
@@ -182,13 +183,16 @@ class LayerWeights:
     def _qkv(self, name: str) -> tuple[Any, Split]:
         parts, a = self._parts, self._anatomy
         self._prove(f"W_{name.upper()}")
+        n = parts.n_heads if name == "q" else parts.n_kv_heads
         if parts.qkv is not None:
             module = self._model.get_submodule(parts.qkv)
-            return module, fused_splits(a.parts, weight_shape(module)[0], a.n_heads, a.n_kv_heads)[name]
+            return module, fused_splits(a.parts, weight_shape(module)[0], parts.n_heads, parts.n_kv_heads)[name]
         path = {"q": parts.q, "k": parts.k, "v": parts.v}[name]
         module = self._module(path, f"W_{name.upper()}")
-        n = a.n_heads if name == "q" else a.n_kv_heads
-        return module, Split(1, n, weight_shape(module)[0] // n, 0, n)
+        width = weight_shape(module)[0] // n
+        if name == "q" and width == 2 * parts.d_head:  # each head's queries are followed by its gate
+            return module, Split(n, 2, parts.d_head, 0, 1)
+        return module, Split(1, n, width, 0, n)
 
     def _heads(self, name: str) -> Tensor:
         module, split = self._qkv(name)
@@ -220,7 +224,7 @@ class LayerWeights:
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """[head, d_head, d_model]"""
         weight = weight_of(self._module(self._parts.o, "W_O"))
-        return weight.T.unflatten(0, (self._anatomy.n_heads, -1))
+        return weight.T.unflatten(0, (self._parts.n_heads, -1))
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"] | None:
