@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._anatomy import anatomy_of as anatomy_of
     from microtome.anatomy._discover import Norm as Norm
     from microtome.anatomy._discover import norm_of as norm_of
+    from microtome.anatomy._family import LAYOUTS as LAYOUTS
     from microtome.anatomy._flow import Call as Call
     from microtome.anatomy._flow import Flow as Flow
     from microtome.anatomy._flow import Seen as Seen

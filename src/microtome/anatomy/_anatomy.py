@@ -163,12 +163,12 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         ModelUnsupported: the module tree is not that of a transformer language model.
     """
     parts = discover(model, flow)
-    logit_scale: float | None = None
+    scale = cap = None
     if flow is not None:
-        parts, logit_scale = learned(model, parts, flow)
+        parts, scale, cap = learned(model, parts, flow)
     config = model.config.get_text_config()
-    taps = Taps(model, parts, config)
-    taps.hook_points[Site("embed")] = HookPoint(parts.layers[0].block, "input")
+    taps = Taps(model, parts, config, () if flow is None else _stream(parts, flow))
+    taps.hook_points[Site("embed")] = taps.stream(parts.layers[0].block, "input")
     for i, layer in enumerate(parts.layers):
         taps.residual(i, layer)
         taps.attention(i, layer)
@@ -196,32 +196,33 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         parts=parts,
         hook_points=taps.hook_points,
         missing=taps.missing,
-        logit_scale=(multiply or 1.0) / (divide or 1.0) if logit_scale is None else logit_scale,
-        logit_softcap=number(config, family.logit_softcap),
+        logit_scale=(multiply or 1.0) / (divide or 1.0) if scale is None else scale,
+        logit_softcap=number(config, family.logit_softcap) if cap is None else cap,
         rotary_switch=switch_of(config),
-        **_sizes(model, parts, config, 0 if flow is None else _stream_width(parts, flow)),
+        **_sizes(model, parts, config),
     )
 
 
-def _sizes(model: Any, parts: Parts, config: Any, width: int) -> dict[str, Any]:
+def _sizes(model: Any, parts: Parts, config: Any) -> dict[str, Any]:
     """How many heads, neurons and experts the first layers that have them have, and how wide the stream is."""
     first = next((layer for layer in parts.layers if layer.attn is not None), None)
     n_heads, n_kv_heads = (0, 0) if first is None else (first.n_heads, first.n_kv_heads)
     o = None if first is None else model.get_submodule(first.o)
     routers = (layer.router for layer in parts.layers if layer.router is not None)
     weights = (getattr(model.get_submodule(path), "weight", None) for path in routers)
-    of_o = 0 if o is None else out_features(o)
+    width = int(model.get_input_embeddings().weight.shape[-1]) if o is None else out_features(o)
     return {
-        "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_model": width or of_o,
+        "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_model": width,
         "d_head": 0 if o is None else in_features(o) // n_heads,
         "d_mlp": neurons_of(model, config, parts.layers),
         "n_experts": next((int(weight.shape[0]) for weight in weights if isinstance(weight, Tensor)), 0),
     }  # fmt: skip
 
 
-def _stream_width(parts: Parts, flow: Flow) -> int:
+def _stream(parts: Parts, flow: Flow) -> tuple[int, ...]:
+    """The shape of the stream where it enters the first block."""
     seen = flow.first(parts.layers[0].block)
-    return 0 if seen is None or seen.read is None else int(seen.read.value.shape[-1])
+    return () if seen is None or seen.read is None else tuple(seen.read.value.shape)
 
 
 def _first_position(model: nn.Module) -> int:

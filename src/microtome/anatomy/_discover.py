@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from microtome.anatomy._family import Family, family_of, number
 from microtome.anatomy._flow import Flow
-from microtome.anatomy._roles import ATTENTION, attention_of, child, heads_of, is_conv1d, mixer_of, mlp_of
+from microtome.anatomy._roles import (
+    ATTENTION,
+    attention_of,
+    child,
+    heads_of,
+    in_features,
+    is_conv1d,
+    mixer_of,
+    mlp_of,
+    out_features,
+)
 from microtome.errors import ModelUnsupported, error
 from microtome.shown import shown
 
@@ -189,7 +199,9 @@ def _path(module: nn.Module, prefix: str, names: tuple[str, ...]) -> str | None:
 
 def _norm(block: nn.Module, prefix: str, names: tuple[str, ...], d_model: int) -> Norm | None:
     found = child(block, names)
-    return None if found is None else norm_of(found[1], f"{prefix}.{found[0]}", d_model)
+    if found is None or isinstance(found[1], nn.ModuleList):
+        return None
+    return norm_of(found[1], f"{prefix}.{found[0]}", d_model)
 
 
 def _form(config: Any, block: nn.Module) -> Form:
@@ -231,6 +243,11 @@ def _block(block: nn.Module, path: str, form: Form, d_model: int, config: Any, b
         ModelUnsupported: it has no branch that can be found.
     """
     parts = attention_of(block, path) | mlp_of(block, path)
+    up, down = (
+        None if (own := parts[n]) is None else block.get_submodule(own[len(path) + 1 :]) for n in ("up", "down")
+    )
+    if up is not None and down is not None and parts["gate"] is None and out_features(up) == 2 * in_features(down):
+        parts |= {"gate_up": parts["up"], "up": None}
     if parts["o"] is None:
         parts |= dict.fromkeys(("attn", "q", "k", "v", "qkv", "o"))
     mixer = mixer_of(block, path, (parts["attn"], parts["o"], parts["mlp"], parts["down"], parts["up"], parts["gate"]))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Fused = Literal["blocks", "per_head", "grouped", "quarters"]
+LAYOUTS: tuple[Fused, ...] = ("blocks", "per_head", "grouped", "quarters")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from microtome.anatomy._discover import Form, LayerParts, Norm, Parts, norm_of
 from microtome.anatomy._flow import Call, Flow, Seen, chain, multiples, writer
 
 
-def learned(model: Any, parts: Parts, flow: Flow) -> tuple[Parts, float | None]:
-    """The parts of a model with the forms that one forward shows, and by what its logits are scaled."""
+def learned(model: Any, parts: Parts, flow: Flow) -> tuple[Parts, float | None, float | None]:
+    """The parts of a model with the forms that one forward shows, and by what its logits are scaled and capped."""
     found = [BlockForm(model, layer, flow).learned() for layer in parts.layers]
     forms = [form for layer, form in found if form is not None and layer.attn and (layer.mlp or layer.down)]
     form = max(set(forms), key=forms.count) if forms else "sequential"
@@ -28,11 +28,21 @@ def learned(model: Any, parts: Parts, flow: Flow) -> tuple[Parts, float | None]:
         before = writer(flow.calls, head.read)
         if before is not None and before.read is not None and _same(before.read, last.wrote):
             norm = _tried(model, before.path, int(last.wrote.value.shape[-1]))
-    scale: float | None = None
-    if head is not None and head.wrote is not None and whole is not None and whole.wrote is not None:
-        by = multiples(whole.wrote.value, head.wrote.value)
-        scale = None if by is None else by[0]
-    return replace(parts, layers=tuple(layer for layer, _ in found), form=form, final_norm=norm), scale
+    scale, cap = _of_logits(model, head, whole)
+    return replace(parts, layers=tuple(layer for layer, _ in found), form=form, final_norm=norm), scale, cap
+
+
+def _of_logits(model: Any, head: Call | None, whole: Call | None) -> tuple[float | None, float | None]:
+    """By what the output of the unembedding is multiplied, or softly capped; None where it is neither."""
+    if head is None or head.wrote is None or whole is None or whole.wrote is None:
+        return None, None
+    raw, logits = head.wrote.value, whole.wrote.value
+    by = multiples(logits, raw)
+    if by is not None:
+        return by[0], None
+    entries = model.config.get_text_config().to_dict().items()
+    caps = (float(x) for name, x in entries if "cap" in name and isinstance(x, float | int) and x > 0)
+    return None, next((c for c in caps if multiples(logits, (raw / c).tanh() * c) == [1.0]), None)
 
 
 def _tried(model: nn.Module, path: str, width: int) -> Norm | None:
@@ -144,17 +154,12 @@ class BlockForm:
         if start.value.shape != end.value.shape or not some:
             return None
         added = end.value.double() - start.value.double()
-        plain: list[tuple[Branch, str, float]] | None = None
         for choice in product(*(branch.writes for branch in some)):
             values: list[Tensor] = [call.wrote.value for call in choice if call.wrote is not None]
             by = multiples(added, *values)
-            if by is None:
-                continue
-            found = [(b, c.path, x) for b, c, x in zip(some, choice, by, strict=True)]
-            if all(x == 1.0 for x in by):
-                return found
-            plain = plain or found
-        return plain
+            if by is not None:
+                return [(b, c.path, x) for b, c, x in zip(some, choice, by, strict=True)]
+        return None
 
     def _post_norm(self) -> dict[str, Any] | None:
         """The parts of a block whose norms follow the sums of stream and branch; None where they do not."""

@@ -52,7 +52,7 @@ def attention_of(block: nn.Module, prefix: str) -> dict[str, str | None]:
     if attn is None or not _projects(attn):
         found = ((path, m) for path, m in block.named_modules() if path and _projects(m) and attends(m))
         name, attn = next(found, ("", None)) if attn is None or not attends(attn) else (name, attn)
-    if attn is None or not attends(attn):
+    if attn is None or not attends(attn) or isinstance(attn, nn.ModuleList):
         return none
     path = f"{prefix}.{name}"
     o = _path(attn, path, O) or (f"{path}.attention.out_proj" if child(attn, ("attention.out_proj",)) else None)

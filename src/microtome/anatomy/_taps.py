@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from microtome.anatomy._roles import in_features, out_features, uses_interface
 from microtome.anatomy._sites import SITES, Site
 from microtome.shown import shown
 
+PROBE = (2, 8)
+"""Rows and positions of the probe."""
 Side = Literal["input", "output", "inplace", "norm", "attention", "router", "experts", "result", "logits"]
 
 
@@ -44,6 +47,7 @@ class HookPoint:
         split: the part of a fused last axis.
         heads: the last axis holds this many heads; for keys and values, how many the model has.
         sizes: axes of another length than the sizes of the model.
+        lanes: the axis of the tensor that counts the lanes of a stream of several; the site holds them side by side.
         scale: the site's value is this many times the tensor.
         norm: for `side="norm"`, the norm whose divisor is the value.
         clone: the model changes this tensor later, so a reader needs its own copy.
@@ -57,6 +61,7 @@ class HookPoint:
     norm: Norm | None = None
     clone: bool = False
     sizes: tuple[tuple[str, int], ...] = ()
+    lanes: int | None = None
 
 
 def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, Split]:
@@ -89,11 +94,15 @@ def neurons_of(model: nn.Module, config: Any, layers: tuple[LayerParts, ...]) ->
 class Taps:
     """Collects the hook points of one model, and the reasons for what it lacks."""
 
-    def __init__(self, model: Any, parts: Parts, config: Any) -> None:
+    def __init__(self, model: Any, parts: Parts, config: Any, stream: Sequence[int] = ()) -> None:
         self.model, self.parts, self.config = model, parts, config
         attentions = [layer.attn for layer in parts.layers if layer.attn is not None]
         self.interface = bool(attentions) and uses_interface(model.get_submodule(attentions[0]))
         self.mixes = any(layer.mixer is not None for layer in parts.layers)
+        # A stream [row, pos, width] may also have lanes, before the rows or before the width.
+        self.lanes = None if len(stream) < 4 else 2 if stream[:2] == PROBE else 0
+        wide = stream[-1] * (1 if self.lanes is None else stream[self.lanes]) if stream else 0
+        self.wide: tuple[tuple[str, int], ...] = (("d_model", wide),) if wide else ()
         self.hook_points: dict[Site, HookPoint] = {}
         self.missing: dict[Site, str] = {}
 
@@ -104,21 +113,25 @@ class Taps:
             self.hook_points[site] = HookPoint(norm.path, "norm", norm=norm)
 
     def residual(self, i: int, layer: LayerParts) -> None:
-        self.hook_points[Site("resid_pre", i)] = HookPoint(layer.block, "input")
-        self.hook_points[Site("resid_post", i)] = HookPoint(layer.block, "output")
+        self.hook_points[Site("resid_pre", i)] = self.stream(layer.block, "input")
+        self.hook_points[Site("resid_post", i)] = self.stream(layer.block, "output")
         site = Site("resid_mid", i)
         if self.parts.form == "parallel":
             self.missing[site] = "both branches read resid_pre (parallel block)"
         elif len([part for part in (layer.attn, layer.mixer, layer.mlp or layer.down) if part is not None]) < 2:
             self.missing[site] = "the block has one branch"
         elif self.parts.form == "post_norm" and layer.attn_post_norm is not None:
-            self.hook_points[site] = HookPoint(layer.attn_post_norm, "output")
+            self.hook_points[site] = self.stream(layer.attn_post_norm, "output")
         else:
             reads = layer.mlp_norm.path if layer.mlp_norm else layer.mlp
             if reads is None:
                 self.missing[site] = "no module reads it"
             else:
                 self.hook_points[site] = HookPoint(reads, "inplace")
+
+    def stream(self, path: str, side: Side) -> HookPoint:
+        """The stream at a module."""
+        return HookPoint(path, side, sizes=self.wide, lanes=self.lanes)
 
     def attention(self, i: int, layer: LayerParts) -> None:
         if layer.attn is None or layer.o is None:

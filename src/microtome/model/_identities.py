@@ -179,6 +179,8 @@ class Prover:
 
     def read(self, norm: NormWeights | None, x: Tensor) -> Sized:
         """What is read of the stream x through a norm, or without one."""
+        if norm is not None and isinstance(norm.gain, Tensor) and norm.gain.shape[-1] != x.shape[-1]:
+            return Sized.of(x)
         return Sized.of(x) if norm is None else normed(norm, Sized.of(x), norm.apply(x))
 
     def residual(self, i: int) -> None:
@@ -187,6 +189,11 @@ class Prover:
         where, layer = f"{i}.resid_post", self.parts.layers[i]
         names = [name for name in BRANCHES if self.has(name, i)]
         branches = [self.at(name, i) for name in names]
+        if any(branch.shape != pre.shape for branch in branches) or post.shape != pre.shape:
+            note = f"a stream of {pre.shape[-1]} is not the sum of branches of {self.a.d_model}"
+            found = IdentityCheck("2 residual", where, "fails", float("inf"), self.tolerance, note, named(i, *names))
+            self.checks.append(found)
+            return
         if self.has("resid_mid", i):
             mid = self.at("resid_mid", i)
         if self.parts.form == "post_norm" and mid is not None:
@@ -199,8 +206,8 @@ class Prover:
         if mid is None or len(branches) < 2:
             self.conclude("2 residual", where, self.added(post, pre, *branches), self.tolerance, named(i, *names))
             return
-        first, second = self.added(mid, pre, branches[0]), self.added(post, mid, branches[1])
-        fall_first, fall_second = (names[0],), (names[1],)
+        first, second = self.added(mid, pre, *branches[:-1]), self.added(post, mid, branches[-1])
+        fall_first, fall_second = tuple(names[:-1]), tuple(names[-1:])
         if first > self.tolerance and second > self.tolerance:
             whole = self.added(post, pre, *branches)
             fall_first = fall_second = ("resid_mid",) if whole <= self.tolerance else ("resid_mid", *names)

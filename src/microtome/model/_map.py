@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from microtome.anatomy import Anatomy, anatomy_of
+from microtome.anatomy import LAYOUTS, Anatomy, anatomy_of
 from microtome.errors import MicrotomeError
 from microtome.model._identities import IdentityCheck
 from microtome.model._proof import STREAM, probe, prove
@@ -20,20 +21,33 @@ def best_map(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy, Anatomy]
         The checks of the better map, it as it was found, and it without what failed.
     """
     found = model.anatomy
-    checks, proven = prove(model)
-    if not _worth(checks, proven):
-        return checks, found, proven
+    best = (*prove(model), found)
+    if _worth(*best[:2]):
+        for other in _others(model, found):
+            try:
+                model.remap(other)
+                tried = (*prove(model), other)
+            except MicrotomeError:
+                continue
+            finally:
+                model.remap(found)
+            if _lack(*tried[:2]) < _lack(*best[:2]):
+                best = tried
+    checks, proven, chosen = best
+    return checks, chosen, proven
+
+
+def _others(model: LoadedModel, found: Anatomy) -> Iterator[Anatomy]:
+    """Other maps of a model: as a forward shows its parts, and with each layout of a fused projection."""
     try:
         traced = traced_anatomy(model.hf, found.name)
-        model.remap(traced)
-        others, other = prove(model)
     except MicrotomeError:
-        return checks, found, proven
-    finally:
-        model.remap(found)
-    if _lack(others, other) < _lack(checks, proven):
-        return others, traced, other
-    return checks, found, proven
+        return
+    yield traced
+    if any(layer.qkv is not None for layer in traced.parts.layers):
+        for layout in LAYOUTS:
+            family = replace(traced.parts.family, fused_qkv=layout)
+            yield replace(traced, parts=replace(traced.parts, family=family))
 
 
 def traced_anatomy(hf: Any, name: str) -> Anatomy:

@@ -202,7 +202,8 @@ def _start(model: LoadedModel, batch: Batch, start_at: int | None, given: Any) -
             got=f"no {'start_at' if start_at is None else 'given'}",
             do="give the layer, and the residual stream [batch, pos, d_model] that enters it",
         )
-    shape = [*batch.tokens.shape, model.anatomy.d_model]
+    wide = model.anatomy.size(Site("resid_pre", start_at), "d_model")
+    shape = [*batch.tokens.shape, wide]
     if not isinstance(given, Tensor) or list(given.shape) != shape:
         raise error(
             EditError,

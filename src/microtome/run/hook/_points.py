@@ -43,6 +43,8 @@ def install(hooks: HookSet, model: Any, site: Site, point: HookPoint, visit: Vis
 def read(point: HookPoint, raw: Tensor, shape: tuple[int, int]) -> Tensor:
     """The value of a site in the tensor that a module holds: [batch, pos, ...]."""
     x = raw.unflatten(0, shape) if raw.dim() == 2 else raw
+    if point.lanes is not None:
+        x = x.movedim(point.lanes, -2).flatten(-2)
     if point.split is not None:
         x = point.split.view(x).flatten(-3)
     if point.heads is not None:
@@ -56,6 +58,8 @@ def write(point: HookPoint, raw: Tensor, value: Tensor) -> Tensor:
         value = value / point.scale
     if point.heads is not None:
         value = value.flatten(-2)
+    if point.lanes is not None:
+        value = value.unflatten(-1, (raw.shape[point.lanes], -1)).movedim(-2, point.lanes)
     if point.split is None:
         return value.reshape(raw.shape)
     new = raw.clone()
