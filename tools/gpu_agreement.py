@@ -207,7 +207,8 @@ def attribution(model: mt.Model) -> Found:
                                     verify=4)  # fmt: skip
         # Which cells are the best is decided by the rounding where two are alike: what is measured is of those.
         found |= _numbers(method, data[[*data.attrs["sites"], "clean", "corrupt"]])
-    return found | _numbers("contributions", mt.explain.contributions(model, tokens(CLEAN), answer=ANSWER, foil=FOIL))
+    data = mt.explain.contributions(model, tokens(CLEAN), answer=ANSWER, foil=FOIL)
+    return found | _numbers("contributions", data.drop_vars("gap"))  # a gap is nothing but rounding
 
 
 def methods_of_pairs(model: mt.Model) -> Found:

@@ -199,7 +199,7 @@ class Frame:
     def take(self, x: Shaped[Tensor, "batch pos *of"]) -> Shaped[Tensor, "row n *of"]:
         """The selected part [row, n, ...] of the current tensor [batch, pos, ...]; a batch of one serves all rows."""
         if self.columns is not None:
-            columns = self.columns if x.shape[0] != 1 else self.columns[:1]
+            columns = (self.columns if x.shape[0] != 1 else self.columns[:1]).to(x.device)
             x = x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), columns - self.begin]
         return x if self.rows is None or x.shape[0] == 1 else x[self.rows]
 
