@@ -36,6 +36,7 @@ from microtome.run import Batch, LoadedModel
 from microtome.run.hook import HookSet, input_of, install, lock_of, output_of, with_input, with_output
 
 Cell = SiteEdit | Sequence[SiteEdit]
+HOST = torch.empty(0).cpu().device
 
 
 @dataclass(frozen=True)
@@ -402,7 +403,8 @@ def rows_of(
             if edit.rows is not None:
                 raise error(EditError, f"{edit!r} names rows, but a cell is one row", do="give prompts= instead")
             frame = frames[prompt]
-            (cut,) = frame.select(edit.address.positions, None, frame.width, batch.tokens.device)
+            # Columns of cells stay on the host, where they are read one by one: a device would be waited for each time.
+            (cut,) = frame.select(edit.address.positions, None, frame.width, HOST)
             acts += [_act(edit, site, cut, n) for site in model.anatomy.sites(edit.address)]
         entry, first = min(_entry(act.site) for act in acts), min(act.frame.first for act in acts)
         if prompt not in always:
