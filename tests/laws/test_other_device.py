@@ -17,6 +17,7 @@ from tests.scripts import script
 
 import microtome as mt
 from microtome.run import free_memory
+from microtome.stream import Extremes, Firing, Moments, TopExamples
 
 agreement = script("tools/gpu_agreement.py")
 QUICK = ("capture", "edits", "sweep")
@@ -86,3 +87,32 @@ def test_gaps_beyond_what_is_allowed_are_disagreements() -> None:
     agreement.compare({"a": ones + 0.01}, {"a": ones - 0.03}, {"a": ones})
     with pytest.raises(agreement.Disagreement):
         agreement.compare({"a": ones + 0.01}, {"a": ones - 0.09}, {"a": ones})
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Moments(5), lambda: Moments(5, order=4), lambda: Firing(5), lambda: Extremes(5)]
+)
+def test_a_statistic_of_a_device_is_that_of_the_cpu(there: torch.device, make: Any) -> None:
+    values = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = torch.arange(40) % 7 > 0
+    here, away, mixed, other = make(), make(), make(), make()
+    for part, chosen in zip(values.split(16), mask.split(16), strict=True):
+        here.update(part, chosen)
+        away.update(part.to(there), chosen)
+    mixed.update(values[:16].to(there), mask[:16])
+    mixed.update(values[16:32], mask[16:32])
+    other.update(values[32:].to(there), mask[32:])
+    wanted = here.state()
+    for made in (away, mixed.merge(other), away.copy()):
+        assert all(x.is_cpu for x in vars(made.result()).values() if isinstance(x, torch.Tensor))
+        for name, x in made.state().items():
+            torch.testing.assert_close(x, wanted[name], rtol=1e-12, atol=1e-12)
+
+
+def test_top_examples_of_a_device_are_those_of_the_cpu(there: torch.device) -> None:
+    values = torch.randn(6, 8, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    here, away = TopExamples(5, 3), TopExamples(5, 3)
+    for i in (0, 3):
+        here.update(values[i : i + 3], torch.arange(i, i + 3) * 8)
+        away.update(values[i : i + 3].to(there), torch.arange(i, i + 3) * 8)
+    assert all(torch.equal(x, here.state()[name]) for name, x in away.state().items())

@@ -100,6 +100,17 @@ class ExampleMeans(Accumulator):
         totals = torch.cat([self._total, total])
         self._total = torch.zeros((size, totals.shape[1]), dtype=torch.float64).index_add_(0, place, totals)
 
+    def along_last(self) -> list[ExampleMeans]:
+        """The same for each index of the last axis alone: of values that were stacked to be taken in together."""
+        *shape, size = self.shape
+        totals = self._total.reshape(len(self._example), -1, size)
+        found: list[ExampleMeans] = []
+        for i in range(size):
+            part = ExampleMeans(tuple(shape))
+            part._example, part._count, part._total = self._example, self._count, totals[..., i]
+            found.append(part)
+        return found
+
     def _absorb(self, other: Self) -> None:
         self._take(other._example, other._count, other._total)
 

@@ -67,6 +67,7 @@ class TopExamples(Accumulator):
             allowed = f"[batch, pos, {self.units}]"
             raise error(DataError, "TopExamples.update: values have the wrong shape", got=tuple(values.shape),
                         allowed=allowed)  # fmt: skip
+        self._follow(values)
         home = self._values.device
         first = self._starts(start, values.shape[0]).to(home)
         values = values.detach()
@@ -79,7 +80,8 @@ class TopExamples(Accumulator):
                 lowest = -torch.inf if values.is_floating_point() else torch.iinfo(values.dtype).min
                 values = values.masked_fill(~mask.to(values.device)[..., None], lowest)
             some = mask.any(dim=1)
-            values, first = values[some.to(values.device)], first[some.to(home)]
+            if not bool(some.all()):
+                values, first = values[some.to(values.device)], first[some.to(home)]
         if not values.shape[0] or not values.shape[1]:
             return
         peaks, positions = values.max(dim=1)
@@ -118,10 +120,12 @@ class TopExamples(Accumulator):
 
     def result(self) -> TopResult:
         """The best peaks of each unit [unit, rank], best first."""
+        self._rest()
         return TopResult(self._values.clone(), self._index.clone(), self._start.clone())
 
     def state(self) -> dict[str, Tensor]:
         """Values, indices, starts and the number of rows seen."""
+        self._rest()
         parts = {"values": self._values.clone(), "index": self._index.clone(), "start": self._start.clone()}
         return {**parts, "rows": int_scalar(self.rows)}
 
