@@ -255,12 +255,18 @@ class Frame:
         """
         if self.source_row is None or (spans is None and x.shape[0] == 1):
             return x
-        row = self.source_row if x.shape[0] > 1 else 0
-        own, (first, length) = x[row : row + 1], (0, self.width) if spans is None else spans[row]
+        row, first, length = self.source_span(x.shape[0], spans)
+        own = x[row : row + 1]
         for axis, name in enumerate(dims):
             if name in ("pos", "q_pos", "k_pos"):
                 own = own.narrow(axis, first, min(length, own.shape[axis] - first))
         return own
+
+    def source_span(self, rows: int, spans: Sequence[Span] | None) -> tuple[int, int, int]:
+        """In a sweep, the row of this prompt in another run of so many rows, its first column and its tokens."""
+        row = (self.source_row or 0) if rows > 1 else 0
+        first, length = (0, self.width) if spans is None else spans[row]
+        return row, first, length
 
     def spans_of(self, spans: Sequence[Span]) -> list[Span] | None:
         """The real tokens of another run's rows, one for each row here; None where it has another number of rows."""
