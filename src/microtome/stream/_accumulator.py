@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -223,7 +224,7 @@ def unit_rows(values: Tensor, shape: tuple[int, ...], mask: Tensor | None, where
     if mask is not None:
         check_mask(mask, tuple(values.shape[:lead]), where)
         flags = mask.detach().reshape(-1)
-        rows = rows if bool(flags.all()) else rows[flags.to(rows.device)]
+        rows = rows if bool(flags.all()) else rows[flags.to(rows.device, non_blocking=True)]
     require_finite(rows, shape, where)
     return rows
 
@@ -237,7 +238,7 @@ def check_mask(mask: Tensor, shape: tuple[int, ...], where: str) -> None:
 
 def require_finite(rows: Shaped[Tensor, "row unit"], shape: tuple[int, ...], where: str) -> None:
     """Refuse NaN and infinity, naming the first unit that has one. Costs one sum when all is well."""
-    if bool(torch.isfinite(rows.sum())):
+    if math.isfinite(rows.sum().item()):
         return
     bad = ~torch.isfinite(rows)
     if not bool(bad.any()):  # the sum itself overflowed

@@ -79,11 +79,12 @@ class ExampleMeans(Accumulator):
             got = f"values {tuple(values.shape)}, examples {tuple(example.shape)}"
             raise error(DataError, f"{where}: values have the wrong shape", got=got, allowed=allowed)
         rows = values.detach().reshape(values.shape[0], -1, self._total.shape[1])
-        weight = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        weight = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device if mask is None else mask.device)
         if mask is not None:
             check_mask(mask, tuple(values.shape[:lead]), where)
-            weight = mask.reshape(weight.shape).to(rows.device)
-            rows = torch.where(weight.unsqueeze(-1), rows, rows.new_zeros(()))
+            weight = mask.reshape(weight.shape)
+            there = weight.to(rows.device, non_blocking=True).unsqueeze(-1)
+            rows = torch.where(there, rows, rows.new_zeros(()))
         require_finite(rows.flatten(0, 1), self.shape, where)
         total = rows.sum(1, dtype=torch.float64).to(self._total)
         count = weight.sum(1, dtype=torch.float64).to(self._count)

@@ -8,6 +8,7 @@ Check:    any split and any order of merges gives equal tensors, ties included; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -69,11 +70,11 @@ class TopExamples(Accumulator):
                         allowed=allowed)  # fmt: skip
         self._follow(values)
         home = self._values.device
-        first = self._starts(start, values.shape[0]).to(home)
+        first = self._starts(start, values.shape[0]).to(home, non_blocking=True)
         values = values.detach()
         if mask is not None:
             check_mask(mask, tuple(values.shape[:2]), "TopExamples.update")
-        if not bool(torch.isfinite(values.sum())):
+        if not math.isfinite(values.sum().item()):
             unit_rows(values, (self.units,), mask, "TopExamples.update")
         if mask is not None:
             if not bool(mask.all()):
