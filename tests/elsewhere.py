@@ -24,6 +24,10 @@ COPIES = {aten._to_copy.default, aten.copy_.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
+WAITS: list[str] = []
+"""The operations by which the host has waited for the device: what reads its numbers."""
+
+
 class Mixed(RuntimeError):
     """An operation met tensors of two devices."""
 
@@ -68,6 +72,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         strangers = [x for x in checked if not isinstance(x, Away) and x.dim()]
         if strangers:
             raise Mixed(f"{func} met tensors of two devices: one of the CPU {[tuple(x.shape) for x in strangers]}")
+    if func == aten._local_scalar_dense.default or (func == aten._to_copy.default and not there):
+        WAITS.extend([str(func)] * isinstance(args[0], Away))
     if func == aten.copy_.default:
         there = isinstance(args[0], Away)
     if asked is not None:

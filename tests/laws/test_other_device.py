@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.elsewhere import DEVICE, Elsewhere, Mixed
+from tests.elsewhere import DEVICE, WAITS, Elsewhere, Mixed
 from tests.scripts import script
 
 import microtome as mt
@@ -67,6 +67,19 @@ def test_a_device_gives_what_the_cpu_gives(there: torch.device, name: str) -> No
     assert all(check.status != "fails" for check in model.proof)
     found = agreement.compare(here, check(model), None)
     assert found["tensors"] == len(here) > 1
+
+
+def test_a_sweep_does_not_wait_for_the_device_for_every_cell(there: torch.device) -> None:
+    model = mt.open(moved(agreement._weights()), prove=False)
+    source = model.run(agreement.tokens(2), capture="*.resid_pre", logits=False)
+    cells = [mt.edit.Patch(f"{layer}.resid_pre@{p}", source=source) for layer in range(4) for p in (4, 6)]
+    waits: list[int] = []
+    for times in (1, 5):
+        WAITS.clear()
+        swept = model.sweep(agreement.tokens(1), cells * times, agreement._metric()).run()
+        assert swept.plan.passes == 1
+        waits.append(len(WAITS))
+    assert waits[0] == waits[1] > 0
 
 
 def test_free_memory_is_that_of_the_device_and_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
