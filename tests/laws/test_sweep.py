@@ -11,6 +11,7 @@ from tests import families
 from tests.agreement import agreed, agreement
 
 import microtome as mt
+from microtome.sweep._written import written
 
 SKIPPED = ("attn.scale", "mlp.scale", "mlp.router")
 TOLERANCE = 2e-5
@@ -52,6 +53,38 @@ def test_equals_one_forward_a_cell(name: str) -> None:
             if isinstance(cell, mt.edit.Patch):
                 edit = mt.edit.Patch(cell.site, source={str(s): source[str(s)][row : row + 1] for s in sites})
             agree.cell(result.values[i], literal(model, clean[row], [edit]), base[row], cell.site)
+
+
+def test_patches_written_together_are_those_written_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    source = model.run(
+        [tokens(1)[0], tokens(2)[0, :7]], capture=["*.resid_pre", "*.attn.z", "*.attn.k"], padding="left"
+    )
+    prompts = [tokens(3)[0], tokens(4)[0, :7]]
+    cells: list[mt.edit.SiteEdit | list[mt.edit.SiteEdit]] = [
+        mt.edit.Patch(f"{layer}.{name}", source=source)
+        for layer in range(3)
+        for name in ("resid_pre@2", "resid_pre@4-6", "attn.z[1,3]", "attn.z[2]@5", "attn.k[0]@3", "resid_pre")
+    ]
+    cells += [[mt.edit.Patch("1.resid_pre@1-3", source=source), mt.edit.Patch("1.resid_pre@3", source=source)]]
+    cells += [mt.edit.Patch("1.resid_pre@2", source=source, basis=torch.ones(model.anatomy.d_model))]
+    which = [i % 2 for i in range(len(cells))]
+    places: list[int] = []
+
+    def counted(acts: list[object]) -> object:
+        made, others = written(acts)  # pyright: ignore[reportArgumentType]
+        places.append(len(acts) - len(others))
+        return made, others
+
+    # Rows of the batch begin in different columns, which only a batch padded alike names alike.
+    both = model.to_batch(prompts, "left")
+    swept = [model.sweep(both, cells, READ, prompts=which)]
+    monkeypatch.setattr("microtome.sweep._pass.written", counted)
+    together = swept[0].run().values
+    assert sum(places) == len(cells) - 2
+    monkeypatch.setattr("microtome.sweep._pass.written", lambda acts: ([], list(range(len(acts)))))
+    alone = model.sweep(both, cells, READ, prompts=which).run().values
+    assert torch.equal(together, alone)
 
 
 def test_prompts_of_several_lengths_and_cells_of_several_edits() -> None:

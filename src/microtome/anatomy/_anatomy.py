@@ -119,10 +119,12 @@ class Anatomy:
             near = sorted({s.name for s in self.hook_points if s.layer == absent[0].layer}, key=list(SITES).index)
             reason = self.missing.get(absent[0], "it does not apply to this model")
             raise SiteError(f"no site {absent[0]} in {self.name}: {reason}. Its sites there: {', '.join(near)}.")
+        if address.units.is_all:
+            return present
         size = min(self.units(site) for site in present)
-        if address.spec.unit == "batch" and not address.units.is_all:
+        if address.spec.unit == "batch":
             raise error(SiteError, f"{where} has no units to choose from", do=f'drop "[{address.units}]"')
-        if not address.units.is_all and address.units.resolve(size) is None:
+        if address.units.resolve(size) is None:
             raise error(
                 SiteError,
                 f"no units [{address.units}] for {where}",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from microtome.errors import SiteError, error, nearest
@@ -267,7 +268,11 @@ def parse(text: str | Address) -> Address:
     if isinstance(text, Address):
         return text
     given: Any = text
-    match = _ADDRESS.match(given.strip()) if isinstance(given, str) else None
+    return _parsed(text) if isinstance(given, str) else _parse(given)
+
+
+def _parse(text: Any) -> Address:
+    match = _ADDRESS.match(text.strip()) if isinstance(text, str) else None
     if not match:
         raise error(
             SiteError,
@@ -291,3 +296,6 @@ def parse(text: str | Address) -> Address:
     if match["positions"] is not None:
         positions = _positions(match["positions"].strip(), text)
     return Address(name, layers, units, positions)
+
+
+_parsed = lru_cache(maxsize=2**14)(_parse)  # a sweep reads thousands of addresses, each several times

@@ -199,7 +199,7 @@ class Frame:
     def take(self, x: Shaped[Tensor, "batch pos *of"]) -> Shaped[Tensor, "row n *of"]:
         """The selected part [row, n, ...] of the current tensor [batch, pos, ...]; a batch of one serves all rows."""
         if self.columns is not None:
-            columns = self.columns if x.shape[0] != 1 else self.columns[:1]
+            columns = _there(self.columns if x.shape[0] != 1 else self.columns[:1], x)
             x = x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), columns - self.begin]
         return x if self.rows is None or x.shape[0] == 1 else x[self.rows]
 
@@ -210,7 +210,8 @@ class Frame:
     def index(self, x: Shaped[Tensor, "batch pos *of"]) -> tuple[Int[Tensor, "row 1"], Int[Tensor, "row n"]]:
         """Rows [n, 1] and columns [n, m] by which the selected part of the current tensor is indexed."""
         rows = torch.arange(x.shape[0], device=x.device) if self.rows is None else self.rows
-        return rows.unsqueeze(1), self._columns(x.shape[1], x.device).expand(x.shape[0], -1)[rows] - self.begin
+        columns = _there(self._columns(x.shape[1], x.device), x)
+        return rows.unsqueeze(1), columns.expand(x.shape[0], -1)[rows] - self.begin
 
     def positions(self, n: int, device: torch.device) -> Int[Tensor, "row _"]:
         """[row, n] The positions of the selected columns within each row's own tokens."""
@@ -234,7 +235,9 @@ class Frame:
         return mask
 
     def _columns(self, n: int, device: torch.device) -> Tensor:
-        return torch.arange(self.begin, self.begin + n, device=device)[None] if self.columns is None else self.columns
+        if self.columns is None:
+            return torch.arange(self.begin, self.begin + n, device=device)[None]
+        return self.columns.to(device)
 
     def _ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
         spans = torch.tensor(self.spans, device=device)
@@ -252,12 +255,18 @@ class Frame:
         """
         if self.source_row is None or (spans is None and x.shape[0] == 1):
             return x
-        row = self.source_row if x.shape[0] > 1 else 0
-        own, (first, length) = x[row : row + 1], (0, self.width) if spans is None else spans[row]
+        row, first, length = self.source_span(x.shape[0], spans)
+        own = x[row : row + 1]
         for axis, name in enumerate(dims):
             if name in ("pos", "q_pos", "k_pos"):
                 own = own.narrow(axis, first, min(length, own.shape[axis] - first))
         return own
+
+    def source_span(self, rows: int, spans: Sequence[Span] | None) -> tuple[int, int, int]:
+        """In a sweep, the row of this prompt in another run of so many rows, its first column and its tokens."""
+        row = (self.source_row or 0) if rows > 1 else 0
+        first, length = (0, self.width) if spans is None else spans[row]
+        return row, first, length
 
     def spans_of(self, spans: Sequence[Span]) -> list[Span] | None:
         """The real tokens of another run's rows, one for each row here; None where it has another number of rows."""
@@ -274,3 +283,8 @@ class Frame:
             last = self.columns.amax(1).tolist()
             return {row: last[row] for row in rows}
         return {row: sum(self.spans[row]) - 1 for row in rows}
+
+
+def _there(index: Int[Tensor, "_ n"], x: Tensor) -> Int[Tensor, "_ n"]:
+    """An index where a tensor is, without waiting for the device: memory that is not pinned is copied at once."""
+    return index.to(x.device, non_blocking=True)

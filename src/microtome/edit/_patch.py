@@ -64,10 +64,26 @@ class Patch(SiteEdit):
             raise error(EditError, f"Patch on {site} has no source", do="give source= a run or a mapping")
         return self.source.whole(site)
 
+    @property
+    def _spans(self) -> Sequence[Span] | None:
+        batch = getattr(self.source, "batch", None)
+        return None if batch is None else batch.spans
+
+    def taken(self, site: Site, frame: Frame) -> tuple[Tensor, int, int, int]:
+        """Of a cell of a sweep: the other run's tensor, and in it the row, first column and length of its prompt.
+
+        Raises:
+            EditError: the source lacks the site, or its tokens are in other columns.
+        """
+        x, spans = self._of(site), self._spans
+        if spans is not None:
+            self._refuse_other_positions(frame, spans)
+        row, first, length = frame.source_span(x.shape[0], spans)
+        return x, row, first, min(length, x.shape[1] - first)
+
     def change(self, x: Tensor, where: Selection) -> Tensor:
         """The other run's values."""
-        batch = getattr(self.source, "batch", None)
-        spans = None if batch is None else batch.spans
+        spans = self._spans
         if spans is not None:
             self._refuse_other_positions(where.frame, spans)
         own = where.frame.source_of(self._of(where.site), where.site.spec.dims, spans)

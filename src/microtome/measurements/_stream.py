@@ -94,7 +94,7 @@ def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:
         return (a * b).sum(-1) / (norm[of] * norm[other]).clamp(min=floor)
 
     later = seen.later
-    away = _half_a_row(pre.shape[1]).to(pre.device)
+    away = _half_a_row(pre.shape[1]).to(pre.device, non_blocking=True)
 
     def elsewhere(a: Tensor, b: Tensor, of: str, other: str) -> Tensor:
         return (a * b[:, away]).sum(-1) / (norm[of] * norm[other][:, away]).clamp(min=floor)

@@ -124,16 +124,22 @@ class MeanOverExamples(Statistic):
         self.take(kept, self.values(seen), seen)
 
     def take(self, kept: Kept, values: Values, seen: Seen) -> None:
-        """Take in the values of one batch, of which `seen.mask` says what counts."""
+        """Take in the values of one batch, of which `seen.mask` says what counts; those of one form go together."""
+        together: dict[tuple[object, ...], list[tuple[str, Tensor, Tensor | None]]] = {}
         for name, given in values.items():
             x, own = given if isinstance(given, tuple) else (given, None)
-            by_token = x.dim() - 1 > self.dims
-            shape = tuple(x.shape[2 if by_token else 1 :]) or (1,)
-            if name not in kept:
-                kept[name] = ExampleMeans(shape)
-            held: ExampleMeans = kept[name]
+            together.setdefault((id(own), x.shape, x.dtype, x.device), []).append((name, x, own))
+        for alike in together.values():
+            _, like, own = alike[0]
+            by_token = like.dim() - 1 > self.dims
+            lead = 2 if by_token else 1
+            shape = tuple(like.shape[lead:]) or (1,)
             mask = _counting(own, seen) if by_token else _whole(seen)
-            held.update(x.reshape(*x.shape[: 2 if by_token else 1], *shape), seen.examples, mask)
+            stacked = torch.stack([x.reshape(*x.shape[:lead], *shape) for _, x, _ in alike], dim=-1)
+            batch = ExampleMeans((*shape, len(alike)))
+            batch.update(stacked, seen.examples, mask)
+            for (name, _, _), part in zip(alike, batch.along_last(), strict=True):
+                kept[name] = kept[name].merge(part) if name in kept else part
 
 
 def intervals(layers: Sequence[Kept], columns: Sequence[Column]) -> dict[str, Tensor]:

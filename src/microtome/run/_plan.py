@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -131,7 +132,9 @@ def in_bytes(count: int) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of a device."""
-    if torch.accelerator.is_available() and device == torch.accelerator.current_accelerator():
-        return int(torch.accelerator.get_memory_info(device)[0])
-    return psutil.virtual_memory().available
+    """Free bytes of a device, with those that its allocator holds and no tensor uses."""
+    backend: Any = getattr(torch, device.type, None)
+    if not hasattr(backend, "mem_get_info"):  # what shares the memory of the machine
+        return psutil.virtual_memory().available
+    idle = backend.memory_reserved(device) - backend.memory_allocated(device)
+    return int(backend.mem_get_info(device)[0]) + int(idle)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -27,8 +29,10 @@ from microtome.files import atomic
 from microtome.shown import brief, shown
 
 FORMAT = "microtome-accumulator-1"
+_HOST = torch.empty(0).cpu().device
 _KINDS: dict[str, type[Accumulator]] = {}
 _BLOCK = 2**18  # values a block: float64 copies of one block stay in a core's cache
+_LARGE = 2**27  # the same on an accelerator, where every block is several launches: 1 GiB of float64
 
 
 @shown
@@ -80,8 +84,24 @@ class Accumulator(ABC):
             got = other._title() if type(other) is type(self) else type(other).__name__
             allowed = "the same kind with the same settings"
             raise error(DataError, f"cannot merge into {self._title()}", got=got, allowed=allowed)
+        self._rest()
+        other._rest()
         self._absorb(other)
         return self
+
+    def _follow(self, values: Tensor) -> None:
+        """Keep the state where values are, so that no update waits for the device; on the host if it has no float64."""
+        if not values.is_cpu and counts_in_double(values.device):
+            self._move(values.device)
+
+    def _rest(self) -> None:
+        """Bring the state back to the host, where results and states are given."""
+        self._move(_HOST)
+
+    def _move(self, device: torch.device) -> None:
+        for name, held in vars(self).items():
+            if isinstance(held, Tensor) and held.device != device:
+                setattr(self, name, held.to(device))
 
     def _facts(self) -> dict[str, str]:
         """Its settings, and what it keeps: counts, and tensors by their shapes."""
@@ -203,8 +223,8 @@ def unit_rows(values: Tensor, shape: tuple[int, ...], mask: Tensor | None, where
     rows = values.detach().reshape(values.shape[:lead].numel(), torch.Size(shape).numel())
     if mask is not None:
         check_mask(mask, tuple(values.shape[:lead]), where)
-        flags = mask.detach().reshape(-1).to(rows.device)
-        rows = rows if bool(flags.all()) else rows[flags]
+        flags = mask.detach().reshape(-1)
+        rows = rows if bool(flags.all()) else rows[flags.to(rows.device, non_blocking=True)]
     require_finite(rows, shape, where)
     return rows
 
@@ -218,7 +238,7 @@ def check_mask(mask: Tensor, shape: tuple[int, ...], where: str) -> None:
 
 def require_finite(rows: Shaped[Tensor, "row unit"], shape: tuple[int, ...], where: str) -> None:
     """Refuse NaN and infinity, naming the first unit that has one. Costs one sum when all is well."""
-    if bool(torch.isfinite(rows.sum())):
+    if math.isfinite(rows.sum().item()):
         return
     bad = ~torch.isfinite(rows)
     if not bool(bad.any()):  # the sum itself overflowed
@@ -232,8 +252,18 @@ def require_finite(rows: Shaped[Tensor, "row unit"], shape: tuple[int, ...], whe
     )
 
 
-def blocks(rows: Shaped[Tensor, "row unit"], values: int = _BLOCK) -> Iterator[Tensor]:
-    """Rows in blocks of about `values` values each, at least one row."""
+@cache
+def counts_in_double(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).is_floating_point()
+    except (TypeError, RuntimeError):
+        return False
+
+
+def blocks(rows: Shaped[Tensor, "row unit"], values: int | None = None) -> Iterator[Tensor]:
+    """Rows in blocks of about `values` values each, at least one row; by default as suits the device."""
+    values = (_BLOCK if rows.is_cpu else _LARGE) if values is None else values
     step = max(1, values // max(1, rows.shape[1]))
     return (rows[first : first + step] for first in range(0, rows.shape[0], step))
 

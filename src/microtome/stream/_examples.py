@@ -79,11 +79,12 @@ class ExampleMeans(Accumulator):
             got = f"values {tuple(values.shape)}, examples {tuple(example.shape)}"
             raise error(DataError, f"{where}: values have the wrong shape", got=got, allowed=allowed)
         rows = values.detach().reshape(values.shape[0], -1, self._total.shape[1])
-        weight = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        weight = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device if mask is None else mask.device)
         if mask is not None:
             check_mask(mask, tuple(values.shape[:lead]), where)
-            weight = mask.reshape(weight.shape).to(rows.device)
-            rows = torch.where(weight.unsqueeze(-1), rows, rows.new_zeros(()))
+            weight = mask.reshape(weight.shape)
+            there = weight.to(rows.device, non_blocking=True).unsqueeze(-1)
+            rows = torch.where(there, rows, rows.new_zeros(()))
         require_finite(rows.flatten(0, 1), self.shape, where)
         total = rows.sum(1, dtype=torch.float64).to(self._total)
         count = weight.sum(1, dtype=torch.float64).to(self._count)
@@ -99,6 +100,17 @@ class ExampleMeans(Accumulator):
         self._count = torch.zeros(size, dtype=torch.float64).index_add_(0, place, torch.cat([self._count, count]))
         totals = torch.cat([self._total, total])
         self._total = torch.zeros((size, totals.shape[1]), dtype=torch.float64).index_add_(0, place, totals)
+
+    def along_last(self) -> list[ExampleMeans]:
+        """The same for each index of the last axis alone: of values that were stacked to be taken in together."""
+        *shape, size = self.shape
+        totals = self._total.reshape(len(self._example), -1, size)
+        found: list[ExampleMeans] = []
+        for i in range(size):
+            part = ExampleMeans(tuple(shape))
+            part._example, part._count, part._total = self._example, self._count, totals[..., i]
+            found.append(part)
+        return found
 
     def _absorb(self, other: Self) -> None:
         self._take(other._example, other._count, other._total)

@@ -53,6 +53,7 @@ class Extremes(Accumulator):
         """
         rows = unit_rows(values, self.shape, mask, "Extremes.update")
         if rows.shape[0]:
+            self._follow(rows)
             low, high = torch.aminmax(rows, dim=0)
             self._min = torch.minimum(self._min, low.to(self._min))
             self._max = torch.maximum(self._max, high.to(self._max))
@@ -67,12 +68,14 @@ class Extremes(Accumulator):
         Raises:
             DataError: when nothing was counted.
         """
+        self._rest()
         if bool((self._min > self._max).any()):
             raise error(DataError, "Extremes has counted nothing", do="call update with at least one row")
         return ExtremesResult(self._min.clone().reshape(self.shape), self._max.clone().reshape(self.shape))
 
     def state(self) -> dict[str, Tensor]:
         """Minimum, maximum and shape."""
+        self._rest()
         shape = torch.tensor(self.shape, dtype=torch.int64)
         return {"min": self._min.clone(), "max": self._max.clone(), "shape": shape}
 

@@ -72,6 +72,7 @@ class Firing(Accumulator):
             DataError: when the shapes do not fit, or a counted value is NaN or infinite.
         """
         rows = unit_rows(values, self.shape, mask, "Firing.update")
+        self._follow(rows)
         limit = self.threshold.reshape(-1) if self.threshold.ndim else self.threshold
         limit = limit.to(rows.device, rows.dtype if rows.is_floating_point() else torch.float64)
         for block in blocks(rows):
@@ -84,10 +85,12 @@ class Firing(Accumulator):
 
     def result(self) -> FiringResult:
         """Counts (int64) and the number of rows they are of."""
+        self._rest()
         return FiringResult(self._count.clone().reshape(self.shape), self.total)
 
     def state(self) -> dict[str, Tensor]:
         """Counts, total, shape and threshold."""
+        self._rest()
         shape = torch.tensor(self.shape, dtype=torch.int64)
         counts = {"count": self._count.clone(), "total": int_scalar(self.total)}
         return {**counts, "shape": shape, "threshold": self.threshold.clone()}
@@ -259,6 +262,8 @@ def _flag_rows(fired: Tensor, units: int, mask: Tensor | None, where: str) -> Bo
 
 def _sum_flags(flags: Bool[Tensor, "row unit"]) -> Int[Tensor, " unit"]:
     """How many of the rows [row, unit] are true, for each unit; exact."""
+    if not flags.is_cpu:  # where whole numbers are added as fast
+        return flags.sum(dim=0)
     total = torch.zeros(flags.shape[1], dtype=torch.int64, device=flags.device)
     for block in blocks(flags, _EXACT_ROWS * flags.shape[1]):
         total += block.to(torch.float32).sum(dim=0).to(torch.int64)

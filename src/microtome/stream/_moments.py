@@ -89,18 +89,24 @@ class Moments(Accumulator):
         rows = unit_rows(values, self.shape, mask, "Moments.update")
         if not rows.shape[0]:
             return
+        self._follow(rows)
         home = self._origin.device
         if not self.count:
             self._origin = rows[0].to(home, torch.float64, copy=True)
         origin = self._origin.to(rows.device)
         shifted: Tensor | None = None
         for block in blocks(rows):
+            if self.order == 2 and not block.is_cpu:  # one reading of them, where memory is what costs
+                variance, mean = torch.var_mean(block - origin, dim=0, correction=0)
+                self._combine(block.shape[0], mean.to(home), [variance.to(home) * block.shape[0]])
+                continue
             shifted = torch.empty_like(block, dtype=torch.float64) if shifted is None else shifted[: block.shape[0]]
             torch.sub(block, origin, out=shifted)
             mean = shifted.mean(dim=0)
             self._combine(block.shape[0], mean.to(home), [x.to(home) for x in self._power_sums(shifted.sub_(mean))])
-        self._min = torch.minimum(self._min, rows.amin(dim=0).to(self._min))
-        self._max = torch.maximum(self._max, rows.amax(dim=0).to(self._max))
+        low, high = torch.aminmax(rows, dim=0)
+        self._min = torch.minimum(self._min, low.to(self._min))
+        self._max = torch.maximum(self._max, high.to(self._max))
 
     def _power_sums(self, centred: Float[Tensor, "row unit"]) -> list[Float[Tensor, " unit"]]:
         """Sums of squares, and of third and fourth powers where they are asked for, of rows that are overwritten."""
@@ -144,6 +150,7 @@ class Moments(Accumulator):
         """
         if not self.count:
             raise error(DataError, "Moments has counted nothing", do="call update with at least one row")
+        self._rest()
         variance, low, high = (x.clone().reshape(self.shape) for x in (self._m2 / self.count, self._min, self._max))
         mean = (self._origin + self._offset).reshape(self.shape)
         if self.order == 2:
@@ -154,6 +161,7 @@ class Moments(Accumulator):
 
     def state(self) -> dict[str, Tensor]:
         """Count, shape, origin, offset, sums of powers, minimum and maximum."""
+        self._rest()
         parts = {"origin": self._origin, "offset": self._offset, "m2": self._m2, "min": self._min, "max": self._max}
         parts |= {"m3": self._m3, "m4": self._m4} if self.order == 4 else {}
         state = {name: tensor.clone() for name, tensor in parts.items()}

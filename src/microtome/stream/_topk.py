@@ -8,6 +8,7 @@ Check:    any split and any order of merges gives equal tensors, ties included; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -67,19 +68,21 @@ class TopExamples(Accumulator):
             allowed = f"[batch, pos, {self.units}]"
             raise error(DataError, "TopExamples.update: values have the wrong shape", got=tuple(values.shape),
                         allowed=allowed)  # fmt: skip
+        self._follow(values)
         home = self._values.device
-        first = self._starts(start, values.shape[0]).to(home)
+        first = self._starts(start, values.shape[0]).to(home, non_blocking=True)
         values = values.detach()
         if mask is not None:
             check_mask(mask, tuple(values.shape[:2]), "TopExamples.update")
-        if not bool(torch.isfinite(values.sum())):
+        if not math.isfinite(values.sum().item()):
             unit_rows(values, (self.units,), mask, "TopExamples.update")
         if mask is not None:
             if not bool(mask.all()):
                 lowest = -torch.inf if values.is_floating_point() else torch.iinfo(values.dtype).min
                 values = values.masked_fill(~mask.to(values.device)[..., None], lowest)
             some = mask.any(dim=1)
-            values, first = values[some.to(values.device)], first[some.to(home)]
+            if not bool(some.all()):
+                values, first = values[some.to(values.device)], first[some.to(home)]
         if not values.shape[0] or not values.shape[1]:
             return
         peaks, positions = values.max(dim=1)
@@ -118,10 +121,12 @@ class TopExamples(Accumulator):
 
     def result(self) -> TopResult:
         """The best peaks of each unit [unit, rank], best first."""
+        self._rest()
         return TopResult(self._values.clone(), self._index.clone(), self._start.clone())
 
     def state(self) -> dict[str, Tensor]:
         """Values, indices, starts and the number of rows seen."""
+        self._rest()
         parts = {"values": self._values.clone(), "index": self._index.clone(), "start": self._start.clone()}
         return {**parts, "rows": int_scalar(self.rows)}
 

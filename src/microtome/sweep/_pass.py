@@ -28,26 +28,16 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from microtome.anatomy import Address, Site, bias_of, weight_of
+from microtome.anatomy import Site, bias_of, weight_of
 from microtome.axes import Tokens
 from microtome.edit import Apply, Frame, Mean, Selection, SiteEdit, apply, canonical
 from microtome.errors import EditError, SiteError, error
 from microtome.run import Batch, LoadedModel
 from microtome.run.hook import HookSet, input_of, install, lock_of, output_of, with_input, with_output
+from microtome.sweep._written import Act, written
 
 Cell = SiteEdit | Sequence[SiteEdit]
-
-
-@dataclass(frozen=True)
-class _Act:
-    """One edit in one layer: the site it names, the one where it is applied, its address, and its part of the frame."""
-
-    edit: SiteEdit
-    named: Site
-    site: Site
-    address: Address
-    frame: Frame
-    standing: bool = False
+HOST = torch.empty(0).cpu().device
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class Row:
 
     place: int
     prompt: int
-    acts: tuple[_Act, ...]
+    acts: tuple[Act, ...]
     entry: int
     first: int
 
@@ -216,10 +206,10 @@ class BatchedPass:
 
 
 def _install_acts(
-    hooks: HookSet, model: LoadedModel, acts: Sequence[Sequence[_Act]], shape: Callable[[], tuple[int, int]]
+    hooks: HookSet, model: LoadedModel, acts: Sequence[Sequence[Act]], shape: Callable[[], tuple[int, int]]
 ) -> None:
     """Let every row of a batch, by its number, be changed by its own acts."""
-    at: dict[Site, list[tuple[int, _Act]]] = {}
+    at: dict[Site, list[tuple[int, Act]]] = {}
     for number, of_row in enumerate(acts):
         for act in of_row:
             at.setdefault(act.site, []).append((number, act))
@@ -230,10 +220,15 @@ def _install_acts(
         install(hooks, model.hf, site, point, _visit(site, in_order), shape, edits=True)
 
 
-def _visit(site: Site, acts: Sequence[tuple[int, _Act]]) -> Callable[[Tensor], Tensor | None]:
+def _visit(site: Site, acts: Sequence[tuple[int, Act]]) -> Callable[[Tensor], Tensor | None]:
+    together, others = written(acts)
+
     def visit(x: Tensor) -> Tensor:
         x = x.clone()
-        for number, act in acts:
+        fit = all(one.fits(x) for one in together)
+        for one in together if fit else ():
+            one.put(x)
+        for number, act in (acts[place] for place in others) if fit else acts:
             row = x[number : number + 1]
             for where in _selections(row, site, act):
                 row = apply(act.edit, row, where)
@@ -243,7 +238,7 @@ def _visit(site: Site, acts: Sequence[tuple[int, _Act]]) -> Callable[[Tensor], T
     return visit
 
 
-def _selections(x: Tensor, site: Site, act: _Act) -> list[Selection]:
+def _selections(x: Tensor, site: Site, act: Act) -> list[Selection]:
     """The part of one row that an act changes. Keys and values have the prefix in front, everything else has not."""
     width, units = canonical(x, site).shape[1:3]
     chosen = None if act.address.units.is_all else torch.tensor(act.address.units.resolve(units), device=x.device)
@@ -336,7 +331,7 @@ def base_of(
 
 def standing_acts(
     model: LoadedModel, standing: Sequence[SiteEdit], prompt: int, length: int, *, has_start: bool = False
-) -> list[_Act]:
+) -> list[Act]:
     """The edits that stand in every row of a sweep, each narrowed to one layer, for one prompt.
 
     Those of what enters the first layer are left out where the sweep has begun with it: it holds them already.
@@ -346,7 +341,7 @@ def standing_acts(
         EditError: one names rows.
     """
     frame, n = Frame(((0, length),), length, source_row=prompt), model.anatomy.n_layers
-    found: list[_Act] = []
+    found: list[Act] = []
     for edit in standing:
         if edit.rows is not None:
             raise error(EditError, f"{edit!r} of `editing` names rows, but a cell of a sweep is one row",
@@ -365,7 +360,7 @@ def _mixes_positions(edit: SiteEdit) -> bool:
     return isinstance(edit, Apply) or (isinstance(edit, Mean) and edit.mean is None)
 
 
-def _first_whole(act: _Act) -> int:
+def _first_whole(act: Act) -> int:
     """The first column of a standing act that must see all of its columns at once; else one behind all."""
     dims = len(act.named.spec.dims)
     values = [getattr(act.edit, name, None) for name in ("value", "factor", "mean")]
@@ -394,15 +389,16 @@ def rows_of(
     n = model.anatomy.n_layers
     frames = [Frame(((0, length),), length, source_row=prompt) for prompt, length in enumerate(batch.lengths)]
     rows: list[Row] = []
-    always: dict[int, list[_Act]] = {}
+    always: dict[int, list[Act]] = {}
     for place, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
         edits = _edits_of(cell, place)
-        acts: list[_Act] = []
+        acts: list[Act] = []
         for edit in edits:
             if edit.rows is not None:
                 raise error(EditError, f"{edit!r} names rows, but a cell is one row", do="give prompts= instead")
             frame = frames[prompt]
-            (cut,) = frame.select(edit.address.positions, None, frame.width, batch.tokens.device)
+            # Columns of cells stay on the host, where they are read one by one: a device would be waited for each time.
+            (cut,) = frame.select(edit.address.positions, None, frame.width, HOST)
             acts += [_act(edit, site, cut, n) for site in model.anatomy.sites(edit.address)]
         entry, first = min(_entry(act.site) for act in acts), min(act.frame.first for act in acts)
         if prompt not in always:
@@ -435,14 +431,14 @@ def _edits_of(cell: object, place: int) -> list[SiteEdit]:
     return found
 
 
-def _act(edit: SiteEdit, named: Site, frame: Frame, n_layers: int) -> _Act:
+def _act(edit: SiteEdit, named: Site, frame: Frame, n_layers: int) -> Act:
     """The edit in one layer; what leaves a layer is edited as what enters the next, which computes nothing twice."""
     if named.layer is None and named.name != "embed":
         raise error(SiteError, f"a sweep acts inside the layers, not at {named}", do="edit the last resid_post instead")
     site = named
     if named.name == "resid_post" and named.layer is not None and named.layer + 1 < n_layers:
         site = Site("resid_pre", named.layer + 1)
-    return _Act(edit, named, site, edit.address.at(named.layer), frame)
+    return Act(edit, named, site, edit.address.at(named.layer), frame)
 
 
 def _entry(site: Site) -> int:

@@ -106,10 +106,23 @@ def lock_of(model: nn.Module) -> ModelLock:
         return _LOCKS.setdefault(model, ModelLock())
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """A module and all inside it, each once; `modules` names them too, which takes most of its time."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            waiting += [inner for inner in vars(one)["_modules"].values() if inner is not None]
+    return list(found.values())
+
+
 @contextmanager
 def naming_outputs(model: nn.Module) -> Iterator[None]:
     """Let a model name its outputs, whatever its configuration says: several families cannot run otherwise."""
-    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    held = [vars(m).get("config", getattr(type(m), "config", None)) for m in modules_of(model)]
+    configs = {id(config): config for config in held if config is not None}
     unnamed = [config for config in configs.values() if getattr(config, "return_dict", True) is False]
     for config in unnamed:
         config.return_dict = True
@@ -123,7 +136,7 @@ def naming_outputs(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode; after the block each module is in the mode that it had."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules_of(model) if module.training]
     for module in training:
         module.training = False
     try:
