@@ -2,7 +2,7 @@
 
 In float32 a tensor may differ by 1e-4 of its largest value. In bfloat16 the rounding itself is larger, so that three
 models of the same rounded weights are compared: float32 on the CPU, which is the truth, and bfloat16 on both. The
-device may be as far from the truth as three times what the CPU is, plus four epsilons (2^-7) of the largest value.
+device may be as far from the truth as three times what the CPU is, plus four epsilons (2^-5) of the largest value.
 """
 
 from __future__ import annotations
