@@ -236,7 +236,7 @@ def costs(shape: Shape, device: torch.device) -> Iterator[tuple[str, float, Call
     """The parts of one shape, with the most seconds that each may take."""
     one = Cost(shape, device)
     yield from (
-        ("open", 60.0, one.open), ("capture", 35.0, one.capture), ("sweep", 40.0, one.sweep),
+        ("open", 60.0, one.open), ("capture", 35.0, one.capture), ("sweep", 100.0, one.sweep),
         ("atlas pass", 30.0, one.atlas), ("close", 5.0, one.close),
     )  # fmt: skip
 
