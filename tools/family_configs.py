@@ -13,7 +13,6 @@ holds merely because of how a parameter was born.
 
 import copy
 import dataclasses
-import resource
 import sys
 import zlib
 from typing import Any
@@ -325,12 +324,15 @@ def recipe(model_type: str) -> PreTrainedConfig:
     return _small(CONFIG_MAPPING[model_type], _MORE.get(model_type, {}))
 
 
-def build(model_type: str) -> PreTrainedModel:
-    """The tiny model of that family: eval mode, float32, and the same random weights at every call."""
+def build(model_type: str, attention: str | None = None) -> PreTrainedModel:
+    """The tiny model of that family: eval mode, float32, and the same random weights at every call.
+
+    `attention` is the kernel, such as "eager"; that of the family by default.
+    """
     config = recipe(model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(model_type.encode()))
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
         randomise(model)
     return model
 
@@ -415,6 +417,13 @@ def _randomise(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
         tensor.copy_(0.17 * torch.randn(tensor.shape))
 
 
+def limit_memory(gigabytes: int = 6) -> None:
+    """Let this process fail, and not the machine, where a size was forgotten above."""
+    import resource  # not on every system
+
+    resource.setrlimit(resource.RLIMIT_DATA, (gigabytes << 30, gigabytes << 30))
+
+
 def check(model_type: str) -> str:
     """One line on the tiny model of that family: that it runs and repeats itself, or what is wrong with it."""
     model = build(model_type)
@@ -429,7 +438,7 @@ def check(model_type: str) -> str:
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))  # a setting forgotten here is no small matter
+    limit_memory()
     for model_type in sys.argv[1:] or FAMILIES:
         try:
             line = check(model_type) if model_type not in IMPOSSIBLE else f"IMPOSSIBLE {IMPOSSIBLE[model_type]}"
