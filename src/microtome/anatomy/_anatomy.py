@@ -34,6 +34,7 @@ class Anatomy:
         causal: whether attention looks back alone, as the probe showed.
         padding: the sides on which rows can be padded without being changed.
         rotary_switch: where rows of a batch would change each other, if they would.
+        returns: how many things a block returns in a tuple; 0 where it returns the stream itself.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Anatomy:
     logit_scale: float
     logit_softcap: float | None
     rotary_switch: RotarySwitch | None = None
+    returns: int = 0
     padding: tuple[Literal["left", "right"], ...] = ("left", "right")
     unproven: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -76,6 +78,25 @@ class Anatomy:
             "sites": f"{len(self.hook_points)}, {len({site.name for site in self.hook_points})} names",
             "missing": ", ".join(lacks),
         }
+
+    def instead(self, hidden: Tensor) -> Any:
+        """What a block returns that gives this stream."""
+        return (hidden, *(None,) * (self.returns - 1)) if self.returns else hidden
+
+    @property
+    def why_no_sum(self) -> str | None:
+        """Why the stream is not the sum of what heads and MLPs write; None where it is."""
+        if self.parts.form == "post_norm":
+            return "norms on the residual stream itself"
+        for i, layer in enumerate(self.parts.layers):
+            if layer.mixer is not None:
+                return f"a mixer that is no attention in layer {i}"
+            for name in ("attn_out", "mlp_out"):
+                if Site(name, i) not in self.hook_points:
+                    return f"no {name} in layer {i}: {self.missing.get(Site(name, i))}"
+            if (why := self.unproven.get(f"{i}.sum")) is not None:
+                return f"something else in layer {i}: {why}"
+        return None
 
     def order(self, site: Site) -> tuple[int, int]:
         """A key that sorts sites as a forward reaches them within each layer, the model's own sites first."""
@@ -201,6 +222,7 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         logit_scale=(multiply or 1.0) / (divide or 1.0) if scale is None else scale,
         logit_softcap=number(config, family.logit_softcap) if cap is None else cap,
         rotary_switch=switch_of(config),
+        returns=0 if taps.interface else 2,
         **_sizes(model, parts, config),
     )
 

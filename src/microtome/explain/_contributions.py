@@ -108,10 +108,12 @@ def refuse_unless_sum(model: Model) -> None:
         SiteError: there are norms on the residual stream itself, or a head with its own transform.
     """
     a = model.anatomy
-    if a.parts.form == "post_norm" or model.final_norm is None or model.W_U.shape[0] != a.d_model:
+    why = a.why_no_sum
+    if why is None and (model.final_norm is None or model.W_U.shape[0] != a.d_model):
+        why = "a head with its own transform"
+    if why is not None:
         raise error(
-            SiteError, f"the logits of {a.name} are not a sum over its parts",
-            got="norms on the residual stream itself, or a head with its own transform",
+            SiteError, f"the logits of {a.name} are not a sum over its parts", got=why,
             do="use a causal model with norms before its branches",
         )  # fmt: skip
 

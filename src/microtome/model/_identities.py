@@ -60,7 +60,7 @@ class IdentityCheck:
 
 
 LEFT_OUT: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("2 residual", "resid_post"): ("attn_out", "mlp_out", "resid_mid"),
+    ("2 residual", "resid_post"): ("attn_out", "mlp_out", "resid_mid", "sum"),
     ("3 heads", "W_O"): ("attn.result", "W_O"),
     ("3 heads", "attn.result"): ("attn.result",),
     ("4 neurons", "mlp_out"): ("mlp.post", "W_out", "mlp.experts", "mlp.router"),
@@ -109,6 +109,7 @@ class Prover:
         self.tolerance = TOLERANCE.get(model.dtype, 5e-2)
         self.product = PRODUCT.get(model.dtype, 1e-2)
         self.checks: list[IdentityCheck] = []
+        self.returns: int | None = None
 
     def at(self, name: str, layer: int | None = None) -> Tensor:
         return self.run[str(Site(name, layer))]
@@ -191,7 +192,8 @@ class Prover:
         branches = [self.at(name, i) for name in names]
         if any(branch.shape != pre.shape for branch in branches) or post.shape != pre.shape:
             note = f"a stream of {pre.shape[-1]} is not the sum of branches of {self.a.d_model}"
-            found = IdentityCheck("2 residual", where, "fails", float("inf"), self.tolerance, note, named(i, *names))
+            fall = named(i, *names, "sum")
+            found = IdentityCheck("2 residual", where, "fails", float("inf"), self.tolerance, note, fall)
             self.checks.append(found)
             return
         if self.has("resid_mid", i):
@@ -204,13 +206,14 @@ class Prover:
             )
             return
         if mid is None or len(branches) < 2:
-            self.conclude("2 residual", where, self.added(post, pre, *branches), self.tolerance, named(i, *names))
+            fall = named(i, *names, "sum")
+            self.conclude("2 residual", where, self.added(post, pre, *branches), self.tolerance, fall)
             return
         first, second = self.added(mid, pre, *branches[:-1]), self.added(post, mid, branches[-1])
-        fall_first, fall_second = tuple(names[:-1]), tuple(names[-1:])
+        fall_first, fall_second = (*names[:-1], "sum"), (names[-1], "sum")
         if first > self.tolerance and second > self.tolerance:
             whole = self.added(post, pre, *branches)
-            fall_first = fall_second = ("resid_mid",) if whole <= self.tolerance else ("resid_mid", *names)
+            fall_first = fall_second = ("resid_mid",) if whole <= self.tolerance else ("resid_mid", *names, "sum")
         self.conclude("2 residual", f"{i}.resid_mid", first, self.tolerance, named(i, *fall_first))
         self.conclude("2 residual", where, second, self.tolerance, named(i, *fall_second))
 

@@ -231,7 +231,12 @@ class Model(LoadedModel):
             raise error(
                 PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids"
             )
-        batch = self.to_batch(prompt.rows if isinstance(prompt, Batch) else prompt, "left")
+        whole = prompt.rows if isinstance(prompt, Batch) else prompt
+        if self.anatomy.padding == ("right",):
+            rows = self.to_batch(whole).rows
+            if len({len(row) for row in rows}) > 1:
+                return [self.generate(row, max_new_tokens=max_new_tokens, **options)[0] for row in rows]
+        batch = self.to_batch(whole, "left")
         room = self.anatomy.n_ctx - batch.tokens.shape[1]
         if max_new_tokens > room:
             raise error(

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -64,13 +64,15 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
             # What could not be watched has its own check already: the identities are those of what was.
             model.anatomy = without(a, checks)
             rows, model.anatomy = _rows(model, run, plain)
-            checks = checks + rows + _identities(model, run, plain)
-            return checks, without(model.anatomy, checks)
+            prover = _identities(model, run, plain)
+            checks = checks + rows + prover.checks
+            returns = model.anatomy.returns if prover.returns is None else prover.returns
+            return checks, replace(without(model.anatomy, checks), returns=returns)
         finally:
             model.anatomy = a
 
 
-def _identities(model: LoadedModel, run: Run, plain: Tensor) -> list[IdentityCheck]:
+def _identities(model: LoadedModel, run: Run, plain: Tensor) -> Prover:
     prover, a = Prover(model, run, plain), model.anatomy
     prover.attempt("6 unembed", "resid_post", lambda: _determines(prover))
     for i, layer in enumerate(a.parts.layers):
@@ -89,7 +91,7 @@ def _identities(model: LoadedModel, run: Run, plain: Tensor) -> list[IdentityChe
         for (identity, name), step in steps.items():
             prover.attempt(identity, f"{i}.{name}", lambda step=step, i=i: step(i))
     prover.attempt("6 unembed", "logits", prover.unembed)
-    return prover.checks
+    return prover
 
 
 class _Watched:
@@ -168,8 +170,16 @@ def _determines(prover: Prover) -> None:
     shape = (int(run.tokens.shape[0]), int(run.tokens.shape[1]))
     point = prover.a.hook_points[last]
     install(hooks, model.hf, last, point, lambda x: run[str(last)].clone(), lambda: shape, edits=True)
+    kinds: list[int] = []
+
+    def returned(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        kinds.append(len(cast("tuple[Any, ...]", output)) if isinstance(output, tuple | list) else 0)
+
+    for layer in prover.a.parts.layers:
+        hooks.after(layer.block, returned)
     with hooks:
         again = model.hf(input_ids=run.tokens.flip(0)).logits
+    prover.returns = kinds[0] if len(set(kinds)) == 1 else None
     prover.multiplies("6 unembed", "resid_post", again, prover.sized(prover.plain))
 
 

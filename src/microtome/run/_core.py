@@ -212,7 +212,27 @@ class LoadedModel:
         )  # fmt: skip
         if a.rotary_switch is not None:
             a.rotary_switch.refuse(batch.lengths, a.name)
+        if batch.padded:
+            self._refuse_padding(batch)
         return batch
+
+    def _refuse_padding(self, batch: Batch) -> None:
+        """Refuse pads on a side on which they were seen to change the rows.
+
+        Raises:
+            PromptError: they lie on such a side.
+        """
+        sides = {"left": any(batch.pads), "right": any(first + n < batch.tokens.shape[1] for first, n in batch.spans)}
+        bad = next((side for side, there in sides.items() if there and side not in self.anatomy.padding), None)
+        if bad is not None:
+            known = self.anatomy.padding
+            raise error(
+                PromptError,
+                f"rows of {self.anatomy.name} change where they are padded on the {bad}",
+                got=f"rows of {min(batch.lengths)} to {max(batch.lengths)} tokens",
+                allowed=f'padding="{known[0]}", or rows of one length' if known else "rows of one length",
+                do="run rows of another length by themselves",
+            )
 
     @property
     def codec(self) -> Codec | None:

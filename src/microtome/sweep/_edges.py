@@ -168,13 +168,14 @@ def require_edges(anatomy: Anatomy) -> None:
     """Refuse a model whose residual stream is not a sum over its parts.
 
     Raises:
-        SiteError: there are norms on the residual stream itself.
+        SiteError: norms lie on the residual stream itself, or something is added that is no head and no MLP.
     """
-    if anatomy.parts.form == "post_norm":
+    why = anatomy.why_no_sum
+    if why is not None:
         raise error(
             SiteError,
             f"the stream of {anatomy.name} is not a sum over its parts, so that it has no edges",
-            got="norms on the residual stream itself",
+            got=why,
             do="use a model with norms before its branches",
         )
 

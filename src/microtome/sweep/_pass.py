@@ -148,8 +148,7 @@ class BatchedPass:
     def _block(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._active:
             # No row is edited this early: the forward carries one placeholder row, which no layer needs to compute.
-            hidden = input_of(args, kwargs)
-            return (hidden, None) if self.model.anatomy.attention == "inline" else hidden
+            return self.model.anatomy.instead(input_of(args, kwargs))
         args, kwargs = _widened(args, kwargs, self._active)
         return forward(*args, **kwargs)
 

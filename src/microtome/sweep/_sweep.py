@@ -17,6 +17,7 @@ from microtome.metric import Metric, TokenSubsetMetric, in_ids
 from microtome.run import FIXED, Batch, LoadedModel, Prompt, free_memory, in_bytes, plan_of
 from microtome.run.hook import lock_of
 from microtome.shown import brief, shown
+from microtome.sweep._cut import cuts
 from microtome.sweep._edges import Edge, Edges, bytes_of_edges
 from microtome.sweep._pass import Base, BatchedPass, Cell, Row, base_of, rows_of, source_rows
 from microtome.sweep._standing import refuse_other_edits, refuse_unfit_start, standing_of
@@ -265,7 +266,7 @@ def _run(
     try:
         for group in ready.groups:
             own = None if start is None else start[list(group.prompts)]
-            cached = model.anatomy.causal
+            cached = cuts(model)
             base = base_of(model, group.batch, group.prompts, group.read, ready.ids, ready.standing, cached, own)
             read = ready.metric.read(base.logits, torch.tensor(group.prompts, device=base.logits.device))
             for prompt_number, value in zip(group.prompts, read.float(), strict=True):
@@ -418,7 +419,7 @@ def _passes(model: LoadedModel, group: _Group, rows: Sequence[Row], step: int) -
     mine = [r for r in rows if r.prompt in set(group.prompts)]
     by_first: dict[int, list[Row]] = {}
     for row in mine:
-        by_first.setdefault(row.first if model.anatomy.causal else 0, []).append(row)
+        by_first.setdefault(row.first if cuts(model) else 0, []).append(row)
     for first, together in _joined(by_first, group.batch.tokens.shape[1], model.anatomy.n_layers):
         together.sort(key=lambda r: r.entry)
         for at in range(0, len(together), step):
@@ -477,7 +478,10 @@ def _plan(model: LoadedModel, cells: int, passes: Sequence[tuple[_Group, int, li
         forwards += cost
         flops += (cost + len(group.prompts)) * one.flops
         work += (cost + len(group.prompts) + read * FIXED / length) * one.flops
-    shares = "layers and positions" if model.anatomy.causal else "layers only, as attention sees both ways"
+    shares = "layers and positions"
+    if not cuts(model):
+        why = "a prefix of positions cannot be cut" if model.anatomy.causal else "attention sees both ways"
+        shares = f"layers only, as {why}"
     return SweepPlan(cells, len(passes), forwards, flops, most, work / model.pace, shares)
 
 

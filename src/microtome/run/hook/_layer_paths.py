@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from microtome.anatomy import Anatomy, parse_indices
 from microtome.edit import Repeat, ScaleBlock, Skip
 from microtome.errors import EditError, SiteError, error
@@ -27,7 +29,7 @@ def layer_paths(hooks: HookSet, anatomy: Anatomy, edit: Skip | Repeat | ScaleBlo
     for layer in layers:
         block = anatomy.parts.layers[layer].block
         if isinstance(edit, Skip):
-            hooks.around(block, _skip(layer, anatomy.attention == "inline"))
+            hooks.around(block, _skip(layer, anatomy.instead))
         elif isinstance(edit, Repeat):
             hooks.around(block, _repeat(edit.times))
         else:
@@ -38,7 +40,7 @@ def _cached(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None
 
 
-def _skip(layer: int, tuples: bool) -> Any:
+def _skip(layer: int, instead: Callable[[Tensor], Any]) -> Any:
     def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if layer == 0 and _cached(kwargs):
             raise error(
@@ -46,9 +48,7 @@ def _skip(layer: int, tuples: bool) -> Any:
                 "layer 0 cannot be skipped while a key/value cache counts positions by it",
                 do="pass use_cache=False",
             )
-        hidden = input_of(args, kwargs)
-        # Blocks with attention code of their own still return a tuple; those that use the interface return the tensor.
-        return (hidden, None) if tuples else hidden
+        return instead(input_of(args, kwargs))
 
     return around
 
