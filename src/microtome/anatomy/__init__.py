@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._sites import integer as integer
     from microtome.anatomy._sites import parse as parse
     from microtome.anatomy._sites import parse_indices as parse_indices
+    from microtome.anatomy._taps import ROWS as ROWS
     from microtome.anatomy._taps import HookPoint as HookPoint
     from microtome.anatomy._taps import Split as Split
     from microtome.anatomy._weights import LayerWeights as LayerWeights

@@ -65,7 +65,8 @@ class Anatomy:
     def _facts(self) -> dict[str, str]:
         """Its form and sizes, and which sites it has and lacks."""
         experts = f", {self.n_experts} experts" if self.n_experts else ""
-        lacks = dict.fromkeys(site.name for site in self.missing)
+        mixes = any(layer.mixer is not None for layer in self.parts.layers)
+        lacks = dict.fromkeys(site.name for site in self.missing if mixes or not site.name.startswith("mixer"))
         return {
             "name": brief(self.name),
             "model_type": self.model_type,
@@ -166,7 +167,10 @@ class Anatomy:
         if self.parts.family.note:
             lines.append(self.parts.family.note)
         reasons: dict[tuple[str, str], list[int]] = {}
+        mixes = any(layer.mixer is not None for layer in self.parts.layers)
         for site, why in self.missing.items():
+            if site.name.startswith("mixer") and not mixes:
+                continue
             reasons.setdefault((site.name, why), []).append(-1 if site.layer is None else site.layer)
         for (name, why), layers in reasons.items():
             some = "" if len(layers) == self.n_layers or layers == [-1] else f" in layers {layers}"
@@ -203,7 +207,8 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
     written = out_features(model.get_submodule(parts.unembedding))
     taps.hook_points[Site("logits")] = HookPoint("", "logits", sizes=(("vocab", written),))
     start = _first_position(model)
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2048
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    longest = next((n for n in lengths if isinstance(n, int) and n > 0), 2048)
     family = parts.family
     multiply, divide = number(config, family.logit_multiply), number(config, family.logit_divide)
     return Anatomy(

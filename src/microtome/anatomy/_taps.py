@@ -14,8 +14,8 @@ from microtome.anatomy._roles import in_features, out_features, uses_interface
 from microtome.anatomy._sites import SITES, Site
 from microtome.shown import shown
 
-PROBE = (2, 8)
-"""Rows and positions of the probe."""
+ROWS = 2
+"""Rows of the probe."""
 Side = Literal["input", "output", "inplace", "norm", "attention", "router", "experts", "result", "logits"]
 
 
@@ -98,9 +98,8 @@ class Taps:
         self.model, self.parts, self.config = model, parts, config
         attentions = [layer.attn for layer in parts.layers if layer.attn is not None]
         self.interface = bool(attentions) and uses_interface(model.get_submodule(attentions[0]))
-        self.mixes = any(layer.mixer is not None for layer in parts.layers)
         # A stream [row, pos, width] may also have lanes, before the rows or before the width.
-        self.lanes = None if len(stream) < 4 else 2 if stream[:2] == PROBE else 0
+        self.lanes = None if len(stream) < 4 else 0 if stream[1] == ROWS else 2
         wide = stream[-1] * (1 if self.lanes is None else stream[self.lanes]) if stream else 0
         self.wide: tuple[tuple[str, int], ...] = (("d_model", wide),) if wide else ()
         self.hook_points: dict[Site, HookPoint] = {}
@@ -168,7 +167,7 @@ class Taps:
             self.hook_points[Site("mixer.in", i)] = HookPoint(layer.mixer, "input")
             writes = layer.mixer_writes or layer.mixer
             self.hook_points[Site("mixer_out", i)] = HookPoint(writes, "output", scale=layer.mixer_by)
-        elif self.mixes:
+        else:
             why = "the block has no mixer but attention: see attn.in and attn_out"
             self.missing.update({Site(name, i): why for name in ("mixer.in", "mixer_out")})
 

@@ -14,6 +14,7 @@ identity fails is left out of the map, with that reason; only a residual stream 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,13 +23,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse
+from microtome.anatomy import ROWS, Address, Anatomy, Site, at_least_float32, parse
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
 from microtome.model._sized import Sized
 from microtome.run import Batch, LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet, install
 
+LONG = 64
+"""The longest window, or other length in a configuration, that the probe goes beyond."""
+LENGTHS = re.compile("window|topk|top_k_|chunk_size|original_max_position|local_attention|block_size|num_random_blocks")
 LOOKS_AHEAD = 1e-3
 """What a later token changes, relative to what was summed to a logit, beyond all rounding."""
 STREAM = ("resid_pre", "resid_post")
@@ -36,10 +40,29 @@ SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
 def probe(hf: Any) -> Tensor:
-    """Two rows of eight tokens of a model's vocabulary."""
+    """Two rows of tokens of a model's vocabulary: of eight, or more where a longer row is treated otherwise."""
     d_vocab = int(hf.get_input_embeddings().weight.shape[0])
-    tokens = torch.arange(16) * 7919 % (d_vocab - d_vocab // 4) + d_vocab // 4
-    return tokens.reshape(2, 8).to(hf.device)
+    length = 8 + max((n for n in thresholds(hf.config.get_text_config()).values() if n <= LONG), default=0)
+    tokens = torch.arange(ROWS * length) * 7919 % (d_vocab - d_vocab // 4) + d_vocab // 4
+    return tokens.reshape(ROWS, length).to(hf.device)
+
+
+def thresholds(config: Any) -> dict[str, int]:
+    """Entries of a configuration that name a length beyond which rows are treated otherwise: windows, top-k, chunks."""
+    entries: list[tuple[Any, Any]] = []
+    for name, value in config.to_dict().items():
+        entries += cast("dict[Any, Any]", value).items() if isinstance(value, dict) else [(name, value)]
+    whole = [(str(name), n) for name, n in entries if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    return {name: n for name, n in whole if LENGTHS.search(name)}
+
+
+def _untried(model: LoadedModel, length: int) -> list[IdentityCheck]:
+    """That a prompt longer than the probe may be treated otherwise, where the configuration says so."""
+    longer = {name: n for name, n in thresholds(model.hf.config.get_text_config()).items() if length <= n < 10**6}
+    if not longer:
+        return []
+    note = f"the probe has {length} tokens, and {', '.join(f'{name} is {n:,}' for name, n in longer.items())}"
+    return [IdentityCheck("1 inert", "long prompts", "does not apply", 0.0, 0.0, note)]
 
 
 def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
@@ -65,7 +88,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
             model.anatomy = without(a, checks)
             rows, model.anatomy = _rows(model, run, plain)
             prover = _identities(model, run, plain)
-            checks = checks + rows + prover.checks
+            checks = checks + rows + prover.checks + _untried(model, tokens.shape[1])
             returns = model.anatomy.returns if prover.returns is None else prover.returns
             return checks, replace(without(model.anatomy, checks), returns=returns)
         finally:
@@ -190,6 +213,9 @@ def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityChe
     """
     a, tokens = model.anatomy, run.tokens
     width = tokens.shape[1]
+    if a.rotary_switch is not None:  # which refuses rows on both sides of its length
+        width = min(width, a.rotary_switch.length)
+        tokens, plain = tokens[:, :width], _plain(model, tokens[:, :width])
     if width < 3:
         return [], a
     short = width - width // 3
