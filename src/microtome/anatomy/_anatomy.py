@@ -5,7 +5,8 @@ A hook point is data: a module, the side of it, and the part of the tensor. `mic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -166,16 +167,35 @@ class Anatomy:
         ]
         if self.parts.family.note:
             lines.append(self.parts.family.note)
-        reasons: dict[tuple[str, str], list[int]] = {}
+        return "\n".join([*lines, *self._lacking()])
+
+    def _lacking(self) -> list[str]:
+        """What is missing, and why: a line for all sites that are missing in the same layers for the same reason."""
         mixes = any(layer.mixer is not None for layer in self.parts.layers)
+        layers: dict[tuple[str, str], list[int]] = {}
         for site, why in self.missing.items():
-            if site.name.startswith("mixer") and not mixes:
-                continue
-            reasons.setdefault((site.name, why), []).append(-1 if site.layer is None else site.layer)
-        for (name, why), layers in reasons.items():
-            some = "" if len(layers) == self.n_layers or layers == [-1] else f" in layers {layers}"
-            lines.append(f"no {name}{some}: {why}")
-        return "\n".join(lines)
+            if mixes or not site.name.startswith("mixer"):
+                why = _PLACE.sub("", why)  # the numbers differ from layer to layer
+                layers.setdefault((site.name, why), []).append(-1 if site.layer is None else site.layer)
+        names: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for (name, why), own in layers.items():
+            names.setdefault((why, tuple(own)), []).append(name)
+        lines: list[str] = []
+        for (why, own), some in names.items():
+            whole = len(own) == self.n_layers or own == (-1,)
+            where = "" if whole else f" in layer {own[0]}" if len(own) == 1 else f" in layers {_ranges(own)}"
+            lines.append(f"no {', '.join(some)}{where}: {why}")
+        return lines
+
+
+_PLACE = re.compile(r" at [\w.]+ \(gap [^)]*\)")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers in order as ranges: 0-2, 4."""
+    starts = [n for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or n != numbers[i + 1] - 1]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:

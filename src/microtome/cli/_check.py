@@ -20,29 +20,40 @@ def register(app: typer.Typer) -> None:
 @opens(ModelArgument)
 def check(
     every: Annotated[bool, typer.Option("--all", help="One row per place instead of one per identity.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where any site or weight is not proven.")] = False,
     as_json: Json = False,
     *,
     opening: Opening,
 ) -> None:
-    """Verify the map of a model: seven identities in every layer. Exit code 4 if one fails."""
+    """Verify the map of a model, site by site: what is proven, what is missing and why, which methods can run.
+
+    Exit code 4 if its residual stream is not proven, or, with --strict, if any identity fails.
+    """
     opened = opening.open(prove=False)
-    from microtome.view import failed_lines, proof_table
+    from microtome.method import refused
+    from microtome.model import unproven_stream
+    from microtome.view import failed_lines, methods_line, proof_table, proof_verdict
 
     with working("proving the map"):
         checks = opened.prove()
     failed = [c for c in checks if c.status == "fails"]
+    broken, a = unproven_stream(checks), opened.anatomy
+    methods = {} if broken else refused(opened)
     if as_json:
-        rows = [vars(c) for c in checks]
+        missing = {str(site): why for site, why in a.missing.items()} | dict(a.unproven)
         print_json(
-            {"model": opened.anatomy.name, "fingerprint": opened.fingerprint, "proven": not failed, "checks": rows}
-        )
+            {"model": a.name, "fingerprint": opened.fingerprint, "proven": not failed, "opens": not broken,
+             "missing": missing, "methods": methods, "checks": [vars(c) for c in checks]}
+        )  # fmt: skip
     else:
-        out.print(opened.anatomy.describe(), markup=False)
+        out.print(a.describe(), markup=False)
         out.print(proof_table(checks, every=every))
         if failed and not every:
             out.print(failed_lines(failed))
-        out.print(f"{len(failed)} checks fail: the map is not proven." if failed else "The map is proven.")
-    if failed:
+        if methods:
+            out.print(methods_line(methods))
+        out.print(proof_verdict(failed, broken))
+    if broken or (strict and failed):
         raise typer.Exit(ProofError.exit_code)
 
 
@@ -53,7 +64,9 @@ def sites(
     opening: Opening,
 ) -> None:
     """List the sites of a model: what each name means, its axes, and why some are missing."""
-    anatomy = opening.open(prove=False).anatomy
+    opened = opening.open(prove=False)
+    opened.prove()
+    anatomy = opened.anatomy
     from microtome.anatomy import SITES
     from microtome.view import sites_table
 

@@ -60,6 +60,7 @@ def _column(name: str, meaning: str, dims: tuple[str, ...] = BATCH, title: str =
     check="tests/laws/test_explain.py",
     call='mt.explain.contributions(model, "The capital of France is", answer=" Paris", foil=" Rome")',
     reading="A positive part raises the answer; embedding, heads, MLPs and biases sum to the logit.",
+    needs=("sum", "lens", "attn.z", "final.scale"),
 )  # fmt: skip
 def contributions(
     model: Model,

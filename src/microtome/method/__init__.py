@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from microtome.method._look import Weights as Weights
     from microtome.method._measure import Measure as Measure
     from microtome.method._measure import measure as measure
+    from microtome.method._needs import refused as refused
     from microtome.method._pass import Bound as Bound
     from microtome.method._pass import Pass as Pass
     from microtome.method._prompts import AnswerToken as AnswerToken

@@ -146,6 +146,14 @@ class Column:
         return name == self.name or bool(_DYNAMIC.fullmatch(self.name))
 
 
+NEEDS = {
+    "sum": "a stream that is the sum of what heads and MLPs write",
+    "lens": "a stream that can be read as logits",
+    "next token": "a model that predicts the next token",
+}
+"""What a question may need of a model besides sites."""
+
+
 @shown
 @dataclass(frozen=True, eq=False)
 class Method:
@@ -169,6 +177,7 @@ class Method:
         function: what computes it.
         sites: the sites that a measure sees.
         optional: those that it sees where the model has them.
+        needs: what a question needs of a model: sites, in every layer, or what `NEEDS` names.
         home: the module that declares it.
     """
 
@@ -189,6 +198,7 @@ class Method:
     arguments: Mapping[str, Argument] = field(default_factory=dict[str, Argument])
     sites: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def _facts(self) -> dict[str, str]:
         """What it answers, how to call it, and what it returns."""
@@ -238,6 +248,9 @@ def validate(method: Method) -> None:
     for name in (*method.sites, *method.optional):
         if name not in SITES:
             raise _wrong(of, f'names the site "{name}", which does not exist', allowed=", ".join(SITES))
+    for name in method.needs:
+        if name not in SITES and name not in NEEDS:
+            raise _wrong(of, f'needs "{name}", which is no site', allowed=", ".join((*NEEDS, *SITES)))
     for name, argument in method.arguments.items():
         if not argument.meaning:
             raise _wrong(of, f'has an argument "{name}" without a meaning')

@@ -17,6 +17,7 @@ from microtome.method._arguments import Parameter, arguments_of, checked, parame
 from microtome.method._control import with_differences
 from microtome.method._declare import Column, Method, Source, several
 from microtome.method._document import docstring
+from microtome.method._needs import require
 from microtome.method._registry import register
 from microtome.method._result import Result, Subject, column_of, counting, labelled, provenance, spent
 from microtome.metric import Metric
@@ -66,6 +67,8 @@ class Question:
     def ask(self, model: Subject, given: Mapping[str, Any]) -> Result:
         """The answer, with arguments that are checked here."""
         arguments = checked(self.parameters, given)
+        if isinstance(model, Model):
+            require(model, self.method)
         with counting() as cost:
             found: Any = self.method.function(model, **arguments)
             data = found if isinstance(found, xr.Dataset) else _dataset(self.method, found)
@@ -87,6 +90,7 @@ def question(
     reading: str = "",
     command: str = "",
     title: str = "",
+    needs: str | Sequence[str] = (),
 ) -> Callable[[Callable[P, Any]], Callable[P, Result]]:
     """Declare a question: a function of a model and prompts that returns `Found`.
 
@@ -101,6 +105,7 @@ def question(
         reading: how to read a value, in a sentence or two.
         command: its name on the command line; all its required arguments must then declare themselves.
         title: what results and pages call it.
+        needs: the sites that a model must have in every layer, or what `NEEDS` names; checked before it runs.
 
     Raises:
         DeclarationError: something is missing or wrong; in one line.
@@ -112,7 +117,7 @@ def question(
         method = Method(
             name, "question", question, docs.partition("\n")[0], several(columns, Column),
             several(source, Source), cost, check, function,
-            call=call, command=command, title=title, arguments=arguments_of(parameters),
+            call=call, command=command, title=title, arguments=arguments_of(parameters), needs=several(needs, str),
         )  # fmt: skip
         require_declared(method, parameters)
         made = Question(method, parameters, reading)

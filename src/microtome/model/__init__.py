@@ -4,3 +4,4 @@ from microtome.model._model import Model as Model
 from microtome.model._open import open as open
 from microtome.model._proof import IdentityCheck as IdentityCheck
 from microtome.model._proof import prove as prove
+from microtome.model._proof import unproven_stream as unproven_stream

@@ -9,7 +9,7 @@ from typing import Any
 from microtome.anatomy import LAYOUTS, Anatomy, anatomy_of
 from microtome.errors import MicrotomeError
 from microtome.model._identities import IdentityCheck
-from microtome.model._proof import STREAM, probe, prove
+from microtome.model._proof import probe, prove, unproven_stream
 from microtome.run import LoadedModel
 from microtome.run.hook import trace
 
@@ -63,5 +63,4 @@ def _worth(checks: Sequence[IdentityCheck], proven: Anatomy) -> bool:
 
 def _lack(checks: Sequence[IdentityCheck], proven: Anatomy) -> tuple[int, int, int]:
     """What a map lacks: a stream, then sites, then weights."""
-    stream = any(c.status == "fails" and any(v.split(".")[-1] in STREAM for v in c.vouches) for c in checks)
-    return int(stream), -len(proven.hook_points), len(proven.unproven)
+    return int(unproven_stream(checks) is not None), -len(proven.hook_points), len(proven.unproven)

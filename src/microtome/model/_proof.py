@@ -264,17 +264,23 @@ def without(anatomy: Anatomy, checks: Sequence[IdentityCheck]) -> Anatomy:
     return replace(anatomy, hook_points=hook_points, missing=missing, unproven=unproven | gone)
 
 
+def unproven_stream(checks: Sequence[IdentityCheck]) -> IdentityCheck | None:
+    """The first identity that fails of the residual stream itself, without which there is no map."""
+    failed = (c for c in checks if c.status == "fails")
+    return next((c for c in failed if any(v.split(".")[-1] in STREAM for v in c.vouches)), None)
+
+
 def require_stream(model: LoadedModel, checks: Sequence[IdentityCheck]) -> None:
     """Refuse a model whose residual stream is not proven.
 
     Raises:
         ProofError: names the identity, the place, the gap and what to do.
     """
-    of_stream = [c for c in checks if c.status == "fails" and any(v.split(".")[-1] in STREAM for v in c.vouches)]
-    if of_stream:
+    broken = unproven_stream(checks)
+    if broken is not None:
         raise ProofError(
             f"the residual stream of {model.anatomy.name} ({model.anatomy.model_type}) is not proven: "
-            f"{of_stream[0].reason}. To do: look with `microtome check`, or open it with prove=False to look inside."
+            f"{broken.reason}. To do: look with `microtome check`, or open it with prove=False to look inside."
         )
 
 

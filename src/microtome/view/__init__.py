@@ -21,7 +21,9 @@ from microtome.view._pages import write_pages as write_pages
 from microtome.view._parts import Part as Part
 from microtome.view._parts import PartsList as PartsList
 from microtome.view._proof import failed_lines as failed_lines
+from microtome.view._proof import methods_line as methods_line
 from microtome.view._proof import proof_table as proof_table
+from microtome.view._proof import proof_verdict as proof_verdict
 from microtome.view._proof import sites_table as sites_table
 from microtome.view._render import html as html
 from microtome.view._render import terminal as terminal

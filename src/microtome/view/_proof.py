@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -53,6 +53,27 @@ def failed_lines(checks: Sequence[IdentityCheck], most: int = 10) -> Text:
     if len(checks) > most:
         lines.append(Text(f"and {len(checks) - most} more: see them all with --all"))
     return Text("\n").join(lines)
+
+
+def methods_line(methods: Mapping[str, str | None]) -> Text:
+    """Which methods can run, and why others cannot, each a line."""
+    able = [name for name, why in methods.items() if why is None]
+    lines = [Text.assemble(("methods that can run", "green"), f": {len(able)} of {len(methods)}")]
+    reasons: dict[str, list[str]] = {}
+    for name, why in methods.items():
+        if why is not None:
+            reasons.setdefault(why.replace(f'the measure "{name}" needs', "needs").rstrip("."), []).append(name)
+    lines += [Text.assemble((", ".join(names), "yellow"), f": {why}") for why, names in reasons.items()]
+    return Text("\n").join(lines)
+
+
+def proof_verdict(failed: Sequence[IdentityCheck], broken: IdentityCheck | None) -> str:
+    """What a proof comes to, in a line."""
+    if broken is not None:
+        return f"The residual stream is not proven, so the model does not open: {broken.reason}."
+    if failed:
+        return f"The map is proven but for {len(failed)} checks: what they vouch for is left out, the rest is used."
+    return "The map is proven."
 
 
 def sites_table(anatomy: Anatomy) -> Table:
