@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests import families
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import microtome as mt
 from microtome.anatomy import Site
+from microtome.atlas._tables import tables
 
 configs = script("tools/family_configs.py")
 NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
@@ -358,3 +360,43 @@ def test_biases_of_experts_are_views() -> None:
     bare = opened("nemotron_h")
     with pytest.raises(mt.errors.SiteError, match="no W_gate"):
         _ = bare.layers[layer_of(bare)].W_gate
+
+
+# ------------------------------------------------------------------------------------------- the statistics of neurons
+
+
+def test_statistics_of_an_experts_neurons_are_over_the_tokens_that_it_saw() -> None:
+    model, tokens = opened("qwen2_moe"), ids(6, 12)
+    data = mt.measure(model, "expert_neurons", text=tokens, rows=2)
+    assert data["expert_mean"].dims == ("layer", "expert", "neuron")
+    run = model.run(tokens, capture=["*.mlp.experts.post", "*.mlp.router"])
+    counts: set[int] = set()
+    for layer in range(model.anatomy.n_layers):
+        post, weights = run[f"{layer}.mlp.experts.post"], run[f"{layer}.mlp.router"]
+        for expert in range(6):
+            own = post[weights[..., expert] != 0][:, expert].double().numpy()
+            counts.add(len(own))
+            at = {"layer": layer, "expert": expert}
+            assert (data["expert_tokens"].sel(at) == len(own)).all()
+            for name in ("mean", "std", "max", "min"):
+                expected = getattr(own, name)(axis=0) if len(own) else np.full(own.shape[1], np.nan)
+                np.testing.assert_allclose(data[f"expert_{name}"].sel(at), expected, rtol=1e-5, atol=1e-7)
+    assert len(counts) > 3  # experts see different numbers of tokens
+
+
+def test_the_atlas_has_a_table_of_the_neurons_of_experts() -> None:
+    model = opened("qwen2_moe")
+    data = mt.measure(model, "expert_neurons", text=ids(6, 12))
+    table = tables(model, [(mt.measures()["expert_neurons"], data)])["expert_neurons"]
+    assert table.column_names[:4] == ["layer", "expert", "neuron", "expert_tokens"]
+    assert table.num_rows == data["expert_mean"].size
+    row = table.slice(24 * 6 + 24 * 2 + 5, 1).to_pylist()[0]
+    assert (row["layer"], row["expert"], row["neuron"]) == (1, 2, 5)
+    assert row["expert_mean"] == pytest.approx(float(data["expert_mean"][1, 2, 5]), rel=1e-6)
+    assert "expert_neurons" not in tables(model, [])
+
+
+def test_a_model_without_experts_has_no_statistics_of_them() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    with pytest.raises(mt.errors.SiteError, match=r"needs mlp\.experts\.post.*the layer is not a mixture of experts"):
+        mt.measure(model, "expert_neurons", text=ids())
