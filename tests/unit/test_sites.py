@@ -78,7 +78,7 @@ def test_mistakes_are_told(text: str, told: str) -> None:
         ("llama-gqa", "0.attn.scale[0]", "has no units to choose from"),
         ("gpt2", "0.mlp.gate", "no site 0.mlp.gate in GPT2LMHeadModel: the MLP is not gated: see mlp.pre."),
         ("gptj", "*.resid_mid", "both branches read resid_pre (parallel block)"),
-        ("mixtral", "1.mlp.post", "the layer is a mixture: see mlp.router and mlp.experts"),
+        ("mixtral", "1.mlp.post", "the layer is a mixture: see mlp.router and mlp.experts.post"),
         ("bert", "final.scale", "there is no norm of a known form"),
     ],
 )

@@ -248,6 +248,7 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         logit_softcap=number(config, family.logit_softcap) if cap is None else cap,
         rotary_switch=switch_of(config),
         returns=0 if taps.interface else 2,
+        n_experts=max(dict(p.sizes).get("expert", 0) for s, p in taps.hook_points.items() if s.name != "mlp.router"),
         **_sizes(model, parts, config),
     )
 
@@ -257,14 +258,11 @@ def _sizes(model: Any, parts: Parts, config: Any) -> dict[str, Any]:
     first = next((layer for layer in parts.layers if layer.attn is not None), None)
     n_heads, n_kv_heads = (0, 0) if first is None else (first.n_heads, first.n_kv_heads)
     o = None if first is None else model.get_submodule(first.o)
-    routers = (layer.router for layer in parts.layers if layer.router is not None)
-    weights = (getattr(model.get_submodule(path), "weight", None) for path in routers)
     width = int(model.get_input_embeddings().weight.shape[-1]) if o is None else out_features(o)
     return {
         "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_model": width,
         "d_head": 0 if o is None else in_features(o) // n_heads,
         "d_mlp": neurons_of(model, config, parts.layers),
-        "n_experts": next((int(weight.shape[0]) for weight in weights if isinstance(weight, Tensor)), 0),
     }  # fmt: skip
 
 

@@ -92,6 +92,7 @@ class LayerParts:
     attn_by: float = 1.0
     mixer_by: float = 1.0
     mlp_by: float = 1.0
+    mlp_beside: str | None = None
 
 
 @dataclass(frozen=True)

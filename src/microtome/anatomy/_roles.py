@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import takewhile
+from string import ascii_uppercase
 from typing import Any
 
 from torch import nn
@@ -23,6 +25,7 @@ UP = ("up_proj", "w3", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "intermediate.de
 GATE_UP = ("gate_up_proj",)
 DOWN = ("down_proj", "w2", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "output.dense", "linear_out", "Wo")
 ROUTER = ("router", "gate")
+SHARED = ("shared_mlp", "shared_expert", "shared_experts")
 _SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"}
 _OTHERS = re.compile("cross|encoder_attn|adapter|altup|laurel|per_layer|embed")
 """Names of parts that read something else than the stream, or that change what is there."""
@@ -103,9 +106,17 @@ def mixer_of(block: nn.Module, prefix: str, taken: Iterable[str | None]) -> str 
         path = f"{prefix}.{name}"
         known = any(other == path or other.startswith(path + ".") for other in others)
         weights = any(p.dim() > 1 for p in module.parameters())
-        if not known and weights and not _MLP_KIND.search(type(module).__name__) and not _OTHERS.search(name):
+        if not known and weights and not _is_mlp(module, block) and not _OTHERS.search(name):
             return path
     return None
+
+
+def _is_mlp(module: nn.Module, block: nn.Module) -> bool:
+    """Whether a part of a block is an MLP by the name of its class, without what that shares with the block's."""
+    name = type(module).__name__
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(name, type(block).__name__, strict=False))
+    shared = "".join(letter for letter, _ in same).rstrip(ascii_uppercase)
+    return _MLP_KIND.search(name.removeprefix(shared)) is not None
 
 
 def _activation(holder: nn.Module, path: str) -> str | None:
@@ -117,13 +128,12 @@ def _activation(holder: nn.Module, path: str) -> str | None:
 
 def mlp_of(block: nn.Module, prefix: str) -> dict[str, str | None]:
     """The modules of a block's MLP: by the usual names, else by the kind of module."""
-    found = child(block, MLP) or next(
-        ((name, m) for name, m in block.named_children() if _MLP_KIND.search(type(m).__name__)), None
-    )
+    found = child(block, MLP) or next(((name, m) for name, m in block.named_children() if _is_mlp(m, block)), None)
     path, holder = (f"{prefix}.{found[0]}", found[1]) if found else (prefix, block)
-    none = dict.fromkeys(("gate", "up", "gate_up", "down", "act", "router", "experts"))
+    none = dict.fromkeys(("gate", "up", "gate_up", "down", "act", "router", "experts", "mlp_beside"))
     if child(holder, ("experts",)):
-        return none | {"mlp": path, "router": _path(holder, path, ROUTER), "experts": f"{path}.experts"}
+        mixture = {"mlp": path, "router": _path(holder, path, ROUTER), "experts": f"{path}.experts"}
+        return none | mixture | {"mlp_beside": _path(block, prefix, SHARED)}
     if found is None and child(block, DOWN) is None:
         return none | {"mlp": None}
     gate, fused = _path(holder, path, GATE), _path(holder, path, GATE_UP)

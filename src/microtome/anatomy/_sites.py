@@ -88,6 +88,7 @@ SITES: Listing[SiteSpec] = Listing(
             _spec("mlp.pre", "pos neuron", "pre-activations of an ungated MLP"),
             _spec("mlp.post", "pos neuron", "neuron activations, what enters W_out"),
             _spec("mlp.router", "pos expert", "weight given to each expert, 0 where it is not used"),
+            _spec("mlp.experts.post", "pos expert neuron", "neurons of each expert, 0 where it is not used"),
             _spec("mlp.experts", "pos rank d_model", "weighted output of each expert slot"),
             _spec("mlp_out", "pos d_model", "what the MLP adds to the residual stream"),
             _spec("final.scale", "pos", "what the final norm divides by"),

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from microtome.anatomy._discover import LayerParts, Norm, Parts
 from microtome.anatomy._kernels import hiding_kernel
+from microtome.anatomy._mixture import mixture_of
 from microtome.anatomy._roles import in_features, out_features, uses_interface
 from microtome.anatomy._sites import SITES, Site
 from microtome.shown import shown
 
 ROWS = 2
 """Rows of the probe."""
-Side = Literal["input", "output", "inplace", "norm", "attention", "router", "experts", "result", "logits"]
+Side = Literal["input", "output", "inplace", "norm", "attention", "router", "experts", "neurons", "result", "logits"]
 
 
 @shown
@@ -50,6 +51,7 @@ class HookPoint:
         lanes: the axis of the tensor that counts the lanes of a stream of several; the site holds them side by side.
         scale: the site's value is this many times the tensor.
         norm: for `side="norm"`, the norm whose divisor is the value.
+        beside: path of another module, whose output the value has too.
         clone: the model changes this tensor later, so a reader needs its own copy.
     """
 
@@ -62,6 +64,7 @@ class HookPoint:
     clone: bool = False
     sizes: tuple[tuple[str, int], ...] = ()
     lanes: int | None = None
+    beside: str | None = None
 
 
 def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, Split]:
@@ -179,31 +182,43 @@ class Taps:
             return
         self.norm(Site("mlp.scale", i), layer.mlp_norm)
         reads = layer.mlp or layer.up
-        if reads is not None:
+        if layer.mlp_beside is not None and layer.mlp_norm is not None:  # two modules read what the norm gives
+            self.hook_points[Site("mlp.in", i)] = HookPoint(layer.mlp_norm.path, "output")
+        elif reads is not None:
             self.hook_points[Site("mlp.in", i)] = HookPoint(reads, "input")
-        if layer.experts is not None:
-            self.experts(i, layer)
+        if layer.experts is not None and layer.mlp is not None:
+            self.experts(i, layer, layer.mlp, layer.experts)
         elif layer.down is not None:
             self.neurons(i, layer, layer.down)
-            for name in ("mlp.router", "mlp.experts"):
+            for name in ("mlp.router", "mlp.experts", "mlp.experts.post"):
                 self.missing[Site(name, i)] = "the layer is not a mixture of experts"
         else:
-            inner = ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post", "mlp.router", "mlp.experts")
+            inner = ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post", "mlp.router", "mlp.experts", "mlp.experts.post")
             self.missing.update({Site(name, i): "the parts of the MLP have no known form" for name in inner})
         clone = self.parts.family.sums_in_place and self.parts.form == "parallel"
-        self.hook_points[Site("mlp_out", i)] = HookPoint(writes, "output", scale=layer.mlp_by, clone=clone)
+        point = HookPoint(writes, "output", scale=layer.mlp_by, clone=clone, beside=layer.mlp_beside)
+        self.hook_points[Site("mlp_out", i)] = point
 
-    def experts(self, i: int, layer: LayerParts) -> None:
-        router: Any = None if layer.router is None else self.model.get_submodule(layer.router)
-        top_k = getattr(router, "top_k", None)
-        if layer.router is not None and layer.experts is not None and isinstance(top_k, int):
-            self.hook_points[Site("mlp.router", i)] = HookPoint(layer.router, "router")
-            self.hook_points[Site("mlp.experts", i)] = HookPoint(layer.experts, "experts", sizes=(("rank", top_k),))
+    def experts(self, i: int, layer: LayerParts, mlp: str, experts: str) -> None:
+        names = ("mlp.router", "mlp.experts", "mlp.experts.post")
+        why = "the layer is a mixture: see mlp.router and mlp.experts.post"
+        self.missing.update({Site(name, i): why for name in ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post")})
+        found = mixture_of(self.model, self.config, mlp, layer.router, experts)
+        if isinstance(found, str):
+            self.missing.update({Site(name, i): found for name in names})
+            return
+        choices, stacked = ("expert", found.n_choices), (("stacked", found.top_k),) if found.stacked else ()
+        if not found.stacked:
+            self.hook_points[Site("mlp.router", i)] = HookPoint(experts, "router", sizes=(choices,))
+        elif layer.router is not None:
+            self.hook_points[Site("mlp.router", i)] = HookPoint(layer.router, "output", sizes=(choices,))
+        sizes = (("rank", found.top_k), *stacked)
+        self.hook_points[Site("mlp.experts", i)] = HookPoint(experts, "experts", sizes=sizes)
+        sizes = (("expert", found.n_experts), ("neuron", found.n_neurons), *stacked)
+        if found.n_neurons:
+            self.hook_points[Site("mlp.experts.post", i)] = HookPoint(experts, "neurons", sizes=sizes)
         else:
-            why = "the router has no known form"
-            self.missing.update({Site(name, i): why for name in ("mlp.router", "mlp.experts")})
-        for name in ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post"):
-            self.missing[Site(name, i)] = "the layer is a mixture: see mlp.router and mlp.experts"
+            self.missing[Site("mlp.experts.post", i)] = "the weights of the experts have no known form"
 
     def neurons(self, i: int, layer: LayerParts, down: str) -> None:
         up = layer.up

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from microtome.anatomy._anatomy import Anatomy
 from microtome.anatomy._discover import Norm, norm_of
+from microtome.anatomy._mixture import Experts
 from microtome.anatomy._roles import is_conv1d
 from microtome.anatomy._taps import Split, fused_splits
 from microtome.errors import SiteError, error
@@ -247,15 +248,8 @@ class LayerWeights:
         return bias_of(self._module(self._parts.o, "W_O"))
 
     def _expert(self, name: str) -> Tensor:
-        experts = self._module(self._parts.experts, name)
-        transposed = bool(getattr(experts, "is_transposed", False))
-        if name == "W_out":
-            weight = experts.down_proj
-            return weight if transposed else weight.transpose(1, 2)
-        weight = experts.gate_up_proj if transposed else experts.gate_up_proj.transpose(1, 2)
-        if self._anatomy.parts.family.experts == "interleaved":
-            return weight[..., 0 if name == "W_gate" else 1 :: 2]
-        return weight.chunk(2, dim=-1)[0 if name == "W_gate" else 1]
+        found = getattr(Experts(self._module(self._parts.experts, name)), name)
+        return self._module(None, name) if found is None else found
 
     def _half(self, k: int) -> tuple[Any, slice]:
         module = self._module(self._parts.gate_up, "W_gate")
@@ -291,7 +285,7 @@ class LayerWeights:
 
     def _mlp_bias(self, path: str | None, k: int) -> Tensor | None:
         if self._parts.experts is not None:
-            return None
+            return Experts(self._model.get_submodule(self._parts.experts)).bias("b_gate" if k == 0 else "b_in")
         if path is None and self._parts.gate_up is not None:
             module, half = self._half(k)
             bias = bias_of(module)
@@ -311,6 +305,8 @@ class LayerWeights:
     @property
     def b_out(self) -> Float[Tensor, "*expert d_model"] | None:
         """[d_model]"""
+        if self._parts.experts is not None:
+            return Experts(self._model.get_submodule(self._parts.experts)).bias("b_out")
         return None if self._parts.down is None else bias_of(self._model.get_submodule(self._parts.down))
 
     @property

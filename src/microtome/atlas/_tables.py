@@ -14,7 +14,7 @@ import xarray as xr
 from microtome.method import DIMS, Method
 from microtome.model import Model
 
-TABLES = {"layer": "layers", "head": "heads", "neuron": "neurons"}
+TABLES = {"layer": "layers", "head": "heads", "neuron": "neurons", "expert_neuron": "expert_neurons"}
 """The table of each unit that measures are of; what is of the whole model stands in the manifest."""
 
 ENDINGS = ("", "_lo", "_hi", "_diff", "_diff_lo", "_diff_hi")
@@ -24,13 +24,15 @@ KEYS = {
     "layer": "number of the block, from 0",
     "head": "number of the query head, from 0",
     "kv_head": "the key/value head that it uses",
+    "expert": "number of the expert, from 0",
     "neuron": "number of the neuron, from 0",
 }
 
 
 def tables(model: Model, found: Sequence[tuple[Method, xr.Dataset]]) -> dict[str, pa.Table]:
-    """A table a unit, from the measures of it."""
-    return {name: _table(model, unit, [(m, d) for m, d in found if m.of == unit]) for unit, name in TABLES.items()}
+    """A table a unit, from the measures of it; of neurons of experts only in mixtures."""
+    of = {unit: [(m, d) for m, d in found if m.of == unit] for unit in TABLES}
+    return {name: _table(model, unit, of[unit]) for unit, name in TABLES.items() if of[unit] or unit != "expert_neuron"}
 
 
 def described(table: pa.Table) -> dict[str, dict[str, Any]]:

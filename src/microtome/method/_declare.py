@@ -17,11 +17,12 @@ from microtome.errors import DeclarationError, error
 from microtome.shown import brief, shown
 
 Kind = Literal["measure", "question", "change"]
-Unit = Literal["model", "layer", "head", "neuron"]
+Unit = Literal["model", "layer", "head", "neuron", "expert_neuron"]
 T = TypeVar("T")
 
 DIMS: dict[str, tuple[str, ...]] = {
     "model": (), "layer": ("layer",), "head": ("layer", "head"), "neuron": ("layer", "neuron"),
+    "expert_neuron": ("layer", "expert", "neuron"),
 }  # fmt: skip
 """The axes of a column of each unit."""
 

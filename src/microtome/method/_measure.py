@@ -110,7 +110,7 @@ def measure(
 
     Args:
         name: what it is called by.
-        of: what it describes: "model", "layer", "head" or "neuron".
+        of: what it describes: "model", "layer", "head", "neuron" or "expert_neuron".
         question: what it answers.
         columns: what it returns.
         source: the papers.

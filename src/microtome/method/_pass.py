@@ -203,5 +203,7 @@ def coordinates(
     a = model.anatomy
     every = list(range(a.n_layers)) if list(layers) == [None] else list(layers)
     sizes: dict[str, Any] = {"layer": every, "head": list(range(a.n_heads)), "neuron": list(range(a.d_mlp))}
+    if "expert" in unit:
+        sizes |= {dim: list(range(a.size(Site("mlp.experts.post", every[0]), dim))) for dim in ("expert", "neuron")}
     found = {dim: sizes[dim] for dim in unit}
     return found if groups is None else found | {"group": list(groups)}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of
+from microtome.model._mixture import prove_mixture, silenced
 from microtome.model._sized import Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run
 from microtome.run.hook import HookSet
@@ -27,6 +28,7 @@ PRODUCT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch
 
 
 BRANCHES = ("attn_out", "mixer_out", "mlp_out")
+MIXTURE = ("mlp.experts", "mlp.experts.post", "mlp.router")
 
 
 @shown
@@ -63,9 +65,10 @@ LEFT_OUT: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("2 residual", "resid_post"): ("attn_out", "mlp_out", "resid_mid", "sum"),
     ("3 heads", "W_O"): ("attn.result", "W_O"),
     ("3 heads", "attn.result"): ("attn.result",),
-    ("4 neurons", "mlp_out"): ("mlp.post", "W_out", "mlp.experts", "mlp.router"),
+    ("4 neurons", "mlp_out"): ("mlp.post", "W_out", *MIXTURE),
     ("4 neurons", "mlp.post"): ("mlp.post", "W_out"),
-    ("4 neurons", "mlp.experts"): ("mlp.experts", "mlp.router"),
+    ("4 neurons", "mlp.experts"): MIXTURE,
+    ("4 neurons", "mlp.experts.post"): ("mlp.experts.post", "W_gate", "W_in", "W_out"),
     ("5 attention", "attn.z"): ("attn.v", "attn.scores", "attn.pattern"),
     ("5 attention", "attn.pattern"): ("attn.scores", "attn.pattern"),
     ("6 unembed", "final"): ("final.scale", "final_norm"),
@@ -77,7 +80,7 @@ LEFT_OUT: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("7 weights", "attn"): ("W_Q", "W_K", "W_V"),
 }
 """What a map is left without where an identity fails at a place; else the place itself."""
-WITH = {"attn_out": ("attn.result",), "mlp_out": ("mlp.experts", "mlp.router")}
+WITH = {"attn_out": ("attn.result",), "mlp_out": MIXTURE}
 """What falls with a site: heads and experts write what their branch writes."""
 
 
@@ -110,6 +113,7 @@ class Prover:
         self.product = PRODUCT.get(model.dtype, 1e-2)
         self.checks: list[IdentityCheck] = []
         self.returns: int | None = None
+        self.factors: dict[int, float] = {}  # by layer, what the slots of a mixture are added times
 
     def at(self, name: str, layer: int | None = None) -> Tensor:
         return self.run[str(Site(name, layer))]
@@ -244,13 +248,7 @@ class Prover:
             total = product(self.at("mlp.post", i), weights.W_out, weights.b_out)
             self.written("4 neurons", f"{i}.mlp.post", i, "mlp_out", total, layer.mlp_post_norm)
             return
-        # What an expert summed is not seen: the size of its output is the largest value at a position.
-        parts = [self.at("mlp.experts", i)]
-        shared = getattr(self.module(layer.mlp or ""), "shared_experts", None)
-        parts += [] if shared is None else [shared(self.at("mlp.in", i)).unsqueeze(2)]
-        each = at_least_float32(torch.cat(parts, dim=2))
-        total = Sized(each, each.abs().amax(-1, keepdim=True).expand_as(each)).sum(2)
-        self.written("4 neurons", f"{i}.mlp.experts", i, "mlp_out", total, layer.mlp_post_norm)
+        prove_mixture(self, i)
 
     def attention(self, i: int) -> None:
         missing = [s for s in ("q", "k", "v", "scores", "pattern") if not self.has(f"attn.{s}", i)]
@@ -294,6 +292,11 @@ class Prover:
         factor = ((seen * made).sum() / power).abs() if power > 0 else power  # what scores are scaled by
         rounding = 4 * torch.finfo(self.model.dtype).eps * factor * size / (3 * self.tolerance)
         return 1 + rounding + (pattern * rounding).sum(-1, keepdim=True)
+
+    @cached_property
+    def silenced(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, what a mixture gives with its experts, and without."""
+        return silenced(self)
 
     @cached_property
     def mixes(self) -> dict[int, Tensor]:

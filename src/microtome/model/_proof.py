@@ -26,6 +26,7 @@ from torch import Tensor
 from microtome.anatomy import ROWS, Address, Anatomy, Site, at_least_float32, parse
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
+from microtome.model._mixture import scaled
 from microtome.model._sized import Sized
 from microtome.run import Batch, LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet, install
@@ -90,7 +91,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
             prover = _identities(model, run, plain)
             checks = checks + rows + prover.checks + _untried(model, tokens.shape[1])
             returns = model.anatomy.returns if prover.returns is None else prover.returns
-            return checks, replace(without(model.anatomy, checks), returns=returns)
+            return checks, replace(without(scaled(model.anatomy, prover.factors), checks), returns=returns)
         finally:
             model.anatomy = a
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import HookPoint, NormWeights, Site, weight_of
+from microtome.run.hook import _experts
 from microtome.run.hook._hooks import HookSet
-from microtome.run.hook._tensors import input_of, output_of, with_output
-from microtome.run.hook._tensors import with_input as with_input
+from microtome.run.hook._tensors import input_of, made_of, output_of, remembering, with_input, with_output
 
 Visit = Callable[[Tensor], Tensor | None]
 Shape = Callable[[], tuple[int, int]]
@@ -25,6 +25,9 @@ def install(hooks: HookSet, model: Any, site: Site, point: HookPoint, visit: Vis
         watch.add(site.name.removeprefix("attn."), visit if point.heads is None else _shared(visit, point.heads), edits)
     elif point.side in ("input", "inplace"):
         hooks.before(point.module, _before(point, visit, shape))
+    elif point.beside is not None:
+        for path, after in _together(point, visit, shape).items():
+            hooks.after(path, after)
     elif point.side == "output":
         hooks.after(point.module, _after(point, visit, shape))
     elif point.side == "norm":
@@ -33,9 +36,10 @@ def install(hooks: HookSet, model: Any, site: Site, point: HookPoint, visit: Vis
     elif point.side == "result":
         hooks.after(point.module, _result(model.get_submodule(point.module), point, visit))
     elif point.side == "router":
-        hooks.after(point.module, _router(visit, shape))
-    elif point.side == "experts":
-        hooks.after(point.module, _experts(model.get_submodule(point.module), visit, shape))
+        hooks.before(point.module, _experts.router(point, model.get_submodule(point.module), visit, shape))
+    elif point.side in ("experts", "neurons"):
+        kind = _experts.slots if point.side == "experts" else _experts.neurons
+        hooks.after(point.module, kind(point, model.get_submodule(point.module), visit, shape))
     else:
         hooks.after(point.module, _logits(visit))
 
@@ -95,16 +99,23 @@ def _after(point: HookPoint, visit: Visit, shape: Shape) -> Any:
     return after
 
 
-def made_of(output: Tensor, part: str, compute: Callable[[], Tensor]) -> Tensor:
-    """What an output was made of: what an earlier edit left on it, or else what is computed."""
-    known = getattr(output, part, None)
-    return compute() if known is None else known
+def _together(point: HookPoint, visit: Visit, shape: Shape) -> dict[str, Any]:
+    """Show the sum of what two modules give when both have given it; an edit of the sum changes the later one's."""
+    given: dict[str, Tensor] = {}
 
+    def one(path: str) -> Any:
+        def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            given[path] = raw = output_of(output)
+            if len(given) < 2:
+                return None
+            other = next(x for name, x in given.items() if name != path)
+            given.clear()
+            new = visit(read(point, other.reshape(raw.shape) + raw, shape()))
+            return None if new is None else with_output(output, write(point, raw, new) - other.reshape(raw.shape))
 
-def remembering(output: Tensor, part: str, value: Tensor) -> Tensor:
-    """An output that remembers what it was made of, so that whoever looks at that next sees it changed, once."""
-    setattr(output, part, value)
-    return output
+        return after
+
+    return {path: one(path) for path in (point.module, point.beside or "")}
 
 
 def divisor(output: Tensor, norm: NormWeights, x: Tensor) -> Tensor:
@@ -156,41 +167,6 @@ def _shared(visit: Visit, heads: int) -> Visit:
         return None if new is None else new.repeat_interleave(times, dim=2)
 
     return shared
-
-
-def _router(visit: Visit, shape: Shape) -> Any:
-    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        logits, weights, chosen = output
-        dense = torch.zeros(*logits.shape, dtype=weights.dtype, device=weights.device).scatter(-1, chosen, weights)
-        new = visit(dense.unflatten(0, shape()))
-        if new is None:
-            return None
-        new = new.flatten(0, 1)
-        unused = torch.ones_like(new, dtype=torch.bool).scatter(-1, chosen, value=False)
-        if bool((new.detach()[unused] != 0).any()):
-            # Experts are used that the router did not choose: each token gets all that have a weight.
-            most = int((new.detach() != 0).sum(-1).max())
-            chosen = new.detach().abs().topk(max(most, chosen.shape[-1]), dim=-1).indices
-        return logits, new.gather(-1, chosen), chosen
-
-    return after
-
-
-def _experts(experts: Any, visit: Visit, shape: Shape) -> Any:
-    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        def compute() -> Tensor:
-            hidden, chosen, weights = args
-            each = range(chosen.shape[1])
-            return torch.stack([experts.forward(hidden, chosen[:, [i]], weights[:, [i]]) for i in each], dim=1)
-
-        own = made_of(output, "slots", compute)
-        new = visit(own.unflatten(0, shape()))
-        if new is None:
-            return None
-        new = new.flatten(0, 1)
-        return remembering(output + (new - own).sum(1), "slots", new)
-
-    return after
 
 
 def _logits(visit: Visit) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -38,3 +39,15 @@ def with_output(output: Any, new: Tensor) -> Any:
     if isinstance(output, tuple | list):
         return type(output)((new, *output[1:])) if type(output) in (tuple, list) else (new, *output[1:])
     return new
+
+
+def made_of(output: Tensor, part: str, compute: Callable[[], Tensor]) -> Tensor:
+    """What an output was made of: what an earlier edit left on it, or else what is computed."""
+    known = getattr(output, part, None)
+    return compute() if known is None else known
+
+
+def remembering(output: Tensor, part: str, value: Tensor) -> Tensor:
+    """An output that remembers what it was made of, so that whoever looks at that next sees it changed, once."""
+    setattr(output, part, value)
+    return output
