@@ -23,7 +23,6 @@ import multiprocessing
 import re
 import sys
 import time
-import traceback
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 import transformers
 from families_page import STATES, render
-from family_checks import CHECKS, TOLERANCE, DoesNotApply, Subject, first_line, summary
+from family_checks import CHECKS, TOLERANCE, DoesNotApply, Subject, first_line, place, summary
 from family_configs import FAMILIES, IMPOSSIBLE, build, limit_memory, prompt
 from family_methods import Reader, outcomes
 
@@ -47,8 +46,8 @@ SECONDS = 120
 
 # Reasons of the engine which mean that the architecture has no such part: nothing is missing there.
 NO_SUCH_PART = re.compile(
-    r"parallel block|not a mixture of experts|the layer is a mixture|the MLP is (not )?gated|has no (attention|MLP)"
-    r"|no attention in this layer|no MLP in this layer|there is no norm before|not an attention"
+    r"parallel block|not a mixture of experts|the layer is a mixture|the MLP is (not )?gated|the block has (no|one) "
+    r"|there is no norm (before|behind)"
 )
 
 
@@ -69,7 +68,7 @@ def trial(model_type: str, *, methods: bool = True) -> dict[str, Any]:
     except mt.errors.MicrotomeError as problem:
         return found | {"state": "refused", "why": first_line(problem)}
     except Exception as problem:  # noqa: BLE001 - every other exception is a crash
-        return found | {"state": "crashes", "why": f"open: {first_line(problem)} ({_place(problem)})"}
+        return found | {"state": "crashes", "why": f"open: {first_line(problem)} ({place(problem)})"}
     found["layers"] = model.anatomy.n_layers
     found["missing"] = missing(model)
     found["stream"] = all(
@@ -97,15 +96,9 @@ def checked(subject: Subject, check: Any) -> dict[str, Any]:
     except mt.errors.MicrotomeError as problem:
         return {"state": "refused", "why": first_line(problem)}
     except Exception as problem:  # noqa: BLE001 - every other exception is a crash
-        return {"state": "crashes", "why": f"{first_line(problem)} ({_place(problem)})"}
+        return {"state": "crashes", "why": f"{first_line(problem)} ({place(problem)})"}
     state = "holds" if gap.holds else "wrong"
     return {"state": state, "gap": gap.gap, "effect": gap.effect, "where": gap.where}
-
-
-def _place(problem: BaseException) -> str:
-    """The last line of the package that an exception passed."""
-    own = [f for f in traceback.extract_tb(problem.__traceback__) if "microtome" in f.filename or "tools" in f.filename]
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "?"
 
 
 def missing(model: mt.Model) -> list[dict[str, Any]]:
@@ -117,9 +110,27 @@ def missing(model: mt.Model) -> list[dict[str, Any]]:
             if site in a.hook_points:
                 continue
             why = a.missing.get(site) or a.missing.get(Site(spec.name)) or "no reason is given"
-            if not NO_SUCH_PART.search(why):
+            mixer = spec.name.startswith("mixer") and site not in a.missing  # of models that have one somewhere
+            if not mixer and not NO_SUCH_PART.search(why) and not without_norm(model, site):
                 found.setdefault((spec.name, why), []).append(layer)
     return [{"site": name, "layers": layers, "why": why} for (name, why), layers in found.items()]
+
+
+BEHIND = {"attn.scale": "attn.in", "mlp.scale": "mlp.in", "final.scale": "final"}
+BEFORE = {"attn.scale": ("resid_pre",), "mlp.scale": ("resid_mid", "resid_pre"), "final.scale": ("resid_post",)}
+
+
+def without_norm(model: mt.Model, site: Site) -> bool:
+    """Whether a site is of a norm that is not there: what is read behind it is the stream itself."""
+    if site.name not in BEHIND:
+        return False
+    layer = model.anatomy.n_layers - 1 if site.layer is None else site.layer
+    read = Site(BEHIND[site.name], site.layer)
+    streams = [x for name in BEFORE[site.name] if (x := Site(name, layer)) in model.anatomy.hook_points]
+    if not streams or read not in model.anatomy.hook_points:
+        return False
+    run = model.run(prompt(), capture=[str(read), str(streams[0])])
+    return torch.equal(run[str(read)], run[str(streams[0])])
 
 
 def state_of(found: dict[str, Any]) -> dict[str, str]:
@@ -200,7 +211,7 @@ def main() -> None:
     record = record_of(rows, path)
     print(f"\n{'':16}{'before':>8}{'now':>8}\n{table(record)}")
     if path is not None:
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.write_text(written(record), encoding="utf-8")
     if page is not None:
         checks = {name: summary(check) for name, check in CHECKS.items()}
         page.write_text(render(record, checks, TOLERANCE), encoding="utf-8")
@@ -215,6 +226,13 @@ def record_of(rows: list[dict[str, Any]], path: Path | None) -> dict[str, Any]:
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
     now = counts(rows)
     return {"versions": versions, "before": old["before"] if old else now, "counts": now, "families": rows}
+
+
+def written(record: dict[str, Any]) -> str:
+    """A record as JSON with a line for each family."""
+    rows = ",\n".join(json.dumps(row) for row in record["families"])
+    head = json.dumps({name: value for name, value in record.items() if name != "families"}, indent=1)
+    return head.removesuffix("\n}") + f',\n "families": [\n{rows}\n]}}\n'
 
 
 if __name__ == "__main__":

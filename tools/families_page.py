@@ -23,7 +23,7 @@ top-k and chunk that it was given:
 
 A gap is wrong above {tolerance:g} of the effect, and any gap of the first check is. Then every
 [method](methods.md) is tried, and must run or refuse by name. A check does not apply where `transformers` returns
-nothing to compare with, or where its own generation with a cache differs from its forwards.
+nothing to compare with.
 
 | | | before | now |
 |---|---|---|---|

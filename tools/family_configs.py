@@ -92,6 +92,13 @@ def _two_ropes() -> dict[str, dict[str, Any]]:
     }
 
 
+def _two_lengths(length: int) -> dict[str, Any]:
+    """Rotary angles that are others for every token of a prompt that is longer."""
+    factors = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.5, 2.0, 3.0, 4.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": length, **factors}
+    return {"rope_parameters": rope, "original_max_position_embeddings": length}
+
+
 _GRANITE = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.4,
@@ -274,6 +281,7 @@ _MORE: dict[str, dict[str, Any]] = {
         "num_buckets": 4,
         "hash_seed": 7,
     },
+    "phi4_multimodal": _two_lengths(30),  # between those of the prompts of the checks
     "rembert": {"input_embedding_size": 24, "output_embedding_size": 48},
     "roc_bert": {
         "pronunciation_embed_dim": 16,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from family_checks import ANSWER, FOIL, first_line
+from family_checks import ANSWER, FOIL, first_line, place
 from family_configs import VOCAB, prompt
 
 import microtome as mt
@@ -37,7 +37,7 @@ def outcome(model: mt.Model, name: str) -> tuple[str, str]:
     except mt.errors.MicrotomeError as problem:
         return "refused", first_line(problem)
     except Exception as problem:  # noqa: BLE001 - every other exception is what we look for
-        return "crashes", first_line(problem)
+        return "crashes", f"{first_line(problem)} ({place(problem)})"
     return "runs", ""
 
 
