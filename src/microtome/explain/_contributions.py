@@ -80,6 +80,10 @@ def contributions(
         PromptError: the answer or the foil is not one token, or they are the same.
     """
     refuse_unless_sum(model)
+    gated = next((why for name, why in model.anatomy.unproven.items() if name.endswith(".attn.mix")), None)
+    if "source" in detail and gated is not None:
+        what = f"what heads of {model.anatomy.name} add cannot be split by source position"
+        raise error(SiteError, what, got=gated, do='leave "source" out of detail=')
     at = f"@{position}"
     last_site = "logits" if model.anatomy.logit_softcap is None else "final"
     wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{last_site}{at}"]

@@ -21,6 +21,7 @@ from microtome.stream import ExampleMeans
     "head_norms",
     of="head",
     sites="attn.z",
+    needs=("attn_out", "W_O"),
     title="what heads add",
     question="How much does each head add to the residual stream?",
     columns=(

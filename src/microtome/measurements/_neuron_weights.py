@@ -75,6 +75,7 @@ def _cosine(name: str, meaning: str) -> Column:
     source=GATED,
     cost="3 d_model operations per neuron",
     check="tests/laws/test_measures.py",
+    needs=("mlp_out", "W_in", "W_out", "mlp_norm"),
 )  # fmt: skip
 def neuron_weights(seen: Seen) -> dict[str, Float[Tensor, " neuron"]]:
     """Norms and cosines of every neuron's weights; those with a gate only in gated MLPs."""
@@ -105,6 +106,7 @@ def neuron_weights(seen: Seen) -> dict[str, Float[Tensor, " neuron"]]:
     source=VOCABULARY,
     cost="2 d_model vocab operations per neuron; memory for the logits of 512 neurons",
     check="tests/laws/test_measures.py",
+    needs=("mlp_out", "W_in", "W_out", "mlp_norm"),
 )
 def promoted_tokens(
     seen: Seen, top: Annotated[int, Argument("how many tokens to list at either end", "tokens", least=1)] = 5

@@ -153,6 +153,8 @@ NEEDS = {
     "next token": "a model that predicts the next token",
 }
 """What a question may need of a model besides sites."""
+WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "attn_norm", "mlp_norm")
+"""What may be needed of the weights of a layer."""
 
 
 @shown
@@ -178,7 +180,7 @@ class Method:
         function: what computes it.
         sites: the sites that a measure sees.
         optional: those that it sees where the model has them.
-        needs: what a question needs of a model: sites, in every layer, or what `NEEDS` names.
+        needs: what it needs of a model besides: sites and weights (a question in every layer), or what `NEEDS` names.
         home: the module that declares it.
     """
 
@@ -250,8 +252,8 @@ def validate(method: Method) -> None:
         if name not in SITES:
             raise _wrong(of, f'names the site "{name}", which does not exist', allowed=", ".join(SITES))
     for name in method.needs:
-        if name not in SITES and name not in NEEDS:
-            raise _wrong(of, f'needs "{name}", which is no site', allowed=", ".join((*NEEDS, *SITES)))
+        if name not in SITES and name not in NEEDS and name not in WEIGHTS:
+            raise _wrong(of, f'needs "{name}", which is no site', allowed=", ".join((*NEEDS, *WEIGHTS, *SITES)))
     for name, argument in method.arguments.items():
         if not argument.meaning:
             raise _wrong(of, f'has an argument "{name}" without a meaning')

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from microtome.anatomy import SITES, Site, parse
 from microtome.errors import DeclarationError, SiteError, error
 from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared
-from microtome.method._declare import DIMS, Column, Method, Source, Unit, several
+from microtome.method._declare import DIMS, WEIGHTS, Column, Method, Source, Unit, several
 from microtome.method._document import docstring
 from microtome.method._look import Look, Text, Weights
 from microtome.method._registry import register
@@ -77,14 +77,37 @@ class Measure:
             for name in self.method.sites:
                 a.sites(parse(name))
             return [None] if self.method.of == "model" or self.whole else list(range(a.n_layers))
-        inner = [name for name in self.method.sites if SITES[name].scope == "layer"]
-        there = [i for i in range(a.n_layers) if all(Site(name, i) in a.hook_points for name in inner)]
+        sites = [name for name in (*self.method.sites, *self.method.needs) if name in SITES]
+        inner = [name for name in sites if SITES[name].scope == "layer"]
+        weights = [name for name in self.method.needs if name in WEIGHTS]
+
+        def why_not(i: int) -> tuple[str, str] | None:
+            for name in inner:
+                if Site(name, i) not in a.hook_points:
+                    return name, a.missing.get(Site(name, i)) or a.missing.get(Site(name)) or "it does not apply here"
+            return next(((name, why) for name in weights if (why := a.unproven.get(f"{i}.{name}"))), None)
+
+        there = [i for i in range(a.n_layers) if why_not(i) is None]
         if not there:
-            gone = next(name for name in inner if Site(name, 0) not in a.hook_points)
-            why = a.missing.get(Site(gone, 0)) or a.missing.get(Site(gone)) or "it does not apply to this model"
+            gone, why = why_not(0) or ("", "")
             what = f'the measure "{self.method.name}" needs {gone}, which {a.name} has in no layer'
             raise error(SiteError, what, got=why, do="leave the measure out")
+        self._refuse_uneven(model, inner, there)
         return list(there)
+
+    def _refuse_uneven(self, model: Model, names: Sequence[str], layers: Sequence[int]) -> None:
+        """Refuse layers with other numbers of heads or neurons than one another: they make no one table.
+
+        Raises:
+            SiteError: they differ.
+        """
+        a, unit = model.anatomy, self.method.of
+        for name in (n for n in names if unit in SITES[n].dims):
+            sizes = {i: a.size(Site(name, i), str(unit)) for i in layers}
+            if len(set(sizes.values())) > 1:
+                found = ", ".join(f"{n} in layer {i}" for i, n in sizes.items())
+                what = f'the measure "{self.method.name}" makes one table of all layers, whose {unit}s differ in number'
+                raise error(SiteError, what, got=found, do="leave the measure out")
 
 
 def measure(
@@ -99,6 +122,7 @@ def measure(
     on: Look | None = None,
     sites: str | Sequence[str] = (),
     optional: str | Sequence[str] = (),
+    needs: str | Sequence[str] = (),
     atlas: bool = True,
     title: str = "",
 ) -> Callable[[M], M]:
@@ -119,6 +143,7 @@ def measure(
         on: what it reads; a text by default.
         sites: the site names that it sees, in layers that have all of them.
         optional: sites that it sees where the model has them.
+        needs: sites and weights that a layer must have though they are not seen, such as "attn_out" or "W_O".
         atlas: whether the atlas runs it.
         title: what results and pages call it.
 
@@ -136,7 +161,7 @@ def measure(
             name, "measure", question, docs.partition("\n")[0], several(columns, Column),
             several(source, Source), cost, check, given,
             call=f'mt.measure(model, "{name}")', of=of, atlas=atlas, title=title, arguments=arguments,
-            sites=several(sites, str), optional=several(optional, str),
+            sites=several(sites, str), optional=several(optional, str), needs=several(needs, str),
         )  # fmt: skip
         require_declared(method, own)
         _require_fit(method, look)

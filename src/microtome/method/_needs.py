@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from microtome.anatomy import Site
 from microtome.errors import MicrotomeError, SiteError, error
-from microtome.method._declare import NEEDS, Method
+from microtome.method._declare import NEEDS, WEIGHTS, Method
 from microtome.method._measure import Measure
 from microtome.method._registry import declared, methods
 from microtome.model import Model
@@ -16,6 +16,10 @@ def lacks(model: Model, method: Method) -> tuple[str, str] | None:
     for name in method.needs:
         if name == "sum" and (why := a.why_no_sum) is not None:
             return NEEDS["sum"], why
+        if name in WEIGHTS:
+            gone = next((why for i in range(a.n_layers) if (why := a.unproven.get(f"{i}.{name}"))), None)
+            if gone is not None:
+                return f"{name} in every layer", gone
         absent = [site for i in range(a.n_layers) if (site := Site(name, i)) in a.missing]
         absent += [site for site in (Site(name),) if site in a.missing]
         if absent:

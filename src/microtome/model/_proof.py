@@ -34,9 +34,12 @@ from microtome.run.hook import HookSet, install
 LONG = 64
 """The longest window, or other length in a configuration, that the probe goes beyond."""
 LENGTHS = re.compile("window|topk|top_k_|chunk_size|original_max_position|local_attention|block_size|num_random_blocks")
+PADS = 4
+"""The most pads of the probe: what is left of a row still goes beyond the short windows of the configuration."""
 LOOKS_AHEAD = 1e-3
 """What a later token changes, relative to what was summed to a logit, beyond all rounding."""
 STREAM = ("resid_pre", "resid_post")
+NEVER = "never seen in a forward"
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
@@ -53,6 +56,9 @@ def thresholds(config: Any) -> dict[str, int]:
     entries: list[tuple[Any, Any]] = []
     for name, value in config.to_dict().items():
         entries += cast("dict[Any, Any]", value).items() if isinstance(value, dict) else [(name, value)]
+    blocks, size = getattr(config, "num_random_blocks", None), getattr(config, "block_size", None)
+    if isinstance(blocks, int) and isinstance(size, int):  # Zaheer et al. 2020, Big Bird: shorter rows are not sparse
+        entries.append(("window of all blocks", (5 + 2 * blocks) * size))
     whole = [(str(name), n) for name, n in entries if isinstance(n, int) and not isinstance(n, bool) and n > 0]
     return {name: n for name, n in whole if LENGTHS.search(name)}
 
@@ -86,8 +92,10 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
             return checks, without(a, checks)
         try:
             # What could not be watched has its own check already: the identities are those of what was.
-            model.anatomy = without(a, checks)
+            model.anatomy = without(watched.resized(a), checks)
             rows, model.anatomy = _rows(model, run, plain)
+            if not model.anatomy.causal:  # some remember that a prompt was short
+                watched.refuse_random()
             prover = _identities(model, run, plain)
             checks = checks + rows + prover.checks + _untried(model, tokens.shape[1])
             returns = model.anatomy.returns if prover.returns is None else prover.returns
@@ -124,6 +132,7 @@ class _Watched:
     def __init__(self, model: LoadedModel, tokens: Tensor, plain: Tensor) -> None:
         self.model, self.tokens, self.plain = model, tokens, plain
         self.checks: list[IdentityCheck] = []
+        self.widths: dict[Site, int] = {}
 
     def run(self) -> Run | None:
         """A run in which nothing that is watched changes the logits; None where there is none."""
@@ -146,11 +155,28 @@ class _Watched:
             self.checks.append(IdentityCheck("1 inert", str(own[0]), "fails", gap, 0.0, note, tuple(map(str, own))))
         if len(kept) < len(sites):
             found = self._tried(kept)
+        if isinstance(found, Run) and not self._equal(found):
+            self.refuse_random()
         if isinstance(found, Run):
             self._conclude(found)
             return found
         self._fails(in_one_line(found))
         return None
+
+    def refuse_random(self) -> None:
+        """Refuse a model that changes its answer between two equal runs.
+
+        Raises:
+            ModelUnsupported: it does.
+        """
+        if not torch.equal(_plain(self.model, self.tokens), self.plain):
+            raise error(
+                ModelUnsupported,
+                f"{self.model.anatomy.name} changes its answer between two equal runs",
+                got="parts that are random, or that remember earlier prompts",
+                allowed="the same logits for the same tokens",
+                do="turn these parts off in its configuration",
+            )
 
     def _tried(self, sites: list[Address]) -> Run | Exception:
         """A run that keeps some sites and counts how often each is seen, or what it raised."""
@@ -176,9 +202,30 @@ class _Watched:
                 note = f"seen {times} times a forward"
                 self.checks.append(IdentityCheck("1 inert", site, "fails", float("inf"), 0.0, note, (site,)))
         for site in self.model.anatomy.hook_points:
-            if site.name not in ("logits", *STREAM) and str(site) not in run and not self._left_out(site):
-                note = "never seen in a forward"
+            note = "" if site.name == "logits" or self._left_out(site) else self._misshapen(run, site)
+            if note:
                 self.checks.append(IdentityCheck("1 inert", str(site), "fails", float("inf"), 0.0, note, (str(site),)))
+
+    def _misshapen(self, run: Run, site: Site) -> str:
+        """What is wrong with the shape of a site in a run; nothing where it is as its axes say."""
+        if str(site) not in run:
+            return NEVER
+        lengths = {"batch": run.tokens.shape[0]} | dict.fromkeys(("pos", "q_pos", "k_pos"), run.tokens.shape[1])
+        axes = [axis for axis in site.spec.dims if axis != "batch_expert"]
+        wanted = [lengths[axis] if axis in lengths else self.model.anatomy.size(site, axis) for axis in axes]
+        got = list(run[str(site)].shape)
+        if got != wanted and axes[-1] == "d_head" and got[:-1] == wanted[:-1]:
+            self.widths[site] = got[-1]  # of queries and keys whose projections are not known
+            return ""
+        return "" if got == wanted else f"its shape is {got} where {wanted} is expected"
+
+    def resized(self, anatomy: Anatomy) -> Anatomy:
+        """A map with the widths of heads that were seen."""
+        points = dict(anatomy.hook_points)
+        for site, width in self.widths.items():
+            kept = tuple(size for size in points[site].sizes if size[0] != "d_head")
+            points[site] = replace(points[site], sizes=(*kept, ("d_head", width)))
+        return replace(anatomy, hook_points=points)
 
     def _left_out(self, site: Site) -> bool:
         return any(str(site) in check.vouches for check in self.checks)
@@ -219,7 +266,7 @@ def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityChe
         tokens, plain = tokens[:, :width], _plain(model, tokens[:, :width])
     if width < 3:
         return [], a
-    short = width - width // 3
+    short = width - min(width // 3, PADS)
     row, other = tokens[-1], tokens[:1].clone()
     other[:, -1] = tokens[-1, 0]
     left = torch.cat([tokens[0, : width - short], row[:short]])
@@ -259,7 +306,7 @@ def without(anatomy: Anatomy, checks: Sequence[IdentityCheck]) -> Anatomy:
                 gone.setdefault(f"{layer}.{other}", f"{site} is missing there, since {reason}")
     hook_points = dict(anatomy.hook_points)
     for site in anatomy.hook_points:
-        if str(site) in gone and site.name not in STREAM:
+        if str(site) in gone:
             missing[site] = gone.pop(str(site))
             del hook_points[site]
     return replace(anatomy, hook_points=hook_points, missing=missing, unproven=unproven | gone)
@@ -267,7 +314,7 @@ def without(anatomy: Anatomy, checks: Sequence[IdentityCheck]) -> Anatomy:
 
 def unproven_stream(checks: Sequence[IdentityCheck]) -> IdentityCheck | None:
     """The first identity that fails of the residual stream itself, without which there is no map."""
-    failed = (c for c in checks if c.status == "fails")
+    failed = (c for c in checks if c.status == "fails" and c.note != NEVER)  # a layer may be passed by
     return next((c for c in failed if any(v.split(".")[-1] in STREAM for v in c.vouches)), None)
 
 
@@ -293,7 +340,7 @@ def _plain(model: LoadedModel, tokens: Tensor) -> Tensor:
     """
     try:
         with HookSet(model.hf, model.anatomy.attention, model.anatomy.n_heads):
-            return model.hf(input_ids=tokens).logits
+            logits = model.hf(input_ids=tokens).logits
     except (MicrotomeError, torch.OutOfMemoryError):
         raise
     except Exception as problem:  # whatever a module of an unknown family raises
@@ -305,6 +352,11 @@ def _plain(model: LoadedModel, tokens: Tensor) -> Tensor:
             got=in_one_line(problem),
             do="open a language model that runs on only token ids" if usual else "open it in float32",
         ) from problem
+    if logits.shape[:-1] != tokens.shape:
+        what = f"the logits of {model.anatomy.name} are not one vector a token"
+        allowed = f"{list(tokens.shape)} and a vocabulary"
+        raise error(ModelUnsupported, what, got=str(list(logits.shape)), allowed=allowed, do="open a language model")
+    return logits
 
 
 def require_proven(model: LoadedModel, checks: Sequence[IdentityCheck]) -> None:

@@ -181,6 +181,13 @@ class Run:
         sites = self._sites(parsed)
         tensors = [self._one(site, parsed.at(site.layer)) for site in sites]
         one = parsed.layers is None or parsed.layers.is_one
+        if not one and len({x.shape for x in tensors}) > 1:
+            raise error(
+                SiteError,
+                f'the layers of "{address}" have other shapes than one another, so that they make no one tensor',
+                got=", ".join(dict.fromkeys(str(list(x.shape)) for x in tensors)),
+                do="look at one layer at a time, or at layers of one shape",
+            )
         return tensors[0] if one else torch.stack(tensors)
 
     def _sites(self, address: Address) -> list[Site]:
