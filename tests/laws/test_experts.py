@@ -33,6 +33,7 @@ FORMS = {
     "axk1": 1.0,  # a norm behind the mixture
     "dbrx": 1.0,  # one matrix for all experts, hidden states of three axes, a router of logits alone
     "nemotron_h": 1.0,  # experts without gates
+    "deepseek_v4": 1.0,  # a table that may choose an expert twice
     "llama4_text": 1.0,  # all experts on all tokens, which come weighted
 }
 STACKED = ("llama4_text",)
@@ -105,11 +106,11 @@ def test_the_router_holds_the_weights_that_the_experts_are_called_with(name: str
     model = opened(name)
     layer = layer_of(model)
     _, chosen, weights = called_with(model, layer)
-    expected = torch.zeros(16, 6).scatter(1, chosen, weights)
+    expected = torch.zeros(16, 6).scatter_add(1, chosen, weights)
     assert torch.equal(model.run(ids(), capture=f"{layer}.mlp.router")[f"{layer}.mlp.router"].flatten(0, 1), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if name != "axk1"])
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("axk1", "deepseek_v4")])
 def test_slots_sum_to_what_the_experts_add_to_their_layer(name: str) -> None:
     model = opened(name)
     layer = layer_of(model)
@@ -138,6 +139,17 @@ def test_zeroing_a_slot_is_zeroing_its_weight(name: str) -> None:
     with hooked(experts_of(model, layer), before=without):
         expected = plain(model)
     run = model.run(ids(), edits=mt.edit.Zero(f"{layer}.mlp.experts[0]"))
+    torch.testing.assert_close(run.logits, expected, **NEAR)
+    assert not torch.allclose(run.logits, plain(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v4"])  # the latter sends tokens to one expert twice
+def test_a_router_is_scaled_as_the_weights_are(name: str) -> None:
+    model = opened(name)
+    layer = layer_of(model)
+    with hooked(experts_of(model, layer), before=lambda _, args: (*args[:2], args[2] * 0.5)):
+        expected = plain(model)
+    run = model.run(ids(), edits=mt.edit.Scale(f"{layer}.mlp.router", 0.5))
     torch.testing.assert_close(run.logits, expected, **NEAR)
     assert not torch.allclose(run.logits, plain(model), atol=1e-3)
 
