@@ -302,6 +302,19 @@ class Gated(nn.Module):
         return self.experts(flat, chosen, weights).view_as(x) * x.mean(-1, keepdim=True).sigmoid()
 
 
+class ByName(nn.Module):
+    """A mixture that calls its experts with arguments by name, in another order."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.gate, self.experts = inner.gate, inner.experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        _, weights, chosen = self.gate(flat)
+        return self.experts(top_k_index=chosen, hidden_states=flat, top_k_weights=weights).view_as(x)
+
+
 class Listed(nn.Module):
     """A mixture of modules in a list, each of which is called on the tokens that it got."""
 
@@ -330,6 +343,28 @@ def test_a_mixture_that_is_gated_as_a_whole_is_left_out_with_its_numbers() -> No
     ):
         model.run(ids(), capture="1.mlp.experts")
     assert Site("mlp_out", 1) in model.anatomy.hook_points
+
+
+def test_arguments_by_name_are_found() -> None:
+    hf = configs.build("mixtral")
+    for block in hf.model.layers:
+        block.mlp = ByName(block.mlp)
+    model, usual = mt.open(hf), opened("mixtral")
+    assert not [c for c in model.proof if c.status == "fails"]
+    edits = [
+        mt.edit.Scale("0.mlp.router", 0.5),
+        mt.edit.Zero("1.mlp.experts[0]"),
+        mt.edit.Scale("2.mlp.experts.post", 2.0),
+    ]
+    runs = [m.run(ids(), edits=edits, capture="*.mlp.experts.post") for m in (model, usual)]
+    assert torch.equal(runs[0].logits, runs[1].logits)
+    assert all(torch.equal(runs[0][site], runs[1][site]) for site in runs[0].captured)
+
+
+def test_a_share_of_an_average_is_exact_in_bfloat16_too() -> None:
+    model = mt.open(configs.build("cohere2_moe").to(torch.bfloat16))
+    scales = {point.scale for site, point in model.anatomy.hook_points.items() if site.name == "mlp.experts"}
+    assert scales == {0.5}
 
 
 def test_experts_in_a_list_are_left_out_with_the_reason() -> None:
