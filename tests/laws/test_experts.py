@@ -33,6 +33,7 @@ FORMS = {
     "axk1": 1.0,  # a norm behind the mixture
     "dbrx": 1.0,  # one matrix for all experts, hidden states of three axes, a router of logits alone
     "nemotron_h": 1.0,  # experts without gates
+    "deepseek_v4": 1.0,  # a table that may choose an expert twice
     "llama4_text": 1.0,  # all experts on all tokens, which come weighted
 }
 STACKED = ("llama4_text",)
@@ -105,11 +106,11 @@ def test_the_router_holds_the_weights_that_the_experts_are_called_with(name: str
     model = opened(name)
     layer = layer_of(model)
     _, chosen, weights = called_with(model, layer)
-    expected = torch.zeros(16, 6).scatter(1, chosen, weights)
+    expected = torch.zeros(16, 6).scatter_add(1, chosen, weights)
     assert torch.equal(model.run(ids(), capture=f"{layer}.mlp.router")[f"{layer}.mlp.router"].flatten(0, 1), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if name != "axk1"])
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("axk1", "deepseek_v4")])
 def test_slots_sum_to_what_the_experts_add_to_their_layer(name: str) -> None:
     model = opened(name)
     layer = layer_of(model)
@@ -138,6 +139,17 @@ def test_zeroing_a_slot_is_zeroing_its_weight(name: str) -> None:
     with hooked(experts_of(model, layer), before=without):
         expected = plain(model)
     run = model.run(ids(), edits=mt.edit.Zero(f"{layer}.mlp.experts[0]"))
+    torch.testing.assert_close(run.logits, expected, **NEAR)
+    assert not torch.allclose(run.logits, plain(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v4"])  # the latter sends tokens to one expert twice
+def test_a_router_is_scaled_as_the_weights_are(name: str) -> None:
+    model = opened(name)
+    layer = layer_of(model)
+    with hooked(experts_of(model, layer), before=lambda _, args: (*args[:2], args[2] * 0.5)):
+        expected = plain(model)
+    run = model.run(ids(), edits=mt.edit.Scale(f"{layer}.mlp.router", 0.5))
     torch.testing.assert_close(run.logits, expected, **NEAR)
     assert not torch.allclose(run.logits, plain(model), atol=1e-3)
 
@@ -215,10 +227,9 @@ def test_zeroing_the_neurons_of_an_expert_is_zeroing_its_output_weights(name: st
     torch.testing.assert_close(run.logits, expected, **NEAR)
     assert not torch.allclose(run.logits, plain(model), atol=1e-3)
     assert not run[site][:, :, expert].any()
-    if name != "gpt_oss":  # whose biases stay: what is seen after the edit is what is added then
-        live = (post != 0).any(-1)
-        alone = live[..., expert] & (live.sum(-1) == 1)
-        assert not run[f"{layer}.mlp.experts"][alone].any()
+    if name in SLOTS and name != "gpt_oss":  # whose biases stay; what is seen after the edit is what is added then
+        _, chosen, _ = called_with(model, layer)
+        assert run[f"{layer}.mlp.experts"].flatten(0, 1)[chosen == expert].abs().max() < 1e-5
 
 
 def test_an_expert_without_a_weight_is_not_reached_through_its_neurons() -> None:
@@ -290,6 +301,19 @@ class Gated(nn.Module):
         return self.experts(flat, chosen, weights).view_as(x) * x.mean(-1, keepdim=True).sigmoid()
 
 
+class ByName(nn.Module):
+    """A mixture that calls its experts with arguments by name, in another order."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.gate, self.experts = inner.gate, inner.experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        _, weights, chosen = self.gate(flat)
+        return self.experts(top_k_index=chosen, hidden_states=flat, top_k_weights=weights).view_as(x)
+
+
 class Listed(nn.Module):
     """A mixture of modules in a list, each of which is called on the tokens that it got."""
 
@@ -318,6 +342,28 @@ def test_a_mixture_that_is_gated_as_a_whole_is_left_out_with_its_numbers() -> No
     ):
         model.run(ids(), capture="1.mlp.experts")
     assert Site("mlp_out", 1) in model.anatomy.hook_points
+
+
+def test_arguments_by_name_are_found() -> None:
+    hf = configs.build("mixtral")
+    for block in hf.model.layers:
+        block.mlp = ByName(block.mlp)
+    model, usual = mt.open(hf), opened("mixtral")
+    assert not [c for c in model.proof if c.status == "fails"]
+    edits = [
+        mt.edit.Scale("0.mlp.router", 0.5),
+        mt.edit.Zero("1.mlp.experts[0]"),
+        mt.edit.Scale("2.mlp.experts.post", 2.0),
+    ]
+    runs = [m.run(ids(), edits=edits, capture="*.mlp.experts.post") for m in (model, usual)]
+    assert torch.equal(runs[0].logits, runs[1].logits)
+    assert all(torch.equal(runs[0][site], runs[1][site]) for site in runs[0].captured)
+
+
+def test_a_share_of_an_average_is_exact_in_bfloat16_too() -> None:
+    model = mt.open(configs.build("cohere2_moe").to(torch.bfloat16))
+    scales = {point.scale for site, point in model.anatomy.hook_points.items() if site.name == "mlp.experts"}
+    assert scales == {0.5}
 
 
 def test_experts_in_a_list_are_left_out_with_the_reason() -> None:

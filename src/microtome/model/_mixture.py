@@ -76,7 +76,9 @@ def prove_mixture(prover: Prover, i: int) -> None:
     total, added = slots.sum(1), whole - without
     power = total.square().sum()
     factor = float((added * total).sum() / power) if power > 0 else 1.0
-    factor = 1.0 if abs(factor - 1) < prover.product else factor
+    # Averages of a few are taken for what they are, beyond what the rounding of a type can show.
+    part = 1 / max(round(1 / factor), 1) if factor > 0 else factor
+    factor = part if abs(factor - part) < prover.product * part else factor
     # What an expert summed is not seen: the size of its output is the largest value at a position.
     size = slots.abs().amax(-1, keepdim=True).expand_as(slots).sum(1) * abs(factor)
     rounding = torch.finfo(prover.model.dtype).eps * (whole.abs() + without.abs())

@@ -155,14 +155,14 @@ def router(point: HookPoint, experts: Any, visit: Visit, shape: Shape) -> Any:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Called(experts, args, kwargs)
         chosen, weights = call.chosen, call.weights
-        dense = weights.new_zeros(weights.shape[0], n_choices).scatter(-1, chosen, weights)
+        dense = weights.new_zeros(weights.shape[0], n_choices).scatter_add(-1, chosen, weights)
         new = visit(dense.unflatten(0, shape()))
         if new is None:
             return None
         new = new.flatten(0, 1)
-        unused = torch.ones_like(new, dtype=torch.bool).scatter(-1, chosen, value=False)
-        if bool((new.detach()[unused] != 0).any()):
-            # Experts are used that the router did not choose: each token gets all that have a weight.
+        times = torch.zeros_like(new.detach()).scatter_add(-1, chosen, torch.ones_like(weights))
+        if bool((new.detach()[times == 0] != 0).any() or (times > 1).any()):
+            # Experts are used that the router did not choose, or chose twice: each token gets all that have a weight.
             most = int((new.detach() != 0).sum(-1).max())
             chosen = new.detach().abs().topk(max(most, chosen.shape[-1]), dim=-1).indices
         return call.given(chosen, new.gather(-1, chosen))
