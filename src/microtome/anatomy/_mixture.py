@@ -10,31 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from inspect import Parameter, signature
+from inspect import signature
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-GATE_UP = ("gate_up_proj",)
-GATE = ("gate_proj", "mlp.w1", "w1")
-UP = ("up_proj", "mlp.v1", "w3")
-DOWN = ("down_proj", "mlp.w2", "w2")
+NAMES = {"gate": ("gate_proj", "mlp.w1", "w1"), "in": ("up_proj", "mlp.v1", "w3"), "out": ("down_proj", "mlp.w2", "w2")}
+"""What families call the projections of all experts; `gate_up_proj` is the first two as one."""
 _ACTIVATION = ("act_fn", "activation_fn", "mlp.activation_fn", "mlp.act_fn")
 _COUNTS = ("num_experts", "total_experts", "num_local_experts", "n_routed_experts", "num_router_classes")
 _CHOICES = ("top_k", "num_experts_per_tok", "moe_top_k", "num_experts_per_token", "top_k_experts")
 
 
-def _found(module: object, names: Iterable[str]) -> Any:
-    """The first attribute (dotted) that there is, or None."""
+def _found(of: object, names: Iterable[str], kind: type) -> Any:
+    """The first attribute (dotted) of a kind that there is, and is not nothing; or None."""
     for name in names:
         try:
-            value = attrgetter(name)(module)
+            value = attrgetter(name)(of)
         except AttributeError:
             continue
-        if value is not None:
+        if isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, Tensor) or value):
             return value
     return None
 
@@ -44,98 +41,74 @@ class Experts:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.n_experts = int(_found(module, ("num_routed_experts", *_COUNTS)) or 0)
-        down = self._tensor(DOWN)
-        if down is not None and down.dim() == 3:
-            self.n_experts = int(down.shape[0])
+        self.interleaved = getattr(module, "is_concatenated", True) is False  # gate and up of each neuron in turn
+        down, both = self._tensor(*NAMES["out"]), self._tensor("gate_up_proj")
+        counted = None if down is None or down.dim() != 3 else int(down.shape[0])
+        self.n_experts: int = counted or _found(module, _COUNTS, int) or 0
+        turned = getattr(module, "is_transposed", None)  # stored as [expert, in, out]
+        if turned is None and down is not None and both is not None:
+            turned = both.shape[1] != 2 * down.shape[2]
+        self._turned = bool(turned)
+        own = getattr(module, "_apply_gate", None)
+        self._gates: Any = None if self.W_gate is None else own
+        self._act: Any = next((f for f in (_found(module, (name,), object) for name in _ACTIVATION) if f), None)
 
     @property
     def known(self) -> bool:
         """Whether the weights have a known form."""
-        return self.W_in is not None and self.W_out is not None and self._act is not None
+        return self.W_in is not None and self.W_out is not None and (self._act or self._gates) is not None
 
-    def _tensor(self, names: tuple[str, ...]) -> Tensor | None:
-        found = _found(self.module, names)
-        return found if isinstance(found, Tensor) and found.is_floating_point() else None
+    def _tensor(self, *names: str) -> Tensor | None:
+        found = _found(self.module, names, Tensor)
+        return found if found is None or found.is_floating_point() else None
 
-    def _bias(self, names: tuple[str, ...]) -> Tensor | None:
-        return self._tensor(tuple(f"{name}_bias" for name in names))
-
-    @cached_property
-    def _turned(self) -> bool:
-        """Whether weights are stored as [expert, in, out]."""
-        declared = getattr(self.module, "is_transposed", None)
-        both, down = self._tensor(GATE_UP), self._tensor(DOWN)
-        if declared is not None or both is None or down is None:
-            return bool(declared)
-        return both.shape[1] != 2 * down.shape[2]
-
-    def _half(self, k: int) -> Tensor | None:
-        """[expert, d_model, neuron] the gate (0) or the up projection (1) of a fused one."""
-        both = self._tensor(GATE_UP)
-        if both is None:
-            return None
-        both = both if self._turned else both.transpose(1, 2)
+    def _half(self, both: Tensor, name: str) -> Tensor:
+        k = 0 if name == "gate" else 1
         return both[..., k::2] if self.interleaved else both.chunk(2, dim=-1)[k]
 
-    @property
-    def interleaved(self) -> bool:
-        """Whether a fused projection has gate and up of each neuron in turn."""
-        return getattr(self.module, "is_concatenated", True) is False
-
-    def _alone(self, names: tuple[str, ...], out: bool = False) -> Tensor | None:
-        """[expert, in, out] a projection of its own; where all experts share one matrix, they are [expert * neuron]."""
-        weight = self._tensor(names)
-        if weight is None or weight.dim() not in (2, 3) or not self.n_experts:
+    def _weight(self, name: str) -> Tensor | None:
+        """[expert, in, out]; where all experts share one matrix, it is [expert * neuron, d_model]."""
+        both = None if name == "out" else self._tensor("gate_up_proj")
+        weight = self._tensor(*NAMES[name]) if both is None else both
+        if weight is None or not self.n_experts:
             return None
         if weight.dim() == 2:
             weight = weight.unflatten(0, (self.n_experts, -1))
-            return weight if out else weight.transpose(1, 2)
-        return weight if self._turned else weight.transpose(1, 2)
+            return weight if name == "out" else weight.transpose(1, 2)
+        weight = weight if self._turned else weight.transpose(1, 2)
+        return weight if both is None else self._half(weight, name)
 
     @property
     def W_gate(self) -> Tensor | None:
         """[expert, d_model, neuron], or None without gates."""
-        return self._alone(GATE) if self._tensor(GATE_UP) is None else self._half(0)
+        return self._weight("gate")
 
     @property
     def W_in(self) -> Tensor | None:
         """[expert, d_model, neuron]"""
-        return self._alone(UP) if self._tensor(GATE_UP) is None else self._half(1)
+        return self._weight("in")
 
     @property
     def W_out(self) -> Tensor | None:
         """[expert, neuron, d_model]"""
-        return self._alone(DOWN, out=True)
+        return self._weight("out")
 
     def bias(self, name: str) -> Tensor | None:
         """`b_gate` or `b_in` [expert, neuron], or `b_out` [expert, d_model]; None where there is none."""
-        both = self._bias(GATE_UP)
-        if name == "b_out" or both is None:
-            return self._bias({"b_out": DOWN, "b_in": UP, "b_gate": GATE}[name])
-        k = 0 if name == "b_gate" else 1
-        return both[..., k::2] if self.interleaved else both.chunk(2, dim=-1)[k]
-
-    @property
-    def _act(self) -> Any:
-        own = getattr(self.module, "_apply_gate", None)
-        return _found(self.module, _ACTIVATION) if own is None or self.W_gate is None else own
+        name = name.removeprefix("b_")
+        both = None if name == "out" else self._tensor("gate_up_proj_bias")
+        return self._tensor(*(f"{each}_bias" for each in NAMES[name])) if both is None else self._half(both, name)
 
     def neurons(self, x: Tensor, expert: int) -> Tensor:
         """[token, neuron] what enters W_out of one expert that reads x [token, d_model]."""
         parts: list[Tensor] = []
-        for name, weight in (("b_gate", self.W_gate), ("b_in", self.W_in)):
+        for weight, bias in ((self.W_gate, self.bias("b_gate")), (self.W_in, self.bias("b_in"))):
             if weight is not None:
-                bias = self.bias(name)
                 parts.append(x @ weight[expert] if bias is None else x @ weight[expert] + bias[expert])
-        if len(parts) == 1:
-            return self._act(parts[0])
-        gate, up = parts
-        if getattr(self.module, "_apply_gate", None) is None:
-            return self._act(gate) * up
-        # Some gate in their own way, for which they take both as their projection gives them.
-        in_turn = torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1)
-        return self._act(in_turn)
+        if len(parts) == 1 or self._gates is None:
+            return self._act(parts[0]) if len(parts) == 1 else self._act(parts[0]) * parts[1]
+        # Some gate in a way of their own, for which they take both as their projection gives them.
+        return self._gates(torch.stack(parts, dim=-1).flatten(-2) if self.interleaved else torch.cat(parts, dim=-1))
 
     def writes(self, post: Tensor, expert: int) -> Tensor:
         """[token, d_model] what one expert makes of its neurons [token, neuron], before it is weighted."""
@@ -171,20 +144,12 @@ def mixture_of(model: nn.Module, config: Any, mlp: str, router: str | None, path
         return "its experts are modules in a list, each called on the tokens that it got, whose places are not passed"
     around = [model.get_submodule(at) for at in (router, path, mlp) if at]
     taken = [
-        p
-        for p in list(signature(type(module).forward).parameters.values())[1:]
-        if p.kind == Parameter.POSITIONAL_OR_KEYWORD
+        p for p in list(signature(type(module).forward).parameters.values())[1:] if p.kind == p.POSITIONAL_OR_KEYWORD
     ]
-    top_k = next((n for of in (*around, config) if (n := _whole(of, _CHOICES))), 0)
+    top_k = next((n for of in (*around, config) if (n := _found(of, _CHOICES, int))), 0)
     experts = Experts(module)
     if len(taken) not in (1, 3) or not top_k or not experts.n_experts:
         return f"its experts are called in no known form: ({', '.join(p.name for p in taken)})"
-    choices = max(experts.n_experts, *(_whole(of, (name,)) for of in around for name in _COUNTS))
+    choices = max(experts.n_experts, *(_found(of, (name,), int) or 0 for of in around for name in _COUNTS))
     weight = experts.W_out if experts.known else None
     return Mixture(len(taken) == 1, experts.n_experts, choices, top_k, 0 if weight is None else int(weight.shape[1]))
-
-
-def _whole(of: object, names: Iterable[str]) -> int:
-    """The first of some attributes that is a whole number, or 0."""
-    found = (getattr(of, name, 0) for name in names)
-    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n), 0)
