@@ -75,7 +75,7 @@ def tensors(value: Any, depth: int = 2) -> Iterable[Tensor]:
             yield from tensors(item, depth - 1)
 
 
-def multiples(y: Tensor, *terms: Tensor) -> list[float] | None:
+def multiples(y: Tensor, *terms: Tensor, fits: float = FITS) -> list[float] | None:
     """The numbers by which terms sum to y; None where they do not."""
     if any(term.shape != y.shape for term in terms):
         return None
@@ -85,9 +85,18 @@ def multiples(y: Tensor, *terms: Tensor) -> list[float] | None:
         return None
     found = torch.linalg.lstsq(columns, goal.unsqueeze(1), driver="gelsd").solution[:, 0]
     rest = goal - columns @ found
-    if float(rest.norm()) > FITS * float(goal.norm()):
+    if float(rest.norm()) > fits * float(goal.norm()):
         return None
     return [1.0 if abs(float(x) - 1.0) < 1e-4 else float(x) for x in found]
+
+
+def scaled(y: Tensor, x: Tensor, term: Tensor) -> Tensor | None:
+    """The factor of every dimension of x [..., dim], by which x and a term sum to y; None where they do not."""
+    if not x.shape == y.shape == term.shape:
+        return None
+    goal, whole = ((t.double().flatten(0, -2)) for t in (y.double() - term.double(), x))
+    factor = (goal * whole).sum(0) / whole.pow(2).sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    return factor if float((goal - factor * whole).norm()) <= FITS * float(goal.norm()) else None
 
 
 def chain(inside: Sequence[Call], start: Call) -> list[Call]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from microtome.anatomy._discover import Form, LayerParts, Norm, Parts, norm_of
-from microtome.anatomy._flow import Call, Flow, Seen, chain, multiples, writer
+from microtome.anatomy._flow import Call, Flow, Seen, chain, multiples, scaled, writer
 
 
 def learned(model: Any, parts: Parts, flow: Flow) -> tuple[Parts, float | None, float | None]:
@@ -37,12 +37,12 @@ def _of_logits(model: Any, head: Call | None, whole: Call | None) -> tuple[float
     if head is None or head.wrote is None or whole is None or whole.wrote is None:
         return None, None
     raw, logits = head.wrote.value, whole.wrote.value
-    by = multiples(logits, raw)
+    by = multiples(logits, raw, fits=EXACT)
     if by is not None:
         return by[0], None
     entries = model.config.get_text_config().to_dict().items()
     caps = (float(x) for name, x in entries if "cap" in name and isinstance(x, float | int) and x > 0)
-    return None, next((c for c in caps if multiples(logits, (raw / c).tanh() * c) == [1.0]), None)
+    return None, next((c for c in caps if multiples(logits, (raw / c).tanh() * c, fits=EXACT) == [1.0]), None)
 
 
 def _tried(model: nn.Module, path: str, width: int) -> Norm | None:
@@ -56,6 +56,8 @@ def _tried(model: nn.Module, path: str, width: int) -> Norm | None:
         return None
 
 
+EXACT = 1e-5
+"""How well logits must be a multiple of the unembedding's output: a wide soft cap is nearly one."""
 MOST = 5
 """Places at which what a branch writes is looked for."""
 
@@ -106,7 +108,8 @@ class BlockForm:
         assert reading.read is not None
         before = writer(self.inside, reading.read)
         if before is not None:
-            return before if before.read is not None and self.norm(before.path) is not None else None
+            named = "norm" in type(self.model.get_submodule(before.path)).__name__.lower()  # of whatever form
+            return before if before.read is not None and (named or self.norm(before.path) is not None) else None
         for call in reversed(self.inside[: self.inside.index(reading)]):
             if call.read is None or call.wrote is None or self.norm(call.path) is None:
                 continue
@@ -159,6 +162,17 @@ class BlockForm:
             by = multiples(added, *values)
             if by is not None:
                 return [(b, c.path, x) for b, c, x in zip(some, choice, by, strict=True)]
+        return self._scaled(start, end, some[0]) if len(some) == 1 else None
+
+    def _scaled(self, start: Seen, end: Seen, branch: Branch) -> list[tuple[Branch, str, float]] | None:
+        """The same where the stream itself is scaled: as a whole, or every dimension by its own factor."""
+        for call in branch.writes:
+            assert call.wrote is not None
+            by = multiples(end.value, start.value, call.wrote.value)
+            if by is not None:
+                return [(branch, call.path, by[1])]
+            if scaled(end.value, start.value, call.wrote.value) is not None:
+                return [(branch, call.path, 1.0)]
         return None
 
     def _post_norm(self) -> dict[str, Any] | None:

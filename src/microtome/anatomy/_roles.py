@@ -27,7 +27,7 @@ DOWN = ("down_proj", "w2", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "output.d
 ROUTER = ("router", "gate")
 SHARED = ("shared_mlp", "shared_expert", "shared_experts")
 _SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"}
-_OTHERS = re.compile("cross|encoder_attn|adapter|altup|laurel|per_layer|embed")
+_OTHERS = re.compile("cross|encoder_attn|adapter|altup|laurel|per_layer|embed|_hc$|hyper")
 """Names of parts that read something else than the stream, or that change what is there."""
 _MLP_KIND = re.compile("mlp|feedforward|feed_forward|ffn|moe|mixtureofexperts|sparsemoe", re.IGNORECASE)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of
+from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of, scaled
 from microtome.model._mixture import prove_mixture, silenced
 from microtome.model._sized import Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run
@@ -166,7 +166,8 @@ class Prover:
             self.fail(identity, where, self.tolerance, in_one_line(problem))
 
     def skip(self, identity: str, where: str, why: str) -> None:
-        self.checks.append(IdentityCheck(identity, where, "does not apply", 0.0, self.tolerance, why))
+        found = IdentityCheck(identity, where, "does not apply", 0.0, self.tolerance, why, vouched(identity, where))
+        self.checks.append(found)
 
     def module(self, path: str) -> Any:
         return self.model.hf.get_submodule(path)
@@ -218,8 +219,23 @@ class Prover:
         if first > self.tolerance and second > self.tolerance:
             whole = self.added(post, pre, *branches)
             fall_first = fall_second = ("resid_mid",) if whole <= self.tolerance else ("resid_mid", *names, "sum")
-        self.conclude("2 residual", f"{i}.resid_mid", first, self.tolerance, named(i, *fall_first))
-        self.conclude("2 residual", where, second, self.tolerance, named(i, *fall_second))
+        self.sums(f"{i}.resid_mid", first, (mid, pre, *branches[:-1]), named(i, *fall_first))
+        self.sums(where, second, (post, mid, branches[-1]), named(i, *fall_second))
+
+    def sums(self, where: str, gap: float, terms: tuple[Tensor, ...], fall: tuple[str, ...]) -> None:
+        """Conclude a sum; where the stream itself is scaled, that it is one then, though the stream is no plain sum."""
+        if gap > self.tolerance and len(terms) == 3:
+            after, before, branch = (at_least_float32(x) for x in terms)
+            factor = scaled(after, before, branch)
+            if factor is not None:
+                again = self.added(after, before * factor.to(before.dtype), branch)
+                if again <= self.tolerance:
+                    layer = where.partition(".")[0]
+                    note = f"the stream itself is scaled, by {float(factor.mean()):.3g} in the mean"
+                    self.skip("2 residual", f"{layer}.sum", note)
+                    self.conclude("2 residual", where, again, self.tolerance, fall)
+                    return
+        self.conclude("2 residual", where, gap, self.tolerance, fall)
 
     def written(self, identity: str, where: str, i: int, name: str, raw: Sized, path: str | None) -> None:
         """What a branch writes is what its parts sum to, behind a norm where it has one of its own."""
@@ -346,6 +362,9 @@ class Prover:
         weights, layer = self.model.layers[i], self.parts.layers[i]
         pre = self.at("resid_pre", i)
         between = self.parts.form != "parallel" and self.has("resid_mid", i)
+        if layer.attn is not None and self.at("attn.in", i).shape[-1] != pre.shape[-1]:
+            self.skip("7 weights", f"{i}.attn.in", f"a stream of {pre.shape[-1]} is read otherwise than through a norm")
+            return
         if layer.attn is not None:
             self.same("7 weights", f"{i}.attn.in", self.at("attn.in", i), self.read(weights.attn_norm, pre))
         if self.has("mlp.in", i):
@@ -379,7 +398,14 @@ class Prover:
         if gated:
             up = at_least_float32(self.at("mlp.up", i))
             made = Sized(made.value * up, made.size * up.abs())
-        self.same("7 weights", f"{i}.mlp.post", self.at("mlp.post", i), made)
+        self.same("7 weights", f"{i}.mlp.post", self.at("mlp.post", i), self.through(i, made))
+
+    def through(self, i: int, made: Sized) -> Sized:
+        """What a norm of the MLP makes of its neurons before W_out, where it has one."""
+        path = self.parts.layers[i].mlp
+        inside = [] if path is None else [(f"{path}.{name}", m) for name, m in self.module(path).named_children()]
+        norms = [name for name, m in inside if "Norm" in type(m).__name__ and next(m.parameters()).numel() > 0]
+        return self.behind(norms[0], made) if len(norms) == 1 else made
 
     def attn_weights(self, i: int) -> None:
         layer, weights, x = self.parts.layers[i], self.model.layers[i], self.at("attn.in", i)

@@ -298,7 +298,8 @@ def without(anatomy: Anatomy, checks: Sequence[IdentityCheck]) -> Anatomy:
     gone: dict[str, str] = {}
     for check in checks:
         reason = check.reason if check.status == "fails" else check.note
-        names = check.vouches if check.status == "fails" or check.where.endswith(".attn.mix") else ()
+        noted = check.where.endswith((".attn.mix", ".sum"))
+        names = check.vouches if check.status == "fails" or noted else ()
         for name in names:
             gone.setdefault(name, reason)
             layer, _, site = name.partition(".")
