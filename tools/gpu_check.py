@@ -97,7 +97,7 @@ def run(device: torch.device, small: bool, seconds: float, only: str, write: Cal
                 if isinstance(problem, KeyboardInterrupt):
                     raise
                 row = {"status": "failed", "why": f"{type(problem).__name__}: {problem}"[:500]}
-                row["traceback"] = traceback.format_exc()
+                row["traceback"] = traceback.format_exc().replace(f"{Path(__file__).resolve().parents[1]}/", "")
                 sound = False
         row["seconds"] = round(time.perf_counter() - began, 2)
         report["parts"][name] = row

@@ -15,7 +15,11 @@ from microtome.explain import auc
 NAMES = list(planted.PROGRAMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+LARGE = {"maximum_so_far", "balanced", "palindrome", "sort_by_frequency"}
+"""Programs with so many nodes that their recovery takes from fifteen seconds to two minutes."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in NAMES])
 def test_exact_effects_tell_the_circuit_from_the_rest(name: str) -> None:
     it = planted.program(name)
     # Some of these answer the same to almost everything: they take more inputs to show all of their edges.

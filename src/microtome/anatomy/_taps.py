@@ -109,12 +109,14 @@ class Taps:
         self.missing: dict[Site, str] = {}
 
     def norm(self, site: Site, norm: Norm | None) -> None:
+        """What a norm divides by."""
         if norm is None:
             self.missing[site] = "there is no norm of a known form"
         else:
             self.hook_points[site] = HookPoint(norm.path, "norm", norm=norm)
 
     def residual(self, i: int, layer: LayerParts) -> None:
+        """The stream before, between and after the branches of a layer."""
         self.hook_points[Site("resid_pre", i)] = self.stream(layer.block, "input")
         self.hook_points[Site("resid_post", i)] = self.stream(layer.block, "output")
         site = Site("resid_mid", i)
@@ -136,6 +138,7 @@ class Taps:
         return HookPoint(path, side, sizes=self.wide, lanes=self.lanes)
 
     def attention(self, i: int, layer: LayerParts) -> None:
+        """The sites of attention."""
         if layer.attn is None or layer.o is None:
             why = "the block has no attention" + ("" if layer.mixer is None else ": see mixer.in and mixer_out")
             names = (name for name in SITES if name.startswith("attn"))
@@ -166,6 +169,7 @@ class Taps:
         self.hook_points[Site("attn_out", i)] = HookPoint(layer.attn_writes or layer.o, "output", scale=layer.attn_by)
 
     def mixer(self, i: int, layer: LayerParts) -> None:
+        """The sites of a mixer that is no attention."""
         if layer.mixer is not None:
             self.hook_points[Site("mixer.in", i)] = HookPoint(layer.mixer, "input")
             writes = layer.mixer_writes or layer.mixer
@@ -175,6 +179,7 @@ class Taps:
             self.missing.update({Site(name, i): why for name in ("mixer.in", "mixer_out")})
 
     def mlp(self, i: int, layer: LayerParts) -> None:
+        """The sites of an MLP or a mixture."""
         writes = layer.mlp_writes or layer.down or layer.mlp
         if writes is None:
             names = (name for name in SITES if name.startswith("mlp"))
@@ -200,6 +205,7 @@ class Taps:
         self.hook_points[Site("mlp_out", i)] = point
 
     def experts(self, i: int, layer: LayerParts, mlp: str, experts: str) -> None:
+        """The sites inside a mixture."""
         names = ("mlp.router", "mlp.experts", "mlp.experts.post")
         why = "the layer is a mixture: see mlp.router and mlp.experts.post"
         self.missing.update({Site(name, i): why for name in ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post")})
@@ -221,6 +227,7 @@ class Taps:
             self.missing[Site("mlp.experts.post", i)] = "the weights of the experts have no known form"
 
     def neurons(self, i: int, layer: LayerParts, down: str) -> None:
+        """The sites inside an MLP."""
         up = layer.up
         width = in_features(self.model.get_submodule(down))
         sizes = (("neuron", width),)

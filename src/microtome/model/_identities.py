@@ -116,9 +116,11 @@ class Prover:
         self.factors: dict[int, float] = {}  # by layer, what the slots of a mixture are added times
 
     def at(self, name: str, layer: int | None = None) -> Tensor:
+        """What was seen at a site."""
         return self.run[str(Site(name, layer))]
 
     def has(self, name: str, layer: int) -> bool:
+        """Whether the map has a site."""
         return Site(name, layer) in self.a.hook_points
 
     def same(self, identity: str, where: str, got: Tensor, expected: Sized, tolerance: float | None = None) -> None:
@@ -143,6 +145,7 @@ class Prover:
         return ratio(gap.clamp(min=0), size)
 
     def judge(self, identity: str, where: str, gaps: Tensor, sizes: Tensor, tolerance: float) -> None:
+        """Conclude an identity from the gaps of its elements and the sizes of what was summed there."""
         self.conclude(identity, where, ratio(gaps, sizes), tolerance)
 
     def conclude(
@@ -166,10 +169,12 @@ class Prover:
             self.fail(identity, where, self.tolerance, in_one_line(problem))
 
     def skip(self, identity: str, where: str, why: str) -> None:
+        """Note that an identity does not apply."""
         found = IdentityCheck(identity, where, "does not apply", 0.0, self.tolerance, why, vouched(identity, where))
         self.checks.append(found)
 
     def module(self, path: str) -> Any:
+        """A module of the model."""
         return self.model.hf.get_submodule(path)
 
     def behind(self, path: str | None, x: Sized) -> Sized:
@@ -245,6 +250,7 @@ class Prover:
         self.same(identity, where, self.at(name, i), expected, tolerance)
 
     def heads(self, i: int) -> None:
+        """Heads, through W_O, sum to what attention writes."""
         z, weights = at_least_float32(self.at("attn.z", i)), at_least_float32(self.model.layers[i].W_O)
         seen = Sized(*(torch.einsum("bphd,hdm->bphm", x, w) for x, w in ((z, weights), (z.abs(), weights.abs()))))
         result = self.at("attn.result", i)
@@ -256,6 +262,7 @@ class Prover:
         self.written("3 heads", f"{i}.attn.result", i, "attn_out", total, path)
 
     def neurons(self, i: int) -> None:
+        """Neurons, through W_out, or experts sum to what the MLP writes."""
         layer, weights = self.parts.layers[i], self.model.layers[i]
         if not self.has("mlp.post", i) and not self.has("mlp.experts", i):
             self.skip("4 neurons", f"{i}.mlp", self.a.missing.get(Site("mlp.post", i), "neurons are not seen"))
@@ -267,6 +274,7 @@ class Prover:
         prove_mixture(self, i)
 
     def attention(self, i: int) -> None:
+        """The pattern mixes the values to z, and its rows sum to one."""
         missing = [s for s in ("q", "k", "v", "scores", "pattern") if not self.has(f"attn.{s}", i)]
         if missing:
             self.skip("5 attention", f"{i}.attn", f"not seen in this family: {', '.join(missing)}")
@@ -346,6 +354,7 @@ class Prover:
         return Sized(torch.tanh(made.value / a.logit_softcap) * a.logit_softcap, made.size)
 
     def unembed(self) -> None:
+        """The norm of the last stream is `final`, and that gives the logits."""
         final, last = self.at("final"), self.at("resid_post", self.a.n_layers - 1)
         norm = self.model.final_norm
         trunk = self.parts.layers[0].block.rpartition(".")[0].rpartition(".")[0]
@@ -372,6 +381,7 @@ class Prover:
             self.same("7 weights", f"{i}.mlp.in", self.at("mlp.in", i), self.read(weights.mlp_norm, before))
 
     def mlp_weights(self, i: int) -> None:
+        """Weight views map what the MLP reads to its neurons before the non-linearity, and that gives the neurons."""
         weights, where = self.model.layers[i], f"{i}.mlp"
         if self.parts.layers[i].experts is not None:
             self.skip("7 weights", where, "the layer is a mixture: experts are checked by identity 4")
@@ -408,6 +418,7 @@ class Prover:
         return self.behind(norms[0], made) if len(norms) == 1 else made
 
     def attn_weights(self, i: int) -> None:
+        """Weight views map what attention reads to queries, keys and values."""
         layer, weights, x = self.parts.layers[i], self.model.layers[i], self.at("attn.in", i)
         if layer.qkv is None and layer.v is None:
             self.skip("7 weights", f"{i}.attn", "latent attention: keys and values have no weights of their own")
