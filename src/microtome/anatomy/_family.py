@@ -23,7 +23,6 @@ class Family:
         fused_qkv: order of a fused q/k/v projection: ``blocks`` is all q, all k, all v; ``per_head`` is q, k, v of
             each head in turn; ``grouped`` is the queries of a group, then its key and value; ``quarters`` is four
             blocks, each the queries, values and keys of a quarter of the heads.
-        experts: order of the fused gate and up projections of a mixture: ``halves`` or ``interleaved``.
         branch_scale: configuration entry by which a branch is multiplied before it is added.
         sums_in_place: a parallel block adds the attention branch into the MLP's own output tensor.
         logit_multiply: configuration entry by which logits are multiplied.
@@ -33,7 +32,6 @@ class Family:
     """
 
     fused_qkv: Fused = "blocks"
-    experts: Literal["halves", "interleaved"] = "halves"
     branch_scale: str | None = "residual_multiplier"
     sums_in_place: bool = False
     logit_multiply: str | None = None
@@ -52,9 +50,7 @@ FAMILIES: Mapping[str, Family] = {
     "falcon": Family(fused_qkv="grouped", sums_in_place=True),
     "gpt_bigcode": Family(fused_qkv="grouped"),
     "gpt_neox": Family(fused_qkv="per_head"),
-    "gpt_oss": Family(
-        experts="interleaved", note="each head has a learned sink: rows of the pattern sum to less than 1"
-    ),
+    "gpt_oss": Family(note="each head has a learned sink: rows of the pattern sum to less than 1"),
     "granite": Family(logit_divide="logits_scaling"),
     "mpt": Family(note="ALiBi: keys and queries carry no position"),
     "persimmon": Family(fused_qkv="per_head"),
