@@ -37,13 +37,35 @@ def test_check_prints_the_proof(cli: Cli, saved: Path) -> None:
     assert {c["status"] for c in told["checks"]} == {"holds"}
 
 
-def test_check_of_a_false_map_exits_with_4(cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from microtome.model import _proof
+def test_check_says_what_is_left_out_and_exits_with_4_only_if_asked(
+    cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from microtome.model import _identities
 
-    monkeypatch.setitem(_proof.TOLERANCE, __import__("torch").float32, -1.0)
+    monkeypatch.setitem(_identities.TOLERANCE, torch.float32, -1.0)  # what products are held to stays
+    done = cli("check", saved)
+    assert done.code == 0
+    assert "The map is proven but for " in done.out
+    assert "methods that can run: " in done.out
+    assert "needs a stream that is the sum of what heads and MLPs write: no attn_out in layer 0" in done.out
+    told = cli("check", saved, "--strict", "--json")
+    assert told.code == 4
+    found = json.loads(told.out)
+    assert not found["proven"]
+    assert found["opens"]
+    assert found["missing"]["0.attn_out"].startswith('it fails "2 residual" at 0.resid_mid (gap ')
+    assert found["methods"]["contributions"].startswith("needs a stream")
+
+
+def test_check_of_a_model_whose_stream_is_not_proven_exits_with_4(
+    cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from microtome.model import _identities
+
+    monkeypatch.setitem(_identities.PRODUCT, torch.float32, -1.0)
     done = cli("check", saved)
     assert done.code == 4
-    assert "the map is not proven" in done.out
+    assert "The residual stream is not proven, so the model does not open" in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "falcon-gqa", "deepseek_v3-qlora"])

@@ -126,6 +126,7 @@ def test_a_small_budget_gives_the_same_in_more_walks() -> None:
 
 def test_layers_before_a_cell_are_not_computed() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
+    model.sweep(tokens(0)[:1], [mt.edit.Zero("1.resid_pre@6")], READ)  # the first one tries what cells share
     calls = [0, 0, 0]
     for i, block in enumerate(model.hf.model.layers):
         inner = block.mlp.forward

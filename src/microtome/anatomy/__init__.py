@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from microtome.anatomy._place import Place as Place
     from microtome.anatomy._place import cache_dir as cache_dir
     from microtome.anatomy._place import place_of as place_of
+    from microtome.anatomy._probe import probe as probe
+    from microtome.anatomy._probe import thresholds as thresholds
     from microtome.anatomy._readable import refuse_unreadable as refuse_unreadable
     from microtome.anatomy._saved import from_plain as from_plain
     from microtome.anatomy._saved import to_plain as to_plain

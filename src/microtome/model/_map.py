@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from microtome.anatomy import LAYOUTS, Anatomy, anatomy_of
+from microtome.anatomy import LAYOUTS, Anatomy, anatomy_of, probe
 from microtome.errors import MicrotomeError
 from microtome.model._identities import IdentityCheck
-from microtome.model._proof import probe, prove, unproven_stream
+from microtome.model._proof import prove, unproven_stream
 from microtome.run import LoadedModel
 from microtome.run.hook import trace
 

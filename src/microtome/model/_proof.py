@@ -14,7 +14,6 @@ identity fails is left out of the map, with that reason; only a residual stream 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from microtome.anatomy import ROWS, Address, Anatomy, Site, at_least_float32, parse
+from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, thresholds
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
 from microtome.model._mixture import scaled
@@ -31,9 +30,6 @@ from microtome.model._sized import Sized
 from microtome.run import Batch, LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet, install
 
-LONG = 64
-"""The longest window, or other length in a configuration, that the probe goes beyond."""
-LENGTHS = re.compile("window|topk|top_k_|chunk_size|original_max_position|local_attention|block_size|num_random_blocks")
 PADS = 4
 """The most pads of the probe: what is left of a row still goes beyond the short windows of the configuration."""
 LOOKS_AHEAD = 1e-3
@@ -41,26 +37,6 @@ LOOKS_AHEAD = 1e-3
 STREAM = ("resid_pre", "resid_post")
 NEVER = "never seen in a forward"
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
-
-
-def probe(hf: Any) -> Tensor:
-    """Two rows of tokens of a model's vocabulary: of eight, or more where a longer row is treated otherwise."""
-    d_vocab = int(hf.get_input_embeddings().weight.shape[0])
-    length = 8 + max((n for n in thresholds(hf.config.get_text_config()).values() if n <= LONG), default=0)
-    tokens = torch.arange(ROWS * length) * 7919 % (d_vocab - d_vocab // 4) + d_vocab // 4
-    return tokens.reshape(ROWS, length).to(hf.device)
-
-
-def thresholds(config: Any) -> dict[str, int]:
-    """Entries of a configuration that name a length beyond which rows are treated otherwise: windows, top-k, chunks."""
-    entries: list[tuple[Any, Any]] = []
-    for name, value in config.to_dict().items():
-        entries += cast("dict[Any, Any]", value).items() if isinstance(value, dict) else [(name, value)]
-    blocks, size = getattr(config, "num_random_blocks", None), getattr(config, "block_size", None)
-    if isinstance(blocks, int) and isinstance(size, int):  # Zaheer et al. 2020, Big Bird: shorter rows are not sparse
-        entries.append(("window of all blocks", (5 + 2 * blocks) * size))
-    whole = [(str(name), n) for name, n in entries if isinstance(n, int) and not isinstance(n, bool) and n > 0]
-    return {name: n for name, n in whole if LENGTHS.search(name)}
 
 
 def _untried(model: LoadedModel, length: int) -> list[IdentityCheck]:

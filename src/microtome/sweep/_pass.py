@@ -10,7 +10,7 @@ A cell is one edited run of one prompt. All cells whose first affected position 
       reads have their logits computed.
 
 The forward, its masks and its positions are the model's: only the batch grows inside it. What comes out is equal to one
-forward a cell, to rounding.
+forward a cell, to rounding, in the models that allow it: which of this a model allows is tried first (`_sharing`).
 
 Cost:   a cell at layer l and position p costs (L - l)/L * (T - p)/T of a forward.
 Check:  equal to one literal forward a cell for every site and family; tests/laws/test_sweep.py.
@@ -103,8 +103,9 @@ class _Prefix(DynamicLayer):
 class BatchedPass:
     """One pass over the layers for cells that begin at one column."""
 
-    def __init__(self, model: LoadedModel, base: Base, rows: Sequence[Row], first: int) -> None:
-        self.model, self.base, self.first = model, base, first
+    def __init__(self, model: LoadedModel, base: Base, rows: Sequence[Row], first: int, *, narrow: bool = True) -> None:
+        """With `narrow`, the last MLP runs only at the columns that are read, which not every MLP allows."""
+        self.model, self.base, self.first, self._narrow = model, base, first, narrow
         self.rows = sorted(rows, key=lambda r: r.entry)
         self.bases = torch.tensor([base.prompts.index(r.prompt) for r in self.rows])[:0]
         self._all = torch.tensor([base.prompts.index(r.prompt) for r in self.rows], device=base.tokens.device)
@@ -121,7 +122,8 @@ class BatchedPass:
             hooks.before(layer.block, self._enter(i))
             hooks.around(layer.block, self._block)
         _install_acts(hooks, model, [row.acts for row in self.rows], self._shape)
-        self._narrow_last(hooks)
+        if self._narrow:
+            self._narrow_last(hooks)
         unembedding = model.anatomy.parts.unembedding
         norm = model.final_norm
         if norm is not None and model.W_U.shape[0] == model.anatomy.d_model:
@@ -179,7 +181,7 @@ class BatchedPass:
         return with_input(args, kwargs, _columns_of(rows, self._columns()))
 
     def _narrow_last(self, hooks: HookSet) -> None:
-        """Let the last MLP see only the columns that are read: it does not mix them, and nothing comes after it."""
+        """Let the last MLP see only the columns that are read: nothing comes after it, and it was tried."""
         last = self.model.anatomy.n_layers - 1
         acts = [act for row in self.rows for act in row.acts if act.site.layer == last]
         edited = any(act.site.name.startswith("mlp") or _mixes_positions(act.edit) for act in acts)
@@ -390,7 +392,7 @@ def rows_of(
     rows: list[Row] = []
     always: dict[int, list[Act]] = {}
     for place, (cell, prompt) in enumerate(zip(cells, prompts, strict=True)):
-        edits = _edits_of(cell, place)
+        edits = edits_of(cell, place)
         acts: list[Act] = []
         for edit in edits:
             if edit.rows is not None:
@@ -408,7 +410,7 @@ def rows_of(
     return rows
 
 
-def _edits_of(cell: object, place: int) -> list[SiteEdit]:
+def edits_of(cell: object, place: int) -> list[SiteEdit]:
     """The edits of a cell.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor
 from microtome.anatomy import Site
 from microtome.context import current
 from microtome.edit import SiteEdit, Zero
-from microtome.errors import BudgetError, EditError, error
+from microtome.errors import BudgetError, EditError, SiteError, error
 from microtome.metric import Metric, TokenSubsetMetric, in_ids
 from microtome.run import FIXED, Batch, LoadedModel, Prompt, free_memory, in_bytes, plan_of
 from microtome.run.hook import lock_of
 from microtome.shown import brief, shown
-from microtome.sweep._cut import cuts
 from microtome.sweep._edges import Edge, Edges, bytes_of_edges
-from microtome.sweep._pass import Base, BatchedPass, Cell, Row, base_of, rows_of, source_rows
+from microtome.sweep._groups import Group, groups_of, passes_of, prompt_bytes, row_bytes
+from microtome.sweep._literal import literal_logits, refuse_unreached
+from microtome.sweep._pass import Base, BatchedPass, Cell, Row, base_of, edits_of, rows_of, source_rows
+from microtome.sweep._sharing import Sharing, sharing_of
 from microtome.sweep._standing import refuse_other_edits, refuse_unfit_start, standing_of
 
 
@@ -31,12 +33,14 @@ class SweepPlan:
     Attributes:
         cells: how many edited runs.
         passes: how many passes over the layers they take.
-        forwards: their cost in forwards of one whole prompt, without what is shared.
+        forwards: their cost in forwards of one whole prompt, without what is shared; where nothing is, one for every
+            cell and one for every prompt.
         flops: floating-point operations, two a weight and token.
         bytes: the most that is held at once: the base run of some prompts, the rows of one pass, and for edges
             the changes of their senders and the outputs of their branches.
         seconds: at the pace of this model's last run; a first guess before any.
-        shares: what is shared: "layers and positions", or "layers only" where attention is not causal.
+        shares: what is shared: "layers and positions"; "layers only", where attention is not causal or a prefix of
+            positions cannot be cut; or "nothing", where a batch that grows gives something else than literal forwards.
     """
 
     cells: int
@@ -87,15 +91,6 @@ class SweepResult:
         return self
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Prompts of one length, with the columns that the metric reads."""
-
-    prompts: tuple[int, ...]
-    batch: Batch
-    read: Int[Tensor, "prompt read"]
-
-
 @dataclass(frozen=True)
 class _Room:
     """The memory limit of a sweep in bytes, and the part of it that edges take in addition to their cells."""
@@ -116,10 +111,12 @@ class _Ready:
     which: list[int]
     metric: Metric
     ids: Tensor | None
-    groups: list[_Group]
-    passes: list[tuple[_Group, int, list[Row]]]
+    groups: list[Group]
+    passes: list[tuple[Group, int, list[Row]]]
     plan: SweepPlan
     standing: tuple[SiteEdit, ...]
+    sharing: Sharing
+    cells: Sequence[Cell]
 
 
 @shown
@@ -150,6 +147,9 @@ class Sweep:
         self._batch = model.to_batch(prompt)
         _check(self._batch, self._cells, self._prompts)
         refuse_unfit_start(model, self._batch, start)
+        self._sharing = sharing_of(model)
+        if any(isinstance(cell, Edge) for cell in self._cells):
+            _refuse_edges(model, self._sharing)
         self._start = None if start is None else start.to(model.device, model.dtype)
         self._room = _room(model, self._batch, self._cells, self._prompts, budget)
         # What an edge changes is known only when its branch has run: until then a cell of the same layer represents it.
@@ -173,7 +173,7 @@ class Sweep:
         return self._ready.plan
 
     def _prepare(self, cells: Sequence[Cell]) -> _Ready:
-        given = self._model, self._batch, cells, self._metric, self._prompts, self._room, self._standing
+        given = self._model, self._batch, cells, self._metric, self._prompts, self._room, self._standing, self._sharing
         return _prepare(*given, has_start=self._start is not None)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> SweepResult:
@@ -230,6 +230,7 @@ def _prepare(
     prompts: Sequence[int] | None,
     room: _Room,
     standing: tuple[SiteEdit, ...],
+    sharing: Sharing,
     *,
     has_start: bool,
 ) -> _Ready:
@@ -237,19 +238,22 @@ def _prepare(
     _check_metric(model, metric, len(batch.lengths))
     rows = rows_of(model, batch, cells, which, standing, has_start=has_start)
     _refuse_unread(model, batch, metric, rows)
-    ids, over = _narrowed(model, metric)
+    refuse_unreached(model, [edits_of(cell, place) for place, cell in enumerate(cells)], sharing.unreached)
+    ids, over = _narrowed(model, metric) if sharing.layers else (None, metric)
     vocab = model.anatomy.size(Site("logits"), "vocab") if ids is None else len(ids)
-    groups = _groups(model, batch, metric, room.left, vocab)
-    passes: list[tuple[_Group, int, list[Row]]] = []
+    groups = groups_of(model, batch, metric, room.left, vocab)
+    passes: list[tuple[Group, int, list[Row]]] = []
     most = 0
     for group in groups:
         length, read = group.batch.tokens.shape[1], group.read.shape[1]
-        held = room.edges + len(group.prompts) * _prompt_bytes(model, length, read, vocab)
-        each = _row_bytes(model, length, read, vocab)
-        mine = [(group, first, part) for first, part in _passes(model, group, rows, _step(held, each, room.allowed))]
+        held = room.edges + len(group.prompts) * prompt_bytes(model, length, read, vocab)
+        each = row_bytes(model, length, read, vocab)
+        step = _step(held, each, room.allowed)
+        mine = [(group, first, part) for first, part in passes_of(model, group, rows, step, sharing)]
         passes += mine
         most = max(most, held + each * max((len(part) for _, _, part in mine), default=0))
-    return _Ready(which, over, ids, groups, passes, _plan(model, len(rows), passes, most), standing)
+    plan = _plan(model, len(rows), passes, most, sharing)
+    return _Ready(which, over, ids, groups, passes, plan, standing, sharing, cells)
 
 
 def _run(
@@ -266,13 +270,14 @@ def _run(
     try:
         for group in ready.groups:
             own = None if start is None else start[list(group.prompts)]
-            cached = cuts(model)
-            base = base_of(model, group.batch, group.prompts, group.read, ready.ids, ready.standing, cached, own)
-            read = ready.metric.read(base.logits, torch.tensor(group.prompts, device=base.logits.device))
+            base, of_pass = (
+                _shared(model, ready, group, own) if ready.sharing.layers else _alone(model, ready, group, own)
+            )
+            read = ready.metric.read(base, torch.tensor(group.prompts, device=base.device))
             for prompt_number, value in zip(group.prompts, read.float(), strict=True):
                 base_values[prompt_number] = value
             for _, first, part in (w for w in ready.passes if w[0] is group):
-                found = _run_pass(model, base, part, first, ready.metric).float()
+                found = of_pass(part, first).float()
                 if values is None:
                     values = torch.full((cells, *found.shape[1:]), torch.nan, dtype=found.dtype)
                 values[torch.tensor([r.place for r in part])] = found.cpu()
@@ -355,24 +360,6 @@ def _refuse_unread(model: LoadedModel, batch: Batch, metric: Metric, rows: Seque
         )
 
 
-def _groups(model: LoadedModel, batch: Batch, metric: Metric, room: int, vocab: int) -> list[_Group]:
-    """Prompts of one length together, as many as fit in half of the room."""
-    lengths: dict[tuple[int, int], list[int]] = {}
-    columns = {i: metric.columns(i, n) for i, n in enumerate(batch.lengths)}
-    for i, n in enumerate(batch.lengths):
-        lengths.setdefault((n, len(columns[i])), []).append(i)
-    groups: list[_Group] = []
-    rows = batch.rows
-    for (length, read_at), members in sorted(lengths.items()):
-        step = max(1, room // 2 // _prompt_bytes(model, length, read_at, vocab))
-        for first in range(0, len(members), step):
-            part = members[first : first + step]
-            tokens = torch.stack([rows[i] for i in part])
-            read = torch.tensor([columns[i] for i in part], device=tokens.device)
-            groups.append(_Group(tuple(part), Batch(tokens, (length,) * len(part), (0,) * len(part)), read))
-    return groups
-
-
 def _room(
     model: LoadedModel, batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None, budget: int | None
 ) -> _Room:
@@ -414,79 +401,81 @@ def _step(held: int, each: int, allowed: int) -> int:
     return (allowed - held) // each
 
 
-def _passes(model: LoadedModel, group: _Group, rows: Sequence[Row], step: int) -> Iterator[tuple[int, list[Row]]]:
-    """The rows of a group, cut into passes by first column and by the memory limit."""
-    mine = [r for r in rows if r.prompt in set(group.prompts)]
-    by_first: dict[int, list[Row]] = {}
-    for row in mine:
-        by_first.setdefault(row.first if cuts(model) else 0, []).append(row)
-    for first, together in _joined(by_first, group.batch.tokens.shape[1], model.anatomy.n_layers):
-        together.sort(key=lambda r: r.entry)
-        for at in range(0, len(together), step):
-            yield first, together[at : at + step]
-
-
-def _joined(by_first: dict[int, list[Row]], length: int, n_layers: int) -> list[tuple[int, list[Row]]]:
-    """Join neighbouring groups where one pass over more columns is cheaper than two.
-
-    The cost of a pass is, summed over the layers it computes, FIXED plus rows times columns; the best cut of the
-    groups, sorted by first column, into runs of neighbours is found by dynamic programming.
-    """
-    firsts = sorted(by_first)
-    entries = [torch.bincount(torch.tensor([r.entry for r in by_first[f]]), minlength=n_layers) for f in firsts]
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for stop in range(1, len(firsts) + 1):
-        options: list[tuple[float, int]] = []
-        joined = torch.zeros(n_layers, dtype=torch.long)
-        for start in range(stop - 1, -1, -1):
-            joined = joined + entries[start]
-            active = joined.cumsum(0)
-            cost = FIXED * int((active > 0).sum()) + int(active.sum()) * (length - firsts[start])
-            options.append((best[start][0] + cost, start))
-        best.append(min(options))
-    runs: list[tuple[int, list[Row]]] = []
-    stop = len(firsts)
-    while stop:
-        start = best[stop][1]
-        runs.append((firsts[start], [row for f in firsts[start:stop] for row in by_first[f]]))
-        stop = start
-    return runs
-
-
-def _row_bytes(model: LoadedModel, length: int, read: int, vocab: int) -> int:
-    a = model.anatomy
-    kv = 4 * a.n_heads * a.d_head * length
-    return 4 * (length * (6 * a.d_model + 3 * a.d_mlp) + kv + a.n_heads * length * length + 3 * read * vocab)
-
-
-def _prompt_bytes(model: LoadedModel, length: int, read: int, vocab: int) -> int:
-    """What the base run keeps of one prompt: the stream before every layer, keys and values, and what is read."""
-    a = model.anatomy
-    return 4 * (a.n_layers * length * (a.d_model + 2 * a.n_kv_heads * a.d_head) + read * vocab)
-
-
-def _plan(model: LoadedModel, cells: int, passes: Sequence[tuple[_Group, int, list[Row]]], most: int) -> SweepPlan:
+def _plan(
+    model: LoadedModel, cells: int, passes: Sequence[tuple[Group, int, list[Row]]], most: int, sharing: Sharing
+) -> SweepPlan:
     n = model.anatomy.n_layers
     forwards = flops = work = 0.0
     for group in dict.fromkeys(group for group, _, _ in passes):
         length = group.batch.tokens.shape[1]
         one = plan_of(model, Batch(group.batch.tokens[:1], (length,), (0,)), [], logits=False, grad=False, pace=1.0)
         mine = [(first, part) for g, first, part in passes if g is group]
-        cost = sum((n - row.entry) / n * (length - first) / length for first, part in mine for row in part)
-        # Every pass reads the weights of the layers that it computes, which takes as long as FIXED tokens.
-        read = sum((n - min(row.entry for row in part)) / n for _, part in mine) + 1
-        forwards += cost
+        if sharing.layers:
+            cost = sum((n - row.entry) / n * (length - first) / length for first, part in mine for row in part)
+            # Every pass reads the weights of the layers that it computes, which takes as long as FIXED tokens.
+            read = sum((n - min(row.entry for row in part)) / n for _, part in mine) + 1
+            forwards += cost
+        else:
+            cost = float(len(mine))
+            read = cost + len(group.prompts)
+            forwards += read
         flops += (cost + len(group.prompts)) * one.flops
         work += (cost + len(group.prompts) + read * FIXED / length) * one.flops
-    shares = "layers and positions"
-    if not cuts(model):
-        why = "a prefix of positions cannot be cut" if model.anatomy.causal else "attention sees both ways"
-        shares = f"layers only, as {why}"
-    return SweepPlan(cells, len(passes), forwards, flops, most, work / model.pace, shares)
+    return SweepPlan(cells, len(passes), forwards, flops, most, work / model.pace, sharing.said(model))
 
 
-def _run_pass(model: LoadedModel, base: Base, part: list[Row], first: int, metric: Metric) -> Shaped[Tensor, "row ..."]:
-    batched_pass = BatchedPass(model, base, part, first)
+def _refuse_edges(model: LoadedModel, sharing: Sharing) -> None:
+    """Refuse edges where layers cannot be run apart from those before them.
+
+    Raises:
+        SiteError: a batch that grows inside the model gives something else than literal forwards.
+    """
+    if not sharing.layers:
+        raise error(
+            SiteError,
+            f"{model.anatomy.name} has no edges that can be measured",
+            got="a branch run alone, or a batch that grows inside it, gives something else than literal forwards",
+            allowed="models whose sweeps share layers",
+            do="patch the nodes themselves: their cells are run one by one",
+        )
+
+
+OfPass = Callable[[list[Row], int], Shaped[Tensor, "row ..."]]
+"""The metric of the rows of a pass from its first column on."""
+
+
+def _shared(
+    model: LoadedModel, ready: _Ready, group: Group, start: Tensor | None
+) -> tuple[Float[Tensor, "prompt read vocab"], OfPass]:
+    """Logits of a group's base run, and how its passes are run: on what that run left."""
+    sharing = ready.sharing
+    base = base_of(model, group.batch, group.prompts, group.read, ready.ids, ready.standing, sharing.positions, start)
+    return base.logits, lambda part, first: _run_pass(model, base, part, first, ready.metric, narrow=sharing.narrow)
+
+
+def _alone(
+    model: LoadedModel, ready: _Ready, group: Group, start: Tensor | None
+) -> tuple[Float[Tensor, "prompt read vocab"], OfPass]:
+    """Logits of a group's prompts, and how its passes are run: a literal forward for every cell."""
+
+    def logits(prompt: int, edits: Sequence[SiteEdit] = ()) -> Float[Tensor, "one read vocab"]:
+        place = group.prompts.index(prompt)
+        one = slice(place, place + 1)
+        own = None if start is None else start[one]
+        whole = literal_logits(model, group.batch.tokens[one], edits, prompt=prompt, standing=ready.standing, start=own)
+        return whole[:, group.read[place]]
+
+    def of_pass(part: list[Row], first: int) -> Tensor:
+        found = torch.cat([logits(row.prompt, edits_of(ready.cells[row.place], row.place)) for row in part])
+        return ready.metric.read(found, torch.tensor([row.prompt for row in part], device=found.device))
+
+    return torch.cat([logits(prompt) for prompt in group.prompts]), of_pass
+
+
+def _run_pass(
+    model: LoadedModel, base: Base, part: list[Row], first: int, metric: Metric, *, narrow: bool
+) -> Shaped[Tensor, "row ..."]:
+    batched_pass = BatchedPass(model, base, part, first, narrow=narrow)
     logits = batched_pass.run()
     owners = [base.prompts.index(r.prompt) for r in batched_pass.rows]
     before = base.read[owners] < first

@@ -1,0 +1,35 @@
+"""The tokens on which what is claimed of a model is tried."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from microtome.anatomy._taps import ROWS
+
+LONG = 64
+"""The longest window, or other length in a configuration, that the probe goes beyond."""
+LENGTHS = re.compile("window|topk|top_k_|chunk_size|original_max_position|local_attention|block_size|num_random_blocks")
+
+
+def probe(hf: Any) -> Tensor:
+    """Two rows of tokens of a model's vocabulary: of eight, or more where a longer row is treated otherwise."""
+    d_vocab = int(hf.get_input_embeddings().weight.shape[0])
+    length = 8 + max((n for n in thresholds(hf.config.get_text_config()).values() if n <= LONG), default=0)
+    tokens = torch.arange(ROWS * length) * 7919 % (d_vocab - d_vocab // 4) + d_vocab // 4
+    return tokens.reshape(ROWS, length).to(hf.device)
+
+
+def thresholds(config: Any) -> dict[str, int]:
+    """Entries of a configuration that name a length beyond which rows are treated otherwise: windows, top-k, chunks."""
+    entries: list[tuple[Any, Any]] = []
+    for name, value in config.to_dict().items():
+        entries += cast("dict[Any, Any]", value).items() if isinstance(value, dict) else [(name, value)]
+    blocks, size = getattr(config, "num_random_blocks", None), getattr(config, "block_size", None)
+    if isinstance(blocks, int) and isinstance(size, int):  # Zaheer et al. 2020, Big Bird: shorter rows are not sparse
+        entries.append(("window of all blocks", (5 + 2 * blocks) * size))
+    whole = [(str(name), n) for name, n in entries if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    return {name: n for name, n in whole if LENGTHS.search(name)}
