@@ -144,7 +144,8 @@ class Model(LoadedModel):
             the prompts without a cell.
 
         Raises:
-            SiteError: an address matches nothing, lies outside the layers, or beyond its prompt.
+            SiteError: an address matches nothing, lies outside the layers, or beyond its prompt; or there is an `Edge`
+                in a model whose cells share nothing (`plan.shares`).
             EditError: a cell is empty, or the metric does not fit; or an edit of `editing` is none of a site inside
                 the layers, names rows, or meets an `Edge`.
             BudgetError: not even one cell fits.
