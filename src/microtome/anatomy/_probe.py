@@ -16,9 +16,12 @@ LENGTHS = re.compile("window|topk|top_k_|chunk_size|original_max_position|local_
 
 
 def probe(hf: Any) -> Tensor:
-    """Two rows of tokens of a model's vocabulary: of eight, or more where a longer row is treated otherwise."""
+    """Two rows of tokens of a model's vocabulary: of eight, or far more than what a longer row is treated otherwise by.
+
+    A mask of the k best keys, for one, changes little in a row that is hardly longer than k.
+    """
     d_vocab = int(hf.get_input_embeddings().weight.shape[0])
-    length = 8 + max((n for n in thresholds(hf.config.get_text_config()).values() if n <= LONG), default=0)
+    length = 8 + 2 * max((n for n in thresholds(hf.config.get_text_config()).values() if n <= LONG), default=0)
     tokens = torch.arange(ROWS * length) * 7919 % (d_vocab - d_vocab // 4) + d_vocab // 4
     return tokens.reshape(ROWS, length).to(hf.device)
 

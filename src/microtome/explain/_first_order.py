@@ -57,8 +57,8 @@ def node_scores(model: Model, pair: Pairs, direction: str, rules: Freeze | None,
     found: dict[str, xr.DataArray] = {}
     for site, part in layouts.items():
         name = part.capture.removeprefix("*.")
-        slope = torch.stack([gradient[f"{i}.{name}"] for i in range(model.anatomy.n_layers)])
         change = at_least_float32(goal[part.capture]) - at_least_float32(start[part.capture].detach())
+        slope = torch.stack([gradient[f"{i}.{name}"] for i in range(model.anatomy.n_layers)])
         x = _first_order(change, slope, part).cpu().numpy()
         scores = xr.DataArray(x, dims=part.dims)
         found[site] = scores.assign_coords({dim: np.arange(size) for dim, size in scores.sizes.items()})

@@ -35,8 +35,9 @@ class Bound:
     kept: dict[tuple[int | None, int | None], Kept] = field(default_factory=dict[tuple[int | None, int | None], Kept])
 
     def sites(self, model: Model, layer: int | None) -> set[str]:
-        """The sites that it sees in a layer."""
-        there = [n for n in self.measure.optional if Site(n, layer) in model.anatomy.hook_points]
+        """The sites that it sees in a layer: those that it may see too, where all its layers have them."""
+        points = model.anatomy.hook_points
+        there = [n for n in self.measure.optional if all(Site(n, i) in points for i in self.layers)]
         return {*self.measure.method.sites, *there}
 
 

@@ -231,10 +231,7 @@ def _determines(prover: Prover) -> None:
 
 
 def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityCheck], Anatomy]:
-    """Whether another last token changes the logits before it, and padding on either side those of a row.
-
-    One forward shows all three: the first row with another last token, and the second row, shorter, between pads.
-    """
+    """Whether another last token changes the logits before it, and padding on either side those of a row."""
     a, tokens = model.anatomy, run.tokens
     width = tokens.shape[1]
     if a.rotary_switch is not None:  # which refuses rows on both sides of its length
@@ -242,30 +239,34 @@ def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityChe
         tokens, plain = tokens[:, :width], _plain(model, tokens[:, :width])
     if width < 3:
         return [], a
-    short = width - min(width // 3, PADS)
-    row, other = tokens[-1], tokens[:1].clone()
+    other = tokens[:1].clone()
     other[:, -1] = tokens[-1, 0]
-    left = torch.cat([tokens[0, : width - short], row[:short]])
-    right = torch.cat([row[:short], tokens[0, : width - short]])
-    batch = Batch(torch.stack([other[0], left, right]), (width, short, short), (0, width - short, 0))
     prover = Prover(model, run, plain)
-    logits = run_forward(model, batch).logits
-    size = prover.sized(plain)
-    prover.multiplies("5 attention", "causal", logits[:1, :-1], size[:1, :-1])
+    whole, short = prover.sized(plain), width - min(width // 3, PADS)
+    prover.multiplies("5 attention", "causal", run_forward(model, other).logits[:, :-1], whole[:1, :-1])
     causal = prover.checks.pop()
-    causal = replace(causal, status="holds") if causal.gap <= LOOKS_AHEAD else causal
-    if causal.status == "fails":
-        causal = replace(causal, status="does not apply", gap=0.0, note="attention looks both ways", vouches=())
-        alone = run_forward(model, row[None, :short]).logits
-        size = Sized(at_least_float32(alone), size.size[-1:, :short])
+    if causal.gap <= LOOKS_AHEAD:
+        causal, alone = replace(causal, status="holds", vouches=()), whole[:, :short]
     else:
-        size = size[-1:, :short]
-    checks = [replace(causal, vouches=())]
-    for side, n, first in (("left", 1, width - short), ("right", 2, 0)):
-        prover.multiplies("1 inert", f"padding on the {side}", logits[n : n + 1, first : first + short], size)
-        checks.append(replace(prover.checks.pop(), vouches=(side,)))
-    sides = tuple(side for side, check in zip(SIDES, checks[1:], strict=True) if check.status == "holds")
-    return checks, replace(a, causal=causal.status == "holds", padding=sides)
+        why = "attention looks both ways"
+        causal = replace(causal, status="does not apply", gap=0.0, note=why, vouches=())
+        alone = Sized(at_least_float32(run_forward(model, tokens[:, :short]).logits), whole.size[:, :short])
+    padded = _padded(prover, tokens, short, alone)
+    sides = tuple(side for side, check in zip(SIDES, padded, strict=True) if check.status == "holds")
+    return [causal, *padded], replace(a, causal=causal.status == "holds", padding=sides)
+
+
+def _padded(prover: Prover, tokens: Tensor, short: int, alone: Sized) -> list[IdentityCheck]:
+    """Whether rows, shortened, give the logits that they give alone behind and before many pads."""
+    pads = min(2 * tokens.shape[1] + 1, prover.a.n_ctx - short)  # many, and no multiple of a block
+    rows, fill = tokens[:, :short], tokens.flip(0).repeat(1, 3)[:, :pads]
+    both = torch.cat([torch.cat([fill, rows], dim=1), torch.cat([rows, fill], dim=1)])
+    n = len(rows)
+    logits = run_forward(prover.model, Batch(both, (short,) * 2 * n, (*(pads,) * n, *(0,) * n))).logits
+    for side, seen in zip(SIDES, (logits[:n, pads:], logits[n:, :short]), strict=True):
+        prover.multiplies("1 inert", f"padding on the {side}", seen, alone)
+    found, prover.checks = [replace(check, vouches=()) for check in prover.checks], []
+    return found
 
 
 def without(anatomy: Anatomy, checks: Sequence[IdentityCheck]) -> Anatomy:
