@@ -39,7 +39,7 @@ from microtome.edit import (
     Skip,
     Zero,
 )
-from microtome.method import methods
+from microtome.method import methods, refused
 
 TIGHT = 1e-4
 """Of the largest value of a tensor, in float32."""
@@ -223,7 +223,8 @@ def methods_of_pairs(model: mt.Model) -> Found:
 
 def measures(model: mt.Model) -> Found:
     """The columns of all measures of the default atlas over two batches of tokens."""
-    names = [name for name, method in methods("measure").items() if method.atlas]
+    lacking = refused(model)
+    names = [name for name, method in methods("measure").items() if method.atlas and lacking[name] is None]
     data = mt.measure(model, *names, text=tokens(CLEAN, rows=6, length=32), rows=3, sequences=4, period=12)
     return _numbers("", data)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import microtome as mt
-from microtome.method import Bound, Measure, Pass, Text, declared, methods
+from microtome.method import Bound, Measure, Pass, Text, declared, methods, refused
 from microtome.stream import TokenBatch
 
 TARGETS = {"capture": 1.05, "sweep": 20.0, "atlas pass": 1.35}
@@ -203,7 +203,7 @@ class Cost:
                     model.hf(input_ids=batch.tokens.to(self.device))
 
         def ours() -> None:
-            bound = [Bound(one, one.statistic({}), one.layers(model)) for one in of_text()]
+            bound = [Bound(one, one.statistic({}), one.layers(model)) for one in of_text(model)]
             passed = Pass(model, bound, Text())
             for batch in made:
                 passed.update(batch)
@@ -226,9 +226,10 @@ def _judged(found: dict[str, dict[str, Any]], most: float) -> dict[str, Any]:
     return {"ratio": ratio, "target": most, "missed": ratio > most, **found}
 
 
-def of_text() -> list[Measure]:
-    """The measures of the default atlas that read all of a text."""
-    made = [declared(name) for name, method in methods("measure").items() if method.atlas]
+def of_text(model: mt.Model) -> list[Measure]:
+    """The measures of the default atlas that read all of a text, those that the model can be asked."""
+    lacking = refused(model)
+    made = [declared(name) for name, method in methods("measure").items() if method.atlas and lacking[name] is None]
     return [one for one in made if isinstance(one, Measure) and one.on == Text()]
 
 
