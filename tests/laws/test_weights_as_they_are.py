@@ -6,6 +6,7 @@ Whatever is shown of them is compared with plain hooks on the very same modules;
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests import families
 from torch import Tensor, nn
 
 import microtome as mt
-from microtome.errors import EditError, SiteError
+from microtome.errors import EditError, ModelBroken, SiteError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -251,3 +252,49 @@ def test_what_was_given_to_torch_compile_is_opened() -> None:
         model = mt.open(torch.compile(hf))
     assert model.hf is hf
     assert torch.equal(model.run(ids()).logits, expected)
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+
+def lora(folder: Path) -> tuple[Any, Path]:
+    """A model with a trained adapter of peft, and the folder of the adapter, beside that of its base."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    families.build("llama-gqa").save_pretrained(folder / "base")
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    hf = peft.get_peft_model(families.build("llama-gqa"), peft.LoraConfig(r=3, target_modules=targets))
+    for name, weight in hf.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    hf.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    hf.save_pretrained(folder / "adapter")
+    return hf.eval(), folder / "adapter"
+
+
+def test_an_adapter_is_opened_on_its_base_on_off_and_merged(tmp_path: Path) -> None:
+    hf, folder = lora(tmp_path)
+    expected, base = plain(hf, ids()), plain(families.build("llama-gqa"), ids())
+    assert not torch.equal(expected, base)
+    for model in (mt.open(hf), mt.open(folder)):
+        assert torch.equal(model.run(ids()).logits, expected)
+        assert not [check for check in model.proof if check.status == "fails"]
+        assert model.provenance["weights"] == "adapter default on"
+    model = mt.open(hf)
+    with hf.disable_adapter():
+        assert torch.equal(model.run(ids()).logits, base)
+        assert model.provenance["weights"] == "adapter default off"
+    merged = mt.open(hf.merge_and_unload())
+    torch.testing.assert_close(merged.run(ids()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    _, folder = lora(tmp_path)
+    said: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    families.build("gpt2").save_pretrained(tmp_path / "other")
+    config = copy.deepcopy(families.build("llama-gqa").config)
+    config.update({"intermediate_size": 64})
+    families.made(config).save_pretrained(tmp_path / "wider")
+    for name, got in (("other", "not found in the base model"), ("wider", "size mismatch")):
+        (folder / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": f"../{name}"}))
+        with pytest.raises(ModelBroken, match=f"does not fit the model that it names; got .*{got}"):
+            mt.open(folder)

@@ -39,7 +39,7 @@ def _compiled(module: Any) -> bool:
 
 
 def refuse_quantised_files(config: Any, short: str, problem: Exception) -> None:
-    """Refuse files of quantised weights that could not be loaded: to install what reads them would not help.
+    """Refuse files of quantised weights that could not be loaded: says which package is missing.
 
     Raises:
         ModelUnsupported: the configuration says that they are quantised.
@@ -49,9 +49,13 @@ def refuse_quantised_files(config: Any, short: str, problem: Exception) -> None:
         return
     method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
     reason = " ".join(str(problem).split()).rstrip(".")
+    named = getattr(method, "value", method)
+    if isinstance(problem, ImportError):
+        what = f"the weights of {short} are quantised ({named}), and a package that reads them is not installed"
+        raise error(ModelUnsupported, what, got=reason[:200], do="install it, or open the model it was made from")
     raise error(
         ModelUnsupported,
-        f"the weights of {short} are quantised ({getattr(method, 'value', method)}), and cannot be read as matrices",
+        f"the weights of {short} are quantised ({named}), and cannot be loaded here",
         got=reason if len(reason) < 200 else reason[:197] + "...",
         do="open the model that it was made from, or one that was dequantised and saved again",
     ) from problem
