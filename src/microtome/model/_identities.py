@@ -16,7 +16,7 @@ from torch import Tensor
 
 from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of, rounds_inputs, scaled
 from microtome.model._mixture import prove_mixture, silenced
-from microtome.model._sized import Sized, normed, product, ratio
+from microtome.model._sized import ROUNDED_TO, Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run
 from microtome.run.hook import HookSet
 from microtome.shown import shown
@@ -27,8 +27,6 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 PRODUCT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-ROUNDED_TO = 127
-"""What the largest element of what a quantised layer reads becomes as an integer of 8 bits."""
 BRANCHES = ("attn_out", "mixer_out", "mlp_out")
 MIXTURE = ("mlp.experts", "mlp.experts.post", "mlp.router")
 
@@ -210,12 +208,6 @@ class Prover:
         if path is not None and path not in self.rounding:
             self.rounding[path] = rounds_inputs(self.module(path))
         return path is not None and self.rounding[path]
-
-    def no_sums(self) -> dict[str, str]:
-        """Why the stream is not exactly the sum of what heads and neurons write, by layer where it is not."""
-        why = "its quantised layers round what they read, so that what they write is a sum of parts to a rounding only"
-        layers = enumerate(self.parts.layers)
-        return {f"{i}.sum": why for i, layer in layers if self.rounds(layer.o) or self.rounds(layer.down)}
 
     def acted(self, path: str | None, made: Sized, x: Tensor, matrix: Tensor, tolerance: float | None = None) -> Sized:
         """The product of x [..., in] and the matrix [in, out] of a projection, with the size that its rounding adds.

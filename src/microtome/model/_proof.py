@@ -74,7 +74,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
                 watched.refuse_random()
             prover = _identities(model, run, plain)
             checks = checks + rows + prover.checks + _untried(model, tokens.shape[1])
-            model.anatomy = replace(model.anatomy, unproven=dict(model.anatomy.unproven) | prover.no_sums())
+            model.anatomy = replace(model.anatomy, unproven=dict(model.anatomy.unproven) | _no_sums(prover))
             returns = model.anatomy.returns if prover.returns is None else prover.returns
             return checks, replace(without(scaled(model.anatomy, prover.factors), checks), returns=returns)
         finally:
@@ -358,3 +358,10 @@ def require_proven(model: LoadedModel, checks: Sequence[IdentityCheck]) -> None:
             f"the map of {model.anatomy.name} ({model.anatomy.model_type}) is not proven: {failed[0].reason}.{more} "
             f"To do: open it without strict=True, and it has what is proven; or look with `microtome check`."
         )
+
+
+def _no_sums(prover: Prover) -> dict[str, str]:
+    """Why the stream is not exactly the sum of what heads and neurons write, by layer where it is not."""
+    why = "its quantised layers round what they read, so that what they write is a sum of parts to a rounding only"
+    layers = enumerate(prover.parts.layers)
+    return {f"{i}.sum": why for i, layer in layers if prover.rounds(layer.o) or prover.rounds(layer.down)}
