@@ -210,11 +210,7 @@ class Prover:
         return path is not None and self.rounding[path]
 
     def acted(self, path: str | None, made: Sized, x: Tensor, matrix: Tensor, tolerance: float | None = None) -> Sized:
-        """The product of x [..., in] and the matrix [in, out] of a projection, with the size that its rounding adds.
-
-        Of integers of 8 bits one step, 1/127 of the largest element of x, is the most that any is off: what that comes
-        to is allowed in addition to the tolerance.
-        """
+        """x times the matrix [in, out] of a projection; one step of 8 bits of x is allowed where it rounds."""
         if not self.rounds(path):
             return made
         step = at_least_float32(x).abs().max() / ROUNDED_TO
