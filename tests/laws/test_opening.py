@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import re
@@ -165,13 +164,11 @@ def test_a_masked_model_is_converted_as_one(tmp_path: Path) -> None:
     refused(pickled(tmp_path), ModelUnsupported, "from transformers import AutoModelForMaskedLM as M")
 
 
-# ----------------------------------------------------------------------- compiled, offloaded, quantised models
+# ----------------------------------------------------------------------- models that are compiled or empty
 
 
 def compiled(how: str) -> Any:
     hf: Any = families.build("llama-gqa")
-    if how == "wrapped":
-        return torch.compile(hf)
     if how == "in place":
         hf.compile()
     elif how == "one layer":
@@ -185,65 +182,25 @@ def compiled(how: str) -> Any:
 
 @pytest.mark.slow  # torch.compile imports for seconds
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
-@pytest.mark.parametrize("how", ["wrapped", "in place", "one layer", "one layer in place", "its forward"])
-def test_a_compiled_model_is_to_be_opened_before(how: str) -> None:
+@pytest.mark.parametrize("how", ["in place", "one layer", "one layer in place", "its forward"])
+def test_a_model_compiled_in_place_is_refused(how: str) -> None:
     hf = compiled(how)
     said = refused(hf, ModelUnsupported, "is compiled, and what a compiled forward computes inside cannot be watched")
-    if how == "wrapped":
-        assert said.endswith("To do: open what was given to torch.compile (._orig_mod).")
-        assert mt.open(hf._orig_mod).proof
-    else:
-        assert said.endswith("To do: load it again, and do not compile it.")
-        assert ("model.layers.1" in said) == ("layer" in how)
+    assert said.endswith("To do: load it again, and do not compile it.")
+    assert ("model.layers.1" in said) == ("layer" in how)
 
 
-def test_an_offloaded_model_is_to_be_loaded_whole(folder: Path, tmp_path: Path) -> None:
-    from accelerate import cpu_offload, disk_offload
-    from transformers import AutoModelForCausalLM
-
-    parts = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
-    placed = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
-    cpu = torch.device("cpu")
-    for hf in (
-        cpu_offload(families.build("llama-gqa"), execution_device=cpu),
-        disk_offload(families.build("llama-gqa"), str(tmp_path / "a"), execution_device=cpu),
-        AutoModelForCausalLM.from_pretrained(folder, device_map=placed, offload_folder=str(tmp_path / "b")),
-    ):
-        said = refused(hf, ModelUnsupported, "are offloaded, so that they are not there to be read", "is on no device")
-        assert said.endswith("without device_map, offload_folder and cpu_offload, on one device that holds all of it.")
+def test_a_model_without_weights_is_refused() -> None:
     refused(families.build("llama-gqa").to("meta"), ModelUnsupported, "has no weights", "from_pretrained")
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
-def test_a_quantised_model_is_to_be_loaded_in_plain_numbers(folder: Path) -> None:
-    whole = families.build("llama-gqa")
-    packed = torch.ao.quantization.quantize_dynamic(copy.deepcopy(whole), {nn.Linear}, dtype=torch.qint8)
-    narrow: Any = copy.deepcopy(whole)
-    down = narrow.model.layers[1].mlp.down_proj
-    down.weight = nn.Parameter(down.weight.detach().mul(10).to(torch.int8), requires_grad=False)
-    held: Any = copy.deepcopy(whole)
-    held.model.layers[1].mlp.down_proj.register_buffer("qweight", torch.zeros(3, dtype=torch.int32))
-    eighth: Any = copy.deepcopy(whole)
-    eighth.model.layers[1].mlp.down_proj.weight.data = down.weight.detach().to(torch.float8_e4m3fn)
-    for hf, got in (
-        (packed, "is a Linear"),
-        (narrow, "got model.layers.1.mlp.down_proj.weight in int8"),
-        (held, "got model.layers.1.mlp.down_proj is a Linear"),
-        (eighth, "got model.layers.1.mlp.down_proj.weight in float8_e4m3fn"),
-    ):
-        said = refused(hf, ModelUnsupported, "are quantised, and cannot be read as plain matrices", got)
-        assert (
-            "To do: load the model without quantization_config or load_in_8bit, or call its dequantize() first" in said
-        )
 
 
 @pytest.mark.parametrize(
     "method", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}]
 )
-def test_quantised_files_are_no_matter_of_a_missing_package(method: dict[str, Any], folder: Path) -> None:
+def test_quantised_files_say_which_package_is_missing(method: dict[str, Any], folder: Path) -> None:
     configure(folder, quantization_config=method)
     said = refused(folder, ModelUnsupported, f"the weights of tiny are quantised ({method['quant_method']})")
-    assert said.endswith("To do: open the model that it was made from, or one that was dequantised and saved again.")
+    assert "and a package that reads them is not installed" in said
 
 
 def test_a_model_inside_of_a_wrapper_is_named() -> None:

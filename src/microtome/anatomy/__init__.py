@@ -41,6 +41,16 @@ if TYPE_CHECKING:
     from microtome.anatomy._sites import integer as integer
     from microtome.anatomy._sites import parse as parse
     from microtome.anatomy._sites import parse_indices as parse_indices
+    from microtome.anatomy._stored import adapters as adapters
+    from microtome.anatomy._stored import is_plain as is_plain
+    from microtome.anatomy._stored import leaves as leaves
+    from microtome.anatomy._stored import packed as packed
+    from microtome.anatomy._stored import present as present
+    from microtome.anatomy._stored import rounds_together as rounds_together
+    from microtome.anatomy._stored import runs_on as runs_on
+    from microtome.anatomy._stored import sizes as sizes
+    from microtome.anatomy._stored import state as state
+    from microtome.anatomy._stored import stored as stored
     from microtome.anatomy._taps import ROWS as ROWS
     from microtome.anatomy._taps import HookPoint as HookPoint
     from microtome.anatomy._taps import Split as Split
@@ -49,6 +59,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._weights import Weights as Weights
     from microtome.anatomy._weights import at_least_float32 as at_least_float32
     from microtome.anatomy._weights import bias_of as bias_of
+    from microtome.anatomy._weights import rounds_inputs as rounds_inputs
     from microtome.anatomy._weights import weight_of as weight_of
 else:
     __getattr__, __dir__ = names_of(__name__)

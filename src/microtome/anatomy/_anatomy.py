@@ -19,6 +19,7 @@ from microtome.anatomy._forms import learned
 from microtome.anatomy._roles import in_features, out_features
 from microtome.anatomy._rotary import RotarySwitch, switch_of
 from microtome.anatomy._sites import SITES, Address, Site
+from microtome.anatomy._stored import stored
 from microtome.anatomy._taps import HookPoint, Taps, neurons_of
 from microtome.errors import SiteError, error
 from microtome.shown import brief, shown
@@ -33,6 +34,8 @@ class Anatomy:
         missing: why a site is absent, by layer or for all (None).
         unproven: why a weight is, by its name with its layer, such as "3.W_Q".
         causal: whether attention looks back alone, as the probe showed.
+        stored: how weights are stored that are no plain matrices; adapters are said by `model.provenance`.
+        apart: why rows of a batch change each other, and a later token those before it, by a rounding; empty if not.
         padding: the sides on which rows can be padded without being changed.
         rotary_switch: where rows of a batch would change each other, if they would.
         returns: how many things a block returns in a tuple; 0 where it returns the stream itself.
@@ -62,6 +65,8 @@ class Anatomy:
     returns: int = 0
     padding: tuple[Literal["left", "right"], ...] = ("left", "right")
     unproven: Mapping[str, str] = field(default_factory=dict[str, str])
+    stored: str = ""
+    apart: str = ""
 
     def _facts(self) -> dict[str, str]:
         """Its form and sizes, and which sites it has and lacks."""
@@ -79,7 +84,7 @@ class Anatomy:
             "causal": str(self.causal),
             "sites": f"{len(self.hook_points)}, {len({site.name for site in self.hook_points})} names",
             "missing": ", ".join(lacks),
-        }
+        } | ({"weights": self.stored} if self.stored else {})
 
     def instead(self, hidden: Tensor) -> Any:
         """What a block returns that gives this stream."""
@@ -165,6 +170,8 @@ class Anatomy:
             f"attention: {self.n_heads} heads, {self.n_kv_heads} key/value heads of {self.d_head}, {self.attention}",
             f"MLP: {self.d_mlp} neurons, {kind}{experts}; vocabulary {self.d_vocab}; context {self.n_ctx}",
         ]
+        if self.stored:
+            lines.append(f"weights: {self.stored}")
         if self.parts.family.note:
             lines.append(self.parts.family.note)
         return "\n".join([*lines, *self._lacking()])
@@ -237,7 +244,7 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         attention="interface" if taps.interface else "inline",
         causal=_looks_back(model, parts, config),
         n_layers=len(parts.layers),
-        d_vocab=int(model.get_input_embeddings().weight.shape[0]),
+        d_vocab=out_features(model.get_input_embeddings()),
         n_ctx=int(longest) - start,
         first_position=start,
         gated=any(layer.gate or layer.gate_up or layer.experts for layer in parts.layers),
@@ -248,6 +255,7 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         logit_softcap=number(config, family.logit_softcap) if cap is None else cap,
         rotary_switch=switch_of(config),
         returns=0 if taps.interface else 2,
+        stored=stored(model),
         n_experts=max(dict(p.sizes).get("expert", 0) for s, p in taps.hook_points.items() if s.name != "mlp.router"),
         **_sizes(model, parts, config),
     )
@@ -258,7 +266,7 @@ def _sizes(model: Any, parts: Parts, config: Any) -> dict[str, Any]:
     first = next((layer for layer in parts.layers if layer.attn is not None), None)
     n_heads, n_kv_heads = (0, 0) if first is None else (first.n_heads, first.n_kv_heads)
     o = None if first is None else model.get_submodule(first.o)
-    width = int(model.get_input_embeddings().weight.shape[-1]) if o is None else out_features(o)
+    width = in_features(model.get_input_embeddings()) if o is None else out_features(o)
     return {
         "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_model": width,
         "d_head": 0 if o is None else in_features(o) // n_heads,

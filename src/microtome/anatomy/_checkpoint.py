@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,57 @@ def refuse_adapter(folder: Path) -> None:
         return
     merge = "merge it into its base (merge_and_unload of peft), save that, and open its folder"
     if not (folder / "config.json").is_file():
+        if base_of_adapter(folder) is not None and importlib.util.find_spec("peft") is not None:
+            return
         what = f"the folder {folder} holds an adapter without the model that it adapts"
         raise error(ModelNotFound, what, got=ADAPTER, do=merge)
     if importlib.util.find_spec("peft") is None:
         what = f"the folder {folder} holds an adapter beside its base, which would be left out without peft"
         raise error(ModelUnsupported, what, got=ADAPTER, do=f"install peft, or {merge}")
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """The model that an adapter alone in a folder says it adapts: a folder, also relative to its own, or a hub id."""
+    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        named: Any = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if not isinstance(named, str) or not named:
+        return None
+    beside = folder / named
+    return str(beside) if not Path(named).is_dir() and (beside / "config.json").is_file() else named
+
+
+def adapted(model: Any, folder: Path) -> Any:
+    """A model with the adapter of a folder inside.
+
+    Raises:
+        ModelUnsupported: it learns a prompt.
+        ModelBroken: the adapter is another model's: it has other modules or other shapes.
+    """
+    import peft
+
+    given: Any = peft
+    do = "name the model that it was trained on in its adapter_config.json"
+    try:
+        if given.PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
+            what = f"the adapter {folder.name} learns a prompt, which adds positions of its own"
+            raise error(ModelUnsupported, what, allowed="adapters inside the model, such as LoRA", do="open its base")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            made = given.PeftModel.from_pretrained(model, str(folder)).get_base_model()
+    except (RuntimeError, ValueError, KeyError) as problem:
+        lines = [line.strip() for line in str(problem).split("\n") if line.strip()]
+        got = next((line for line in lines if "mismatch" in line), lines[0] if lines else type(problem).__name__)
+        what = f"the adapter {folder.name} does not fit the model that it names"
+        raise error(ModelBroken, what, got=got.rstrip("."), do=do) from problem
+    lost = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+    if lost:
+        got = " ".join(lost[0].split())[:150]
+        raise error(ModelBroken, f"the adapter {folder.name} does not fit the model that it names", got=got, do=do)
+    return made
 
 
 def refuse_unlike(loading: dict[str, Any], short: str) -> None:

@@ -21,11 +21,11 @@ from microtome.anatomy._roles import (
     child,
     heads_of,
     in_features,
-    is_conv1d,
     mixer_of,
     mlp_of,
     out_features,
 )
+from microtome.anatomy._stored import present
 from microtome.errors import ModelUnsupported, error
 from microtome.shown import shown
 
@@ -154,7 +154,7 @@ def _chain_of_blocks(model: nn.Module, flow: Flow) -> tuple[str, nn.ModuleList]:
 
 def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
     """Describe a norm by trying it: which of rms or layer norm, and whether its gain is the weight or one more."""
-    weight = getattr(module, "weight", None)
+    weight = present(module, getattr(module, "weight", None))
     like = weight if isinstance(weight, Tensor) else None
     device = like.device if like is not None else None
     generator = torch.Generator().manual_seed(0)
@@ -166,7 +166,7 @@ def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
         got: Tensor = module(x)
     if like is None and torch.equal(got, x):
         return Norm(path, False, 0.0, 0.0, identity=True)
-    bias = getattr(module, "bias", None)
+    bias = present(module, getattr(module, "bias", None))
     declared = next(
         (float(v) for n in ("variance_epsilon", "eps") if isinstance(v := getattr(module, n, None), float)), None
     )
@@ -321,6 +321,6 @@ def _width(block: nn.Module, embedding: nn.Module) -> int:
     """Of the stream: what attention's output projection gives, or else as wide as the embeddings."""
     o = attention_of(block, "")["o"]
     module: Any = embedding if o is None else block.get_submodule(o.removeprefix("."))
-    if o is None or not isinstance(getattr(module, "weight", None), Tensor):
-        return int(getattr(embedding, "weight").shape[-1])  # noqa: B009 - typed as any module's
-    return int(module.weight.shape[1 if is_conv1d(module) else 0])
+    if o is None or getattr(module, "weight", None) is None:
+        return in_features(embedding)
+    return out_features(module)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from microtome.anatomy._checkpoint import pickled, refuse_pickled, refuse_unlike
+from microtome.anatomy._checkpoint import adapted, base_of_adapter, pickled, refuse_pickled, refuse_unlike
 from microtome.anatomy._gguf import GGUF, refuse_unread, scaled
 from microtome.anatomy._place import DEFAULT_NAME, MARK, cache_dir, place_of
 from microtome.anatomy._readable import refuse_quantised_files
@@ -63,6 +63,10 @@ def load(
             folder = default_folder()
         name = folder or DEFAULT_HUB_ID
     place = place_of(name, revision)
+    base = base_of_adapter(Path(place.source))
+    if base is not None:
+        model, own, _ = load(base, dtype=dtype, revision=None, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
+        return adapted(model, Path(place.source)).requires_grad_(False).eval(), own, place.short
     source, short = place.source, place.short
     options |= {"gguf_file": place.gguf} if place.gguf is not None else {}
     options |= {"revision": revision} if revision is not None else {}

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microtome.anatomy._stored import present
+
 NAMES = {"gate": ("gate_proj", "mlp.w1", "w1"), "in": ("up_proj", "mlp.v1", "w3"), "out": ("down_proj", "mlp.w2", "w2")}
 """What families call the projections of all experts; `gate_up_proj` is the first two as one."""
 _ACTIVATION = ("act_fn", "activation_fn", "mlp.activation_fn", "mlp.act_fn")
@@ -59,7 +61,7 @@ class Experts:
         return self.W_in is not None and self.W_out is not None and (self._act or self._gates) is not None
 
     def _tensor(self, *names: str) -> Tensor | None:
-        found = _found(self.module, names, Tensor)
+        found = present(self.module, _found(self.module, names, Tensor))
         return found if found is None or found.is_floating_point() else None
 
     def _half(self, both: Tensor, name: str) -> Tensor:

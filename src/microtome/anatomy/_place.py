@@ -8,7 +8,7 @@ from pathlib import Path
 
 import platformdirs
 
-from microtome.anatomy._checkpoint import refuse_adapter
+from microtome.anatomy._checkpoint import base_of_adapter, refuse_adapter
 from microtome.errors import ModelNotFound, error
 from microtome.shown import shown
 
@@ -57,7 +57,7 @@ def place_of(name: str | Path, revision: str | None = None) -> Place:
         place = Place(str(path.parent), path.stem, path.name)
     elif path.is_dir():
         refuse_adapter(path)
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and base_of_adapter(path) is None:
             what = f"the folder {source} holds no model: it has no config.json"
             raise error(ModelNotFound, what, do="name the folder that save_pretrained wrote")
     elif path.is_file():

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from microtome.anatomy._stored import runs_on, sizes
 from microtome.anatomy._taps import ROWS
 
 LONG = 64
@@ -20,10 +21,10 @@ def probe(hf: Any) -> Tensor:
 
     A mask of the k best keys, for one, changes little in a row that is hardly longer than k.
     """
-    d_vocab = int(hf.get_input_embeddings().weight.shape[0])
+    d_vocab = sizes(hf.get_input_embeddings())[0]
     length = 8 + 2 * max((n for n in thresholds(hf.config.get_text_config()).values() if n <= LONG), default=0)
     tokens = torch.arange(ROWS * length) * 7919 % (d_vocab - d_vocab // 4) + d_vocab // 4
-    return tokens.reshape(ROWS, length).to(hf.device)
+    return tokens.reshape(ROWS, length).to(runs_on(hf))
 
 
 def thresholds(config: Any) -> dict[str, int]:

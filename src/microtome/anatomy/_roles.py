@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from microtome.anatomy._stored import sizes
+
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
 MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe", "feedforward")
 Q = ("q_proj", "query", "q_b_proj", "query_proj", "project_q", "Wq")
@@ -153,15 +155,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def out_features(module: nn.Module) -> int:
-    """Output size of a projection, whichever way round its weight is stored."""
-    weight: Any = module.weight
-    return int(weight.shape[1 if is_conv1d(module) else 0])
+    """Output size of a projection, whichever way its weight is stored."""
+    return int(sizes(module)[0])
 
 
 def in_features(module: nn.Module) -> int:
-    """Input size of a projection, whichever way round its weight is stored."""
-    weight: Any = module.weight
-    return int(weight.shape[0 if is_conv1d(module) else 1])
+    """Input size of a projection, whichever way its weight is stored."""
+    return int(sizes(module)[1])
 
 
 def _number(of: object, *names: str) -> int:

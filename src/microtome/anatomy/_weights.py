@@ -24,6 +24,7 @@ from microtome.anatomy._anatomy import Anatomy
 from microtome.anatomy._discover import Norm, norm_of
 from microtome.anatomy._mixture import Experts
 from microtome.anatomy._roles import is_conv1d
+from microtome.anatomy._stored import PLAIN, dequantised, packed, present, runs_on, sizes
 from microtome.anatomy._taps import Split, fused_splits
 from microtome.errors import SiteError, error
 from microtome.shown import brief, shown
@@ -40,35 +41,50 @@ UNIT_ROWS = 1024
 
 def weight_of(module: Any) -> Tensor:
     """Weight [out, in] with which a projection acts."""
-    weight = module.weight.T if is_conv1d(module) else module.weight
-    if not _has_parts(module):
+    weight = None if packed(module) is None else dequantised(module)
+    if weight is not None:
         return weight
-    n_in = weight.shape[1]
-    zero, found = _made_of(module, weight.new_zeros(1, n_in)), []
+    if not _computes(module):
+        weight = present(module, module.weight)
+        return weight.T if is_conv1d(module) else weight
+    n_in, zeros = weight_shape(module)[1], _zeros(module)
+    zero, found = _made_of(module, zeros), []
     for first in range(0, n_in, UNIT_ROWS):
-        rows = torch.arange(first, min(first + UNIT_ROWS, n_in), device=weight.device)
-        units = torch.zeros(len(rows), n_in, dtype=weight.dtype, device=weight.device)
-        found.append(_made_of(module, units.scatter(1, rows.unsqueeze(1), 1.0)) - zero)
+        rows = torch.arange(first, min(first + UNIT_ROWS, n_in), device=zeros.device)
+        units = zeros.expand(len(rows), n_in).scatter(1, rows.unsqueeze(1), 1.0)
+        found.append(_made_of(module, units) - zero)
     return torch.cat(found).T
 
 
 def bias_of(module: Any) -> Tensor | None:
     """Bias [out] with which a projection acts, or None."""
-    bias = getattr(module, "bias", None)
-    if not _has_parts(module):
-        return bias if isinstance(bias, Tensor) else None
-    made = _made_of(module, module.weight.new_zeros(1, weight_shape(module)[1]))[0]
+    bias: Any = getattr(module, "bias", None)
+    bias = bias() if callable(bias) else present(module, bias)
+    if packed(module) is not None or not _has_parts(module):
+        return bias.detach() if isinstance(bias, Tensor) and callable(module.bias) else bias
+    made = _made_of(module, _zeros(module))[0]
     return made if isinstance(bias, Tensor) or bool(made.any()) else None
 
 
 def weight_shape(module: Any) -> tuple[int, int]:
     """Output and input size of a projection."""
-    rows, columns = module.weight.shape
-    return (columns, rows) if is_conv1d(module) else (rows, columns)
+    return sizes(module)
 
 
 def _has_parts(module: nn.Module) -> bool:
     return next(module.children(), None) is not None
+
+
+def _computes(module: Any) -> bool:
+    """Whether what a projection acts with is no plain matrix that it holds."""
+    return _has_parts(module) or packed(module) is not None
+
+
+def _zeros(module: Any) -> Tensor:
+    """[1, in] what a projection can read, of the type and on the device of what it holds."""
+    held = next((t for t in (*module.parameters(), *module.buffers()) if t.dtype in PLAIN), None)
+    device = None if held is None else runs_on(module) if held.is_meta else held.device
+    return torch.zeros(1, weight_shape(module)[1], dtype=None if held is None else held.dtype, device=device)
 
 
 def _made_of(module: Any, x: Tensor) -> Tensor:
@@ -84,11 +100,23 @@ def _made_of(module: Any, x: Tensor) -> Tensor:
             part.training = True
 
 
+def rounds_inputs(module: Any) -> bool:
+    """Whether a quantised projection rounds what it reads too, so that no matrix does what it does: by trying it."""
+    if all(packed(part) is None for part in module.modules()):
+        return False
+    zeros = _zeros(module)
+    x = torch.randn(4, zeros.shape[1], generator=torch.Generator().manual_seed(0)).to(zeros)
+    matrix, bias = at_least_float32(weight_of(module)).T, bias_of(module)
+    made = at_least_float32(x) @ matrix + (0.0 if bias is None else bias)
+    gap = (at_least_float32(_made_of(module, x)) - made).abs() / (at_least_float32(x).abs() @ matrix.abs())
+    return float(gap.max()) > max(1e-4, torch.finfo(zeros.dtype).eps / 4)
+
+
 def _embedded(module: Any) -> Tensor:
     """[vocab, d_model] what an embedding gives for every token."""
-    if not _has_parts(module):
-        return module.weight
-    return _made_of(module, torch.arange(module.weight.shape[0], device=module.weight.device))
+    if not _computes(module):
+        return present(module, module.weight)
+    return _made_of(module, torch.arange(weight_shape(module)[0], device=_zeros(module).device))
 
 
 def _shapes(of: object, names: tuple[str, ...]) -> dict[str, str]:
@@ -122,7 +150,7 @@ class NormWeights:
 
         A sum 1 + w is in float32 at least, as in the models.
         """
-        weight = getattr(self.module, "weight", None)
+        weight = present(self.module, getattr(self.module, "weight", None))
         if not isinstance(weight, Tensor):
             return 1.0
         return at_least_float32(weight) + self.norm.offset if self.norm.offset else weight
@@ -130,7 +158,7 @@ class NormWeights:
     @property
     def bias(self) -> Float[Tensor, "*norm"] | None:
         """As the gain, or None."""
-        bias = getattr(self.module, "bias", None)
+        bias = present(self.module, getattr(self.module, "bias", None))
         return bias if isinstance(bias, Tensor) else None
 
     def centre(self, x: Float[Tensor, "*at d_model"]) -> Float[Tensor, "*at d_model"]:

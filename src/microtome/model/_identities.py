@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of, scaled
+from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of, rounds_inputs, scaled
 from microtome.model._mixture import prove_mixture, silenced
-from microtome.model._sized import Sized, normed, product, ratio
+from microtome.model._sized import ROUNDED_TO, Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run
 from microtome.run.hook import HookSet
 from microtome.shown import shown
@@ -113,6 +113,8 @@ class Prover:
         self.product = PRODUCT.get(model.dtype, 1e-2)
         self.checks: list[IdentityCheck] = []
         self.returns: int | None = None
+        self.note = ""  # of the next check
+        self.rounding: dict[str, bool] = {}
         self.factors: dict[int, float] = {}  # by layer, what the slots of a mixture are added times
 
     def at(self, name: str, layer: int | None = None) -> Tensor:
@@ -154,7 +156,8 @@ class Prover:
         """Note whether an identity holds, and what it vouches for."""
         status = "holds" if gap <= tolerance else "fails"
         vouches = vouched(identity, where) if vouches is None else vouches
-        self.checks.append(IdentityCheck(identity, where, status, gap, tolerance, "", vouches))
+        note, self.note = self.note, ""
+        self.checks.append(IdentityCheck(identity, where, status, gap, tolerance, note, vouches))
 
     def fail(self, identity: str, where: str, tolerance: float, note: str) -> None:
         """Note that an identity could not even be compared."""
@@ -193,6 +196,27 @@ class Prover:
         if norm is not None and isinstance(norm.gain, Tensor) and norm.gain.shape[-1] != x.shape[-1]:
             return Sized.of(x)
         return Sized.of(x) if norm is None else normed(norm, Sized.of(x), norm.apply(x))
+
+    @property
+    def quantised(self) -> bool:
+        """Whether some projection of the first layer, or the unembedding, rounds what it reads."""
+        layer = self.parts.layers[0]
+        return any(self.rounds(p) for p in (layer.o, layer.down, layer.q, layer.qkv, self.parts.unembedding))
+
+    def rounds(self, path: str | None) -> bool:
+        """Whether a projection rounds what it reads to a few bits, so that no matrix does exactly what it does."""
+        if path is not None and path not in self.rounding:
+            self.rounding[path] = rounds_inputs(self.module(path))
+        return path is not None and self.rounding[path]
+
+    def acted(self, path: str | None, made: Sized, x: Tensor, matrix: Tensor, tolerance: float | None = None) -> Sized:
+        """x times the matrix [in, out] of a projection; one step of 8 bits of x is allowed where it rounds."""
+        if not self.rounds(path):
+            return made
+        step = at_least_float32(x).abs().max() / ROUNDED_TO
+        off = step * at_least_float32(matrix).abs().sum(0) / (self.product if tolerance is None else tolerance)
+        self.note = f"beyond one step of 1/{ROUNDED_TO} of the largest input, to which the quantised layer rounds"
+        return Sized(made.value, made.size + off)
 
     def residual(self, i: int) -> None:
         """What a block adds is what its branches write; what fails names the branch, where it can be told."""
@@ -244,10 +268,14 @@ class Prover:
 
     def written(self, identity: str, where: str, i: int, name: str, raw: Sized, path: str | None) -> None:
         """What a branch writes is what its parts sum to, behind a norm where it has one of its own."""
+        tolerance = self.held_to(path)
         path = path if self.parts.form == "sequential" else None
-        tolerance = self.product if path is None else self.tolerance
         expected = self.behind(path, raw) * self.a.hook_points[Site(name, i)].scale
         self.same(identity, where, self.at(name, i), expected, tolerance)
+
+    def held_to(self, norm: str | None) -> float:
+        """The tolerance of what a branch writes: that of a product, unless a norm of its own follows."""
+        return self.product if norm is None or self.parts.form != "sequential" else self.tolerance
 
     def heads(self, i: int) -> None:
         """Heads, through W_O, sum to what attention writes."""
@@ -258,7 +286,9 @@ class Prover:
         if not self.has("attn_out", i):
             return
         total = Sized(at_least_float32(result), seen.size).sum(2) + self.model.layers[i].b_O
-        path = self.parts.layers[i].attn_post_norm
+        layer = self.parts.layers[i]
+        path = layer.attn_post_norm
+        total = self.acted(layer.o, total, z, weights.flatten(0, 1), self.held_to(path))
         self.written("3 heads", f"{i}.attn.result", i, "attn_out", total, path)
 
     def neurons(self, i: int) -> None:
@@ -268,7 +298,9 @@ class Prover:
             self.skip("4 neurons", f"{i}.mlp", self.a.missing.get(Site("mlp.post", i), "neurons are not seen"))
             return
         if layer.experts is None:
-            total = product(self.at("mlp.post", i), weights.W_out, weights.b_out)
+            x, W_out = self.at("mlp.post", i), weights.W_out
+            total = product(x, W_out, weights.b_out)
+            total = self.acted(layer.down, total, x, W_out, self.held_to(layer.mlp_post_norm))
             self.written("4 neurons", f"{i}.mlp.post", i, "mlp_out", total, layer.mlp_post_norm)
             return
         prove_mixture(self, i)
@@ -364,7 +396,9 @@ class Prover:
             self.skip("6 unembed", "final", f"{trunk} projects the stream to another width before the unembedding")
         else:
             self.same("6 unembed", "final", final, self.read(norm, last))
-        self.multiplies("6 unembed", "logits", self.run.logits, self.logits)
+        scaled = final * self.a.logit_scale
+        made = self.acted(self.parts.unembedding, self.logits, scaled, self.model.W_U)
+        self.multiplies("6 unembed", "logits", self.run.logits, made)
 
     def reads(self, i: int) -> None:
         """What a branch reads is the norm of the stream before it."""
@@ -393,7 +427,9 @@ class Prover:
         views = {"mlp.gate": ("W_gate", "b_gate"), "mlp.up": ("W_in", "b_in"), "mlp.pre": ("W_in", "b_in")}
         for name, (matrix, offset) in views.items():
             if self.has(name, i):
-                expected = product(x, getattr(weights, matrix), getattr(weights, offset))
+                view, layer = getattr(weights, matrix), self.parts.layers[i]
+                path = layer.gate_up or (layer.gate if matrix == "W_gate" else layer.up)
+                expected = self.acted(path, product(x, view, getattr(weights, offset)), x, view)
                 self.multiplies("7 weights", f"{i}.{matrix}", self.at(name, i), expected)
         act = self.parts.layers[i].act
         if act is None:
@@ -435,6 +471,7 @@ class Prover:
             seen, view = self.at(f"attn.{name}", i), getattr(weights, matrix)
             flat, offset = view.transpose(0, 1).flatten(1), getattr(weights, bias)
             made = product(x, flat, None if offset is None else offset.flatten())
+            made = self.acted(layer.qkv or getattr(layer, name), made, x, flat)
             value = made.value if clip is None else made.value.clamp(-clip, clip)
             expected = Sized(*(y.unflatten(-1, (view.shape[0], -1)) for y in (value, made.size)))
             expected = expected.repeated(seen.shape[2] // view.shape[0])

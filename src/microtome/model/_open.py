@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def open(
     asks for it is told; a weight likewise (``model.anatomy.unproven``). `microtome check` shows the whole proof.
 
     Args:
-        name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel` (which is left as it is,
+        name_or_path: a hub id, a folder, a GGUF file, an already loaded `PreTrainedModel`, quantised, offloaded or with
+            adapters of peft as it may be (which is left as it is,
             runs in evaluation mode whatever its own, and takes none of `dtype`, `device`,
             `revision` and `trust_remote_code`), or nothing for the
             default model (SmolLM2-135M-Instruct).
@@ -96,16 +98,39 @@ def _load(
             got=", ".join(f"{name}={asked[name]}" for name in ignored),
             do="leave these out and load or move it so with transformers, or give its name instead",
         )
-    hf = name_or_path
+    hf = _inner(name_or_path)
     name = Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name
     return Model(hf, tokenizer, _anatomy(hf, name))
+
+
+def _inner(given: Any) -> Any:
+    """What a wrapper of torch.compile or of peft holds, which shares its weights.
+
+    Raises:
+        ModelUnsupported: peft puts tokens of its own before the prompt, which the model inside would be without.
+    """
+    if "_orig_mod" in vars(given).get("_modules", {}):
+        what = "the model is compiled, and compiled code cannot be watched: opened what was given to torch.compile"
+        warnings.warn(f"{what} (._orig_mod), which shares its weights", stacklevel=4)
+        return _inner(given._orig_mod)
+    if not callable(getattr(type(given), "get_base_model", None)):
+        return given
+    if getattr(given.active_peft_config, "is_prompt_learning", False):
+        raise error(
+            ModelUnsupported,
+            "cannot open a model with a learned prompt",
+            got=f"{getattr(given.active_peft_config.peft_type, 'value', 'peft')}, which adds positions of its own",
+            allowed="adapters inside the model, such as LoRA",
+            do="open the model that it adapts",
+        )
+    return given.get_base_model()
 
 
 def _anatomy(hf: Any, name: str) -> Anatomy:
     """The map of a loaded model.
 
     Raises:
-        ModelUnsupported: it has parts of no known form; or it is compiled, offloaded or quantised.
+        ModelUnsupported: it has parts of no known form; or it is compiled in place, or without weights.
     """
     refuse_unreadable(hf, name)
     try:

@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, thresholds
+from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, rounds_together, thresholds
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
 from microtome.model._mixture import scaled
@@ -74,6 +74,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
                 watched.refuse_random()
             prover = _identities(model, run, plain)
             checks = checks + rows + prover.checks + _untried(model, tokens.shape[1])
+            model.anatomy = replace(model.anatomy, unproven=dict(model.anatomy.unproven) | _no_sums(prover))
             returns = model.anatomy.returns if prover.returns is None else prover.returns
             return checks, replace(without(scaled(model.anatomy, prover.factors), checks), returns=returns)
         finally:
@@ -242,6 +243,13 @@ def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityChe
     other = tokens[:1].clone()
     other[:, -1] = tokens[-1, 0]
     prover = Prover(model, run, plain)
+    if prover.quantised:
+        prover.multiplies("1 inert", "rows", run_forward(model, tokens[-1:]).logits, prover.sized(plain)[-1:])
+        found = prover.checks.pop()
+        if found.status == "fails" or rounds_together(model.hf):
+            note = "its layers round what they read by the largest of all rows and positions"
+            found = replace(found, status="does not apply", note=note, vouches=())
+            return [found], replace(a, padding=(), apart=f"{note} (off by {found.gap:.2g} on the probe)")
     whole, short = prover.sized(plain), width - min(width // 3, PADS)
     prover.multiplies("5 attention", "causal", run_forward(model, other).logits[:, :-1], whole[:1, :-1])
     causal = prover.checks.pop()
@@ -350,3 +358,10 @@ def require_proven(model: LoadedModel, checks: Sequence[IdentityCheck]) -> None:
             f"the map of {model.anatomy.name} ({model.anatomy.model_type}) is not proven: {failed[0].reason}.{more} "
             f"To do: open it without strict=True, and it has what is proven; or look with `microtome check`."
         )
+
+
+def _no_sums(prover: Prover) -> dict[str, str]:
+    """Why the stream is not exactly the sum of what heads and neurons write, by layer where it is not."""
+    why = "its quantised layers round what they read, so that what they write is a sum of parts to a rounding only"
+    layers = enumerate(prover.parts.layers)
+    return {f"{i}.sum": why for i, layer in layers if prover.rounds(layer.o) or prover.rounds(layer.down)}

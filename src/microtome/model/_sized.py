@@ -14,6 +14,8 @@ from torch import Tensor
 
 from microtome.anatomy import NormWeights, at_least_float32
 
+ROUNDED_TO = 127
+"""What the largest element of what a quantised layer reads becomes as an integer of 8 bits."""
 CHUNK = 2**24
 """Most elements of a matrix whose absolute values are held at once."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -10,11 +11,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Anatomy, LayerWeights, NormWeights, Weights, integer
+from microtome.anatomy import (
+    Anatomy,
+    LayerWeights,
+    NormWeights,
+    Weights,
+    adapters,
+    integer,
+    is_plain,
+    packed,
+    runs_on,
+    sizes,
+)
 from microtome.errors import ModelUnsupported, PromptError, SiteError, error
 from microtome.run._batch import Batch, Prompt, encodings_of, to_batch
 from microtome.run._codec import Codec, Encoding
-from microtome.run._fingerprint import Fingerprint, tensors_of
+from microtome.run._fingerprint import Fingerprint
 from microtome.shown import in_notebooks
 
 _version = cache(version)  # every run records them, and reading a package's metadata takes as long as a small forward
@@ -43,8 +55,8 @@ class LoadedModel:
 
     def __repr__(self) -> str:
         a = self.anatomy
-        sizes = f"{a.n_layers} layers, {a.n_heads} heads, {a.d_mlp} neurons, d_model {a.d_model}"
-        return f"{type(self).__name__}({a.name}: {sizes})"
+        numbers = f"{a.n_layers} layers, {a.n_heads} heads, {a.d_mlp} neurons, d_model {a.d_model}"
+        return f"{type(self).__name__}({a.name}: {numbers}{f'; weights: {self.stored}' if self.stored else ''})"
 
     def _facts(self) -> dict[str, str]:
         """Its sizes, where it is, and what reads its text."""
@@ -57,14 +69,19 @@ class LoadedModel:
             "neurons": f"{a.d_mlp} a layer",
             "d_model": str(a.d_model),
             "vocabulary": str(a.d_vocab),
-            "weights": f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+            "weights": "; ".join(filter(None, [f"{self.dtype} on {self.device}".removeprefix("torch."), self.stored])),
             "tokenizer": "none" if tokenizer is None else type(tokenizer).__name__,
         }
 
     @property
+    def stored(self) -> str:
+        """How weights are stored that are no plain matrices here, and which adapters are on; empty where all are."""
+        return "; ".join([*filter(None, [self.anatomy.stored]), *adapters(self.hf)])
+
+    @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.hf.device
+        """Where the weights are, or where they are offloaded, where it runs."""
+        return runs_on(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,7 +194,15 @@ class LoadedModel:
     @cached_property
     def n_parameters(self) -> int:
         """How many parameters the model has; tied ones count once."""
-        return sum(t.numel() for t in tensors_of(self.hf) if isinstance(t, torch.nn.Parameter))
+        found: dict[int, int] = {}
+        for module in self.hf.modules():
+            if (how := packed(module)) is not None:
+                bias: Any = getattr(module, "bias", None)
+                inside = bias() if callable(bias) else None  # with the weight; else it is a parameter
+                found[id(module)] = math.prod(sizes(module)) + (inside.numel() if isinstance(inside, Tensor) else 0)
+            own = vars(module)["_parameters"].values()
+            found |= {id(p): p.numel() for p in own if p is not None and (how is None or is_plain(p))}
+        return sum(found.values())
 
     @property
     def fingerprint(self) -> str:
@@ -186,7 +211,7 @@ class LoadedModel:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What every result records: model, fingerprint, dtype and versions.
+        """What every result records: model, fingerprint, dtype, how its weights are stored, and versions.
 
         The weights are read again only where something shows that they changed; see `Fingerprint`.
         """
@@ -194,6 +219,7 @@ class LoadedModel:
             "model": self.anatomy.name,
             "fingerprint": self._fingerprint.current(),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "weights": self.stored or "plain",
             "microtome": _version("microtome"),
             "transformers": _version("transformers"),
             "torch": torch.__version__,

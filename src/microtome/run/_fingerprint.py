@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microtome.anatomy import leaves, present, state
+
 SAMPLES = 64
 
 # Entries of configurations that change no number of a model in evaluation: where it lay, who wrote it, what training
@@ -49,16 +51,21 @@ class Fingerprint:
         """The fingerprint of what the weights are now."""
         done: dict[tuple[int, str, tuple[int, ...]], int] = {}
         digest = hashlib.sha256(_attributes(self._hf.config).encode())
-        for name, tensor in self._hf.state_dict().items():
-            if not isinstance(tensor, Tensor):
-                continue
-            kind = tensor.data_ptr(), str(tensor.dtype), tuple(tensor.shape)
-            if kind not in done:  # tied weights are read once
-                done[kind] = zlib.crc32(_bytes(tensor))
-            digest.update(f"{name}{kind[1:]}{done[kind]};".encode())
+        for name, module, entry in state(self._hf):
+            for tensor in leaves(entry):
+                kind = tensor.data_ptr(), str(tensor.dtype), tuple(tensor.shape)
+                if tensor.is_meta or tensor is not entry:  # what is loaded or unpacked for a moment has no place
+                    done[kind] = zlib.crc32(_bytes(self._loaded(name, module, tensor)))
+                elif kind not in done:  # tied weights are read once
+                    done[kind] = zlib.crc32(_bytes(tensor))
+                digest.update(f"{name}{kind[1:]}{done[kind]};".encode())
         self._known = digest.hexdigest()[:16]
         self._look()
         return self._known
+
+    def _loaded(self, name: str, module: Any, tensor: Tensor) -> Tensor:
+        # By its name: to load one parameter of a module puts new empty ones in the place of all.
+        return present(module, getattr(module, name.rpartition(".")[2])) if tensor.is_meta else tensor
 
     def current(self) -> str:
         """The fingerprint, read again only where the weights seem to have changed."""
@@ -70,7 +77,7 @@ class Fingerprint:
         tensors = tensors_of(self._hf)
         marks = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         if [m[:2] for m in marks] != [m[:2] for m in self._marks]:
-            self._views = [_samples(t) for t in tensors if t.is_contiguous()]
+            self._views = [_samples(t) for t in tensors if t.is_contiguous() and not t.is_meta]
         self._marks = marks
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for view in self._views:
@@ -91,8 +98,8 @@ def tensors_of(module: Any) -> list[Tensor]:
         parts = vars(one)
         for held in (parts["_parameters"], parts["_buffers"]):
             for tensor in held.values():
-                if tensor is not None:
-                    found[id(tensor)] = tensor
+                for leaf in leaves(tensor):
+                    found[id(leaf)] = leaf
         waiting += [inner for inner in parts["_modules"].values() if inner is not None]
     return list(found.values())
 

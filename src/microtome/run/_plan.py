@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from microtome.anatomy import Address, Site
+from microtome.anatomy import Address, Site, sizes
 from microtome.context import current
 from microtome.errors import BudgetError, error
 from microtome.run._batch import Batch
@@ -73,9 +74,9 @@ def plan_of(
         held = sum(_elements(model, batch, address, site) for site in a.sites(address))
         kept[str(address)] = held * each * (2 if grad else 1)
     tokens = rows * width
-    read, written = (part.weight for part in (model.hf.get_input_embeddings(), model.hf.get_output_embeddings()))
-    weights = model.n_parameters - read.numel()
-    weights -= 0 if written.data_ptr() == read.data_ptr() else written.numel()
+    read, written = model.hf.get_input_embeddings(), model.hf.get_output_embeddings()
+    weights = model.n_parameters - math.prod(sizes(read))
+    weights -= 0 if getattr(written, "weight", None) is getattr(read, "weight", 0) else math.prod(sizes(written))
     flops = 2.0 * tokens * weights + 4.0 * rows * width * width * a.n_heads * a.d_head * a.n_layers
     if captures and not logits:  # the run ends in the last layer that is named
         sites = [site for address in captures for site in a.sites(address)]

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from microtome.anatomy import Site, bias_of, weight_of
+from microtome.anatomy import Site, bias_of, packed, weight_of
 from microtome.axes import Tokens
 from microtome.edit import Apply, Frame, Mean, Selection, SiteEdit, apply, canonical
 from microtome.errors import EditError, SiteError, error
@@ -271,6 +271,12 @@ def _columns_of(x: Float[Tensor, "row pos width"], columns: Int[Tensor, "row rea
 
 def _some_logits(unembedding: Any, ids: Int[Tensor, " id"]) -> Any:
     """The unembedding for some tokens only; what the model does to logits after it is done to these."""
+    if packed(unembedding) is not None:  # what rounds what it reads is no product with a matrix
+
+        def whole(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return forward(*args, **kwargs)[..., ids]
+
+        return whole
     weight, bias = weight_of(unembedding)[ids], bias_of(unembedding)
     bias = None if bias is None else bias[ids]
 

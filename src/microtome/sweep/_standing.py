@@ -60,3 +60,18 @@ def refuse_unfit_start(model: LoadedModel, batch: Batch, start: Tensor | None) -
     if start is not None and (got != wanted or len(set(batch.lengths)) > 1):
         what, do = "the stream that prompts start with must be [prompt, pos, d_model]", "start prompts of one length"
         raise error(EditError, what, got=got, allowed=str(wanted), do=do)
+
+
+def refuse_apart(model: LoadedModel) -> None:
+    """Refuse to run cells as rows of one batch where rows change each other.
+
+    Raises:
+        EditError: they do, in a model whose layers round what they read.
+    """
+    if model.anatomy.apart:
+        raise error(
+            EditError,
+            f"cells of a sweep of {model.anatomy.name} would change each other",
+            got=model.anatomy.apart,
+            do="run the cells one by one with model.run, or open the model that is not quantised",
+        )

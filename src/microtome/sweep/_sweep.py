@@ -22,7 +22,7 @@ from microtome.sweep._groups import Group, groups_of, passes_of, prompt_bytes, r
 from microtome.sweep._literal import literal_logits, refuse_unreached
 from microtome.sweep._pass import Base, BatchedPass, Cell, Row, base_of, edits_of, rows_of, source_rows
 from microtome.sweep._sharing import Sharing, sharing_of
-from microtome.sweep._standing import refuse_other_edits, refuse_unfit_start, standing_of
+from microtome.sweep._standing import refuse_apart, refuse_other_edits, refuse_unfit_start, standing_of
 
 
 @shown
@@ -144,6 +144,7 @@ class Sweep:
         self._active = list(lock_of(model.hf).active_edits)
         self._standing = standing_of(self._active, edges=any(isinstance(cell, Edge) for cell in self._cells))
         model.require_mapped()
+        refuse_apart(model)
         self._batch = model.to_batch(prompt)
         _check(self._batch, self._cells, self._prompts)
         refuse_unfit_start(model, self._batch, start)
