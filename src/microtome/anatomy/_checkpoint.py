@@ -95,7 +95,7 @@ def adapted(model: Any, folder: Path) -> Any:
         ModelUnsupported: it learns a prompt.
         ModelBroken: the adapter is another model's: it has other modules or other shapes.
     """
-    import peft
+    import peft  # pyright: ignore[reportMissingImports]
 
     given: Any = peft
     do = "name the model that it was trained on in its adapter_config.json"
