@@ -72,7 +72,7 @@ class Question:
         with counting() as cost:
             found: Any = self.method.function(model, **arguments)
             data = found if isinstance(found, xr.Dataset) else _dataset(self.method, found)
-            data = with_differences(self.method, data, getattr(found, "weights", None))
+            data = with_differences(self.method, data, found.weights if isinstance(found, Found) else None)
             own = dict(data.attrs)  # with those of the model where a run has given them: another look takes a while
             attributes = provenance(model, self.method, arguments, cost, own) | {"reading": self.reading}
             return Result.of(labelled(self.method, data).assign_attrs(attributes | own))
