@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 import microtome as mt
 from microtome.errors import BudgetError
+from microtome.sweep._edges import bytes_of_edges
 
 READ = mt.metric.FunctionMetric(lambda logits, prompts: logits.flatten(1), positions=(-1, 5))
 FAMILIES = [
@@ -225,7 +226,16 @@ def test_edges_of_several_prompts_and_other_cells_mix() -> None:
             agree.cell(together.values[i], alone.values[0], alone.base[0], cell)
     plan = model.sweep(prompts, cells, READ, prompts=[0, 0, 1]).plan
     assert plan.cells == 3
-    assert plan.seconds > 0
+    assert plan.seconds * model.pace >= plan.flops > 0  # the weights that are read take time too
+
+
+def test_edges_take_memory_of_their_own() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    edges = [mt.sweep.Edge("embed", f"1.attn.v[{head}]", source=captured(model, ids(1))) for head in (0, 2)]
+    stream = 4 * model.anatomy.d_model * ids(0).shape[1]  # what the base run keeps of one layer alone
+    one, two = (bytes_of_edges(model, [(edge, 0) for edge in some], [ids(0).shape[1]]) for some in (edges[:1], edges))
+    assert two >= one > stream
+    assert bytes_of_edges(model, [], [ids(0).shape[1]]) == 0
 
 
 @pytest.mark.parametrize("direction", ["noise", "denoise"])
