@@ -204,3 +204,12 @@ def test_scores_are_verified_by_their_labels_however_they_are_cut_or_turned(mode
     assert float(abs(turned["score_exact"] - edges["score_exact"]).max()) < 1e-5
     with pytest.raises(mt.errors.DataError, match=r"do not say what they are of; got no labels along layer"):
         mt.explain.verify(model, known.drop_vars("layer"), top=4)
+
+
+def test_as_many_are_measured_as_the_site_of_most_cells_has(model: mt.Model) -> None:
+    scores = attributed(model, verify=0, sites=["resid_pre", "attn.z[head]"])
+    counts = [int(np.isfinite(scores[site].values).sum()) for site in scores.attrs["sites"]]
+    assert max(counts) > min(counts)
+    assert mt.explain.verify(model, scores, top=max(counts)).attrs["verified_top"] == max(counts)
+    with pytest.raises(mt.errors.DataError, match=f"got top={max(counts) + 1}; allowed: 1 to {max(counts)}"):
+        mt.explain.verify(model, scores, top=max(counts) + 1)
