@@ -210,6 +210,7 @@ FALSE_MAPS: list[tuple[str, Callable[[mt.anatomy.Anatomy], mt.anatomy.Anatomy], 
 
 def falsified(monkeypatch: pytest.MonkeyPatch, falsify: Callable[[mt.anatomy.Anatomy], mt.anatomy.Anatomy]) -> None:
     """Let every map be false, however it is found."""
+    monkeypatch.setattr(_map, "LAYOUTS", ())
     for where in (_open, _map):
         monkeypatch.setattr(where, "anatomy_of", lambda *args: falsify(anatomy_of(*args)))
 
