@@ -97,7 +97,7 @@ def test_each_prompt_of_a_batch_is_explained_alone() -> None:
 @pytest.mark.parametrize("name", sorted(ON_THE_STREAM))
 def test_norms_on_the_stream_itself_are_refused(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
-    with pytest.raises(mt.errors.SiteError, match="are not a sum over its parts"):
+    with pytest.raises(mt.errors.SiteError, match="the sum of what heads and MLPs write; got norms on the resid"):
         mt.explain.contributions(model, ids())
     with pytest.raises(mt.errors.SiteError, match="cannot be read as logits"):
         mt.explain.logit_lens(model, ids())

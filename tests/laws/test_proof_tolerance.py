@@ -59,7 +59,7 @@ def _offset_keys(hf: Any, offset: float) -> None:
 
 def refused(hf: Any) -> str:
     with pytest.raises(mt.errors.ProofError) as caught:
-        mt.open(hf)
+        mt.open(hf, strict=True)
     return str(caught.value)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, rounds_together, thresholds
+from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, thresholds
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
 from microtome.model._mixture import scaled
@@ -34,6 +34,8 @@ PADS = 4
 """The most pads of the probe: what is left of a row still goes beyond the short windows of the configuration."""
 LOOKS_AHEAD = 1e-3
 """What a later token changes, relative to what was summed to a logit, beyond all rounding."""
+NEVER_AHEAD = 1e-6
+"""The same where a model is not declared to look back alone: nothing at all, but for the last bits."""
 STREAM = ("resid_pre", "resid_post")
 NEVER = "never seen in a forward"
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
@@ -232,7 +234,7 @@ def _determines(prover: Prover) -> None:
 
 
 def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityCheck], Anatomy]:
-    """Whether another last token changes the logits before it, and padding on either side those of a row."""
+    """Whether the tokens behind others change the logits of these, and padding on either side those of a row."""
     a, tokens = model.anatomy, run.tokens
     width = tokens.shape[1]
     if a.rotary_switch is not None:  # which refuses rows on both sides of its length
@@ -240,25 +242,14 @@ def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityChe
         tokens, plain = tokens[:, :width], _plain(model, tokens[:, :width])
     if width < 3:
         return [], a
-    other = tokens[:1].clone()
-    other[:, -1] = tokens[-1, 0]
     prover = Prover(model, run, plain)
-    if prover.quantised:
-        prover.multiplies("1 inert", "rows", run_forward(model, tokens[-1:]).logits, prover.sized(plain)[-1:])
-        found = prover.checks.pop()
-        if found.status == "fails" or rounds_together(model.hf):
-            note = "its layers round what they read by the largest of all rows and positions"
-            found = replace(found, status="does not apply", note=note, vouches=())
-            return [found], replace(a, padding=(), apart=f"{note} (off by {found.gap:.2g} on the probe)")
-    whole, short = prover.sized(plain), width - min(width // 3, PADS)
-    prover.multiplies("5 attention", "causal", run_forward(model, other).logits[:, :-1], whole[:1, :-1])
-    causal = prover.checks.pop()
-    if causal.gap <= LOOKS_AHEAD:
-        causal, alone = replace(causal, status="holds", vouches=()), whole[:, :short]
-    else:
-        why = "attention looks both ways"
-        causal = replace(causal, status="does not apply", gap=0.0, note=why, vouches=())
-        alone = Sized(at_least_float32(run_forward(model, tokens[:, :short]).logits), whole.size[:, :short])
+    short = width - min(width // 3, PADS)
+    whole, logits = prover.sized(plain)[:, :short], run_forward(model, tokens[:, :short]).logits
+    prover.multiplies("5 attention", "causal", logits, whole)
+    causal = replace(prover.checks.pop(), status="holds", vouches=())
+    if causal.gap > (LOOKS_AHEAD if a.causal else NEVER_AHEAD):
+        causal = replace(causal, status="does not apply", gap=0.0, note="attention looks both ways")
+    alone = Sized(at_least_float32(logits), whole.size)
     padded = _padded(prover, tokens, short, alone)
     sides = tuple(side for side, check in zip(SIDES, padded, strict=True) if check.status == "holds")
     return [causal, *padded], replace(a, causal=causal.status == "holds", padding=sides)
