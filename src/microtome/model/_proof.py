@@ -71,7 +71,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
         try:
             # What could not be watched has its own check already: the identities are those of what was.
             model.anatomy = without(watched.resized(a), checks)
-            rows, model.anatomy = _rows(model, run, plain)
+            rows, model.anatomy = _tried_rows(model, run, plain)
             if not model.anatomy.causal:  # some remember that a prompt was short
                 watched.refuse_random()
             prover = _identities(model, run, plain)
@@ -231,6 +231,18 @@ def _determines(prover: Prover) -> None:
         again = model.hf(input_ids=run.tokens.flip(0)).logits
     prover.returns = kinds[0] if len(set(kinds)) == 1 else None
     prover.multiplies("6 unembed", "resid_post", again, prover.sized(prover.plain))
+
+
+def _tried_rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityCheck], Anatomy]:
+    """The same as `_rows`; a model that breaks on such rows is padded on no side."""
+    try:
+        return _rows(model, run, plain)
+    except (MicrotomeError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:  # noqa: BLE001 (whatever a module of an unknown family makes of shorter or padded rows)
+        note = in_one_line(problem)
+        found = IdentityCheck("1 inert", "shorter and padded rows", "fails", float("inf"), 0.0, note)
+        return [found], replace(model.anatomy, padding=())
 
 
 def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityCheck], Anatomy]:
