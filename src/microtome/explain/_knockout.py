@@ -68,7 +68,7 @@ def _changed(name: str, meaning: str) -> tuple[Column, Column]:
     check="tests/laws/test_knockout.py",
     call='mt.explain.attention_knockout(model, "The Colosseum is in the city of", keys="The Colosseum")',
     reading="Each layer is the middle of the window that is cut: below 0, the answer needs the attention that was cut.",
-    needs="attn.scores",
+    needs=("attn.scores",),
 )  # fmt: skip
 def attention_knockout(
     model: Model,

@@ -44,7 +44,7 @@ def _number(name: str, unit: str, meaning: str, *extra: str) -> Column:
     call='mt.explain.logit_lens(model, "The capital of France is")',
     reading="Each cell is the token predicted from the stream after a layer, its resid_post; embed is the stream "
     "before the first layer, and the last layer's row is the model's output.",
-    needs="lens",
+    needs=("lens",),
 )  # fmt: skip
 def logit_lens(
     model: Model,
