@@ -92,6 +92,8 @@ def present(module: nn.Module, tensor: Any) -> Any:
     """
     if not isinstance(tensor, Tensor) or not tensor.is_meta:
         return tensor
+    if not any(hasattr(part, "_hf_hook") for part in module.modules()):  # nothing of it is offloaded
+        return tensor
     from accelerate.utils import align_module_device
 
     for part in module.modules():
