@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._flow import Call as Call
     from microtome.anatomy._flow import Flow as Flow
     from microtome.anatomy._flow import Seen as Seen
-    from microtome.anatomy._flow import scaled as scaled
+    from microtome.anatomy._flow import factors_of as factors_of
     from microtome.anatomy._flow import tensors as tensors
     from microtome.anatomy._kernels import hiding_kernel as hiding_kernel
     from microtome.anatomy._load import default_folder as default_folder

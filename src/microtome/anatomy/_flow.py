@@ -90,7 +90,7 @@ def multiples(y: Tensor, *terms: Tensor, fits: float = FITS) -> list[float] | No
     return [1.0 if abs(float(x) - 1.0) < 1e-4 else float(x) for x in found]
 
 
-def scaled(y: Tensor, x: Tensor, term: Tensor) -> Tensor | None:
+def factors_of(y: Tensor, x: Tensor, term: Tensor) -> Tensor | None:
     """The factor of every dimension of x [..., dim], by which x and a term sum to y; None where they do not."""
     if not x.shape == y.shape == term.shape:
         return None

@@ -14,7 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from microtome.anatomy._discover import Form, LayerParts, Norm, Parts, norm_of
-from microtome.anatomy._flow import Call, Flow, Seen, chain, multiples, scaled, writer
+from microtome.anatomy._flow import Call, Flow, Seen, chain, factors_of, multiples, writer
+
+EXACT = 1e-5
+"""How well logits must be a multiple of the unembedding's output: a wide soft cap is nearly one."""
+MOST = 5
+"""Places at which what a branch writes is looked for."""
 
 
 def learned(model: Any, parts: Parts, flow: Flow) -> tuple[Parts, float | None, float | None]:
@@ -54,12 +59,6 @@ def _tried(model: nn.Module, path: str, width: int) -> Norm | None:
         return norm_of(module, path, width)
     except Exception:  # noqa: BLE001 (whatever a module makes of a tensor that it does not expect)
         return None
-
-
-EXACT = 1e-5
-"""How well logits must be a multiple of the unembedding's output: a wide soft cap is nearly one."""
-MOST = 5
-"""Places at which what a branch writes is looked for."""
 
 
 @dataclass
@@ -138,9 +137,9 @@ class BlockForm:
             some = [branch for branch in self.branches if _same(branch.point, start)]
             for branch, path, by in self._added(start, end, some) or ():
                 new |= {f"{branch.name}_writes": path, f"{branch.name}_by": by}
-                new[f"{branch.name}_post_norm"] = self._behind(branch, path)
-        known = set(LayerParts.__dataclass_fields__)
-        return replace(self.layer, **{key: value for key, value in new.items() if key in known}), form
+                if branch.name != "mixer":
+                    new[f"{branch.name}_post_norm"] = self._behind(branch, path)
+        return replace(self.layer, **new), form
 
     def _points(self) -> list[Seen]:
         """The points of the stream at which branches read it, from what enters the block to what leaves it."""
@@ -171,7 +170,7 @@ class BlockForm:
             by = multiples(end.value, start.value, call.wrote.value)
             if by is not None:
                 return [(branch, call.path, by[1])]
-            if scaled(end.value, start.value, call.wrote.value) is not None:
+            if factors_of(end.value, start.value, call.wrote.value) is not None:
                 return [(branch, call.path, 1.0)]
         return None
 

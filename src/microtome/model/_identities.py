@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of, rounds_inputs, scaled
+from microtome.anatomy import NormWeights, Site, at_least_float32, factors_of, norm_of, rounds_inputs
 from microtome.model._mixture import prove_mixture, silenced
 from microtome.model._sized import ROUNDED_TO, Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run
@@ -255,7 +255,7 @@ class Prover:
         """Conclude a sum; where the stream itself is scaled, that it is one then, though the stream is no plain sum."""
         if gap > self.tolerance and len(terms) == 3:
             after, before, branch = (at_least_float32(x) for x in terms)
-            factor = scaled(after, before, branch)
+            factor = factors_of(after, before, branch)
             if factor is not None:
                 again = self.added(after, before * factor.to(before.dtype), branch)
                 if again <= self.tolerance:

@@ -8,7 +8,7 @@ measured, and must be the same for all tokens.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from microtome.anatomy import Anatomy, Experts, HookPoint, Site, at_least_float3
 from microtome.model._sized import Sized
 from microtome.run.hook import HookSet, input_of, output_of
 
-Prover = Any
-"""`microtome.model._identities.Prover`, which asks this module."""
+if TYPE_CHECKING:
+    from microtome.model._identities import Prover
 
 
 def silenced(prover: Prover) -> dict[int, tuple[Tensor, Tensor]]:
@@ -113,7 +113,7 @@ def _neurons(prover: Prover, i: int, total: Tensor) -> None:
     prover.multiplies("4 neurons", f"{i}.mlp.experts.post", total.to(value)[seen], expected)
 
 
-def scaled(anatomy: Anatomy, factors: dict[int, float]) -> Anatomy:
+def with_factors(anatomy: Anatomy, factors: dict[int, float]) -> Anatomy:
     """The map with the slots of mixtures times the numbers by which they are added."""
     points: dict[Site, HookPoint] = dict(anatomy.hook_points)
     for i, factor in factors.items():

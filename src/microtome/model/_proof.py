@@ -25,7 +25,7 @@ from torch import Tensor
 from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, thresholds
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
-from microtome.model._mixture import scaled
+from microtome.model._mixture import with_factors
 from microtome.model._sized import Sized
 from microtome.run import Batch, LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet, install
@@ -51,7 +51,7 @@ def _untried(model: LoadedModel, length: int) -> list[IdentityCheck]:
 
 
 def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
-    """Check the seven identities of a model on a probe batch of two rows of eight tokens, or as many as it takes.
+    """Check the seven identities of a model on the tokens of `probe`, or as many of them as it takes.
 
     Returns:
         A check for every identity and place; what raises an exception fails, with the exception for its note. And the
@@ -78,7 +78,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
             checks = checks + rows + prover.checks + _untried(model, tokens.shape[1])
             model.anatomy = replace(model.anatomy, unproven=dict(model.anatomy.unproven) | _no_sums(prover))
             returns = model.anatomy.returns if prover.returns is None else prover.returns
-            return checks, replace(without(scaled(model.anatomy, prover.factors), checks), returns=returns)
+            return checks, replace(without(with_factors(model.anatomy, prover.factors), checks), returns=returns)
         finally:
             model.anatomy = a
 
@@ -190,7 +190,7 @@ class _Watched:
         if str(site) not in run:
             return NEVER
         lengths = {"batch": run.tokens.shape[0]} | dict.fromkeys(("pos", "q_pos", "k_pos"), run.tokens.shape[1])
-        axes = [axis for axis in site.spec.dims if axis != "batch_expert"]
+        axes = site.spec.dims
         wanted = [lengths[axis] if axis in lengths else self.model.anatomy.size(site, axis) for axis in axes]
         got = list(run[str(site)].shape)
         if got != wanted and axes[-1] == "d_head" and got[:-1] == wanted[:-1]:
