@@ -21,11 +21,11 @@ EVERYWHERE = Sharing(True, True, True)
 
 @dataclass(frozen=True)
 class Way:
-    """A family, what its cells share, and how that is said."""
+    """A family, what its cells share, and how that is described."""
 
     family: str
     shares: Sharing
-    said: str
+    described: str
 
 
 WAYS = [
@@ -73,7 +73,7 @@ def test_every_way_gives_what_literal_runs_give(way: Way) -> None:
     cells = cells_of(model, 16)
     result = model.sweep(row, cells, METRIC).run()
     assert replace(sharing_of(model), unreached=frozenset()) == way.shares
-    assert result.plan.shares == way.said
+    assert result.plan.shares == way.described
     expected = torch.tensor([literal(model, row, cell) for cell in cells])
     base = literal(model, row)
     assert (result.values - expected).abs().max() < TOLERANCE

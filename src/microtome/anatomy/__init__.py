@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from microtome.anatomy._flow import Seen as Seen
     from microtome.anatomy._flow import factors_of as factors_of
     from microtome.anatomy._flow import tensors as tensors
+    from microtome.anatomy._hook_points import ROWS as ROWS
+    from microtome.anatomy._hook_points import HookPoint as HookPoint
+    from microtome.anatomy._hook_points import Split as Split
     from microtome.anatomy._kernels import hiding_kernel as hiding_kernel
     from microtome.anatomy._load import default_folder as default_folder
     from microtome.anatomy._load import load as load
@@ -51,9 +54,6 @@ if TYPE_CHECKING:
     from microtome.anatomy._stored import sizes as sizes
     from microtome.anatomy._stored import state as state
     from microtome.anatomy._stored import stored as stored
-    from microtome.anatomy._taps import ROWS as ROWS
-    from microtome.anatomy._taps import HookPoint as HookPoint
-    from microtome.anatomy._taps import Split as Split
     from microtome.anatomy._weights import LayerWeights as LayerWeights
     from microtome.anatomy._weights import NormWeights as NormWeights
     from microtome.anatomy._weights import Weights as Weights

@@ -16,11 +16,11 @@ from microtome.anatomy._discover import Parts, discover
 from microtome.anatomy._family import number
 from microtome.anatomy._flow import Flow
 from microtome.anatomy._forms import learned
+from microtome.anatomy._hook_points import HookPoint, HookPoints, neurons_of
 from microtome.anatomy._roles import in_features, out_features
 from microtome.anatomy._rotary import RotarySwitch, switch_of
 from microtome.anatomy._sites import SITES, Address, Site
 from microtome.anatomy._stored import stored
-from microtome.anatomy._taps import HookPoint, Taps, neurons_of
 from microtome.errors import SiteError, error
 from microtome.shown import brief, shown
 
@@ -34,8 +34,8 @@ class Anatomy:
         missing: why a site is absent, by layer or for all (None).
         unproven: why a weight is, by its name with its layer, such as "3.W_Q".
         causal: whether attention looks back alone, as the probe showed.
-        stored: how weights are stored that are no plain matrices; adapters are said by `model.provenance`.
-        apart: why rows of a batch change each other, and a later token those before it, by a rounding; empty if not.
+        stored: how weights are stored that are no plain matrices; adapters are in `model.provenance`.
+        rows_interact: why the rows and positions of a batch change each other by rounding; empty if they do not.
         padding: the sides on which rows can be padded without being changed.
         rotary_switch: where rows of a batch would change each other, if they would.
         returns: how many things a block returns in a tuple; 0 where it returns the stream itself.
@@ -66,7 +66,7 @@ class Anatomy:
     padding: tuple[Literal["left", "right"], ...] = ("left", "right")
     unproven: Mapping[str, str] = field(default_factory=dict[str, str])
     stored: str = ""
-    apart: str = ""
+    rows_interact: str = ""
 
     def _facts(self) -> dict[str, str]:
         """Its form and sizes, and which sites it has and lacks."""
@@ -221,18 +221,18 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
     if flow is not None:
         parts, scale, cap = learned(model, parts, flow)
     config = model.config.get_text_config()
-    taps = Taps(model, parts, config, () if flow is None else _stream(parts, flow))
-    taps.hook_points[Site("embed")] = taps.stream(parts.layers[0].block, "input")
+    points = HookPoints(model, parts, config, () if flow is None else _stream(parts, flow))
+    points.hook_points[Site("embed")] = points.stream(parts.layers[0].block, "input")
     for i, layer in enumerate(parts.layers):
-        taps.residual(i, layer)
-        taps.attention(i, layer)
-        taps.mixer(i, layer)
-        taps.mlp(i, layer)
-    taps.norm(Site("final.scale"), parts.final_norm)
+        points.residual(i, layer)
+        points.attention(i, layer)
+        points.mixer(i, layer)
+        points.mlp(i, layer)
+    points.norm(Site("final.scale"), parts.final_norm)
     read = in_features(model.get_submodule(parts.unembedding))
-    taps.hook_points[Site("final")] = HookPoint(parts.unembedding, "input", sizes=(("d_model", read),))
+    points.hook_points[Site("final")] = HookPoint(parts.unembedding, "input", sizes=(("d_model", read),))
     written = out_features(model.get_submodule(parts.unembedding))
-    taps.hook_points[Site("logits")] = HookPoint("", "logits", sizes=(("vocab", written),))
+    points.hook_points[Site("logits")] = HookPoint("", "logits", sizes=(("vocab", written),))
     start = _first_position(model)
     lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     longest = next((n for n in lengths if isinstance(n, int) and n > 0), 2048)
@@ -241,7 +241,7 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
     return Anatomy(
         name=name,
         model_type=config.model_type,
-        attention="interface" if taps.interface else "inline",
+        attention="interface" if points.interface else "inline",
         causal=_looks_back(model, parts, config),
         n_layers=len(parts.layers),
         d_vocab=out_features(model.get_input_embeddings()),
@@ -249,14 +249,14 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         first_position=start,
         gated=any(layer.gate or layer.gate_up or layer.experts for layer in parts.layers),
         parts=parts,
-        hook_points=taps.hook_points,
-        missing=taps.missing,
+        hook_points=points.hook_points,
+        missing=points.missing,
         logit_scale=(multiply or 1.0) / (divide or 1.0) if scale is None else scale,
         logit_softcap=number(config, family.logit_softcap) if cap is None else cap,
         rotary_switch=switch_of(config),
-        returns=0 if taps.interface else 2,
+        returns=0 if points.interface else 2,
         stored=stored(model),
-        n_experts=max(dict(p.sizes).get("expert", 0) for s, p in taps.hook_points.items() if s.name != "mlp.router"),
+        n_experts=max(dict(p.sizes).get("expert", 0) for s, p in points.hook_points.items() if s.name != "mlp.router"),
         **_sizes(model, parts, config),
     )
 

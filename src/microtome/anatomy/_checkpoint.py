@@ -103,7 +103,7 @@ def adapted(model: Any, folder: Path) -> Any:
         if given.PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
             what = f"the adapter {folder.name} learns a prompt, which adds positions of its own"
             raise error(ModelUnsupported, what, allowed="adapters inside the model, such as LoRA", do="open its base")
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             made = given.PeftModel.from_pretrained(model, str(folder)).get_base_model()
     except (RuntimeError, ValueError, KeyError) as problem:
@@ -111,7 +111,7 @@ def adapted(model: Any, folder: Path) -> Any:
         got = next((line for line in lines if "mismatch" in line), lines[0] if lines else type(problem).__name__)
         what = f"the adapter {folder.name} does not fit the model that it names"
         raise error(ModelBroken, what, got=got.rstrip("."), do=do) from problem
-    lost = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+    lost = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
     if lost:
         got = " ".join(lost[0].split())[:150]
         raise error(ModelBroken, f"the adapter {folder.name} does not fit the model that it names", got=got, do=do)

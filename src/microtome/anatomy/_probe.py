@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from microtome.anatomy._hook_points import ROWS
 from microtome.anatomy._stored import runs_on, sizes
-from microtome.anatomy._taps import ROWS
 
 LONG = 64
 """The longest window, or other length in a configuration, that the probe goes beyond."""

@@ -44,10 +44,10 @@ def refuse_quantised_files(config: Any, short: str, problem: Exception) -> None:
     Raises:
         ModelUnsupported: the configuration says that they are quantised.
     """
-    said: Any = getattr(config, "quantization_config", None)
-    if said is None:
+    declared: Any = getattr(config, "quantization_config", None)
+    if declared is None:
         return
-    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    method = declared.get("quant_method") if isinstance(declared, dict) else getattr(declared, "quant_method", None)
     reason = " ".join(str(problem).split()).rstrip(".")
     named = getattr(method, "value", method)
     if isinstance(problem, ImportError):

@@ -9,9 +9,9 @@ from typing import Any, cast
 from microtome.anatomy._anatomy import Anatomy
 from microtome.anatomy._discover import LayerParts, Norm, Parts
 from microtome.anatomy._family import Family
+from microtome.anatomy._hook_points import HookPoint, Split
 from microtome.anatomy._rotary import RotarySwitch
 from microtome.anatomy._sites import Site, parse
-from microtome.anatomy._taps import HookPoint, Split
 
 KINDS: dict[str, Any] = {
     k.__name__: k for k in (Anatomy, HookPoint, Split, Norm, Parts, LayerParts, Family, RotarySwitch)

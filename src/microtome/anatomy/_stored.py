@@ -133,15 +133,15 @@ def stored(model: nn.Module) -> str:
 
 
 def adapters(model: nn.Module) -> Iterator[str]:
-    """What is said of the adapters of a model, as peft builds them: which are on, off, or merged."""
-    said: dict[str, None] = {}
+    """Which adapters a model has, as peft builds them: on, off or merged."""
+    found: dict[str, None] = {}
     for module in model.modules():
         names: Any = getattr(module, "active_adapters", None) if "base_layer" in vars(module)["_modules"] else None
         if isinstance(names, list) and names:
             off = bool(getattr(module, "disable_adapters", False))
             how = "off" if off else "merged" if getattr(module, "merged", False) else "on"
-            said.setdefault(f"adapter {', '.join(map(str, names))} {how}")
-    yield from said
+            found.setdefault(f"adapter {', '.join(map(str, names))} {how}")
+    yield from found
 
 
 def state(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:

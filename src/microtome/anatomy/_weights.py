@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from microtome.anatomy._anatomy import Anatomy
 from microtome.anatomy._discover import Norm, norm_of
+from microtome.anatomy._hook_points import Split, fused_splits
 from microtome.anatomy._mixture import Experts
 from microtome.anatomy._roles import is_conv1d
 from microtome.anatomy._stored import PLAIN, dequantised, packed, present, runs_on, sizes
-from microtome.anatomy._taps import Split, fused_splits
 from microtome.errors import SiteError, error
 from microtome.shown import brief, shown
 

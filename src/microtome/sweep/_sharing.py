@@ -58,8 +58,8 @@ class Sharing:
     narrow: bool
     unreached: frozenset[int] = frozenset()
 
-    def said(self, model: LoadedModel) -> str:
-        """It in words, and why it is not more."""
+    def describe(self, model: LoadedModel) -> str:
+        """What is shared, in words, and why not more."""
         if not self.layers:
             return "nothing, as its layers give something else in a batch that grows"
         if not self.positions:
@@ -123,7 +123,7 @@ class _Trial:
         self.cells: list[Sequence[SiteEdit]] = [*stream, inside] if inside else [*stream]
         self.batch = Batch(self.tokens, (self.length,), (0,))
         rows = rows_of(model, self.batch, self.cells, [0] * len(self.cells))
-        # Edits inside of layers are tried apart, as they switch off some of what the others try.
+        # Edits inside of layers are tried separately, as they switch off some of what the others try.
         self.passes = [part for part in (rows[: len(stream)], rows[len(stream) :]) if part]
         self.literal = self._literal()
 

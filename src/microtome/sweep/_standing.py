@@ -68,10 +68,10 @@ def refuse_apart(model: LoadedModel) -> None:
     Raises:
         EditError: they do, in a model whose layers round what they read.
     """
-    if model.anatomy.apart:
+    if model.anatomy.rows_interact:
         raise error(
             EditError,
             f"cells of a sweep of {model.anatomy.name} would change each other",
-            got=model.anatomy.apart,
+            got=model.anatomy.rows_interact,
             do="run the cells one by one with model.run, or open the model that is not quantised",
         )

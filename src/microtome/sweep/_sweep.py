@@ -422,11 +422,11 @@ def _plan(
             forwards += read
         flops += (cost + len(group.prompts)) * one.flops
         work += (cost + len(group.prompts) + read * FIXED / length) * one.flops
-    return SweepPlan(cells, len(passes), forwards, flops, most, work / model.pace, sharing.said(model))
+    return SweepPlan(cells, len(passes), forwards, flops, most, work / model.pace, sharing.describe(model))
 
 
 def _refuse_edges(model: LoadedModel, sharing: Sharing) -> None:
-    """Refuse edges where layers cannot be run apart from those before them.
+    """Refuse edges where layers cannot be run without those before them.
 
     Raises:
         SiteError: a batch that grows inside the model gives something else than literal forwards.

@@ -94,7 +94,7 @@ def neurons_of(model: nn.Module, config: Any, layers: tuple[LayerParts, ...]) ->
     return next((int(n) for name in known if isinstance(n := getattr(config, name, None), int)), 0)
 
 
-class Taps:
+class HookPoints:
     """Collects the hook points of one model, and the reasons for what it lacks."""
 
     def __init__(self, model: Any, parts: Parts, config: Any, stream: Sequence[int] = ()) -> None:
