@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import NormWeights, Site, at_least_float32, factors_of, norm_of, rounds_inputs
-from microtome.model._mixture import prove_mixture, silenced
 from microtome.model._sized import ROUNDED_TO, Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run
 from microtome.run.hook import HookSet
@@ -115,7 +114,6 @@ class Prover:
         self.returns: int | None = None
         self.note = ""  # of the next check
         self.rounding: dict[str, bool] = {}
-        self.factors: dict[int, float] = {}  # by layer, what the slots of a mixture are added times
 
     def at(self, name: str, layer: int | None = None) -> Tensor:
         """What was seen at a site."""
@@ -292,18 +290,15 @@ class Prover:
         self.written("3 heads", f"{i}.attn.result", i, "attn_out", total, path)
 
     def neurons(self, i: int) -> None:
-        """Neurons, through W_out, or experts sum to what the MLP writes."""
+        """Neurons, through W_out, sum to what the MLP writes."""
         layer, weights = self.parts.layers[i], self.model.layers[i]
-        if not self.has("mlp.post", i) and not self.has("mlp.experts", i):
+        if not self.has("mlp.post", i):
             self.skip("4 neurons", f"{i}.mlp", self.a.missing.get(Site("mlp.post", i), "neurons are not seen"))
             return
-        if layer.experts is None:
-            x, W_out = self.at("mlp.post", i), weights.W_out
-            total = product(x, W_out, weights.b_out)
-            total = self.acted(layer.down, total, x, W_out, self.held_to(layer.mlp_post_norm))
-            self.written("4 neurons", f"{i}.mlp.post", i, "mlp_out", total, layer.mlp_post_norm)
-            return
-        prove_mixture(self, i)
+        x, W_out = self.at("mlp.post", i), weights.W_out
+        total = product(x, W_out, weights.b_out)
+        total = self.acted(layer.down, total, x, W_out, self.held_to(layer.mlp_post_norm))
+        self.written("4 neurons", f"{i}.mlp.post", i, "mlp_out", total, layer.mlp_post_norm)
 
     def attention(self, i: int) -> None:
         """The pattern mixes the values to z, and its rows sum to one."""
@@ -348,11 +343,6 @@ class Prover:
         factor = ((seen * made).sum() / power).abs() if power > 0 else power  # what scores are scaled by
         rounding = 4 * torch.finfo(self.model.dtype).eps * factor * size / (3 * self.tolerance)
         return 1 + rounding + (pattern * rounding).sum(-1, keepdim=True)
-
-    @cached_property
-    def silenced(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """By layer, what a mixture gives with its experts, and without."""
-        return silenced(self)
 
     @cached_property
     def mixes(self) -> dict[int, Tensor]:

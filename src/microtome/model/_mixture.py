@@ -8,17 +8,16 @@ measured, and must be the same for all tokens.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from microtome.anatomy import Anatomy, Experts, HookPoint, Site, at_least_float32
+from microtome.model._identities import Prover
 from microtome.model._sized import Sized
 from microtome.run.hook import HookSet, input_of, output_of
-
-if TYPE_CHECKING:
-    from microtome.model._identities import Prover
 
 
 def silenced(prover: Prover) -> dict[int, tuple[Tensor, Tensor]]:
@@ -68,26 +67,42 @@ def silenced(prover: Prover) -> dict[int, tuple[Tensor, Tensor]]:
     return found
 
 
-def prove_mixture(prover: Prover, i: int) -> None:
-    """Check the slots of a layer's mixture against what the layer gives without them, and its neurons against both."""
-    whole, without = prover.silenced[i]
-    slots = at_least_float32(prover.at("mlp.experts", i)).flatten(0, 1).cpu().double()
-    whole, without = (x.reshape(slots.shape[0], -1).cpu().double() for x in (whole, without))
-    total, added = slots.sum(1), whole - without
-    power = total.square().sum()
-    factor = float((added * total).sum() / power) if power > 0 else 1.0
-    # Averages of a few are taken for what they are, beyond what the rounding of a type can show.
-    part = 1 / max(round(1 / factor), 1) if factor > 0 else factor
-    factor = part if abs(factor - part) < prover.product * part else factor
-    # What an expert summed is not seen: the size of its output is the largest value at a position.
-    size = slots.abs().amax(-1, keepdim=True).expand_as(slots).sum(1) * abs(factor)
-    rounding = torch.finfo(prover.model.dtype).eps * (whole.abs() + without.abs())
-    gaps = ((added - total * factor).abs() - rounding).clamp(min=0)
-    prover.judge("4 neurons", f"{i}.mlp.experts", gaps, size, prover.product)
-    if prover.checks[-1].status == "holds":
-        prover.factors[i] = factor
-    if prover.has("mlp.experts.post", i):
-        prover.attempt("4 neurons", f"{i}.mlp.experts.post", lambda: _neurons(prover, i, total))
+class Mixtures:
+    """Checks the mixtures of one model.
+
+    Attributes:
+        factors: by layer, what the slots are added times.
+    """
+
+    def __init__(self, prover: Prover) -> None:
+        self.prover = prover
+        self.factors: dict[int, float] = {}
+
+    @cached_property
+    def silenced(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, what a mixture gives with its experts, and without."""
+        return silenced(self.prover)
+
+    def prove(self, i: int) -> None:
+        """Check the slots of a layer against what the layer gives without them, and its neurons against both."""
+        prover, (whole, without) = self.prover, self.silenced[i]
+        slots = at_least_float32(prover.at("mlp.experts", i)).flatten(0, 1).cpu().double()
+        whole, without = (x.reshape(slots.shape[0], -1).cpu().double() for x in (whole, without))
+        total, added = slots.sum(1), whole - without
+        power = total.square().sum()
+        factor = float((added * total).sum() / power) if power > 0 else 1.0
+        # Averages of a few are taken for what they are, beyond what the rounding of a type can show.
+        part = 1 / max(round(1 / factor), 1) if factor > 0 else factor
+        factor = part if abs(factor - part) < prover.product * part else factor
+        # What an expert summed is not seen: the size of its output is the largest value at a position.
+        size = slots.abs().amax(-1, keepdim=True).expand_as(slots).sum(1) * abs(factor)
+        rounding = torch.finfo(prover.model.dtype).eps * (whole.abs() + without.abs())
+        gaps = ((added - total * factor).abs() - rounding).clamp(min=0)
+        prover.judge("4 neurons", f"{i}.mlp.experts", gaps, size, prover.product)
+        if prover.checks[-1].status == "holds":
+            self.factors[i] = factor
+        if prover.has("mlp.experts.post", i):
+            prover.attempt("4 neurons", f"{i}.mlp.experts.post", lambda: _neurons(prover, i, total))
 
 
 def _neurons(prover: Prover, i: int, total: Tensor) -> None:

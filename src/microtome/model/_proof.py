@@ -25,7 +25,7 @@ from torch import Tensor
 from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, rounds_together, thresholds
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
-from microtome.model._mixture import with_factors
+from microtome.model._mixture import Mixtures, with_factors
 from microtome.model._sized import Sized
 from microtome.run import Batch, LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet, install
@@ -74,24 +74,28 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
             rows, model.anatomy = _tried_rows(model, run, plain)
             if not model.anatomy.causal:  # some remember that a prompt was short
                 watched.refuse_random()
-            prover = _identities(model, run, plain)
+            prover = Prover(model, run, plain)
+            mixtures = Mixtures(prover)
+            _identities(prover, mixtures)
             checks = checks + rows + prover.checks + _untried(model, tokens.shape[1])
             model.anatomy = replace(model.anatomy, unproven=dict(model.anatomy.unproven) | _no_sums(prover))
             returns = model.anatomy.returns if prover.returns is None else prover.returns
-            return checks, replace(without(with_factors(model.anatomy, prover.factors), checks), returns=returns)
+            return checks, replace(without(with_factors(model.anatomy, mixtures.factors), checks), returns=returns)
         finally:
             model.anatomy = a
 
 
-def _identities(model: LoadedModel, run: Run, plain: Tensor) -> Prover:
-    prover, a = Prover(model, run, plain), model.anatomy
+def _identities(prover: Prover, mixtures: Mixtures) -> None:
+    """Check what every layer, and the end of the stream, must be."""
+    a = prover.a
     prover.attempt("6 unembed", "resid_post", lambda: _determines(prover))
     for i, layer in enumerate(a.parts.layers):
         steps: dict[tuple[str, str], Callable[[int], None]] = {("2 residual", "resid_post"): prover.residual}
         if Site("attn.result", i) in a.hook_points:
             steps["3 heads", "attn.result"] = prover.heads
         if Site("mlp_out", i) in a.hook_points:
-            steps["4 neurons", "mlp_out"] = prover.neurons
+            mixture = Site("mlp.experts", i) in a.hook_points
+            steps["4 neurons", "mlp_out"] = mixtures.prove if mixture else prover.neurons
         if layer.attn is not None:
             steps["5 attention", "attn.z"] = prover.attention
         steps["7 weights", "attn.in"] = prover.reads
@@ -102,7 +106,6 @@ def _identities(model: LoadedModel, run: Run, plain: Tensor) -> Prover:
         for (identity, name), step in steps.items():
             prover.attempt(identity, f"{i}.{name}", lambda step=step, i=i: step(i))
     prover.attempt("6 unembed", "logits", prover.unembed)
-    return prover
 
 
 class _Watched:
