@@ -288,8 +288,8 @@ def test_a_branch_is_the_mixture_and_the_mlp_beside_it() -> None:
 # -------------------------------------------------------------------------------------- what cannot be shown
 
 
-class Gated(nn.Module):
-    """A mixture whose output is weighted by a gate that reads the tokens."""
+class Rewired(nn.Module):
+    """A mixture made of the parts of another."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -298,19 +298,23 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         _, weights, chosen = self.gate(flat)
+        return self.mixed(x, flat, chosen, weights)
+
+    def mixed(self, x: Tensor, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Gated(Rewired):
+    """A mixture whose output is weighted by a gate that reads the tokens."""
+
+    def mixed(self, x: Tensor, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         return self.experts(flat, chosen, weights).view_as(x) * x.mean(-1, keepdim=True).sigmoid()
 
 
-class ByName(nn.Module):
+class ByName(Rewired):
     """A mixture that calls its experts with arguments by name, in another order."""
 
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.gate, self.experts = inner.gate, inner.experts
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        _, weights, chosen = self.gate(flat)
+    def mixed(self, x: Tensor, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         return self.experts(top_k_index=chosen, hidden_states=flat, top_k_weights=weights).view_as(x)
 
 
