@@ -165,16 +165,16 @@ def test_a_full_disk_leaves_nothing(cli: Cli, saved: Path, tmp_path: Path, monke
 def test_ctrl_c_in_the_middle(
     cli: Cli, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: int
 ) -> None:
-    from microtome.sweep import _sweep as _cells
+    from microtome.sweep import _groups, _sweep as _cells
 
     own, calls = _cells._run_pass, [0]
-    monkeypatch.setattr(_cells, "FIXED", 0)  # several passes
+    monkeypatch.setattr(_groups, "FIXED", 0)  # several passes
 
-    def stopped(*arguments: Any) -> Any:
+    def stopped(*arguments: Any, **options: Any) -> Any:
         calls[0] += 1
         if calls[0] > begun:
             raise KeyboardInterrupt
-        return own(*arguments)
+        return own(*arguments, **options)
 
     monkeypatch.setattr(_cells, "_run_pass", stopped)
     done = cli("patch", *PAIR, "--answer", "mat", "-m", saved, "-o", tmp_path / "p.html", "--json")

@@ -21,11 +21,11 @@ def interrupt(patch: pytest.MonkeyPatch, after: int = 2) -> list[int]:
     begun: list[int] = []
     own = _cells._run_pass
 
-    def run_pass(*args: Any) -> Any:
+    def run_pass(*args: Any, **options: Any) -> Any:
         begun.append(len(begun))
         if len(begun) > after:
             raise KeyboardInterrupt
-        return own(*args)
+        return own(*args, **options)
 
     patch.setattr(_cells, "_run_pass", run_pass)
     patch.setattr(_cells, "_step", lambda *args: 1)

@@ -164,7 +164,7 @@ def test_keys_are_checked_where_the_first_of_them_is_nothing(name: str, monkeypa
     assert layer == "0.W_K"
     own: Any = LayerWeights.W_K.fget  # type: ignore[attr-defined]
     monkeypatch.setattr(LayerWeights, "W_K", property(lambda self: 1.001 * own(self)))
-    assert ".W_K: gap " in refused(model.hf)
+    assert ".W_K (gap " in refused(model.hf)
 
 
 def test_the_size_of_a_product_is_that_of_its_terms(monkeypatch: pytest.MonkeyPatch) -> None:

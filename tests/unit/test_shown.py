@@ -19,6 +19,7 @@ from tests import effects, families
 import microtome as mt
 from microtome import edit, explain, method, metric, planted, stream, sweep, tasks, view
 from microtome.method import Result
+from microtome.run.hook import trace
 from microtome.shown import MOST, brief, facts, line
 from microtome.view import forms
 
@@ -84,6 +85,7 @@ def made() -> list[Any]:
         fed(stream.Counter, [f"group {i}" for i in range(64)], 2_000, flags=True, more=(torch.arange(64),)),
     ]  # fmt: skip
     swept = LLAMA.sweep(IDS[:1], [edit.Zero(f"{i % 3}.attn.z[{i % 4}]") for i in range(60)], metric.Probability(3))
+    flow = trace(LLAMA.hf, IDS[:1])
     site = mt.anatomy.parse("1.mlp.post[3-9]@-1")
     matrix = torch.eye(LLAMA.anatomy.d_model)
     frame = edit.Frame(((0, 20),) * 900, 20)
@@ -108,6 +110,8 @@ def made() -> list[Any]:
         *accumulators, *(one.result() for one in accumulators),
         site, mt.anatomy.Site("mlp.post", 1), site.units, LLAMA.anatomy.hook_points[mt.anatomy.Site("mlp.post", 1)],
         mt.anatomy.Place("models/" + IMAGE, IMAGE), mt.anatomy.Split(1, 2, 3, 0, 1), LLAMA.anatomy.parts.final_norm,
+        flow, flow.calls[0], flow.calls[0].writes[0],
+        mt.anatomy.Experts(families.build("mixtral").get_submodule("model.layers.0.mlp.experts")),
         edit.Zero("1.mlp.post"), edit.Add("1.mlp.post", WIDE), edit.Set("1.mlp.post", WIDE),
         edit.Scale("1.mlp.post", 2.0), edit.Clamp("1.mlp.post", 0.0, 1.0), edit.Mean("1.mlp.post", WIDE),
         edit.Noise("1.mlp.post"), edit.Patch("1.mlp.post", source=run), edit.Apply("1.mlp.post", torch.relu),

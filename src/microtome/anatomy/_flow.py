@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microtome.shown import shown
+
 FITS = 1e-3
 """Largest residual of a sum, relative to what is explained, with which its terms are taken for what was added."""
 
 
+@shown
 @dataclass(frozen=True)
 class Seen:
     """A tensor that passed: where it lay, and what it was."""
@@ -30,6 +33,7 @@ class Seen:
         return cls((x.data_ptr(), tuple(x.shape), x.storage_offset()), x.detach().clone())
 
 
+@shown
 @dataclass(frozen=True)
 class Call:
     """One call of a module: which, what it read, and what it wrote, the hidden states first."""
@@ -49,6 +53,7 @@ class Call:
         return self.writes[0] if self.writes else None
 
 
+@shown
 @dataclass
 class Flow:
     """The calls of one forward, in the order in which they ended; `alive` keeps the tensors where they lie."""

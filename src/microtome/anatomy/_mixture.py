@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from microtome.anatomy._stored import present
+from microtome.shown import brief, shown
 
 NAMES = {"gate": ("gate_proj", "mlp.w1", "w1"), "in": ("up_proj", "mlp.v1", "w3"), "out": ("down_proj", "mlp.w2", "w2")}
 """What families call the projections of all experts; `gate_up_proj` is the first two as one."""
@@ -38,6 +39,7 @@ def _found(of: object, names: Iterable[str], kind: type) -> Any:
     return None
 
 
+@shown
 class Experts:
     """The weights of all experts of a mixture, as views, and what an expert makes of a token."""
 
@@ -54,6 +56,10 @@ class Experts:
         own = getattr(module, "_apply_gate", None)
         self._gates: Any = None if self.W_gate is None else own
         self._act: Any = next((f for f in (_found(module, (name,), object) for name in _ACTIVATION) if f), None)
+
+    def _facts(self) -> dict[str, str]:
+        weights = {name: getattr(self, name) for name in ("W_gate", "W_in", "W_out")}
+        return {"n_experts": str(self.n_experts)} | {name: brief(w) for name, w in weights.items() if w is not None}
 
     @property
     def known(self) -> bool:
