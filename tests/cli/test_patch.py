@@ -165,7 +165,8 @@ def test_a_full_disk_leaves_nothing(cli: Cli, saved: Path, tmp_path: Path, monke
 def test_ctrl_c_in_the_middle(
     cli: Cli, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: int
 ) -> None:
-    from microtome.sweep import _groups, _sweep as _cells
+    from microtome.sweep import _groups
+    from microtome.sweep import _sweep as _cells
 
     own, calls = _cells._run_pass, [0]
     monkeypatch.setattr(_groups, "FIXED", 0)  # several passes
