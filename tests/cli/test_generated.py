@@ -166,6 +166,7 @@ def test_what_is_refused_in_one_line(cli: Cli, saved: Path, text: Path, tmp_path
     for arguments, *told in (
         (("measure", "inductoin"), 'no command "inductoin". Did you mean "induction"?; allowed: '),
         (("measure", "induction,fire"), 'no measure "fire"', "allowed: ", "firing"),
+        (("measure", "induction,patch"), 'no measure "patch"', "allowed: ", 'a question: run "microtome patch"'),
         (("patch,trace", "a"), 'no command "patch,trace"'),
         (("measure", "induction", "--budget", "x", *nowhere), "budget must be a size"),
         (("measure", "induction", "--period", 40, "-m", saved), "period must be an integer from 12 to 32 (tokens)"),

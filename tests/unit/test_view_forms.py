@@ -226,6 +226,17 @@ def test_a_line_shows_its_interval_and_control() -> None:
     assert "dashed: control" in found.words
 
 
+def test_intervals_that_are_missing_say_why() -> None:
+    data = effects.over_layers().assign_attrs(interval="95 % of a kind; none below 8 examples")
+    why = "too few examples for intervals: none below 8 examples"
+    assert why not in shown(data)
+    assert why not in html(data)
+    bare = data.assign({f"change_{end}": data[f"change_{end}"] * np.nan for end in ("lo", "hi")})
+    assert why in shown(bare)
+    assert why in html(bare)
+    assert why not in shown(bare.assign(change=bare["change"] * np.nan)), "nothing was measured"
+
+
 def test_neurons_show_the_strongest_and_the_distribution_of_each_layer() -> None:
     data = effects.over_neurons()
     (form,) = forms(data).of(NeuronMap)

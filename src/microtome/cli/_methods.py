@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from microtome.catalogue import Entry, entries
+from microtome.catalogue import Entry
+from microtome.catalogue import entries as registered
 from microtome.cli._early import refuse
 from microtome.cli._examples import example
 from microtome.cli._examples import shown as shown_example
@@ -51,7 +52,7 @@ class MethodGroup(TyperGroup):
     def entries(self) -> Mapping[str, Entry]:
         """The methods that have a command here, by the name of the command."""
         found: dict[str, Entry] = {}
-        for entry in entries().values():
+        for entry in registered().values():
             name = entry.name if "measure" in self.kinds else entry.command
             if name and entry.kind in (*self.kinds, None):
                 found[name] = entry
@@ -101,8 +102,10 @@ class MeasureGroup(MethodGroup):
         if name in self.commands or len(unknown) == len(parts):
             return self.commands.get(name)
         if unknown:
+            other = next((e for e in registered().values() if unknown[0] in (e.name, e.command)), None)
             what = f'no measure "{unknown[0]}".{nearest(unknown[0], [*entries])}'.removesuffix(".")
-            raise error(ArgumentError, what, allowed=", ".join(entries), do="name these")
+            do = "name some of these" if other is None else f'it is a {other.kind}: run "microtome {other.command}"'
+            raise error(ArgumentError, what, allowed=", ".join(entries), do=do)
         self.add_command(command_of(name, [entries[part].name for part in parts]), name)
         return self.commands[name]
 

@@ -79,6 +79,14 @@ def numbers(data: xr.Dataset, name: str) -> np.ndarray:
     return np.where(np.isfinite(found), found, np.nan)
 
 
+def without_interval(data: xr.Dataset) -> str:
+    """Why variables with an interval have none here: the rule of their interval; nothing where they have one."""
+    ends = ((name, low) for name in map(str, data.data_vars) if (low := beside(data, name, "_lo")) is not None)
+    lacks = any(np.isnan(low).all() and not np.isnan(numbers(data, name)).all() for name, low in ends)
+    rule = str(data.attrs.get("interval", "")).partition(";")[2].strip()
+    return f"too few examples for intervals: {rule}" if lacks and rule else ""
+
+
 def beside(data: xr.Dataset, name: str, ending: str) -> np.ndarray | None:
     """The values of what belongs to a variable, such as "_lo", shaped like it; nothing where there is none."""
     other = name + ending

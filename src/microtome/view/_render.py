@@ -16,6 +16,7 @@ from microtome.view import _svg
 from microtome.view._canvas import Canvas
 from microtome.view._dataset import metric_of, places_marked, prompts_of, reading_of, sought, title_of, tokens_of
 from microtome.view._dataset import without_batch as one_example
+from microtome.view._dataset import without_interval
 from microtome.view._forms import Form, Forms, forms
 from microtome.view._heat_cells import fit, in_full, legend
 from microtome.view._heat_map import MOST_TERMINAL_CELLS, HeatMap
@@ -60,6 +61,8 @@ def terminal(data: xr.Dataset, width: int, *, top: int = 5) -> Group:
     lines += _scales(shown, canvas, found.signed)
     listed = [form.listing(canvas) for form in shown if isinstance(form, HeatMap) and form.listed and top]
     lines += [Text("\nstrongest", "bold"), Columns(listed, padding=(0, 3))] if listed else []
+    if why := without_interval(data):
+        lines.append(Text(printable(why), "dim"))
     if found.not_drawn:
         lines.append(Text(f"not drawn: {printable('; '.join(found.not_drawn))}", "dim"))
     return Group(*lines)
@@ -138,6 +141,8 @@ def html(data: xr.Dataset, *, top: int = 3) -> str:
         size += len(figure)
         figures.append(figure)
     parts.append(f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{"".join(figures)}</div>')
+    if why := without_interval(data):
+        parts.append(f'<div style="opacity:0.62">{_svg.escaped(why)}</div>')
     if left:
         parts.append(f'<div style="opacity:0.62">not drawn: {_svg.escaped("; ".join(left))}</div>')
     look = "font:13px/1.4 system-ui,-apple-system,'Segoe UI',sans-serif;font-variant-numeric:tabular-nums"
