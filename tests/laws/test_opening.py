@@ -127,6 +127,38 @@ def test_an_adapter_alone_is_called_one(folder: Path) -> None:
     refused(folder, ModelNotFound, "holds an adapter without the model that it adapts", "merge it into its base")
 
 
+# ------------------------------------------------------------------------------------------- code of its own
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+open({mark!r}, "a").close()
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    expected, ran = mt.open(folder).run(TOKENS).logits, tmp_path / "ran"
+    (folder / "own.py").write_text(CODE.format(mark=str(ran)))
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    configure(folder, model_type="own", auto_map=own)
+    refused(folder, ModelUnsupported, "comes with its own code", "pass trust_remote_code=True if you trust it")
+    assert not ran.exists()
+    model = mt.open(folder, trust_remote_code=True)
+    assert ran.exists()
+    assert type(model.hf).__name__ == "OwnForCausalLM"
+    assert not model.anatomy.unproven
+    torch.testing.assert_close(model.run(TOKENS).logits, expected)
+
+
 # ------------------------------------------------------------------------------------------------- pickles
 
 

@@ -192,7 +192,7 @@ def _translate(problem: Exception, source: str, short: str, gguf: str | None) ->
         )
     if isinstance(problem, ImportError):
         return error(ModelUnsupported, f"{short} needs a package that is not installed", got=text, do="install it")
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(problem):  # which its first line may not name
         return error(
             ModelUnsupported, f"{short} comes with its own code", do="pass trust_remote_code=True if you trust it"
         )
