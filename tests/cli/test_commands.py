@@ -37,6 +37,19 @@ def test_check_prints_the_proof(cli: Cli, saved: Path) -> None:
     assert {c["status"] for c in told["checks"]} == {"holds"}
 
 
+def test_check_says_what_prompts_a_model_takes(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    told = [cli("check", saved).out]
+    chatty = copied(saved, tmp_path / "chatty")
+    (chatty / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    bare = tmp_path / "bare"
+    families.build("llama-gqa").save_pretrained(bare)
+    told += [cli("check", folder).out for folder in (chatty, bare)]
+    lines = [next(line for line in out.splitlines() if line.startswith("prompts: ")) for out in told]
+    assert lines[0] == "prompts: text"
+    assert lines[1].startswith("prompts: text, lists of chat messages (by the chat template")
+    assert lines[2] == "prompts: token ids"
+
+
 def test_check_says_what_is_left_out_and_exits_with_4_only_if_asked(
     cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,14 +39,16 @@ def check(
     failed = [c for c in checks if c.status == "fails"]
     broken, a = unproven_stream(checks), opened.anatomy
     methods = {} if broken else refused(opened)
+    prompts = _prompts(opened.tokenizer)
     if as_json:
         missing = {str(site): why for site, why in a.missing.items()} | dict(a.unproven)
         print_json(
             {"model": a.name, "fingerprint": opened.fingerprint, "proven": not failed, "opens": not broken,
-             "missing": missing, "methods": methods, "checks": [vars(c) for c in checks]}
+             "prompts": prompts, "missing": missing, "methods": methods, "checks": [vars(c) for c in checks]}
         )  # fmt: skip
     else:
         out.print(a.describe(), markup=False)
+        out.print(f"prompts: {', '.join(prompts)}")
         out.print(proof_table(checks, every=every))
         if failed and not every:
             out.print(failed_lines(failed))
@@ -55,6 +57,14 @@ def check(
         out.print(proof_verdict(failed, broken))
     if broken or (strict and failed):
         raise typer.Exit(ProofError.exit_code)
+
+
+def _prompts(tokenizer: Any) -> list[str]:
+    """The kinds of prompts that a model takes."""
+    if tokenizer is None:
+        return ["token ids"]
+    chats = getattr(tokenizer, "chat_template", None) is not None
+    return ["text", *(["lists of chat messages (by the chat template of its tokenizer)"] if chats else [])]
 
 
 @opens(ModelArgument)
