@@ -15,7 +15,7 @@ CORRUPT = [*CLEAN[:4], 7, *CLEAN[5:]]
 GIVEN: dict[str, Any] = {
     "prompt": CLEAN, "clean": CLEAN, "corrupt": CORRUPT, "prompts": [CLEAN, CORRUPT, CLEAN[::-1]], "answer": ANSWER,
     "foil": FOIL, "subject": (4, 6), "keys": (4, 6), "samples": 2, "controls": 4, "top": 3, "verify": 2,
-    "sites": ["mlp_out", "attn.z[head]"], "tokens": 60, "pairs": 2,
+    "tokens": 60, "pairs": 2,
 }  # fmt: skip
 """Arguments by name; a new method is tried with these and its own defaults."""
 OTHERS = ("circuit_recovery",)  # of compiled programs

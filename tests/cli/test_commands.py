@@ -61,7 +61,7 @@ def test_check_says_what_is_left_out_and_exits_with_4_only_if_asked(
     printed = " ".join(done.out.split())
     assert "The map is proven but for " in printed
     assert "methods that can run: " in printed
-    assert "needs a stream that is the sum of what heads and MLPs write: no attn_out in layer 0" in printed
+    assert "needs a stream that is the sum of what branches write: no attn_out in layer 0" in printed
     told = cli("check", saved, "--strict", "--json")
     assert told.code == 4
     found = json.loads(told.out)

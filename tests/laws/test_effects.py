@@ -194,7 +194,7 @@ def test_what_has_no_effect_to_measure_is_refused(change: dict[str, object], tex
 
 
 def test_models_without_such_a_sum_are_refused() -> None:
-    with pytest.raises(mt.errors.SiteError, match="the sum of what heads and MLPs write; got norms on the resid"):
+    with pytest.raises(mt.errors.SiteError, match="the sum of what branches write; got norms on the resid"):
         mt.explain.component_effects(mt.open(families.build("bert"), prove=False), ROWS, answer=11)
     with pytest.raises(mt.errors.SiteError, match="a norm follows the heads"):
         mt.explain.component_effects(mt.open(families.build("gemma2"), prove=False), ROWS, answer=11, receivers="heads")

@@ -97,7 +97,7 @@ def test_each_prompt_of_a_batch_is_explained_alone() -> None:
 @pytest.mark.parametrize("name", sorted(UNREADABLE))
 def test_a_stream_that_does_not_sum_to_the_logits_is_refused(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
-    norms = "the sum of what heads and MLPs write; got norms on the residual stream itself"
+    norms = "the sum of what branches write; got norms on the residual stream itself"
     projected = "cannot be read as logits; got a head with its own transform"  # OPT-350m's, behind its final norm
     with pytest.raises(mt.errors.SiteError, match=projected if name == "opt-proj" else norms):
         mt.explain.contributions(model, ids())

@@ -166,7 +166,7 @@ def test_another_subject_instead_of_noise(model: mt.Model) -> None:
         ({"window": 1.5}, r"window must be an integer of 1 or more \(layers\); got 1.5"),
         ({"noise": -1.0}, r"noise must be a number of 0 or more \(standard deviations of the embeddings\); got -1.0"),
         ({"kinds": []}, "kinds names nothing; allowed: resid, mlp, attn"),
-        ({"kinds": ["head"]}, "kinds must be one of resid, mlp, attn; got 'head'"),
+        ({"kinds": ["head"]}, "kinds must be one of resid, mlp, attn, mixer; got 'head'"),
         ({"prompt": [PROMPT, OTHER]}, "one prompt at a time; got 2"),
     ],
 )

@@ -92,17 +92,37 @@ class Anatomy:
 
     @property
     def why_no_sum(self) -> str | None:
-        """Why the stream is not the sum of what heads and MLPs write; None where it is."""
+        """Why the stream is not the sum of what branches write: attention, other mixers, MLPs; None where it is."""
         if self.parts.form == "post_norm":
             return "norms on the residual stream itself"
+        for i, layer in enumerate(self.parts.layers):
+            branches = {"attn_out": layer.attn, "mixer_out": layer.mixer, "mlp_out": layer.mlp or layer.down}
+            for name, module in branches.items():
+                if module is not None and Site(name, i) not in self.hook_points:
+                    return f"no {name} in layer {i}: {self.missing.get(Site(name, i))}"
+            if (why := self.unproven.get(f"{i}.sum")) is not None:
+                return f"something else in layer {i}: {why}"
+        return None
+
+    @property
+    def why_other_branches(self) -> str | None:
+        """Why the branches of some layer are not attention and an MLP; None where those of every layer are."""
         for i, layer in enumerate(self.parts.layers):
             if layer.mixer is not None:
                 return f"a mixer that is no attention in layer {i}"
             for name in ("attn_out", "mlp_out"):
                 if Site(name, i) not in self.hook_points:
                     return f"no {name} in layer {i}: {self.missing.get(Site(name, i))}"
-            if (why := self.unproven.get(f"{i}.sum")) is not None:
-                return f"something else in layer {i}: {why}"
+        return None
+
+    @property
+    def why_no_heads(self) -> str | None:
+        """Why what some attention writes is not the sum of its heads; None where it is, in every layer that attends."""
+        for i, layer in enumerate(self.parts.layers):
+            if layer.attn is not None and Site("attn.z", i) not in self.hook_points:
+                return f"no attn.z in layer {i}: {self.missing.get(Site('attn.z', i))}"
+            if layer.attn is not None and (why := self.unproven.get(f"{i}.W_O")) is not None:
+                return f"no W_O in layer {i}: {why}"
         return None
 
     def order(self, site: Site) -> tuple[int, int]:

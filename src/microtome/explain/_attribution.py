@@ -78,12 +78,13 @@ def attribute(
 ) -> Found:
     """Estimate from one gradient how each node or edge would change the answer, and measure the top ones exactly.
 
-    Nodes have a variable per site, over (layer, pos) or (layer, unit); edges have `score`, NaN where there is no edge.
+    Nodes have a variable per site, over (layer, pos) or (layer, unit), NaN in layers without the site; edges have
+    `score`, NaN where there is no edge.
     With ``rules=mt.explain.RELP`` EAP takes its RelP form.
 
     Raises:
         PromptError: the prompts do not align, answer or foil is not one token, or the foil is the answer.
-        SiteError: a layer lacks a site, or the model has no edges.
+        SiteError: no layer has a site, or the model has no edges.
         EditError: the rules do not fit the model.
     """
     pair = one_pair(model, clean, corrupt, answer=answer, foil=foil)

@@ -1,6 +1,6 @@
 """Which parts wrote the answer: a logit as an exact sum over embedding, heads, MLPs and biases.
 
-Formula:  x_final = embed + sum_l (attn_out_l + mlp_out_l),  logit_t = u . x_final + constant,
+Formula:  x_final = embed + sum_l (attn_out_l + mixer_out_l + mlp_out_l),  logit_t = u . x_final + constant,
           u = centre(gain * W_U[:, t]) / scale,  the final norm's scale held at its value in this run.
           A head gives z_h W_O^h . u, split over sources s as pattern[q, s] v_s W_O^h . u; a neuron a_n w_out,n . u.
           Where a branch has a norm behind it, u is drawn back through that norm with its scale held as well.
@@ -23,8 +23,8 @@ from microtome.run import Run
 
 Detail = Literal["source", "neuron"]
 
-PARTS = ("embed", "attn", "attn_bias", "mlp", "constant")
-"""What sums to the logit."""
+PARTS = ("embed", "constant", "attn", "attn_bias", "mixer", "mlp")
+"""What sums to the logit, of a model that has it."""
 
 TERM = "none: the terms of a sum are compared with each other"
 WHOLE = "none: what the parts sum to"
@@ -45,6 +45,7 @@ def _column(name: str, meaning: str, dims: tuple[str, ...] = BATCH, title: str =
         _column("embed", "what the embedding adds", title="embedding"),
         _column("attn", "what each head adds", HEAD, "heads"),
         _column("attn_bias", "what the output biases of attention and any norm after it add", LAYER, "attention bias"),
+        _column("mixer", "what each mixer that is no attention adds", LAYER, "mixer"),
         _column("mlp", "what each MLP adds", LAYER, "MLP"),
         _column("constant", "what the biases of the final norm and of the unembedding add"),
         _column("gap", "the logit minus the sum of all parts", control="none: 0 up to rounding"),
@@ -60,7 +61,7 @@ def _column(name: str, meaning: str, dims: tuple[str, ...] = BATCH, title: str =
     check="tests/laws/test_explain.py",
     call='mt.explain.contributions(model, "The capital of France is", answer=" Paris", foil=" Rome")',
     reading="A positive part raises the answer; embedding, heads, MLPs and biases sum to the logit.",
-    needs=("sum", "lens", "attn.z", "final.scale"),
+    needs=("sum", "lens", "heads", "final.scale"),
 )  # fmt: skip
 def contributions(
     model: Model,
@@ -75,25 +76,27 @@ def contributions(
 ) -> Found:
     """Split a logit at one position exactly into what each part of the model adds to it.
 
+    Of parts that a layer has not there is NaN.
+
     Raises:
         SiteError: the model's logits are no such sum (norms on the stream itself).
         PromptError: the answer or the foil is not one token, or they are the same.
     """
     refuse_unless_sum(model)
-    gated = next((why for name, why in model.anatomy.unproven.items() if name.endswith(".attn.mix")), None)
-    if "source" in detail and gated is not None:
-        what = f"what heads of {model.anatomy.name} add cannot be split by source position"
-        raise error(SiteError, what, got=gated, do='leave "source" out of detail=')
+    _refuse_detail(model, detail)
     at = f"@{position}"
     last_site = "logits" if model.anatomy.logit_softcap is None else "final"
-    wanted = [f"embed{at}", f"*.attn.z{at}", f"*.mlp_out{at}", f"final.scale{at}", f"{last_site}{at}"]
+    there = {site.name for site in model.anatomy.hook_points}
+    wanted = [f"embed{at}", f"final.scale{at}", f"{last_site}{at}"]
+    wanted += [f"*.{name}{at}" for name in ("attn.z", "mixer_out", "mlp_out") if name in there]
     wanted += [f"*.mlp.post{at}"] if "neuron" in detail else []
     wanted += [f"*.attn.pattern{at}", "*.attn.v"] if "source" in detail else []
     run = model.run(prompt, capture=wanted)
     with torch.no_grad():
         reader = _Reader(model, run, answer, foil, position)
         values = reader.values(detail)
-    coords: dict[str, Any] = {"layer": list(range(model.anatomy.n_layers)), "head": list(range(model.anatomy.n_heads))}
+    coords: dict[str, Any] = {"layer": list(range(model.anatomy.n_layers))}
+    coords |= {"head": list(range(values["attn"].shape[-1]))} if "attn" in values else {}
     words = {"answer": reader.answers, "foil": reader.foils}
     attributes = {name: model.to_words(ids) for name, ids in words.items() if ids is not None}
     coords |= {name: ("batch", text) for name, text in attributes.items()}
@@ -101,8 +104,9 @@ def contributions(
         coords["source"] = (("batch", "k_pos"), run.words)
     attrs = {name: text[0] if len(text) == 1 else text for name, text in attributes.items()}
     attrs["metric"] = "logit of the answer" if reader.foils is None else "logit difference"
-    mlp = ["mlp_neuron", "mlp_bias"] if "neuron" in detail else ["mlp"]
-    attrs |= {"parts": ["embed", "constant", "attn", "attn_bias", *mlp], "sum_of": "logit"}
+    parts = [name for name in PARTS if name in values]
+    parts = [*(name for name in parts if name != "mlp"), "mlp_neuron", "mlp_bias"] if "neuron" in detail else parts
+    attrs |= {"parts": parts, "sum_of": "logit"}
     return Found(values, coords=coords, attrs=run.provenance | attrs)
 
 
@@ -121,6 +125,25 @@ def refuse_unless_sum(model: Model) -> None:
             SiteError, f"the logits of {a.name} are not a sum over its parts", got=why,
             do="use a causal model with norms before its branches",
         )  # fmt: skip
+
+
+def _refuse_detail(model: Model, detail: tuple[Detail, ...]) -> None:
+    """Refuse to split what cannot be split.
+
+    Raises:
+        SiteError: heads are gated, so that what they add is no sum over positions; or some MLP's neurons are not seen.
+    """
+    a = model.anatomy
+    gated = next((why for name, why in a.unproven.items() if name.endswith(".attn.mix")), None)
+    layers = enumerate(a.parts.layers)
+    unseen = [i for i, own in layers if (own.mlp or own.down) and Site("mlp.post", i) not in a.hook_points]
+    if "source" in detail and gated is not None:
+        what = f"what heads of {a.name} add cannot be split by source position"
+        raise error(SiteError, what, got=gated, do='leave "source" out of detail=')
+    if "neuron" in detail and unseen:
+        what = f"what MLPs of {a.name} add cannot be split by neuron"
+        why = f"no mlp.post in layer {unseen[0]}: {a.missing.get(Site('mlp.post', unseen[0]))}"
+        raise error(SiteError, what, got=why, do='leave "neuron" out of detail=')
 
 
 class _Reader:
@@ -162,22 +185,37 @@ class _Reader:
 
     def values(self, detail: tuple[Detail, ...]) -> dict[str, Tensor]:
         """All columns, [batch, ...] in float64."""
-        rows: dict[str, list[Tensor]] = {}
-        for i, z in enumerate(self.run[f"*.attn.z{self.at}"][:, :, 0]):
-            own = self._attention(i, z, "source" in detail) | (self._neurons(i) if "neuron" in detail else {})
+        rows: dict[str, dict[int, Tensor]] = {}
+        for i, layer in enumerate(self.a.parts.layers):
+            own = {} if layer.attn is None else self._attention(i, "source" in detail)
+            own |= {} if layer.mixer is None else {"mixer": self._written("mixer_out", i)}
+            if layer.mlp is not None or layer.down is not None:
+                own |= {"mlp": self._written("mlp_out", i)} | (self._neurons(i) if "neuron" in detail else {})
             for name, value in own.items():
-                rows.setdefault(name, []).append(value)
-        found = {name: torch.stack(values, dim=1).double() for name, values in rows.items()}
-        found["mlp"] = (self.run[f"*.mlp_out{self.at}"][:, :, 0].double() * self.u).sum(-1).T
+                rows.setdefault(name, {})[i] = value
+        found = {name: self._by_layer(values) for name, values in rows.items()}
         found["embed"] = (self.run[f"embed{self.at}"][:, 0].double() * self.u).sum(-1)
         found |= {"constant": self.constant, "logit": self.logit}
-        return found | {"gap": self.logit - sum(found[name].reshape(len(self.logit), -1).sum(1) for name in PARTS)}
+        parts = [found[name].reshape(len(self.logit), -1).nansum(1) for name in PARTS if name in found]
+        return found | {"gap": self.logit - sum(parts)}
 
-    def _attention(self, i: int, z: Float[Tensor, "batch head d_head"], sources: bool) -> dict[str, Tensor]:
-        weights = self.model.layers[i]
+    def _by_layer(self, values: dict[int, Float[Tensor, " batch *of"]]) -> Float[Tensor, "batch layer *of"]:
+        """Values of some layers, of the most units that one of them has, as float64; NaN where there are none."""
+        sizes = [max(n) for n in zip(*(x.shape for x in values.values()), strict=True)]
+        found = self.u.new_full((sizes[0], self.a.n_layers, *sizes[1:]), torch.nan)
+        for i, x in values.items():
+            found[(slice(None), i, *map(slice, x.shape[1:]))] = x.double()
+        return found
+
+    def _written(self, name: str, i: int) -> Float[Tensor, " batch"]:
+        """What a branch of a layer adds."""
+        return (self.run[f"{i}.{name}{self.at}"][:, 0].double() * self.u).sum(-1)
+
+    def _attention(self, i: int, sources: bool) -> dict[str, Tensor]:
+        weights, z = self.model.layers[i], self.run[f"{i}.attn.z{self.at}"][:, 0]  # [batch, head, d_head]
         w, b = at_least_float32(weights.W_O).flatten(0, 1), weights.b_O
         u, bias = self._through("attn_out", i, weights.attn_post_norm, z.flatten(1), w, b)
-        read = (u.to(w.dtype) @ w.T).reshape(z.shape)  # [batch, head, d_head]
+        read = (u.to(w.dtype) @ w.T).reshape(z.shape)
         found = {"attn": (z * read).sum(-1), "attn_bias": bias}
         if sources:
             pattern, v = self.run[f"{i}.attn.pattern{self.at}"][:, :, 0].double(), self.run[f"{i}.attn.v"]

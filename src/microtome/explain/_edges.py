@@ -51,7 +51,7 @@ BASE = Column("base", "logits", "the metric before any change", "none: the basel
     cost="two forwards and one sweep of 1 + L (H + 1) cells",
     check="tests/laws/test_edges.py",
     call=f"mt.explain.node_effects({PAIR})",
-    needs=("sum", "attn.q", "attn.k", "attn.v", "attn.z"),
+    needs=("sum", "attention and MLP", "*.attn.q", "*.attn.k", "*.attn.v", "*.attn.z"),
 )  # fmt: skip
 def node_effects(
     model: Model,
@@ -97,7 +97,7 @@ def node_effects(
     "123,211 edges of 30 layers of 9 heads cost about as much as 42,000 forwards",
     check="tests/laws/test_edges.py",
     call=f"mt.explain.edge_effects({PAIR})",
-    needs=("sum", "attn.q", "attn.k", "attn.v", "attn.z"),
+    needs=("sum", "attention and MLP", "*.attn.q", "*.attn.k", "*.attn.v", "*.attn.z"),
 )  # fmt: skip
 def edge_effects(
     model: Model,

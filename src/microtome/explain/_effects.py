@@ -77,7 +77,7 @@ def _effect(name: str, meaning: str, dims: tuple[str, ...] = ("component",), sig
     call='mt.explain.component_effects(model, ["The capital of France is"], answer=" Paris", foil=" Rome")',
     reading="Every effect is ablated minus clean: below 0, the component helps the answer; a repair above 0 "
     "compensates for its loss.",
-    needs=("sum", "lens"),
+    needs=("sum", "lens", "attention and MLP"),
 )  # fmt: skip
 def component_effects(
     model: Model,

@@ -28,7 +28,7 @@ from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of
 from microtome.edit import Freeze
 from microtome.errors import SiteError, error
 from microtome.explain._graph import graph
-from microtome.explain._layout import Layout, every_position, layout
+from microtome.explain._layout import Layout, every_position, layout, named_sites
 from microtome.explain._pairs import Pairs
 from microtome.model import Model
 from microtome.run import Run
@@ -46,32 +46,31 @@ def _runs(model: Model, pair: Pairs, direction: str, rules: Freeze | None, captu
 
 
 def node_scores(model: Model, pair: Pairs, direction: str, rules: Freeze | None, sites: Sequence[str]) -> Scored:
-    """Scores of every site, over layers by positions or by units.
+    """Scores of every site, over layers by positions or by units; NaN in layers without it.
 
     Raises:
-        SiteError: a layer lacks a site.
+        SiteError: no layer has a site.
     """
-    layouts = {site: layout(model, site, every_position(pair.lengths[0])) for site in sites}
+    layouts = {site: layout(model, site, every_position(pair.lengths[0])) for site in named_sites(model, sites)}
     wanted = sorted({part.capture for part in layouts.values()})
     start, goal, gradient, ends = _runs(model, pair, direction, rules, wanted)
     found: dict[str, xr.DataArray] = {}
     for site, part in layouts.items():
-        name = part.capture.removeprefix("*.")
-        change = at_least_float32(goal[part.capture]) - at_least_float32(start[part.capture].detach())
-        slope = torch.stack([gradient[f"{i}.{name}"] for i in range(model.anatomy.n_layers)])
-        x = _first_order(change, slope, part).cpu().numpy()
-        scores = xr.DataArray(x, dims=part.dims)
+        cells: list[Tensor] = []
+        for own in (f"{i}.{part.site}" for i in part.layers):
+            change = at_least_float32(goal[own]) - at_least_float32(start[own].detach())
+            cells.append(_first_order(change, gradient[own], part))
+        scores = xr.DataArray(part.spread(torch.cat(cells)).cpu().numpy(), dims=part.dims)
         found[site] = scores.assign_coords({dim: np.arange(size) for dim, size in scores.sizes.items()})
     return ends, found
 
 
 def _first_order(
-    change: Float[Tensor, "layer 1 *of"], slope: Float[Tensor, "layer 1 *of"], part: Layout
-) -> Float[Tensor, "layer cell"]:
-    """The products, summed over what a cell covers; both are [layer, 1, pos, unit, ...]."""
-    product = change.double() * slope.double()
-    product = product.squeeze(1).movedim(1 if part.dims[1] == "pos" else 2, 1)
-    return product.flatten(2).sum(-1) if product.dim() > 2 else product
+    change: Float[Tensor, " batch *of"], slope: Float[Tensor, " batch *of"], part: Layout
+) -> Float[Tensor, " cell"]:  # fmt: skip
+    """The products in one layer, summed over what a cell covers; both are [1, pos, unit, ...]."""
+    product = (change.double() * slope.double()).squeeze(0).movedim(0 if part.dims[1] == "pos" else 1, 0)
+    return product.flatten(1).sum(-1) if product.dim() > 1 else product
 
 
 def edge_scores(model: Model, pair: Pairs, direction: str, rules: Freeze | None) -> Scored:

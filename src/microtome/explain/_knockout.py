@@ -1,7 +1,7 @@
 """Attention knock-out: how the answer suffers when some positions can no longer attend to others, by layer.
 
-Formula:  in the window of layers w(l) = max(0, l - w//2) .. min(L, l + ceil(w/2)) - 1, every head's score from q in the
-          query span to k in the key span becomes -inf before the softmax;
+Formula:  in the window of layers w(l) = max(0, l - w//2) .. min(L, l + ceil(w/2)) - 1, those of them that attend, every
+          head's score from q in the query span to k in the key span becomes -inf before the softmax;
           effect(l) = m(cut in w(l)) - m(whole), m the probability or log-probability of the answer.
           Control: as many keys, drawn at random among those that the queries can read and that are not cut, `controls`
           times; nothing where there are not enough.
@@ -20,7 +20,7 @@ from microtome.edit import KnockOut
 from microtome.errors import PromptError, error
 from microtome.explain._answers import own_answer
 from microtome.explain._pairs import Place
-from microtome.explain._spans import at, layers_at, one_prompt, one_row, span_of, window_of
+from microtome.explain._spans import at, one_prompt, one_row, span_of, windows_of
 from microtome.method import (
     AnswerToken,
     Argument,
@@ -82,6 +82,8 @@ def attention_knockout(
 ) -> Found:
     """In which layers some positions must attend to others for the model to give its answer.
 
+    Where no layer of a window has attention, there is NaN.
+
     Raises:
         PromptError: a span is not in the prompt, or queries cannot read the keys anyway.
         SiteError: the model's attention scores are not seen.
@@ -96,12 +98,15 @@ def attention_knockout(
         )  # fmt: skip
     token, attrs = own_answer(model, tokens, answer)
     sets = [list(range(*cut)), *_other_keys(model, asked, cut, len(tokens), controls)]
-    windows = [layers_at(*window_of(i, window, n)) for i in range(n)]
-    cells = [KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows]
+    windows = windows_of(model, "attn.scores", window)
+    cells = [
+        KnockOut(f"{w}.attn.scores{at(*asked)}", keys=",".join(map(str, s))) for s in sets for w in windows.values()
+    ]
     swept = run_sweep(model, tokens.unsqueeze(0), cells, LogProbability(token), stage="cutting attention").whole()
     attrs |= {"metric": "probability of the answer", "controls": len(sets) - 1}
     attrs |= {"queries": model.to_text(tokens[slice(*asked)]), "keys": model.to_text(tokens[slice(*cut)])}
-    values, base = swept.values.double().reshape(len(sets), n), float(swept.base[0])
+    base, values = float(swept.base[0]), torch.full((len(sets), n), torch.nan, dtype=torch.float64)
+    values[:, list(windows)] = swept.values.double().reshape(len(sets), -1)
     whole = torch.tensor(base, dtype=torch.float64).exp()
     changes = {
         "probability": values.exp() - whole, "log_probability": values - base, "relative": values.exp() / whole - 1,

@@ -1,10 +1,14 @@
-"""The cells of a site: every layer by every place of a prompt, or by every unit."""
+"""The cells of a site: every layer that has it by every place of a prompt, or by every unit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from microtome.anatomy import Site
 from microtome.errors import SiteError, error
@@ -12,7 +16,9 @@ from microtome.explain._spans import at
 from microtome.method import Argument
 from microtome.model import Model
 
-BY_POSITION = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn.q", "attn.k", "attn.v", "attn.z")
+BY_POSITION = (
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mixer_out", "mlp_out", "attn.q", "attn.k", "attn.v", "attn.z",
+)  # fmt: skip
 BY_UNIT = ("attn.q[head]", "attn.k[head]", "attn.v[head]", "attn.z[head]", "attn.pattern[head]", "mlp.post[neuron]")
 LAYOUTS = (*BY_POSITION, *BY_UNIT)
 """What can be patched by layer and position, and with its unit behind by layer and unit at all positions."""
@@ -23,7 +29,8 @@ Sites = Annotated[
         "what to patch: a site by layer and position, or by layer and unit with the unit in brackets", choices=LAYOUTS
     ),
 ]
-DEFAULT_SITES = ("resid_pre", "attn_out", "mlp_out", "attn.z[head]")
+DEFAULT_SITES = ("resid_pre", "attn_out", "mixer_out", "mlp_out", "attn.z[head]")
+"""What is patched unless sites are named: of these, what the model has in some layer."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,33 @@ class Layout:
     """The cells of one site of one prompt.
 
     Attributes:
-        addresses: of the cells, in the order of the axes.
+        addresses: of the cells, by layer and by place or unit; a layer without the site has none.
         dims: the axes that they fill, of `shape`.
         shape: how many layers, and how many places or units.
-        capture: what a run must capture for them.
+        site: the name of the site.
     """
 
-    addresses: tuple[str, ...]
+    addresses: Mapping[tuple[int, int], str]
     dims: tuple[str, str]
     shape: tuple[int, int]
-    capture: str
+    site: str
+
+    @property
+    def capture(self) -> str:
+        """What a run must capture for them."""
+        return f"*.{self.site}"
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have the site."""
+        return list(dict.fromkeys(layer for layer, _ in self.addresses))
+
+    def spread(self, values: Float[Tensor, "*of cell"]) -> Float[Tensor, "*of layer _"]:
+        """The values of the cells, in their order, by layer and by place or unit; NaN where there is no cell."""
+        whole = values.new_full((*values.shape[:-1], *self.shape), torch.nan)
+        layers, places = zip(*self.addresses, strict=True)
+        whole[..., list(layers), list(places)] = values
+        return whole
 
 
 def every_position(length: int) -> list[tuple[int, int]]:
@@ -48,21 +72,27 @@ def every_position(length: int) -> list[tuple[int, int]]:
     return [(p, p + 1) for p in range(length)]
 
 
+def named_sites(model: Model, sites: Sequence[str]) -> list[str]:
+    """The sites that are asked for; of the default, those that the model has in some layer."""
+    points = model.anatomy.hook_points
+    there = {site.name for site in points}
+    return [site for site in sites if tuple(sites) != DEFAULT_SITES or site.partition("[")[0] in there]
+
+
 def layout(model: Model, site: str, places: Sequence[tuple[int, int]], axis: str = "pos", units_at: str = "") -> Layout:
-    """The cells of a site: every layer by every place (first, end), or by every unit at some positions.
+    """The cells of a site: every layer that has it by every place (first, end), or by every unit at some positions.
 
     Raises:
-        SiteError: a layer lacks the site; says why.
+        SiteError: no layer has the site; says why.
     """
-    name, by_unit = site.partition("[")[0], site.endswith("]")
-    n = model.anatomy.n_layers
-    absent = next((i for i in range(n) if Site(name, i) not in model.anatomy.hook_points), None)
-    if absent is not None:
-        why = model.anatomy.missing.get(Site(name, absent))
-        raise error(SiteError, f"no {name} in layer {absent}", got=why, do="name other sites")
+    name, by_unit, a = site.partition("[")[0], site.endswith("]"), model.anatomy
+    there = [i for i in range(a.n_layers) if Site(name, i) in a.hook_points]
+    if not there:
+        raise error(SiteError, f"{a.name} has {name} in no layer", got=a.missing.get(Site(name, 0)),
+                    do="name other sites")  # fmt: skip
     if by_unit:
-        units = model.anatomy.units(Site(name, 0))
-        addresses = tuple(f"{i}.{name}[{u}]{units_at}" for i in range(n) for u in range(units))
-        return Layout(addresses, ("layer", Site(name, 0).spec.unit), (n, units), f"*.{name}")
-    addresses = tuple(f"{i}.{name}{at(*place)}" for i in range(n) for place in places)
-    return Layout(addresses, ("layer", axis), (n, len(places)), f"*.{name}")
+        units = {i: a.units(Site(name, i)) for i in there}
+        addresses = {(i, u): f"{i}.{name}[{u}]{units_at}" for i in there for u in range(units[i])}
+        return Layout(addresses, ("layer", Site(name, 0).spec.unit), (a.n_layers, max(units.values())), name)
+    addresses = {(i, k): f"{i}.{name}{at(*place)}" for i in there for k, place in enumerate(places)}
+    return Layout(addresses, ("layer", axis), (a.n_layers, len(places)), name)

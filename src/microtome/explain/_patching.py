@@ -18,7 +18,7 @@ from torch import Tensor
 
 from microtome.edit import Patch
 from microtome.errors import PromptError, SiteError, error
-from microtome.explain._layout import DEFAULT_SITES, Layout, Sites, every_position, layout
+from microtome.explain._layout import DEFAULT_SITES, Layout, Sites, every_position, layout, named_sites
 from microtome.explain._pairs import (
     SMALLEST_GAP,
     AnswerOfClean,
@@ -97,18 +97,19 @@ def patch(
     """Patch every layer and position (or head) between clean and corrupt prompts, exactly.
 
     Of several pairs it gives the mean effect, with `_lo`, `_hi`, `_p` and `_each`: over (layer, span) where spans are
-    given or the lengths differ, else over (layer, pos). Stopped by Ctrl-C it keeps the pairs that were measured whole,
-    and the attribute `examples` says how many. `mean_gap` and `smallest_gap` are of clean - corrupt, `flipped_gaps`
-    how many gaps have the other sign than their mean.
+    given or the lengths differ, else over (layer, pos); NaN in layers without a site. Stopped by Ctrl-C it keeps the
+    pairs that were measured whole, and the attribute `examples` says how many. `mean_gap` and `smallest_gap` are of
+    clean - corrupt, `flipped_gaps` how many gaps have the other sign than their mean.
 
     Raises:
         PromptError: a pair does not align, an answer or foil does not fit, or pairs have no span or length in common.
-        SiteError: a layer lacks a site, both prompts of a pair give the same metric or differ only after what is read,
+        SiteError: no layer has a site, both prompts of a pair give the same metric or differ only after what is read,
             or the mean gap that effects are shares of is not clearly one.
         DataError: the file cannot be read as pairs; BudgetError: not even one cell fits.
     """
     pairs = pairs_of(model, clean, corrupt, answer=answer, foil=foil, metric=metric, spans=spans)
     axis, labels, places = _places(pairs, by_span=spans is not None)
+    sites = named_sites(model, sites)
     layouts = [
         {site: layout(model, site, place, axis, at(0, length)) for site in sites}
         for place, length in zip(places, pairs.lengths, strict=True)
@@ -217,7 +218,7 @@ def _swept(
     """The effects of some pairs, NaN where they were not reached, and whether the sweep was stopped."""
     wanted = sorted({part.capture for part in layouts[0].values()})
     source = model.run(pairs.goal(direction), capture=wanted, logits=False)
-    cells = [[Patch(a, source=source) for part in own.values() for a in part.addresses] for own in layouts]
+    cells = [[Patch(a, source=source) for part in own.values() for a in part.addresses.values()] for own in layouts]
     which = [i for i, own in enumerate(cells) for _ in own]
     every = [cell for own in cells for cell in own]
     swept = run_sweep(model, pairs.start(direction), every, pairs.metric, prompts=which, stage=stage)
@@ -227,10 +228,10 @@ def _swept(
 def _by_site(
     layouts: dict[str, Layout], effects: Float[Tensor, "example cell"]
 ) -> dict[str, tuple[tuple[str, str], Float[Tensor, "example layer _"]]]:
-    """The effects [example, cell] of every site with its axes, [example, layer, place or unit]."""
+    """The effects [example, cell] of every site with its axes, [example, layer, place or unit]; NaN without a cell."""
     parts = effects.split([len(part.addresses) for part in layouts.values()], dim=1)
     sites = zip(layouts.items(), parts, strict=True)
-    return {site: (part.dims, x.reshape(-1, *part.shape)) for (site, part), x in sites}
+    return {site: (part.dims, part.spread(x)) for (site, part), x in sites}
 
 
 def _attributes(

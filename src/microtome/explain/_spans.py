@@ -9,6 +9,7 @@ from typing import Any, cast
 from jaxtyping import Int
 from torch import Tensor
 
+from microtome.anatomy import Site
 from microtome.axes import Tokens
 from microtome.errors import PromptError, error
 from microtome.method import Span
@@ -114,6 +115,16 @@ def window_of(layer: int, width: int, n_layers: int) -> tuple[int, int]:
     return max(0, layer - width // 2), min(n_layers, layer - (-width // 2)) - 1
 
 
-def layers_at(first: int, last: int) -> str:
-    """Layers as the beginning of an address: "3" or "3-12"."""
-    return f"{first}" if first == last else f"{first}-{last}"
+def windows_of(model: Model, site: str, width: int) -> dict[int, str]:
+    """By layer, those layers of the window around it that have a site, as the beginning of an address: "3,5-12".
+
+    A layer whose window has no such layer is left out.
+    """
+    a = model.anatomy
+    found: dict[int, str] = {}
+    for layer in range(a.n_layers):
+        first, last = window_of(layer, width, a.n_layers)
+        there = [i for i in range(first, last + 1) if Site(site, i) in a.hook_points]
+        if there:
+            found[layer] = ",".join(map(str, there))
+    return found

@@ -162,9 +162,8 @@ def _cells(
     for site, x in scores.items():
         labels = _labels(x, site, places[site])
         if part := layouts.get(site):
-            grid = np.array(part.addresses).reshape(part.shape)
             where = zip(*(labels[dim] for dim in part.dims), strict=True)
-            cells += [Patch(str(grid[i, j]), source=source) for i, j in where]
+            cells += [Patch(part.addresses[int(i), int(j)], source=source) for i, j in where]
         else:
             ends = zip(labels["sender"], labels["receiver"], strict=True)
             cells += [Edge(str(sender), str(receiver), source=source) for sender, receiver in ends]

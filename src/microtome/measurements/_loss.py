@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from microtome.anatomy import Site
 from microtome.axes import Tokens
 from microtome.context import current
 from microtome.edit import Edit, Skip, Zero
@@ -76,6 +77,7 @@ def _skipped(name: str, part: str, title: str) -> Column:
     question="How much does the loss rise without each layer, or without each of its branches?",
     columns=(
         _skipped("loss_skip_attn", "attention", "attention"),
+        _skipped("loss_skip_mixer", "the mixer that is no attention", "mixer"),
         _skipped("loss_skip_mlp", "the MLP", "MLP"),
         _skipped("loss_skip_block", "the whole block", "block"),
     ),
@@ -86,8 +88,10 @@ def _skipped(name: str, part: str, title: str) -> Column:
     cost="3 L forwards over the first sequences of the text, each from its own layer on: about 1.5 L full ones",
     check=CHECK,
 )  # fmt: skip
-def ablation_loss(seen: Seen) -> dict[str, Tensor]:
+def ablation_loss(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
     """Increase in loss when a layer's attention, its MLP, or the whole block adds nothing; by row [example, layer].
+
+    Mixers that are no attention are branches too; of a branch that a layer has not, there is NaN.
 
     Raises:
         ModelUnsupported: the model is not causal.
@@ -95,15 +99,18 @@ def ablation_loss(seen: Seen) -> dict[str, Tensor]:
     seen.model.require_next_token()
     model, tokens = seen.model, seen.tokens
     branches: dict[str, Callable[[int], Edit]] = {
-        "attn": lambda i: Zero(f"{i}.attn_out"), "mlp": lambda i: Zero(f"{i}.mlp_out"), "block": Skip,
+        "attn": lambda i: Zero(f"{i}.attn_out"), "mixer": lambda i: Zero(f"{i}.mixer_out"),
+        "mlp": lambda i: Zero(f"{i}.mlp_out"), "block": Skip,
     }  # fmt: skip
+    points, layers = model.anatomy.hook_points, range(model.anatomy.n_layers)
+    there = {name: [name == "block" or Site(f"{name}_out", i) in points for i in layers] for name in branches}
     base = model.run(tokens, capture="*.resid_pre")
     whole = token_loss(base.logits, tokens).double().mean(1)
-    rows: dict[str, list[Tensor]] = {f"loss_skip_{name}": [] for name in branches}
-    for i in range(model.anatomy.n_layers):
-        for name, edit in branches.items():
+    rows = {name: torch.zeros(len(whole), len(layers), dtype=torch.float64) for name in branches if any(there[name])}
+    for i in layers:
+        for name in (name for name in rows if there[name][i]):
             # What comes before layer i is the same with and without it: start from what it read.
-            run = model.run(tokens, edits=edit(i), start_at=i, given=base[f"{i}.resid_pre"])
-            rows[f"loss_skip_{name}"].append(token_loss(run.logits, tokens).double().mean(1) - whole)
-        current().report("leaving layers out", i + 1, model.anatomy.n_layers)
-    return {name: torch.stack(values, dim=1) for name, values in rows.items()}
+            run = model.run(tokens, edits=branches[name](i), start_at=i, given=base[f"{i}.resid_pre"])
+            rows[name][:, i] = token_loss(run.logits, tokens).double().mean(1) - whole
+        current().report("leaving layers out", i + 1, len(layers))
+    return {f"loss_skip_{name}": (x, torch.tensor(there[name])) for name, x in rows.items()}

@@ -3,6 +3,7 @@
 Formula:  over all tokens but the first of each row (which attention sinks inflate):
           attn_share = mean |attn_out| / |resid_pre|,   mlp_share = mean |mlp_out| / |resid before the MLP's sum|,
           attn_cos = mean cos(resid_pre, attn_out),     mlp_cos = mean cos(resid before, mlp_out),
+          the same of mixers that are no attention; of branches that a layer has not, there is NaN;
           block_cos = mean cos(resid_pre, resid_post),  block_influence = 1 - block_cos;
           their controls: the same with the second vector of the token half the row away, round its end (streams share
           a direction, so that those of unrelated tokens are not at right angles);
@@ -24,6 +25,7 @@ NORMS = "Residual stream norm"
 ADDED = "Norm of what a branch adds, relative to the stream"
 COSINES = "Cosine with the residual stream"
 LARGEST = "Largest and median activation"
+BRANCHES = ("attn", "mixer", "mlp")
 REST = "each row's first token left out"
 
 
@@ -48,8 +50,8 @@ def _share(name: str, part: str, title: str) -> Column:
 @measure(
     "stream",
     of="layer",
-    sites=("resid_pre", "attn_out", "mlp_out", "resid_post"),
-    optional="resid_mid",
+    sites=("resid_pre", "resid_post"),
+    optional=("resid_mid", *(f"{name}_out" for name in BRANCHES)),
     title="residual stream by layer",
     question="How large is the residual stream, and how much does each branch and block change it?",
     columns=(
@@ -58,8 +60,10 @@ def _share(name: str, part: str, title: str) -> Column:
         _norm("resid_post_norm", f"mean norm after the layer, {REST}", "after"),
         _norm("resid_post_norm_first", "mean norm after the layer at each row's first token", "after, first token"),
         _share("attn_share", "attention", "attention"),
+        _share("mixer_share", "a mixer that is no attention", "mixer"),
         _share("mlp_share", "the MLP", "MLP"),
         *_cosine("attn_cos", "what attention adds and what it is added to", "what it adds", "attention"),
+        *_cosine("mixer_cos", "what a mixer adds and what it is added to", "what it adds", "mixer"),
         *_cosine("mlp_cos", "what the MLP adds and what it is added to", "what it adds", "MLP"),
         *_cosine("block_cos", "a block's input and its output", "the output", "block"),
         Column(
@@ -84,9 +88,10 @@ def _share(name: str, part: str, title: str) -> Column:
 )  # fmt: skip
 def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:
     """Norms, branch shares and cosines of the residual stream, layer by layer, with intervals over rows."""
-    pre, attn, mlp, post = (at_least_float32(seen[n]) for n in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
+    pre, post = (at_least_float32(seen[name]) for name in ("resid_pre", "resid_post"))
     before = at_least_float32(seen["resid_mid"]) if "resid_mid" in seen else pre
-    norm = {name: x.norm(dim=-1) for name, x in (("pre", pre), ("post", post), ("attn", attn), ("mlp", mlp))}
+    added = {name: at_least_float32(seen[f"{name}_out"]) for name in BRANCHES if f"{name}_out" in seen}
+    norm = {name: x.norm(dim=-1) for name, x in {"pre": pre, "post": post, **added}.items()}
     norm["before"] = before.norm(dim=-1) if before is not pre else norm["pre"]
     floor = torch.finfo(post.dtype).tiny
 
@@ -102,14 +107,16 @@ def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:
     turn, unrelated = cosine(pre, post, "pre", "post"), elsewhere(pre, post, "pre", "post")
     found = {
         "resid_pre_norm": norm["pre"], "resid_post_norm": norm["post"],
-        "attn_share": norm["attn"] / norm["pre"].clamp(min=floor),
-        "mlp_share": norm["mlp"] / norm["before"].clamp(min=floor),
-        "attn_cos": cosine(pre, attn, "pre", "attn"), "mlp_cos": cosine(before, mlp, "before", "mlp"),
-        "attn_cos_elsewhere": elsewhere(pre, attn, "pre", "attn"),
-        "mlp_cos_elsewhere": elsewhere(before, mlp, "before", "mlp"),
         "block_cos": turn, "block_influence": 1 - turn,
         "block_cos_elsewhere": unrelated, "block_influence_elsewhere": 1 - unrelated,
     }  # fmt: skip
+    for name, x in added.items():
+        stream, to = (before, "before") if name == "mlp" else (pre, "pre")
+        found |= {
+            f"{name}_share": norm[name] / norm[to].clamp(min=floor),
+            f"{name}_cos": cosine(stream, x, to, name),
+            f"{name}_cos_elsewhere": elsewhere(stream, x, to, name),
+        }
     found |= {"resid_mid_norm": norm["before"]} if before is not pre else {}
     first = torch.zeros_like(later)
     first[:, 0] = True

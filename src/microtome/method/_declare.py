@@ -148,7 +148,9 @@ class Column:
 
 
 NEEDS = {
-    "sum": "a stream that is the sum of what heads and MLPs write",
+    "sum": "a stream that is the sum of what branches write",
+    "heads": "the heads of every layer that attends",
+    "attention and MLP": "attention and an MLP as the branches of every layer",
     "lens": "a stream that can be read as logits",
     "next token": "a model that predicts the next token",
 }
@@ -180,7 +182,8 @@ class Method:
         function: what computes it.
         sites: the sites that a measure sees.
         optional: those that it sees where the model has them.
-        needs: what it needs of a model besides: sites and weights (a question in every layer), or what `NEEDS` names.
+        needs: what it needs of a model besides: sites in some layer, or of a question in every one ("*.attn.q");
+            weights (of a question in every layer), or what `NEEDS` names.
         home: the module that declares it.
     """
 
@@ -252,7 +255,7 @@ def validate(method: Method) -> None:
         if name not in SITES:
             raise _wrong(of, f'names the site "{name}", which does not exist', allowed=", ".join(SITES))
     for name in method.needs:
-        if name not in SITES and name not in NEEDS and name not in WEIGHTS:
+        if name.removeprefix("*.") not in (*SITES, *NEEDS, *WEIGHTS):
             raise _wrong(of, f'needs "{name}", which is no site', allowed=", ".join((*NEEDS, *WEIGHTS, *SITES)))
     for name, argument in method.arguments.items():
         if not argument.meaning:

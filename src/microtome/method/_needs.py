@@ -9,22 +9,32 @@ from microtome.method._measure import Measure
 from microtome.method._registry import declared, methods
 from microtome.model import Model
 
+BRANCHES = {"sum": "why_no_sum", "heads": "why_no_heads", "attention and MLP": "why_other_branches"}
+"""What an anatomy says of why a model lacks something of this kind."""
+
 
 def lacks(model: Model, method: Method) -> tuple[str, str] | None:
     """What a question needs that a model lacks, and why it does; None where it has all."""
     a = model.anatomy
     for name in method.needs:
-        if name == "sum" and (why := a.why_no_sum) is not None:
-            return NEEDS["sum"], why
+        if name in BRANCHES and (why := getattr(a, BRANCHES[name])) is not None:
+            return NEEDS[name], why
         if name in WEIGHTS:
             gone = next((why for i in range(a.n_layers) if (why := a.unproven.get(f"{i}.{name}"))), None)
             if gone is not None:
                 return f"{name} in every layer", gone
-        absent = [site for i in range(a.n_layers) if (site := Site(name, i)) in a.missing]
-        absent += [site for site in (Site(name),) if site in a.missing]
-        if absent:
-            return f"{name} in every layer" if absent[0].layer is not None else name, a.missing[absent[0]]
+        absent = _absent(model, name.removeprefix("*."))
+        if name.startswith("*.") and absent:
+            return f"{name[2:]} in every layer", a.missing[absent[0]]
+        if absent and not any(site.name == name for site in a.hook_points):
+            return name, a.missing[absent[0]]
     return None
+
+
+def _absent(model: Model, name: str) -> list[Site]:
+    """The sites of a name that a model lacks with a reason, layer by layer, the model's own last."""
+    a = model.anatomy
+    return [site for i in (*range(a.n_layers), None) if (site := Site(name, i)) in a.missing]
 
 
 def require(model: Model, method: Method) -> None:

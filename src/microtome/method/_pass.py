@@ -35,10 +35,9 @@ class Bound:
     kept: dict[tuple[int | None, int | None], Kept] = field(default_factory=dict[tuple[int | None, int | None], Kept])
 
     def sites(self, model: Model, layer: int | None) -> set[str]:
-        """The sites that it sees in a layer: those that it may see too, where all its layers have them."""
+        """The sites that it sees in a layer: those that it needs, and of those that it may see too what is there."""
         points = model.anatomy.hook_points
-        there = [n for n in self.measure.optional if all(Site(n, i) in points for i in self.layers)]
-        return {*self.measure.method.sites, *there}
+        return {*self.measure.method.sites, *(n for n in self.measure.optional if Site(n, layer) in points)}
 
 
 class Pass:
@@ -163,18 +162,17 @@ class Pass:
         return _dataset(self.model, one, tables, known, self.groups)
 
     def _of_group(self, one: Bound, group: int | None) -> dict[str, Tensor]:
-        """The columns of one group, layers stacked; empty where nothing of it was counted."""
-        rows: dict[str, list[Tensor]] = {}
-        held: list[Kept] = []
-        for layer in one.layers:
-            kept = one.kept.get((group, layer))
-            if kept is None:
-                return {}
-            held.append(kept)
-            for name, x in one.statistic.result(kept).items():
-                rows.setdefault(name, []).append(x)
+        """The columns of one group, layers stacked, NaN where a layer lacks one; empty where nothing was counted."""
+        held = [kept for layer in one.layers if (kept := one.kept.get((group, layer))) is not None]
+        if len(held) < len(one.layers):
+            return {}
+        rows = [one.statistic.result(kept) for kept in held]
+        found: dict[str, Tensor] = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            like = next(row[name] for row in rows if name in row)
+            nothing = torch.full_like(like, torch.nan if like.is_floating_point() else -1)
+            found[name] = torch.stack([row.get(name, nothing) for row in rows])
         columns = one.measure.method.columns
-        found = {name: torch.stack(x) for name, x in rows.items()}
         found |= intervals(held, columns) | differences(held, columns, found)
         return found if one.layers != [None] else {name: x[0] for name, x in found.items()}
 

@@ -105,7 +105,8 @@ def question(
         reading: how to read a value, in a sentence or two.
         command: its name on the command line; all its required arguments must then declare themselves.
         title: what results and pages call it.
-        needs: the sites that a model must have in every layer, or what `NEEDS` names; checked before it runs.
+        needs: the sites that a model must have in some layer, or in every one ("*.attn.q"), or what `NEEDS` names;
+            checked before it runs.
 
     Raises:
         DeclarationError: something is missing or wrong; in one line.

@@ -24,7 +24,8 @@ Kept = dict[str, Any]
 """Accumulators by name; each is an `Accumulator` of `microtome.stream`."""
 
 Values = Mapping[str, Tensor | tuple[Tensor, Tensor]]
-"""By column: values [example, pos, *unit] or [example, *unit], or these with a mask of the tokens that count."""
+"""By column: values [example, pos, *unit], or these with a mask [example, pos] of the tokens that count; or values
+[example, *unit], or these with a mask [*unit] of the units that there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,8 @@ class MeanOverExamples(Statistic):
             mask = _counting(own, seen) if by_token else _whole(seen)
             stacked = torch.stack([x.reshape(*x.shape[:lead], *shape) for _, x, _ in alike], dim=-1)
             batch = ExampleMeans((*shape, len(alike)))
-            batch.update(stacked, seen.examples, mask)
+            absent = None if by_token or own is None else ~own.unsqueeze(-1).expand(*shape, len(alike))
+            batch.update(stacked, seen.examples, mask, absent)
             for (name, _, _), part in zip(alike, batch.along_last(), strict=True):
                 kept[name] = kept[name].merge(part) if name in kept else part
 
@@ -173,15 +175,17 @@ def differences(layers: Sequence[Kept], columns: Sequence[Column], found: Mappin
 
 
 def _means(layers: Sequence[Kept], name: str) -> list[ExampleMeansResult] | None:
-    """The means of a column that were kept by example, layer by layer; none where it was not."""
+    """The means of a column that were kept by example, layer by layer, NaN in one without it; None if none has it."""
     held = [kept.get(name) for kept in layers]
     means = [one for one in held if isinstance(one, ExampleMeans)]
-    if not held or len(means) < len(held):
+    if not means or any(one is not None and not isinstance(one, ExampleMeans) for one in held):
         return None
     if all(one.examples for one in means):
-        return [one.result() for one in means]
+        like = means[0].result()
+        nothing = replace(like, total=torch.full_like(like.total, torch.nan))
+        return [one.result() if isinstance(one, ExampleMeans) else nothing for one in held]
     none = torch.zeros(0, dtype=torch.float64)  # a group of which this value counted nothing
-    return [ExampleMeansResult(none.long(), none, none.new_zeros((0, *one.shape))) for one in means]
+    return [ExampleMeansResult(none.long(), none, none.new_zeros((0, *means[0].shape))) for _ in held]
 
 
 def _stacked(means: Sequence[ExampleMeansResult]) -> Tensor:

@@ -61,13 +61,14 @@ class ExampleMeans(Accumulator):
         self._count = torch.zeros(0, dtype=torch.float64)
         self._total = torch.zeros((0, units), dtype=torch.float64)
 
-    def update(self, values: Tensor, example: Tensor, mask: Tensor | None = None) -> None:
+    def update(self, values: Tensor, example: Tensor, mask: Tensor | None = None, absent: Tensor | None = None) -> None:
         """Take in values of examples, one each or one a token.
 
         Args:
             values: [example, *shape], or [example, pos, *shape].
             example: [example] int64, what each row is called; rows of one name are one example.
             mask: [example, pos] or [example] (boolean), which values count; all by default.
+            absent: [*shape] (boolean), units of which there are no values: their sums are NaN.
 
         Raises:
             DataError: when the shapes do not fit, or a counted value is NaN or infinite.
@@ -85,8 +86,11 @@ class ExampleMeans(Accumulator):
             weight = mask.reshape(weight.shape)
             there = weight.to(rows.device, non_blocking=True).unsqueeze(-1)
             rows = torch.where(there, rows, rows.new_zeros(()))
+        nowhere = None if absent is None else absent.reshape(-1).to(rows.device)
+        rows = rows if nowhere is None else rows.masked_fill(nowhere, 0.0)
         require_finite(rows.flatten(0, 1), self.shape, where)
         total = rows.sum(1, dtype=torch.float64).to(self._total)
+        total = total if nowhere is None else total.masked_fill(nowhere.to(total.device), torch.nan)
         count = weight.sum(1, dtype=torch.float64).to(self._count)
         counted = count > 0
         self._take(example.to(self._example)[counted], count[counted], total[counted])

@@ -170,13 +170,13 @@ def require_edges(anatomy: Anatomy) -> None:
     Raises:
         SiteError: norms lie on the residual stream itself, or something is added that is no head and no MLP.
     """
-    why = anatomy.why_no_sum
+    why = anatomy.why_no_sum or anatomy.why_other_branches
     if why is not None:
         raise error(
             SiteError,
             f"the stream of {anatomy.name} is not a sum over its parts, so that it has no edges",
             got=why,
-            do="use a model with norms before its branches",
+            do="use a model with norms before its branches, attention and MLPs",
         )
 
 

@@ -14,9 +14,17 @@ from rich.text import Text
 
 from microtome.view import _svg
 from microtome.view._canvas import Canvas
-from microtome.view._dataset import metric_of, places_marked, prompts_of, reading_of, sought, title_of, tokens_of
+from microtome.view._dataset import (
+    metric_of,
+    places_marked,
+    prompts_of,
+    reading_of,
+    sought,
+    title_of,
+    tokens_of,
+    without_interval,
+)
 from microtome.view._dataset import without_batch as one_example
-from microtome.view._dataset import without_interval
 from microtome.view._forms import Form, Forms, forms
 from microtome.view._heat_cells import fit, in_full, legend
 from microtome.view._heat_map import MOST_TERMINAL_CELLS, HeatMap
