@@ -47,7 +47,7 @@ SECONDS = 120
 # Reasons of the engine which mean that the architecture has no such part: nothing is missing there.
 NO_SUCH_PART = re.compile(
     r"parallel block|not a mixture of experts|the layer is a mixture|the MLP is (not )?gated|the block has (no|one) "
-    r"|there is no norm (before|behind)"
+    r"|there is no norm (before|behind)|no norm stands between the stream and the head"
 )
 
 

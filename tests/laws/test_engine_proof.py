@@ -285,20 +285,6 @@ def test_weight_view_with_heads_in_another_order_is_refused(matrix: str, monkeyp
         getattr(model.layers[1], matrix)
 
 
-def test_a_norm_that_runs_twice_a_forward_is_no_site() -> None:
-    """As in nanochat, whose final norm is that of the embeddings too."""
-    hf = families.build("llama-gqa")
-    hf.model.norm.weight.data.fill_(1.0)
-    own = hf.model.embed_tokens.forward
-    hf.model.embed_tokens.forward = lambda ids: hf.model.norm(own(ids))
-    with pytest.raises(mt.errors.ProofError, match=r'fails "1 inert" at final.scale .*: seen 2 times a forward'):
-        mt.open(hf, strict=True)
-    model = mt.open(hf)
-    with pytest.raises(mt.errors.SiteError, match=r"no site final.scale in .*: seen 2 times a forward"):
-        model.run(ids(), "final.scale")
-    assert model.run(ids(), "final").logits.isfinite().all()
-
-
 def test_hooks_that_change_something_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     own = _attention.AttentionHooks.visit
 

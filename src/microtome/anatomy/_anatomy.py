@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from microtome.anatomy._discover import Parts, discover
+from microtome.anatomy._end import End, end_of
 from microtome.anatomy._family import number
 from microtome.anatomy._flow import Flow
 from microtome.anatomy._forms import learned
@@ -237,9 +238,10 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         ModelUnsupported: the module tree is not that of a transformer language model.
     """
     parts = discover(model, flow)
-    scale = cap = None
+    end = End(parts.final_norm)
     if flow is not None:
-        parts, scale, cap = learned(model, parts, flow)
+        end = end_of(model, parts, flow)
+        parts = replace(learned(model, parts, flow), final_norm=end.norm)
     config = model.config.get_text_config()
     points = HookPoints(model, parts, config, () if flow is None else _stream(parts, flow))
     points.hook_points[Site("embed")] = points.stream(parts.layers[0].block, "input")
@@ -248,11 +250,7 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         points.attention(i, layer)
         points.mixer(i, layer)
         points.mlp(i, layer)
-    points.norm(Site("final.scale"), parts.final_norm)
-    read = in_features(model.get_submodule(parts.unembedding))
-    points.hook_points[Site("final")] = HookPoint(parts.unembedding, "input", sizes=(("d_model", read),))
-    written = out_features(model.get_submodule(parts.unembedding))
-    points.hook_points[Site("logits")] = HookPoint("", "logits", sizes=(("vocab", written),))
+    points.end(end)
     start = _first_position(model)
     lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     longest = next((n for n in lengths if isinstance(n, int) and n > 0), 2048)
@@ -271,8 +269,8 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         parts=parts,
         hook_points=points.hook_points,
         missing=points.missing,
-        logit_scale=(multiply or 1.0) / (divide or 1.0) if scale is None else scale,
-        logit_softcap=number(config, family.logit_softcap) if cap is None else cap,
+        logit_scale=(multiply or 1.0) / (divide or 1.0) if end.scale is None else end.scale,
+        logit_softcap=number(config, family.logit_softcap) if end.cap is None else end.cap,
         rotary_switch=switch_of(config),
         returns=0 if points.interface else 2,
         stored=stored(model),

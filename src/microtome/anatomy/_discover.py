@@ -45,7 +45,9 @@ class Norm:
     """A normalisation ``gain * (x - centre(x)) / scale(x) + bias``, found by trying it on a random vector.
 
     `scale` is ``sqrt(mean(x**2) + eps)``, of the centred x where `centred`; `gain` is the weight plus `offset`. Where a
-    model has a place for a norm but none in it, the norm is the identity: its `scale` is one.
+    model has a place for a norm but none in it, the norm is the identity: its `scale` is one. What is read behind it is
+    `times` what it gives, gain and bias included. Where it runs more than once in a forward, `call` says which of these
+    calls is meant, from 0, and how many there are.
     """
 
     path: str
@@ -53,6 +55,8 @@ class Norm:
     offset: float
     eps: float
     identity: bool = False
+    times: float = 1.0
+    call: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,11 @@ class Flow:
         """The first call of a module."""
         return next((call for call in self.calls if call.path == path), None)
 
+    def which(self, call: Call) -> tuple[int, int] | None:
+        """Which call of its module a call is, from 0, and how many there are; None where it is the only one."""
+        calls = [other for other in self.calls if other.path == call.path]
+        return None if len(calls) == 1 else (next(n for n, other in enumerate(calls) if other is call), len(calls))
+
     def inside(self, path: str) -> list[Call]:
         """All calls within a module, not its own."""
         return [call for call in self.calls if call.path.startswith(path + ".")]
@@ -102,6 +107,11 @@ def factors_of(y: Tensor, x: Tensor, term: Tensor) -> Tensor | None:
     goal, whole = ((t.double().flatten(0, -2)) for t in (y.double() - term.double(), x))
     factor = (goal * whole).sum(0) / whole.pow(2).sum(0).clamp(min=torch.finfo(torch.float64).tiny)
     return factor if float((goal - factor * whole).norm()) <= FITS * float(goal.norm()) else None
+
+
+def same(one: Seen, other: Seen) -> bool:
+    """Whether two tensors are one, or hold the same values."""
+    return one.key == other.key or (one.value.shape == other.value.shape and bool((one.value == other.value).all()))
 
 
 def chain(inside: Sequence[Call], start: Call) -> list[Call]:

@@ -13,52 +13,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from microtome.anatomy._discover import Form, LayerParts, Norm, Parts, norm_of
-from microtome.anatomy._flow import Call, Flow, Seen, chain, factors_of, multiples, writer
+from microtome.anatomy._discover import Form, LayerParts, Norm, Parts
+from microtome.anatomy._end import norm_at
+from microtome.anatomy._flow import Call, Flow, Seen, chain, factors_of, multiples, same, writer
 
-EXACT = 1e-5
-"""How well logits must be a multiple of the unembedding's output: a wide soft cap is nearly one."""
 MOST = 5
 """Places at which what a branch writes is looked for."""
 
 
-def learned(model: Any, parts: Parts, flow: Flow) -> tuple[Parts, float | None, float | None]:
-    """The parts of a model with the forms that one forward shows, and by what its logits are scaled and capped."""
+def learned(model: Any, parts: Parts, flow: Flow) -> Parts:
+    """The parts of a model with the forms that one forward shows of its blocks."""
     found = [BlockForm(model, layer, flow).learned() for layer in parts.layers]
     forms = [form for layer, form in found if form is not None and layer.attn and (layer.mlp or layer.down)]
     form = max(set(forms), key=forms.count) if forms else "sequential"
-    last, head, whole = flow.first(parts.layers[-1].block), flow.first(parts.unembedding), flow.first("")
-    norm: Norm | None = None
-    if head is not None and head.read is not None and last is not None and last.wrote is not None:
-        before = writer(flow.calls, head.read)
-        if before is not None and before.read is not None and _same(before.read, last.wrote):
-            norm = _tried(model, before.path, int(last.wrote.value.shape[-1]))
-    scale, cap = _of_logits(model, head, whole)
-    return replace(parts, layers=tuple(layer for layer, _ in found), form=form, final_norm=norm), scale, cap
-
-
-def _of_logits(model: Any, head: Call | None, whole: Call | None) -> tuple[float | None, float | None]:
-    """By what the output of the unembedding is multiplied, or softly capped; None where it is neither."""
-    if head is None or head.wrote is None or whole is None or whole.wrote is None:
-        return None, None
-    raw, logits = head.wrote.value, whole.wrote.value
-    by = multiples(logits, raw, fits=EXACT)
-    if by is not None:
-        return by[0], None
-    entries = model.config.get_text_config().to_dict().items()
-    caps = (float(x) for name, x in entries if "cap" in name and isinstance(x, float | int) and x > 0)
-    return None, next((c for c in caps if multiples(logits, (raw / c).tanh() * c, fits=EXACT) == [1.0]), None)
-
-
-def _tried(model: nn.Module, path: str, width: int) -> Norm | None:
-    """A module as a norm; None where it is none."""
-    module = model.get_submodule(path)
-    if next(module.children(), None) is not None:
-        return None
-    try:
-        return norm_of(module, path, width)
-    except Exception:  # noqa: BLE001 (whatever a module makes of a tensor that it does not expect)
-        return None
+    return replace(parts, layers=tuple(layer for layer, _ in found), form=form)
 
 
 @dataclass
@@ -118,7 +86,7 @@ class BlockForm:
 
     def norm(self, path: str) -> Norm | None:
         """A module as a norm; None where it is none."""
-        return _tried(self.model, path, 0 if self.pre is None else int(self.pre.value.shape[-1]))
+        return norm_at(self.model, path, 0 if self.pre is None else int(self.pre.value.shape[-1]))
 
     def learned(self) -> tuple[LayerParts, Form | None]:
         """The parts of the block with its norms and what its branches add, and its form; as they were where unclear."""
@@ -134,7 +102,7 @@ class BlockForm:
         points = self._points()
         form: Form = "parallel" if len(points) == 2 and len(self.branches) > 1 else "sequential"
         for start, end in pairwise(points):
-            some = [branch for branch in self.branches if _same(branch.point, start)]
+            some = [branch for branch in self.branches if same(branch.point, start)]
             for branch, path, by in self._added(start, end, some) or ():
                 new |= {f"{branch.name}_writes": path, f"{branch.name}_by": by}
                 if branch.name != "mixer":
@@ -147,7 +115,7 @@ class BlockForm:
         assert self.post is not None
         points = [self.pre]
         for branch in self.branches:
-            if not any(_same(branch.point, point) for point in points):
+            if not any(same(branch.point, point) for point in points):
                 points.append(branch.point)
         return [*points, self.post]
 
@@ -197,7 +165,3 @@ class BlockForm:
     def _behind(self, branch: Branch, path: str) -> str | None:
         """The norm behind a branch, where what is added is what that norm wrote."""
         return path if branch.writes and path != branch.writes[0].path and self.norm(path) is not None else None
-
-
-def _same(one: Seen, other: Seen) -> bool:
-    return one.key == other.key or (one.value.shape == other.value.shape and bool((one.value == other.value).all()))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from microtome.anatomy._discover import LayerParts, Norm, Parts
+from microtome.anatomy._end import UNKNOWN, End
 from microtome.anatomy._kernels import hiding_kernel
 from microtome.anatomy._mixture import mixture_of
 from microtome.anatomy._roles import in_features, out_features, uses_interface
@@ -53,6 +54,7 @@ class HookPoint:
         norm: for `side="norm"`, the norm whose divisor is the value.
         beside: path of another module, whose output the value has too.
         clone: the model changes this tensor later, so a reader needs its own copy.
+        call: of a module that runs more than once in a forward, which call, from 0, and how many there are.
     """
 
     module: str
@@ -65,6 +67,7 @@ class HookPoint:
     sizes: tuple[tuple[str, int], ...] = ()
     lanes: int | None = None
     beside: str | None = None
+    call: tuple[int, int] | None = None
 
 
 def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, Split]:
@@ -108,12 +111,22 @@ class HookPoints:
         self.hook_points: dict[Site, HookPoint] = {}
         self.missing: dict[Site, str] = {}
 
-    def norm(self, site: Site, norm: Norm | None) -> None:
+    def norm(self, site: Site, norm: Norm | None, why: str = UNKNOWN) -> None:
         """What a norm divides by."""
         if norm is None:
-            self.missing[site] = "there is no norm of a known form"
+            self.missing[site] = why
         else:
-            self.hook_points[site] = HookPoint(norm.path, "norm", norm=norm)
+            self.hook_points[site] = HookPoint(norm.path, "norm", norm=replace(norm, times=1.0), call=norm.call)
+
+    def end(self, end: End) -> None:
+        """The end of the stream: its norm, what the head reads of it, and the logits."""
+        self.norm(Site("final.scale"), end.norm, end.why)
+        head = self.model.get_submodule(self.parts.unembedding)
+        point = HookPoint(self.parts.unembedding, "input", sizes=(("d_model", in_features(head)),))
+        if end.norm is not None and end.own_transform:
+            point = HookPoint(end.norm.path, "output", call=end.norm.call)
+        self.hook_points[Site("final")] = point
+        self.hook_points[Site("logits")] = HookPoint("", "logits", sizes=(("vocab", out_features(head)),))
 
     def residual(self, i: int, layer: LayerParts) -> None:
         """The stream before, between and after the branches of a layer."""

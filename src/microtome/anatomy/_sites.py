@@ -92,7 +92,11 @@ SITES: Listing[SiteSpec] = Listing(
             _spec("mlp.experts", "pos rank d_model", "weighted output of each expert slot"),
             _spec("mlp_out", "pos d_model", "what the MLP adds to the residual stream"),
             _spec("final.scale", "pos", "what the final norm divides by"),
-            _spec("final", "pos d_model", "what the unembedding reads"),
+            _spec(
+                "final",
+                "pos d_model",
+                "what the unembedding reads, or a head with a transform of its own",
+            ),
             _spec("logits", "pos vocab", "logits"),
         )
     }

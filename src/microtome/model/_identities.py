@@ -366,10 +366,17 @@ class Prover:
             size = logits.abs().amax(-1, keepdim=True).expand_as(logits)
         return Sized(logits, size)
 
+    @property
+    def own_transform(self) -> bool:
+        """Whether the head makes something else of `final` before the unembedding reads it."""
+        point = self.a.hook_points.get(Site("final"))
+        return point is not None and point.module != self.parts.unembedding
+
     @cached_property
     def logits(self) -> Sized:
         """The logits that `final` gives."""
         a = self.a
+        assert not self.own_transform
         made = product(self.at("final"), self.model.W_U, self.model.b_U) * a.logit_scale
         if a.logit_softcap is None:
             return made
@@ -386,6 +393,10 @@ class Prover:
             self.skip("6 unembed", "final", f"{trunk} projects the stream to another width before the unembedding")
         else:
             self.same("6 unembed", "final", final, self.read(norm, last))
+            self.same("6 unembed", "final.scale", self.at("final.scale"), Sized.of(norm.scale(last)))
+        if self.own_transform:
+            self.skip("6 unembed", "W_U", "the head has a transform of its own between `final` and the unembedding")
+            return
         scaled = final * self.a.logit_scale
         made = self.acted(self.parts.unembedding, self.logits, scaled, self.model.W_U)
         self.multiplies("6 unembed", "logits", self.run.logits, made)

@@ -61,6 +61,7 @@ def _worth(checks: Sequence[IdentityCheck], proven: Anatomy) -> bool:
     return unknown or any(check.status == "fails" for check in checks)
 
 
-def _lack(checks: Sequence[IdentityCheck], proven: Anatomy) -> tuple[int, int, int]:
-    """What a map lacks: a stream, then sites, then weights."""
-    return int(unproven_stream(checks) is not None), -len(proven.hook_points), len(proven.unproven)
+def _lack(checks: Sequence[IdentityCheck], proven: Anatomy) -> tuple[int, int, int, int]:
+    """What a map lacks: a stream, then sites, then weights, then reasons for what is missing."""
+    unknown = sum("known form" in why for why in proven.missing.values())
+    return int(unproven_stream(checks) is not None), -len(proven.hook_points), len(proven.unproven), unknown

@@ -5,7 +5,8 @@
     3 heads       the heads' results and the bias sum to what attention writes
     4 neurons     activations times W_out (or expert outputs) and the bias sum to what the MLP writes
     5 attention   pattern @ v = z, and rows of the pattern sum to one
-    6 unembed     the last resid_post determines the logits; norm(last resid_post) = final; final @ W_U gives the logits
+    6 unembed     the last resid_post determines the logits; norm(last resid_post) = final; final @ W_U gives the
+                  logits, or final determines them where the head has a transform of its own
     7 weights     every weight view, norms included, maps what was read to what was seen
 
 Each is checked in every layer, at every position and in every element of one probe batch. A site or weight whose
@@ -88,7 +89,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
 def _identities(prover: Prover, mixtures: Mixtures) -> None:
     """Check what every layer, and the end of the stream, must be."""
     a = prover.a
-    prover.attempt("6 unembed", "resid_post", lambda: _determines(prover))
+    prover.attempt("6 unembed", "resid_post", lambda: _determines(prover, Site("resid_post", a.n_layers - 1)))
     for i, layer in enumerate(a.parts.layers):
         steps: dict[tuple[str, str], Callable[[int], None]] = {("2 residual", "resid_post"): prover.residual}
         if Site("attn.result", i) in a.hook_points:
@@ -106,6 +107,8 @@ def _identities(prover: Prover, mixtures: Mixtures) -> None:
         for (identity, name), step in steps.items():
             prover.attempt(identity, f"{i}.{name}", lambda step=step, i=i: step(i))
     prover.attempt("6 unembed", "logits", prover.unembed)
+    if prover.own_transform:
+        prover.attempt("6 unembed", "final", lambda: _determines(prover, Site("final")))
 
 
 class _Watched:
@@ -216,9 +219,9 @@ class _Watched:
         self.checks.append(IdentityCheck("1 inert", "all sites", "fails", float("inf"), 0.0, note, STREAM))
 
 
-def _determines(prover: Prover) -> None:
+def _determines(prover: Prover, last: Site) -> None:
     """The stream behind the last block gives the logits, whatever the tokens: it alone, of all that was computed."""
-    model, run, last = prover.model, prover.run, Site("resid_post", prover.a.n_layers - 1)
+    model, run = prover.model, prover.run
     hooks = HookSet(model.hf, prover.a.attention, prover.a.n_heads)
     shape = (int(run.tokens.shape[0]), int(run.tokens.shape[1]))
     point = prover.a.hook_points[last]
@@ -233,7 +236,7 @@ def _determines(prover: Prover) -> None:
     with hooks:
         again = model.hf(input_ids=run.tokens.flip(0)).logits
     prover.returns = kinds[0] if len(set(kinds)) == 1 else None
-    prover.multiplies("6 unembed", "resid_post", again, prover.sized(prover.plain))
+    prover.multiplies("6 unembed", last.name, again, prover.sized(prover.plain))
 
 
 def _tried_rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityCheck], Anatomy]:
@@ -300,7 +303,7 @@ def without(anatomy: Anatomy, checks: Sequence[IdentityCheck]) -> Anatomy:
     gone: dict[str, str] = {}
     for check in checks:
         reason = check.reason if check.status == "fails" else check.note
-        noted = check.where.endswith((".attn.mix", ".sum"))
+        noted = check.where.endswith((".attn.mix", ".sum", "W_U"))
         names = check.vouches if check.status == "fails" or noted else ()
         for name in names:
             gone.setdefault(name, reason)

@@ -14,6 +14,7 @@ from torch import Tensor
 from microtome.anatomy import (
     Anatomy,
     LayerWeights,
+    Norm,
     NormWeights,
     Weights,
     adapters,
@@ -134,6 +135,14 @@ class LoadedModel:
     def final_norm(self) -> NormWeights | None:
         """The norm before the unembedding."""
         return self._weights.final_norm
+
+    @property
+    def read_norm(self) -> Norm | None:
+        """The norm whose very output the unembedding reads; None where something stands between, or it is unproven."""
+        a, norm = self.anatomy, self.anatomy.parts.final_norm
+        if norm is None or norm.times != 1.0 or not a.unproven.keys().isdisjoint(("final_norm", "W_U")):
+            return None
+        return norm if self.W_U.shape[0] == a.d_model else None
 
     def require_next_token(self) -> None:
         """Refuse a model that does not predict the next token.

@@ -125,9 +125,8 @@ class BatchedPass:
         if self._narrow:
             self._narrow_last(hooks)
         unembedding = model.anatomy.parts.unembedding
-        norm = model.final_norm
-        if norm is not None and model.W_U.shape[0] == model.anatomy.d_model:
-            hooks.after(norm.norm.path, self._set_aside)
+        if (norm := model.read_norm) is not None:
+            hooks.after(norm.path, self._set_aside, norm.call)
         hooks.before(unembedding, self._read)
         if self.base.ids is not None:
             hooks.around(unembedding, _some_logits(model.hf.get_submodule(unembedding), self.base.ids))

@@ -44,15 +44,29 @@ class HookSet:
         self._after: dict[str, list[After]] = {}
         self._around: dict[tuple[str, str], list[Around]] = {}
         self._watches: dict[str, AttentionHooks] = {}
+        self._seen: list[int] = []  # calls in the forward under way, of each function that waits for one of them
         self._stack = ExitStack()
 
-    def before(self, path: str, function: Before) -> None:
-        """Run a function on the arguments of a module; what it returns replaces them."""
-        self._before.setdefault(path, []).append(function)
+    def before(self, path: str, function: Before, call: tuple[int, int] | None = None) -> None:
+        """Run a function on the arguments of a module, in each or one `call`; what it returns replaces them."""
+        self._before.setdefault(path, []).append(self._at(call, function))
 
-    def after(self, path: str, function: After) -> None:
-        """Run a function on the arguments and output of a module; what it returns replaces the output."""
-        self._after.setdefault(path, []).append(function)
+    def after(self, path: str, function: After, call: tuple[int, int] | None = None) -> None:
+        """Run a function on the arguments and output of a module, likewise; what it returns replaces the output."""
+        self._after.setdefault(path, []).append(self._at(call, function))
+
+    def _at(self, call: tuple[int, int] | None, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that does nothing but in one of the calls that a module has in each forward of the model."""
+        if call is None:
+            return function
+        (which, calls), place = call, len(self._seen)
+        self._seen.append(0)
+
+        def once(*given: Any) -> Any:
+            self._seen[place] += 1
+            return function(*given) if (self._seen[place] - 1) % calls == which else None
+
+        return once
 
     def around(self, path: str, function: Around, method: str = "forward") -> None:
         """Run a function in place of a module's forward, or of another method, which it gets."""
@@ -83,6 +97,8 @@ class HookSet:
         def wait(module: nn.Module, args: Any) -> None:
             if get_ident() != owner:
                 lock.wait_for_others()
+            else:
+                self._seen = [0] * len(self._seen)
 
         self._keep(self._model.register_forward_pre_hook(wait, prepend=True))
         for path, before in self._before.items():

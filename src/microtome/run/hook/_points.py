@@ -24,15 +24,16 @@ def install(hooks: HookSet, model: Any, site: Site, point: HookPoint, visit: Vis
         watch = hooks.attention(point.module)
         watch.add(site.name.removeprefix("attn."), visit if point.heads is None else _shared(visit, point.heads), edits)
     elif point.side in ("input", "inplace"):
-        hooks.before(point.module, _before(point, visit, shape))
+        hooks.before(point.module, _before(point, visit, shape), point.call)
     elif point.beside is not None:
         for path, after in _together(point, visit, shape).items():
             hooks.after(path, after)
     elif point.side == "output":
-        hooks.after(point.module, _after(point, visit, shape))
+        hooks.after(point.module, _after(point, visit, shape), point.call)
     elif point.side == "norm":
         assert point.norm is not None
-        hooks.after(point.module, _norm(NormWeights(model.get_submodule(point.module), point.norm), visit, shape))
+        norm = NormWeights(model.get_submodule(point.module), point.norm)
+        hooks.after(point.module, _norm(norm, visit, shape), point.call)
     elif point.side == "result":
         hooks.after(point.module, _result(model.get_submodule(point.module), point, visit))
     elif point.side == "router":
