@@ -101,6 +101,35 @@ def test_the_layout_of_a_fused_projection_is_tried() -> None:
     torch.testing.assert_close(run["0.attn.v"], expected, rtol=1e-4, atol=1e-5)
 
 
+def with_a_vector_behind_the_mlp() -> Any:
+    hf = families.build("llama-gqa")
+    block = hf.model.layers[1]
+    block.extra = torch.nn.Parameter(torch.randn(families.D_MODEL, generator=torch.Generator().manual_seed(1)))
+    block.register_forward_hook(lambda module, args, output: output + module.extra)
+    return hf
+
+
+@pytest.mark.parametrize(("family", "layer", "branch"), [("gpt_neox_japanese", 2, "attn"), ("", 1, "mlp")])
+def test_a_vector_that_is_added_besides_is_a_bias_of_the_branch(family: str, layer: int, branch: str) -> None:
+    model = opened(family) if family else mt.open(with_a_vector_behind_the_mlp())
+    vector = next(p for name, p in model.hf.named_parameters() if name.endswith(("dense_bias", "extra"))).detach()
+    out, before, after = f"{layer}.{branch}_out", f"{layer}.resid_mid", f"{layer}.resid_post"
+    if branch == "attn":
+        before, after = f"{layer}.resid_pre", f"{layer}.resid_mid"
+    run = model.run(ids(), [out, before, after])
+    torch.testing.assert_close(run[out], run[after] - run[before], rtol=1e-4, atol=1e-5)
+    weights = model.layers[layer]
+    bias = weights.b_O if branch == "attn" else weights.b_out
+    assert bias is not None
+    torch.testing.assert_close(bias, vector)
+    zeroed = model.run(ids(), [before, after], edits=mt.edit.Zero(out))
+    torch.testing.assert_close(zeroed[after], zeroed[before], rtol=1e-4, atol=1e-5)
+    found = mt.explain.contributions(model, ids(1)[0].tolist(), answer=11, foil=23)
+    logits = run.logits[0, -1]
+    parts = sum(float(found[name].sum()) for name in found.attrs["parts"])
+    assert parts == pytest.approx(float(logits[11] - logits[23]), abs=1e-4 * float(logits.abs().max()))
+
+
 def test_a_soft_cap_is_found_whatever_its_name() -> None:
     model = opened("recurrent_gemma")
     assert model.anatomy.logit_softcap == model.hf.config.logits_soft_cap

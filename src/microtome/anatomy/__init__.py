@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._weights import Weights as Weights
     from microtome.anatomy._weights import at_least_float32 as at_least_float32
     from microtome.anatomy._weights import bias_of as bias_of
+    from microtome.anatomy._weights import parameter_of as parameter_of
     from microtome.anatomy._weights import rounds_inputs as rounds_inputs
     from microtome.anatomy._weights import weight_of as weight_of
 else:

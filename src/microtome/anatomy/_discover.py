@@ -63,7 +63,8 @@ class Norm:
 class LayerParts:
     """Module paths of one block; None where the block has no such part.
 
-    What a branch adds to the stream is what the module at `*_writes` gives, times `*_by`. Attention has `n_heads` heads
+    What a branch adds to the stream is what the module at `*_writes` gives, times `*_by`, and the parameter at `*_plus`
+    where there is one. Attention has `n_heads` heads
     of queries, each `d_head` wide, and `n_kv_heads` of keys and values.
     """
 
@@ -97,6 +98,9 @@ class LayerParts:
     mixer_by: float = 1.0
     mlp_by: float = 1.0
     mlp_beside: str | None = None
+    attn_plus: str | None = None
+    mixer_plus: str | None = None
+    mlp_plus: str | None = None
 
 
 @dataclass(frozen=True)

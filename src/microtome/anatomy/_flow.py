@@ -109,6 +109,15 @@ def factors_of(y: Tensor, x: Tensor, term: Tensor) -> Tensor | None:
     return factor if float((goal - factor * whole).norm()) <= FITS * float(goal.norm()) else None
 
 
+def and_a_vector(y: Tensor, x: Tensor) -> tuple[float, Tensor] | None:
+    """The number times which x [..., dim], and a vector [dim] besides, are y; None where there are none."""
+    if x.shape != y.shape:
+        return None
+    goal, term = (t.double().flatten(0, -2) for t in (y, x))
+    by = multiples(goal - goal.mean(0), term - term.mean(0))
+    return None if by is None else (by[0], goal.mean(0) - by[0] * term.mean(0))
+
+
 def same(one: Seen, other: Seen) -> bool:
     """Whether two tensors are one, or hold the same values."""
     return one.key == other.key or (one.value.shape == other.value.shape and bool((one.value == other.value).all()))

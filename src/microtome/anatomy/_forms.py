@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from microtome.anatomy._discover import Form, LayerParts, Norm, Parts
 from microtome.anatomy._end import norm_at
-from microtome.anatomy._flow import Call, Flow, Seen, chain, factors_of, multiples, same, writer
+from microtome.anatomy._flow import FITS, Call, Flow, Seen, and_a_vector, chain, factors_of, multiples, same, writer
 
 MOST = 5
 """Places at which what a branch writes is looked for."""
@@ -55,6 +55,7 @@ class BlockForm:
             self._branch("mlp", layer.mlp or layer.gate or layer.up, layer.down or layer.mlp),
         )
         self.branches = [branch for branch in found if branch is not None]
+        self.plus: dict[str, str] = {}
 
     def _call(self, path: str | None) -> Call | None:
         return next((call for call in self.inside if call.path == path), None)
@@ -107,7 +108,7 @@ class BlockForm:
                 new |= {f"{branch.name}_writes": path, f"{branch.name}_by": by}
                 if branch.name != "mixer":
                     new[f"{branch.name}_post_norm"] = self._behind(branch, path)
-        return replace(self.layer, **new), form
+        return replace(self.layer, **new, **self.plus), form
 
     def _points(self) -> list[Seen]:
         """The points of the stream at which branches read it, from what enters the block to what leaves it."""
@@ -140,7 +141,19 @@ class BlockForm:
                 return [(branch, call.path, by[1])]
             if factors_of(end.value, start.value, call.wrote.value) is not None:
                 return [(branch, call.path, 1.0)]
+            moved = and_a_vector(end.value.double() - start.value.double(), call.wrote.value)
+            vector = None if moved is None else self._parameter(moved[1])
+            if moved is not None and vector is not None:
+                self.plus[f"{branch.name}_plus"] = vector
+                return [(branch, call.path, moved[0])]
         return None
+
+    def _parameter(self, vector: Tensor) -> str | None:
+        """The parameter of the block that is a vector [d_model]."""
+        block = self.layer.block
+        own = self.model.get_submodule(block).named_parameters(prefix=block)
+        same_size = ((path, p.detach().double()) for path, p in own if p.shape == vector.shape)
+        return next((path for path, p in same_size if float((p - vector).norm()) <= FITS * float(vector.norm())), None)
 
     def _post_norm(self) -> dict[str, Any] | None:
         """The parts of a block whose norms follow the sums of stream and branch; None where they do not."""

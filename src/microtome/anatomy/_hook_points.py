@@ -54,6 +54,7 @@ class HookPoint:
         norm: for `side="norm"`, the norm whose divisor is the value.
         beside: path of another module, whose output the value has too.
         clone: the model changes this tensor later, so a reader needs its own copy.
+        plus: path of a parameter [d_model] that the site's value has besides.
         call: of a module that runs more than once in a forward, which call, from 0, and how many there are.
     """
 
@@ -68,6 +69,7 @@ class HookPoint:
     lanes: int | None = None
     beside: str | None = None
     call: tuple[int, int] | None = None
+    plus: str | None = None
 
 
 def fused_splits(parts: Parts, size: int, n_heads: int, n_kv: int) -> dict[str, Split]:
@@ -179,14 +181,16 @@ class HookPoints:
                 self.missing[site] = f"the masks of the attention kernel {kernel} cannot be read, open it under sdpa"
         self.hook_points[Site("attn.z", i)] = HookPoint(layer.o, "input", heads=n_heads, sizes=mixed)
         self.hook_points[Site("attn.result", i)] = HookPoint(layer.o, "result", heads=n_heads, sizes=sizes)
-        self.hook_points[Site("attn_out", i)] = HookPoint(layer.attn_writes or layer.o, "output", scale=layer.attn_by)
+        point = HookPoint(layer.attn_writes or layer.o, "output", scale=layer.attn_by, plus=layer.attn_plus)
+        self.hook_points[Site("attn_out", i)] = point
 
     def mixer(self, i: int, layer: LayerParts) -> None:
         """The sites of a mixer that is no attention."""
         if layer.mixer is not None:
             self.hook_points[Site("mixer.in", i)] = HookPoint(layer.mixer, "input")
             writes = layer.mixer_writes or layer.mixer
-            self.hook_points[Site("mixer_out", i)] = HookPoint(writes, "output", scale=layer.mixer_by)
+            point = HookPoint(writes, "output", scale=layer.mixer_by, plus=layer.mixer_plus)
+            self.hook_points[Site("mixer_out", i)] = point
         else:
             why = "the block has no mixer but attention: see attn.in and attn_out"
             self.missing.update({Site(name, i): why for name in ("mixer.in", "mixer_out")})
@@ -214,7 +218,9 @@ class HookPoints:
             inner = ("mlp.gate", "mlp.up", "mlp.pre", "mlp.post", "mlp.router", "mlp.experts", "mlp.experts.post")
             self.missing.update({Site(name, i): "the parts of the MLP have no known form" for name in inner})
         clone = self.parts.family.sums_in_place and self.parts.form == "parallel"
-        point = HookPoint(writes, "output", scale=layer.mlp_by, clone=clone, beside=layer.mlp_beside)
+        point = HookPoint(
+            writes, "output", scale=layer.mlp_by, clone=clone, beside=layer.mlp_beside, plus=layer.mlp_plus
+        )
         self.hook_points[Site("mlp_out", i)] = point
 
     def experts(self, i: int, layer: LayerParts, mlp: str, experts: str) -> None:

@@ -183,6 +183,13 @@ class NormWeights:
         return y if self.bias is None else y + self.bias
 
 
+def parameter_of(model: nn.Module, path: str) -> Tensor:
+    """A parameter by its path, as it is loaded where accelerate offloaded it."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    return present(module, getattr(module, name))
+
+
 @shown
 class LayerWeights:
     """The weights of one layer, as views."""
@@ -276,7 +283,15 @@ class LayerWeights:
     @property
     def b_O(self) -> Float[Tensor, " d_model"] | None:
         """[d_model]"""
-        return bias_of(self._module(self._parts.o, "W_O"))
+        bias = bias_of(self._module(self._parts.o, "W_O"))
+        return self._besides(bias, self._parts.attn_plus, self._parts.attn_by)
+
+    def _besides(self, bias: Tensor | None, path: str | None, by: float) -> Tensor | None:
+        """The bias of what a branch writes, with the parameter that is added to the stream besides."""
+        if path is None:
+            return bias
+        vector = parameter_of(self._model, path) / by
+        return vector if bias is None else bias + vector
 
     def _expert(self, name: str) -> Tensor:
         found = getattr(Experts(self._module(self._parts.experts, name)), name)
@@ -338,7 +353,8 @@ class LayerWeights:
         """[d_model]"""
         if self._parts.experts is not None:
             return Experts(self._model.get_submodule(self._parts.experts)).bias("b_out")
-        return None if self._parts.down is None else bias_of(self._model.get_submodule(self._parts.down))
+        bias = None if self._parts.down is None else bias_of(self._model.get_submodule(self._parts.down))
+        return self._besides(bias, self._parts.mlp_plus, self._parts.mlp_by)
 
     @property
     def attn_norm(self) -> NormWeights | None:

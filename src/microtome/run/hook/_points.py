@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.anatomy import HookPoint, NormWeights, Site, weight_of
+from microtome.anatomy import HookPoint, NormWeights, Site, parameter_of, weight_of
 from microtome.run.hook import _experts
 from microtome.run.hook._hooks import HookSet
 from microtome.run.hook._tensors import input_of, made_of, output_of, remembering, with_input, with_output
@@ -29,7 +29,8 @@ def install(hooks: HookSet, model: Any, site: Site, point: HookPoint, visit: Vis
         for path, after in _together(point, visit, shape).items():
             hooks.after(path, after)
     elif point.side == "output":
-        hooks.after(point.module, _after(point, visit, shape), point.call)
+        plus = None if point.plus is None else parameter_of(model, point.plus)
+        hooks.after(point.module, _after(point, visit, shape, plus), point.call)
     elif point.side == "norm":
         assert point.norm is not None
         norm = NormWeights(model.get_submodule(point.module), point.norm)
@@ -88,13 +89,15 @@ def _before(point: HookPoint, visit: Visit, shape: Shape) -> Any:
     return before
 
 
-def _after(point: HookPoint, visit: Visit, shape: Shape) -> Any:
+def _after(point: HookPoint, visit: Visit, shape: Shape, plus: Tensor | None) -> Any:
     def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         raw = output_of(output)
         value = read(point, raw, shape())
+        value = value if plus is None else value + plus
         new = visit(value.clone() if point.clone else value)
         if new is None:
             return None
+        new = new if plus is None else new - plus
         return with_output(output, write(point, raw, new.clone() if point.clone else new))
 
     return after
