@@ -47,7 +47,7 @@ SECONDS = 120
 # Reasons of the engine which mean that the architecture has no such part: nothing is missing there.
 NO_SUCH_PART = re.compile(
     r"parallel block|not a mixture of experts|the layer is a mixture|the MLP is (not )?gated|the block has (no|one) "
-    r"|there is no norm (before|behind)|no norm stands between the stream and the head"
+    r"|there is no norm (before|behind)|no norm stands between the stream and the head|passes the block by"
 )
 
 
@@ -72,7 +72,7 @@ def trial(model_type: str, *, methods: bool = True) -> dict[str, Any]:
     found["layers"] = model.anatomy.n_layers
     found["missing"] = missing(model)
     found["stream"] = all(
-        Site(name, layer) in model.anatomy.hook_points
+        (site := Site(name, layer)) in model.anatomy.hook_points or "passes the block by" in model.anatomy.missing[site]
         for layer in range(model.anatomy.n_layers)
         for name in ("resid_pre", "resid_post")
     )

@@ -101,6 +101,20 @@ def test_the_layout_of_a_fused_projection_is_tried() -> None:
     torch.testing.assert_close(run["0.attn.v"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("factor", "why"), [(1.0, "passes the block by"), (2.0, "never seen in a forward")])
+def test_a_block_is_passed_by_only_where_the_stream_stays_what_it_is(factor: float, why: str) -> None:
+    hf = families.build("llama-gqa")
+    block: Any = hf.model.layers[1]
+    kind = type(block)
+    block.__class__ = type("Past", (kind,), {"__call__": lambda self, x, *args, **kwargs: x * factor})
+    model = mt.open(hf)
+    assert not sites(model, 1)
+    for name in ("resid_post", "attn.pattern", "mlp_out"):
+        assert why in model.anatomy.missing[Site(name, 1)]
+    run = model.run(ids(), ["0.resid_post", "2.resid_pre"])
+    torch.testing.assert_close(run["2.resid_pre"], factor * run["0.resid_post"])
+
+
 def with_a_vector_behind_the_mlp() -> Any:
     hf = families.build("llama-gqa")
     block = hf.model.layers[1]

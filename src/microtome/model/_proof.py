@@ -39,6 +39,7 @@ NEVER_AHEAD = 1e-6
 """The same where a model is not declared to look back alone: nothing at all, but for the last bits."""
 STREAM = ("resid_pre", "resid_post")
 NEVER = "never seen in a forward"
+PASSED = "a forward over tokens alone passes the block by, and the stream with it"
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
@@ -194,7 +195,7 @@ class _Watched:
     def _misshapen(self, run: Run, site: Site) -> str:
         """What is wrong with the shape of a site in a run; nothing where it is as its axes say."""
         if str(site) not in run:
-            return NEVER
+            return PASSED if site.layer is not None and self._passed(run, site.layer) else NEVER
         lengths = {"batch": run.tokens.shape[0]} | dict.fromkeys(("pos", "q_pos", "k_pos"), run.tokens.shape[1])
         axes = site.spec.dims
         wanted = [lengths[axis] if axis in lengths else self.model.anatomy.size(site, axis) for axis in axes]
@@ -203,6 +204,14 @@ class _Watched:
             self.widths[site] = got[-1]  # of queries and keys whose projections are not known
             return ""
         return "" if got == wanted else f"its shape is {got} where {wanted} is expected"
+
+    def _passed(self, run: Run, layer: int) -> bool:
+        """Whether the stream that enters the next block that runs is the very one that left the last before a layer."""
+        seen = [i for i in range(self.model.anatomy.n_layers) if f"{i}.resid_pre" in run and f"{i}.resid_post" in run]
+        before, after = [i for i in seen if i < layer], [i for i in seen if i > layer]
+        if layer in seen or not before or not after:
+            return False
+        return torch.equal(run[f"{before[-1]}.resid_post"], run[f"{after[0]}.resid_pre"])
 
     def resized(self, anatomy: Anatomy) -> Anatomy:
         """A map with the widths of heads that were seen."""
@@ -320,7 +329,7 @@ def without(anatomy: Anatomy, checks: Sequence[IdentityCheck]) -> Anatomy:
 
 def unproven_stream(checks: Sequence[IdentityCheck]) -> IdentityCheck | None:
     """The first identity that fails of the residual stream itself, without which there is no map."""
-    failed = (c for c in checks if c.status == "fails" and c.note != NEVER)  # a layer may be passed by
+    failed = (c for c in checks if c.status == "fails" and c.note not in (NEVER, PASSED))
     return next((c for c in failed if any(v.split(".")[-1] in STREAM for v in c.vouches)), None)
 
 
