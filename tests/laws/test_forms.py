@@ -144,6 +144,14 @@ def test_a_vector_that_is_added_besides_is_a_bias_of_the_branch(family: str, lay
     assert parts == pytest.approx(float(logits[11] - logits[23]), abs=1e-4 * float(logits.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["attn.q", "attn.k", "attn.v"])
+def test_attention_in_blocks_shows_no_part_of_its_products_as_the_whole(name: str) -> None:
+    model = opened("big_bird")  # an edit of the keys of its first product leaves those of all others as they are
+    with pytest.raises(mt.errors.SiteError, match=rf"no site 0.{name} .* where \[2, 64, 4, 8\] is expected"):
+        model.run(ids(2, 64), edits=mt.edit.Zero(f"0.{name}"))
+    assert "attn.z" in sites(model, 0)
+
+
 def test_a_soft_cap_is_found_whatever_its_name() -> None:
     model = opened("recurrent_gemma")
     assert model.anatomy.logit_softcap == model.hf.config.logits_soft_cap
