@@ -45,7 +45,8 @@ class Norm:
     """A normalisation ``gain * (x - centre(x)) / scale(x) + bias``, found by trying it on a random vector.
 
     `scale` is ``sqrt(mean(x**2) + eps)``, of the centred x where `centred`; `gain` is the weight plus `offset`. Where a
-    model has a place for a norm but none in it, the norm is the identity: its `scale` is one.
+    model has a place for a norm but none in it, the norm is the identity: its `scale` is one. What is read behind it is
+    `times` what it gives, gain and bias included.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Norm:
     offset: float
     eps: float
     identity: bool = False
+    times: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class LayerParts:
     """Module paths of one block; None where the block has no such part.
 
     What a branch adds to the stream is what the module at `*_writes` gives, times `*_by`. Attention has `n_heads` heads
-    of queries, each `d_head` wide, and `n_kv_heads` of keys and values.
+    of queries, each `d_head` wide, and `n_kv_heads` of keys and values. What `down` gives may be multiplied by a gate:
+    by an activation of what another module gives, both in `write_gate`. Branches may be added to what a norm at
+    `mid_base` or `post_base` makes of the stream; where more is added behind the last of them, what was there before
+    that is what the module at `until` reads. The module at `mid` reads the stream between two branches.
     """
 
     block: str
@@ -93,6 +98,11 @@ class LayerParts:
     mixer_by: float = 1.0
     mlp_by: float = 1.0
     mlp_beside: str | None = None
+    write_gate: tuple[str, str] | None = None
+    mid_base: str | None = None
+    post_base: str | None = None
+    until: str | None = None
+    mid: str | None = None
 
 
 @dataclass(frozen=True)

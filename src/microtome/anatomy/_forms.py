@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from microtome.anatomy._discover import Form, LayerParts, Norm, Parts, norm_of
 from microtome.anatomy._flow import Call, Flow, Seen, chain, factors_of, multiples, writer
+from microtome.anatomy._neurons import with_neurons
 
 EXACT = 1e-5
 """How well logits must be a multiple of the unembedding's output: a wide soft cap is nearly one."""
@@ -24,7 +25,7 @@ MOST = 5
 
 def learned(model: Any, parts: Parts, flow: Flow) -> tuple[Parts, float | None, float | None]:
     """The parts of a model with the forms that one forward shows, and by what its logits are scaled and capped."""
-    found = [BlockForm(model, layer, flow).learned() for layer in parts.layers]
+    found = [BlockForm(model, with_neurons(model, layer, flow), flow).learned() for layer in parts.layers]
     forms = [form for layer, form in found if form is not None and layer.attn and (layer.mlp or layer.down)]
     form = max(set(forms), key=forms.count) if forms else "sequential"
     last, head, whole = flow.first(parts.layers[-1].block), flow.first(parts.unembedding), flow.first("")
@@ -127,19 +128,74 @@ class BlockForm:
         behind = self._post_norm()
         if behind is not None:
             return replace(self.layer, **behind), "post_norm"
-        new: dict[str, Any] = {}
+        points = self._points()
+        new: dict[str, Any] = {"mid": self._reader(points[-2]) if len(points) > 2 else None}
         for branch in self.branches:
             if branch.name != "mixer":
-                new[f"{branch.name}_norm"] = None if branch.norm is None else self.norm(branch.norm.path)
-        points = self._points()
+                new[f"{branch.name}_norm"] = self._norm_of(branch)
         form: Form = "parallel" if len(points) == 2 and len(self.branches) > 1 else "sequential"
+        base: str | None = None
         for start, end in pairwise(points):
             some = [branch for branch in self.branches if _same(branch.point, start)]
-            for branch, path, by in self._added(start, end, some) or ():
+            if not some:
+                base = self._made_by_norm(start, end)
+                continue
+            last = end is points[-1]
+            found, base, until = self._section(start, end, some, base, last)
+            new |= {"post_base" if last else "mid_base": base} | ({"until": until} if last else {})
+            for branch, path, by in found:
                 new |= {f"{branch.name}_writes": path, f"{branch.name}_by": by}
                 if branch.name != "mixer":
                     new[f"{branch.name}_post_norm"] = self._behind(branch, path)
+            base = None
         return replace(self.layer, **new), form
+
+    def _section(
+        self, start: Seen, end: Seen, some: Sequence[Branch], base: str | None, last: bool
+    ) -> tuple[list[tuple[Branch, str, float]], str | None, str | None]:
+        """What leads from one point of the stream to the next: what is added, to which norm of it, until which module.
+
+        Branches are added to the stream, or to what a norm makes of it; and behind the last of them more may follow.
+        """
+        found = self._added(start, end, some)
+        if found is not None:
+            return found, base, None
+        for norm in self.inside:
+            if norm.read is None or norm.wrote is None or not _same(norm.read, start) or self.norm(norm.path) is None:
+                continue
+            found = self._added(norm.wrote, end, some)
+            if found is not None:
+                return found, norm.path, None
+        written = max(self.inside.index(branch.writes[0]) for branch in some if branch.writes)
+        seen = {call.read.key: call for call in reversed(self.inside[written:]) if last and call.read is not None}
+        for call in reversed(seen.values()):
+            found = None if call.read is None else self._added(start, call.read, some)
+            if found is not None:
+                return found, base, call.path
+        return [], None, None
+
+    def _reader(self, point: Seen) -> str | None:
+        """The first module that reads a point of the stream."""
+        return next((c.path for c in self.inside if c.read is not None and _same(c.read, point)), None)
+
+    def _made_by_norm(self, start: Seen, end: Seen) -> str | None:
+        """The norm that makes one point of the stream of another, with nothing added."""
+        norm = writer(self.inside, end)
+        made = norm is not None and norm.read is not None and _same(norm.read, start)
+        return norm.path if norm is not None and made and self.norm(norm.path) is not None else None
+
+    def _norm_of(self, branch: Branch) -> Norm | None:
+        """The norm through which a branch reads the stream, with the number that what it gives is read times."""
+        if branch.norm is None or branch.norm.wrote is None:
+            return None
+        norm = self.norm(branch.norm.path)
+        by = None if norm is None else multiples(branch.reads.value, branch.norm.wrote.value)
+        if norm is not None:
+            return norm if by is None else replace(norm, times=by[0])
+        # Around a norm of a known form there may be a gate of what it gives.
+        within = [c for c in self.inside if c.path.startswith(branch.norm.path + ".") and c.read is not None]
+        known = (self.norm(c.path) for c in within if c.read is not None and _same(c.read, branch.point))
+        return next((norm for norm in known if norm is not None), None)
 
     def _points(self) -> list[Seen]:
         """The points of the stream at which branches read it, from what enters the block to what leaves it."""
@@ -167,6 +223,8 @@ class BlockForm:
         """The same where the stream itself is scaled: as a whole, or every dimension by its own factor."""
         for call in branch.writes:
             assert call.wrote is not None
+            if _same(call.wrote, end):
+                continue
             by = multiples(end.value, start.value, call.wrote.value)
             if by is not None:
                 return [(branch, call.path, by[1])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ class HookPoints:
         if norm is None:
             self.missing[site] = "there is no norm of a known form"
         else:
-            self.hook_points[site] = HookPoint(norm.path, "norm", norm=norm)
+            self.hook_points[site] = HookPoint(norm.path, "norm", norm=replace(norm, times=1.0))
 
     def residual(self, i: int, layer: LayerParts) -> None:
         """The stream before, between and after the branches of a layer."""
@@ -127,7 +127,7 @@ class HookPoints:
         elif self.parts.form == "post_norm" and layer.attn_post_norm is not None:
             self.hook_points[site] = self.stream(layer.attn_post_norm, "output")
         else:
-            reads = layer.mlp_norm.path if layer.mlp_norm else layer.mlp
+            reads = layer.mid or (layer.mlp_norm.path if layer.mlp_norm else layer.mlp)
             if reads is None:
                 self.missing[site] = "no module reads it"
             else:

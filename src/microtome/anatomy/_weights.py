@@ -150,16 +150,19 @@ class NormWeights:
 
         A sum 1 + w is in float32 at least, as in the models.
         """
-        weight = present(self.module, getattr(self.module, "weight", None))
+        weight, times = present(self.module, getattr(self.module, "weight", None)), self.norm.times
         if not isinstance(weight, Tensor):
-            return 1.0
-        return at_least_float32(weight) + self.norm.offset if self.norm.offset else weight
+            return times
+        gain = at_least_float32(weight) + self.norm.offset if self.norm.offset else weight
+        return gain if times == 1.0 else gain * times
 
     @property
     def bias(self) -> Float[Tensor, "*norm"] | None:
         """As the gain, or None."""
         bias = present(self.module, getattr(self.module, "bias", None))
-        return bias if isinstance(bias, Tensor) else None
+        if not isinstance(bias, Tensor):
+            return None
+        return bias if self.norm.times == 1.0 else bias * self.norm.times
 
     def centre(self, x: Float[Tensor, "*at d_model"]) -> Float[Tensor, "*at d_model"]:
         """x [..., d_model], minus its mean where the norm is a layer norm."""

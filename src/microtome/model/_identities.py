@@ -17,7 +17,7 @@ from torch import Tensor
 from microtome.anatomy import NormWeights, Site, at_least_float32, factors_of, norm_of, rounds_inputs
 from microtome.model._sized import ROUNDED_TO, Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run
-from microtome.run.hook import HookSet
+from microtome.run.hook import HookSet, input_of
 from microtome.shown import shown
 
 # Of norms and softmaxes. In float64 too the norms of transformers, and its plain softmax, compute in float32.
@@ -241,13 +241,38 @@ class Prover:
             fall = named(i, *names, "sum")
             self.conclude("2 residual", where, self.added(post, pre, *branches), self.tolerance, fall)
             return
-        first, second = self.added(mid, pre, *branches[:-1]), self.added(post, mid, branches[-1])
+        start, end = self.based(i, layer.mid_base, pre), self.ends.get(i, post)
+        then = self.based(i, layer.post_base, mid)
+        first, second = self.added(mid, start, *branches[:-1]), self.added(end, then, branches[-1])
         fall_first, fall_second = (*names[:-1], "sum"), (names[-1], "sum")
         if first > self.tolerance and second > self.tolerance:
-            whole = self.added(post, pre, *branches)
+            whole = self.added(end, pre, *branches)
             fall_first = fall_second = ("resid_mid",) if whole <= self.tolerance else ("resid_mid", *names, "sum")
-        self.sums(f"{i}.resid_mid", first, (mid, pre, *branches[:-1]), named(i, *fall_first))
-        self.sums(where, second, (post, mid, branches[-1]), named(i, *fall_second))
+        self.sums(f"{i}.resid_mid", first, (mid, start, *branches[:-1]), named(i, *fall_first))
+        self.sums(where, second, (end, then, branches[-1]), named(i, *fall_second))
+        if i in self.ends:
+            self.skip("2 residual", f"{i}.sum", "more is added behind its branches")
+
+    def based(self, i: int, norm: str | None, x: Tensor) -> Tensor:
+        """What branches are added to: the stream x, or what a norm makes of it."""
+        if norm is None:
+            return x
+        self.skip("2 residual", f"{i}.sum", "the stream itself is normed")
+        with torch.no_grad():
+            return self.module(norm)(x)
+
+    @cached_property
+    def ends(self) -> dict[int, Tensor]:
+        """The stream behind the last branch by layer, where more is added to it in the layer, in one more forward."""
+        found: dict[int, Tensor] = {}
+        hooks = HookSet(self.model.hf, self.a.attention, self.a.n_heads)
+        for i, layer in enumerate(self.parts.layers):
+            if layer.until is not None:
+                hooks.before(layer.until, lambda args, kwargs, i=i: found.update({i: input_of(args, kwargs).clone()}))
+        if any(layer.until is not None for layer in self.parts.layers):
+            with torch.no_grad(), hooks:
+                self.model.hf(input_ids=self.run.tokens)
+        return found
 
     def sums(self, where: str, gap: float, terms: tuple[Tensor, ...], fall: tuple[str, ...]) -> None:
         """Conclude a sum; where the stream itself is scaled, that it is one then, though the stream is no plain sum."""
@@ -288,17 +313,6 @@ class Prover:
         path = layer.attn_post_norm
         total = self.acted(layer.o, total, z, weights.flatten(0, 1), self.held_to(path))
         self.written("3 heads", f"{i}.attn.result", i, "attn_out", total, path)
-
-    def neurons(self, i: int) -> None:
-        """Neurons, through W_out, sum to what the MLP writes."""
-        layer, weights = self.parts.layers[i], self.model.layers[i]
-        if not self.has("mlp.post", i):
-            self.skip("4 neurons", f"{i}.mlp", self.a.missing.get(Site("mlp.post", i), "neurons are not seen"))
-            return
-        x, W_out = self.at("mlp.post", i), weights.W_out
-        total = product(x, W_out, weights.b_out)
-        total = self.acted(layer.down, total, x, W_out, self.held_to(layer.mlp_post_norm))
-        self.written("4 neurons", f"{i}.mlp.post", i, "mlp_out", total, layer.mlp_post_norm)
 
     def attention(self, i: int) -> None:
         """The pattern mixes the values to z, and its rows sum to one."""
@@ -399,49 +413,26 @@ class Prover:
             self.skip("7 weights", f"{i}.attn.in", f"a stream of {pre.shape[-1]} is read otherwise than through a norm")
             return
         if layer.attn is not None:
-            self.same("7 weights", f"{i}.attn.in", self.at("attn.in", i), self.read(weights.attn_norm, pre))
+            self.norms(i, "attn", weights.attn_norm, pre)
         if self.has("mlp.in", i):
             before = self.at("resid_mid", i) if between else pre
-            self.same("7 weights", f"{i}.mlp.in", self.at("mlp.in", i), self.read(weights.mlp_norm, before))
+            self.norms(i, "mlp", weights.mlp_norm, before)
 
-    def mlp_weights(self, i: int) -> None:
-        """Weight views map what the MLP reads to its neurons before the non-linearity, and that gives the neurons."""
-        weights, where = self.model.layers[i], f"{i}.mlp"
-        if self.parts.layers[i].experts is not None:
-            self.skip("7 weights", where, "the layer is a mixture: experts are checked by identity 4")
+    def norms(self, i: int, branch: str, norm: NormWeights | None, x: Tensor) -> None:
+        """What a branch reads is the norm of the stream x, or what a gate around that norm makes of it."""
+        where, seen = f"{i}.{branch}.in", self.at(f"{branch}.in", i)
+        self.same("7 weights", where, seen, self.read(norm, x))
+        around = "" if norm is None else norm.norm.path.rpartition(".")[0]
+        if norm is None or self.checks[-1].status == "holds" or not around.startswith(self.parts.layers[i].block + "."):
             return
-        if not self.has("mlp.post", i):
-            self.skip("7 weights", where, self.a.missing.get(Site("mlp.post", i), "neurons are not seen"))
-            return
-        x = self.at("mlp.in", i)
-        views = {"mlp.gate": ("W_gate", "b_gate"), "mlp.up": ("W_in", "b_in"), "mlp.pre": ("W_in", "b_in")}
-        for name, (matrix, offset) in views.items():
-            if self.has(name, i):
-                view, layer = getattr(weights, matrix), self.parts.layers[i]
-                path = layer.gate_up or (layer.gate if matrix == "W_gate" else layer.up)
-                expected = self.acted(path, product(x, view, getattr(weights, offset)), x, view)
-                self.multiplies("7 weights", f"{i}.{matrix}", self.at(name, i), expected)
-        act = self.parts.layers[i].act
-        if act is None:
-            self.skip("7 weights", where, "the activation is not a module of its own")
-            return
-        gated = self.has("mlp.gate", i)
-        read = self.at("mlp.gate" if gated else "mlp.pre", i)
-        value, size = at_least_float32(self.module(act)(read)), at_least_float32(read).abs()
-        made = Sized(
-            value, size + value.abs()
-        )  # smooth activations are differences of about the size of what they read
-        if gated:
-            up = at_least_float32(self.at("mlp.up", i))
-            made = Sized(made.value * up, made.size * up.abs())
-        self.same("7 weights", f"{i}.mlp.post", self.at("mlp.post", i), self.through(i, made))
-
-    def through(self, i: int, made: Sized) -> Sized:
-        """What a norm of the MLP makes of its neurons before W_out, where it has one."""
-        path = self.parts.layers[i].mlp
-        inside = [] if path is None else [(f"{path}.{name}", m) for name, m in self.module(path).named_children()]
-        norms = [name for name, m in inside if "Norm" in type(m).__name__ and next(m.parameters()).numel() > 0]
-        return self.behind(norms[0], made) if len(norms) == 1 else made
+        with torch.no_grad():
+            given, gated = norm.module(x), self.module(around)(x)
+        if ratio((at_least_float32(seen) - gated).abs(), at_least_float32(gated).abs()) <= self.tolerance:
+            self.checks.pop()
+            self.same("7 weights", where, given, self.read(norm, x))
+            self.skip(
+                "7 weights", f"{i}.{branch}_norm", "what the norm gives is multiplied by a gate before it is read"
+            )
 
     def attn_weights(self, i: int) -> None:
         """Weight views map what attention reads to queries, keys and values."""

@@ -26,6 +26,7 @@ from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, p
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
 from microtome.model._mixture import Mixtures, with_factors
+from microtome.model._neurons import Neurons
 from microtome.model._sized import Sized
 from microtome.run import Batch, LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet, install
@@ -87,7 +88,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
 
 def _identities(prover: Prover, mixtures: Mixtures) -> None:
     """Check what every layer, and the end of the stream, must be."""
-    a = prover.a
+    a, neurons = prover.a, Neurons(prover)
     prover.attempt("6 unembed", "resid_post", lambda: _determines(prover))
     for i, layer in enumerate(a.parts.layers):
         steps: dict[tuple[str, str], Callable[[int], None]] = {("2 residual", "resid_post"): prover.residual}
@@ -95,12 +96,12 @@ def _identities(prover: Prover, mixtures: Mixtures) -> None:
             steps["3 heads", "attn.result"] = prover.heads
         if Site("mlp_out", i) in a.hook_points:
             mixture = Site("mlp.experts", i) in a.hook_points
-            steps["4 neurons", "mlp_out"] = mixtures.prove if mixture else prover.neurons
+            steps["4 neurons", "mlp_out"] = mixtures.prove if mixture else neurons.write
         if layer.attn is not None:
             steps["5 attention", "attn.z"] = prover.attention
         steps["7 weights", "attn.in"] = prover.reads
         if Site("mlp_out", i) in a.hook_points:
-            steps["7 weights", "mlp"] = prover.mlp_weights
+            steps["7 weights", "mlp"] = neurons.read
         if layer.attn is not None:
             steps["7 weights", "attn"] = prover.attn_weights
         for (identity, name), step in steps.items():
@@ -300,7 +301,7 @@ def without(anatomy: Anatomy, checks: Sequence[IdentityCheck]) -> Anatomy:
     gone: dict[str, str] = {}
     for check in checks:
         reason = check.reason if check.status == "fails" else check.note
-        noted = check.where.endswith((".attn.mix", ".sum"))
+        noted = check.where.endswith((".attn.mix", ".sum", "_norm"))
         names = check.vouches if check.status == "fails" or noted else ()
         for name in names:
             gone.setdefault(name, reason)
