@@ -166,7 +166,7 @@ class BlockForm:
             found = self._added(norm.wrote, end, some)
             if found is not None:
                 return found, norm.path, None
-        written = max(self.inside.index(branch.writes[0]) for branch in some if branch.writes)
+        written = max((self.inside.index(branch.writes[0]) for branch in some if branch.writes), default=0)
         seen = {call.read.key: call for call in reversed(self.inside[written:]) if last and call.read is not None}
         for call in reversed(seen.values()):
             found = None if call.read is None else self._added(start, call.read, some)
