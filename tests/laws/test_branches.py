@@ -177,3 +177,101 @@ def test_the_sum_of_stream_and_branch_is_not_taken_for_what_a_branch_adds() -> N
     for i, layer in enumerate(model.anatomy.parts.layers):
         assert layer.mlp_writes != f"model.layers.{i}.post_mlp_residual_scale"
         assert mt.anatomy.Site("mlp_out", i) not in model.anatomy.hook_points
+
+
+def test_what_is_added_may_be_summed_with_a_mixture_before() -> None:
+    model = opened("gemma4")
+    layer = model.anatomy.parts.layers[1]
+    assert layer.mlp_writes == "model.language_model.layers.1.post_feedforward_layernorm"
+    assert layer.experts == "model.language_model.layers.1.experts"
+    got: list[Tensor] = []
+    with hooked(model, "model.language_model.layers.1.experts", after=lambda m, args, output: got.append(output)):
+        run = model.run(ids(), ["1.mlp.experts", "1.resid_mid", "1.mlp_out"])
+    torch.testing.assert_close(run["1.mlp.experts"].sum(2).reshape(got[0].shape), got[0], **NEAR)
+    zeroed = model.run(ids(), edits=[mt.edit.Zero("1.mlp.experts")]).logits
+    with hooked(model, layer.experts, after=lambda m, args, output: torch.zeros_like(output)):
+        expected = logits(model)
+    torch.testing.assert_close(zeroed, expected, **NEAR)
+    assert (expected - logits(model)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_attention_that_a_mixer_reads_adds_nothing_to_the_stream(family: str) -> None:
+    model = opened(family)
+    layer = model.anatomy.parts.layers[1]
+    assert layer.mixer == "model.layers.1.mamba_decoder.mamba"
+    sites = ["embed", "1.resid_pre", "1.resid_post", "1.mixer_out", "1.attn.in", "1.attn.scale", "1.attn.result"]
+    run = model.run(ids(), sites)
+    torch.testing.assert_close(run["1.resid_post"], run["1.resid_pre"] + run["1.mixer_out"], **NEAR)
+    both = torch.cat([run["1.resid_pre"], run["embed"]], dim=-1)  # as wide as two streams
+    torch.testing.assert_close(run["1.attn.scale"], (both.pow(2).mean(-1) + model.hf.config.rms_norm_eps).sqrt())
+    norm = model.layers[1].attn_norm
+    assert norm is not None
+    torch.testing.assert_close(run["1.attn.in"], norm.apply(both), **NEAR)
+    assert both.shape[-1] in run.dataset()["attn.in"].shape
+    with pytest.raises(mt.errors.SiteError, match="no attention that adds to the stream: its mixer reads what it"):
+        model.run(ids(), "1.attn_out")
+    zeroed = model.run(ids(), edits=[mt.edit.Zero("1.attn.in@4")]).logits
+
+    def silence(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        x = kwargs["hidden_states"].clone()
+        x[:, 4] = 0.0
+        return args, kwargs | {"hidden_states": x}
+
+    handle = model.hf.get_submodule(layer.attn or "").register_forward_pre_hook(silence, with_kwargs=True)
+    try:
+        expected = logits(model)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(zeroed, expected, **NEAR)
+
+
+def test_a_branch_may_pass_through_another_module_before_it_is_added() -> None:
+    model = opened("inkling_text")
+    run = model.run(ids(), ["1.resid_pre", "1.resid_mid", "1.attn_out", "1.attn.result", "1.mlp_out", "1.resid_post"])
+    torch.testing.assert_close(run["1.resid_mid"], run["1.resid_pre"] + run["1.attn_out"], **NEAR)
+    torch.testing.assert_close(run["1.resid_post"], run["1.resid_mid"] + run["1.mlp_out"], **NEAR)
+    with torch.no_grad():
+        behind = model.hf.get_submodule("model.layers.1.attn_sconv")(run["1.attn.result"].sum(2))
+    torch.testing.assert_close(run["1.attn_out"], behind, **NEAR)
+    assert model.anatomy.parts.layers[1].mixer is None  # it is no branch of its own
+    assert "passes through model.layers.1.attn_sconv" in model.anatomy.unproven["1.sum"]
+    assert "mixer_out" not in {site.name for site in model.anatomy.hook_points}
+
+
+def test_a_bias_by_position_is_part_of_the_scores() -> None:
+    model = opened("inkling_text")
+    eager = configs.build("inkling_text", attention="eager")
+    with torch.no_grad():
+        expected = eager(input_ids=ids(), output_attentions=True).attentions
+    run = model.run(ids(), ["*.attn.pattern"])
+    for i, pattern in enumerate(expected):
+        torch.testing.assert_close(run["*.attn.pattern"][i], pattern, **NEAR)
+
+
+def test_a_constant_beside_a_branch_is_something_else() -> None:
+    model = opened("gpt_neox_japanese")  # attention of the last block comes with a bias that the block adds
+    last = model.anatomy.n_layers - 1
+    run = model.run(ids(), [f"{last}.resid_pre", f"{last}.resid_mid", f"{last}.attn_out"])
+    rest = run[f"{last}.resid_mid"] - run[f"{last}.resid_pre"] - run[f"{last}.attn_out"]
+    bias = model.hf.get_submodule(f"gpt_neox_japanese.layers.{last}.attention").dense_bias
+    torch.testing.assert_close(rest, bias.detach().expand_as(rest), **NEAR)
+    assert bias.abs().max() > 0.01
+    assert "a constant is added" in model.anatomy.unproven[f"{last}.sum"]
+    assert f"{last - 1}.sum" not in model.anatomy.unproven
+
+
+def test_a_further_branch_behind_a_normed_stream_is_something_else() -> None:
+    model = opened("xmod")
+    layer = model.anatomy.parts.layers[1]
+    got: list[Tensor] = []
+    assert (layer.post_base, layer.until) == (
+        "roberta.encoder.layer.1.attention.output.LayerNorm",
+        "roberta.encoder.layer.1.output.LayerNorm",  # which the block calls twice
+    )
+    with hooked(model, layer.until or "", before=lambda m, args: got.append(args[0].clone())):
+        run = model.run(ids(), ["1.resid_mid", "1.mlp_out"])
+    with torch.no_grad():
+        base = model.hf.get_submodule(layer.post_base or "")(run["1.resid_mid"])
+    assert len(got) == 2
+    torch.testing.assert_close(got[0], base + run["1.mlp_out"], **NEAR)

@@ -163,7 +163,17 @@ def _chain_of_blocks(model: nn.Module, flow: Flow) -> tuple[str, nn.ModuleList]:
 
 
 def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
-    """Describe a norm by trying it: which of rms or layer norm, and whether its gain is the weight or one more."""
+    """Describe a norm by trying it: which of rms or layer norm, and whether its gain is the weight or one more.
+
+    None for what is no such norm, or nothing that could be tried.
+    """
+    try:
+        return _norm_of(module, path, d_model)
+    except Exception:  # noqa: BLE001 (whatever a module makes of a tensor that it does not expect)
+        return None
+
+
+def _norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
     weight = present(module, getattr(module, "weight", None))
     like = weight if isinstance(weight, Tensor) else None
     device = like.device if like is not None else None
@@ -261,7 +271,7 @@ def _block(block: nn.Module, path: str, form: Form, d_model: int, config: Any, b
         parts |= {"gate_up": parts["up"], "up": None}
     if parts["o"] is None:
         parts |= dict.fromkeys(("attn", "q", "k", "v", "qkv", "o"))
-    mixer = mixer_of(block, path, (parts["attn"], parts["o"], parts["mlp"], parts["down"], parts["up"], parts["gate"]))
+    mixer = mixer_of(block, path, parts.values())
     if parts["o"] is None and parts["mlp"] is None and parts["down"] is None and mixer is None:
         raise error(
             ModelUnsupported,

@@ -19,6 +19,8 @@ from microtome.anatomy._neurons import with_neurons
 
 EXACT = 1e-5
 """How well logits must be a multiple of the unembedding's output: a wide soft cap is nearly one."""
+NOTHING = 1e-6
+"""A branch that is added so few times is not what was added."""
 MOST = 5
 """Places at which what a branch writes is looked for."""
 
@@ -54,12 +56,7 @@ def _of_logits(model: Any, head: Call | None, whole: Call | None) -> tuple[float
 def _tried(model: nn.Module, path: str, width: int) -> Norm | None:
     """A module as a norm; None where it is none."""
     module = model.get_submodule(path)
-    if next(module.children(), None) is not None:
-        return None
-    try:
-        return norm_of(module, path, width)
-    except Exception:  # noqa: BLE001 (whatever a module makes of a tensor that it does not expect)
-        return None
+    return norm_of(module, path, width) if next(module.children(), None) is None else None
 
 
 @dataclass
@@ -77,16 +74,21 @@ class BlockForm:
     """The form of one block in one forward."""
 
     def __init__(self, model: nn.Module, layer: LayerParts, flow: Flow) -> None:
-        self.model, self.layer = model, layer
+        self.model, self.layer, self.mixes = model, layer, layer.mixer is not None
         self.inside = flow.inside(layer.block)
         whole = flow.first(layer.block)
         self.pre = None if whole is None else whole.read
         self.post = None if whole is None else whole.wrote
-        found = (
-            self._branch("attn", layer.attn, layer.o),
-            self._branch("mixer", layer.mixer, layer.mixer),
-            self._branch("mlp", layer.mlp or layer.gate or layer.up, layer.down or layer.mlp),
-        )
+        attn = self._branch("attn", layer.attn, layer.o)
+        mlp = self._branch("mlp", layer.mlp or layer.gate or layer.up, layer.down or layer.mlp)
+        mixer = self._branch("mixer", layer.mixer, layer.mixer)
+        written = {
+            c.wrote.key for other in (attn, mlp) if other is not None for c in other.writes if c.wrote is not None
+        }
+        if mixer is not None and (not mixer.writes or mixer.reads.key in written):
+            # What gives another shape than the stream's adds nothing to it; or it is behind another branch.
+            self.layer, mixer = replace(layer, mixer=None, mixer_writes=None), None
+        found = (attn, mixer, mlp)
         self.branches = [branch for branch in found if branch is not None]
 
     def _call(self, path: str | None) -> Call | None:
@@ -128,11 +130,13 @@ class BlockForm:
         behind = self._post_norm()
         if behind is not None:
             return replace(self.layer, **behind), "post_norm"
+        norms = {f"{each.name}_norm": self._norm_of(each) for each in self.branches if each.name != "mixer"}
+        sole = self._sole() if self.layer.attn is not None and self.mixes else None
+        if sole is not None:  # attention adds nothing by itself
+            alone: dict[str, Any] = norms | {"mixer": sole, "mixer_writes": sole, "attn_writes": None}
+            return replace(self.layer, **alone), None
         points = self._points()
-        new: dict[str, Any] = {"mid": self._reader(points[-2]) if len(points) > 2 else None}
-        for branch in self.branches:
-            if branch.name != "mixer":
-                new[f"{branch.name}_norm"] = self._norm_of(branch)
+        new: dict[str, Any] = norms | {"mid": self._reader(points[-2]) if len(points) > 2 else None}
         form: Form = "parallel" if len(points) == 2 and len(self.branches) > 1 else "sequential"
         base: str | None = None
         for start, end in pairwise(points):
@@ -157,22 +161,31 @@ class BlockForm:
 
         Branches are added to the stream, or to what a norm makes of it; and behind the last of them more may follow.
         """
-        found = self._added(start, end, some)
-        if found is not None:
-            return found, base, None
-        for norm in self.inside:
-            if norm.read is None or norm.wrote is None or not _same(norm.read, start) or self.norm(norm.path) is None:
-                continue
-            found = self._added(norm.wrote, end, some)
-            if found is not None:
-                return found, norm.path, None
+        norms = [c for c in self.inside if c.read is not None and c.wrote is not None and _same(c.read, start)]
+        bases = [(start, base), *((n.wrote, n.path) for n in norms if n.wrote is not None and self.norm(n.path))]
         written = max((self.inside.index(branch.writes[0]) for branch in some if branch.writes), default=0)
-        seen = {call.read.key: call for call in reversed(self.inside[written:]) if last and call.read is not None}
-        for call in reversed(seen.values()):
-            found = None if call.read is None else self._added(start, call.read, some)
-            if found is not None:
-                return found, base, call.path
+        ends: dict[Any, tuple[Seen, str | None]] = {end.key: (end, None)}
+        for call in self.inside[written:] if last else ():
+            if call.read is not None:
+                ends.setdefault(call.read.key, (call.read, call.path))
+        every = [c for c in self.inside[written:] if c.wrote is not None and c.wrote.value.shape == end.value.shape]
+        summed = [replace(branch, writes=every[::-1]) for branch in some if len(some) == 1]  # with others, before
+        for branches in (some, summed):
+            for to, until in ends.values():
+                for origin, norm in bases:
+                    found = self._added(origin, to, branches)
+                    if found is not None:
+                        added = [(b, path, by) for b, (_, path, by) in zip(some, found, strict=True)]
+                        return added, norm, until
         return [], None, None
+
+    def _sole(self) -> str | None:
+        """The module that wrote all that the block adds to the stream."""
+        assert self.pre is not None
+        assert self.post is not None
+        added = self.post.value.double() - self.pre.value.double()
+        calls = (c for c in self.inside if c.wrote is not None and multiples(added, c.wrote.value) == [1.0])
+        return min((c.path for c in calls), key=lambda path: path.count("."), default=None)
 
     def _reader(self, point: Seen) -> str | None:
         """The first module that reads a point of the stream."""
@@ -209,13 +222,13 @@ class BlockForm:
 
     def _added(self, start: Seen, end: Seen, some: Sequence[Branch]) -> list[tuple[Branch, str, float]] | None:
         """Which of the writes of some branches, times which number, lead from one point of the stream to the next."""
-        if start.value.shape != end.value.shape or not some:
+        if start.value.shape != end.value.shape or not some or _same(start, end):
             return None
         added = end.value.double() - start.value.double()
         for choice in product(*(branch.writes for branch in some)):
             values: list[Tensor] = [call.wrote.value for call in choice if call.wrote is not None]
             by = multiples(added, *values)
-            if by is not None:
+            if by is not None and min(map(abs, by)) > NOTHING:
                 return [(b, c.path, x) for b, c, x in zip(some, choice, by, strict=True)]
         return self._scaled(start, end, some[0]) if len(some) == 1 else None
 
@@ -226,7 +239,7 @@ class BlockForm:
             if _same(call.wrote, end):
                 continue
             by = multiples(end.value, start.value, call.wrote.value)
-            if by is not None:
+            if by is not None and min(map(abs, by)) > NOTHING:
                 return [(branch, call.path, by[1])]
             if factors_of(end.value, start.value, call.wrote.value) is not None:
                 return [(branch, call.path, 1.0)]
@@ -253,8 +266,10 @@ class BlockForm:
         return new
 
     def _behind(self, branch: Branch, path: str) -> str | None:
-        """The norm behind a branch, where what is added is what that norm wrote."""
-        return path if branch.writes and path != branch.writes[0].path and self.norm(path) is not None else None
+        """The norm, or another module, behind a branch, where what is added is what that wrote."""
+        first = branch.writes[0].path if branch.writes else path
+        behind = path != first and (not first.startswith(path + ".") or self.norm(path) is not None)
+        return path if behind else None
 
 
 def _same(one: Seen, other: Seen) -> bool:

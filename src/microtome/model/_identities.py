@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from microtome.anatomy import NormWeights, Site, at_least_float32, factors_of, norm_of, rounds_inputs
+from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of, rounds_inputs
 from microtome.model._sized import ROUNDED_TO, Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run
-from microtome.run.hook import HookSet, input_of
+from microtome.run.hook import HookSet
 from microtome.shown import shown
 
 # Of norms and softmaxes. In float64 too the norms of transformers, and its plain softmax, compute in float32.
@@ -184,7 +184,7 @@ class Prover:
             return x
         module = self.module(path)
         value = at_least_float32(module(x.value.to(self.model.dtype)))
-        norm = norm_of(module, path, self.a.d_model)
+        norm = norm_of(self.module(path), path, self.a.d_model)
         if norm is None:  # of no known form, but never nothing
             return Sized(value, value.abs().amax(-1, keepdim=True).expand_as(value))
         return normed(NormWeights(module, norm), x, value)
@@ -216,83 +216,12 @@ class Prover:
         self.note = f"beyond one step of 1/{ROUNDED_TO} of the largest input, to which the quantised layer rounds"
         return Sized(made.value, made.size + off)
 
-    def residual(self, i: int) -> None:
-        """What a block adds is what its branches write; what fails names the branch, where it can be told."""
-        pre, post, mid = self.at("resid_pre", i), self.at("resid_post", i), None
-        where, layer = f"{i}.resid_post", self.parts.layers[i]
-        names = [name for name in BRANCHES if self.has(name, i)]
-        branches = [self.at(name, i) for name in names]
-        if any(branch.shape != pre.shape for branch in branches) or post.shape != pre.shape:
-            note = f"a stream of {pre.shape[-1]} is not the sum of branches of {self.a.d_model}"
-            fall = named(i, *names, "sum")
-            found = IdentityCheck("2 residual", where, "fails", float("inf"), self.tolerance, note, fall)
-            self.checks.append(found)
-            return
-        if self.has("resid_mid", i):
-            mid = self.at("resid_mid", i)
-        if self.parts.form == "post_norm" and mid is not None:
-            after = self.behind(layer.attn_post_norm, Sized.of(pre) + Sized.of(branches[0]))
-            self.same("2 residual", f"{i}.resid_mid", mid, after)
-            self.same(
-                "2 residual", where, post, self.behind(layer.mlp_post_norm, Sized.of(mid) + Sized.of(branches[1]))
-            )
-            return
-        if mid is None or len(branches) < 2:
-            fall = named(i, *names, "sum")
-            self.conclude("2 residual", where, self.added(post, pre, *branches), self.tolerance, fall)
-            return
-        start, end = self.based(i, layer.mid_base, pre), self.ends.get(i, post)
-        then = self.based(i, layer.post_base, mid)
-        first, second = self.added(mid, start, *branches[:-1]), self.added(end, then, branches[-1])
-        fall_first, fall_second = (*names[:-1], "sum"), (names[-1], "sum")
-        if first > self.tolerance and second > self.tolerance:
-            whole = self.added(end, pre, *branches)
-            fall_first = fall_second = ("resid_mid",) if whole <= self.tolerance else ("resid_mid", *names, "sum")
-        self.sums(f"{i}.resid_mid", first, (mid, start, *branches[:-1]), named(i, *fall_first))
-        self.sums(where, second, (end, then, branches[-1]), named(i, *fall_second))
-        if i in self.ends:
-            self.skip("2 residual", f"{i}.sum", "more is added behind its branches")
-
-    def based(self, i: int, norm: str | None, x: Tensor) -> Tensor:
-        """What branches are added to: the stream x, or what a norm makes of it."""
-        if norm is None:
-            return x
-        self.skip("2 residual", f"{i}.sum", "the stream itself is normed")
-        with torch.no_grad():
-            return self.module(norm)(x)
-
-    @cached_property
-    def ends(self) -> dict[int, Tensor]:
-        """The stream behind the last branch by layer, where more is added to it in the layer, in one more forward."""
-        found: dict[int, Tensor] = {}
-        hooks = HookSet(self.model.hf, self.a.attention, self.a.n_heads)
-        for i, layer in enumerate(self.parts.layers):
-            if layer.until is not None:
-                hooks.before(layer.until, lambda args, kwargs, i=i: found.update({i: input_of(args, kwargs).clone()}))
-        if any(layer.until is not None for layer in self.parts.layers):
-            with torch.no_grad(), hooks:
-                self.model.hf(input_ids=self.run.tokens)
-        return found
-
-    def sums(self, where: str, gap: float, terms: tuple[Tensor, ...], fall: tuple[str, ...]) -> None:
-        """Conclude a sum; where the stream itself is scaled, that it is one then, though the stream is no plain sum."""
-        if gap > self.tolerance and len(terms) == 3:
-            after, before, branch = (at_least_float32(x) for x in terms)
-            factor = factors_of(after, before, branch)
-            if factor is not None:
-                again = self.added(after, before * factor.to(before.dtype), branch)
-                if again <= self.tolerance:
-                    layer = where.partition(".")[0]
-                    note = f"the stream itself is scaled, by {float(factor.mean()):.3g} in the mean"
-                    self.skip("2 residual", f"{layer}.sum", note)
-                    self.conclude("2 residual", where, again, self.tolerance, fall)
-                    return
-        self.conclude("2 residual", where, gap, self.tolerance, fall)
-
     def written(self, identity: str, where: str, i: int, name: str, raw: Sized, path: str | None) -> None:
         """What a branch writes is what its parts sum to, behind a norm where it has one of its own."""
         tolerance = self.held_to(path)
         path = path if self.parts.form == "sequential" else None
+        if path is not None and norm_of(self.module(path), path, self.a.d_model) is None:
+            self.skip("2 residual", f"{i}.sum", f"what {name} is made of passes through {path}, which is no known norm")
         expected = self.behind(path, raw) * self.a.hook_points[Site(name, i)].scale
         self.same(identity, where, self.at(name, i), expected, tolerance)
 
@@ -403,36 +332,6 @@ class Prover:
         scaled = final * self.a.logit_scale
         made = self.acted(self.parts.unembedding, self.logits, scaled, self.model.W_U)
         self.multiplies("6 unembed", "logits", self.run.logits, made)
-
-    def reads(self, i: int) -> None:
-        """What a branch reads is the norm of the stream before it."""
-        weights, layer = self.model.layers[i], self.parts.layers[i]
-        pre = self.at("resid_pre", i)
-        between = self.parts.form != "parallel" and self.has("resid_mid", i)
-        if layer.attn is not None and self.at("attn.in", i).shape[-1] != pre.shape[-1]:
-            self.skip("7 weights", f"{i}.attn.in", f"a stream of {pre.shape[-1]} is read otherwise than through a norm")
-            return
-        if layer.attn is not None:
-            self.norms(i, "attn", weights.attn_norm, pre)
-        if self.has("mlp.in", i):
-            before = self.at("resid_mid", i) if between else pre
-            self.norms(i, "mlp", weights.mlp_norm, before)
-
-    def norms(self, i: int, branch: str, norm: NormWeights | None, x: Tensor) -> None:
-        """What a branch reads is the norm of the stream x, or what a gate around that norm makes of it."""
-        where, seen = f"{i}.{branch}.in", self.at(f"{branch}.in", i)
-        self.same("7 weights", where, seen, self.read(norm, x))
-        around = "" if norm is None else norm.norm.path.rpartition(".")[0]
-        if norm is None or self.checks[-1].status == "holds" or not around.startswith(self.parts.layers[i].block + "."):
-            return
-        with torch.no_grad():
-            given, gated = norm.module(x), self.module(around)(x)
-        if ratio((at_least_float32(seen) - gated).abs(), at_least_float32(gated).abs()) <= self.tolerance:
-            self.checks.pop()
-            self.same("7 weights", where, given, self.read(norm, x))
-            self.skip(
-                "7 weights", f"{i}.{branch}_norm", "what the norm gives is multiplied by a gate before it is read"
-            )
 
     def attn_weights(self, i: int) -> None:
         """Weight views map what attention reads to queries, keys and values."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, rounds_together, thresholds
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
+from microtome.model._branches import Branches
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
 from microtome.model._mixture import Mixtures, with_factors
 from microtome.model._neurons import Neurons
@@ -88,10 +89,10 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
 
 def _identities(prover: Prover, mixtures: Mixtures) -> None:
     """Check what every layer, and the end of the stream, must be."""
-    a, neurons = prover.a, Neurons(prover)
+    a, branches, neurons = prover.a, Branches(prover), Neurons(prover)
     prover.attempt("6 unembed", "resid_post", lambda: _determines(prover))
     for i, layer in enumerate(a.parts.layers):
-        steps: dict[tuple[str, str], Callable[[int], None]] = {("2 residual", "resid_post"): prover.residual}
+        steps: dict[tuple[str, str], Callable[[int], None]] = {("2 residual", "resid_post"): branches.add}
         if Site("attn.result", i) in a.hook_points:
             steps["3 heads", "attn.result"] = prover.heads
         if Site("mlp_out", i) in a.hook_points:
@@ -99,7 +100,7 @@ def _identities(prover: Prover, mixtures: Mixtures) -> None:
             steps["4 neurons", "mlp_out"] = mixtures.prove if mixture else neurons.write
         if layer.attn is not None:
             steps["5 attention", "attn.z"] = prover.attention
-        steps["7 weights", "attn.in"] = prover.reads
+        steps["7 weights", "attn.in"] = branches.read
         if Site("mlp_out", i) in a.hook_points:
             steps["7 weights", "mlp"] = neurons.read
         if layer.attn is not None:
@@ -197,17 +198,19 @@ class _Watched:
         axes = site.spec.dims
         wanted = [lengths[axis] if axis in lengths else self.model.anatomy.size(site, axis) for axis in axes]
         got = list(run[str(site)].shape)
-        if got != wanted and axes[-1] == "d_head" and got[:-1] == wanted[:-1]:
-            self.widths[site] = got[-1]  # of queries and keys whose projections are not known
+        if got != wanted and (axes[-1] == "d_head" or site.name == "attn.in") and got[:-1] == wanted[:-1]:
+            # Queries and keys of projections that are not known; what is read of more than the stream.
+            self.widths[site] = got[-1]
             return ""
         return "" if got == wanted else f"its shape is {got} where {wanted} is expected"
 
     def resized(self, anatomy: Anatomy) -> Anatomy:
-        """A map with the widths of heads that were seen."""
+        """A map with the widths that were seen."""
         points = dict(anatomy.hook_points)
         for site, width in self.widths.items():
-            kept = tuple(size for size in points[site].sizes if size[0] != "d_head")
-            points[site] = replace(points[site], sizes=(*kept, ("d_head", width)))
+            axis = site.spec.dims[-1]
+            kept = tuple(size for size in points[site].sizes if size[0] != axis)
+            points[site] = replace(points[site], sizes=(*kept, (axis, width)))
         return replace(anatomy, hook_points=points)
 
     def _left_out(self, site: Site) -> bool:
