@@ -275,3 +275,11 @@ def test_a_further_branch_behind_a_normed_stream_is_something_else() -> None:
         base = model.hf.get_submodule(layer.post_base or "")(run["1.resid_mid"])
     assert len(got) == 2
     torch.testing.assert_close(got[0], base + run["1.mlp_out"], **NEAR)
+
+
+def test_blocks_that_others_need_more_of_than_the_stream_are_not_skipped() -> None:
+    model = opened("gemma4_text")  # the last layers use keys and values of earlier ones
+    with pytest.raises(
+        mt.errors.EditError, match="does not run with some of its blocks skipped or repeated; got KeyError"
+    ):
+        model.run(ids(), edits=[mt.edit.Skip("0-2")])
