@@ -283,3 +283,9 @@ def test_blocks_that_others_need_more_of_than_the_stream_are_not_skipped() -> No
         mt.errors.EditError, match="does not run with some of its blocks skipped or repeated; got KeyError"
     ):
         model.run(ids(), edits=[mt.edit.Skip("0-2")])
+
+
+def test_a_mixer_of_one_lane_of_the_stream_is_still_a_mixer() -> None:
+    model = opened("deepseek_v4")
+    run = model.run(ids(), ["1.resid_pre", "1.mixer.in"])
+    assert run["1.resid_pre"].shape[-1] > run["1.mixer.in"].shape[-1] == model.anatomy.d_model

@@ -85,8 +85,7 @@ class BlockForm:
         written = {
             c.wrote.key for other in (attn, mlp) if other is not None for c in other.writes if c.wrote is not None
         }
-        if mixer is not None and (not mixer.writes or mixer.reads.key in written):
-            # What gives another shape than the stream's adds nothing to it; or it is behind another branch.
+        if mixer is not None and mixer.reads.key in written:  # it is behind another branch
             self.layer, mixer = replace(layer, mixer=None, mixer_writes=None), None
         found = (attn, mixer, mlp)
         self.branches = [branch for branch in found if branch is not None]

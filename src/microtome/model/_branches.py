@@ -130,10 +130,7 @@ class Branches:
         if self._wide(i):
             read = self.inputs.get("" if layer.attn_norm is None else layer.attn_norm.path, pre)
             width = pre.shape[-1]
-            if read is pre or not any(torch.equal(x, pre) for x in (read[..., :width], read[..., -width:])):
-                why = f"a stream of {width} is read otherwise than through a norm"
-                prover.skip("7 weights", f"{i}.attn.in", why)
-                return
+            read = read if any(torch.equal(x, pre) for x in (read[..., :width], read[..., -width:])) else pre
         if layer.attn is not None:
             self._norm(i, "attn", weights.attn_norm, read)
         if prover.has("mlp.in", i):
@@ -144,6 +141,10 @@ class Branches:
         """What a branch reads is the norm of the stream x, or what a gate around that norm makes of it."""
         prover, where = self.prover, f"{i}.{branch}.in"
         seen = prover.at(f"{branch}.in", i)
+        if seen.shape != x.shape:
+            why = f"a stream of {x.shape[-1]} is read otherwise than through a norm"
+            prover.skip("7 weights", where, why)
+            return
         prover.same("7 weights", where, seen, prover.read(norm, x))
         around = "" if norm is None else norm.norm.path.rpartition(".")[0]
         gated = around.startswith(prover.parts.layers[i].block + ".")
