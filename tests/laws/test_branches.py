@@ -289,3 +289,20 @@ def test_a_mixer_of_one_lane_of_the_stream_is_still_a_mixer() -> None:
     model = opened("deepseek_v4")
     run = model.run(ids(), ["1.resid_pre", "1.mixer.in"])
     assert run["1.resid_pre"].shape[-1] > run["1.mixer.in"].shape[-1] == model.anatomy.d_model
+
+
+@pytest.mark.parametrize("family", ["rwkv", "xlstm"])
+def test_gradients_go_through_mixers_that_keep_states(family: str) -> None:
+    model = opened(family)
+    run = model.run(ids(), ["1.resid_pre"], grad=True)
+    torch.testing.assert_close(run.logits.detach(), logits(model))
+    of = run.logits[0, -1, 7]
+    slope = run.grad(of)["1.resid_pre"]
+    step = (
+        torch.randn(slope.shape, generator=torch.Generator().manual_seed(1)) * 1e-3 * run["1.resid_pre"].std().detach()
+    )
+    ends = [
+        model.run(ids(), edits=[mt.edit.Add("1.resid_pre", value=sign * step)]).logits[0, -1, 7] for sign in (1.0, -1.0)
+    ]
+    torch.testing.assert_close((slope * step).sum(), (ends[0] - ends[1]) / 2, rtol=2e-2, atol=1e-6)
+    assert (slope * step).sum().abs() > 1e-5

@@ -255,7 +255,9 @@ def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence
     inputs: dict[str, Any] = dict(batch.inputs(takes_positions, a.first_position))
     # Skipped and repeated blocks would leave holes in a cache; otherwise the model runs as it does for anyone.
     uncached = any(isinstance(edit, Skip | Repeat) for edit in (*edits, *lock_of(model.hf).active_edits))
-    if uncached and a.causal:
+    # Mixers that are no attention overwrite the states that they keep, so that no gradient goes through these.
+    stateless = grad and any(layer.mixer is not None for layer in a.parts.layers)
+    if (uncached or stateless) and a.causal:
         inputs["use_cache"] = False
     with torch.set_grad_enabled(grad), session.hooks:
         started = time.perf_counter()
