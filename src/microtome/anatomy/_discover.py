@@ -64,8 +64,11 @@ class LayerParts:
     """Module paths of one block; None where the block has no such part.
 
     What a branch adds to the stream is what the module at `*_writes` gives, times `*_by`, and the parameter at `*_plus`
-    where there is one. Attention has `n_heads` heads
-    of queries, each `d_head` wide, and `n_kv_heads` of keys and values.
+    where there is one. Attention has `n_heads` heads of queries, each `d_head` wide, and `n_kv_heads` of keys and
+    values. What `down` gives may be multiplied by a gate: by an activation of what another module gives, both in
+    `write_gate`. Branches may be added to what a norm at `mid_base` or `post_base` makes of the stream; where more is
+    added behind the last of them, what was there before that is what the module at `until` reads. The module at `mid`
+    reads the stream between two branches.
     """
 
     block: str
@@ -101,6 +104,11 @@ class LayerParts:
     attn_plus: str | None = None
     mixer_plus: str | None = None
     mlp_plus: str | None = None
+    write_gate: tuple[str, str] | None = None
+    mid_base: str | None = None
+    post_base: str | None = None
+    until: str | None = None
+    mid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,17 @@ def _chain_of_blocks(model: nn.Module, flow: Flow) -> tuple[str, nn.ModuleList]:
 
 
 def norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
-    """Describe a norm by trying it: which of rms or layer norm, and whether its gain is the weight or one more."""
+    """Describe a norm by trying it: which of rms or layer norm, and whether its gain is the weight or one more.
+
+    None for what is no such norm, or nothing that could be tried.
+    """
+    try:
+        return _norm_of(module, path, d_model)
+    except Exception:  # noqa: BLE001 (whatever a module makes of a tensor that it does not expect)
+        return None
+
+
+def _norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
     weight = present(module, getattr(module, "weight", None))
     like = weight if isinstance(weight, Tensor) else None
     device = like.device if like is not None else None
@@ -259,7 +277,7 @@ def _block(block: nn.Module, path: str, form: Form, d_model: int, config: Any, b
         parts |= {"gate_up": parts["up"], "up": None}
     if parts["o"] is None:
         parts |= dict.fromkeys(("attn", "q", "k", "v", "qkv", "o"))
-    mixer = mixer_of(block, path, (parts["attn"], parts["o"], parts["mlp"], parts["down"], parts["up"], parts["gate"]))
+    mixer = mixer_of(block, path, parts.values())
     if parts["o"] is None and parts["mlp"] is None and parts["down"] is None and mixer is None:
         raise error(
             ModelUnsupported,

@@ -68,12 +68,7 @@ def end_of(model: Any, parts: Parts, flow: Flow) -> End:
 def norm_at(model: nn.Module, path: str, width: int) -> Norm | None:
     """A module as a norm; None where it is none."""
     module = model.get_submodule(path)
-    if next(module.children(), None) is not None:
-        return None
-    try:
-        return norm_of(module, path, width)
-    except Exception:  # noqa: BLE001 (whatever a module makes of a tensor that it does not expect)
-        return None
+    return norm_of(module, path, width) if next(module.children(), None) is None else None
 
 
 def _doubles(model: nn.Module, call: Call) -> bool:

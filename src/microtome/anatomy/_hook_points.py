@@ -137,12 +137,12 @@ class HookPoints:
         site = Site("resid_mid", i)
         if self.parts.form == "parallel":
             self.missing[site] = "both branches read resid_pre (parallel block)"
-        elif len([part for part in (layer.attn, layer.mixer, layer.mlp or layer.down) if part is not None]) < 2:
+        elif len([x for x in (layer.attn_writes, layer.mixer, layer.mlp or layer.down) if x is not None]) < 2:
             self.missing[site] = "the block has one branch"
         elif self.parts.form == "post_norm" and layer.attn_post_norm is not None:
             self.hook_points[site] = self.stream(layer.attn_post_norm, "output")
         else:
-            reads = layer.mlp_norm.path if layer.mlp_norm else layer.mlp
+            reads = layer.mid or (layer.mlp_norm.path if layer.mlp_norm else layer.mlp)
             if reads is None:
                 self.missing[site] = "no module reads it"
             else:
@@ -181,8 +181,12 @@ class HookPoints:
                 self.missing[site] = f"the masks of the attention kernel {kernel} cannot be read, open it under sdpa"
         self.hook_points[Site("attn.z", i)] = HookPoint(layer.o, "input", heads=n_heads, sizes=mixed)
         self.hook_points[Site("attn.result", i)] = HookPoint(layer.o, "result", heads=n_heads, sizes=sizes)
-        point = HookPoint(layer.attn_writes or layer.o, "output", scale=layer.attn_by, plus=layer.attn_plus)
-        self.hook_points[Site("attn_out", i)] = point
+        if layer.attn_writes is None:
+            why = "the block has no attention that adds to the stream: its mixer reads what it writes"
+            self.missing[Site("attn_out", i)] = why
+        else:
+            point = HookPoint(layer.attn_writes, "output", scale=layer.attn_by, plus=layer.attn_plus)
+            self.hook_points[Site("attn_out", i)] = point
 
     def mixer(self, i: int, layer: LayerParts) -> None:
         """The sites of a mixer that is no attention."""
@@ -200,7 +204,7 @@ class HookPoints:
         writes = layer.mlp_writes or layer.down or layer.mlp
         if writes is None:
             names = (name for name in SITES if name.startswith("mlp"))
-            self.missing.update({Site(name, i): "the block has no MLP" for name in names})
+            self.missing.update({Site(name, i): "the block has no MLP that adds to the stream" for name in names})
             return
         self.norm(Site("mlp.scale", i), layer.mlp_norm)
         reads = layer.mlp or layer.up

@@ -133,8 +133,9 @@ def mlp_of(block: nn.Module, prefix: str) -> dict[str, str | None]:
     found = child(block, MLP) or next(((name, m) for name, m in block.named_children() if _is_mlp(m, block)), None)
     path, holder = (f"{prefix}.{found[0]}", found[1]) if found else (prefix, block)
     none = dict.fromkeys(("gate", "up", "gate_up", "down", "act", "router", "experts", "mlp_beside"))
-    if child(holder, ("experts",)):
-        mixture = {"mlp": path, "router": _path(holder, path, ROUTER), "experts": f"{path}.experts"}
+    where = next(((at, m) for at, m in ((path, holder), (prefix, block)) if child(m, ("experts",))), None)
+    if where is not None:  # inside the MLP, or beside it
+        mixture = {"mlp": path, "router": _path(where[1], where[0], ROUTER), "experts": f"{where[0]}.experts"}
         return none | mixture | {"mlp_beside": _path(block, prefix, SHARED)}
     if found is None and child(block, DOWN) is None:
         return none | {"mlp": None}

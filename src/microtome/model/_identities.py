@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from microtome.anatomy import NormWeights, Site, at_least_float32, factors_of, norm_of, rounds_inputs
+from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of, rounds_inputs
 from microtome.model._sized import ROUNDED_TO, Sized, normed, product, ratio
 from microtome.run import LoadedModel, Run
 from microtome.run.hook import HookSet
@@ -184,7 +184,7 @@ class Prover:
             return x
         module = self.module(path)
         value = at_least_float32(module(x.value.to(self.model.dtype)))
-        norm = norm_of(module, path, self.a.d_model)
+        norm = norm_of(self.module(path), path, self.a.d_model)
         if norm is None:  # of no known form, but never nothing
             return Sized(value, value.abs().amax(-1, keepdim=True).expand_as(value))
         return normed(NormWeights(module, norm), x, value)
@@ -216,58 +216,12 @@ class Prover:
         self.note = f"beyond one step of 1/{ROUNDED_TO} of the largest input, to which the quantised layer rounds"
         return Sized(made.value, made.size + off)
 
-    def residual(self, i: int) -> None:
-        """What a block adds is what its branches write; what fails names the branch, where it can be told."""
-        pre, post, mid = self.at("resid_pre", i), self.at("resid_post", i), None
-        where, layer = f"{i}.resid_post", self.parts.layers[i]
-        names = [name for name in BRANCHES if self.has(name, i)]
-        branches = [self.at(name, i) for name in names]
-        if any(branch.shape != pre.shape for branch in branches) or post.shape != pre.shape:
-            note = f"a stream of {pre.shape[-1]} is not the sum of branches of {self.a.d_model}"
-            fall = named(i, *names, "sum")
-            found = IdentityCheck("2 residual", where, "fails", float("inf"), self.tolerance, note, fall)
-            self.checks.append(found)
-            return
-        if self.has("resid_mid", i):
-            mid = self.at("resid_mid", i)
-        if self.parts.form == "post_norm" and mid is not None:
-            after = self.behind(layer.attn_post_norm, Sized.of(pre) + Sized.of(branches[0]))
-            self.same("2 residual", f"{i}.resid_mid", mid, after)
-            self.same(
-                "2 residual", where, post, self.behind(layer.mlp_post_norm, Sized.of(mid) + Sized.of(branches[1]))
-            )
-            return
-        if mid is None or len(branches) < 2:
-            fall = named(i, *names, "sum")
-            self.conclude("2 residual", where, self.added(post, pre, *branches), self.tolerance, fall)
-            return
-        first, second = self.added(mid, pre, *branches[:-1]), self.added(post, mid, branches[-1])
-        fall_first, fall_second = (*names[:-1], "sum"), (names[-1], "sum")
-        if first > self.tolerance and second > self.tolerance:
-            whole = self.added(post, pre, *branches)
-            fall_first = fall_second = ("resid_mid",) if whole <= self.tolerance else ("resid_mid", *names, "sum")
-        self.sums(f"{i}.resid_mid", first, (mid, pre, *branches[:-1]), named(i, *fall_first))
-        self.sums(where, second, (post, mid, branches[-1]), named(i, *fall_second))
-
-    def sums(self, where: str, gap: float, terms: tuple[Tensor, ...], fall: tuple[str, ...]) -> None:
-        """Conclude a sum; where the stream itself is scaled, that it is one then, though the stream is no plain sum."""
-        if gap > self.tolerance and len(terms) == 3:
-            after, before, branch = (at_least_float32(x) for x in terms)
-            factor = factors_of(after, before, branch)
-            if factor is not None:
-                again = self.added(after, before * factor.to(before.dtype), branch)
-                if again <= self.tolerance:
-                    layer = where.partition(".")[0]
-                    note = f"the stream itself is scaled, by {float(factor.mean()):.3g} in the mean"
-                    self.skip("2 residual", f"{layer}.sum", note)
-                    self.conclude("2 residual", where, again, self.tolerance, fall)
-                    return
-        self.conclude("2 residual", where, gap, self.tolerance, fall)
-
     def written(self, identity: str, where: str, i: int, name: str, raw: Sized, path: str | None) -> None:
         """What a branch writes is what its parts sum to, behind a norm where it has one of its own."""
         tolerance = self.held_to(path)
         path = path if self.parts.form == "sequential" else None
+        if path is not None and norm_of(self.module(path), path, self.a.d_model) is None:
+            self.skip("2 residual", f"{i}.sum", f"what {name} is made of passes through {path}, which is no known norm")
         expected = self.behind(path, raw) * self.a.hook_points[Site(name, i)].scale
         self.same(identity, where, self.at(name, i), expected, tolerance)
 
@@ -288,17 +242,6 @@ class Prover:
         path = layer.attn_post_norm
         total = self.acted(layer.o, total, z, weights.flatten(0, 1), self.held_to(path))
         self.written("3 heads", f"{i}.attn.result", i, "attn_out", total, path)
-
-    def neurons(self, i: int) -> None:
-        """Neurons, through W_out, sum to what the MLP writes."""
-        layer, weights = self.parts.layers[i], self.model.layers[i]
-        if not self.has("mlp.post", i):
-            self.skip("4 neurons", f"{i}.mlp", self.a.missing.get(Site("mlp.post", i), "neurons are not seen"))
-            return
-        x, W_out = self.at("mlp.post", i), weights.W_out
-        total = product(x, W_out, weights.b_out)
-        total = self.acted(layer.down, total, x, W_out, self.held_to(layer.mlp_post_norm))
-        self.written("4 neurons", f"{i}.mlp.post", i, "mlp_out", total, layer.mlp_post_norm)
 
     def attention(self, i: int) -> None:
         """The pattern mixes the values to z, and its rows sum to one."""
@@ -400,59 +343,6 @@ class Prover:
         scaled = final * self.a.logit_scale
         made = self.acted(self.parts.unembedding, self.logits, scaled, self.model.W_U)
         self.multiplies("6 unembed", "logits", self.run.logits, made)
-
-    def reads(self, i: int) -> None:
-        """What a branch reads is the norm of the stream before it."""
-        weights, layer = self.model.layers[i], self.parts.layers[i]
-        pre = self.at("resid_pre", i)
-        between = self.parts.form != "parallel" and self.has("resid_mid", i)
-        if layer.attn is not None and self.at("attn.in", i).shape[-1] != pre.shape[-1]:
-            self.skip("7 weights", f"{i}.attn.in", f"a stream of {pre.shape[-1]} is read otherwise than through a norm")
-            return
-        if layer.attn is not None:
-            self.same("7 weights", f"{i}.attn.in", self.at("attn.in", i), self.read(weights.attn_norm, pre))
-        if self.has("mlp.in", i):
-            before = self.at("resid_mid", i) if between else pre
-            self.same("7 weights", f"{i}.mlp.in", self.at("mlp.in", i), self.read(weights.mlp_norm, before))
-
-    def mlp_weights(self, i: int) -> None:
-        """Weight views map what the MLP reads to its neurons before the non-linearity, and that gives the neurons."""
-        weights, where = self.model.layers[i], f"{i}.mlp"
-        if self.parts.layers[i].experts is not None:
-            self.skip("7 weights", where, "the layer is a mixture: experts are checked by identity 4")
-            return
-        if not self.has("mlp.post", i):
-            self.skip("7 weights", where, self.a.missing.get(Site("mlp.post", i), "neurons are not seen"))
-            return
-        x = self.at("mlp.in", i)
-        views = {"mlp.gate": ("W_gate", "b_gate"), "mlp.up": ("W_in", "b_in"), "mlp.pre": ("W_in", "b_in")}
-        for name, (matrix, offset) in views.items():
-            if self.has(name, i):
-                view, layer = getattr(weights, matrix), self.parts.layers[i]
-                path = layer.gate_up or (layer.gate if matrix == "W_gate" else layer.up)
-                expected = self.acted(path, product(x, view, getattr(weights, offset)), x, view)
-                self.multiplies("7 weights", f"{i}.{matrix}", self.at(name, i), expected)
-        act = self.parts.layers[i].act
-        if act is None:
-            self.skip("7 weights", where, "the activation is not a module of its own")
-            return
-        gated = self.has("mlp.gate", i)
-        read = self.at("mlp.gate" if gated else "mlp.pre", i)
-        value, size = at_least_float32(self.module(act)(read)), at_least_float32(read).abs()
-        made = Sized(
-            value, size + value.abs()
-        )  # smooth activations are differences of about the size of what they read
-        if gated:
-            up = at_least_float32(self.at("mlp.up", i))
-            made = Sized(made.value * up, made.size * up.abs())
-        self.same("7 weights", f"{i}.mlp.post", self.at("mlp.post", i), self.through(i, made))
-
-    def through(self, i: int, made: Sized) -> Sized:
-        """What a norm of the MLP makes of its neurons before W_out, where it has one."""
-        path = self.parts.layers[i].mlp
-        inside = [] if path is None else [(f"{path}.{name}", m) for name, m in self.module(path).named_children()]
-        norms = [name for name, m in inside if "Norm" in type(m).__name__ and next(m.parameters()).numel() > 0]
-        return self.behind(norms[0], made) if len(norms) == 1 else made
 
     def attn_weights(self, i: int) -> None:
         """Weight views map what attention reads to queries, keys and values."""

@@ -58,7 +58,8 @@ def traced_anatomy(hf: Any, name: str) -> Anatomy:
 def _worth(checks: Sequence[IdentityCheck], proven: Anatomy) -> bool:
     """Whether another map might show more."""
     unknown = any("no known form" in why or "no norm" in why for why in proven.missing.values())
-    return unknown or any(check.status == "fails" for check in checks)
+    besides = any("a constant is added" in why for why in proven.unproven.values())
+    return unknown or besides or any(check.status == "fails" for check in checks)
 
 
 def _lack(checks: Sequence[IdentityCheck], proven: Anatomy) -> tuple[int, int, int, int]:

@@ -55,8 +55,18 @@ def silenced(prover: Prover) -> dict[int, tuple[Tensor, Tensor]]:
     def nothing(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return torch.zeros_like(output) if silent else None
 
+    def own(i: int) -> Any:
+        def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found[i] = at_least_float32(output), at_least_float32(torch.zeros_like(output))
+
+        return after
+
     for i, layer in enumerate(prover.parts.layers):
-        if layer.experts is not None and layer.mlp is not None and prover.has("mlp.experts", i):
+        if layer.experts is None or layer.mlp is None or not prover.has("mlp.experts", i):
+            continue
+        if not layer.experts.startswith(layer.mlp + "."):  # beside the MLP: they are all that their own module gives
+            hooks.after(layer.experts, own(i))
+        else:
             hooks.around(layer.mlp, both(i))
             hooks.after(layer.experts, nothing)
             for name, part in prover.module(layer.mlp).named_children():

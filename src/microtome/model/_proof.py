@@ -25,8 +25,10 @@ from torch import Tensor
 
 from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, rounds_together, thresholds
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
+from microtome.model._branches import Branches
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
 from microtome.model._mixture import Mixtures, with_factors
+from microtome.model._neurons import Neurons
 from microtome.model._sized import Sized
 from microtome.run import Batch, LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet, install
@@ -89,20 +91,20 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
 
 def _identities(prover: Prover, mixtures: Mixtures) -> None:
     """Check what every layer, and the end of the stream, must be."""
-    a = prover.a
+    a, branches, neurons = prover.a, Branches(prover), Neurons(prover)
     prover.attempt("6 unembed", "resid_post", lambda: _determines(prover, Site("resid_post", a.n_layers - 1)))
     for i, layer in enumerate(a.parts.layers):
-        steps: dict[tuple[str, str], Callable[[int], None]] = {("2 residual", "resid_post"): prover.residual}
+        steps: dict[tuple[str, str], Callable[[int], None]] = {("2 residual", "resid_post"): branches.add}
         if Site("attn.result", i) in a.hook_points:
             steps["3 heads", "attn.result"] = prover.heads
         if Site("mlp_out", i) in a.hook_points:
             mixture = Site("mlp.experts", i) in a.hook_points
-            steps["4 neurons", "mlp_out"] = mixtures.prove if mixture else prover.neurons
+            steps["4 neurons", "mlp_out"] = mixtures.prove if mixture else neurons.write
         if layer.attn is not None:
             steps["5 attention", "attn.z"] = prover.attention
-        steps["7 weights", "attn.in"] = prover.reads
+        steps["7 weights", "attn.in"] = branches.read
         if Site("mlp_out", i) in a.hook_points:
-            steps["7 weights", "mlp"] = prover.mlp_weights
+            steps["7 weights", "mlp"] = neurons.read
         if layer.attn is not None:
             steps["7 weights", "attn"] = prover.attn_weights
         for (identity, name), step in steps.items():
@@ -200,8 +202,9 @@ class _Watched:
         axes = site.spec.dims
         wanted = [lengths[axis] if axis in lengths else self.model.anatomy.size(site, axis) for axis in axes]
         got = list(run[str(site)].shape)
-        if got != wanted and axes[-1] == "d_head" and got[:-1] == wanted[:-1]:
-            self.widths[site] = got[-1]  # of queries and keys whose projections are not known
+        if got != wanted and (axes[-1] == "d_head" or site.name == "attn.in") and got[:-1] == wanted[:-1]:
+            # Queries and keys of projections that are not known; what is read of more than the stream.
+            self.widths[site] = got[-1]
             return ""
         return "" if got == wanted else f"its shape is {got} where {wanted} is expected"
 
@@ -214,11 +217,12 @@ class _Watched:
         return torch.equal(run[f"{before[-1]}.resid_post"], run[f"{after[0]}.resid_pre"])
 
     def resized(self, anatomy: Anatomy) -> Anatomy:
-        """A map with the widths of heads that were seen."""
+        """A map with the widths that were seen."""
         points = dict(anatomy.hook_points)
         for site, width in self.widths.items():
-            kept = tuple(size for size in points[site].sizes if size[0] != "d_head")
-            points[site] = replace(points[site], sizes=(*kept, ("d_head", width)))
+            axis = site.spec.dims[-1]
+            kept = tuple(size for size in points[site].sizes if size[0] != axis)
+            points[site] = replace(points[site], sizes=(*kept, (axis, width)))
         return replace(anatomy, hook_points=points)
 
     def _left_out(self, site: Site) -> bool:
@@ -312,7 +316,7 @@ def without(anatomy: Anatomy, checks: Sequence[IdentityCheck]) -> Anatomy:
     gone: dict[str, str] = {}
     for check in checks:
         reason = check.reason if check.status == "fails" else check.note
-        noted = check.where.endswith((".attn.mix", ".sum", "W_U"))
+        noted = check.where.endswith((".attn.mix", ".sum", "_norm", "W_U"))
         names = check.vouches if check.status == "fails" or noted else ()
         for name in names:
             gone.setdefault(name, reason)

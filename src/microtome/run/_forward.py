@@ -13,7 +13,7 @@ from torch import Tensor
 
 from microtome.anatomy import Address, Anatomy, Site, integer, parse, parse_indices
 from microtome.edit import Edit, Repeat, ScaleBlock, Set, SiteEdit, Skip
-from microtome.errors import EditError, SiteError, error
+from microtome.errors import EditError, MicrotomeError, SiteError, error
 from microtome.run._batch import Batch, Prompt
 from microtome.run._core import LoadedModel
 from microtome.run._plan import plan_of, refuse_if_over
@@ -255,7 +255,9 @@ def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence
     inputs: dict[str, Any] = dict(batch.inputs(takes_positions, a.first_position))
     # Skipped and repeated blocks would leave holes in a cache; otherwise the model runs as it does for anyone.
     uncached = any(isinstance(edit, Skip | Repeat) for edit in (*edits, *lock_of(model.hf).active_edits))
-    if uncached and a.causal:
+    # Mixers that are no attention overwrite the states that they keep, so that no gradient goes through these.
+    stateless = grad and any(layer.mixer is not None for layer in a.parts.layers)
+    if (uncached or stateless) and a.causal:
         inputs["use_cache"] = False
     with torch.set_grad_enabled(grad), session.hooks:
         started = time.perf_counter()
@@ -263,6 +265,18 @@ def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence
             output = model.hf(**inputs)
         except Stop:
             return None
+        except (MicrotomeError, torch.OutOfMemoryError):
+            raise
+        except Exception as problem:
+            if not uncached:
+                raise
+            raise error(
+                EditError,
+                f"{a.name} does not run with some of its blocks skipped or repeated",
+                got=f"{type(problem).__name__}: {' '.join(str(problem).split())[:100]}",
+                allowed="blocks of which the others need nothing but the stream",
+                do="leave these blocks as they are, and edit what they write",
+            ) from problem
     took = time.perf_counter() - started
     if not uncached:  # the pace is that of whole forwards
         model.pace = plan_of(model, batch, [], logits=True, grad=False, pace=1.0).seconds / took

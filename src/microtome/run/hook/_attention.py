@@ -192,6 +192,8 @@ def _form_pattern(
     softcap = kwargs.get("softcap")
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    bias = kwargs.get("position_bias")
+    scores = scores if bias is None else scores + bias
     scores = _masked(scores, mask, _is_causal(module, kwargs))
     scores = watch.visit("scores", scores)
     sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
