@@ -307,3 +307,13 @@ def test_gradients_go_through_mixers_that_keep_states(family: str) -> None:
     ]
     torch.testing.assert_close((slope * step).sum(), (ends[0] - ends[1]) / 2, rtol=2e-2, atol=1e-6)
     assert (slope * step).sum().abs() > 1e-5
+
+
+def test_what_is_not_added_is_no_branch() -> None:
+    hf = configs.build("gpt_neox")  # a parallel block, which is made to lose what its MLP writes
+    block, got = hf.gpt_neox.layers[1], []
+    block.mlp.register_forward_hook(lambda m, args, output: got.append(output))
+    block.register_forward_hook(lambda m, args, output: output - got.pop())
+    model = mt.open(hf)
+    assert mt.anatomy.Site("mlp_out", 0) in model.anatomy.hook_points
+    assert mt.anatomy.Site("mlp_out", 1) not in model.anatomy.hook_points
