@@ -161,6 +161,36 @@ def test_rows_are_padded_only_where_they_stay_what_they_are(side: Any) -> None:
         torch.testing.assert_close(model.run(rows).logits[1:, :9], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_keys_of_equal_tokens_tie_in_the_probe() -> None:
+    """A mask of the 8 best keys, of which equal ones are chosen from behind in rows of more than 20 tokens."""
+    hf = families.build("llama-gqa")
+    hf.config.keep_topk_keys = 8
+
+    def best(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        worth, n = kwargs["hidden_states"][..., 0], kwargs["hidden_states"].shape[1]
+        seen = torch.ones(n, n, dtype=torch.bool).tril()
+        if (mask := kwargs["attention_mask"]) is not None:
+            seen = mask if mask.dtype == torch.bool else mask == 0
+        worth = torch.where(seen, worth[:, None, None], -torch.inf)
+        order = worth.sort(dim=-1, descending=True, stable=True).indices
+        if n > 20:
+            order = n - 1 - worth.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+        kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, order[..., :8], True) & seen
+        return args, kwargs | {"attention_mask": torch.zeros_like(worth).masked_fill(~kept, -1e30)}
+
+    hf.model.layers[0].self_attn.register_forward_pre_hook(best, with_kwargs=True)
+    model = mt.open(hf)
+    short = ids(1, 16).repeat_interleave(2, 1)[:, :20]
+    assert (plain(hf, torch.cat([short, short], 1))[:, :20] - plain(hf, short)).abs().max() > 0.01
+    assert model.anatomy.causal  # what follows changes nothing, but how much does
+    assert model.anatomy.padding == ()
+    assert [check.note[:40] for check in model.proof if check.where == "causal"] == [
+        "how long a row is changes its logits (by"
+    ]
+    with pytest.raises(mt.errors.PromptError, match="change where they are padded"):
+        model.run([short[0], short[0, :9]])
+
+
 @pytest.mark.parametrize(("name", "looks_back"), [("llama-gqa", True), ("bert", False)])
 def test_whether_a_model_looks_back_alone_is_tried(
     name: str, looks_back: bool, monkeypatch: pytest.MonkeyPatch

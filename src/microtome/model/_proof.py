@@ -30,6 +30,8 @@ from microtome.model._sized import Sized
 from microtome.run import Batch, LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet, install
 
+SHORTEST = 8
+"""The tokens of a probe where no configuration names a window or a choice of keys that is short."""
 PADS = 4
 """The most pads of the probe: what is left of a row still goes beyond the short windows of the configuration."""
 LOOKS_AHEAD = 1e-3
@@ -266,12 +268,24 @@ def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityChe
             found = replace(found, status="does not apply", note=note, vouches=())
             why = f"{note} (off by {found.gap:.2g} on the probe)"
             return [found], replace(a, padding=(), rows_interact=why)
-    short = width - min(width // 3, PADS)
-    whole, logits = prover.sized(plain)[:, :short], run_forward(model, tokens[:, :short]).logits
+    whole, short = prover.sized(plain), width - min(width // 3, PADS)
+    if width > SHORTEST:  # equal keys tie in a choice of the best, and the length of a row may decide between them
+        again = torch.cat([tokens[:, : width // 2], tokens[:, : width - width // 2].flip(1)], dim=1)
+        logits = at_least_float32(_plain(model, again))
+        more = Sized(logits, logits.abs().amax(-1, keepdim=True).expand_as(logits))
+        whole = Sized(*(torch.cat(both) for both in ((whole.value, more.value), (whole.size, more.size))))
+        tokens = torch.cat([tokens, again])
+    whole, logits = whole[:, :short], run_forward(model, tokens[:, :short]).logits
     prover.multiplies("5 attention", "causal", logits, whole)
     causal = replace(prover.checks.pop(), status="holds", vouches=())
-    if causal.gap > (LOOKS_AHEAD if a.causal else NEVER_AHEAD):
-        causal = replace(causal, status="does not apply", gap=0.0, note="attention looks both ways")
+    if causal.gap > (bound := LOOKS_AHEAD if a.causal else NEVER_AHEAD):
+        behind = torch.cat([tokens[:, :short], tokens[:, short:].flip(0)], dim=1)
+        prover.multiplies("5 attention", "causal", run_forward(model, behind).logits[:, :short], whole)
+        if prover.checks.pop().gap > bound:
+            causal = replace(causal, status="does not apply", gap=0.0, note="attention looks both ways")
+        else:
+            note = f"how long a row is changes its logits (by {causal.gap:.2g}), what follows does not"
+            causal = replace(causal, gap=0.0, note=note)
     alone = Sized(at_least_float32(logits), whole.size)
     padded = _padded(prover, tokens, short, alone)
     sides = tuple(side for side, check in zip(SIDES, padded, strict=True) if check.status == "holds")
