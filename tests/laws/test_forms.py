@@ -101,6 +101,29 @@ def test_the_layout_of_a_fused_projection_is_tried() -> None:
     torch.testing.assert_close(run["0.attn.v"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_projection_is_what_is_inside_a_module_that_only_holds_it() -> None:
+    hf = families.build("llama-gqa")
+    expected = plain(hf, ids())
+
+    class Holder(torch.nn.Module):
+        def __init__(self, linear: torch.nn.Module) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x)
+
+    for block in hf.model.layers:
+        for owner, names in ((block.self_attn, ("q_proj", "o_proj")), (block.mlp, ("up_proj", "down_proj"))):
+            for name in names:
+                setattr(owner, name, Holder(getattr(owner, name)))
+    model, like = mt.open(hf), mt.open(families.build("llama-gqa"))
+    assert set(model.anatomy.hook_points) == set(like.anatomy.hook_points)
+    assert set(model.anatomy.unproven) == set(like.anatomy.unproven)
+    assert torch.equal(model.run(ids(), "*.attn.result").logits, expected)
+    assert torch.equal(model.layers[1].W_Q, like.layers[1].W_Q)
+
+
 def test_a_soft_cap_is_found_whatever_its_name() -> None:
     model = opened("recurrent_gemma")
     assert model.anatomy.logit_softcap == model.hf.config.logits_soft_cap
@@ -219,9 +242,20 @@ def test_a_model_that_answers_otherwise_each_time_is_refused() -> None:
         mt.open(hf)
 
 
-def test_a_stream_of_other_positions_than_the_prompt_is_refused() -> None:
-    with pytest.raises(mt.errors.ProofError, match=r"stream of .* is not proven.*its shape is \[2, 12, 32\] where"):
-        mt.open(configs.build("cpmant"))  # it puts four vectors before every prompt
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        (
+            "cpmant",
+            r"\[2, 12, 32\] where .* is expected, 12 positions for 8 tokens",
+        ),  # four vectors before every prompt
+        ("prophetnet", r"\[2, 24, 32\] where .* is expected, 24 positions for 8 tokens"),  # two more streams behind it
+        ("xlnet", r"\[8, 2, 32\] where .* is expected, so that positions come before rows"),
+    ],
+)
+def test_a_stream_of_other_positions_than_the_prompt_is_refused(family: str, why: str) -> None:
+    with pytest.raises(mt.errors.ProofError, match=rf"stream of .* is not proven.*its shape is {why}"):
+        mt.open(configs.build(family))
 
 
 def test_a_stream_that_does_not_give_the_logits_is_refused() -> None:

@@ -248,7 +248,7 @@ def anatomy_of(model: Any, name: str, flow: Flow | None = None) -> Anatomy:
         points.attention(i, layer)
         points.mixer(i, layer)
         points.mlp(i, layer)
-    points.norm(Site("final.scale"), parts.final_norm)
+    points.norm(Site("final.scale"), parts.final_norm, parts.mixed)
     read = in_features(model.get_submodule(parts.unembedding))
     points.hook_points[Site("final")] = HookPoint(parts.unembedding, "input", sizes=(("d_model", read),))
     written = out_features(model.get_submodule(parts.unembedding))

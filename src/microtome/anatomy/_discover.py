@@ -60,7 +60,8 @@ class LayerParts:
     """Module paths of one block; None where the block has no such part.
 
     What a branch adds to the stream is what the module at `*_writes` gives, times `*_by`. Attention has `n_heads` heads
-    of queries, each `d_head` wide, and `n_kv_heads` of keys and values.
+    of queries, each `d_head` wide, and `n_kv_heads` of keys and values. Where the stream has lanes, `mid` reads them
+    between the branches, and `mixed` names sites of norms that do not exist: what is read there is mixed from lanes.
     """
 
     block: str
@@ -93,6 +94,8 @@ class LayerParts:
     mixer_by: float = 1.0
     mlp_by: float = 1.0
     mlp_beside: str | None = None
+    mid: str | None = None
+    mixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Parts:
     final_norm: Norm | None
     form: Form
     family: Family
+    mixed: tuple[str, ...] = ()
 
 
 def _blocks(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:

@@ -31,10 +31,18 @@ def learned(model: Any, parts: Parts, flow: Flow) -> tuple[Parts, float | None, 
     norm: Norm | None = None
     if head is not None and head.read is not None and last is not None and last.wrote is not None:
         before = writer(flow.calls, head.read)
-        if before is not None and before.read is not None and _same(before.read, last.wrote):
-            norm = _tried(model, before.path, int(last.wrote.value.shape[-1]))
+        lanes = last.wrote.value.shape != head.read.value.shape  # which are mixed to one before the norm
+        if before is not None and before.read is not None and (lanes or _same(before.read, last.wrote)):
+            norm = _tried(model, before.path, int(before.read.value.shape[-1]))
+        if lanes and norm is None and before is not None and not _called_norm(model, before):
+            parts = replace(parts, mixed=("final.scale",))
     scale, cap = _of_logits(model, head, whole)
     return replace(parts, layers=tuple(layer for layer, _ in found), form=form, final_norm=norm), scale, cap
+
+
+def _called_norm(model: nn.Module, call: Call) -> bool:
+    """Whether a module is a norm by its name, of whatever form."""
+    return "norm" in type(model.get_submodule(call.path)).__name__.lower()
 
 
 def _of_logits(model: Any, head: Call | None, whole: Call | None) -> tuple[float | None, float | None]:
@@ -66,6 +74,7 @@ class Branch:
     """One branch of a block: what it reads, the point of the stream that it reads through a norm, what it may add."""
 
     name: str
+    path: str
     reads: Seen
     norm: Call | None
     point: Seen
@@ -76,7 +85,7 @@ class BlockForm:
     """The form of one block in one forward."""
 
     def __init__(self, model: nn.Module, layer: LayerParts, flow: Flow) -> None:
-        self.model, self.layer = model, layer
+        self.model, self.layer, self.flow = model, layer, flow
         self.inside = flow.inside(layer.block)
         whole = flow.first(layer.block)
         self.pre = None if whole is None else whole.read
@@ -100,15 +109,15 @@ class BlockForm:
         above = [c for c in self.inside if writing.path.startswith(c.path + ".")]
         writes = [*chain(self.inside, writing), *above]
         writes = [c for c in writes if c.wrote is not None and c.wrote.value.shape == self.pre.value.shape]
-        return Branch(name, reading.read, norm, point, writes[:MOST])
+        return Branch(name, reading.path, reading.read, norm, point, writes[:MOST])
 
     def _norm_before(self, reading: Call) -> Call | None:
         """The norm that wrote what a module reads, or a multiple of it."""
         assert reading.read is not None
         before = writer(self.inside, reading.read)
         if before is not None:
-            named = "norm" in type(self.model.get_submodule(before.path)).__name__.lower()  # of whatever form
-            return before if before.read is not None and (named or self.norm(before.path) is not None) else None
+            known = _called_norm(self.model, before) or self.norm(before.path) is not None
+            return before if before.read is not None and known else None
         for call in reversed(self.inside[: self.inside.index(reading)]):
             if call.read is None or call.wrote is None or self.norm(call.path) is None:
                 continue
@@ -127,7 +136,7 @@ class BlockForm:
         behind = self._post_norm()
         if behind is not None:
             return replace(self.layer, **behind), "post_norm"
-        new: dict[str, Any] = {}
+        new: dict[str, Any] = self._of_lanes()
         for branch in self.branches:
             if branch.name != "mixer":
                 new[f"{branch.name}_norm"] = None if branch.norm is None else self.norm(branch.norm.path)
@@ -140,6 +149,21 @@ class BlockForm:
                 if branch.name != "mixer":
                     new[f"{branch.name}_post_norm"] = self._behind(branch, path)
         return replace(self.layer, **new), form
+
+    def _of_lanes(self) -> dict[str, Any]:
+        """Which module reads the lanes of a stream between the branches, and which branches read a mixture of lanes."""
+        assert self.pre is not None
+        wide, first = self.pre.value.shape, self.branches[0]
+        if wide == first.reads.value.shape:
+            return {}
+        found = (b for b in self.branches if b.norm is None and writer(self.inside, b.reads) is not None)
+        mixed = tuple(f"{branch.name}.scale" for branch in found)
+        children = [call.path for call in self.flow.children(self.layer.block)]
+        starts = [
+            next(n for n, path in enumerate(children) if f"{b.path}.".startswith(f"{path}.")) for b in self.branches
+        ]
+        between = (n for n in self.flow.made(self.layer.block) if min(starts) < n <= max(starts))
+        return {"mid": next((children[n] for n in between), None), "mixed": mixed}
 
     def _points(self) -> list[Seen]:
         """The points of the stream at which branches read it, from what enters the block to what leaves it."""

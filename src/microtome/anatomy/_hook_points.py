@@ -108,9 +108,11 @@ class HookPoints:
         self.hook_points: dict[Site, HookPoint] = {}
         self.missing: dict[Site, str] = {}
 
-    def norm(self, site: Site, norm: Norm | None) -> None:
+    def norm(self, site: Site, norm: Norm | None, mixed: Sequence[str]) -> None:
         """What a norm divides by."""
-        if norm is None:
+        if site.name in mixed:
+            self.missing[site] = "there is no norm behind what mixes the lanes of the stream to what is read"
+        elif norm is None:
             self.missing[site] = "there is no norm of a known form"
         else:
             self.hook_points[site] = HookPoint(norm.path, "norm", norm=norm)
@@ -124,6 +126,8 @@ class HookPoints:
             self.missing[site] = "both branches read resid_pre (parallel block)"
         elif len([part for part in (layer.attn, layer.mixer, layer.mlp or layer.down) if part is not None]) < 2:
             self.missing[site] = "the block has one branch"
+        elif layer.mid is not None:
+            self.hook_points[site] = self.stream(layer.mid, "inplace")
         elif self.parts.form == "post_norm" and layer.attn_post_norm is not None:
             self.hook_points[site] = self.stream(layer.attn_post_norm, "output")
         else:
@@ -145,7 +149,7 @@ class HookPoints:
             self.missing.update({Site(name, i): why for name in names})
             return
         n_heads, n_kv_heads = layer.n_heads, layer.n_kv_heads
-        self.norm(Site("attn.scale", i), layer.attn_norm)
+        self.norm(Site("attn.scale", i), layer.attn_norm, layer.mixed)
         self.hook_points[Site("attn.in", i)] = HookPoint(layer.attn, "input")
         # In latent attention queries and keys are wider than values; some layers may have other heads than others.
         o = self.model.get_submodule(layer.o)
@@ -185,7 +189,7 @@ class HookPoints:
             names = (name for name in SITES if name.startswith("mlp"))
             self.missing.update({Site(name, i): "the block has no MLP" for name in names})
             return
-        self.norm(Site("mlp.scale", i), layer.mlp_norm)
+        self.norm(Site("mlp.scale", i), layer.mlp_norm, layer.mixed)
         reads = layer.mlp or layer.up
         if layer.mlp_beside is not None and layer.mlp_norm is not None:  # two modules read what the norm gives
             self.hook_points[Site("mlp.in", i)] = HookPoint(layer.mlp_norm.path, "output")

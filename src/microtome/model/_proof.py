@@ -17,21 +17,32 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, rounds_together, thresholds
+from microtome.anatomy import (
+    SHORTEST,
+    Address,
+    Anatomy,
+    Site,
+    at_least_float32,
+    parse,
+    probe,
+    rounds_together,
+    thresholds,
+)
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
+from microtome.model._cutoff import prove_cutoff
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
+from microtome.model._lanes import Lanes
 from microtome.model._mixture import Mixtures, with_factors
 from microtome.model._sized import Sized
 from microtome.run import Batch, LoadedModel, Run, run_forward
 from microtome.run.hook import HookSet, install
 
-SHORTEST = 8
-"""The tokens of a probe where no configuration names a window or a choice of keys that is short."""
 PADS = 4
 """The most pads of the probe: what is left of a row still goes beyond the short windows of the configuration."""
 LOOKS_AHEAD = 1e-3
@@ -78,7 +89,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
                 watched.refuse_random()
             prover = Prover(model, run, plain)
             mixtures = Mixtures(prover)
-            _identities(prover, mixtures)
+            _identities(prover, mixtures, Lanes(prover))
             checks = checks + rows + prover.checks + _untried(model, tokens.shape[1])
             model.anatomy = replace(model.anatomy, unproven=dict(model.anatomy.unproven) | _no_sums(prover))
             returns = model.anatomy.returns if prover.returns is None else prover.returns
@@ -87,12 +98,13 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
             model.anatomy = a
 
 
-def _identities(prover: Prover, mixtures: Mixtures) -> None:
+def _identities(prover: Prover, mixtures: Mixtures, lanes: Lanes) -> None:
     """Check what every layer, and the end of the stream, must be."""
     a = prover.a
     prover.attempt("6 unembed", "resid_post", lambda: _determines(prover))
     for i, layer in enumerate(a.parts.layers):
-        steps: dict[tuple[str, str], Callable[[int], None]] = {("2 residual", "resid_post"): prover.residual}
+        steps: dict[tuple[str, str], Callable[[int], None]] = {}
+        steps["2 residual", "resid_post"] = lanes.residual if lanes else prover.residual
         if Site("attn.result", i) in a.hook_points:
             steps["3 heads", "attn.result"] = prover.heads
         if Site("mlp_out", i) in a.hook_points:
@@ -100,14 +112,16 @@ def _identities(prover: Prover, mixtures: Mixtures) -> None:
             steps["4 neurons", "mlp_out"] = mixtures.prove if mixture else prover.neurons
         if layer.attn is not None:
             steps["5 attention", "attn.z"] = prover.attention
-        steps["7 weights", "attn.in"] = prover.reads
+        steps["7 weights", "attn.in"] = lanes.reads if lanes else prover.reads
         if Site("mlp_out", i) in a.hook_points:
             steps["7 weights", "mlp"] = prover.mlp_weights
+            steps["7 weights", "mlp.gate"] = partial(prove_cutoff, prover)
         if layer.attn is not None:
             steps["7 weights", "attn"] = prover.attn_weights
         for (identity, name), step in steps.items():
             prover.attempt(identity, f"{i}.{name}", lambda step=step, i=i: step(i))
-    prover.attempt("6 unembed", "logits", prover.unembed)
+    last = lanes.read_by(a.parts.final_norm) if lanes else None
+    prover.attempt("6 unembed", "logits", lambda: prover.unembed(last))
 
 
 class _Watched:
@@ -201,7 +215,13 @@ class _Watched:
         if got != wanted and axes[-1] == "d_head" and got[:-1] == wanted[:-1]:
             self.widths[site] = got[-1]  # of queries and keys whose projections are not known
             return ""
-        return "" if got == wanted else f"its shape is {got} where {wanted} is expected"
+        if got == wanted:
+            return ""
+        note = f"its shape is {got} where {wanted} is expected"
+        if got[:2] == wanted[1::-1] and axes[:2] == ("batch", "pos"):
+            return f"{note}, so that positions come before rows"
+        other = axes[1:2] == ("pos",) and len(got) == len(wanted) and got[0] == wanted[0] and got[1] != wanted[1]
+        return f"{note}, {got[1]} positions for {wanted[1]} tokens" if other else note
 
     def resized(self, anatomy: Anatomy) -> Anatomy:
         """A map with the widths of heads that were seen."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from microtome.anatomy import Address, Anatomy, Site, integer, parse, parse_indices
 from microtome.edit import Edit, Repeat, ScaleBlock, Set, SiteEdit, Skip
-from microtome.errors import EditError, SiteError, error
+from microtome.errors import EditError, MicrotomeError, SiteError, error
 from microtome.run._batch import Batch, Prompt
 from microtome.run._core import LoadedModel
 from microtome.run._plan import plan_of, refuse_if_over
@@ -263,6 +263,15 @@ def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence
             output = model.hf(**inputs)
         except Stop:
             return None
+        except Exception as problem:
+            if not uncached or isinstance(problem, MicrotomeError | torch.OutOfMemoryError):
+                raise
+            raise error(
+                EditError,
+                f"{a.name} cannot run with blocks skipped or repeated: others use what they keep",
+                got=f"{type(problem).__name__}: {problem}",
+                do="leave its blocks as they are, and start at the first",
+            ) from problem
     took = time.perf_counter() - started
     if not uncached:  # the pace is that of whole forwards
         model.pace = plan_of(model, batch, [], logits=True, grad=False, pace=1.0).seconds / took
