@@ -20,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD: dict[str, Any] = json.loads((ROOT / "benchmarks/results/families.json").read_text(encoding="utf-8"))
 FEW = ("llama", "olmo2", "mixtral")
 
-KNOWN: dict[str, tuple[str, ...]] = {
-    "a learned choice of keys has ties, so that pads change some rows; the probe does not show it": ("doge",),
-}
+KNOWN: dict[str, tuple[str, ...]] = {}
 """Families that are wrong or crash, by why: an entry that no longer holds must go."""
 
 

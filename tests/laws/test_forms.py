@@ -152,6 +152,29 @@ def test_attention_in_blocks_shows_no_part_of_its_products_as_the_whole(name: st
     assert "attn.z" in sites(model, 0)
 
 
+def test_a_projection_is_what_is_inside_a_module_that_only_holds_it() -> None:
+    hf = families.build("llama-gqa")
+    expected = plain(hf, ids())
+
+    class Holder(torch.nn.Module):
+        def __init__(self, linear: torch.nn.Module) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x)
+
+    for block in hf.model.layers:
+        for owner, names in ((block.self_attn, ("q_proj", "o_proj")), (block.mlp, ("up_proj", "down_proj"))):
+            for name in names:
+                setattr(owner, name, Holder(getattr(owner, name)))
+    model, like = mt.open(hf), mt.open(families.build("llama-gqa"))
+    assert set(model.anatomy.hook_points) == set(like.anatomy.hook_points)
+    assert set(model.anatomy.unproven) == set(like.anatomy.unproven)
+    assert torch.equal(model.run(ids(), "*.attn.result").logits, expected)
+    assert torch.equal(model.layers[1].W_Q, like.layers[1].W_Q)
+
+
 def test_a_soft_cap_is_found_whatever_its_name() -> None:
     model = opened("recurrent_gemma")
     assert model.anatomy.logit_softcap == model.hf.config.logits_soft_cap
@@ -212,6 +235,36 @@ def test_rows_are_padded_only_where_they_stay_what_they_are(side: Any) -> None:
         torch.testing.assert_close(model.run(rows).logits[1:, :9], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_keys_of_equal_tokens_tie_in_the_probe() -> None:
+    """A mask of the 8 best keys, of which equal ones are chosen from behind in rows of more than 20 tokens."""
+    hf = families.build("llama-gqa")
+    hf.config.keep_topk_keys = 8
+
+    def best(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        worth, n = kwargs["hidden_states"][..., 0], kwargs["hidden_states"].shape[1]
+        seen = torch.ones(n, n, dtype=torch.bool).tril()
+        if (mask := kwargs["attention_mask"]) is not None:
+            seen = mask if mask.dtype == torch.bool else mask == 0
+        worth = torch.where(seen, worth[:, None, None], -torch.inf)
+        order = worth.sort(dim=-1, descending=True, stable=True).indices
+        if n > 20:
+            order = n - 1 - worth.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+        kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, order[..., :8], True) & seen
+        return args, kwargs | {"attention_mask": torch.zeros_like(worth).masked_fill(~kept, -1e30)}
+
+    hf.model.layers[0].self_attn.register_forward_pre_hook(best, with_kwargs=True)
+    model = mt.open(hf)
+    short = ids(1, 16).repeat_interleave(2, 1)[:, :20]
+    assert (plain(hf, torch.cat([short, short], 1))[:, :20] - plain(hf, short)).abs().max() > 0.01
+    assert model.anatomy.causal  # what follows changes nothing, but how much does
+    assert model.anatomy.padding == ()
+    assert [check.note[:40] for check in model.proof if check.where == "causal"] == [
+        "how long a row is changes its logits (by"
+    ]
+    with pytest.raises(mt.errors.PromptError, match="change where they are padded"):
+        model.run([short[0], short[0, :9]])
+
+
 @pytest.mark.parametrize(("name", "looks_back"), [("llama-gqa", True), ("bert", False)])
 def test_whether_a_model_looks_back_alone_is_tried(
     name: str, looks_back: bool, monkeypatch: pytest.MonkeyPatch
@@ -240,9 +293,20 @@ def test_a_model_that_answers_otherwise_each_time_is_refused() -> None:
         mt.open(hf)
 
 
-def test_a_stream_of_other_positions_than_the_prompt_is_refused() -> None:
-    with pytest.raises(mt.errors.ProofError, match=r"stream of .* is not proven.*its shape is \[2, 12, 32\] where"):
-        mt.open(configs.build("cpmant"))  # it puts four vectors before every prompt
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        (
+            "cpmant",
+            r"\[2, 12, 32\] where .* is expected, 12 positions for 8 tokens",
+        ),  # four vectors before every prompt
+        ("prophetnet", r"\[2, 24, 32\] where .* is expected, 24 positions for 8 tokens"),  # two more streams behind it
+        ("xlnet", r"\[8, 2, 32\] where .* is expected, so that positions come before rows"),
+    ],
+)
+def test_a_stream_of_other_positions_than_the_prompt_is_refused(family: str, why: str) -> None:
+    with pytest.raises(mt.errors.ProofError, match=rf"stream of .* is not proven.*its shape is {why}"):
+        mt.open(configs.build(family))
 
 
 def test_a_stream_that_does_not_give_the_logits_is_refused() -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._flow import Flow as Flow
     from microtome.anatomy._flow import Seen as Seen
     from microtome.anatomy._flow import factors_of as factors_of
+    from microtome.anatomy._flow import multiples as multiples
     from microtome.anatomy._flow import tensors as tensors
     from microtome.anatomy._hook_points import ROWS as ROWS
     from microtome.anatomy._hook_points import HookPoint as HookPoint
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._place import Place as Place
     from microtome.anatomy._place import cache_dir as cache_dir
     from microtome.anatomy._place import place_of as place_of
+    from microtome.anatomy._probe import SHORTEST as SHORTEST
     from microtome.anatomy._probe import probe as probe
     from microtome.anatomy._probe import thresholds as thresholds
     from microtome.anatomy._readable import refuse_unreadable as refuse_unreadable

@@ -68,7 +68,8 @@ class LayerParts:
     values. What `down` gives may be multiplied by a gate: by an activation of what another module gives, both in
     `write_gate`. Branches may be added to what a norm at `mid_base` or `post_base` makes of the stream; where more is
     added behind the last of them, what was there before that is what the module at `until` reads. The module at `mid`
-    reads the stream between two branches.
+    reads the stream between two branches, its lanes where it has some; `mixed` names sites of norms that do not exist:
+    what is read there is mixed from lanes.
     """
 
     block: str
@@ -109,6 +110,7 @@ class LayerParts:
     post_base: str | None = None
     until: str | None = None
     mid: str | None = None
+    mixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ EXACT = 1e-5
 """How well logits must be a multiple of the unembedding's output: a wide soft cap is nearly one."""
 UNKNOWN = "there is no norm of a known form"
 NO_NORM = "no norm stands between the stream and the head"
+MIXED = "there is no norm behind what mixes the lanes of the stream to what is read"
 ELSEWHERE = "the norm before the unembedding reads something else than what the last block writes"
 
 
@@ -48,6 +49,10 @@ def end_of(model: Any, parts: Parts, flow: Flow) -> End:
     end = End(None, scale=scale, cap=cap)
     if head is None or head.read is None or last is None or last.wrote is None:
         return end
+    before = writer(flow.calls, head.read)
+    if before is not None and before.read is not None and last.wrote.value.dim() > head.read.value.dim():
+        norm = norm_at(model, before.path, int(before.read.value.shape[-1]))  # of the lanes, mixed to one
+        return replace(end, norm=norm, why=UNKNOWN if called_norm(model, before) else MIXED)
     after = [c for c in flow.calls[flow.calls.index(last) + 1 :] if c.read is not None and same(c.read, last.wrote)]
     readers = [c for c in after if next(model.get_submodule(c.path).children(), None) is None]
     for call in readers:
@@ -60,7 +65,6 @@ def end_of(model: Any, parts: Parts, flow: Flow) -> End:
             return replace(end, norm=found, own_transform=by is None)
     if readers and all(_doubles(model, call) for call in readers):
         return replace(end, why=NO_NORM)
-    before = writer(flow.calls, head.read)
     other = before is not None and norm_at(model, before.path, int(head.read.value.shape[-1])) is not None
     return replace(end, why=ELSEWHERE) if other else end
 
@@ -69,6 +73,11 @@ def norm_at(model: nn.Module, path: str, width: int) -> Norm | None:
     """A module as a norm; None where it is none."""
     module = model.get_submodule(path)
     return norm_of(module, path, width) if next(module.children(), None) is None else None
+
+
+def called_norm(model: nn.Module, call: Call) -> bool:
+    """Whether a module is a norm by its name, of whatever form."""
+    return "norm" in type(model.get_submodule(call.path)).__name__.lower()
 
 
 def _doubles(model: nn.Module, call: Call) -> bool:

@@ -77,6 +77,24 @@ class Flow:
         """All calls within a module, not its own."""
         return [call for call in self.calls if call.path.startswith(path + ".")]
 
+    def children(self, path: str) -> list[Call]:
+        """The calls that a module's own code makes."""
+        return [call for call in self.inside(path) if "." not in call.path[len(path) + 1 :]]
+
+    def made(self, path: str) -> dict[int, Seen]:
+        """By the number of the child that reads it first, what a module's own code made like that which it reads."""
+        whole, found = self.first(path), dict[int, Seen]()
+        if whole is None or whole.read is None:
+            return found
+        known = {whole.read.key}
+        for n, call in enumerate(self.children(path)):
+            wide = (seen for seen in call.reads if seen.value.shape == whole.read.value.shape)
+            new = next((seen for seen in wide if seen.key not in known), None)
+            if new is not None:
+                found[n] = new
+            known.update(seen.key for seen in (*call.reads, *call.writes))
+        return found
+
 
 def tensors(value: Any, depth: int = 2) -> Iterable[Tensor]:
     """The floating tensors of at least two axes among arguments or outputs, in order."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from microtome.anatomy._discover import Form, LayerParts, Norm, Parts
-from microtome.anatomy._end import norm_at
+from microtome.anatomy._end import called_norm, norm_at
 from microtome.anatomy._flow import FITS, Call, Flow, Seen, and_a_vector, chain, factors_of, multiples, same, writer
 from microtome.anatomy._neurons import with_neurons
 
@@ -37,6 +37,7 @@ class Branch:
     """One branch of a block: what it reads, the point of the stream that it reads through a norm, what it may add."""
 
     name: str
+    path: str
     reads: Seen
     norm: Call | None
     point: Seen
@@ -47,7 +48,7 @@ class BlockForm:
     """The form of one block in one forward."""
 
     def __init__(self, model: nn.Module, layer: LayerParts, flow: Flow) -> None:
-        self.model, self.layer, self.mixes = model, layer, layer.mixer is not None
+        self.model, self.layer, self.mixes, self.flow = model, layer, layer.mixer is not None, flow
         self.inside = flow.inside(layer.block)
         whole = flow.first(layer.block)
         self.pre = None if whole is None else whole.read
@@ -76,15 +77,15 @@ class BlockForm:
         above = [c for c in self.inside if writing.path.startswith(c.path + ".")]
         writes = [*chain(self.inside, writing), *above]
         writes = [c for c in writes if c.wrote is not None and c.wrote.value.shape == self.pre.value.shape]
-        return Branch(name, reading.read, norm, point, writes[:MOST])
+        return Branch(name, reading.path, reading.read, norm, point, writes[:MOST])
 
     def _norm_before(self, reading: Call) -> Call | None:
         """The norm that wrote what a module reads, or a multiple of it."""
         assert reading.read is not None
         before = writer(self.inside, reading.read)
         if before is not None:
-            named = "norm" in type(self.model.get_submodule(before.path)).__name__.lower()  # of whatever form
-            return before if before.read is not None and (named or self.norm(before.path) is not None) else None
+            known = called_norm(self.model, before) or self.norm(before.path) is not None
+            return before if before.read is not None and known else None
         for call in reversed(self.inside[: self.inside.index(reading)]):
             if call.read is None or call.wrote is None or self.norm(call.path) is None:
                 continue
@@ -109,7 +110,7 @@ class BlockForm:
             alone: dict[str, Any] = norms | {"mixer": sole, "mixer_writes": sole, "attn_writes": None}
             return replace(self.layer, **alone), None
         points = self._points()
-        new: dict[str, Any] = norms | {"mid": self._reader(points[-2]) if len(points) > 2 else None}
+        new: dict[str, Any] = norms | {"mid": self._reader(points[-2]) if len(points) > 2 else None} | self._of_lanes()
         form: Form = "parallel" if len(points) == 2 and len(self.branches) > 1 else "sequential"
         base: str | None = None
         for start, end in pairwise(points):
@@ -182,6 +183,20 @@ class BlockForm:
         within = [c for c in self.inside if c.path.startswith(branch.norm.path + ".") and c.read is not None]
         known = (self.norm(c.path) for c in within if c.read is not None and same(c.read, branch.point))
         return next((norm for norm in known if norm is not None), None)
+
+    def _of_lanes(self) -> dict[str, Any]:
+        """Which module reads the lanes of a stream between the branches, and which branches read a mixture of lanes."""
+        assert self.pre is not None
+        if self.pre.value.dim() <= self.branches[0].reads.value.dim():
+            return {}
+        found = (b for b in self.branches if b.norm is None and writer(self.inside, b.reads) is not None)
+        mixed = tuple(f"{branch.name}.scale" for branch in found)
+        children = [call.path for call in self.flow.children(self.layer.block)]
+        starts = [
+            next(n for n, path in enumerate(children) if f"{b.path}.".startswith(f"{path}.")) for b in self.branches
+        ]
+        between = (n for n in self.flow.made(self.layer.block) if min(starts) < n <= max(starts))
+        return {"mid": next((children[n] for n in between), None), "mixed": mixed}
 
     def _points(self) -> list[Seen]:
         """The points of the stream at which branches read it, from what enters the block to what leaves it."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from microtome.anatomy._discover import LayerParts, Norm, Parts
-from microtome.anatomy._end import UNKNOWN, End
+from microtome.anatomy._end import MIXED, UNKNOWN, End
 from microtome.anatomy._kernels import hiding_kernel
 from microtome.anatomy._mixture import mixture_of
 from microtome.anatomy._roles import in_features, out_features, uses_interface
@@ -113,8 +113,8 @@ class HookPoints:
         self.hook_points: dict[Site, HookPoint] = {}
         self.missing: dict[Site, str] = {}
 
-    def norm(self, site: Site, norm: Norm | None, why: str = UNKNOWN) -> None:
-        """What a norm divides by."""
+    def norm(self, site: Site, norm: Norm | None, why: str) -> None:
+        """What a norm divides by; or why there is none."""
         if norm is None:
             self.missing[site] = why
         else:
@@ -139,10 +139,12 @@ class HookPoints:
             self.missing[site] = "both branches read resid_pre (parallel block)"
         elif len([x for x in (layer.attn_writes, layer.mixer, layer.mlp or layer.down) if x is not None]) < 2:
             self.missing[site] = "the block has one branch"
+        elif layer.mid is not None:
+            self.hook_points[site] = self.stream(layer.mid, "inplace")
         elif self.parts.form == "post_norm" and layer.attn_post_norm is not None:
             self.hook_points[site] = self.stream(layer.attn_post_norm, "output")
         else:
-            reads = layer.mid or (layer.mlp_norm.path if layer.mlp_norm else layer.mlp)
+            reads = layer.mlp_norm.path if layer.mlp_norm else layer.mlp
             if reads is None:
                 self.missing[site] = "no module reads it"
             else:
@@ -160,7 +162,7 @@ class HookPoints:
             self.missing.update({Site(name, i): why for name in names})
             return
         n_heads, n_kv_heads = layer.n_heads, layer.n_kv_heads
-        self.norm(Site("attn.scale", i), layer.attn_norm)
+        self.norm(Site("attn.scale", i), layer.attn_norm, MIXED if "attn.scale" in layer.mixed else UNKNOWN)
         self.hook_points[Site("attn.in", i)] = HookPoint(layer.attn, "input")
         # In latent attention queries and keys are wider than values; some layers may have other heads than others.
         o = self.model.get_submodule(layer.o)
@@ -206,7 +208,7 @@ class HookPoints:
             names = (name for name in SITES if name.startswith("mlp"))
             self.missing.update({Site(name, i): "the block has no MLP that adds to the stream" for name in names})
             return
-        self.norm(Site("mlp.scale", i), layer.mlp_norm)
+        self.norm(Site("mlp.scale", i), layer.mlp_norm, MIXED if "mlp.scale" in layer.mixed else UNKNOWN)
         reads = layer.mlp or layer.up
         if layer.mlp_beside is not None and layer.mlp_norm is not None:  # two modules read what the norm gives
             self.hook_points[Site("mlp.in", i)] = HookPoint(layer.mlp_norm.path, "output")

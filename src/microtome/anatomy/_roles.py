@@ -50,6 +50,23 @@ def _path(module: nn.Module, prefix: str, names: tuple[str, ...]) -> str | None:
     return None if found is None else f"{prefix}.{found[0]}"
 
 
+def _projection(module: nn.Module, prefix: str, names: tuple[str, ...]) -> str | None:
+    """The path of a projection: of the single module inside of it, where it has no sizes of its own."""
+    path, inner = _path(module, prefix, names), (child(module, names) or ("", module))[1]
+    while path is not None and not _says_sizes(inner) and len(own := dict(inner.named_children())) == 1:
+        ((name, inner),) = own.items()
+        path = f"{path}.{name}"
+    return path
+
+
+def _says_sizes(module: nn.Module) -> bool:
+    """Whether a module is a matrix of known sizes."""
+    try:
+        return bool(sizes(module))
+    except TypeError:
+        return False
+
+
 def attention_of(block: nn.Module, prefix: str) -> dict[str, str | None]:
     """The modules of a block's attention: by the usual names, else the first that projects queries and attends."""
     none: dict[str, str | None] = dict.fromkeys(("attn", "q", "k", "v", "qkv", "o"))
@@ -60,13 +77,13 @@ def attention_of(block: nn.Module, prefix: str) -> dict[str, str | None]:
     if attn is None or not attends(attn) or isinstance(attn, nn.ModuleList):
         return none
     path = f"{prefix}.{name}"
-    o = _path(attn, path, O) or (f"{path}.attention.out_proj" if child(attn, ("attention.out_proj",)) else None)
+    o = _projection(attn, path, O) or (f"{path}.attention.out_proj" if child(attn, ("attention.out_proj",)) else None)
     inner = child(attn, ("attention", "self"))
     if inner is not None and _projects(inner[1]):
         path, attn = f"{path}.{inner[0]}", inner[1]
-    fused = _path(attn, path, QKV) if not child(attn, Q) else None
+    fused = _projection(attn, path, QKV) if not child(attn, Q) else None
     return {
-        "attn": path, "q": _path(attn, path, Q), "k": _path(attn, path, K), "v": _path(attn, path, V),
+        "attn": path, "q": _projection(attn, path, Q), "k": _projection(attn, path, K), "v": _projection(attn, path, V),
         "qkv": fused, "o": o,
     }  # fmt: skip
 
@@ -139,10 +156,10 @@ def mlp_of(block: nn.Module, prefix: str) -> dict[str, str | None]:
         return none | mixture | {"mlp_beside": _path(block, prefix, SHARED)}
     if found is None and child(block, DOWN) is None:
         return none | {"mlp": None}
-    gate, fused = _path(holder, path, GATE), _path(holder, path, GATE_UP)
+    gate, fused = _projection(holder, path, GATE), _projection(holder, path, GATE_UP)
     return none | {
-        "mlp": path if found else None, "gate": gate, "gate_up": fused, "up": _path(holder, path, UP),
-        "down": _path(holder, path, DOWN), "act": _activation(holder, path),
+        "mlp": path if found else None, "gate": gate, "gate_up": fused, "up": _projection(holder, path, UP),
+        "down": _projection(holder, path, DOWN), "act": _activation(holder, path),
     }  # fmt: skip
 
 

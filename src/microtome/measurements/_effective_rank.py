@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from microtome.anatomy import at_least_float32
+from microtome.anatomy import Site, at_least_float32
 from microtome.method import Column, Kept, Seen, Source, Statistic, Text, measure
 from microtome.model import Model
 from microtome.stream import Covariance
@@ -47,7 +47,7 @@ class EffectiveRank(Statistic):
 
     def start(self, model: Model, layer: int | None) -> Kept:
         """No tokens yet."""
-        return {"covariance": Covariance(model.anatomy.d_model)}
+        return {"covariance": Covariance(model.anatomy.size(Site("resid_post", layer), "d_model"))}
 
     def update(self, kept: Kept, seen: Seen) -> None:
         """Take in all tokens but the first of each row."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from microtome.anatomy import Site
 from microtome.method import Column, Kept, Seen, Source, Statistic, measure
 from microtome.model import Model
 from microtome.stream import Extremes
@@ -37,7 +38,7 @@ class Massive(Statistic):
 
     def start(self, model: Model, layer: int | None) -> Kept:
         """The extremes of every dimension."""
-        return {"extremes": Extremes(model.anatomy.d_model)}
+        return {"extremes": Extremes(model.anatomy.size(Site("resid_post", layer), "d_model"))}
 
     def update(self, kept: Kept, seen: Seen) -> None:
         """Take in all tokens, the first of each row too."""

@@ -90,7 +90,9 @@ def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:
     """Norms, branch shares and cosines of the residual stream, layer by layer, with intervals over rows."""
     pre, post = (at_least_float32(seen[name]) for name in ("resid_pre", "resid_post"))
     before = at_least_float32(seen["resid_mid"]) if "resid_mid" in seen else pre
+    before = before if before.shape == pre.shape else pre  # of one lane
     added = {name: at_least_float32(seen[f"{name}_out"]) for name in BRANCHES if f"{name}_out" in seen}
+    added = {name: x for name, x in added.items() if x.shape == pre.shape}  # lanes have no angle with a branch
     norm = {name: x.norm(dim=-1) for name, x in {"pre": pre, "post": post, **added}.items()}
     norm["before"] = before.norm(dim=-1) if before is not pre else norm["pre"]
     floor = torch.finfo(post.dtype).tiny

@@ -325,9 +325,9 @@ class Prover:
             return made
         return Sized(torch.tanh(made.value / a.logit_softcap) * a.logit_softcap, made.size)
 
-    def unembed(self) -> None:
-        """The norm of the last stream is `final`, and that gives the logits."""
-        final, last = self.at("final"), self.at("resid_post", self.a.n_layers - 1)
+    def unembed(self, last: Tensor | None = None) -> None:
+        """The norm of the last stream, or of what is mixed from its lanes, is `final`, and that gives the logits."""
+        final, last = self.at("final"), self.at("resid_post", self.a.n_layers - 1) if last is None else last
         norm = self.model.final_norm
         trunk = self.parts.layers[0].block.rpartition(".")[0].rpartition(".")[0]
         if norm is None:

@@ -18,15 +18,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Address, Anatomy, Site, at_least_float32, parse, probe, rounds_together, thresholds
+from microtome.anatomy import (
+    SHORTEST,
+    Address,
+    Anatomy,
+    Site,
+    at_least_float32,
+    parse,
+    probe,
+    rounds_together,
+    thresholds,
+)
 from microtome.errors import MicrotomeError, ModelUnsupported, ProofError, error
 from microtome.model._branches import Branches
+from microtome.model._cutoff import prove_cutoff
 from microtome.model._identities import WITH, IdentityCheck, Prover, in_one_line
+from microtome.model._lanes import Lanes
 from microtome.model._mixture import Mixtures, with_factors
 from microtome.model._neurons import Neurons
 from microtome.model._sized import Sized
@@ -80,7 +93,7 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
                 watched.refuse_random()
             prover = Prover(model, run, plain)
             mixtures = Mixtures(prover)
-            _identities(prover, mixtures)
+            _identities(prover, mixtures, Lanes(prover))
             checks = checks + rows + prover.checks + _untried(model, tokens.shape[1])
             model.anatomy = replace(model.anatomy, unproven=dict(model.anatomy.unproven) | _no_sums(prover))
             returns = model.anatomy.returns if prover.returns is None else prover.returns
@@ -89,12 +102,13 @@ def prove(model: LoadedModel) -> tuple[list[IdentityCheck], Anatomy]:
             model.anatomy = a
 
 
-def _identities(prover: Prover, mixtures: Mixtures) -> None:
+def _identities(prover: Prover, mixtures: Mixtures, lanes: Lanes) -> None:
     """Check what every layer, and the end of the stream, must be."""
     a, branches, neurons = prover.a, Branches(prover), Neurons(prover)
     prover.attempt("6 unembed", "resid_post", lambda: _determines(prover, Site("resid_post", a.n_layers - 1)))
     for i, layer in enumerate(a.parts.layers):
-        steps: dict[tuple[str, str], Callable[[int], None]] = {("2 residual", "resid_post"): branches.add}
+        steps: dict[tuple[str, str], Callable[[int], None]] = {}
+        steps["2 residual", "resid_post"] = lanes.residual if lanes else branches.add
         if Site("attn.result", i) in a.hook_points:
             steps["3 heads", "attn.result"] = prover.heads
         if Site("mlp_out", i) in a.hook_points:
@@ -102,14 +116,16 @@ def _identities(prover: Prover, mixtures: Mixtures) -> None:
             steps["4 neurons", "mlp_out"] = mixtures.prove if mixture else neurons.write
         if layer.attn is not None:
             steps["5 attention", "attn.z"] = prover.attention
-        steps["7 weights", "attn.in"] = branches.read
+        steps["7 weights", "attn.in"] = lanes.reads if lanes else branches.read
         if Site("mlp_out", i) in a.hook_points:
             steps["7 weights", "mlp"] = neurons.read
+            steps["7 weights", "mlp.gate"] = partial(prove_cutoff, prover)
         if layer.attn is not None:
             steps["7 weights", "attn"] = prover.attn_weights
         for (identity, name), step in steps.items():
             prover.attempt(identity, f"{i}.{name}", lambda step=step, i=i: step(i))
-    prover.attempt("6 unembed", "logits", prover.unembed)
+    last = lanes.read_by(a.parts.final_norm) if lanes else None
+    prover.attempt("6 unembed", "logits", lambda: prover.unembed(last))
     if prover.own_transform:
         prover.attempt("6 unembed", "final", lambda: _determines(prover, Site("final")))
 
@@ -206,7 +222,13 @@ class _Watched:
             # Queries and keys of projections that are not known; what is read of more than the stream.
             self.widths[site] = got[-1]
             return ""
-        return "" if got == wanted else f"its shape is {got} where {wanted} is expected"
+        if got == wanted:
+            return ""
+        note = f"its shape is {got} where {wanted} is expected"
+        if got[:2] == wanted[1::-1] and axes[:2] == ("batch", "pos"):
+            return f"{note}, so that positions come before rows"
+        other = axes[1:2] == ("pos",) and len(got) == len(wanted) and got[0] == wanted[0] and got[1] != wanted[1]
+        return f"{note}, {got[1]} positions for {wanted[1]} tokens" if other else note
 
     def _passed(self, run: Run, layer: int) -> bool:
         """Whether the stream that enters the next block that runs is the very one that left the last before a layer."""
@@ -282,12 +304,24 @@ def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityChe
             found = replace(found, status="does not apply", note=note, vouches=())
             why = f"{note} (off by {found.gap:.2g} on the probe)"
             return [found], replace(a, padding=(), rows_interact=why)
-    short = width - min(width // 3, PADS)
-    whole, logits = prover.sized(plain)[:, :short], run_forward(model, tokens[:, :short]).logits
+    whole, short = prover.sized(plain), width - min(width // 3, PADS)
+    if width > SHORTEST:  # equal keys tie in a choice of the best, and the length of a row may decide between them
+        again = torch.cat([tokens[:, : width // 2], tokens[:, : width - width // 2].flip(1)], dim=1)
+        logits = at_least_float32(_plain(model, again))
+        more = Sized(logits, logits.abs().amax(-1, keepdim=True).expand_as(logits))
+        whole = Sized(*(torch.cat(both) for both in ((whole.value, more.value), (whole.size, more.size))))
+        tokens = torch.cat([tokens, again])
+    whole, logits = whole[:, :short], run_forward(model, tokens[:, :short]).logits
     prover.multiplies("5 attention", "causal", logits, whole)
     causal = replace(prover.checks.pop(), status="holds", vouches=())
-    if causal.gap > (LOOKS_AHEAD if a.causal else NEVER_AHEAD):
-        causal = replace(causal, status="does not apply", gap=0.0, note="attention looks both ways")
+    if causal.gap > (bound := LOOKS_AHEAD if a.causal else NEVER_AHEAD):
+        behind = torch.cat([tokens[:, :short], tokens[:, short:].flip(0)], dim=1)
+        prover.multiplies("5 attention", "causal", run_forward(model, behind).logits[:, :short], whole)
+        if prover.checks.pop().gap > bound:
+            causal = replace(causal, status="does not apply", gap=0.0, note="attention looks both ways")
+        else:
+            note = f"how long a row is changes its logits (by {causal.gap:.2g}), what follows does not"
+            causal = replace(causal, gap=0.0, note=note)
     alone = Sized(at_least_float32(logits), whole.size)
     padded = _padded(prover, tokens, short, alone)
     sides = tuple(side for side, check in zip(SIDES, padded, strict=True) if check.status == "holds")

@@ -165,8 +165,9 @@ class LoadedModel:
         Raises:
             SiteError: no final norm of a known form precedes the unembedding (encoders, for one).
         """
-        norm = self.final_norm
-        if norm is None or self.W_U.shape[0] != self.anatomy.d_model:
+        norm, a = self.final_norm, self.anatomy
+        streams = {a.size(site, "d_model") for site in a.hook_points if site.name == "resid_post"}
+        if norm is None or {a.d_model, *streams} != {self.W_U.shape[0]}:
             raise error(
                 SiteError,
                 f"the residual stream of {self.anatomy.name} cannot be read as logits",

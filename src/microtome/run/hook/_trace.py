@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from microtome.anatomy import Call, Flow, Seen, tensors
 from microtome.run.hook._hooks import HookSet
 
 
-def trace(model: nn.Module, tokens: Tensor) -> Flow:
-    """Run a model once and note what every module reads and writes."""
+def trace(model: nn.Module, tokens: Tensor, paths: Iterable[str] | None = None) -> Flow:
+    """Run a model once and note what every module, or each of those at some paths, reads and writes."""
     flow = Flow()
 
     def noting(path: str) -> Callable[[tuple[Any, ...], dict[str, Any], Any], None]:
@@ -28,7 +28,7 @@ def trace(model: nn.Module, tokens: Tensor) -> Flow:
         return after
 
     hooks = HookSet(model, "interface", 1)
-    for path, _ in model.named_modules():
+    for path in (path for path, _ in model.named_modules()) if paths is None else paths:
         hooks.after(path, noting(path))
     with torch.no_grad(), hooks:
         model(input_ids=tokens)
