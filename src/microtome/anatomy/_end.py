@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from microtome.anatomy._discover import Norm, Parts, norm_of
-from microtome.anatomy._flow import Call, Flow, multiples, same, writer
+from microtome.anatomy._discover import LayerParts, Norm, Parts, norm_of
+from microtome.anatomy._flow import Call, Flow, Seen, multiples, same, writer
 
 EXACT = 1e-5
 """How well logits must be a multiple of the unembedding's output: a wide soft cap is nearly one."""
@@ -50,8 +50,8 @@ def end_of(model: Any, parts: Parts, flow: Flow) -> End:
     if head is None or head.read is None or last is None or last.wrote is None:
         return end
     before = writer(flow.calls, head.read)
-    if before is not None and before.read is not None and last.wrote.value.dim() > head.read.value.dim():
-        norm = norm_at(model, before.path, int(before.read.value.shape[-1]))  # of the lanes, mixed to one
+    if before is not None and before.read is not None and _has_lanes(parts.layers[-1], last.wrote, flow):
+        norm = norm_at(model, before.path, int(before.read.value.shape[-1]))  # which reads the lanes, mixed to one
         return replace(end, norm=norm, why=UNKNOWN if called_norm(model, before) else MIXED)
     after = [c for c in flow.calls[flow.calls.index(last) + 1 :] if c.read is not None and same(c.read, last.wrote)]
     readers = [c for c in after if next(model.get_submodule(c.path).children(), None) is None]
@@ -73,6 +73,13 @@ def norm_at(model: nn.Module, path: str, width: int) -> Norm | None:
     """A module as a norm; None where it is none."""
     module = model.get_submodule(path)
     return norm_of(module, path, width) if next(module.children(), None) is None else None
+
+
+def _has_lanes(layer: LayerParts, stream: Seen, flow: Flow) -> bool:
+    """Whether every branch of a block reads less than the stream is wide."""
+    calls = (flow.first(path) for path in (layer.attn, layer.mixer, layer.mlp) if path is not None)
+    sizes = [call.read.value.numel() for call in calls if call is not None and call.read is not None]
+    return bool(sizes) and max(sizes) < stream.value.numel()
 
 
 def called_norm(model: nn.Module, call: Call) -> bool:

@@ -187,7 +187,7 @@ class BlockForm:
     def _of_lanes(self) -> dict[str, Any]:
         """Which module reads the lanes of a stream between the branches, and which branches read a mixture of lanes."""
         assert self.pre is not None
-        if self.pre.value.dim() <= self.branches[0].reads.value.dim():
+        if self.pre.value.numel() <= self.branches[0].reads.value.numel():
             return {}
         found = (b for b in self.branches if b.norm is None and writer(self.inside, b.reads) is not None)
         mixed = tuple(f"{branch.name}.scale" for branch in found)
