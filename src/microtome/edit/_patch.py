@@ -124,7 +124,7 @@ class Patch(SiteEdit):
             )
         for row, last in frame.last_columns().items():
             first, length = rows[row]
-            if first + length <= last < frame.width:
+            if first + length <= last:
                 raise error(
                     EditError,
                     f"the source of Patch ends before the last position of {self.site}",
