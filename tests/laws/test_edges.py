@@ -189,7 +189,7 @@ def test_a_parallel_block_has_no_edge_from_its_attention_to_its_mlp() -> None:
 
 def test_a_stream_with_norms_on_it_has_no_edges() -> None:
     model = mt.open(families.build("bert"), prove=False)
-    with pytest.raises(mt.errors.SiteError, match="is not a sum over its parts, so that it has no edges"):
+    with pytest.raises(mt.errors.SiteError, match="has no edges between heads and MLPs"):
         model.sweep(ids(0), [mt.sweep.Edge("embed", "final", source=captured(model, ids(1)))], READ).run()
 
 

@@ -102,9 +102,10 @@ def _of_logits(model: Any, head: Call | None, whole: Call | None) -> tuple[float
     if head is None or head.wrote is None or whole is None or whole.wrote is None:
         return None, None
     raw, logits = head.wrote.value, whole.wrote.value
-    by = multiples(logits, raw, fits=EXACT)
-    if by is not None:
-        return by[0], None
+    if torch.equal(logits, raw):
+        return 1.0, None
     entries = model.config.get_text_config().to_dict().items()
     caps = (float(x) for name, x in entries if "cap" in name and isinstance(x, float | int) and x > 0)
-    return None, next((c for c in caps if multiples(logits, (raw / c).tanh() * c, fits=EXACT) == [1.0]), None)
+    cap = next((c for c in caps if multiples(logits, (raw / c).tanh() * c, fits=EXACT) == [1.0]), None)
+    by = multiples(logits, raw, fits=EXACT) if cap is None else None
+    return None if by is None else by[0], cap

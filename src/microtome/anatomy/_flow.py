@@ -16,7 +16,10 @@ from torch import Tensor
 from microtome.shown import shown
 
 FITS = 1e-3
-"""Largest residual of a sum, relative to what is explained, with which its terms are taken for what was added."""
+"""Largest residual of a sum, relative to what is explained, with which its terms are taken for what was added.
+
+Of numbers that are coarser than that it is one rounding of them; the proof has the last word.
+"""
 
 SAMPLE = 4096
 """Elements on which a sum is tried before it is tried on all."""
@@ -106,10 +109,16 @@ def tensors(value: Any, depth: int = 2) -> Iterable[Tensor]:
             yield from tensors(item, depth - 1)
 
 
+def fits_of(*some: Tensor, fits: float = FITS) -> float:
+    """The residual that is allowed of numbers as coarse as the coarsest of some."""
+    return max(fits, *(torch.finfo(x.dtype).eps for x in some))
+
+
 def multiples(y: Tensor, *terms: Tensor, fits: float = FITS) -> list[float] | None:
     """The numbers by which terms sum to y; None where they do not."""
     if any(term.shape != y.shape for term in terms):
         return None
+    fits = fits_of(y, *terms, fits=fits)
     goal, *columns = (x.double().flatten() for x in (y, *terms))
     step = goal.numel() // SAMPLE | 1  # odd, so that it meets all dimensions
     if step > 1 and _fitted(goal[::step], [x[::step] for x in columns], 10 * fits) is None:
@@ -134,7 +143,7 @@ def factors_of(y: Tensor, x: Tensor, term: Tensor) -> Tensor | None:
         return None
     goal, whole = ((t.double().flatten(0, -2)) for t in (y.double() - term.double(), x))
     factor = (goal * whole).sum(0) / whole.pow(2).sum(0).clamp(min=torch.finfo(torch.float64).tiny)
-    return factor if float((goal - factor * whole).norm()) <= FITS * float(goal.norm()) else None
+    return factor if float((goal - factor * whole).norm()) <= fits_of(y, x, term) * float(goal.norm()) else None
 
 
 def and_a_vector(y: Tensor, x: Tensor) -> tuple[float, Tensor] | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from microtome.anatomy._discover import Form, LayerParts, Norm, Parts
 from microtome.anatomy._end import called_norm, norm_at
-from microtome.anatomy._flow import FITS, Call, Flow, Seen, and_a_vector, chain, factors_of, multiples, same, writer
+from microtome.anatomy._flow import Call, Flow, Seen, and_a_vector, chain, factors_of, fits_of, multiples, same, writer
 from microtome.anatomy._neurons import with_neurons
 
 NOTHING = 1e-6
@@ -242,8 +242,9 @@ class BlockForm:
         """The parameter of the block that is a vector [d_model]."""
         block = self.layer.block
         own = self.model.get_submodule(block).named_parameters(prefix=block)
-        same_size = ((path, p.detach().double()) for path, p in own if p.shape == vector.shape)
-        return next((path for path, p in same_size if float((p - vector).norm()) <= FITS * float(vector.norm())), None)
+        same_size = ((path, p.detach()) for path, p in own if p.shape == vector.shape)
+        gaps = ((path, float((p.double() - vector).norm()), fits_of(p)) for path, p in same_size)
+        return next((path for path, gap, fits in gaps if gap <= fits * float(vector.norm())), None)
 
     def _post_norm(self) -> dict[str, Any] | None:
         """The parts of a block whose norms follow the sums of stream and branch; None where they do not."""

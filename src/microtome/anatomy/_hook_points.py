@@ -12,7 +12,7 @@ from microtome.anatomy._discover import LayerParts, Norm, Parts
 from microtome.anatomy._end import MIXED, UNKNOWN, End
 from microtome.anatomy._kernels import hiding_kernel
 from microtome.anatomy._mixture import mixture_of
-from microtome.anatomy._roles import in_features, out_features, uses_interface
+from microtome.anatomy._roles import attends, in_features, out_features, uses_interface
 from microtome.anatomy._sites import SITES, Site
 from microtome.shown import shown
 
@@ -157,7 +157,10 @@ class HookPoints:
     def attention(self, i: int, layer: LayerParts) -> None:
         """The sites of attention."""
         if layer.attn is None or layer.o is None:
-            why = "the block has no attention" + ("" if layer.mixer is None else ": see mixer.in and mixer_out")
+            block = self.model.get_submodule(layer.block)
+            unknown = any("attention" in type(m).__name__.lower() and attends(m) for m in block.modules())
+            why = "its attention has no known form" if unknown else "the block has no attention"
+            why += "" if layer.mixer is None else ": see mixer.in and mixer_out"
             names = (name for name in SITES if name.startswith("attn"))
             self.missing.update({Site(name, i): why for name in names})
             return

@@ -152,6 +152,9 @@ TOKENIZER_FILES = (
 def _load_tokenizer(source: str, short: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
+    bare = Path(source).is_dir() and not any((Path(source) / name).is_file() for name in TOKENIZER_FILES)
+    if bare and "gguf_file" not in options:
+        return None  # the library would make one up that knows no words
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as problem:  # tokenizers raises the plain class for damaged files

@@ -47,6 +47,10 @@ class Branches:
         end = self.inputs.get(layer.until or "", post)
         if layer.until is not None:
             prover.skip("2 residual", f"{i}.sum", "more is added behind its branches")
+        if mid is not None and len(branches) < 2:
+            prover.fail(
+                "2 residual", f"{i}.resid_mid", prover.tolerance, "what is added before or behind it is not seen"
+            )
         if mid is None or len(branches) < 2:
             start = self._base(i, layer.post_base, pre)
             self._sums(where, (end, start, *branches), named(i, *names, "sum"))

@@ -79,8 +79,11 @@ LEFT_OUT: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("7 weights", "attn"): ("W_Q", "W_K", "W_V"),
 }
 """What a map is left without where an identity fails at a place; else the place itself."""
-WITH = {"attn_out": ("attn.result",), "attn.q": ("attn.k", "attn.v")}
-"""What falls with a site: heads write what their branch writes; some of the queries show one product of many."""
+WITH = {
+    "attn_out": ("attn.result",), "attn.q": ("attn.k", "attn.v"), "mlp.experts": ("mlp.router", "mlp.experts.post"),
+}  # fmt: skip
+"""What falls with a site: heads write what their branch writes; some of the queries show one product of many; routers
+and neurons of experts are known by what these sum to."""
 
 
 def named(layer: int | None, *names: str) -> tuple[str, ...]:

@@ -308,7 +308,7 @@ def _rows(model: LoadedModel, run: Run, plain: Tensor) -> tuple[list[IdentityChe
     if width > SHORTEST:  # equal keys tie in a choice of the best, and the length of a row may decide between them
         again = torch.cat([tokens[:, : width // 2], tokens[:, : width - width // 2].flip(1)], dim=1)
         logits = at_least_float32(_plain(model, again))
-        more = Sized(logits, logits.abs().amax(-1, keepdim=True).expand_as(logits))
+        more = Sized(logits, whole.size.mean((0, 1)).expand_as(logits))  # of what is summed, about as for the others
         whole = Sized(*(torch.cat(both) for both in ((whole.value, more.value), (whole.size, more.size))))
         tokens = torch.cat([tokens, again])
     whole, logits = whole[:, :short], run_forward(model, tokens[:, :short]).logits

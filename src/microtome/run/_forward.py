@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from traceback import walk_tb
 from typing import Any, Literal
 
 import torch
@@ -268,7 +269,7 @@ def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence
         except (MicrotomeError, torch.OutOfMemoryError):
             raise
         except Exception as problem:
-            if not uncached:
+            if not uncached or _from_outside(problem):
                 raise
             raise error(
                 EditError,
@@ -281,6 +282,11 @@ def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence
     if not uncached:  # the pace is that of whole forwards
         model.pace = plan_of(model, batch, [], logits=True, grad=False, pace=1.0).seconds / took
     return output
+
+
+def _from_outside(problem: Exception) -> bool:
+    """Whether an exception comes of what an edit or an observer does, and not of the model."""
+    return any(frame.f_globals.get("__name__") == Session.__module__ for frame, _ in walk_tb(problem.__traceback__))
 
 
 def _enough(anatomy: Anatomy, address: Address, reached: set[Site]) -> bool:

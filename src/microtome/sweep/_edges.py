@@ -174,7 +174,7 @@ def require_edges(anatomy: Anatomy) -> None:
     if why is not None:
         raise error(
             SiteError,
-            f"the stream of {anatomy.name} is not a sum over its parts, so that it has no edges",
+            f"{anatomy.name} has no edges between heads and MLPs",
             got=why,
             do="use a model with norms before its branches, attention and MLPs",
         )

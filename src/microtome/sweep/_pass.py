@@ -240,7 +240,7 @@ def _visit(site: Site, acts: Sequence[tuple[int, Act]]) -> Callable[[Tensor], Te
 
 def _selections(x: Tensor, site: Site, act: Act) -> list[Selection]:
     """The part of one row that an act changes. Keys and values have the prefix in front, everything else has not."""
-    width, units = canonical(x, site).shape[1:3]
+    width, units = (*canonical(x, site).shape[1:3], 1)[:2]  # what a norm divides by has no units
     chosen = None if act.address.units.is_all else torch.tensor(act.address.units.resolve(units), device=x.device)
     if not act.standing:
         return [Selection(act.named, chosen, act.frame.at(width))]

@@ -72,7 +72,8 @@ def proof_verdict(failed: Sequence[IdentityCheck], broken: IdentityCheck | None)
     if broken is not None:
         return f"The residual stream is not proven, so the model does not open: {broken.reason}."
     if failed:
-        return f"The map is proven but for {len(failed)} checks: what they vouch for is left out, the rest is used."
+        checks = "one check: what it vouches" if len(failed) == 1 else f"{len(failed)} checks: what they vouch"
+        return f"The map is proven but for {checks} for is left out, the rest is used."
     return "The map is proven."
 
 
