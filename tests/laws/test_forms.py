@@ -326,3 +326,23 @@ def test_numbers_by_which_terms_sum() -> None:
     assert multiples(one + 1e-5 * other, one) == [1.0]
     assert multiples(one + 0.01 * other, one) is None
     assert multiples(one, two) is None
+
+
+@pytest.mark.parametrize("family", ["minicpm3", "hyperclovax", "bart"])
+def test_forms_are_learned_from_coarse_numbers_too(family: str) -> None:
+    coarse = mt.open(configs.build(family).to(torch.bfloat16))
+    assert set(coarse.anatomy.hook_points) == set(opened(family).anatomy.hook_points)
+    assert (coarse.anatomy.why_no_sum is None) == (opened(family).anatomy.why_no_sum is None)
+
+
+def test_experts_whose_sum_is_not_proven_are_not_shown() -> None:
+    model = opened("longcat_flash")  # its mixture skips across a second attention and MLP
+    for name in ("mlp.router", "mlp.experts", "mlp.experts.post", "resid_mid", "mlp_out"):
+        assert Site(name, 1) not in model.anatomy.hook_points, name
+    for name in ("mlp.router", "mlp.experts.post"):
+        assert "mlp.experts is missing there" in model.anatomy.missing[Site(name, 1)]
+
+
+def test_attention_of_no_known_form_is_not_said_to_be_none() -> None:
+    assert opened("deepseek_v4").anatomy.missing[Site("attn.q", 0)].startswith("its attention has no known form")
+    assert opened("mamba2").anatomy.missing[Site("attn.q", 0)].startswith("the block has no attention")

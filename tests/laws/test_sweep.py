@@ -41,7 +41,9 @@ def test_equals_one_forward_a_cell(name: str) -> None:
     cells: list[mt.edit.SiteEdit] = []
     for i, s in enumerate(sites):
         cells.append(mt.edit.Patch(f"{s}{places[s.layer or 0][i % 4]}", source=source))
-        cells.append(mt.edit.Zero(f"{s}[0]@{5 if s.layer else 3}"))
+        at = f"@{5 if s.layer else 3}"
+        # What a norm divides by has no units, and cannot be nothing.
+        cells.append(mt.edit.Scale(f"{s}{at}", 0.5) if s.spec.unit == "batch" else mt.edit.Zero(f"{s}[0]{at}"))
     result = model.sweep(clean, cells, READ, prompts=[i % 2 for i in range(len(cells))]).run()
     assert result.done == len(cells) == len(result.values)
     base = [literal(model, row, []) for row in clean]
