@@ -1,7 +1,10 @@
 """The page on families, docs/families.md, made of what `tools/families.py` wrote down."""
 
+import re
 from typing import Any
 
+OF_OTHER_LAYERS = re.compile("the layer is (not )?a mixture")
+"""Reasons of measures of experts in models without, and of plain neurons in mixtures: they are no lack."""
 STATES = {
     "in full": "opens, and has every site that its architecture has; every check holds",
     "in part": "opens without some sites that its architecture has; every check of what is there holds",
@@ -73,7 +76,11 @@ def _reasons(row: dict[str, Any]) -> list[str]:
     """Why a family is not in full: what it says itself, and what is missing, sites of one reason together."""
     said = [row["why"]] if row["why"] else []
     refused = [name for name, check in row["checks"].items() if check["state"] == "refused"]
-    refused += [name for name, (state, _) in row["methods"].items() if state == "refused" and name not in refused]
+    refused += [
+        name
+        for name, (state, why) in row["methods"].items()
+        if state == "refused" and name not in refused and not OF_OTHER_LAYERS.search(why)
+    ]
     sites: dict[tuple[str, str], list[str]] = {}
     for lack in row["missing"]:
         layers = "" if lack["layers"] == [None] else _in_layers(lack["layers"], row.get("layers", 0))
