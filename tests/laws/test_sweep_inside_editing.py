@@ -8,6 +8,8 @@ from tests import families
 from torch import Tensor
 
 import microtome as mt
+from microtome.run.hook import lock_of
+from microtome.sweep import _sharing
 
 NAMES = ["llama-gqa", "gpt2", "gpt_neo", "bloom", "mistral", "gemma2", "gptj", "mixtral", "bert"]
 NEAR = {"rtol": 1e-3, "atol": 1e-4}
@@ -69,6 +71,43 @@ def test_a_sweep_inside_editing_is_the_literal_forwards(name: str) -> None:
             torch.testing.assert_close(swept.values[place], literal, **NEAR, msg=lambda m, t=text: t + m)
         assert float((swept.base - plain.base).abs().max()) > 100 * NEAR["atol"], kind
         assert int((swept.effects.abs().amax(1) > 100 * NEAR["atol"]).sum()) >= 5, kind  # of 6 cells
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("site", ["mlp.router", "mlp.experts", "mlp.experts.post", "mlp.scale"])
+def test_edits_inside_a_mixture_stand_in_a_sweep(name: str, site: str) -> None:
+    model = mt.open(families.build(name), prove=False)
+    edits = [mt.edit.Scale(f"0.{site}@3", 0.3), mt.edit.Scale(f"2.{site}@-1", 1.7)]
+    read = mt.metric.FunctionMetric(lambda logits, prompts: logits[:, -1, :12])
+    which = [i % 3 for i in range(len(cells()))]
+    with model.editing(*edits):  # the first sweep of this model: what its cells can share is tried inside, too
+        swept = model.sweep(PROMPTS, cells(), read, prompts=which).run()
+    outside = model.sweep(PROMPTS, cells(), read, prompts=which)
+    assert swept.plan.shares == outside.plan.shares == "layers and positions"
+    for place, (cell, i) in enumerate(zip(cells(), which, strict=True)):
+        own = cell if isinstance(cell, list) else [cell]
+        literal = model.run([PROMPTS[i]], edits=[*edits, *own]).logits[0, -1, :12]
+        torch.testing.assert_close(swept.values[place], literal, **NEAR, msg=lambda m, c=cell: f"{c}: {m}")
+    assert float((swept.base - outside.run().base).abs().amax(1).min()) > 10 * NEAR["atol"]
+
+
+def test_what_fails_inside_editing_does_not_say_what_a_model_can_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    cell = mt.edit.Zero("1.mlp_out@3")
+    own = _sharing._Trial.holds
+
+    def failing(trial: _sharing._Trial, way: _sharing.Sharing) -> bool:
+        if lock_of(model.hf).active_edits:
+            raise RuntimeError("an edit that the trial meets")
+        return own(trial, way)
+
+    monkeypatch.setattr(_sharing._Trial, "holds", failing)
+    with model.editing(mt.edit.Zero("1.attn.z[0]")):
+        inside = model.sweep(PROMPTS[0], [cell], METRIC)
+        literal = METRIC.read(model.hf(torch.tensor([PROMPTS[0]])).logits[:, -1:], torch.tensor([0]))
+        torch.testing.assert_close(inside.run().base, literal, **NEAR)
+    assert inside.plan.shares.startswith("nothing")
+    assert model.sweep(PROMPTS[0], [cell], METRIC).plan.shares == "layers and positions"
 
 
 def test_two_edits_at_one_place_act_in_the_order_of_the_model() -> None:

@@ -31,7 +31,7 @@ from microtome.run import (
     plan_of,
     run_forward,
 )
-from microtome.run.hook import HookSet, lock_of
+from microtome.run.hook import HookSet
 from microtome.sweep import Cell, Edge, Sweep
 
 NOT_TEXT = (
@@ -179,8 +179,6 @@ class Model(LoadedModel):
 
         def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal calls
-            if lock_of(self.hf).standing_aside:
-                return
             calls += 1
             session.frame = generation.frame(args, kwargs)
 
@@ -189,8 +187,6 @@ class Model(LoadedModel):
                 return own(*args, **kwargs)
 
         def ended(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if lock_of(self.hf).standing_aside:
-                return
             generation.ended(output)
             session.frame = Frame((), 0)
 

@@ -19,7 +19,6 @@ from microtome.errors import EditError, SiteError, error
 from microtome.run.hook._frozen import freeze
 from microtome.run.hook._hooks import HookSet
 from microtome.run.hook._layer_paths import layer_paths
-from microtome.run.hook._lock import lock_of
 from microtome.run.hook._points import install
 
 Observer = Callable[[Site, Tensor], None]
@@ -46,8 +45,6 @@ class _Visitor:
     names: set[Site] = field(default_factory=set)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        if self.session.active and lock_of(self.session.model).standing_aside:
-            return None
         own = x
         self.session.visited.update(self.names)
         for edit, address in self.edits:
@@ -98,7 +95,6 @@ class Session:
         self.fired: set[tuple[int, Site]] = set()
         self.visited: set[Site] = set()
         self.waiting: set[Site] = set()
-        self.active = active
         self.ends = False
         self._first = first
         self.hooks = HookSet(model, anatomy.attention, anatomy.n_heads, edits if active else None)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from microtome.anatomy import Site, at_least_float32, probe
 from microtome.edit import KnockOut, Scale, SiteEdit
 from microtome.run import Batch, LoadedModel
+from microtome.run.hook import lock_of
 from microtome.sweep._literal import literal_logits, unreached_layers
 from microtome.sweep._pass import Base, BatchedPass, Row, base_of, rows_of
 
@@ -73,32 +74,37 @@ _KNOWN: WeakKeyDictionary[nn.Module, Sharing] = WeakKeyDictionary()
 
 def sharing_of(model: LoadedModel) -> Sharing:
     """The most that cells can share in a model, tried at its first sweep."""
-    if model.hf not in _KNOWN:
-        _KNOWN[model.hf] = _tried(model)
-    return _KNOWN[model.hf]
+    known = _KNOWN.get(model.hf)
+    if known is None:
+        faults: list[Exception] = []
+        known = _tried(model, faults)
+        if not (faults and lock_of(model.hf).active_edits):  # a fault may come of the edits, which the model outlives
+            _KNOWN[model.hf] = known
+    return known
 
 
-def _tried(model: LoadedModel) -> Sharing:
+def _tried(model: LoadedModel, faults: list[Exception]) -> Sharing:
     a = model.anatomy
     # Other mixers than attention keep states of another kind than keys and values.
     cuts = a.causal and all(layer.attn is not None and layer.mixer is None for layer in a.parts.layers)
-    trial = _without_fault(lambda: _Trial(model))
+    trial = _without_fault(lambda: _Trial(model), faults)
     if trial is not None:
         for positions, narrow in product((True, False) if cuts else (False,), (True, False)):
             way = Sharing(True, positions, narrow)
-            if _without_fault(partial(trial.holds, way)):
+            if _without_fault(partial(trial.holds, way), faults):
                 return way
     tokens = probe(model.hf)[:1, : a.n_ctx]
     return Sharing(False, False, False, unreached_layers(model, tokens))
 
 
-def _without_fault(step: Callable[[], T]) -> T | None:
-    """What a step gives; None where the model cannot do it, for whatever reason but memory."""
+def _without_fault(step: Callable[[], T], faults: list[Exception]) -> T | None:
+    """What a step gives; None where the model cannot do it, for whatever reason but memory, which is noted."""
     try:
         return step()
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # noqa: BLE001 (whatever a model makes of a batch that grows inside it)
+    except Exception as fault:  # noqa: BLE001 (whatever a model makes of a batch that grows inside it)
+        faults.append(fault)
         return None
 
 

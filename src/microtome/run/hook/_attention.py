@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Lock, get_ident
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,13 +37,13 @@ class AttentionHooks:
             functions that see the tensor and may return another; the mix is what attention gives.
         edits_pattern: whether a visit may change scores or pattern, so that they must replace the kernel's result.
         frozen: hold the pattern constant for gradients, by detaching queries and keys.
-        thread: the one whose forwards are watched.
+        acts: whether the forward under way is one that is watched.
     """
 
     visits: dict[str, list[Visit]] = field(default_factory=dict)
     edits_pattern: bool = False
     frozen: bool = False
-    thread: int = field(default_factory=get_ident)
+    acts: Callable[[], bool] = lambda: True
 
     def add(self, slot: str, visit: Visit, edits: bool) -> None:
         """Visit one of the six tensors."""
@@ -73,10 +73,10 @@ _ACTIVE: dict[int, list[AttentionHooks]] = {}
 
 
 def watched(module: nn.Module) -> AttentionHooks:
-    """All hooks of this thread in the attention of a module, as one: visits in the order in which they were entered."""
+    """All hooks that act in the attention of a module, as one: visits in the order in which they were entered."""
     one = AttentionHooks()
     for watch in _ACTIVE.get(id(module), ()):
-        if watch.thread != one.thread:
+        if not watch.acts():
             continue
         for slot, visits in watch.visits.items():
             one.visits.setdefault(slot, []).extend(visits)
@@ -91,9 +91,9 @@ def is_unwatched(module: nn.Module) -> bool:
 
 
 @contextmanager
-def watching(module: nn.Module, watch: AttentionHooks) -> Iterator[None]:
-    """Let a watch see the attention of a module."""
-    watch.thread = get_ident()
+def watching(module: nn.Module, watch: AttentionHooks, acts: Callable[[], bool]) -> Iterator[None]:
+    """Let a watch see the attention of a module in the forwards in which it acts."""
+    watch.acts = acts
     stack = _ACTIVE.setdefault(id(module), [])
     stack.append(watch)
     try:

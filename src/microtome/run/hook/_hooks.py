@@ -3,7 +3,8 @@
 A `HookSet` collects what to run (functions before, after and around modules, and inside attention), installs it on
 entering and removes it on leaving, also after an exception or Ctrl-C. A module that is not named is untouched.
 While it is installed the model is in evaluation mode, and no other thread runs it: one that began before is neither
-watched nor edited. A hook set of active edits may have others inside.
+watched nor edited. A hook set of active edits may have others inside, and does nothing in forwards that these let pass
+by: a sweep applies the edits itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from microtome.run.hook._lock import evaluating, lock_of, naming_outputs
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 After = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
 Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Acts = Callable[[], bool]
+"""Whether a hook set acts in the forward under way."""
 
 
 class HookSet:
@@ -93,6 +96,13 @@ class HookSet:
 
     def _install(self) -> None:
         owner, lock = get_ident(), lock_of(self._model)
+        edited = self._active_edits is not None
+
+        def mine() -> bool:
+            return get_ident() == owner
+
+        def acts() -> bool:
+            return mine() and not (edited and lock.standing_aside)
 
         def wait(module: nn.Module, args: Any) -> None:
             if get_ident() != owner:
@@ -102,14 +112,14 @@ class HookSet:
 
         self._keep(self._model.register_forward_pre_hook(wait, prepend=True))
         for path, before in self._before.items():
-            self._keep(self._module(path).register_forward_pre_hook(_pre_hook(before, owner), with_kwargs=True))
+            self._keep(self._module(path).register_forward_pre_hook(_pre_hook(before, acts), with_kwargs=True))
         for path, after in self._after.items():
-            self._keep(self._module(path).register_forward_hook(_post_hook(after, owner), with_kwargs=True))
+            self._keep(self._module(path).register_forward_hook(_post_hook(after, acts), with_kwargs=True))
         for (path, method), around in self._around.items():
             for function in around:
-                self._wrap(self._module(path), function, method)
+                self._wrap(self._module(path), function, acts, method)
         if self._watches:
-            self._install_attention()
+            self._install_attention(mine, acts)
 
     def _module(self, path: str) -> nn.Module:
         try:
@@ -124,12 +134,12 @@ class HookSet:
     def _keep(self, handle: RemovableHandle) -> None:
         self._stack.callback(handle.remove)
 
-    def _wrap(self, module: nn.Module, function: Around, method: str = "forward") -> None:
+    def _wrap(self, module: nn.Module, function: Around, acts: Acts, method: str = "forward") -> None:
         had = module.__dict__.get(method)
-        inner, owner = getattr(module, method), get_ident()
+        inner = getattr(module, method)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return function(inner, args, kwargs) if get_ident() == owner else inner(*args, **kwargs)
+            return function(inner, args, kwargs) if acts() else inner(*args, **kwargs)
 
         def restore() -> None:
             if had is None:
@@ -140,15 +150,15 @@ class HookSet:
         self._stack.callback(restore)
         module.__dict__[method] = wrapped
 
-    def _install_attention(self) -> None:
+    def _install_attention(self, mine: Acts, acts: Acts) -> None:
         for path, watch in self._watches.items():
             module = self._module(path)
             self._refuse_hidden(path, module, watch)
             # One wrapper serves all hook sets that watch a module: the first entered, which is the last left.
             first = is_unwatched(module)
-            self._stack.enter_context(watching(module, watch))
+            self._stack.enter_context(watching(module, watch, acts))
             if self._attention_kind == "inline" and first:
-                self._wrap(module, InlineAttention.around(module, self._n_heads))
+                self._wrap(module, InlineAttention.around(module, self._n_heads), mine)  # each watch says if it acts
         if self._attention_kind == "interface":
             self._stack.enter_context(REGISTRY.wrapped())
 
@@ -163,9 +173,9 @@ class HookSet:
             )
 
 
-def _pre_hook(functions: list[Before], owner: int) -> Callable[..., Any]:
+def _pre_hook(functions: list[Before], acts: Acts) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if get_ident() != owner:
+        if not acts():
             return None
         changed = False
         for function in functions:
@@ -177,9 +187,9 @@ def _pre_hook(functions: list[Before], owner: int) -> Callable[..., Any]:
     return hook
 
 
-def _post_hook(functions: list[After], owner: int) -> Callable[..., Any]:
+def _post_hook(functions: list[After], acts: Acts) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if get_ident() != owner:
+        if not acts():
             return None
         changed = False
         for function in functions:
