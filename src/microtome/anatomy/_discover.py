@@ -191,7 +191,7 @@ def _norm_of(module: nn.Module, path: str, d_model: int) -> Norm | None:
     x = (torch.randn(4, *shape, generator=generator) * 3 + 1).to(device=device)
     x = x.to(like.dtype) if like is not None else x
     with torch.no_grad():
-        got: Tensor = module(x)
+        got: Tensor = module.forward(x)  # past hooks: those of edits know no such call
     if like is None and torch.equal(got, x):
         return Norm(path, False, 0.0, 0.0, identity=True)
     bias = present(module, getattr(module, "bias", None))
@@ -214,8 +214,8 @@ def _measured_eps(module: nn.Module, x: Tensor, centred: bool) -> float:
     """What a norm adds to the variance, where it does not declare it: measured on an input that is hardly larger."""
     like = x.double() * 1e-3
     with torch.no_grad():
-        shrunk, grown = (module((like * factor).to(x.dtype)).double() for factor in (1.0, 1e6))
-        zero = module(torch.zeros_like(x)).double()  # the bias
+        shrunk, grown = (module.forward((like * factor).to(x.dtype)).double() for factor in (1.0, 1e6))
+        zero = module.forward(torch.zeros_like(x)).double()  # the bias
     size = (like - like.mean(-1, keepdim=True) * centred).pow(2).mean(-1)
     ratio = ((grown - zero).norm(dim=-1) / (shrunk - zero).norm(dim=-1)).pow(2)
     return max(float(f"{float((size * (ratio - 1)).median()):.1e}"), 0.0)

@@ -13,7 +13,8 @@ class Freeze(Edit):
     """Hold non-linear parts constant for gradients; values stay the same to the bit.
 
     Attributes:
-        norms: the divisor of every norm, those of queries and keys too.
+        norms: the divisor of every norm that runs: those of queries and keys, inside mixers and MLPs, and with a gate
+            too. One that has no known form is refused where it runs.
         patterns: attention patterns.
         activations: "gate" (or True) the gate of a gated MLP as a whole; "ratio" the ratio of activation to
             pre-activation, as is always done in a plain MLP; False nothing.

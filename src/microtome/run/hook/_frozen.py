@@ -1,6 +1,6 @@
 """Frozen passes: non-linear parts held constant for gradients, while values stay what they are.
 
-norm                y = gain * centre(x) / sg[scale(x)] + bias
+norms               y = gain * centre(x) / sg[scale(x)] + bias, and those with a gate; see `_frozen_norms`
 attention pattern   z = sg[A] v
 gate, whole         y = sg[act(g)] * u
 gate, ratio         y = g sg[act(g) / g] * u
@@ -13,30 +13,20 @@ from typing import Any
 
 from torch import Tensor
 
-from microtome.anatomy import Anatomy, NormWeights, Site, norm_of
+from microtome.anatomy import Anatomy, Site
 from microtome.edit import Freeze
 from microtome.errors import EditError, error
+from microtome.run.hook._frozen_norms import frozen_norms, tie
 from microtome.run.hook._hooks import HookSet
-from microtome.run.hook._points import Shape, divided, divisor, input_of, install, with_input
-
-
-def _tie(value: Tensor, linear: Tensor) -> Tensor:
-    """The value of one tensor with the gradient of another."""
-    return value.detach() + (linear - linear.detach())
+from microtome.run.hook._points import Shape, install
+from microtome.run.hook._tensors import input_of, with_input
 
 
 def freeze(hooks: HookSet, model: Any, anatomy: Anatomy, edit: Freeze, shape: Shape) -> None:
     """Install a frozen pass."""
     if edit.norms:
-        for path in _norm_paths(model, anatomy):
-            norm = norm_of(model.get_submodule(path), path, anatomy.d_model)
-            if norm is None:
-                raise error(
-                    EditError,
-                    f"the norm {path} has no known form, so it cannot be frozen",
-                    do="use Freeze(norms=False)",
-                )
-            hooks.after(path, _frozen_norm(NormWeights(model.get_submodule(path), norm)))
+        for path, after in frozen_norms(model, anatomy):
+            hooks.after(path, after)
     for i, layer in enumerate(anatomy.parts.layers):
         if edit.patterns and layer.attn is None and layer.mixer is not None:
             raise error(
@@ -64,25 +54,6 @@ def freeze(hooks: HookSet, model: Any, anatomy: Anatomy, edit: Freeze, shape: Sh
             install(hooks, model, site, anatomy.hook_points[site], lambda x: x.detach(), shape, edits=True)
 
 
-def _norm_paths(model: Any, anatomy: Anatomy) -> list[str]:
-    parts = anatomy.parts
-    paths = [n.path for layer in parts.layers for n in (layer.attn_norm, layer.mlp_norm) if n is not None]
-    paths += [p for layer in parts.layers for p in (layer.attn_post_norm, layer.mlp_post_norm) if p is not None]
-    for attn in (layer.attn for layer in parts.layers if layer.attn is not None):
-        inside = model.get_submodule(attn).named_modules(prefix=attn)
-        paths += [p for p, m in inside if "Norm" in type(m).__name__ and not list(m.children())]
-    return list(dict.fromkeys([*paths, parts.final_norm.path] if parts.final_norm else paths))
-
-
-def _frozen_norm(norm: NormWeights) -> Any:
-    def after(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = input_of(args, kwargs)
-        held = divisor(output, norm, x).detach()
-        return divided(_tie(output, norm.apply(x, held)), held)
-
-    return after
-
-
 def _product_of(i: int, down: str | None) -> str:
     """The module that reads the product of gate and up branch."""
     if down is None:
@@ -96,7 +67,7 @@ def _product_of(i: int, down: str | None) -> str:
 
 def _halved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = input_of(args, kwargs)
-    return with_input(args, kwargs, _tie(x, x / 2))
+    return with_input(args, kwargs, tie(x, x / 2))
 
 
 def _frozen_gate(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -106,4 +77,4 @@ def _frozen_gate(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) 
 def _frozen_ratio(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     x = input_of(args, kwargs)
     ratio = (output / x.where(x != 0, x.new_ones(()))).detach()
-    return _tie(output, x * ratio)
+    return tie(output, x * ratio)
