@@ -174,7 +174,7 @@ class Model(LoadedModel):
         ...     print(model.generate("I think"))
         """
         self.require_mapped()
-        generation = Generation(self.hf)
+        generation = Generation(self.hf, edits)
         session = Session(self.hf, self.anatomy, Frame((), 0), edits=edits, active=True)
         calls = 0
 
