@@ -145,6 +145,8 @@ def fitted(value: Values, x: Tensor, where: Selection) -> Values:
         return value
     if where.frame.split and value.dim() >= x.dim() - 1 and value.shape[1 - x.dim()] > 1:
         raise _needs_all_positions(f"a value for each position of {where.site}")
+    if where.frame.lacks_rows(None) and value.dim() == x.dim() and value.shape[0] > 1:
+        raise _needs_all_rows(f"a value for each row of {where.site}")
     try:
         torch.broadcast_to(value, x.shape)
     except RuntimeError:
@@ -163,6 +165,15 @@ def _needs_all_positions(what: str) -> EditError:
         EditError,
         f"{what} cannot be used in a generation that reads its prompt in parts, or several new tokens at once",
         do="generate without prefill_chunk_size, assistant and prompt lookup, or give one value for all positions",
+    )
+
+
+def _needs_all_rows(what: str) -> EditError:
+    return error(
+        EditError,
+        f"{what} cannot be used on prompts of different lengths in a model that cannot pad them on the left: they are "
+        "generated one after the other",
+        do="give one edit for each prompt, with rows=(0,) and so on, or generate each prompt by itself",
     )
 
 
@@ -224,6 +235,8 @@ class Mean(SiteEdit):
         if self.mean is None:
             if where.frame.split:
                 raise _needs_all_positions(f"the mean of the same run at {where.site}")
+            if where.frame.lacks_rows(self.rows):
+                raise _needs_all_rows(f"the mean of the same run at {where.site}")
             return _mean(x, where).expand_as(x)
         value = fitted(self.mean, x, where)
         assert isinstance(value, Tensor)
@@ -345,6 +358,8 @@ class Apply(SiteEdit):
             raise error(EditError, f"Apply on {where.site} has no function", do="give function=")
         if where.frame.split:
             raise _needs_all_positions(f"Apply on {where.site}")
+        if where.frame.lacks_rows(self.rows):
+            raise _needs_all_rows(f"Apply on {where.site}")
         new: Any = self.function(x.clone())
         shape = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
         if shape != list(x.shape):

@@ -35,7 +35,9 @@ class Frame:
         begin: the first column of the current tensor, which lacks those that a cache holds.
         beams: consecutive rows that continue one prompt.
         split: whether the prompt is read in several forwards, or several new tokens in this one.
-        source_row: in a sweep, whose batch is one prompt, the row of that prompt in another run's batch.
+        source_row: in a sweep, or a generation of one prompt after the other, whose batch is one prompt, the row of
+            that prompt in another run's batch.
+        prompts: in a generation of one prompt after the other, how many there are; None elsewhere.
         rows: [n] the selected rows, or None for all.
         columns: [batch, n] the selected columns of every row, or None for all of the current tensor.
     """
@@ -47,6 +49,7 @@ class Frame:
     beams: int = 1
     split: bool = False
     source_row: int | None = None
+    prompts: int | None = None
     rows: Int[Tensor, " row"] | None = None
     columns: Int[Tensor, "_ n"] | None = None
     _known: dict[object, list[Frame]] = field(default_factory=dict, init=False, repr=False)
@@ -155,6 +158,11 @@ class Frame:
     def _selected(
         self, positions: Indices | Rule, rows: tuple[int, ...] | None, width: int, device: torch.device
     ) -> list[Frame]:
+        if rows is not None and self.prompts is not None:
+            _refuse_rows(rows, self.prompts)
+            if self.source_row not in rows:
+                return []
+            rows = None
         chosen = None if rows is None else self._rows(rows).to(device)
         own = replace(self.at(width), rows=chosen)
         columns = own.columns_of(positions, device)
@@ -179,10 +187,12 @@ class Frame:
 
     def _rows(self, rows: tuple[int, ...]) -> Tensor:
         """The rows of the forward that continue rows of the prompt."""
-        n = len(self.spans) // self.beams
-        if not all(0 <= row < n for row in rows):
-            raise error(EditError, f"no rows {rows} in this batch", allowed=f"0 to {n - 1}", do="choose rows of it")
+        _refuse_rows(rows, len(self.spans) // self.beams)
         return (torch.tensor(rows).unsqueeze(1) * self.beams + torch.arange(self.beams)).flatten()
+
+    def lacks_rows(self, rows: tuple[int, ...] | None) -> bool:
+        """Whether some of the rows that an edit names, or of all, are in other forwards."""
+        return self.prompts is not None and (self.prompts if rows is None else len(set(rows))) > 1
 
     def at(self, width: int) -> Frame:
         """This frame for a tensor whose last `width` columns are there; a static cache may hold more than there are."""
@@ -246,7 +256,7 @@ class Frame:
     # --------------------------------------------------------------------------------------------------- other runs
 
     def source_of(self, x: Tensor, dims: Sequence[str], spans: Sequence[Span] | None) -> Tensor:
-        """In a sweep, this prompt's row [1, ...] of another run's tensor, without pads; elsewhere that tensor itself.
+        """With a `source_row`, this prompt's row [1, ...] of another run's tensor, without pads; else that tensor.
 
         Args:
             x: the other run's tensor, with axes `dims`.
@@ -263,7 +273,19 @@ class Frame:
         return own
 
     def source_span(self, rows: int, spans: Sequence[Span] | None) -> tuple[int, int, int]:
-        """In a sweep, the row of this prompt in another run of so many rows, its first column and its tokens."""
+        """The row of this prompt, see `source_row`, in another run of so many rows, its first column and its tokens.
+
+        Raises:
+            EditError: it has neither one row nor one for each prompt.
+        """
+        if self.prompts is not None and rows not in (1, self.prompts):
+            raise error(
+                EditError,
+                "the source of Patch has other rows than there are prompts",
+                got=f"{rows} rows",
+                allowed=f"1 or {self.prompts}",
+                do="run the other prompts in a batch of the same rows",
+            )
         row = (self.source_row or 0) if rows > 1 else 0
         first, length = (0, self.width) if spans is None else spans[row]
         return row, first, length
@@ -271,7 +293,7 @@ class Frame:
     def spans_of(self, spans: Sequence[Span]) -> list[Span] | None:
         """The real tokens of another run's rows, one for each row here; None where it has another number of rows."""
         if self.source_row is not None:
-            return [(0, spans[self.source_row if len(spans) > 1 else 0][1])]
+            return [(0, self.source_span(len(spans), spans)[2])] * len(self.spans)
         if len(spans) not in (1, len(self.spans)):
             return None
         return list(spans) * (len(self.spans) // len(spans))
@@ -283,6 +305,11 @@ class Frame:
             last = self.columns.amax(1).tolist()
             return {row: last[row] for row in rows}
         return {row: sum(self.spans[row]) - 1 for row in rows}
+
+
+def _refuse_rows(rows: tuple[int, ...], n: int) -> None:
+    if not all(0 <= row < n for row in rows):
+        raise error(EditError, f"no rows {rows} in this batch", allowed=f"0 to {n - 1}", do="choose rows of it")
 
 
 def _there(index: Int[Tensor, "_ n"], x: Tensor) -> Int[Tensor, "_ n"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -173,14 +174,16 @@ class Model(LoadedModel):
         ...     print(model.generate("I think"))
         """
         self.require_mapped()
-        generation = Generation(self.hf)
+        generation = Generation(self.hf, edits)
         session = Session(self.hf, self.anatomy, Frame((), 0), edits=edits, active=True)
         calls = 0
 
         def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal calls
             calls += 1
-            session.frame = generation.frame(args, kwargs)
+            session.frame, prompt = generation.frame(args, kwargs), lock_of(self.hf).prompt
+            if prompt is not None:
+                session.frame = replace(session.frame, source_row=prompt[0], prompts=prompt[1])
 
         def generate(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with generation.generating(args, kwargs):
@@ -210,7 +213,9 @@ class Model(LoadedModel):
             options: what the `generate` of `transformers` takes, such as ``do_sample=True``.
 
         Returns:
-            What was added: a text for a text, a list for a list.
+            What was added: a text for a text, a list for a list; with ``num_return_sequences``, those of each prompt
+            after those of the one before. Prompts of different lengths are generated one after the other where the
+            model cannot pad them on the left; rows of edits are their numbers in either case.
 
         Raises:
             PromptError: the model has no tokenizer or looks both ways, the prompt is empty or leaves no room in the
@@ -229,11 +234,24 @@ class Model(LoadedModel):
                 PromptError, "this model was opened without a tokenizer", do="use model.hf.generate on token ids"
             )
         whole = prompt.rows if isinstance(prompt, Batch) else prompt
-        if self.anatomy.padding == ("right",):
-            rows = self.to_batch(whole).rows
-            if len({len(row) for row in rows}) > 1:
-                return [self.generate(row, max_new_tokens=max_new_tokens, **options)[0] for row in rows]
-        batch = self.to_batch(whole, "left")
+        rows = [] if "left" in self.anatomy.padding else self._read(whole).rows
+        if len({len(row) for row in rows}) > 1:
+            alone = [(self.to_batch(row), (number, len(rows))) for number, row in enumerate(rows)]
+        else:
+            alone = [(self.to_batch(whole, "left"), None)]
+        for batch, _ in alone:
+            self._refuse_no_room(batch, max_new_tokens)
+        added = [new for batch, number in alone for new in self._added(batch, max_new_tokens, options, number)]
+        texts = [codec.continued(row, skip_special_tokens=True) for row in added]
+        one = isinstance(prompt, str) or (isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping))
+        return texts[0] if one and len(texts) == 1 else texts
+
+    def _refuse_no_room(self, batch: Batch, max_new_tokens: int) -> None:
+        """Refuse a prompt after which the context holds too few tokens.
+
+        Raises:
+            PromptError: it is such a prompt.
+        """
         room = self.anatomy.n_ctx - batch.tokens.shape[1]
         if max_new_tokens > room:
             raise error(
@@ -245,6 +263,15 @@ class Model(LoadedModel):
             )
         if self.anatomy.rotary_switch is not None:
             self.anatomy.rotary_switch.refuse(batch.lengths, self.anatomy.name, max_new_tokens)
+
+    def _added(
+        self, batch: Batch, max_new_tokens: int, options: dict[str, Any], prompt: tuple[int, int] | None
+    ) -> list[list[int]]:
+        """The tokens that are added to each row; of one prompt of several, `prompt` is its number and that of all.
+
+        Raises:
+            PromptError: the options are not those of a generation of text.
+        """
         pad = pad_id(self.tokenizer, self.anatomy.d_vocab)
         # A model's own settings may ask for more than tokens.
         options = {"do_sample": False, "pad_token_id": pad} | options | {"return_dict_in_generate": False}
@@ -256,7 +283,7 @@ class Model(LoadedModel):
             began = True
 
         hooks.before("", begin)
-        with torch.no_grad(), hooks:
+        with torch.no_grad(), hooks, lock_of(self.hf).generating(prompt):
             try:
                 out = self.hf.generate(**inputs, **options)
             except (ValueError, TypeError) as problem:
@@ -266,10 +293,7 @@ class Model(LoadedModel):
                 raise error(
                     PromptError, "transformers cannot generate this way", got=reason, do="change options"
                 ) from problem
-        added = [row[batch.tokens.shape[1] :].tolist() for row in out]
-        texts = [codec.continued(row, skip_special_tokens=True) for row in added]
-        one = isinstance(prompt, str) or (isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping))
-        return texts[0] if one and len(texts) == 1 else texts
+        return [row[batch.tokens.shape[1] :].tolist() for row in out]
 
 
 def _refuse_options(max_new_tokens: int, options: Mapping[str, Any]) -> None:

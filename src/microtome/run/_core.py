@@ -241,16 +241,24 @@ class LoadedModel:
         Raises:
             PromptError: it is empty, too long, or not of this vocabulary; or its rows would change each other.
         """
-        a = self.anatomy
-        batch = to_batch(
-            prompt, self.codec, n_vocab=a.d_vocab, n_ctx=a.n_ctx, side=padding, device=self.device,
-            first_position=a.first_position,
-        )  # fmt: skip
+        a, batch = self.anatomy, self._read(prompt, padding)
         if a.rotary_switch is not None:
             a.rotary_switch.refuse(batch.lengths, a.name)
         if batch.padded:
             self._refuse_padding(batch)
         return batch
+
+    def _read(self, prompt: Prompt, padding: Literal["left", "right"] = "right") -> Batch:
+        """The rows of a prompt beside each other, whether or not the model could run them so.
+
+        Raises:
+            PromptError: it is empty, too long, or not of this vocabulary.
+        """
+        a = self.anatomy
+        return to_batch(
+            prompt, self.codec, n_vocab=a.d_vocab, n_ctx=a.n_ctx, side=padding, device=self.device,
+            first_position=a.first_position,
+        )  # fmt: skip
 
     def _refuse_padding(self, batch: Batch) -> None:
         """Refuse pads on a side on which they were seen to change the rows.

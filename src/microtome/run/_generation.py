@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
 from itertools import count
@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.edit import Frame, Span
+from microtome.edit import Edit, Frame, Repeat, Skip, Span
 from microtome.errors import EditError, error
 from microtome.run._mask import spans_of
 
 _BLOCKS = count(1)
 _MARK = "_microtome_prompt"
 """The attribute by which a cache, or a copy of it, is known again."""
+
+_CACHES = ("past_key_values", "cache_params", "state")
+"""The names under which models take and return what they keep of earlier tokens."""
 
 _Prompt = tuple[tuple[Span, ...], int]
 """The real tokens of each row of a prompt, and its width."""
@@ -33,11 +36,13 @@ class Generation:
     of the prompt.
     """
 
-    def __init__(self, hf: Any) -> None:
-        self._hf = hf
+    def __init__(self, hf: Any, edits: Sequence[Edit] = ()) -> None:
+        self._hf, self._edits = hf, edits
         self._block = next(_BLOCKS)
         self._call: _Call | None = None
-        self._latest: _Prompt | None = None
+        self._latest: tuple[_Prompt, int] | None = None
+        self._given: Any = None
+        self._unmarked: tuple[Any, tuple[_Prompt, int]] | None = None
         self._forward, self._generate = _names(type(hf).forward), _names(getattr(hf, "generate", _nothing))
 
     @contextmanager
@@ -66,30 +71,78 @@ class Generation:
         if not isinstance(tokens, Tensor):
             got = ", ".join(name for name, value in given.items() if value is not None) or "nothing"
             raise error(EditError, "an edited forward needs tokens", got=got, do="pass input_ids or inputs_embeds")
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        before = _length(cache)
+        cache, mask = _cache_of(given.get), given.get("attention_mask")
+        before, self._given = self._length(cache), cache
         end = before + int(tokens.shape[1])
         if self._call is not None:
             frame = self._call.frame(tokens, cache, mask, before, end)
         else:
             known = self._known(cache) if before else None
-            spans, width = known or (spans_of(mask, int(tokens.shape[0]), before, end), end)
+            spans, width = known[0] if known else (spans_of(mask, int(tokens.shape[0]), before, end), end)
             frame = _framed(spans, width, int(tokens.shape[0]), before, end)
-        self._latest = frame.spans, frame.width
+        self._latest = (frame.spans, frame.width), end
         self._mark(cache)
         return frame
 
     def ended(self, output: Any) -> None:
-        """Remember the prompt of the cache that a forward has filled."""
-        self._mark(getattr(output, "past_key_values", None))
+        """Remember the prompt of the cache that a forward has filled.
+
+        Raises:
+            EditError: what is skipped or repeated leaves it wrong.
+        """
+        returned, self._given, given = _cache_of(lambda name: getattr(output, name, None)), None, self._given
+        cache = given if returned is None else returned
+        if cache is not None and self._latest is not None:
+            self._refuse_wrong_cache(cache, self._latest[1])
+        self._mark(cache)
+
+    def _refuse_wrong_cache(self, cache: Any, end: int) -> None:
+        paths = [edit for edit in self._edits if isinstance(edit, Skip | Repeat)]
+        wrong = next((edit for edit in paths if isinstance(edit, Repeat) and edit.times > 1), None)
+        why = "a block cannot be repeated while what it keeps of earlier tokens is cached"
+        if wrong is None and paths and _counts(cache) and (held := int(cache.get_seq_length())) != end:
+            wrong, why = paths[0], f"a cache counts positions by {_counting(cache)}, which cannot be skipped"
+            why = f"{why}: it holds {held} of {end} tokens"
+        if wrong is not None:
+            raise error(EditError, why, got=repr(wrong), do="pass use_cache=False")
 
     def _mark(self, cache: Any) -> None:
-        if cache is not None and self._latest is not None and hasattr(cache, "__dict__"):
+        if cache is None or self._latest is None:
+            return
+        if hasattr(cache, "__dict__"):
             setattr(cache, _MARK, (self._block, self._latest))
+        else:
+            self._unmarked = cache, self._latest
 
-    def _known(self, cache: Any) -> _Prompt | None:
-        block, prompt = getattr(cache, _MARK, (None, None))
-        return prompt if block == self._block else None
+    def _known(self, cache: Any) -> tuple[_Prompt, int] | None:
+        """The prompt and the columns of a cache that a forward of this block has filled."""
+        if self._unmarked is not None and cache is self._unmarked[0]:
+            return self._unmarked[1]
+        block, latest = getattr(cache, _MARK, (None, None))
+        return latest if block == self._block else None
+
+    def _length(self, cache: Any) -> int:
+        """The number of columns that a cache holds; states do not count them, and are followed from forward to forward.
+
+        Raises:
+            EditError: it cannot be told.
+        """
+        if cache is None:
+            return 0
+        if _counts(cache):
+            return int(cache.get_seq_length())
+        known = self._known(cache)
+        if known is not None:
+            return known[1]
+        if _is_empty(cache):
+            return 0
+        raise error(
+            EditError,
+            "edits cannot follow this cache: it does not count tokens, and was filled where no edit was active",
+            got=type(cache).__name__,
+            allowed="a Cache with keys and values, or what a forward inside this block has returned",
+            do="read the whole prompt inside the block",
+        )
 
 
 class _Call:
@@ -228,23 +281,29 @@ def _framed(
     return Frame(repeated, width, generated=end - width, begin=before, beams=beams, split=split)
 
 
-def _length(cache: Any) -> int:
-    """The number of columns that a cache holds.
+def _cache_of(get: Callable[[str], Any]) -> Any:
+    """What is kept of earlier tokens, among the arguments or outputs of a forward."""
+    return next((cache for name in _CACHES if (cache := get(name)) is not None), None)
 
-    Raises:
-        EditError: it cannot tell.
-    """
-    if cache is None:
-        return 0
-    if not hasattr(cache, "get_seq_length"):
-        raise error(
-            EditError,
-            "edits cannot follow this key/value cache",
-            got=type(cache).__name__,
-            allowed="a Cache of transformers",
-            do="pass one, or none",
-        )
-    return int(cache.get_seq_length())
+
+def _counts(cache: Any) -> bool:
+    """Whether a cache says how many columns it holds; one that holds states of mixers alone does not."""
+    layers = getattr(cache, "layers", None)
+    states = bool(layers) and not any(hasattr(layer, "get_seq_length") for layer in layers)
+    return hasattr(cache, "get_seq_length") and not states
+
+
+def _counting(cache: Any) -> str:
+    """The layer whose keys and values say how many columns a cache holds."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None) or ()
+    return next((f"layer {i}" for i, layer in enumerate(layers) if hasattr(layer, "get_seq_length")), "layer 0")
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether a cache of states is as it was made."""
+    if hasattr(cache, "has_previous_state"):
+        return not any(any(layer.has_previous_state.values()) for layer in cache.layers)
+    return hasattr(cache, "seqlen_offset") and int(cache.seqlen_offset) == 0 and cache.rnn_state_initial
 
 
 def _nothing() -> None:

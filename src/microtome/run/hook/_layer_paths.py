@@ -29,25 +29,15 @@ def layer_paths(hooks: HookSet, anatomy: Anatomy, edit: Skip | Repeat | ScaleBlo
     for layer in layers:
         block = anatomy.parts.layers[layer].block
         if isinstance(edit, Skip):
-            hooks.around(block, _skip(layer, anatomy.instead))
+            hooks.around(block, _skip(anatomy.instead))
         elif isinstance(edit, Repeat):
             hooks.around(block, _repeat(edit.times))
         else:
             hooks.after(block, _scale(edit.factor))
 
 
-def _cached(kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None
-
-
-def _skip(layer: int, instead: Callable[[Tensor], Any]) -> Any:
+def _skip(instead: Callable[[Tensor], Any]) -> Any:
     def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if layer == 0 and _cached(kwargs):
-            raise error(
-                EditError,
-                "layer 0 cannot be skipped while a key/value cache counts positions by it",
-                do="pass use_cache=False",
-            )
         return instead(input_of(args, kwargs))
 
     return around
@@ -55,10 +45,6 @@ def _skip(layer: int, instead: Callable[[Tensor], Any]) -> Any:
 
 def _repeat(times: int) -> Any:
     def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _cached(kwargs):
-            raise error(
-                EditError, "a block cannot be repeated while its keys and values are cached", do="pass use_cache=False"
-            )
         output = forward(*args, **kwargs)
         for _ in range(times - 1):
             args, kwargs = with_input(args, kwargs, output_of(output))

@@ -22,11 +22,13 @@ class ModelLock:
 
     Attributes:
         active_edits: the edits of the `editing` blocks that are open.
+        prompt: where prompts are generated one after the other, the number of this one and of all of them.
         standing_aside: whether the hooks of those edits let a forward pass as it is: a sweep applies them itself.
     """
 
     def __init__(self) -> None:
         self.active_edits: list[Edit] = []
+        self.prompt: tuple[int, int] | None = None
         self.standing_aside = False
         self._owner: int | None = None
         self._running, self._blocks = False, 0
@@ -65,6 +67,15 @@ class ModelLock:
             yield
         finally:
             self.standing_aside = before
+
+    @contextmanager
+    def generating(self, prompt: tuple[int, int] | None) -> Iterator[None]:
+        """Say in this block which prompt of several is generated alone; only for whoever holds the lock."""
+        self.prompt = prompt
+        try:
+            yield
+        finally:
+            self.prompt = None
 
     def wait_for_others(self) -> None:
         """Wait until no other thread runs the model.
