@@ -32,7 +32,7 @@ from microtome.run import (
     plan_of,
     run_forward,
 )
-from microtome.run.hook import HookSet
+from microtome.run.hook import HookSet, lock_of
 from microtome.sweep import Cell, Edge, Sweep
 
 NOT_TEXT = (
