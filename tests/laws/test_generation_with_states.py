@@ -163,3 +163,30 @@ def test_any_block_is_skipped_but_the_one_that_counts(family: str) -> None:
                     generate(model, prompt())
             sequences, logits = generate(model, prompt(), use_cache=layer != counting)
         torch.testing.assert_close(logits, model.run(sequences, edits=edit).logits[:, WIDTH - 1 : -1], **NEAR)
+
+
+@pytest.mark.parametrize(("family", "layer"), [("gemma4_text", 1), ("gemma3n_text", 2), ("rwkv", 0), ("xlstm", 1)])
+def test_a_block_that_others_need_is_refused_by_name(family: str, layer: int) -> None:
+    model, text = opened(family), "does not run with some of its blocks skipped or repeated"
+    with pytest.raises(mt.errors.EditError, match=text), model.editing(mt.edit.Skip(str(layer))):
+        generate(model, prompt())
+
+
+def test_a_block_that_keeps_the_states_of_all_is_skipped_without_them() -> None:
+    model = opened("rwkv", prove=True)
+    text = "kept nothing of the tokens that it has read.*pass use_cache=False"
+    with pytest.raises(mt.errors.EditError, match=text), model.editing(mt.edit.Skip("2")):
+        generate(model, prompt())
+    with model.editing(mt.edit.Skip("2")):
+        sequences, logits = generate(model, prompt(), use_cache=False)
+    torch.testing.assert_close(logits, model.run(sequences, edits=mt.edit.Skip("2")).logits[:, WIDTH - 1 : -1], **NEAR)
+
+
+def test_an_exception_of_a_users_function_passes_as_it_is() -> None:
+    model = opened("llama")
+
+    def fail(x: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"), model.editing(mt.edit.Skip("1"), mt.edit.Apply("2.mlp_out", fail)):
+        generate(model, prompt())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from microtome.anatomy import Anatomy, integer
-from microtome.edit import Edit, Frame, SiteEdit
+from microtome.edit import Edit, Frame, Repeat, SiteEdit, Skip
 from microtome.errors import PromptError, error
 from microtome.metric import Metric
 from microtome.model._identities import IdentityCheck
@@ -30,6 +30,7 @@ from microtome.run import (
     addresses,
     pad_id,
     plan_of,
+    refusing_gaps,
     run_forward,
 )
 from microtome.run.hook import HookSet, lock_of
@@ -193,8 +194,14 @@ class Model(LoadedModel):
             generation.ended(output)
             session.frame = Frame((), 0)
 
+        def forward(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with refusing_gaps(self.anatomy.name, changed=True):
+                return own(*args, **kwargs)
+
         session.hooks.before("", begin)
         session.hooks.after("", ended)
+        if any(isinstance(edit, Skip | Repeat) for edit in edits):
+            session.hooks.around("", forward)
         if hasattr(self.hf, "generate"):
             session.hooks.around("", generate, "generate")
         with session.hooks:

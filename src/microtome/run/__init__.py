@@ -12,6 +12,7 @@ from microtome.run._core import LoadedModel as LoadedModel
 from microtome.run._fingerprint import Fingerprint as Fingerprint
 from microtome.run._forward import Capture as Capture
 from microtome.run._forward import addresses as addresses
+from microtome.run._forward import refusing_gaps as refusing_gaps
 from microtome.run._forward import run_forward as run_forward
 from microtome.run._generation import Generation as Generation
 from microtome.run._plan import FIXED as FIXED

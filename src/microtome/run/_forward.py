@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from traceback import walk_tb
@@ -263,25 +264,37 @@ def _forward(model: LoadedModel, session: Session, batch: Batch, edits: Sequence
     with torch.set_grad_enabled(grad), session.hooks:
         started = time.perf_counter()
         try:
-            output = model.hf(**inputs)
+            with refusing_gaps(a.name, changed=uncached):
+                output = model.hf(**inputs)
         except Stop:
             return None
-        except (MicrotomeError, torch.OutOfMemoryError):
-            raise
-        except Exception as problem:
-            if not uncached or _from_outside(problem):
-                raise
-            raise error(
-                EditError,
-                f"{a.name} does not run with some of its blocks skipped or repeated",
-                got=f"{type(problem).__name__}: {' '.join(str(problem).split())[:100]}",
-                allowed="blocks of which the others need nothing but the stream",
-                do="leave these blocks as they are, and edit what they write",
-            ) from problem
     took = time.perf_counter() - started
     if not uncached:  # the pace is that of whole forwards
         model.pace = plan_of(model, batch, [], logits=True, grad=False, pace=1.0).seconds / took
     return output
+
+
+@contextmanager
+def refusing_gaps(name: str, *, changed: bool) -> Iterator[None]:
+    """Say so where a forward fails because some of its blocks are skipped or repeated, if that is `changed`.
+
+    Raises:
+        EditError: it fails so.
+    """
+    try:
+        yield
+    except (Stop, MicrotomeError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:
+        if not changed or _from_outside(problem):
+            raise
+        raise error(
+            EditError,
+            f"{name} does not run with some of its blocks skipped or repeated",
+            got=f"{type(problem).__name__}: {' '.join(str(problem).split())[:100]}",
+            allowed="blocks of which the others need nothing but the stream",
+            do="leave these blocks as they are, and edit what they write",
+        ) from problem
 
 
 def _from_outside(problem: Exception) -> bool:

@@ -178,6 +178,14 @@ class _Call:
             EditError: it is one of other tokens.
         """
         rows = int(tokens.shape[0])
+        if self.spans is not None and cache is None and end < self.width:
+            raise error(
+                EditError,
+                "the model kept nothing of the tokens that it has read, as where the block that keeps it is skipped, "
+                "and this forward reads others alone",
+                got=f"{end} of {self.width} tokens or more",
+                do="pass use_cache=False",
+            )
         self._refuse_others(tokens, cache, before, end)
         if self.start is None:
             self.start = before
