@@ -61,7 +61,7 @@ def test_every_help_shows_an_example_that_the_command_takes(path: tuple[str, ...
 def test_long_choices_and_defaults_are_told_with_their_brackets(cli: Callable[..., Any]) -> None:
     shown = re.sub(r"[\s│]+", "", cli("patch", "--help").out)
     assert "attn.pattern[head]mlp.post[neuron]" in shown
-    assert "bydefault:resid_preattn_outmlp_outattn.z[head]" in shown
+    assert "bydefault:resid_preattn_outmixer_outmlp_outattn.z[head]" in shown
     assert "Source:Mengetal." in shown
     assert "Cost:fourforwardsperpair" in shown
 

@@ -272,7 +272,7 @@ def test_a_result_says_what_it_is() -> None:
         ("llama-gqa", {"sites": ["logits"]}, "sites must be one of resid_pre, .*; got 'logits'"),
         ("llama-gqa", {"answer": " Paris", "foil": None}, "this model was opened without a tokenizer"),
         ("llama-gqa", {"direction": "both"}, "direction must be one of denoise, noise; got 'both'"),
-        ("bert", {"method": "eap"}, "so that it has no edges"),
+        ("bert", {"method": "eap"}, "has no edges between heads and MLPs"),
         ("mixtral", {"method": "relp"}, "layer 0 has no activation module of its own"),
         ("llama-gqa", {"answer": None, "foil": None}, "there is nothing to read"),
         ("llama-gqa", {"verify": -1}, r"verify must be an integer of 0 or more \(cells\); got -1"),

@@ -85,7 +85,7 @@ def causal_trace(
     noise: Annotated[float, Argument("size of the noise", "standard deviations of the embeddings", least=0)] = 3.0,
     samples: Annotated[int, Argument("how many draws of the noise to average over", "draws", least=1)] = 10,
     subjects: Annotated[Sequence[str], Argument("texts that set the noise's scale", command=False)] = (),
-    kinds: Annotated[Sequence[str], Argument("what is restored; by default all there is", choices=KINDS)] = KINDS,
+    kinds: Annotated[Sequence[str], Argument("what is restored, of what the model has", choices=KINDS)] = KINDS,
 ) -> Found:
     """Where a fact about a subject is stored: the states that restore the answer after the subject is corrupted.
 
