@@ -14,6 +14,7 @@ import copy
 import zlib
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -308,3 +309,8 @@ def _randomise(model: nn.Module) -> None:
                 tensor.copy_(torch.randn(tensor.shape))
             else:  # about 1 / sqrt(fan_in): branches as large as the stream, attention far from uniform
                 tensor.copy_(0.16 * torch.randn(tensor.shape))
+
+
+def some(every: int) -> list[Any]:
+    """All families as parameters of a test, of which only each `every`-th is quick."""
+    return [name if i % every == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(NAMES)]

@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.some(6))
 def test_a_family_in_a_folder_is_proven(cli: Callable[..., Any], tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     families.build(name).save_pretrained(folder)

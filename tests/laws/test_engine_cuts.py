@@ -52,7 +52,7 @@ def watched(model: mt.Model) -> list[str]:
     return ["0.resid_post", last, *(str(site) for site in model.anatomy.hook_points if site.layer in (None, 1))]
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.some(3))
 def test_what_lies_behind_a_cut_becomes_the_others(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
     base, other = (model.run(ids(seed=seed), capture=watched(model)) for seed in (3, 9))
@@ -139,7 +139,7 @@ def test_one_key_or_value_head_serves_its_group_of_queries(name: str) -> None:
     assert run["1.attn.z"][:, :, :2].abs().max() == 0
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.some(3))
 def test_no_head_writing_leaves_the_bias(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
     tap, bias = model.anatomy.hook_points[mt.anatomy.Site("attn_out", 1)], model.layers[1].b_O

@@ -248,7 +248,7 @@ def test_edits_that_do_not_fit_are_refused(model: mt.Model, edit: object, text: 
 # --------------------------------------------------------------- layers, gradients, freezing
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.some(3))
 def test_layer_paths(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
     base = model.run(ids(), capture="*.resid_pre")

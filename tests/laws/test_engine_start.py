@@ -22,7 +22,7 @@ ROWS = [row(9), row(6)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.some(3))
 def test_a_run_from_a_layer_on_is_the_rest_of_the_whole_run(name: str, side: Literal["left", "right"]) -> None:
     model = mt.open(families.build(name), prove=False)
     sites = [str(site) for site in model.anatomy.hook_points if site.name not in ("embed", "attn.scores")]

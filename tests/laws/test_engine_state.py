@@ -294,7 +294,7 @@ def test_a_fingerprint_knows_types_and_places() -> None:
     assert mt.open(families.build("llama-gqa").bfloat16(), prove=False).fingerprint != own
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.some(3))
 def test_a_model_that_is_saved_and_opened_or_copied_has_the_same_fingerprint(name: str, tmp_path: Path) -> None:
     hf = families.build(name)
     hf.save_pretrained(tmp_path / "one")
@@ -375,7 +375,7 @@ def test_an_edit_of_no_rows_is_refused() -> None:
         mt.edit.Zero("1.mlp_out", rows=())
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.some(3))
 def test_what_ends_early_reaches_all_before_its_end(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
     whole = model.run(ids(), capture=["*.resid_pre", "*.mlp_out", "final"])
