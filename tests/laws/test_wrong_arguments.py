@@ -145,7 +145,7 @@ SAID = [
     "PromptError: cannot read the subject; got None",
     "PromptError: subjects are several texts; got 'Paris'",
     "ArgumentError: window must be an integer of 1 or more (layers); got '3'",
-    "ArgumentError: kinds must be one of resid, mlp, attn; got 'mlps'",
+    "ArgumentError: kinds must be one of resid, mlp, attn, mixer; got 'mlps'",
     "ArgumentError: subject is missing",
     "ArgumentError: direction must be one of denoise, noise; got 'sideways'",
     "ArgumentError: share must be True or False; got 'no'",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import wraps
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal
@@ -138,6 +139,7 @@ class HookSet:
         had = module.__dict__.get(method)
         inner = getattr(module, method)
 
+        @wraps(inner)  # whose arguments `generate` asks for
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return function(inner, args, kwargs) if acts() else inner(*args, **kwargs)
 
