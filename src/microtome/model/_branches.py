@@ -7,9 +7,7 @@ map says what else there is, so that methods which take such sums apart refuse i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from torch import Tensor
 from microtome.anatomy import NormWeights, at_least_float32, factors_of
 from microtome.model._identities import BRANCHES, IdentityCheck, Prover, named
 from microtome.model._sized import Sized, ratio
-from microtome.run.hook import HookSet, input_of
+from microtome.run.hook import trace
 
 
 class Branches:
@@ -104,23 +102,12 @@ class Branches:
         norms = [
             layer.attn_norm.path for i, layer in enumerate(layers) if layer.attn_norm is not None and self._wide(i)
         ]
-        paths = {*norms, *(layer.until for layer in layers if layer.until is not None)}
-        found: dict[str, Tensor] = {}
-        hooks = HookSet(prover.model.hf, prover.a.attention, prover.a.n_heads)
-
-        def noting(path: str) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
-            def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if path not in found:  # it may be called again, on something else
-                    found[path] = input_of(args, kwargs).clone()
-
-            return before
-
-        for path in paths:
-            hooks.before(path, noting(path))
-        if paths:
-            with torch.no_grad(), hooks:
-                prover.model.hf(input_ids=prover.run.tokens)
-        return found
+        paths = dict.fromkeys([*norms, *(layer.until for layer in layers if layer.until is not None)])
+        if not paths:
+            return {}
+        flow = trace(prover.model.hf, prover.run.tokens, paths)
+        calls = {path: flow.first(path) for path in paths}  # it may be called again, on something else
+        return {path: call.read.value for path, call in calls.items() if call is not None and call.read is not None}
 
     def _wide(self, i: int) -> bool:
         """Whether attention reads another width than the stream's."""

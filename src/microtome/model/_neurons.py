@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers.activations import ACT2FN
 from microtome.anatomy import Site, activation_of, at_least_float32
 from microtome.model._identities import Prover
 from microtome.model._sized import Sized, product
-from microtome.run.hook import HookSet, output_of
+from microtome.run.hook import trace
 
 VIEWS = {"mlp.gate": ("W_gate", "b_gate"), "mlp.up": ("W_in", "b_in"), "mlp.pre": ("W_in", "b_in")}
 
@@ -43,18 +42,11 @@ class Neurons:
     @cached_property
     def gates(self) -> dict[int, Tensor]:
         """[batch, pos, d_model] by layer: of what the gate on what neurons write is made, in one more forward."""
-        found: dict[int, Tensor] = {}
-        hooks = HookSet(self.prover.model.hf, self.prover.a.attention, self.prover.a.n_heads)
-
-        def noting(i: int) -> Callable[[tuple[Any, ...], dict[str, Any], Any], None]:
-            return lambda args, kwargs, output: found.update({i: output_of(output)})
-
-        for i, layer in enumerate(self.prover.parts.layers):
-            if layer.write_gate is not None:
-                hooks.after(layer.write_gate[0], noting(i))
-        with torch.no_grad(), hooks:
-            self.prover.model.hf(input_ids=self.prover.run.tokens)
-        return found
+        layers = enumerate(self.prover.parts.layers)
+        paths = {i: layer.write_gate[0] for i, layer in layers if layer.write_gate is not None}
+        flow = trace(self.prover.model.hf, self.prover.run.tokens, paths.values())
+        calls = {i: flow.first(path) for i, path in paths.items()}
+        return {i: call.wrote.value for i, call in calls.items() if call is not None and call.wrote is not None}
 
     def read(self, i: int) -> None:
         """Weight views map what the MLP reads to its neurons before the non-linearity, and that gives the neurons."""
