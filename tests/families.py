@@ -12,6 +12,7 @@ parameter was born 0 or 1. Sliding windows are 4 tokens: shorter than the 10-tok
 
 import copy
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -311,6 +312,7 @@ def _randomise(model: nn.Module) -> None:
                 tensor.copy_(0.16 * torch.randn(tensor.shape))
 
 
-def some(every: int) -> list[Any]:
-    """All families as parameters of a test, of which only each `every`-th is quick."""
-    return [name if i % every == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(NAMES)]
+def some(every: int, names: Sequence[str] = ()) -> list[Any]:
+    """All families, or those that are named, as parameters of a test, of which only each `every`-th is quick."""
+    chosen = names or NAMES
+    return [name if i % every == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(chosen)]

@@ -180,7 +180,7 @@ def with_word(fake: dict[str, Any], word: str) -> list[str]:
         found = [word in vocab[i].lower() for i in (*row["promoted"], *row["suppressed"])]
         at_peak = False
         for at, start in zip(row["example_index"], row["example_start"], strict=True):
-            first, end = max(start, at - 24), min(start + LENGTH, at + 13)
+            first, end = max(start, at - 16), min(start + LENGTH, at + 9)
             before, whole = ("".join(tokens[first:to]).lower() for to in (at, end))
             ends = len(before) + len(tokens[at])
             places = [i for i in range(len(whole)) if whole.startswith(word, i)]
@@ -341,7 +341,7 @@ def test_typing_sorting_and_keys(page: Path, text: Reader, tmp_path: Path, fake:
     told = text(driven, "#/neurons")
     rows = min(50, len(with_word(fake, "paris")))
     for expected in (
-        '"typed":"#/neurons?q=Paris"', '"kept":true', f'"rows":{rows}', '"sorted":"#/neurons?sort=max&desc=1"',
+        '"typed":"#/neurons?q=Paris"', '"kept":true', f'"rows":{rows}', '"sorted":"#/neurons?sort=max&desc=0"',
         '"focus":"by-max"', '"next":"Neuron 1.6"', '"title":"Neuron 1.6 · Fake <b>& small"',
     ):  # fmt: skip
         assert expected in told, told

@@ -163,9 +163,7 @@ def test_atlas_writes_tables_pages_and_manifest(cli: Cli, saved: Path, text: Pat
     again = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out, "--force")
     assert again.code == 0
     assert "index.html" in again.out
-    one = cli(
-        "atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out, "--force", "--measure", "stream"
-    )
+    one = cli("atlas", saved, "--text", text, "--tokens", 256, "--length", 32, "-o", out, "--force", "--only", "stream")
     assert one.code == 0
     assert "block_cos" in pq.read_table(out / "layers.parquet").column_names
     assert pq.read_table(out / "heads.parquet").num_rows == 0

@@ -86,12 +86,14 @@ WRONG: dict[tuple[str, ...], tuple[int, str]] = {
     ("run", "x", "-c", "final", "-o", "x.safetensors", "--edits", "none"): (10, "it does not exist"),
     ("tasks", "nosuch"): (6, 'there is no task "nosuch"'),
     ("tasks", "none.csv"): (10, "it does not exist"),
-    ("atlas", "--measure", "nosuch"): (2, 'no method "nosuch"'),
-    ("atlas", "--measure", "logit_lens"): (2, '"logit_lens" is a question, not a measure'),
+    ("atlas", "--only", "nosuch"): (2, 'no method "nosuch"'),
+    ("atlas", "--only", "logit_lens"): (2, '"logit_lens" is a question, not a measure'),
     ("atlas", "--text", "none.txt"): (10, "it does not exist"),
     ("atlas", "--tokens", "1"): (2, "'--tokens'"),
     ("atlas", "./none"): (3, "no model folder ./none"),
     ("check", "./none"): (3, "no model folder ./none"),
+    ("atlas", "--quick", "--full"): (2, "--quick and --full exclude one another"),
+    ("atlas", "--add", "firing", "--tokens", "500"): (2, "leave --tokens and --force out"),
     ("sites", "none.gguf"): (3, "no GGUF file none.gguf"),
     ("pach",): (2, 'Did you mean "patch"'),
 }  # fmt: skip
@@ -108,7 +110,7 @@ def test_help_of_every_command_and_the_cache_load_nothing_heavy(tmp_path: Path, 
     paths = [
         ("measure", e.name) if e.kind == "measure" else (e.command,) for e in own() if e.command or e.kind == "measure"
     ]
-    paths += [("run",), ("atlas",), ("tasks",), ("check",), ("sites",), ("cache",)]
+    paths += [("run",), ("atlas",), ("sql",), ("tasks",), ("check",), ("sites",), ("cache",)]
     commands = [(*path, "--help") for path in paths] + [("cache", "show"), ("cache", "clear", "--yes"), ("--version",)]
     code = SAYS.replace("redirect_stderr(said):", "redirect_stderr(said), redirect_stdout(said):")
     code = code.replace("import redirect_stderr", "import redirect_stderr, redirect_stdout")

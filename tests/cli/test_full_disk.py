@@ -120,7 +120,11 @@ def test_results_that_nobody_can_keep(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "told to end"]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, 143, id="told to end", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stop_in_the_middle(saved: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     long = tmp_path / "long.txt"

@@ -273,7 +273,7 @@ def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> Non
 NO_HEAD = {"component_effects", "contributions", "logit_lens", "promoted_tokens"}
 NO_EDGES = {"edge_effects", "node_effects"}
 NO_LOSS = {"ablation_loss", "loss"}
-NO_NEURONS = {"activations", "firing", "kurtosis", "neuron_weights", "promoted_tokens", "top_examples"}
+NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.of == "neuron"}
 REFUSED = {
     "opt-proj": NO_HEAD,
     "opt-postnorm": NO_HEAD | NO_EDGES,

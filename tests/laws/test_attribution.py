@@ -173,7 +173,7 @@ def test_held_parts_make_the_estimate_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("rules", [None, RELP], ids=["plain", "relp"])
-@pytest.mark.parametrize("name", EDGED)
+@pytest.mark.parametrize("name", families.some(3, EDGED))
 def test_the_edges_of_a_sender_add_up_to_its_node(name: str, rules: mt.edit.Freeze | None) -> None:
     model = mt.open(families.build(name), prove=False)
     if rules is not None and model.anatomy.n_experts:

@@ -34,7 +34,7 @@ def held(model: mt.Model, i: int, edits: list[mt.edit.Edit]) -> float:
     return difference(logits, i, model.anatomy.logit_softcap)
 
 
-@pytest.mark.parametrize("name", SEQUENTIAL + PARALLEL)
+@pytest.mark.parametrize("name", families.some(3, SEQUENTIAL + PARALLEL))
 def test_direct_and_repairs_sum_to_the_whole_with_the_norm_held(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
     plain = not any(part.attn_post_norm for part in model.anatomy.parts.layers)

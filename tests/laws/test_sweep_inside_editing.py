@@ -52,7 +52,7 @@ def cells() -> list[mt.edit.SiteEdit | list[mt.edit.SiteEdit]]:
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.some(3, NAMES))
 def test_a_sweep_inside_editing_is_the_literal_forwards(name: str) -> None:
     model = mt.open(families.build(name), prove=False)
     read = mt.metric.FunctionMetric(lambda logits, prompts: logits[:, -1, :12])

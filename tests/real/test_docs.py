@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.conftest import TEXT
 
 DOCS = Path(__file__).parents[2] / "docs"
-LONG = {"causal.md", "gallery.md"}  # their sweeps and texts take minutes
+LONG = {"causal.md", "gallery.md", "tasks.md", "attribution.md"}  # their sweeps and texts take from half a minute on
 ELSEWHERE = {"design.md", "status.md", "index.md", "peers.md"}  # pages without blocks that could run
 PAGES = sorted(p.name for p in DOCS.glob("*.md") if p.name not in ELSEWHERE)
 PROMISE = re.compile(r"^\s*print\(.*\)  # ?(?P<promise>.*)$")
@@ -49,17 +48,12 @@ def printed(page: str) -> tuple[dict[int, str], dict[int, str]]:
 
 @pytest.fixture(scope="module")
 def small_atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds `atlas`, of a tiny model: the pages read its tables as they would any other's."""
-    from tests import families
-    from tests.cli.conftest import tokenizer
-
+    """A folder that holds `atlas`, of the default model and few tokens: the pages read its tables."""
     import microtome as mt
 
     folder = tmp_path_factory.mktemp("docs")
-    families.build("llama-gqa").save_pretrained(folder / "model")
-    tokenizer(folder / "model")
-    corpus = mt.stream.Corpus.of("text", [TEXT] * 20)
-    mt.atlas.write_atlas(mt.open(folder / "model"), folder / "atlas", text=corpus, tokens=128, length=32)
+    measures = ["stream", "induction", "head_norms", "activations", "firing", "top_examples", "neuron_weights", "loss"]
+    mt.atlas.write_atlas(mt.open(), folder / "atlas", measures=measures, tokens=256, length=64, sequences=2)
     return folder
 
 
@@ -69,6 +63,7 @@ WITH_PYTHON = [p for p in PAGES if blocks(p, "python")]
 @pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG)) for p in WITH_PYTHON])
 def test_the_blocks_run_and_print_what_they_say(page: str, small_atlas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(small_atlas)
+    monkeypatch.setenv("MICROTOME_DATA", str(small_atlas / "data"))
     said, promised = printed(page)
     assert said.keys() >= promised.keys()
     for line, promise in promised.items():
@@ -88,7 +83,9 @@ RUN = [c for c in dict.fromkeys(COMMANDS) if " atlas" not in c and " mine." not 
 
 
 # The list of all tasks with what the model knows of each runs a thousand prompts.
-@pytest.mark.parametrize("command", [pytest.param(c, marks=[pytest.mark.slow] * (c == "microtome tasks")) for c in RUN])
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, c in enumerate(RUN)]
+)
 def test_the_commands_run(command: str, tmp_path: Path) -> None:
     code = f"import sys, shlex; sys.argv = shlex.split({command!r}); from microtome.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -99,6 +99,7 @@ def row_of(family: str) -> tuple[str, str, str, str, str]:
     return family, " or ".join(forms), attention, outcome, ", ".join(notes)
 
 
+@pytest.mark.slow
 def test_the_table_of_families() -> None:
     names = dict.fromkeys(name.split("-")[0] for name in families.NAMES)
     head = ("family", "block", "attention", "`microtome check`", "what the proof leaves open")

@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ def made() -> list[Any]:
     accumulators = [
         fed(stream.Moments, 2_000), fed(stream.Extremes, 2_000), fed(stream.Firing, 2_000),
         fed(stream.Covariance, 2_000), fed(stream.Quantiles, 2_000), fed(stream.Cooccurrence, 2_000, flags=True),
-        fed(stream.TopExamples, 2_000, 5, rows=8, more=(list(range(8)),)), fed(stream.Histogram, 2_000, range(50)),
+        fed(stream.TopExamples, 2_000, 5, rows=8, more=(list(range(8)),)),
+        fed(stream.DrawnExamples, 2_000, 5, rows=8, more=(list(range(8)),)), fed(stream.Histogram, 2_000, range(50)),
         fed(stream.ExampleMeans, 2_000, more=(torch.arange(64),)),
         fed(stream.Counter, [f"group {i}" for i in range(64)], 2_000, flags=True, more=(torch.arange(64),)),
     ]  # fmt: skip
@@ -101,7 +103,17 @@ def made() -> list[Any]:
     drawn = [form for data in every for form in forms(data).shown]
     batches = stream.TokenBatches(stream.Corpus.of(IMAGE, LARGE), Numbers(), rows=64, tokens=50_000)
     it = planted.program(min(planted.PROGRAMS))
+    atlas = mt.atlas.Atlas(
+        Path("atlases") / IMAGE,
+        {
+            "model": {"name": IMAGE, "fingerprint": "0" * 16},
+            "tables": {f"table {i}": {"rows": 10**6} for i in range(900)},
+            "text": {"source": LARGE[0], "tokens": 10**9},
+        },
+    )
+    passage = mt.atlas.Example("top", 1.0, tuple(LARGE), (0.5,) * len(LARGE), 3, 4)
     return [
+        atlas, passage,
         LLAMA, LLAMA.anatomy, LLAMA.layers[1], LLAMA.layers[1].attn_norm,
         mt.anatomy.Weights(LLAMA.hf, LLAMA.anatomy), LLAMA.proof[0], run,
         run.batch, LLAMA.plan(IDS, capture="*.mlp.post"), swept, swept.plan, swept.run(), pair,

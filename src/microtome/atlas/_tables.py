@@ -35,6 +35,31 @@ def tables(model: Model, found: Sequence[tuple[Method, xr.Dataset]]) -> dict[str
     return {name: _table(model, unit, of[unit]) for unit, name in TABLES.items() if of[unit] or unit != "expert_neuron"}
 
 
+def joined_columns(old: pa.Table | None, new: pa.Table | None) -> pa.Table:
+    """The columns of two tables of the same units, those of the new one in place of old ones of the same name.
+
+    A unit that only one of them has is missing in the columns of the other.
+    """
+    if old is None or new is None or not new.num_rows or not old.num_rows:
+        chosen = new if old is None or (new is not None and new.num_rows) else old
+        assert chosen is not None
+        return chosen
+    keys = [name for name in KEYS if name in old.column_names and name != "kv_head"]
+    places = [list(zip(*(table.column(key).to_pylist() for key in keys), strict=True)) for table in (old, new)]
+    every = sorted({*places[0], *places[1]})
+    found: dict[str, tuple[pa.Field, pa.ChunkedArray]] = {}
+    for table, there in zip((old, new), places, strict=True):
+        row = {place: i for i, place in enumerate(there)}
+        order = pa.array([row.get(place) for place in every], pa.int64())
+        for field, column in zip(table.schema, table.columns, strict=True):
+            if field.name not in (*keys, "kv_head") or field.name not in found:
+                found[field.name] = (field, column.take(order))
+    for position, key in enumerate(keys):
+        field, column = found[key]
+        found[key] = (field, pa.chunked_array([pa.array([place[position] for place in every], column.type)]))
+    return pa.table([column for _, column in found.values()], schema=pa.schema([field for field, _ in found.values()]))
+
+
 def described(table: pa.Table) -> dict[str, dict[str, Any]]:
     """What each column of a table says of itself: unit, meaning, and what else it declares."""
     found: dict[str, dict[str, Any]] = {}
@@ -45,7 +70,7 @@ def described(table: pa.Table) -> dict[str, dict[str, Any]]:
 
 
 def _read(text: str, key: bytes) -> Any:
-    return json.loads(text) if key in (b"range", b"log") else text
+    return json.loads(text) if key in (b"range", b"log", b"bins") else text
 
 
 def _table(model: Model, unit: str, found: Sequence[tuple[Method, xr.Dataset]]) -> pa.Table:
@@ -94,7 +119,7 @@ def _flat(array: xr.DataArray, dims: Sequence[str]) -> npt.NDArray[Any]:
 def _filled(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Which places of the lists any row fills: a text of few rows leaves the last ones empty."""
     there = np.isfinite(rows) if rows.dtype.kind == "f" else rows >= 0
-    return np.asarray(there.any(axis=0))
+    return np.asarray(there.any(axis=(0, *range(2, rows.ndim))))
 
 
 def _metadata(attrs: Mapping[str, Any]) -> dict[str, str]:
@@ -111,6 +136,6 @@ def _array(values: npt.NDArray[Any]) -> pa.Array:
     flat = values.reshape(-1)
     missing = ~np.isfinite(flat) if values.dtype.kind == "f" else np.zeros(flat.shape, bool)
     made = pa.array(flat, mask=missing) if missing.any() else pa.array(flat)
-    if values.ndim == 1:
-        return made
-    return pa.ListArray.from_arrays(np.arange(0, values.size + 1, values.shape[1], dtype=np.int32), made)
+    for size in reversed(values.shape[1:]):
+        made = pa.ListArray.from_arrays(np.arange(0, len(made) + 1, max(size, 1), dtype=np.int32), made)
+    return made

@@ -33,12 +33,22 @@ def register(app: typer.Typer) -> None:
 @opens(ModelArgument)
 def atlas(
     text: Text = None,
-    tokens: Annotated[int, typer.Option(min=100, help="How many tokens of it to read.")] = 20_000,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few tokens, and no measure that runs the model many times.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Many tokens, and every measure.")] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=100, help="How many tokens of it to read; by default 20,000.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("atlas"),
     length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
-    measure: Annotated[
+    only: Annotated[
         list[str] | None,
         typer.Option(help="A measure to run, one of those that `microtome measure` lists; repeatable."),
+    ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="A measure to add to the atlas that stands there, made of the same text; repeatable."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier atlas.")] = False,
     seed: Seed = 0,
@@ -49,22 +59,55 @@ def atlas(
 ) -> None:
     """Measure every layer, head and neuron of a model, and write its atlas: tables, and pages that open from disk."""
     from microtome.context import settings
-    from microtome.method import from_source, sketch
 
-    from_source("microtome.atlas", "check_out")(output, force)
-    for name in measure or ():
-        if (found := sketch(name).method).kind != "measure":
-            what = f'"{found.name}" is a {found.kind}, not a measure'
-            raise error(ArgumentError, what, do="name those that `microtome measure` lists")
+    _check(output, force, quick=quick, full=full, tokens=tokens, only=only, add=add)
     if text is not None:
         text_file(text)
     with settings(seed=seed, budget=budget):
         opening.check()
         with working(LOADING):
-            from microtome.atlas import write_atlas
+            from microtome.atlas import add_to_atlas, write_atlas
         opened = opening.open()
+    profile = "quick" if quick else "full" if full else "default"
     with progress() as report, settings(seed=seed, budget=budget, progress=report):
-        index = write_atlas(opened, output, text=text, tokens=tokens, length=length, measures=measure or None)
+        if add:
+            index = add_to_atlas(opened, output, add, text=text)
+        else:
+            index = write_atlas(
+                opened, output, text=text, measures=only or None, profile=profile, tokens=tokens, length=length
+            )
+    _tell(index, output, tokens, as_json=as_json)
+
+
+def _check(
+    output: Path, force: bool, *, quick: bool, full: bool, tokens: int | None, only: list[str] | None,
+    add: list[str] | None,
+) -> None:  # fmt: skip
+    """Refuse, before anything is loaded, what cannot be."""
+    from microtome.atlas import check_out
+    from microtome.method import sketch
+
+    given = {"--quick": quick, "--full": full, "--only": only, "--add": add}
+    if len(both := [name for name, value in given.items() if value]) > 1:
+        what = f"{' and '.join(both)} exclude one another"
+        raise error(ArgumentError, what, do="choose one of them")
+    if add and (tokens is not None or force):
+        what = "--add takes the tokens that the atlas was made of, and replaces nothing"
+        raise error(ArgumentError, what, do="leave --tokens and --force out")
+    if not add:
+        check_out(output, force)
+    for name in (*(only or ()), *(add or ())):
+        if (found := sketch(name).method).kind != "measure":
+            what = f'"{found.name}" is a {found.kind}, not a measure'
+            raise error(ArgumentError, what, do="name those that `microtome measure` lists")
+    if add:
+        from microtome.atlas import open as open_atlas
+
+        open_atlas(output)
+
+
+def _tell(index: Path, output: Path, tokens: int | None, *, as_json: bool) -> None:
+    """Say what was written."""
     manifest = json.loads((output / "manifest.json").read_text())
     tables = {name: str(output / f"{name}.parquet") for name in manifest["tables"]}
     if as_json:
@@ -85,4 +128,5 @@ def atlas(
     for name, why in manifest["left_out"].items():
         out.print(f"left out {name}: {why}", markup=False, soft_wrap=True)
     if manifest["text"]["short"]:
-        out.print(f"the text has fewer tokens than the {tokens:,} that were asked for")
+        asked = "" if tokens is None else f" the {tokens:,}"
+        out.print(f"the text has fewer tokens than{asked} that were asked for")

@@ -2,7 +2,7 @@
 
 Formula:  over all tokens of the text (a beginning-of-text token does not count): moments of the activation;
           firing_rate = share of tokens with gate > 0 (activation > 0 in plain MLPs); the k rows in which each peaks
-          highest.
+          highest, and some rows drawn evenly, with the activations at the tokens around each peak.
 """
 
 from __future__ import annotations
@@ -15,13 +15,26 @@ from torch import Tensor
 
 from microtome.method import Argument, Column, Kept, Seen, Source, Statistic, measure
 from microtome.model import Model
-from microtome.stream import Firing, Moments, TopExamples
+from microtome.stream import DrawnExamples, Firing, Histogram, Moments, TopExamples
 
 PLAIN = "none: describes one neuron, to compare with others of its layer"
 KEYS = Source(
     "Geva et al.", "Transformer Feed-Forward Layers Are Key-Value Memories", 2021, "2012.14913", "trigger examples"
 )
 CHECK = "tests/laws/test_measures.py"
+CONTEXT = (16, 8)
+"""Tokens before and behind a peak of which the activation is kept."""
+AROUND = f"activations from {CONTEXT[0]} tokens before the peak to {CONTEXT[1]} behind it, to within 0.4 %"
+BINS = (*(-(2.0**k) for k in range(9, -9, -1)), *(2.0**k for k in range(-8, 10)))
+"""Edges of bins of activations; the outermost take in all that is larger."""
+EVERY = 8
+SOME = f"of every {EVERY}th token"
+SIGNS = {
+    "gate_pos_in_pos": "a positive gate and a positive input",
+    "gate_pos_in_neg": "a positive gate and a negative input",
+    "gate_neg_in_pos": "a negative gate and a positive input",
+    "gate_neg_in_neg": "a negative gate and a negative input",
+}
 
 
 @measure(
@@ -94,39 +107,110 @@ class FiringRate(Statistic):
     "top_examples",
     of="neuron",
     sites="mlp.post",
-    title="top examples of neurons",
-    question="On which tokens of a text is each neuron most active?",
-    columns=(
-        Column("example_value", "activation", "peak activation, at most one peak per row of the text", PLAIN,
-               extra=("rank",), interval=False),
-        Column("example_index", "index", "index in the text of the token at the peak", PLAIN, extra=("rank",),
-               interval=False),
-        Column("example_start", "index", "index in the text of the first token of the row", PLAIN, extra=("rank",),
-               interval=False),
+    title="examples of neurons",
+    question="On which tokens of a text is each neuron most active, and how active is it in rows drawn at random?",
+    columns=tuple(
+        Column(f"{kind}_{name}", unit, f"{meaning}, {of}", PLAIN, extra=(axis, *more), interval=False)
+        for kind, axis, of in (
+            ("example", "rank", "in the rows where it peaks highest, one peak per row"),
+            ("drawn", "draw", "in rows drawn evenly from the text, the same for all neurons, highest peak first"),
+        )
+        for name, unit, meaning, more in (
+            ("value", "activation", "peak activation", ()),
+            ("index", "index", "index in the text of the token at the peak", ()),
+            ("start", "index", "index in the text of the first token of the row", ()),
+            ("around", "activation", AROUND, ("token",)),
+        )
     ),
     source=KEYS,
-    cost="one maximum over the activations; 24 k bytes per neuron",
+    cost="one maximum over the activations; (24 + 100) examples bytes per neuron",
     check=CHECK,
 )  # fmt: skip
 class PeakExamples(Statistic):
-    """The rows of a text in which each neuron peaks highest, one peak per row."""
+    """The rows of a text in which each neuron peaks highest, and some drawn at random, with the activations around."""
 
     def __init__(
-        self, examples: Annotated[int, Argument("how many top examples to keep per neuron", "rows", least=1)] = 5
+        self,
+        examples: Annotated[int, Argument("how many top examples to keep per neuron", "rows", least=1)] = 5,
+        drawn: Annotated[int, Argument("how many rows drawn at random to keep", "rows", least=1)] = 4,
     ) -> None:
         """Keep so many."""
-        self.examples = examples
+        self.examples, self.drawn = examples, drawn
 
     def start(self, model: Model, layer: int | None) -> Kept:
         """No rows yet."""
-        return {"top": TopExamples(model.anatomy.d_mlp, self.examples)}
+        neurons = model.anatomy.d_mlp
+        return {
+            "example": TopExamples(neurons, self.examples, CONTEXT),
+            "drawn": DrawnExamples(neurons, self.drawn, CONTEXT),
+        }
 
     def update(self, kept: Kept, seen: Seen) -> None:
         """Take in the tokens that count."""
-        kept["top"].update(seen["mlp.post"], seen.examples, seen.mask)
+        for held in kept.values():
+            held.update(seen["mlp.post"], seen.examples, seen.mask)
 
     def result(self, kept: Kept) -> Mapping[str, Tensor]:
         """As many as were asked for; where fewer rows were read, NaN and -1 fill up."""
-        found = kept["top"].result()
-        values = torch.where(found.index >= 0, found.values, torch.nan)
-        return {"example_value": values, "example_index": found.index, "example_start": found.start}
+        columns: dict[str, Tensor] = {}
+        for kind, held in kept.items():
+            found = held.result()
+            order = found.index.argsort(dim=1)  # stable: the last sort rules
+            order = order.gather(1, found.values.gather(1, order).argsort(dim=1, descending=True, stable=True))
+            values, index, start = (x.gather(1, order) for x in (found.values, found.index, found.start))
+            columns[f"{kind}_value"] = torch.where(index >= 0, values, torch.nan)
+            columns |= {f"{kind}_index": index, f"{kind}_start": start}
+            around = found.around.gather(1, order[..., None].expand_as(found.around))
+            mantissa, exponent = around.frexp()  # eight bits of it compress well
+            columns[f"{kind}_around"] = torch.ldexp((mantissa * 256).round() / 256, exponent)
+        return columns
+
+
+@measure(
+    "distribution",
+    of="neuron",
+    sites="mlp.post",
+    optional=("mlp.gate", "mlp.up"),
+    title="distribution of activations",
+    question="How are the activations of each neuron spread, and with which signs of gate and input do they occur?",
+    columns=(
+        Column("histogram", "tokens", f"tokens by activation, {SOME}; bins double in width away from 0", PLAIN,
+               (0, None), extra=("bin",), bins=BINS, interval=False),
+        *(
+            Column(name, "share", f"share of tokens with {signs}, {SOME}", PLAIN, (0, 1), interval=False)
+            for name, signs in SIGNS.items()
+        ),
+    ),
+    source=Source(
+        "Gerstner and Schütze", "Understanding Gated Neurons in Transformers from Their Input-Output Functionality",
+        2025, where="signs of gate and input", departs=f"{SOME}; a gate or an input of 0 counts as negative",
+    ),
+    cost="a search among the bins and three comparisons for an eighth of the activations",
+    check=CHECK,
+)  # fmt: skip
+class Distribution(Statistic):
+    """Histograms of every neuron's activation, and how often gate and input have which signs."""
+
+    def start(self, model: Model, layer: int | None) -> Kept:
+        """Empty bins."""
+        neurons = model.anatomy.d_mlp
+        held: Kept = {"histogram": Histogram(neurons, (-torch.inf, *BINS[1:-1], torch.inf))}
+        return held | {name: Firing(neurons) for name in SIGNS}
+
+    def update(self, kept: Kept, seen: Seen) -> None:
+        """Take in an eighth of the tokens that count."""
+        assert seen.batch is not None
+        place = seen.examples[:, None] + torch.arange(seen.batch.tokens.shape[1])
+        some = (place % EVERY == 0) & (torch.ones_like(place, dtype=torch.bool) if seen.mask is None else seen.mask)
+        chosen = some.nonzero(as_tuple=True)
+        kept["histogram"].update(seen["mlp.post"][chosen])
+        if "mlp.gate" in seen and "mlp.up" in seen:
+            gate, up = seen["mlp.gate"][chosen] > 0, seen["mlp.up"][chosen] > 0
+            for name, both in zip(SIGNS, (gate & up, gate & ~up, ~gate & up, ~(gate | up)), strict=True):
+                kept[name].update(both.float())
+
+    def result(self, kept: Kept) -> Mapping[str, Tensor]:
+        """Counts by bin, and shares by signs where there is a gate."""
+        rates = {name: kept[name].result() for name in SIGNS}
+        found = {name: rate.rate for name, rate in rates.items() if rate.total}
+        return {"histogram": kept["histogram"].result().count} | found

@@ -6,7 +6,7 @@ Formula:  result_norm of a head = mean |scale * gain * centre(z W_O) / divisor|,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from microtome.anatomy import NormWeights, Site, at_least_float32
 from microtome.method import Column, Kept, Seen, Source, Statistic, measure
 from microtome.model import Model
-from microtome.stream import ExampleMeans
+from microtome.stream import ExampleMeans, Moments
 
 
 @measure(
@@ -28,6 +28,10 @@ from microtome.stream import ExampleMeans
         Column(
             "result_norm", "norm", "mean norm of what the head adds, each row's first token left out",
             "none: a size, to compare with other heads", (0, None),
+        ),
+        Column(
+            "result_norm_std", "norm", "standard deviation of that norm over tokens",
+            "none: a spread, to compare with the mean", (0, None), interval=False,
         ),
     ),
     source=Source("Elhage et al.", "A Mathematical Framework for Transformer Circuits", 2021, where="attention heads"),
@@ -51,8 +55,9 @@ class HeadNorms(Statistic):
             self._grams[layer], self._norms[layer] = write @ write.transpose(1, 2), after
 
     def start(self, model: Model, layer: int | None) -> Kept:
-        """The mean of every head."""
-        return {"result_norm": ExampleMeans(model.anatomy.n_heads)}
+        """The mean of every head, and its moments over tokens."""
+        heads = model.anatomy.n_heads
+        return {"result_norm": ExampleMeans(heads), "tokens": Moments(heads)}
 
     def update(self, kept: Kept, seen: Seen) -> None:
         """Take in one batch."""
@@ -63,3 +68,9 @@ class HeadNorms(Statistic):
             raw = z.flatten(2) @ at_least_float32(weights.W_O).flatten(0, 1)
             norm = norm / after.scale(raw if weights.b_O is None else raw + weights.b_O).unsqueeze(-1)
         kept["result_norm"].update(norm, seen.examples, seen.later)
+        kept["tokens"].update(norm, seen.later.to(norm.device))
+
+    def result(self, kept: Kept) -> Mapping[str, Tensor]:
+        """Mean and spread."""
+        mean, tokens = kept["result_norm"].mean, kept["tokens"]
+        return {"result_norm": mean, "result_norm_std": tokens.result().std if tokens.count else mean * torch.nan}

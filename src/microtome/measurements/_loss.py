@@ -73,6 +73,7 @@ def _skipped(name: str, part: str, title: str) -> Column:
     "ablation_loss",
     of="layer",
     on=Text(sequences=8, width=128),
+    atlas="default",
     title="loss without a part",
     question="How much does the loss rise without each layer, or without each of its branches?",
     columns=(

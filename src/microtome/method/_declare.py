@@ -105,6 +105,7 @@ class Column:
         range: the smallest and the largest possible value, None where there is no limit.
         dims: its axes where they are not those of the measure's unit; of a question, its axes.
         extra: axes behind those, such as ("rank",).
+        bins: the edges of the bins along its last axis, where that is one of bins.
         interval: whether it is a mean over examples, with ends of its 95 % interval.
         test: whether a sign-flip p-value belongs to it too.
         shade: for a text column, the numeric column that colours it.
@@ -119,6 +120,7 @@ class Column:
     range: tuple[float | None, float | None] = (None, None)
     dims: tuple[str, ...] | None = None
     extra: tuple[str, ...] = ()
+    bins: tuple[float, ...] = ()
     interval: bool = True
     test: bool = False
     shade: str = ""
@@ -136,6 +138,7 @@ class Column:
             attributes["range"] = [-math.inf if low is None else low, math.inf if high is None else high]
         attributes["control"] = "" if self.control.startswith(NONE) else self.control
         shown = {"shade": self.shade, "title": self.title, "chart": self.chart, "log": self.log}
+        shown |= {"bins": list(self.bins)}
         return (
             attributes
             | {name: value for name, value in shown.items() if value}
@@ -177,7 +180,7 @@ class Method:
         call: how to write it, on the default model.
         command: its name on the command line, if it has one.
         of: what a measure describes.
-        atlas: whether the atlas runs it.
+        atlas: whether the atlas runs it: True in all its profiles, "default" or "full" from that one on.
         title: what results and pages call it.
         function: what computes it.
         sites: the sites that a measure sees.
@@ -199,7 +202,7 @@ class Method:
     call: str = ""
     command: str = ""
     of: Unit | None = None
-    atlas: bool = False
+    atlas: bool | Literal["default", "full"] = False
     title: str = ""
     arguments: Mapping[str, Argument] = field(default_factory=dict[str, Argument])
     sites: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from microtome.anatomy import SITES, Site, parse
 from microtome.errors import DeclarationError, SiteError, error
@@ -123,7 +123,7 @@ def measure(
     sites: str | Sequence[str] = (),
     optional: str | Sequence[str] = (),
     needs: str | Sequence[str] = (),
-    atlas: bool = True,
+    atlas: bool | Literal["default", "full"] = True,
     title: str = "",
 ) -> Callable[[M], M]:
     """Declare a measure: a function from what is `Seen` to values by column, or a `Statistic`.
@@ -144,7 +144,7 @@ def measure(
         sites: the site names that it sees, in layers that have all of them.
         optional: sites that it sees where the model has them.
         needs: sites and weights that a layer must have though they are not seen, such as "attn_out" or "W_O".
-        atlas: whether the atlas runs it.
+        atlas: whether the atlas runs it: True in all its profiles, "default" or "full" from that one on.
         title: what results and pages call it.
 
     Raises:

@@ -3,7 +3,7 @@
     corpus      `standard_library_text`, `standard_library_code`, `read_text`, `joined`, `Corpus.of`
     batches     `TokenBatches` yields `TokenBatch`
     statistics  `Moments`, `ExampleMeans`, `Extremes`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`,
-                `Covariance`, `Histogram`, `Quantiles`
+                `DrawnExamples`, `Covariance`, `Histogram`, `Quantiles`
     confidence  `mean_interval`, `difference_interval`, `slope_interval`, `share_interval`,
                 `share_difference_interval`, `sign_flip`
 
@@ -50,5 +50,6 @@ from microtome.stream._interval import sign_flip as sign_flip
 from microtome.stream._interval import slope_interval as slope_interval
 from microtome.stream._moments import Moments as Moments
 from microtome.stream._moments import MomentsResult as MomentsResult
+from microtome.stream._topk import DrawnExamples as DrawnExamples
 from microtome.stream._topk import TopExamples as TopExamples
 from microtome.stream._topk import TopResult as TopResult

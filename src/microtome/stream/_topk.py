@@ -1,8 +1,10 @@
-"""The contexts in which each unit peaks highest, exact whatever the order in which they come.
+"""The contexts in which each unit peaks highest, and rows drawn at random, exact whatever the order in which they come.
 
 Formula:  peak(row, u) = max over pos of x[row, pos, u], at the first pos that reaches it; each unit keeps its k largest
-          peaks, ordered by value (descending), then by the peak's global token index, then by the row's start.
-Cost:     one max over the values and three sorts of k + batch numbers a unit; 24 units k bytes.
+          peaks, ordered by value (descending), then by the peak's global token index, then by the row's start. A random
+          draw keeps the k rows whose hashed start is smallest instead: evenly drawn, and the same for every unit.
+          Around each peak the values of the unit at the tokens before and behind it are kept, NaN beyond the row.
+Cost:     one max over the values and three sorts of k + batch numbers a unit; (24 + 4 context) units k bytes.
 Check:    any split and any order of merges gives equal tensors, ties included; equal to sorting everything.
 """
 
@@ -28,12 +30,14 @@ class TopResult:
     """Each [unit, rank], best first; slots that were never filled hold value -inf, index -1 and start -1.
 
     `values` (float64) are the peaks, `index` (int64) the global token index of each peak, `start` (int64) the global
-    index of the first token of its row, so that the peak is at position `index - start` of the row.
+    index of the first token of its row, so that the peak is at position `index - start` of the row. `around` (float32)
+    are the unit's values at the tokens around each peak, NaN where the row ends or a token does not count.
     """
 
     values: Float[Tensor, "unit rank"]
     index: Int[Tensor, "unit rank"]
     start: Int[Tensor, "unit rank"]
+    around: Float[Tensor, "unit rank token"]
 
 
 class TopExamples(Accumulator):
@@ -44,14 +48,18 @@ class TopExamples(Accumulator):
     Args:
         units: how many units.
         k: how many rows to keep for each.
+        context: how many tokens before a peak, and how many behind it, the unit's values are kept of.
     """
 
-    def __init__(self, units: int, k: int) -> None:
+    def __init__(self, units: int, k: int, context: tuple[int, int] = (0, 0)) -> None:
         self.units, self.k = as_shape((units, k))
+        self.context = (int(context[0]), int(context[1]))
         self.rows = 0
+        self._key = torch.full((self.units, self.k), -torch.inf, dtype=torch.float64)
         self._values = torch.full((self.units, self.k), -torch.inf, dtype=torch.float64)
         self._index = torch.full((self.units, self.k), -1, dtype=torch.int64)
         self._start = torch.full((self.units, self.k), -1, dtype=torch.int64)
+        self._around = torch.full((self.units, self.k, 1 + sum(self.context)), torch.nan)
 
     def update(self, values: Tensor, start: Tensor | Sequence[int], mask: Tensor | None = None) -> None:
         """Take in values [batch, pos, unit].
@@ -82,14 +90,32 @@ class TopExamples(Accumulator):
                 values = values.masked_fill(~mask.to(values.device)[..., None], lowest)
             some = mask.any(dim=1)
             if not bool(some.all()):
-                values, first = values[some.to(values.device)], first[some.to(home)]
+                values, first, mask = values[some.to(values.device)], first[some.to(home)], mask[some]
         if not values.shape[0] or not values.shape[1]:
             return
         peaks, positions = values.max(dim=1)
+        around = self._window(values, positions, mask)
         peaks, positions = peaks.to(home, torch.float64), positions.to(home)
         starts = first[:, None].expand_as(positions)
-        self._keep(peaks.T, (positions + starts).T, starts.T)
+        self._keep(self._rank(peaks, first).T, peaks.T, (positions + starts).T, starts.T, around.to(home))
         self.rows += values.shape[0]
+
+    def _rank(self, peaks: Float[Tensor, "row unit"], start: Int[Tensor, " row"]) -> Float[Tensor, "row unit"]:
+        """What rows are kept by, the largest first."""
+        return peaks
+
+    def _window(
+        self, values: Tensor, positions: Int[Tensor, "row unit"], mask: Tensor | None
+    ) -> Float[Tensor, "unit row token"]:
+        """The values of each unit around its peak in each row; NaN beyond the row, and at what does not count."""
+        before, behind = self.context
+        places = positions[:, None] + torch.arange(-before, behind + 1, device=values.device)[:, None]
+        inside = places.clamp(0, values.shape[1] - 1)
+        there = places == inside
+        if mask is not None:
+            rows = torch.arange(len(values), device=values.device)[:, None, None]
+            there &= mask.to(values.device)[rows, inside]
+        return values.gather(1, inside).float().masked_fill(~there, torch.nan).permute(2, 0, 1)
 
     def _starts(self, start: Tensor | Sequence[int], batch: int) -> Int[Tensor, " {batch}"]:
         """Starts as int64 [batch], refused when they are not whole, not enough, or negative."""
@@ -102,41 +128,70 @@ class TopExamples(Accumulator):
 
     def _keep(
         self,
+        key: Float[Tensor, "unit candidate"],
         values: Float[Tensor, "unit candidate"],
         index: Int[Tensor, "unit candidate"],
         start: Int[Tensor, "unit candidate"],
+        around: Float[Tensor, "unit candidate token"],
     ) -> None:
         """Keep the k best of what is held and the candidates [unit, candidate]."""
-        pool: list[Tensor] = [torch.cat((self._values, values), dim=1)]
-        pool += [torch.cat((self._index, index), dim=1), torch.cat((self._start, start), dim=1)]
-        for key, descending in ((2, False), (1, False), (0, True)):  # stable: the last sort rules
-            order = pool[key].argsort(dim=1, descending=descending, stable=True)
-            order = order[:, : self.k] if key == 0 else order
-            pool = [part.gather(1, order) for part in pool]
-        self._values, self._index, self._start = pool
+        pool = [
+            torch.cat(pair, dim=1)
+            for pair in ((self._key, key), (self._index, index), (self._start, start), (self._values, values))
+        ]
+        chosen = torch.arange(pool[0].shape[1], device=key.device).expand(self.units, -1)
+        for part, descending in ((2, False), (1, False), (0, True)):  # stable: the last sort rules
+            order = pool[part].gather(1, chosen).argsort(dim=1, descending=descending, stable=True)
+            chosen = chosen.gather(1, order)
+        chosen = chosen[:, : self.k]
+        self._key, self._index, self._start, self._values = (x.gather(1, chosen) for x in pool)
+        windows = torch.cat((self._around, around), dim=1)
+        self._around = windows.gather(1, chosen[..., None].expand(-1, -1, windows.shape[2]))
 
     def _absorb(self, other: Self) -> None:
-        self._keep(other._values, other._index, other._start)
+        self._keep(other._key, other._values, other._index, other._start, other._around)
         self.rows += other.rows
 
     def result(self) -> TopResult:
-        """The best peaks of each unit [unit, rank], best first."""
+        """The rows of each unit [unit, rank], best first."""
         self._rest()
-        return TopResult(self._values.clone(), self._index.clone(), self._start.clone())
+        return TopResult(self._values.clone(), self._index.clone(), self._start.clone(), self._around.clone())
 
     def state(self) -> dict[str, Tensor]:
-        """Values, indices, starts and the number of rows seen."""
+        """What rows are kept by, values, indices, starts, the values around, and the number of rows seen."""
         self._rest()
-        parts = {"values": self._values.clone(), "index": self._index.clone(), "start": self._start.clone()}
-        return {**parts, "rows": int_scalar(self.rows)}
+        held = {"key": self._key, "values": self._values, "index": self._index, "start": self._start}
+        parts = {name: x.clone() for name, x in held.items()} | {"around": self._around.clone()}
+        return {**parts, "rows": int_scalar(self.rows), "before": int_scalar(self.context[0])}
 
     @classmethod
     def _restore(cls, state: dict[str, Tensor]) -> Self:
         units, k = state["values"].shape
-        new = cls(units, k)
-        new._values, new.rows = state["values"], int(state["rows"])
+        before = int(state["before"])
+        new = cls(units, k, (before, state["around"].shape[2] - 1 - before))
+        new._key, new._values, new.rows = state["key"].reshape(units, k), state["values"], int(state["rows"])
         new._index, new._start = state["index"].reshape(units, k), state["start"].reshape(units, k)
+        new._around = state["around"].reshape(new._around.shape)
         return new
 
     def _settings(self) -> tuple[object, ...]:
-        return (self.units, self.k)
+        return (self.units, self.k, self.context)
+
+
+class DrawnExamples(TopExamples):
+    """The peaks of each unit in k rows that are drawn evenly from all rows, the same for every unit.
+
+    A row is drawn by a hash of its start (SplitMix64, salted), so that any split of the rows gives the same draw.
+    """
+
+    def _rank(self, peaks: Float[Tensor, "row unit"], start: Int[Tensor, " row"]) -> Float[Tensor, "row unit"]:
+        keys = torch.tensor([_hashed(number) for number in start.tolist()], dtype=torch.float64, device=peaks.device)
+        return keys[:, None].expand_as(peaks)
+
+
+def _hashed(number: int) -> float:
+    """A number from 0 to 1 that looks random (SplitMix64)."""
+    z = (number + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) / 2**64

@@ -14,9 +14,11 @@ from microtome.view._dataset import tokens_of as tokens_of
 from microtome.view._forms import Form as Form
 from microtome.view._forms import Forms as Forms
 from microtome.view._forms import forms as forms
+from microtome.view._frame import frame_table as frame_table
 from microtome.view._heat_map import HeatMap as HeatMap
 from microtome.view._neurons import NeuronMap as NeuronMap
 from microtome.view._page import write_page as write_page
+from microtome.view._pages import PAGES as PAGES
 from microtome.view._pages import write_pages as write_pages
 from microtome.view._parts import Part as Part
 from microtome.view._parts import PartsList as PartsList

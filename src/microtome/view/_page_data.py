@@ -75,6 +75,31 @@ def reindex_vocab(neurons: pa.Table, vocab: Sequence[str]) -> tuple[pa.Table, li
     return neurons, [vocab[i] for i in used.tolist()]
 
 
+def hundredths(neurons: pa.Table, before: int) -> pa.Table:
+    """Activations around peaks (columns `*_around`) as whole hundredths of the peak's size, for shades; cut at +-999.
+
+    Args:
+        neurons: whose columns hold for each example a list of values, the peak behind `before` others.
+        before: tokens before a peak.
+    """
+    for name in (name for name in neurons.column_names if name.endswith("_around")):
+        lists = neurons.column(name).combine_chunks()
+        passages = lists.flatten()
+        if not len(passages):
+            continue
+        values = np.array(passages.flatten(), dtype=np.float64).reshape(len(passages), -1)
+        peak = np.abs(values[:, before : before + 1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = np.clip(np.rint(100 * values / peak), -999, 999)
+        missing = ~np.isfinite(shares)
+        whole = pa.array(np.where(missing, 0, shares).astype(np.int16).reshape(-1), mask=missing.reshape(-1))
+        width = values.shape[1]
+        inner = pa.ListArray.from_arrays(np.arange(0, len(whole) + 1, width, dtype=np.int32), whole)
+        outer = pa.ListArray.from_arrays(_starts(lists), inner, mask=lists.value_lengths().is_null())
+        neurons = neurons.set_column(neurons.column_names.index(name), name, outer)
+    return neurons
+
+
 def pack_tokens(tokens: Sequence[str]) -> tuple[list[str], list[int]]:
     """The distinct strings of a text in order of appearance, and for each token the place of its string."""
     places: dict[str, int] = {}
@@ -142,7 +167,18 @@ def _encode_column(column: pa.ChunkedArray, digits: int) -> str:
     if not _is_list(kind):
         return f"[{','.join(_encode_values(column, digits))}]"
     lists = _as_lists(column)
-    values = _encode_values(lists.flatten(), digits)
+    inner = lists.flatten()
+    values = _encode_lists(inner, digits) if _is_list(inner.type) else _encode_values(inner, digits)
+    return f"[{','.join(_joined(lists, values))}]"
+
+
+def _encode_lists(lists: pa.ListArray, digits: int) -> list[str]:
+    """Each list of an array of lists of numbers as JSON."""
+    return _joined(lists, _encode_values(lists.flatten(), digits))
+
+
+def _joined(lists: pa.ListArray, values: Sequence[str]) -> list[str]:
+    """The JSON of each list, from that of the values of all of them."""
     rows: list[str] = []
     start = 0
     for length in lists.value_lengths().to_pylist():
@@ -151,7 +187,7 @@ def _encode_column(column: pa.ChunkedArray, digits: int) -> str:
             continue
         rows.append(f"[{','.join(values[start : start + length])}]")
         start += length
-    return f"[{','.join(rows)}]"
+    return rows
 
 
 def _encode_values(values: pa.Array | pa.ChunkedArray, digits: int) -> list[str]:
@@ -189,6 +225,11 @@ def _check_places(column: pa.ChunkedArray, problem: str, size: int) -> np.ndarra
 
 def _replace_values(column: pa.ChunkedArray, values: pa.Array) -> pa.Array:
     """Lists of the same lengths and nulls as those of `column`, with other values."""
-    lengths = _as_lists(column).value_lengths()
-    offsets = np.concatenate([[0], np.cumsum(np.array(lengths.fill_null(0)))]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=lengths.is_null())
+    lists = _as_lists(column)
+    return pa.ListArray.from_arrays(_starts(lists), values, mask=lists.value_lengths().is_null())
+
+
+def _starts(lists: pa.ListArray) -> pa.Array:
+    """Where each list begins among the values of all of them, and where the last one ends."""
+    lengths = np.array(lists.value_lengths().fill_null(0))
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

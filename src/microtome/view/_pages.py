@@ -28,6 +28,7 @@ from microtome.view._page_data import (
     check_examples,
     count_firing,
     encode,
+    hundredths,
     literal,
     pack_tokens,
     reindex_vocab,
@@ -44,7 +45,7 @@ DIGITS = 6
 NEURON_DIGITS = 4
 """Significant digits of the neuron table, which is large."""
 
-KEYS = {"layers": ("layer",), "heads": ("layer", "head"), "neurons": ("layer", "neuron")}
+PAGES = {"layers": ("layer",), "heads": ("layer", "head"), "neurons": ("layer", "neuron")}
 """The tables that have pages, and the columns that name their rows."""
 
 CHUNK = 65536
@@ -69,7 +70,8 @@ def write_pages(
             others, whether that is `log`, and the name of its `control`.
         tables: "layers", one row per layer with a column `layer`; "heads", with columns `layer` and `head`; "neurons",
             with columns `layer` and `neuron`, whose list columns `promoted` and `suppressed` hold vocabulary ids, and
-            `example_index` and `example_start` places in `tokens`. A table that is not there has no rows.
+            `example_index` and `example_start` places in `tokens`; `example_around` are the activations around each,
+            from `manifest["text"]["examples"][0]` tokens before it. A table that is not there has no rows.
         tokens: every token of the text, in order.
         vocab: every string of the vocabulary; only those in use are written.
 
@@ -83,13 +85,15 @@ def write_pages(
         DataError: a table has no pages, lacks a column it must have, or points outside the text or the vocabulary.
         OutputError: the folder cannot be written.
     """
-    if unknown := [name for name in tables if name not in KEYS]:
-        raise error(DataError, f'there are no pages for a table "{unknown[0]}"', allowed=", ".join(KEYS))
-    layers, heads, neurons = (tables[name] if name in tables else _without_rows(keys) for name, keys in KEYS.items())
-    for (name, keys), table in zip(KEYS.items(), (layers, heads, neurons), strict=True):
+    if unknown := [name for name in tables if name not in PAGES]:
+        raise error(DataError, f'there are no pages for a table "{unknown[0]}"', allowed=", ".join(PAGES))
+    layers, heads, neurons = (tables[name] if name in tables else _without_rows(keys) for name, keys in PAGES.items())
+    for (name, keys), table in zip(PAGES.items(), (layers, heads, neurons), strict=True):
         _require(name, table, keys)
     check_examples(neurons, len(tokens))
     neurons, strings = reindex_vocab(neurons, vocab)
+    if context := manifest.get("text", {}).get("examples"):
+        neurons = hundredths(neurons, context[0])
     try:
         return _write(Path(folder), manifest, layers, heads, neurons, tokens, strings)
     except OSError as problem:

@@ -28,9 +28,11 @@
       const { manifest, neurons } = await data.model();
       const load = () => data.words(neurons.map(({ layer }) => layer));
       const words = atlas.query.hasWords(table, route.params.get("q") ?? "") ? await load() : null;
-      options = { vocab, words, load, length: manifest.text?.length };
+      options = { vocab, words, load, length: manifest.text?.length, sort: table.has("max") ? "max" : "address" };
     } else {
       table = (await data.model()).tables[kind];
+      const first = table.quantities().find((name) => table.controlOf(name)); // what is shown best first
+      if (kind === "heads" && first) options = { sort: table.has("induction") ? "induction" : first };
     }
     return { title, content: [h("h1", { tabindex: -1 }, title), atlas.list({ table, route, ...options })] };
   }

@@ -28,6 +28,15 @@
     return found.filter((value) => value >= low * 0.999 && value <= high * 1.001);
   }
 
+  /** Keep the height that a caption has with its longest reading, so that reading a chart moves nothing. */
+  function reserve(caption, longest, shortest) {
+    requestAnimationFrame(() => {
+      longest();
+      caption.style.minHeight = `${caption.offsetHeight}px`;
+      shortest();
+    });
+  }
+
   const short = (value) =>
     (value !== 0 && (Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3)
       ? value.toExponential(0).replace("e+", "e")
@@ -87,7 +96,7 @@
     ];
   }
 
-  function axes({ levels, layers, x, y, left, right, height }) {
+  function axes({ levels, layers, axis, x, y, left, right, height }) {
     const every = Math.ceil(layers.length / 12);
     const below = { class: "tick", y: height - 6, "text-anchor": "middle" };
     return [
@@ -96,6 +105,7 @@
         s("text", { class: "tick", x: left - 6, y: y(level) + 4, "text-anchor": "end" }, short(level)),
       ]),
       layers.map((layer, i) => i % every === 0 && s("text", { ...below, x: x(i) }, String(layer))),
+      s("text", { class: "tick", x: left - 8, y: height - 6, "text-anchor": "end" }, axis),
     ];
   }
 
@@ -121,7 +131,7 @@
     const readings = series.map(() => h("output", {}));
     const own = series.filter(({ control }) => !control);
     const colour = (k) => (series[k].control ? "control" : `c${Math.min(4, own.indexOf(series[k]))}`);
-    let current = null;
+    let [current, armed] = [null, null];
 
     function point(i) {
       current = i;
@@ -143,6 +153,14 @@
       return Math.max(0, Math.min(layers.length - 1, i));
     }
 
+    /** A click opens a layer; of a finger the first one on a layer reads it. */
+    function tap(event, i) {
+      const read = current === i && armed === i;
+      armed = i;
+      if (event.pointerType === "touch" && !read) point(i);
+      else open?.(layers[i]);
+    }
+
     function press(event) {
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (step) {
@@ -162,10 +180,10 @@
         pointermove: (event) => point(nearest(event)),
         pointerleave: () => point(null),
         blur: () => point(null),
-        click: (event) => open?.(layers[nearest(event)]),
+        click: (event) => tap(event, nearest(event)),
         keydown: press,
       },
-      axes({ levels, layers, x, y, left, right, height }),
+      axes({ levels, layers, axis, x, y, left, right, height }),
       series.map(({ lo, hi }, k) => lo && hi && s("path", { class: `band ${colour(k)}`, d: band(lo, hi, x, y) })),
       guide,
       series.map(({ values }, k) => curve(values, colour(k), x, y)),
@@ -173,7 +191,10 @@
     const legend = series.map(({ name, title: meaning }, k) =>
       h("span", { class: `key ${name || series.length > 1 ? colour(k) : "only"}`, title: meaning }, name, readings[k]),
     );
-    return h("figure", {}, h("figcaption", {}, h("b", {}, title), where, h("span", { class: "legend" }, legend)), svg);
+    const caption = h("figcaption", {}, h("b", {}, title), where, h("span", { class: "legend" }, legend));
+    const longest = layers.map((_, i) => series.reduce((sum, { values }) => sum + number(values[i]).length, 0));
+    reserve(caption, () => point(longest.indexOf(Math.max(...longest))), () => point(null));
+    return h("figure", {}, caption, svg);
   }
 
   /**
@@ -190,6 +211,7 @@
     const most = Math.max(...cells.map(({ value }) => Math.abs(value ?? 0))) || 1;
     const rest = `0 to ${number(most, Number.isInteger(most) ? "int" : "float")}`;
     const reading = h("output", {}, rest);
+    let armed = null;
     const strength = root ? Math.sqrt : (share) => share;
     const draw = ({ i, j, value, text, href }) => {
       if (text === undefined) return null;
@@ -202,8 +224,13 @@
               class: value < 0 ? "cold" : "hot",
               "fill-opacity": (0.04 + 0.96 * strength(Math.abs(value) / most)).toFixed(3),
             });
-      const show = { pointerenter: () => (reading.textContent = text), focus: () => (reading.textContent = text) };
-      return s("a", { href, tabindex: -1, "aria-label": text, ...show }, box);
+      const read = () => (reading.textContent = text);
+      const tap = (event) => {
+        if (event.pointerType === "touch" && armed !== text) event.preventDefault(); // the first tap reads
+        armed = text;
+        read();
+      };
+      return s("a", { href, tabindex: -1, "aria-label": text, pointerenter: read, focus: read, click: tap }, box);
     };
     const [xEvery, yEvery] = [Math.ceil(22 / size), Math.ceil(13 / tall)];
     const svg = s(
@@ -234,17 +261,20 @@
     const where = h("span", { class: "where" }, `${across} → · ${down} ↓`);
     const caption = h("figcaption", {}, h("b", { title: meaning }, title), where, reading);
     const figure = h("figure", {}, caption, svg);
+    const texts = cells.map(({ text }) => text ?? "");
+    const longest = texts.reduce((a, b) => (b.length > a.length ? b : a), "");
+    reserve(caption, () => (reading.textContent = longest), () => (reading.textContent = rest));
     svg.style.maxWidth = `${width}px`; // not as an attribute: the policy of a single page forbids those
     figure.style.maxWidth = `${Math.max(width, 320)}px`;
     return figure;
   }
 
-  /** A histogram of values in a line of text, with a mark at one of them. */
-  function strip(values, value, bins = 40) {
+  /** A histogram of values in a line of text, with a mark at one of them; `like` are values whose scale it shares. */
+  function strip(values, value, { like = null, bins = 40 } = {}) {
     const known = values.filter((v) => v !== null);
     if (!known.length) return null;
     let [low, high] = [Infinity, -Infinity];
-    for (const v of known) [low, high] = [Math.min(low, v), Math.max(high, v)];
+    for (const v of like ? [...known, ...like.filter((v) => v !== null)] : known) [low, high] = [Math.min(low, v), Math.max(high, v)];
     const place = (v) => (high > low ? (v - low) / (high - low) : 0.5);
     const counts = new Array(bins).fill(0);
     for (const v of known) counts[Math.min(bins - 1, Math.floor(place(v) * bins))]++;
@@ -264,10 +294,10 @@
   }
 
   /** A line over layers in a line of text, with a mark at one of them. */
-  function spark(values, at) {
+  function spark(values, at, like = null) {
     const known = values.filter((v) => v !== null);
     if (!known.length) return null;
-    const { y } = scale(known, 2, 16);
+    const { y } = scale(like ? [...known, ...like.filter((v) => v !== null)] : known, 2, 16);
     const x = (i) => 3 + (values.length > 1 ? (i / (values.length - 1)) * 158 : 79);
     return s(
       "svg",
@@ -277,5 +307,37 @@
     );
   }
 
-  Object.assign(atlas, { chart: { lines, heat, strip, spark } });
+  /** Counts in bins, whose edges need not be even: bars of one width, as high as the square root of the count. */
+  function bars({ title, edges, counts, meaning }) {
+    const [width, height, left, right, top, bottom] = [420, 130, 8, 412, 8, 108];
+    const known = counts.map((n, k) => [n, k]).filter(([n]) => n > 0).map(([, k]) => k);
+    if (!known.length) return null;
+    const [first, last] = [Math.max(0, known[0] - 1), Math.min(counts.length - 1, known.at(-1) + 1)];
+    const step = (right - left) / (last - first + 1);
+    const most = Math.sqrt(Math.max(...counts));
+    const total = counts.reduce((sum, n) => sum + n, 0);
+    const rest = `${total.toLocaleString("en-US")} tokens, square root scale`;
+    const reading = h("output", {}, rest);
+    const x = (k) => left + (k - first) * step;
+    const range = (k) => (k === 0 ? `below ${short(edges[1])}` : k === counts.length - 1 ? `${short(edges[k])} or more` : `${short(edges[k])} to ${short(edges[k + 1])}`);
+    const bar = (n, k) => {
+      const tall = (Math.sqrt(n) / most) * (bottom - top);
+      const show = () => (reading.textContent = `${range(k)}: ${n.toLocaleString("en-US")}`);
+      return [
+        s("rect", { x: x(k), y: bottom - tall, width: step - 1, height: tall, class: edges[k] < 0 && edges[k + 1] <= 0 ? "cold" : "hot" }),
+        s("rect", { x: x(k), y: top, width: step, height: bottom - top, class: "over", pointerenter: show }),
+      ];
+    };
+    const every = Math.ceil((last - first + 1) / 9);
+    const svg = s(
+      "svg",
+      { viewBox: `0 0 ${width} ${height}`, class: "bars", role: "img", "aria-label": `${title}: ${rest}`, pointerleave: () => (reading.textContent = rest) },
+      s("line", { class: "grid", x1: left, x2: right, y1: bottom, y2: bottom }),
+      counts.map((n, k) => k >= first && k <= last && bar(n, k)),
+      edges.map((edge, k) => k > first && k <= last && (k - first) % every === 0 && s("text", { class: "tick", x: x(k), y: height - 6, "text-anchor": "middle" }, short(Number(edge.toPrecision(2))))),
+    );
+    return h("figure", {}, h("figcaption", {}, h("b", { title: meaning }, title), reading), svg);
+  }
+
+  Object.assign(atlas, { chart: { lines, heat, strip, spark, bars } });
 })(window.atlas);

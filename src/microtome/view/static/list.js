@@ -125,7 +125,7 @@
   /** The state of a list, from the address. */
   function read(list, params) {
     const get = (key) => params.get(list.prefix + key);
-    const sort = get("sort") ?? list.sort;
+    const sort = get("sort") ?? (get("q") ? "address" : list.sort);
     const known = sort === "address" || (list.table.has(sort) && list.table.types[sort] !== "list");
     const [page, desc] = [get("page"), get("desc")];
     const unknown = [...params.keys()].filter((key) => !/^(heads-)?(q|sort|desc|page)$/.test(key));
@@ -133,7 +133,7 @@
       query: get("q") ?? "",
       sort: known ? sort : "address",
       chosen: get("sort") !== null,
-      descending: get("sort") === null ? list.descending : desc === "1",
+      descending: get("sort") === null ? sort !== "address" && list.descending : desc === "1",
       page: Math.max(1, parseInt(page, 10) || 1),
       complaints: [
         !known && `There is no column "${sort}" to sort by.`,
@@ -142,6 +142,12 @@
         unknown.length > 0 && `The address says "${unknown[0]}", which no list here knows; it may say q, sort, desc, page.`,
       ],
     };
+  }
+
+  /** How a list is sorted, in words. */
+  function orderOf({ sort, descending }) {
+    if (sort === "address") return "in the order of the model; a heading sorts";
+    return `by ${sort.replaceAll("_", " ")}, ${descending ? "largest" : "smallest"} first; a heading sorts`;
   }
 
   function pager(list, page, pages) {
@@ -192,6 +198,7 @@
         "div",
         { class: "tally" },
         list.filter && h("span", { role: "status" }, view.query ? `${count(rows.length)} of ${whole}` : whole),
+        rows.length > 1 && h("span", { class: "order" }, orderOf(view)),
         complaints.filter(Boolean).map((text) => h("span", { class: "complaint", role: "alert" }, text)),
         [...found.columns].map((name) =>
           h("span", {}, `"${name.replaceAll("_", " ")}" is a column: `, h("a", { href: list.link({ sort: name, desc: "1", q: null }) }, "sort by it"), `, or compare it, as in ${name}>1.`),

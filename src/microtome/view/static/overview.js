@@ -43,7 +43,9 @@
         return [{ ...line, ...ends }, { ...beside, values: table.columns[control] }];
       });
       const open = (layer) => (location.hash = href(paths.layer(layer)));
-      return chart.lines({ title, log, layers: table.columns.layer, open, series });
+      const units = [...new Set(names.map((name) => table.described[name]?.unit))];
+      const note = units.length === 1 && units[0] && units[0] !== "1" ? units[0] : "";
+      return chart.lines({ title, log, layers: table.columns.layer, open, series, note });
     });
   }
 

@@ -6,8 +6,8 @@
 
 (function (atlas) {
   const { Problem } = atlas;
-  const BEFORE = 24; // tokens of context before the peak of an example
-  const AFTER = 12;
+  const BEFORE = 16; // tokens of context before the peak of an example
+  const AFTER = 8;
 
   const COMPARE = {
     "<": (a, b) => a < b,

@@ -79,6 +79,12 @@
     return h("div", { class: "scroll" }, all);
   }
 
+  /** The values of what a column controls, whose scale it shares; null where it controls nothing. */
+  function controlled(table, name) {
+    const of = table.names.find((other) => table.controlOf(other) === name);
+    return of ? table.columns[of] : null;
+  }
+
   const percent = (value) => (value === null ? "–" : value.toFixed(1));
 
   function rankOf(values, value) {
@@ -126,7 +132,7 @@
             layers,
             row,
             ["across the layers", "rank"],
-            (name) => chart.spark(layers.columns[name], row),
+            (name) => chart.spark(layers.columns[name], row, controlled(layers, name)),
             (name) => rankOf(layers.columns[name], layers.value(name, row)),
             true,
           ),
@@ -196,7 +202,7 @@
             heads,
             row,
             ["among all heads", "percentile"],
-            (name) => chart.strip(heads.columns[name], heads.value(name, row)),
+            (name) => chart.strip(heads.columns[name], heads.value(name, row), { like: controlled(heads, name) }),
             (name) => percent(percentile(heads.columns[name], heads.value(name, row))),
             true,
           ),
@@ -245,10 +251,23 @@
     );
   }
 
+  /** A token of an example, shaded by the neuron's activation there: `share` is in hundredths of the passage's peak. */
+  function shaded(word, share, { value, most }, peak) {
+    const text = peak && /^\s*$/.test(word) ? alone(word) : inText(word);
+    const amount = share === null ? null : (share / 100) * Math.abs(value);
+    const title = amount === null ? null : `${JSON.stringify(word)}: ${number(peak ? value : amount)}`;
+    const colour = share < 0 ? "var(--cold)" : "var(--c0)";
+    const strength = Math.min(70, Math.round((70 * Math.abs(amount ?? 0)) / (most || 1)));
+    const style = strength >= 3 ? `background:color-mix(in srgb, ${colour} ${strength}%, transparent)` : null;
+    if (peak) return h("mark", { title: title ?? `${JSON.stringify(word)}: ${number(value)}`, style, class: style && "peak" }, text);
+    return style || title ? h("span", { title, style }, text) : text;
+  }
+
   /** One example: the tokens around its peak, never beyond its sequence. */
-  async function example(place, value, start, length) {
+  async function example({ place, value, start, around, most }, { length, before }) {
     const [from, to] = atlas.query.window(place, start, length);
     const words = await atlas.data.text(from, to);
+    const share = (i) => around?.[from + i - place + before] ?? null;
     return h(
       "li",
       {},
@@ -257,26 +276,60 @@
         "p",
         { class: "context" },
         from > (start ?? place) && h("span", { class: "mark" }, "… "),
-        words.map((word, i) =>
-          from + i === place
-            ? h(
-                "mark",
-                { title: `${JSON.stringify(word)}: ${number(value)}` },
-                /^\s*$/.test(word) ? alone(word) : inText(word),
-              )
-            : inText(word),
-        ),
+        words.map((word, i) => shaded(word, share(i), { value, most }, from + i === place)),
       ),
     );
   }
 
-  async function examples(columns, row, length) {
-    const places = columns.example_index?.[row];
-    if (!places?.length) return h("p", { class: "note" }, "No examples were kept for this neuron.");
-    const items = places.map((place, i) =>
-      example(place, columns.example_value?.[row]?.[i] ?? null, columns.example_start?.[row]?.[i] ?? null, length),
+  /** The examples of one kind that were kept of a neuron, in their order. */
+  async function examples(columns, kind, row, text) {
+    const of = (name, i) => columns[`${kind}_${name}`]?.[row]?.[i] ?? null;
+    const most = Math.abs(columns.example_value?.[row]?.[0] ?? 0);
+    const items = (columns[`${kind}_index`]?.[row] || []).map((place, i) =>
+      example({ place, value: of("value", i), start: of("start", i), around: of("around", i), most }, text),
     );
-    return h("ol", { class: "examples" }, await Promise.all(items));
+    return items.length ? h("ol", { class: "examples" }, await Promise.all(items)) : null;
+  }
+
+  /** Where a neuron is strongest, and what it does in rows drawn at random, token by token. */
+  async function passages(table, columns, row, text) {
+    const meaning = (kind) => table.described[`${kind}_value`]?.meaning;
+    const [top, drawn] = await Promise.all(["example", "drawn"].map((kind) => examples(columns, kind, row, text)));
+    const shades = columns.example_around && h("p", { class: "note" }, "Shaded by activation: ",
+      h("span", { class: "shade-hot" }, " positive "), " ", h("span", { class: "shade-cold" }, " negative "),
+      ", as a share of its highest peak; point at a token for its value.");
+    return [
+      h("section", {}, h("h2", { title: meaning("example") }, "Where it is strongest"),
+        top ?? h("p", { class: "note" }, "No examples were kept for this neuron."), top && shades),
+      drawn && h("section", {}, h("h2", { title: meaning("drawn") }, "In rows drawn at random"), drawn),
+    ];
+  }
+
+  const SIGNS = ["gate_pos_in_pos", "gate_pos_in_neg", "gate_neg_in_pos", "gate_neg_in_neg"];
+
+  /** How often gate and input have which signs: a table of two by two. */
+  function signs(table, row) {
+    if (!SIGNS.every((name) => table.has(name) && table.value(name, row) !== null)) return null;
+    const cell = (name) => {
+      const share = table.value(name, row);
+      const style = `background:color-mix(in srgb, var(--c0) ${Math.round(60 * share)}%, transparent)`;
+      return h("td", { class: "float", title: table.meaning(name), style }, `${(100 * share).toFixed(1)} %`);
+    };
+    const line = (label, names) => h("tr", {}, h("th", { scope: "row" }, label), names.map(cell));
+    const head = h("tr", {}, ["", "input > 0", "input < 0"].map((text) => h("th", { scope: "col" }, text)));
+    return h("div", {}, h("h3", {}, "Signs of gate and input, share of tokens"),
+      h("table", { class: "signs" }, h("thead", {}, head),
+        h("tbody", {}, line("gate > 0", SIGNS.slice(0, 2)), line("gate < 0", SIGNS.slice(2)))));
+  }
+
+  /** How the activations of a neuron are distributed. */
+  function distribution(table, row, columns) {
+    const { bins } = table.described.histogram || {};
+    const counts = columns.histogram?.[row];
+    const bars = bins && counts &&
+      chart.bars({ title: "Activations", edges: bins, counts, meaning: table.meaning("histogram") });
+    const quadrants = signs(table, row);
+    return (bars || quadrants) && h("section", {}, h("h2", {}, "How it is distributed"), h("div", { class: "spread" }, bars, quadrants));
   }
 
   const KNOWN_LISTS = [
@@ -287,6 +340,12 @@
     "example_index",
     "example_value",
     "example_start",
+    "example_around",
+    "drawn_index",
+    "drawn_value",
+    "drawn_start",
+    "drawn_around",
+    "histogram",
   ];
 
   /** The tokens that a neuron promotes and suppresses. */
@@ -359,14 +418,9 @@
               (name) => percent(percentile(table.columns[name], table.value(name, row))),
             ),
           ),
-          directions(table, row, columns, vocab),
+          h("div", {}, directions(table, row, columns, vocab), distribution(table, row, columns)),
         ),
-        h(
-          "section",
-          {},
-          h("h2", { title: table.described.example_value?.meaning }, "Where it is strongest"),
-          await examples(columns, row, manifest.text?.length),
-        ),
+        await passages(table, columns, row, { length: manifest.text?.length, before: manifest.text?.examples?.[0] ?? 0 }),
         furtherLists(table, row, columns),
       ],
     };

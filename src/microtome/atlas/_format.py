@@ -1,0 +1,9 @@
+"""What an atlas is on disk."""
+
+KIND = "microtome atlas"
+
+FORMAT = 1
+"""Of the folder; a reader refuses another one."""
+
+TEXT_FILE = "text.parquet"
+"""The tokens of the text that was read, as words, in order."""

@@ -1,0 +1,83 @@
+"""Names and notes that users give to units of a model, kept apart from what was measured.
+
+They stand in one JSON file per model, named after its fingerprint, where a user's data lie; an atlas that is written
+again, elsewhere or in another way, finds them there.
+
+Check: tests/laws/test_atlas_read.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from microtome.anatomy import parse
+from microtome.errors import DataError, error
+from microtome.files import atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Labels:
+    """The labels of one model.
+
+    Args:
+        fingerprint: of the model.
+    """
+
+    def __init__(self, fingerprint: str) -> None:
+        base = os.environ.get("MICROTOME_DATA") or platformdirs.user_data_dir("microtome", appauthor=False)
+        self.path = Path(base) / "labels" / f"{fingerprint}.json"
+
+    def __repr__(self) -> str:
+        return f"Labels({len(self.read())} in {self.path})"
+
+    def read(self) -> dict[str, dict[str, str]]:
+        """By site: the label, the note and when they were written; empty where there are none.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        if not self.path.is_file():
+            return {}
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            return {str(site): {str(k): str(v) for k, v in told.items()} for site, told in found.items()}
+        except (ValueError, AttributeError) as problem:
+            do = "mend or remove the file"
+            raise error(DataError, f'the labels in "{self.path}" are damaged', do=do) from problem
+
+    def write(self, site: str, label: str, note: str = "") -> None:
+        """Label a unit, in place of an earlier label; an empty label removes it.
+
+        Args:
+            site: its address, such as "12.mlp.post[431]".
+            label: what to call it.
+            note: what else there is to say.
+
+        Raises:
+            SiteError: the address cannot be read.
+            OutputError: the file cannot be written.
+        """
+        parse(site)
+        found = self.read()
+        if label:
+            found[site] = {"label": label, "note": note, "written": datetime.now(UTC).isoformat(timespec="seconds")}
+        else:
+            found.pop(site, None)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(self.path, "the labels to") as partial:
+            partial.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def frame(self) -> pd.DataFrame:
+        """A table of them: site, label, note, written."""
+        pd: Any = importlib.import_module("pandas")
+        rows = [{"site": site} | told for site, told in self.read().items()]
+        return pd.DataFrame(rows, columns=["site", "label", "note", "written"]).astype(str)
