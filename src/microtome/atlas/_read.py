@@ -71,7 +71,7 @@ class Example:
 
     def __str__(self) -> str:
         words = [f"[{word}]" if i == self.peak else word for i, word in enumerate(self.words)]
-        return f"{self.value:8.3g}  {''.join(words)}"
+        return f"{self.value:8.3g}  {''.join(words)}".replace("\n", "↵")
 
 
 @dataclass(frozen=True, eq=False)
