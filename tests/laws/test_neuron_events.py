@@ -16,6 +16,7 @@ from microtome.measurements import neuron_facets
 from microtome.measurements._frequency_tags import tagged
 from microtome.measurements._neuron_events import BUCKETS, _triggers, bucket, cover, information
 from microtome.method import Bound, Pass, Text, declared
+from microtome.stream import Counter as Groups
 from microtome.stream import TokenBatch
 
 ROWS, WIDTH = 8, 24
@@ -44,6 +45,15 @@ def test_the_hashes_spread_evenly_and_each_in_its_own_way() -> None:
         assert 0.8 < float(share.min()) <= float(share.max()) < 1.2
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert float((every[one] == every[other]).double().mean()) == pytest.approx(1 / BUCKETS, rel=0.2)
+
+
+def test_counts_of_many_groups_are_exact() -> None:
+    fires, group = torch.rand(40_000, 3, generator=rng()) < 0.4, torch.randint(64, (40_000,), generator=rng(1))
+    held = Groups([str(i) for i in range(64)], 3)
+    held.update(fires, group)
+    expected = torch.zeros(64, 3, dtype=torch.int64).index_add(0, group, fires.long())
+    assert torch.equal(held.result().count, expected)
+    assert torch.equal(held.result().total, group.bincount(minlength=64))
 
 
 def test_a_cover_is_the_fewest_that_hold_95_per_cent() -> None:

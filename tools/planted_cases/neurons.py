@@ -23,7 +23,7 @@ def words_of(it: planted.Planted, rows: int = 24, length: int = 48, seed: int = 
     return found
 
 
-def mixed(it: planted.Planted, rows: int = 60, length: int = 64, seed: int = 0) -> torch.Tensor:
+def mixed(it: planted.Planted, rows: int = 48, length: int = 64, seed: int = 0) -> torch.Tensor:
     """Rows of BOS and random words of all groups, with the special tokens and the bigram from the 20th place on."""
     rng = torch.Generator().manual_seed(seed)
     words = torch.randint(6, it.model.anatomy.d_vocab, (rows, length), generator=rng)
