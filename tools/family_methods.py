@@ -50,7 +50,8 @@ def _run(model: mt.Model, name: str) -> Any:
         options = {k: v for k, v in own.items() if k in ("top",)}
         if isinstance(made.on, RepeatedTokens):
             return measure(model, name, sequences=8, period=12)
-        return measure(model, name, **({"text": text} if isinstance(made.on, Text) else {}), **options)
+        given: Any = {"one": text, "two": text.flip(0, 1)} if made.compares else text
+        return measure(model, name, **({"text": given} if isinstance(made.on, Text) else {}), **options)
     if isinstance(made, Question):
         if "scores" in {p.name for p in parameters}:
             scores = mt.explain.attribute(model, CLEAN, CORRUPT, answer=ANSWER, foil=FOIL, verify=0)

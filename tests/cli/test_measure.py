@@ -49,3 +49,15 @@ def test_a_toy_measure_has_a_command_with_its_options(
     assert "toy" in page_of.read_text()
     refused = cli("measure", toy, "-m", saved, "--half", "-1")
     assert refused.code == 2
+
+
+def test_a_measure_that_compares_groups_takes_several_texts(saved: Path, text: Path, cli: Callable[..., Any]) -> None:
+    other = text.with_name("other.txt")
+    other.write_text(text.read_text()[::-1])
+    common = ("measure", "group_neurons", "-m", saved, "--tokens", 200, "--length", 20)
+    done = cli(*common, "--text", text, "--text", other, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["variables"]["group_firing"]["dims"] == ["group", "layer", "neuron"]
+    refused = cli(*common, "--text", text)
+    assert refused.code == 2
+    assert "compares groups, and this text has one" in refused.err

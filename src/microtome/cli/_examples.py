@@ -27,7 +27,8 @@ def example(name: str, method: Sketch, options: Mapping[str, Written]) -> str:
     """
     call: Any = ast.parse(method.method.call, mode="eval").body
     if method.method.kind == "measure":
-        return f"microtome measure {name}"
+        texts = [text for keyword in call.keywords for text in ast.literal_eval(keyword.value).values()]
+        return " ".join([f"microtome measure {name}", *(f"--text {text}" for text in texts)])
     words = [_text(value) for value in call.args[1:]]
     for keyword in call.keywords:
         value = _text(keyword.value)

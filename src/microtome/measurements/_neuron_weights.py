@@ -42,13 +42,19 @@ def neuron_directions(model: Model, layer: int) -> dict[str, Float[Tensor, "neur
     weights = model.layers[layer]
     norm = weights.mlp_norm
     gain = 1.0 if norm is None else norm.gain
-    w_out, w_in = at_least_float32(weights.W_out), at_least_float32(weights.W_in)
-    after, scale = weights.mlp_post_norm, model.anatomy.hook_points[Site("mlp_out", layer)].scale
-    out = w_out if after is None else after.centre(w_out) * after.gain
-    found = {"w_out": out if scale == 1.0 else out * scale, "w_in": w_in.T * gain}
+    found = {"w_out": output_directions(model, layer), "w_in": at_least_float32(weights.W_in).T * gain}
     if Site("mlp.gate", layer) in model.anatomy.hook_points:
         found["w_gate"] = at_least_float32(weights.W_gate).T * gain
     return found
+
+
+def output_directions(model: Model, layer: int) -> Float[Tensor, "neuron d_model"]:
+    """`w_out` of every neuron [neuron, d_model], as in `neuron_directions`."""
+    weights = model.layers[layer]
+    after, scale = weights.mlp_post_norm, model.anatomy.hook_points[Site("mlp_out", layer)].scale
+    w_out = at_least_float32(weights.W_out)
+    out = w_out if after is None else after.centre(w_out) * after.gain
+    return out if scale == 1.0 else out * scale
 
 
 def _cosine(name: str, meaning: str) -> Column:

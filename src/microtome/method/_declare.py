@@ -313,6 +313,12 @@ def _validate_links(of: str, column: Column, names: list[str]) -> None:
         raise _wrong(of, f"{what} whose range ends below its beginning", f"{low:g} to {high:g}")
 
 
+def called(name: str, *, groups: bool) -> str:
+    """How a measure is called; one that compares groups is given several texts."""
+    text = ', text={"one": "one.txt", "two": "two.txt"}' if groups else ""
+    return f'mt.measure(model, "{name}"{text})'
+
+
 def several(given: Any, kind: type[T]) -> tuple[T, ...]:
     """What was given as one value of a kind or as several of them; what is neither stays alone, to be refused."""
     if isinstance(given, kind | str) or not isinstance(given, Iterable):

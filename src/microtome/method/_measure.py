@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from microtome.anatomy import SITES, Site, parse
 from microtome.errors import DeclarationError, SiteError, error
 from microtome.method._arguments import Parameter, arguments_of, checked, parameters_of, require_declared
-from microtome.method._declare import DIMS, WEIGHTS, Column, Method, Source, Unit, several
+from microtome.method._declare import DIMS, WEIGHTS, Column, Method, Source, Unit, called, several
 from microtome.method._document import docstring
 from microtome.method._look import Look, Text, Weights
 from microtome.method._registry import register
@@ -18,6 +18,11 @@ from microtome.method._statistic import MeanOverExamples, Statistic
 from microtome.model import Model
 
 M = TypeVar("M")
+
+
+def compares(function: Any) -> bool:
+    """Whether what computes a measure compares the groups of a text."""
+    return isinstance(function, type) and issubclass(function, Statistic) and function.across is not Statistic.across
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +70,11 @@ class Measure:
     def whole(self) -> bool:
         """Whether it sees whole batches and no sites: it runs the model itself, and returns all layers at once."""
         return not self.method.sites and not isinstance(self.on, Weights)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares the groups of a text, of which it then needs several."""
+        return compares(self.method.function)
 
     def layers(self, model: Model) -> list[int | None]:
         """The layers in which the model has all the sites it reads; None for a measure of the whole model.
@@ -157,10 +167,11 @@ def measure(
         own = parameters_of(given, 0 if isinstance(given, type) else 1)
         look = Text() if on is None else on
         arguments = arguments_of((*own, *(parameters_of(type(look)) if fields(look) else ())))
+        call = called(name, groups=compares(given))
         method = Method(
             name, "measure", question, docs.partition("\n")[0], several(columns, Column),
             several(source, Source), cost, check, given,
-            call=f'mt.measure(model, "{name}")', of=of, atlas=atlas, title=title, arguments=arguments,
+            call=call, of=of, atlas=atlas, title=title, arguments=arguments,
             sites=several(sites, str), optional=several(optional, str), needs=several(needs, str),
         )  # fmt: skip
         require_declared(method, own)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from microtome.anatomy import SITES, Site
 from microtome.errors import DataError, error
+from microtome.method._control import with_differences
 from microtome.method._declare import DIMS
 from microtome.method._measure import Measure
 from microtome.method._result import column_of
@@ -48,11 +49,16 @@ class Pass:
         bound: the measures.
         look: what they look at.
         groups: the names of the groups to keep separate, by number; none keeps all tokens together.
+        compared: the same for measures that compare groups, which keep them separate in any case.
     """
 
-    def __init__(self, model: Model, bound: Sequence[Bound], look: Any, groups: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, model: Model, bound: Sequence[Bound], look: Any, groups: Sequence[str] | None = None,
+        compared: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.model, self.bound, self.look = model, list(bound), look
         self.groups = None if groups is None else tuple(groups)
+        self.compared = self.groups or tuple(compared)
         with torch.no_grad():
             for one in self.bound:
                 one.statistic.prepare(model, one.layers)
@@ -110,8 +116,10 @@ class Pass:
         seen = Seen(self.model, layer, batch, self.look, text, self._held.get(layer))
         statistic = one.statistic
         values = statistic.values(seen) if isinstance(statistic, MeanOverExamples) else None
-        for group, mask in self._masks(batch, text):
-            kept = one.kept.setdefault((group, layer), statistic.start(self.model, layer))
+        for group, mask in self._masks(one, batch, text):
+            if (group, layer) not in one.kept:
+                one.kept[group, layer] = statistic.start(self.model, layer)
+            kept = one.kept[group, layer]
             part = Seen(self.model, layer, batch, self.look, mask, self._held.get(layer))
             if values is None:
                 statistic.update(kept, part)
@@ -119,9 +127,9 @@ class Pass:
                 assert isinstance(statistic, MeanOverExamples)
                 statistic.take(kept, values, part)
 
-    def _masks(self, batch: TokenBatch, text: Tensor | None) -> list[tuple[int | None, Tensor | None]]:
-        """The groups of a batch, with the tokens of each that count."""
-        if self.groups is None:
+    def _masks(self, one: Bound, batch: TokenBatch, text: Tensor | None) -> list[tuple[int | None, Tensor | None]]:
+        """The groups of a batch that a measure keeps, with the tokens of each that count."""
+        if self.groups is None and not one.measure.compares:
             return [(None, text)]
         masks: list[tuple[int | None, Tensor | None]] = []
         for number in batch.group.unique().tolist():
@@ -136,7 +144,7 @@ class Pass:
             DataError: it is of other measures.
         """
         names = [[b.measure.method.name for b in p.bound] for p in (self, other)]
-        if names[0] != names[1] or self.groups != other.groups:
+        if names[0] != names[1] or (self.groups, self.compared) != (other.groups, other.compared):
             raise error(DataError, "cannot merge passes of other measures", got=names[1], allowed=str(names[0]))
         for mine, theirs in zip(self.bound, other.bound, strict=True):
             for key, kept in theirs.kept.items():
@@ -154,12 +162,31 @@ class Pass:
         return {one.measure.method.name: self._result(one) for one in self.bound}
 
     def _result(self, one: Bound) -> xr.Dataset:
+        if one.measure.compares:
+            return self._compared(one)
         groups: list[int | None] = [None] if self.groups is None else list(range(len(self.groups)))
         tables = [self._of_group(one, group) for group in groups]
         known = next((table for table in tables if table), None)
         if known is None:
             raise error(DataError, f'the measure "{one.measure.method.name}" has counted nothing', do="give it text")
         return _dataset(self.model, one, tables, known, self.groups)
+
+    def _compared(self, one: Bound) -> xr.Dataset:
+        """The columns of a measure that compares groups, and each minus its control."""
+        method, groups = one.measure.method, self.compared
+
+        def kept(group: int, layer: int | None) -> Kept:
+            return one.kept.get((group, layer)) or one.statistic.start(self.model, layer)
+
+        held = {name: [kept(group, layer) for layer in one.layers] for group, name in enumerate(groups)}
+        assert method.of is not None
+        variables: dict[str, Any] = {}
+        for name, x in one.statistic.across(held).items():
+            column, _ = column_of(method, name)
+            dims = DIMS[method.of] if column is None or column.dims is None else column.dims
+            variables[name] = ((*dims, *(() if column is None else column.extra)), x.cpu().numpy())
+        data = xr.Dataset(variables, coords=coordinates(self.model, DIMS[method.of], one.layers, groups))
+        return with_differences(method, data, None)
 
     def _of_group(self, one: Bound, group: int | None) -> dict[str, Tensor]:
         """The columns of one group, layers stacked, NaN where a layer lacks one; empty where nothing was counted."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from microtome.catalogue import KINDS, own
 from microtome.method._arguments import Parameter, arguments_of, parameters_in
-from microtome.method._declare import Column, Method, Source, several
+from microtome.method._declare import Column, Method, Source, called, several
 from microtome.method._registry import declared
 
 OWN, LOOK = "microtome", "microtome.method._look"
@@ -241,7 +241,8 @@ def _recorder(kind: Any, names: _Names, found: dict[str, Sketch]) -> Callable[..
         def keep(function: Any) -> Any:
             own = _own_parameters(function, names, behind=0 if isinstance(function, type) else 1)
             read = _look_parameters(given.get("on") or _names(LOOK)["Text"]()) if kind == "measure" else ()
-            told: dict[str, Any] = {"call": f'mt.measure(model, "{name}")', "atlas": True} if kind == "measure" else {}
+            call = called(name, groups=isinstance(function, type) and "across" in vars(function))
+            told: dict[str, Any] = {"call": call, "atlas": True} if kind == "measure" else {}
             told |= given | {"summary": (inspect.getdoc(function) or "").partition("\n")[0]}
             told |= {"columns": several(given.get("columns", ()), Column), "source": several(given["source"], Source)}
             known = {field.name for field in fields(Method)} - {"sites", "optional"}

@@ -104,6 +104,21 @@ class Statistic(ABC):
         """The columns, each with the axes of the measure's unit in one layer: the means that were kept by example."""
         return {name: held.mean for name, held in kept.items() if isinstance(held, ExampleMeans)}
 
+    def across(self, kept: Mapping[str, Sequence[Kept]]) -> Mapping[str, Tensor]:
+        """The columns of a measure that compares groups, which overrides this: from what was kept of each group.
+
+        Such a measure keeps the groups of its text apart, whether or not they are asked for, and has no `result`.
+
+        Args:
+            kept: by group, what was kept layer by layer; of a group of which nothing was read, accumulators as they
+                start.
+
+        Returns:
+            Each column with the axes of the measure's unit, layers first, or with those that the column declares, such
+            as [group, layer, neuron].
+        """
+        raise TypeError(f"{type(self).__name__} compares no groups")
+
 
 class MeanOverExamples(Statistic):
     """A measure that is a function from what is seen to values: their mean is kept, example by example."""

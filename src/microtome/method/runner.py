@@ -14,6 +14,7 @@ from torch import Tensor
 from microtome.context import current
 from microtome.errors import ArgumentError, SiteError, error, nearest
 from microtome.method._arguments import checked, require_model
+from microtome.method._control import with_differences
 from microtome.method._declare import DIMS, Method
 from microtome.method._look import Look, Text, Weights
 from microtome.method._measure import Measure
@@ -36,7 +37,7 @@ def measure(model: Model, *names: str, text: Any = None, groups: Any = None, **o
         names: of the measures; `mt.methods("measure")` lists them.
         text: for those that read a text: a corpus, the path of a file, texts, a `Task` (its clean prompts), tokens
             [row, pos], or a mapping from groups to any of these; the documentation topics of the standard library by
-            default.
+            default. A measure that compares groups needs a text of several.
         groups: report groups of the text separately, all of them or those that are named: the results then have an
             axis `group`.
         options: arguments of the measures and of what they read, such as ``tokens=5_000`` or ``period=20``.
@@ -206,10 +207,16 @@ def _of_batches(
     """The columns of measures that read batches, and what the batches were read from."""
     assert not isinstance(look, Weights)
     kept = groups is not None and isinstance(look, Text)
-    batches = look.batches(model, apart=True) if kept and isinstance(look, Text) else look.batches(model)
+    comparing = [one.measure.method.name for one in bound if one.measure.compares]
+    apart = isinstance(look, Text) and (kept or bool(comparing))
+    batches = look.batches(model, apart=True) if apart and isinstance(look, Text) else look.batches(model)
+    if comparing and len(batches.groups) < 2:
+        what = f'the measure "{comparing[0]}" compares groups, and this text has one'
+        do = "give text={name: text, ...}, a corpus of several groups, or --text several times"
+        raise error(ArgumentError, what, got=", ".join(batches.groups), allowed="two groups or more", do=do)
     if kept and groups:
         _check_groups(groups, batches)
-    made = Pass(model, bound, look, batches.groups if kept else None)
+    made = Pass(model, bound, look, batches.groups if kept else None, batches.groups)
     stage, count = _stage(look), len(batches.parts)
     current().report(stage, 0, count)
     for number in range(count):
@@ -283,7 +290,7 @@ def _layer_by_layer(model: Model, one: Bound) -> xr.Dataset:
         column = method.column(name)
         dims = (*unit, *(() if column is None else column.extra))
         variables[name] = (dims, (torch.stack(values) if unit else values[0]).numpy())
-    return xr.Dataset(variables, coords=coordinates(model, unit, one.layers))
+    return with_differences(method, xr.Dataset(variables, coords=coordinates(model, unit, one.layers)), None)
 
 
 def _attrs(model: Model, measures: Sequence[Measure], arguments: Mapping[str, Any], cost: Cost) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from microtome.planted._folder import save as save
 from microtome.planted._induction import induction as induction
 from microtome.planted._network import PlantedConfig as PlantedConfig
 from microtome.planted._network import PlantedForCausalLM as PlantedForCausalLM
+from microtome.planted._neurons import neurons as neurons
+from microtome.planted._neurons import sentences as sentences
 from microtome.planted._programs import PROGRAMS as PROGRAMS
 from microtome.planted._programs import Program as Program
 from microtome.planted._programs import decode as decode

@@ -30,6 +30,8 @@ from microtome.stream._accumulator import (
 )
 
 _EXACT_ROWS = 2**20
+_BLOCK_ROWS = 2**14
+_FEW = 8  # groups from which on one product is quicker than a sum for each
 
 
 @shown
@@ -155,8 +157,13 @@ class Counter(Accumulator):
             raise error(DataError, "Counter.update: a group number is out of range", got=got, allowed=allowed)
         self._total = self._total + numbers.bincount(minlength=len(self.groups))
         more = torch.zeros_like(self._count)
-        for number in sorted({*numbers.cpu().numpy().tolist()}):
-            more[number] = _sum_flags(rows[(numbers == number).to(rows.device)]).to(more)
+        if len(self.groups) > _FEW:
+            for flags, own in zip(rows.split(_BLOCK_ROWS), numbers.split(_BLOCK_ROWS), strict=True):
+                member = torch.nn.functional.one_hot(own, len(self.groups)).to(rows.device, torch.float32)
+                more = more + (member.T @ flags.to(torch.float32)).to(more)
+        else:
+            for number in sorted({*numbers.cpu().numpy().tolist()}):
+                more[number] = _sum_flags(rows[(numbers == number).to(rows.device)]).to(more)
         self._count = self._count + more
 
     def _absorb(self, other: Self) -> None:
