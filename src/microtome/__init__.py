@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from microtome import view as view
     from microtome.context import Settings as Settings
     from microtome.context import settings as settings
+    from microtome.method import compare as compare
     from microtome.method import methods as methods
     from microtome.method.runner import measure as measure
     from microtome.method.runner import measures as measures
@@ -44,8 +45,8 @@ _ROOMS = (
 )  # fmt: skip
 _HOME = {
     "Model": "model:Model", "Run": "run:Run", "Settings": "context:Settings", "Task": "tasks:Task",
-    "measure": "method.runner:measure", "measures": "method.runner:measures", "methods": "method:methods",
-    "open": "model:open", "settings": "context:settings",
+    "compare": "method:compare", "measure": "method.runner:measure", "measures": "method.runner:measures",
+    "methods": "method:methods", "open": "model:open", "settings": "context:settings",
 }  # fmt: skip
 
 __all__ = sorted([*_HOME, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]

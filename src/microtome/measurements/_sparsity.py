@@ -94,7 +94,7 @@ def _dims(name: str, meaning: str) -> tuple[Column, Column]:
     on=Text(sequences=8, width=128),
     sites=("mlp.post", "resid_post"),
     needs=("W_out",),
-    atlas=False,
+    atlas="full",
     title="sparsity of MLPs",
     question="How few neurons does each token need at a stated error of the MLP, and how few dimensions of the stream?",
     columns=(

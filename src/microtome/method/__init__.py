@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from microtome.method._arguments import choices_of as choices_of
     from microtome.method._change import Change as Change
     from microtome.method._change import change as change
+    from microtome.method._compare import MEASURES as MEASURES
+    from microtome.method._compare import compare as compare
+    from microtome.method._compare import moved_most as moved_most
     from microtome.method._declare import DIMS as DIMS
     from microtome.method._declare import Argument as Argument
     from microtome.method._declare import Column as Column

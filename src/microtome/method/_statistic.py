@@ -189,6 +189,22 @@ def differences(layers: Sequence[Kept], columns: Sequence[Column], found: Mappin
     return made
 
 
+def paired_changes(
+    before: Sequence[Kept], after: Sequence[Kept], columns: Sequence[Column]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The ends of the 95 % intervals of changes [layer, *unit], of columns whose means were kept by the same examples."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for column in columns if before else ():
+        ours, theirs = (_means(layers, column.name) for layers in (before, after))
+        if not column.interval or ours is None or theirs is None or not torch.equal(ours[0].example, theirs[0].example):
+            continue
+        counts = ours[0].count, theirs[0].count
+        both = _stacked(theirs), _stacked(ours)
+        low, high = difference_interval(*both, weights=counts[1], control_weights=counts[0])[1:]
+        found[column.name] = low, high
+    return found
+
+
 def _means(layers: Sequence[Kept], name: str) -> list[ExampleMeansResult] | None:
     """The means of a column that were kept by example, layer by layer, NaN in one without it; None if none has it."""
     held = [kept.get(name) for kept in layers]

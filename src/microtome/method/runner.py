@@ -106,26 +106,20 @@ def run_measures(
 ) -> Measured:
     """Run measures, each dataset by itself; `lenient` leaves out those that the model lacks the sites for."""
     options, kept = {} if options is None else options, groups_of(groups)
-    given: Sequence[Any] = names
-    if not all(isinstance(name, str) for name in given):
-        raise error(ArgumentError, "measures are named one by one", got=repr(given[0]), do='write "firing", "loss"')
-    chosen = [_measure(name) for name in dict.fromkeys(names)]
-    if not chosen:
-        raise error(ArgumentError, "no measure is named", do='name one or more, such as "induction"')
-    _check_options(chosen, options)
+    chosen = chosen_measures(names, options)
     found: dict[str, xr.Dataset] = {}
     left_out: dict[str, str] = {}
     seconds: dict[str, float] = {}
     sources: list[str] = []
     with counting() as cost:
-        bound = _bound(model, chosen, text, options, left_out if lenient else None)
+        bound = bound_by_look(model, chosen, text, options, left_out if lenient else None)
         if kept is not None and not any(isinstance(look, Text) for look in bound):
             what = "groups belong to a text, and none of these measures reads one"
             raise error(ArgumentError, what, got=", ".join(names), do="leave groups= out")
         for look, some in bound.items():
             started = time.perf_counter()
             if isinstance(look, Weights):
-                found |= _of_weights(model, some, left_out if lenient else None)
+                found |= of_weights(model, some, left_out if lenient else None)
             else:
                 datasets, source = _of_batches(model, look, some, kept)
                 found |= datasets
@@ -140,6 +134,22 @@ def run_measures(
         attrs = _attrs(model, ran, arguments | read, cost) | said
     looks = {one.measure.method.name: _described(look) for look, some in bound.items() for one in some}
     return Measured(datasets, attrs, looks, seconds, left_out)
+
+
+def chosen_measures(names: Sequence[str], options: Mapping[str, Any]) -> list[Measure]:
+    """Measures by name.
+
+    Raises:
+        ArgumentError: a name is none of theirs, or none of them has such an option.
+    """
+    given: Sequence[Any] = names
+    if not all(isinstance(name, str) for name in given):
+        raise error(ArgumentError, "measures are named one by one", got=repr(given[0]), do='write "firing", "loss"')
+    chosen = [_measure(name) for name in dict.fromkeys(names)]
+    if not chosen:
+        raise error(ArgumentError, "no measure is named", do='name one or more, such as "induction"')
+    _check_options(chosen, options)
+    return chosen
 
 
 def _described(look: Look) -> str:
@@ -176,7 +186,7 @@ def _check_options(measures: Sequence[Measure], options: Mapping[str, Any]) -> N
             raise error(ArgumentError, what, allowed=", ".join(known), do=near.strip() or "name one of these")
 
 
-def _bound(
+def bound_by_look(
     model: Model, measures: Sequence[Measure], text: Any, options: Mapping[str, Any], left_out: dict[str, str] | None
 ) -> dict[Look, list[Bound]]:
     """The measures with their arguments, by what they read."""
@@ -260,7 +270,7 @@ def _check_groups(groups: Sequence[str], batches: Batches) -> None:
             )
 
 
-def _of_weights(model: Model, bound: Sequence[Bound], left_out: dict[str, str] | None) -> dict[str, xr.Dataset]:
+def of_weights(model: Model, bound: Sequence[Bound], left_out: dict[str, str] | None) -> dict[str, xr.Dataset]:
     """The columns of measures of weights; those that this model cannot give are left out where that is allowed."""
     found: dict[str, xr.Dataset] = {}
     for one in bound:

@@ -1,0 +1,85 @@
+"""`microtome compare`: what differs between two models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from microtome.cli._examples import shown
+from microtome.cli._model import LOADING, Json, out, print_json, progress, working
+from microtome.cli._options import Budget, Seed, Text
+from microtome.cli._results import Force, Page, check_output
+from microtome.errors import ArgumentError, error
+from microtome.files import text_file
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command("compare", epilog=shown("microtome compare path/to/base path/to/tuned -o compared.html"))(compare)
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, or an id of the hub.")],
+    b: Annotated[str, typer.Argument(help="Another one of the same shape.")],
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to read.")] = 5_000,
+    measures: Annotated[
+        str | None,
+        typer.Option(help="Measures with commas between them; by default those of the stream, heads and neurons."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many of the units that moved most to name.")] = 5,
+    output: Page = None,
+    force: Force = False,
+    seed: Seed = 0,
+    budget: Budget = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two models of one shape: what moved, by layer, head and neuron, with intervals."""
+    from microtome.context import settings
+    from microtome.method import sketch
+
+    names = [name.strip() for name in (measures or "").split(",") if name.strip()]
+    for name in names:
+        if (found := sketch(name).method).kind != "measure":
+            what = f'"{found.name}" is a {found.kind}, not a measure'
+            raise error(ArgumentError, what, do="name those that `microtome measure` lists")
+    check_output(output, force, (".html",))
+    if text is not None:
+        text_file(text)
+    with working(LOADING):
+        from microtome.method import compare as compared
+        from microtome.method import moved_most
+        from microtome.model import open as open_model
+        from microtome.view import write_page
+    with settings(seed=seed, budget=budget):
+        models = [open_model(name) for name in (a, b)]
+    with progress() as report, settings(seed=seed, budget=budget, progress=report):
+        data = compared(*models, *names, text=text, tokens=tokens)
+    rows = list(moved_most(data, top))
+    if output is not None:
+        write_page(data, output)
+    if as_json:
+        print_json({"a": a, "b": b, "fingerprints": [m.fingerprint for m in models], "columns": rows})
+        return
+    _tell(rows, data)
+
+
+def _tell(rows: list[dict[str, Any]], data: Any) -> None:
+    """The columns that moved, most first in the order of the measures, and how many did not."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name, right in (("column", False), ("unit", False), ("moved for certain", True), ("largest change", True)):
+        table.add_column(name, justify="right" if right else "left")
+    table.add_column("where")
+    moved = [row for row in rows if row["largest"]]
+    for row in moved:
+        certain = "" if row["certain"] is None else f"{row['certain']:,} of {row['units']:,}"
+        table.add_row(row["column"], row["unit"], certain, f"{row['largest']:+.4g}", " ".join(row["where"]))
+    if moved:
+        out.print(table)
+    if still := [row["column"] for row in rows if not row["largest"]]:
+        out.print(f"no change: {', '.join(still)}", soft_wrap=True)
+    if any(row["certain"] is not None for row in rows):
+        out.print("for certain: the 95 % interval of the change leaves out 0; by chance one unit in twenty does so")
