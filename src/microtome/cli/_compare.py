@@ -53,14 +53,14 @@ def compare(
         from microtome.model import open as open_model
         from microtome.view import write_page
     with settings(seed=seed, budget=budget):
-        models = [open_model(name) for name in (a, b)]
+        first, second = open_model(a), open_model(b)
     with progress() as report, settings(seed=seed, budget=budget, progress=report):
-        data = compared(*models, *names, text=text, tokens=tokens)
+        data = compared(first, second, *names, text=text, tokens=tokens)
     rows = list(moved_most(data, top))
     if output is not None:
-        write_page(data, output)
+        write_page(output, data)
     if as_json:
-        print_json({"a": a, "b": b, "fingerprints": [m.fingerprint for m in models], "columns": rows})
+        print_json({"a": a, "b": b, "fingerprints": [first.fingerprint, second.fingerprint], "columns": rows})
         return
     _tell(rows, data)
 

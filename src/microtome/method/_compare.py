@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 
 from microtome.anatomy import at_least_float32
 from microtome.context import current
@@ -156,10 +157,10 @@ def _share(a: Model, b: Model, layer: int, name: str) -> float:
     """How far a matrix moved; NaN where there is none, as in layers of another kind."""
     if f"{layer}.{name}" in {**a.anatomy.unproven, **b.anatomy.unproven}:
         return float("nan")
-    both = [getattr(m.layers[layer], name, None) for m in (a, b)]
-    if both[0] is None or both[1] is None or both[0].shape != both[1].shape:
+    before, after = (getattr(m.layers[layer], name, None) for m in (a, b))
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.shape != after.shape:
         return float("nan")
-    before, after = (at_least_float32(x).detach() for x in both)
+    before, after = at_least_float32(before).detach(), at_least_float32(after).detach()
     return float((after - before).double().norm() / before.double().norm())
 
 

@@ -192,7 +192,7 @@ def differences(layers: Sequence[Kept], columns: Sequence[Column], found: Mappin
 def paired_changes(
     before: Sequence[Kept], after: Sequence[Kept], columns: Sequence[Column]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The ends of the 95 % intervals of changes [layer, *unit], of columns whose means were kept by the same examples."""
+    """The ends of the 95 % intervals of changes [layer, *unit], of columns that were kept by the same examples."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for column in columns if before else ():
         ours, theirs = (_means(layers, column.name) for layers in (before, after))
