@@ -235,6 +235,8 @@ def test_no_neuron_to_move_is_refused_in_one_line() -> None:
     assert "\n" not in str(refused.value)
     with pytest.raises(mt.errors.SiteError, match="register neurons need layers with neurons"):
         mt.measure(mt.open(families.build("mixtral"), prove=False), "registers", text=ids())
+    late = mt.measure(mt.open(families.build("qwen3_moe"), prove=False), "registers", text=ids())
+    assert float(abs(late["register_write"][0]).max()) == 0  # neurons behind the layer in which outliers appear
 
 
 # ------------------------------------------------------------------------------------------------------------- inertia

@@ -98,7 +98,8 @@ def registers(
                 by = directions[end] @ writes[i].T if name == "register_write" else 1.0
                 found[name + end][:, i] = before * (there - other) * by
 
-    model.run(tokens, observe={f"{','.join(map(str, writes))}.mlp.post": see}, logits=False)
+    if writes:  # else no layer before the outlier has neurons
+        model.run(tokens, observe={f"{','.join(map(str, writes))}.mlp.post": see}, logits=False)
     return found
 
 
