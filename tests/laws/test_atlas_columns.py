@@ -26,12 +26,6 @@ import microtome as mt
 from microtome.atlas import _tables
 from microtome.method import RepeatedTokens
 
-MEASURES = (
-    "stream", "massive", "effective_rank", "ablation_loss", "loss", "head_norms", "attention_targets", "induction",
-    "activations", "firing", "top_examples", "kurtosis", "neuron_weights", "promoted_tokens",
-)  # fmt: skip
-"""Those whose plain numbers are here; what other measures give is tested in files of their own."""
-
 AXES = {"layers": ("layer",), "heads": ("layer", "head"), "neurons": ("layer", "neuron")}
 SAME_FOR_ALL = {"delimiter_uniform", "self_uniform", "uniform_share", "uniform_entropy"}
 """Controls that are the same for every head: reversed, they are what they were."""
