@@ -7,6 +7,7 @@ by it instead; ``build("llama-gqa/no mlp")`` and ``build("llama-gqa/no attn")`` 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,3 +78,18 @@ def _fold(norm: Any, readers: list[Any]) -> None:
     if getattr(norm, "bias", None) is not None:
         norm.bias.div_(norm.weight)
     norm.weight.fill_(1)
+
+
+@torch.no_grad()
+def turned(hf: Any, seed: int = 0) -> Any:
+    """A copy that computes the same in another orthonormal basis of the stream: of a Llama whose gains are 1."""
+    hf, size = copy.deepcopy(hf), hf.config.hidden_size
+    random = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    basis = torch.linalg.qr(random)[0].to(hf.dtype)
+    for name, weight in hf.named_parameters():
+        assert weight.dim() > 1 or "bias" in name or torch.equal(weight, torch.ones_like(weight)), name
+        if name.split(".")[-2] in ("o_proj", "down_proj"):
+            weight.copy_(basis.T @ weight)
+        elif weight.dim() > 1:
+            weight.copy_(weight @ basis)
+    return hf

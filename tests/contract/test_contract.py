@@ -279,10 +279,13 @@ def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> Non
     assert max(sizes.values(), default=0.0) > 1e-5
 
 
-NO_HEAD = {"component_effects", "confidence_neurons", "contributions", "logit_lens", "promoted_tokens"}
+NO_HEAD = {
+    "component_effects", "confidence_neurons", "contributions", "logit_lens", "promoted_tokens", "read_tokens",
+}  # fmt: skip
 NO_EDGES = {"edge_effects", "node_effects"}
-NO_LOSS = {"ablation_loss", "group_gradient", "loss"}
-NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.of == "neuron"} | {"sparsity"}
+NO_LOSS = {"ablation_loss", "group_gradient", "loss", "massive_effect"}
+NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.of == "neuron"}
+NO_NEURONS |= {"io_classes", "sparsity"}
 REFUSED = {
     "opt-proj": NO_HEAD,
     "opt-postnorm": NO_HEAD | NO_EDGES,
@@ -316,7 +319,7 @@ def test_every_method_runs_on_every_family_that_opens(kind: str) -> None:
     assert all("To do: " in text and "\n" not in text for text in refused.values())
 
 
-NOUGHT = {"gap", "circuit_recovery.score", "dead", "ngram_order", "zeros"}
+NOUGHT = {"gap", "circuit_recovery.score", "dead", "ngram_order", "zeros", "sink_tokens", "sink_births"}
 """Columns that are zero on every tiny model: what exact sums leave, by their law; and what random weights have not."""
 
 

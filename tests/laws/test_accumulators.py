@@ -20,6 +20,7 @@ from microtome.stream import (
     Cooccurrence,
     Counter,
     Covariance,
+    CrossCovariance,
     DrawnExamples,
     Firing,
     Histogram,
@@ -88,6 +89,7 @@ KINDS: dict[str, tuple[Callable[[int], Any], Callable[[Any, Data], None]]] = {
     "moments": (Moments, lambda a, d: a.update(d.values, d.mask)),
     "firing": (lambda units: Firing(units, 1.0), lambda a, d: a.update(d.values, d.mask)),
     "covariance": (Covariance, lambda a, d: a.update(d.values, d.mask)),
+    "cross": (lambda units: CrossCovariance(units, units), lambda a, d: a.update(d.values, d.values.flip(-1), d.mask)),
     "histogram": (lambda units: Histogram(units, EDGES), lambda a, d: a.update(d.values, d.mask)),
     "quantiles": (Quantiles, lambda a, d: a.update(d.values, d.mask)),
     "counter": (lambda units: Counter(GROUPS, units), lambda a, d: a.update(d.values > 0, d.group, d.mask)),
@@ -118,11 +120,11 @@ def assert_same(ours: Any, theirs: Any, seen: Data) -> None:
     for name, value in first.items():
         if name == "mean":
             assert bool(((value - second[name]).abs() <= TIGHT * size).all())
-        elif name == "variance":
+        elif name.startswith("variance"):
             assert bool(((value - second[name]).abs() <= TIGHT * value).all())
         elif name == "covariance":
-            scale = value.diagonal().sqrt()
-            assert bool(((value - second[name]).abs() <= TIGHT * torch.outer(scale, scale)).all())
+            both = [first.get(f"variance_{of}", value.diagonal()).sqrt() for of in "xy"]
+            assert bool(((value - second[name]).abs() <= TIGHT * torch.outer(*both)).all())
         elif isinstance(value, Tensor):
             assert value.dtype == second[name].dtype
             np.testing.assert_array_equal(value.numpy(), second[name].numpy(), name)

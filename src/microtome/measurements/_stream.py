@@ -101,7 +101,7 @@ def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:
         return (a * b).sum(-1) / (norm[of] * norm[other]).clamp(min=floor)
 
     later = seen.later
-    away = _half_a_row(pre.shape[1]).to(pre.device, non_blocking=True)
+    away = half_a_row(pre.shape[1]).to(pre.device, non_blocking=True)
 
     def elsewhere(a: Tensor, b: Tensor, of: str, other: str) -> Tensor:
         return (a * b[:, away]).sum(-1) / (norm[of] * norm[other][:, away]).clamp(min=floor)
@@ -131,7 +131,7 @@ def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:
     return masked | {"resid_post_norm_first": (norm["post"], first), "median_abs": (median, some)}
 
 
-def _half_a_row(length: int) -> Tensor:
+def half_a_row(length: int) -> Tensor:
     """[pos] For each token but the first the one half a row on, beginning again behind the first at the row's end."""
     place = torch.arange(length)
     if length > 1:

@@ -3,7 +3,7 @@
     corpus      `standard_library_text`, `standard_library_code`, `read_text`, `joined`, `Corpus.of`
     batches     `TokenBatches` yields `TokenBatch`
     statistics  `Moments`, `ExampleMeans`, `Extremes`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`,
-                `DrawnExamples`, `Covariance`, `Histogram`, `Quantiles`
+                `DrawnExamples`, `Covariance`, `CrossCovariance`, `Histogram`, `Quantiles`
     confidence  `mean_interval`, `difference_interval`, `slope_interval`, `share_interval`,
                 `share_difference_interval`, `sign_flip`
 
@@ -24,6 +24,8 @@ from microtome.stream._corpus import standard_library_code as standard_library_c
 from microtome.stream._corpus import standard_library_text as standard_library_text
 from microtome.stream._covariance import Covariance as Covariance
 from microtome.stream._covariance import CovarianceResult as CovarianceResult
+from microtome.stream._cross import CrossCovariance as CrossCovariance
+from microtome.stream._cross import CrossCovarianceResult as CrossCovarianceResult
 from microtome.stream._examples import ExampleMeans as ExampleMeans
 from microtome.stream._examples import ExampleMeansResult as ExampleMeansResult
 from microtome.stream._extremes import Extremes as Extremes
