@@ -101,6 +101,8 @@ def made() -> list[Any]:
     drawn = [form for data in every for form in forms(data).shown]
     batches = stream.TokenBatches(stream.Corpus.of(IMAGE, LARGE), Numbers(), rows=64, tokens=50_000)
     it = planted.program(min(planted.PROGRAMS))
+    last = LLAMA.run(IDS, capture="final", logits=False)
+    committed = mt.measurements.commit(last)
     return [
         LLAMA, LLAMA.anatomy, LLAMA.layers[1], LLAMA.layers[1].attn_norm,
         mt.anatomy.Weights(LLAMA.hf, LLAMA.anatomy), LLAMA.proof[0], run,
@@ -124,7 +126,8 @@ def made() -> list[Any]:
         sweep.Edge("embed", "1.attn.q[0]", source=run), it, planted.PROGRAMS[min(planted.PROGRAMS)],
         planted.corruptions(it, 50, 0), mt.methods(), mt.methods()["induction"], *mt.methods()["induction"].columns,
         *mt.methods()["induction"].source, *mt.methods()["patch"].arguments.values(), mt.Settings(progress=print),
-        batches, batches[0], Result.of(found), forms(found), *drawn,
+        batches, batches[0], Result.of(found), forms(found), *drawn, committed,
+        mt.measurements.verify_commit(committed, last),
         *(part for one in drawn for part in getattr(one, "parts", ())),
     ]  # fmt: skip
 
