@@ -112,6 +112,8 @@ def made() -> list[Any]:
         },
     )
     passage = mt.atlas.Example("top", 1.0, tuple(LARGE), (0.5,) * len(LARGE), 3, 4)
+    last = LLAMA.run(IDS, capture="final", logits=False)
+    committed = mt.measurements.commit(last)
     return [
         atlas, passage,
         LLAMA, LLAMA.anatomy, LLAMA.layers[1], LLAMA.layers[1].attn_norm,
@@ -136,7 +138,8 @@ def made() -> list[Any]:
         sweep.Edge("embed", "1.attn.q[0]", source=run), it, planted.PROGRAMS[min(planted.PROGRAMS)],
         planted.corruptions(it, 50, 0), mt.methods(), mt.methods()["induction"], *mt.methods()["induction"].columns,
         *mt.methods()["induction"].source, *mt.methods()["patch"].arguments.values(), mt.Settings(progress=print),
-        batches, batches[0], Result.of(found), forms(found), *drawn,
+        batches, batches[0], Result.of(found), forms(found), *drawn, committed,
+        mt.measurements.verify_commit(committed, last),
         *(part for one in drawn for part in getattr(one, "parts", ())),
     ]  # fmt: skip
 

@@ -1,0 +1,135 @@
+"""What attention can select: hulls, slopes of the softmax and ranks against closed forms and other libraries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial import ConvexHull
+from tests import families
+from torch import Tensor
+
+import microtome as mt
+from microtome.measurements import selectable
+from microtome.measurements._selectivity import effective_rank_of, mixes, softmax_norm
+from microtome.measurements._unselectable import margin
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def ids(rows: int = 3, length: int = 12) -> Tensor:
+    return torch.randint(5, families.VOCAB, (rows, length), generator=rng(3))
+
+
+def test_the_norm_of_the_softmax_is_that_of_its_derivative() -> None:
+    scores = 4 * torch.randn(20, 7, generator=rng(), dtype=torch.float64)
+    scores[0] = 0
+    scores[1, :2] = 20
+    found = softmax_norm(scores.softmax(-1))
+    for row, norm in zip(scores, found, strict=True):
+        slope = torch.autograd.functional.jacobian(lambda x: x.softmax(-1), row)
+        assert float(norm) == pytest.approx(float(torch.linalg.matrix_norm(slope, 2)), abs=1e-9)
+    assert float(found[0]) == pytest.approx(1 / 7)
+    assert float(found.max()) <= 0.5
+    two = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.2, 0.8, 0.0]]).double()
+    assert torch.allclose(softmax_norm(two), torch.tensor([0.5, 0.0, 0.32]).double())
+    assert float(softmax_norm(torch.ones(1, 1).double())) == 0
+
+
+def test_a_temperature_bounds_the_slope_of_the_softmax() -> None:
+    scores = 3 * torch.randn(50, 6, generator=rng(2), dtype=torch.float64)
+    for temperature in (0.5, 1.0, 4.0):
+        slopes = softmax_norm((scores / temperature).softmax(-1)) / temperature
+        assert float(slopes.max()) <= 1 / (2 * temperature)
+        row = scores[3].clone().requires_grad_()
+        slope = torch.autograd.functional.jacobian(lambda x, t=temperature: (x / t).softmax(-1), row)
+        assert float(slopes[3]) == pytest.approx(float(torch.linalg.matrix_norm(slope, 2)), abs=1e-9)
+
+
+def test_keys_are_selectable_just_at_the_corners_of_their_hull() -> None:
+    for seed in range(4):
+        keys = torch.randn(25, 3, generator=rng(seed), dtype=torch.float64) + 5  # far from the origin
+        corners = set(ConvexHull(keys.numpy()).vertices.tolist())
+        assert set(selectable(keys).nonzero().flatten().tolist()) == corners
+        assert {i for i in range(25) if margin(keys.numpy(), i) > 1e-9} == corners
+
+
+def test_keys_of_equal_norm_are_all_selectable_and_equal_keys_are_not() -> None:
+    keys = torch.randn(60, 3, generator=rng(), dtype=torch.float64)
+    keys = keys / keys.norm(dim=1, keepdim=True)
+    assert bool(selectable(keys).all())
+    assert selectable(torch.cat([keys[:5], keys[:1]])).tolist() == [False, True, True, True, True, False]
+    assert selectable(torch.zeros(3, 2)).tolist() == [False] * 3
+    assert selectable(torch.zeros(1, 2)).tolist() == [True]
+    assert selectable(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])).tolist() == [True, True, False]
+
+
+def test_the_measure_of_unselectable_keys_is_the_share_by_row_and_group() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    tokens = ids(2, 40)
+    data = mt.measure(model, "unselectable", text=tokens)
+    keys = model.run(tokens, capture="1.attn.k")["1.attn.k"]
+    for head in range(4):
+        share = np.mean([1 - float(selectable(keys[row, :, head // 2]).double().mean()) for row in range(2)])
+        assert float(data["unselectable"][1, head]) == pytest.approx(share)
+    hull = ConvexHull(np.asarray(keys[0, :, 0, :3].double()))  # of three dimensions some keys are inside
+    assert len(hull.vertices) < 40
+    assert (data["unselectable_equal"] <= data["unselectable"] + 1e-9).all()
+
+
+def test_the_rank_of_scores_is_at_most_the_width_of_a_head() -> None:
+    q, k = (torch.randn(2, 30, 6, generator=rng(s), dtype=torch.float64) for s in (0, 1))
+    assert float(effective_rank_of(q @ k.transpose(-1, -2)).max()) <= 6
+    basis = torch.linalg.qr(torch.randn(30, 4, generator=rng(), dtype=torch.float64)).Q
+    assert float(effective_rank_of(basis @ basis.T)) == pytest.approx(4)
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    data = mt.measure(model, "selectivity", text=ids(3, 30))
+    assert (data["score_rank"] <= model.anatomy.d_head).all()
+    run = model.run(ids(3, 30), capture=["1.attn.q", "1.attn.k"])
+    scores = torch.einsum("bqd,bkd->bqk", run["1.attn.q"][:, :, 3], run["1.attn.k"][:, :, 1]).double()
+    energy = torch.linalg.svdvals(scores) ** 2
+    share = energy / energy.sum(-1, keepdim=True)
+    expected = (-(share * share.log()).nansum(-1)).exp().mean()
+    assert float(data["score_rank"][1, 3]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_attention_to_one_cluster_is_separable_and_random_keys_are_not() -> None:
+    """Two far clusters of values; attention to all of one: its members are nearer to their mix than the others."""
+    width = 16
+    value = 0.1 * torch.randn(1, 1, width, 8, generator=rng(), dtype=torch.float64)
+    value[..., :4, 0] += 10
+    pattern = torch.zeros(1, 1, width, width, dtype=torch.float64)
+    pattern[..., :4] = 0.25
+    found = mixes(pattern, value, torch.ones(width, width, dtype=torch.bool), 4)
+    assert float(found["separable"].min()) == 1
+    assert float(found["selected_distance"].max()) < 0.1 < 1 < float(found["other_distance"].min())
+    assert float(found["separable_random"].mean()) < 0.7
+
+
+def test_distances_of_mixes_are_those_of_loops() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    tokens = ids()
+    data = mt.measure(model, "selectivity", text=tokens)
+    run = model.run(tokens, capture=["2.attn.pattern", "2.attn.v"])
+    pattern, value = run["2.attn.pattern"].double(), run["2.attn.v"].double()
+    near: list[float] = []
+    far: list[float] = []
+    fits: list[float] = []
+    for row in range(3):
+        for q in range(6, 12):
+            a, v = pattern[row, 1, q, : q + 1], value[row, : q + 1, 0]
+            best = a.topk(2).indices
+            mixed = (a[best].unsqueeze(1) * v[best]).sum(0) / a[best].sum()
+            gap, size = (v - mixed).norm(dim=1), v.pow(2).sum(1).mean().sqrt()
+            rest = torch.tensor([k for k in range(q + 1) if k not in best.tolist()])
+            near.append(float((gap[best] / size).mean()))
+            far.append(float((gap[rest] / size).mean()))
+            fits.append(float((gap[best] < gap[rest].min()).double().mean()))
+    assert float(data["selected_distance"][2, 1, 1]) == pytest.approx(np.mean(near), rel=1e-6)
+    assert float(data["other_distance"][2, 1, 1]) == pytest.approx(np.mean(far), rel=1e-6)
+    assert float(data["separable"][2, 1, 1]) == pytest.approx(np.mean(fits), rel=1e-6)
+    assert data["selected_distance"].dims == ("layer", "head", "count")
+    assert np.isnan(data["separable"][..., 4]).all()  # no query sees more than 16 keys
+    assert float(np.abs(data["separable"] - data["separable_random"])[..., 1].max()) > 0.01
