@@ -86,6 +86,10 @@ WRONG: dict[tuple[str, ...], tuple[int, str]] = {
     ("run", "x", "-c", "final", "-o", "x.safetensors", "--edits", "none"): (10, "it does not exist"),
     ("tasks", "nosuch"): (6, 'there is no task "nosuch"'),
     ("tasks", "none.csv"): (10, "it does not exist"),
+    ("harvest", "--sites", "*.mlp.postt", "-o", "h"): (5, 'Did you mean "mlp.post"'),
+    ("harvest", "--sites", "final,", "-o", "h"): (5, "cannot read the address"),
+    ("harvest", "--sites", "final", "-o", "h", "--text", "none.txt"): (10, "it does not exist"),
+    ("harvest", "--sites", "final"): (2, "Missing option '--output'"),
     ("atlas", "--measure", "nosuch"): (2, 'no method "nosuch"'),
     ("atlas", "--measure", "logit_lens"): (2, '"logit_lens" is a question, not a measure'),
     ("atlas", "--text", "none.txt"): (10, "it does not exist"),
@@ -108,7 +112,7 @@ def test_help_of_every_command_and_the_cache_load_nothing_heavy(tmp_path: Path, 
     paths = [
         ("measure", e.name) if e.kind == "measure" else (e.command,) for e in own() if e.command or e.kind == "measure"
     ]
-    paths += [("run",), ("atlas",), ("tasks",), ("check",), ("sites",), ("cache",)]
+    paths += [("run",), ("atlas",), ("harvest",), ("tasks",), ("check",), ("sites",), ("cache",)]
     commands = [(*path, "--help") for path in paths] + [("cache", "show"), ("cache", "clear", "--yes"), ("--version",)]
     code = SAYS.replace("redirect_stderr(said):", "redirect_stderr(said), redirect_stdout(said):")
     code = code.replace("import redirect_stderr", "import redirect_stderr, redirect_stdout")

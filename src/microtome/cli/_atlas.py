@@ -20,9 +20,9 @@ from microtome.cli._model import (
     progress,
     working,
 )
-from microtome.cli._options import Budget, Seed, Text
+from microtome.cli._options import Budget, Ray, Seed, Text, Threads, Workers, cluster_of
 from microtome.errors import ArgumentError, error
-from microtome.files import text_file
+from microtome.files import text_place
 
 
 def register(app: typer.Typer) -> None:
@@ -43,6 +43,9 @@ def atlas(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier atlas.")] = False,
     seed: Seed = 0,
     budget: Budget = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    threads: Threads = 1,
     as_json: Json = False,
     *,
     opening: Opening,
@@ -57,13 +60,14 @@ def atlas(
             what = f'"{found.name}" is a {found.kind}, not a measure'
             raise error(ArgumentError, what, do="name those that `microtome measure` lists")
     if text is not None:
-        text_file(text)
+        text_place(text)
     with settings(seed=seed, budget=budget):
         opening.check()
         with working(LOADING):
             from microtome.atlas import write_atlas
         opened = opening.open()
-    with progress() as report, settings(seed=seed, budget=budget, progress=report):
+    cluster = cluster_of(ray, workers, threads)
+    with progress() as report, settings(seed=seed, budget=budget, progress=report, ray=cluster):
         index = write_atlas(opened, output, text=text, tokens=tokens, length=length, measures=measure or None)
     manifest = json.loads((output / "manifest.json").read_text())
     tables = {name: str(output / f"{name}.parquet") for name in manifest["tables"]}
