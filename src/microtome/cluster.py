@@ -13,9 +13,10 @@ from __future__ import annotations
 import importlib
 import logging
 import socket
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -58,11 +59,11 @@ class Cluster:
 class Worker:
     """What an actor is: `start` is called once, `work` for each item. Subclasses stand in modules that nodes import."""
 
-    def start(self, *arguments: Any) -> None:
+    def start(self, *arguments: Any, **more: Any) -> None:
         """Make ready, such as open a model."""
         raise NotImplementedError
 
-    def work(self, *item: Any) -> Any:
+    def work(self, *item: Any, **more: Any) -> Any:
         """Do one item, and give what came of it."""
         raise NotImplementedError
 
@@ -93,7 +94,8 @@ def connected(address: str) -> Iterator[Any]:
         got = next(iter(str(problem).strip().splitlines()), "") or type(problem).__name__
         raise error(ArgumentError, f'no Ray cluster answers at "{address}"', got=got, do=do) from problem
     try:
-        yield ray
+        with redirect_stdout(sys.stderr):  # there Ray tells of dead workers, whatever it is asked
+            yield ray
     finally:
         ray.shutdown()
 

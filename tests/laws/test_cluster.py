@@ -104,7 +104,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_cluster_harvests_what_one_process_does(nodes: Any, saved: Path, tmp_path: Path) -> None:
+def test_a_cluster_harvests_what_one_process_does(
+    nodes: Any, saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     address, started = nodes
     model = mt.open(str(saved), prove=False)
     made(model, tmp_path / "one", text=TEXT, shard_tokens=20)
@@ -120,6 +122,7 @@ def test_a_cluster_harvests_what_one_process_does(nodes: Any, saved: Path, tmp_p
     with mt.settings(progress=report, ray=address):
         made(model, tmp_path / "many", text=TEXT, shard_tokens=20)
     assert len(killed) == 3
+    assert not capfd.readouterr().out  # what Ray says of it is no result
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 

@@ -96,5 +96,5 @@ def harvest(
         print_json(facts)
         return
     out.print(f"written to {output}", markup=False, soft_wrap=True)
-    size = f"{facts['bytes'] / 2**20:,.1f} MiB of {made.dtype} in {facts['shards']:,} shards"
+    size = f"{made.bytes / 2**20:,.1f} MiB of {made.dtype} in {facts['shards']:,} shards"
     out.print(f"{facts['tokens']:,} tokens of {facts['documents']:,} documents, {len(made.sites)} sites; {size}")

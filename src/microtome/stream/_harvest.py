@@ -345,6 +345,7 @@ def _finish(store: Store, manifest: Mapping[str, Any], done: Mapping[int, Record
     """
     if not done:
         raise error(DataError, f'corpus "{corpus.name}" gives no tokens', do="give it more text")
+    store.sweep()  # workers that died have left what they had in hand
     records = [done[number] for number in sorted(done)]
     store.write(MANIFEST, _json({
         **manifest, "complete": True,

@@ -85,7 +85,8 @@ class Record:
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Record:
         """From JSON."""
-        return cls(**{**data, "start": tuple(data["start"]), "next": tuple(data["next"])})
+        given: dict[str, Any] = {**data, "start": tuple(data["start"]), "next": tuple(data["next"])}
+        return cls(**given)
 
     @property
     def go_on(self) -> Position:

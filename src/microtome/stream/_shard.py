@@ -128,7 +128,7 @@ class Shard:
         self._append(name, kept.cpu())
 
     def _append(self, name: str, values: Tensor) -> None:
-        data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+        data = values.contiguous().reshape(-1).view(torch.uint8).numpy().data.cast("B")
         _write(self._file, data, self._places[name] + self._written[name])
         self._written[name] += len(data)
         self._sums[name] = combined(self._sums[name], zlib.crc32(data), len(data))
@@ -259,7 +259,7 @@ class ReadShard:
 
     def read_into(self, room: Tensor, name: str, first: int) -> None:
         """Read the tokens from `first` on into room for them; as `preadv` this is quicker than through mapped pages."""
-        data = memoryview(room.reshape(-1).view(torch.uint8).numpy()).cast("B")
+        data = room.reshape(-1).view(torch.uint8).numpy().data.cast("B")
         size = len(data) // max(1, len(room))
         at = self._first + self._entries[name]["data_offsets"][0] + first * size
         while data:
