@@ -25,7 +25,7 @@ _CHECKER = """beartype.beartype(conf=beartype.BeartypeConf(
 ))"""
 # The command line is left out: its annotations are Typer's, and Typer checks them.
 ROOMS = (
-    "errors", "axes", "catalogue", "context", "files", "anatomy", "edit", "run", "metric", "sweep", "model",
+    "errors", "axes", "catalogue", "cluster", "context", "files", "anatomy", "edit", "run", "metric", "sweep", "model",
     "method", "stream", "tasks", "planted", "measurements", "explain", "view", "atlas",
 )  # fmt: skip
 install_import_hook([f"microtome.{room}" for room in ROOMS], _CHECKER)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, cast
 
+from microtome.cluster import Cluster
 from microtome.errors import ArgumentError, error
 from microtome.progress import Drawing, Later, visible
 from microtome.shown import shown
@@ -77,6 +78,8 @@ class Settings:
             the cell of a notebook; False or None draws nothing; a function is called with (stage, done, all) instead.
         on_plan: called with the plan of every sweep before its first cell.
         device: where `open` puts a model; the accelerator if there is one, by default.
+        ray: the Ray cluster whose actors read the texts of measures, atlases and harvests: "auto" for that of this
+            machine, HOST:PORT of its head, or a `microtome.cluster.Cluster`; by default this process reads them.
     """
 
     seed: int = 0
@@ -84,11 +87,17 @@ class Settings:
     progress: Progress | bool | None = True
     on_plan: Callable[[object], None] | None = None
     device: Any = None
+    ray: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", seed_of(self.seed))
         if self.budget is not None:
             object.__setattr__(self, "budget", bytes_of(self.budget))
+        if isinstance(self.ray, str):
+            object.__setattr__(self, "ray", Cluster(self.ray))
+        elif self.ray is not None and not isinstance(self.ray, Cluster):
+            allowed = '"auto", HOST:PORT, a Cluster or None'
+            raise error(ArgumentError, f"ray must be {allowed}", got=repr(self.ray), do="give one")
         for name in ("progress", "on_plan"):
             value = getattr(self, name)
             if value is not None and not callable(value) and not (name == "progress" and isinstance(value, bool)):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from microtome.errors import DataError, OutputError, error
 
-TEXTS = (".txt", ".jsonl", ".parquet")
+TEXTS = (".txt", ".jsonl", ".parquet", ".csv", ".tsv")
 """Endings of files that can be read as text."""
 PAIRS = (".csv", ".jsonl")
 """Endings of files that can be read as pairs of prompts."""
@@ -51,6 +51,15 @@ def text_file(path: str | os.PathLike[str]) -> Path:
         DataError: there is none.
     """
     return whole_file(path, TEXTS, "as text")
+
+
+def text_place(path: str | os.PathLike[str]) -> Path:
+    """A path, if a file that can be read as text stands there, or a folder, which may hold such files.
+
+    Raises:
+        DataError: there is neither.
+    """
+    return Path(path) if Path(path).is_dir() else text_file(path)
 
 
 @contextmanager

@@ -88,6 +88,10 @@ WRONG: dict[tuple[str, ...], tuple[int, str]] = {
     ("tasks", "none.csv"): (10, "it does not exist"),
     ("atlas", "--only", "nosuch"): (2, 'no method "nosuch"'),
     ("atlas", "--only", "logit_lens"): (2, '"logit_lens" is a question, not a measure'),
+    ("harvest", "--sites", "*.mlp.postt", "-o", "h"): (5, 'Did you mean "mlp.post"'),
+    ("harvest", "--sites", "final,", "-o", "h"): (5, "cannot read the address"),
+    ("harvest", "--sites", "final", "-o", "h", "--text", "none.txt"): (10, "it does not exist"),
+    ("harvest", "--sites", "final"): (2, "Missing option '--output'"),
     ("atlas", "--text", "none.txt"): (10, "it does not exist"),
     ("atlas", "--tokens", "1"): (2, "'--tokens'"),
     ("atlas", "./none"): (3, "no model folder ./none"),
@@ -110,7 +114,17 @@ def test_help_of_every_command_and_the_cache_load_nothing_heavy(tmp_path: Path, 
     paths = [
         ("measure", e.name) if e.kind == "measure" else (e.command,) for e in own() if e.command or e.kind == "measure"
     ]
-    paths += [("run",), ("atlas",), ("sql",), ("tasks",), ("check",), ("sites",), ("cache",)]
+    paths += [
+        ("run",),
+        ("atlas",),
+        ("sql",),
+        ("harvest",),
+        ("compare",),
+        ("tasks",),
+        ("check",),
+        ("sites",),
+        ("cache",),
+    ]
     commands = [(*path, "--help") for path in paths] + [("cache", "show"), ("cache", "clear", "--yes"), ("--version",)]
     code = SAYS.replace("redirect_stderr(said):", "redirect_stderr(said), redirect_stdout(said):")
     code = code.replace("import redirect_stderr", "import redirect_stderr, redirect_stdout")

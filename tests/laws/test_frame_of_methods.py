@@ -179,7 +179,8 @@ def test_a_group_is_what_its_own_rows_give_and_all_groups_make_the_whole(reader:
     assert np.allclose(parts["attn_share"].mean("group"), whole["attn_share"])
     assert float(np.abs(parts["mean"][0] - parts["mean"][1]).max()) > 1e-3
     for number, (name, own) in enumerate(text.items()):  # each group is what its own text gives alone
-        alone = mt.measure(model, "activations", "loss", text=own, length=7, rows=2, tokens=60)
+        own = mt.stream.DocumentBatches(mt.stream.corpus_of(own), reader, length=7, rows=2, tokens=60)
+        alone = mt.measure(model, "activations", "loss", text=own)
         assert np.allclose(alone["mean"], parts["mean"].sel(group=name)), number
         assert np.isfinite(alone["loss_hi"])
         assert np.allclose(alone["loss_hi"], parts["loss_hi"].sel(group=name), atol=1e-9)

@@ -30,7 +30,7 @@ HOOKS = f"{PACKAGE}.run.hook._hooks"  # the one module that may register hooks
 
 FLOORS = (
     ("errors", "axes", "shown", "later", "progress"),
-    ("catalogue", "context", "files"),
+    ("catalogue", "cluster", "context", "files"),
     ("anatomy",),
     ("edit",),
     ("run",),

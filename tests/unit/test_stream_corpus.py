@@ -115,7 +115,7 @@ def test_parquet_columns(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a\\ud800"}', r"half a surrogate pair at character 1"),
         ("a.parquet", b"", r'a.parquet" cannot be read as Parquet'),
         ("a.parquet", b"PAR1 not really", r'a.parquet" cannot be read as Parquet'),
-        ("a.csv", b"text\nhello", r'as text; got "\.csv"; allowed: \.txt, \.jsonl, \.parquet'),
+        ("a.md", b"text\nhello", r'as text; got "\.md"; allowed: \.txt, \.jsonl, \.parquet, \.csv, \.tsv'),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -128,7 +128,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, messa
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'absent.txt": it does not exist\. To do: give the path of a file'):
         read_text(tmp_path / "absent.txt")
-    with pytest.raises(DataError, match="it is a folder"):
+    with pytest.raises(DataError, match="holds no text; got an empty folder"):
         read_text(tmp_path)
 
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._sites import integer as integer
     from microtome.anatomy._sites import parse as parse
     from microtome.anatomy._sites import parse_indices as parse_indices
+    from microtome.anatomy._sites import parse_list as parse_list
     from microtome.anatomy._stored import adapters as adapters
     from microtome.anatomy._stored import is_plain as is_plain
     from microtome.anatomy._stored import leaves as leaves

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -304,3 +305,27 @@ def _parse(text: Any) -> Address:
 
 
 _parsed = lru_cache(maxsize=2**14)(_parse)  # a sweep reads thousands of addresses, each several times
+
+
+def parse_list(text: str | Address | Iterable[str | Address]) -> list[Address]:
+    """Read addresses: in one text with commas between them, or in a list.
+
+    >>> [str(address) for address in parse_list("1,4.mlp.post[0,2], embed")]
+    ['1,4.mlp.post[0,2]', 'embed']
+
+    Raises:
+        SiteError: one of them is none.
+    """
+    if isinstance(text, Address):
+        return [text]
+    if not isinstance(text, str):
+        return [address for one in text for address in parse_list(one)]
+    parts, inside = [""], 0
+    for letter in text:
+        inside += (letter == "[") - (letter == "]")
+        # A comma before the name of a site is one between its layers.
+        if letter == "," and inside <= 0 and any(map(str.isalpha, parts[-1])):
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [parse(part.strip()) for part in parts]

@@ -20,9 +20,9 @@ from microtome.cli._model import (
     progress,
     working,
 )
-from microtome.cli._options import Budget, Seed, Text
+from microtome.cli._options import Budget, Ray, Seed, Text, Threads, Workers, cluster_of
 from microtome.errors import ArgumentError, error
-from microtome.files import text_file
+from microtome.files import text_place
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +53,9 @@ def atlas(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier atlas.")] = False,
     seed: Seed = 0,
     budget: Budget = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    threads: Threads = 1,
     as_json: Json = False,
     *,
     opening: Opening,
@@ -62,14 +65,15 @@ def atlas(
 
     _check(output, force, quick=quick, full=full, tokens=tokens, only=only, add=add)
     if text is not None:
-        text_file(text)
+        text_place(text)
     with settings(seed=seed, budget=budget):
         opening.check()
         with working(LOADING):
             from microtome.atlas import add_to_atlas, write_atlas
         opened = opening.open()
     profile = "quick" if quick else "full" if full else "default"
-    with progress() as report, settings(seed=seed, budget=budget, progress=report):
+    cluster = cluster_of(ray, workers, threads)
+    with progress() as report, settings(seed=seed, budget=budget, progress=report, ray=cluster):
         if add:
             index = add_to_atlas(opened, output, add, text=text)
         else:

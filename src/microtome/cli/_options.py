@@ -13,6 +13,7 @@ import typer
 
 from microtome.cli._model import Json, Opening
 from microtome.cli._results import EditsFile, Force, Page, Top
+from microtome.cluster import Cluster
 from microtome.errors import DeclarationError, error
 
 if TYPE_CHECKING:
@@ -23,14 +24,27 @@ Budget = Annotated[
     str | None,
     typer.Option(help='Memory limit per run and pass, such as "2 GiB"; by default chosen from the free memory.'),
 ]
-Text = Annotated[Path | None, typer.Option(help="Text, JSONL or Parquet file; by default the standard library's text.")]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="Text, JSONL, Parquet or CSV file, or a folder; by default the standard library's text."),
+]
 Texts = Annotated[
     list[Path] | None,
     typer.Option(
         "--text",
-        help="Text, JSONL or Parquet file; by default the standard library's text. Repeatable: each file is a group.",
+        help="Text, JSONL, Parquet or CSV file, or a folder of these, whose folders are groups; by default the "
+        "standard library's text. Repeatable: each file is a group.",
     ),
 ]
+Field = Annotated[str, typer.Option(help="Key or column with the text, of tables.")]
+GroupBy = Annotated[str | None, typer.Option(help="Key or column with the group of each document, of tables.")]
+Ray = Annotated[
+    str | None, typer.Option(help='Ray cluster to work on: "auto" for that of this machine, or HOST:PORT of its head.')
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Workers on the cluster; by default one for each GPU, or else each --threads.")
+]
+Threads = Annotated[int, typer.Option(min=1, help="CPUs of each worker on the cluster.")]
 Groups = Annotated[
     list[str] | None,
     typer.Option("--group", help='Group of the text to report separately, or "*" for all; repeatable.'),
@@ -38,12 +52,19 @@ Groups = Annotated[
 
 _SHARED: dict[str, tuple[Any, Any]] = {
     "seed": (Seed, 0), "budget": (Budget, None), "texts": (Texts, None), "groups": (Groups, None), "page": (Page, None),
+    "field": (Field, "text"), "group_by": (GroupBy, None), "ray": (Ray, None), "workers": (Workers, None),
+    "threads": (Threads, 1),
     "edits_file": (EditsFile, None), "force": (Force, False), "top": (Top, None), "as_json": (Json, False),
     "every": (Annotated[int, typer.Option(min=1, help="Show every n-th layer, counting down from the last.")], 1),
     "positions": (
         Annotated[str | None, typer.Option(help='Positions to show, such as "-3--1" or "0,4"; by default all.')], None
     ),
 }  # fmt: skip
+
+
+def cluster_of(ray: str | None, workers: int | None, threads: int) -> Cluster | None:
+    """The Ray cluster that options name, for settings; None where they name none."""
+    return None if ray is None else Cluster(ray, workers, threads)
 
 
 LONGEST = 30

@@ -1,11 +1,14 @@
 """Turn anything given as text into batches of tokens, with the names of their groups.
 
 Groups that come as a mapping, or as the groups of a corpus, are cut into rows of their own, so that no row holds two of
-them and no token attends over their border; each has an equal share of the tokens that are read.
+them and no token attends over their border; each has an equal share of the tokens that are read. Their documents keep
+their borders too: see `DocumentBatches`. A text without groups is joined, as `TokenBatches` does; whoever wants its
+documents apart gives a `DocumentBatches`, and whoever wants those of groups joined a `TokenBatches` of each.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,18 +17,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from microtome.errors import DataError, error
+from microtome.errors import DataError, MicrotomeWarning, error
 from microtome.run import LoadedModel
 from microtome.stream import (
-    SUFFIXES,
     Corpus,
+    DocumentBatches,
     TokenBatch,
     TokenBatches,
     bos_id,
-    joined,
-    read_text,
+    rows_of,
     standard_library_text,
+    unreadable,
 )
+from microtome.stream import corpus_of as corpus_of
 from microtome.tasks import Task
 
 ALLOWED = "a corpus, a path, texts, a task, tokens [row, pos], batches, or a mapping from groups to these"
@@ -35,7 +39,7 @@ ALLOWED = "a corpus, a path, texts, a task, tokens [row, pos], batches, or a map
 class Batches:
     """Batches of tokens, the names of the groups that their tokens are of, and what they were read from."""
 
-    parts: Sequence[TokenBatch] | TokenBatches
+    parts: Sequence[TokenBatch] | TokenBatches | DocumentBatches
     groups: tuple[str, ...] = ("all",)
     source: str = ""
 
@@ -67,28 +71,34 @@ def batches_of(text: Any, model: LoadedModel, *, tokens: int, length: int, rows:
     """
     if text is None:
         text = standard_library_text()
+    if isinstance(text, str | Path) or hasattr(text, "column_names"):  # the latter is a data set
+        text = corpus_of(text)
     if isinstance(text, Corpus) and len(set(text.groups)) > 1:
         text = _by_group(text)
     if isinstance(text, Mapping):
         return _of_groups(cast("Mapping[Any, Any]", text), model, tokens=tokens, length=length, rows=rows)
-    if isinstance(text, TokenBatches):
+    if isinstance(text, TokenBatches | DocumentBatches):
         return Batches(text, text.groups, _named(text.corpus))
     if isinstance(text, Tensor):
         return _of_tensor(text, model, rows)
     if isinstance(text, Task):
         return _of_task(text, model, rows)
-    if not isinstance(text, str | Path | Corpus | Iterable):
-        raise _unreadable(text)
-    if not isinstance(text, str | Path | Corpus):
+    if not isinstance(text, Corpus | Iterable):
+        raise unreadable(text, ALLOWED)
+    if not isinstance(text, Corpus):
         items: list[Any] = list(text)
         if items and all(isinstance(item, TokenBatch) for item in items):
             return _of_batches(items)
         text = items
+    _require_tokenizer(model)
+    made = TokenBatches(corpus_of(text), model.tokenizer, length=length, rows=rows, tokens=tokens)
+    return Batches(made, made.groups, _named(made.corpus))
+
+
+def _require_tokenizer(model: LoadedModel) -> None:
     if model.tokenizer is None:
         do = "give tokens [row, pos], or open it with tokenizer="
         raise error(DataError, f"{model.anatomy.name} has no tokenizer to read a text with", do=do)
-    made = TokenBatches(corpus_of(text), model.tokenizer, length=length, rows=rows, tokens=tokens)
-    return Batches(made, made.groups, _named(made.corpus))
 
 
 def _named(corpus: Corpus) -> str:
@@ -110,9 +120,10 @@ def _of_groups(texts: Mapping[Any, Any], model: LoadedModel, *, tokens: int, len
     found: list[TokenBatch] = []
     sources: list[str] = []
     start = document = 0
-    for number, part in enumerate(texts.values()):
-        share = max(2, tokens // len(texts))
-        own = batches_of(part, model, tokens=share, length=length, rows=rows)
+    for number, (name, part) in enumerate(texts.items()):
+        own = _of_group(str(name), part, model, tokens=max(2, tokens // len(texts)), length=length, rows=rows)
+        if own is None:
+            continue
         sources.append(own.source)
         moved = [
             replace(
@@ -124,7 +135,28 @@ def _of_groups(texts: Mapping[Any, Any], model: LoadedModel, *, tokens: int, len
         start = max(int(batch.start.max()) + batch.tokens.shape[1] for batch in moved)
         document = max(int(batch.document.max()) for batch in moved) + 1
         found += moved
+    if not found:
+        what = "no group of the text has a document of 2 tokens or more"
+        raise error(DataError, what, got=", ".join(map(str, texts)), do="give them more text")
     return Batches(found, tuple(map(str, texts)), "; ".join(sources))
+
+
+def _of_group(name: str, part: Any, model: LoadedModel, *, tokens: int, length: int, rows: int) -> Batches | None:
+    """Batches of one group, its documents apart; None, with a warning, where it has too few tokens."""
+    if isinstance(part, TokenBatches | DocumentBatches | Tensor | Task | Mapping) or _are_batches(part):
+        return batches_of(part, model, tokens=tokens, length=length, rows=rows)
+    _require_tokenizer(model)
+    corpus = standard_library_text() if part is None else corpus_of(part)
+    if not any(len(row.tokens) > 1 for row in rows_of(corpus, model.tokenizer, length=length, tokens=tokens)):
+        what = f'group "{name}" has no document of 2 tokens or more: nothing is known of it, its values are not numbers'
+        warnings.warn(str(error(DataError, what, do="give it more text")), MicrotomeWarning, stacklevel=2)
+        return None
+    made = DocumentBatches(corpus, model.tokenizer, length=length, rows=rows, tokens=tokens)
+    return Batches(made, made.groups, _named(corpus))
+
+
+def _are_batches(part: object) -> bool:
+    return isinstance(part, Sequence) and bool(part) and isinstance(part[0], TokenBatch)
 
 
 def _of_tensor(tokens: Tensor, model: LoadedModel, rows: int) -> Batches:
@@ -177,30 +209,3 @@ def _of_task(task: Task, model: LoadedModel, rows: int) -> Batches:
             found.append(TokenBatch(tokens, starts, document, position, group, lead))
             start += tokens.numel()
     return Batches(found, tuple(names), f"task {task.name}")
-
-
-def corpus_of(text: Any) -> Corpus:
-    """A corpus from what was given as text: a corpus, a path, texts, or a mapping from groups to any of these.
-
-    A text counts as a path if it is a `Path` or ends as the files do that can be read.
-
-    Raises:
-        DataError: a file cannot be read, or it is no text.
-    """
-    if isinstance(text, Corpus):
-        return text
-    if isinstance(text, Mapping):
-        parts = {str(name): corpus_of(part) for name, part in cast("Mapping[Any, Any]", text).items()}
-        return joined(", ".join(parts), [Corpus.of(name, tuple(part), name) for name, part in parts.items()])
-    if isinstance(text, Path) or (isinstance(text, str) and text.lower().endswith(SUFFIXES)):
-        return read_text(text)
-    texts: tuple[Any, ...] = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, Iterable) else ()
-    if not texts or not all(isinstance(part, str) for part in texts):
-        raise _unreadable(text)
-    return Corpus.of("text", texts)
-
-
-def _unreadable(text: object) -> DataError:
-    return error(
-        DataError, "cannot read this as text", got=type(text).__name__, allowed=ALLOWED, do="give one of these"
-    )

@@ -16,6 +16,7 @@ from microtome.errors import ArgumentError, SiteError, error, nearest
 from microtome.method._arguments import checked, require_model
 from microtome.method._control import with_differences
 from microtome.method._declare import DIMS, Method
+from microtome.method._feed import feed
 from microtome.method._look import Look, Text, Weights
 from microtome.method._measure import Measure
 from microtome.method._pass import Bound, Pass, coordinates
@@ -227,11 +228,7 @@ def _of_batches(
     if kept and groups:
         _check_groups(groups, batches)
     made = Pass(model, bound, look, batches.groups if kept else None, batches.groups)
-    stage, count = _stage(look), len(batches.parts)
-    current().report(stage, 0, count)
-    for number in range(count):
-        made.update(batches.parts[number])
-        current().report(stage, number + 1, count)
+    feed(made, batches.parts, current().counting(_stage(look)))
     found = made.results()
     if kept and groups:
         found = {name: data.sel(group=list(groups)) for name, data in found.items()}

@@ -5,3 +5,4 @@ from microtome.model._open import open as open
 from microtome.model._proof import IdentityCheck as IdentityCheck
 from microtome.model._proof import prove as prove
 from microtome.model._proof import unproven_stream as unproven_stream
+from microtome.model._recipe import Recipe as Recipe

@@ -10,10 +10,10 @@ Check:    rows concatenated give `flat`; the same tokens as tokenising everythin
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol, Self, runtime_checkable
+from functools import cached_property, partial
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -25,6 +25,7 @@ from microtome.shown import brief, shown
 from microtome.stream._corpus import Corpus
 
 _CHARACTERS = 8  # a token of text is rarely longer, so this many characters a token nearly always give enough
+T = TypeVar("T")
 _MARGIN = 64  # tokens kept away from a cut in a document, which may tokenise otherwise than the whole
 
 
@@ -211,7 +212,7 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, tokens: int | None) -> tuple
         if flat and ranges[-1][0] < ranges[-1][1]:  # a document without tokens gets no separator
             flat += between
         first = len(flat)
-        ids = _start_of(text, tokenizer, None if tokens is None else tokens - first)
+        ids = start_of(text, partial(_ids, tokenizer), None if tokens is None else tokens - first)
         flat += ids[1:] if begins is not None and ids[:1] == [begins] else ids
         ranges.append((first, len(flat)))
         if tokens is not None and len(flat) >= tokens:
@@ -221,17 +222,17 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, tokens: int | None) -> tuple
     return flat[:tokens], ranges
 
 
-def _start_of(text: str, tokenizer: Tokenizer, needed: int | None) -> list[int]:
-    """The first `needed` tokens of a text or more, without tokenising much more of it than that."""
+def start_of(text: str, read: Callable[[str], list[T]], needed: int | None) -> list[T]:
+    """The first `needed` tokens of a text or more, as `read` gives them, without reading much more of it than that."""
     characters = len(text) if needed is None else max(needed, 0) * _CHARACTERS + 1024
     while needed is not None and characters < len(text):
         cut = text.rfind("\n", characters // 2, characters)
         cut = cut if cut > 0 else characters
-        ids = _ids(tokenizer, text[:cut])
-        if len(ids) >= needed + _MARGIN:
-            return ids[:needed]
+        found = read(text[:cut])
+        if len(found) >= needed + _MARGIN:
+            return found[:needed]
         characters *= 2
-    return _ids(tokenizer, text)
+    return read(text)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

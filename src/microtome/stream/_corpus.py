@@ -1,10 +1,8 @@
 """Text to run a model on: named documents with groups and a checksum.
 
-Every machine has some: `standard_library_text` (English prose about Python) and `standard_library_code`. Any text file,
-JSON lines or Parquet file is read by `read_text`, the last two a document at a time, so that they may be larger than
-memory.
+Every machine has some: `standard_library_text` (English prose about Python) and `standard_library_code`. Files are read
+by `read_text`.
 
-Cost:  one pass over the bytes for the checksum; a file of lines or columns is read again on each iteration.
 Check: tests/unit/test_stream_corpus.py.
 """
 
@@ -12,21 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
-import os
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import chain
-from pathlib import Path
-from typing import Any, cast
+from itertools import chain, islice
 
-from microtome.errors import DataError, error, nearest
-from microtome.files import TEXTS, text_file
+import numpy as np
+
+from microtome.errors import DataError, error
 from microtome.shown import brief, shown
 
-SUFFIXES = TEXTS
+WINDOW = 8_192
+"""Documents that are in memory at a time where a text that is read as it goes is shuffled."""
 CODE_MODULES = (
     "argparse", "ast", "base64", "bisect", "calendar", "configparser", "contextlib", "copy", "csv", "dataclasses",
     "datetime", "decimal", "difflib", "fractions", "functools", "gzip", "heapq", "inspect", "mailbox", "pathlib",
@@ -90,6 +85,56 @@ class Corpus:
         """The group of a document, by its number from 0."""
         return self.groups[0] if len(self.groups) == 1 else self.groups[document]
 
+    def shuffled(self, seed: int) -> Corpus:
+        """The same documents in another order, which the seed alone decides.
+
+        Texts in memory are shuffled as a whole; those that are read as they go within 8,192 documents at a time, so
+        that no more are ever held. Each document keeps its group; `numbered` says which one it was.
+        """
+        if isinstance(self.documents, Shuffled):
+            raise error(DataError, f'corpus "{self.name}" is shuffled already', do="shuffle the one it was made from")
+        held = self.documents if isinstance(self.documents, tuple) else None
+        order = Shuffled(self.documents, seed, WINDOW if held is None else max(1, len(held)))
+        groups = self.groups
+        if len(groups) > 1:
+            groups = tuple(groups[number] for number in order.numbers(len(groups)))
+        return replace(self, documents=order, groups=groups)
+
+    def numbered(self, first: int = 0) -> Iterator[tuple[int, str]]:
+        """The documents from one on, each with its number in what the corpus was read from."""
+        if isinstance(self.documents, Shuffled):
+            return islice(self.documents.numbered(), first, None)
+        return islice(enumerate(self.documents), first, None)
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Documents in an order by seed: each window of them in an order of its own."""
+
+    documents: Iterable[str]
+    seed: int
+    window: int
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for _, text in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, str]]:
+        """The documents, each with its number before."""
+        held, source = 0, iter(self.documents)
+        while texts := list(islice(source, self.window)):
+            for number in self._order(held, len(texts)):
+                yield held + number, texts[number]
+            held += len(texts)
+
+    def numbers(self, count: int) -> Iterator[int]:
+        """The numbers that `count` documents had before."""
+        for first in range(0, count, self.window):
+            size = min(self.window, count - first)
+            yield from (first + number for number in self._order(first, size))
+
+    def _order(self, first: int, size: int) -> list[int]:
+        return np.random.default_rng((self.seed, first)).permutation(size).tolist()
+
 
 def joined(name: str, corpora: Iterable[Corpus]) -> Corpus:
     """One corpus in memory with the documents of several, in order, each keeping its group.
@@ -140,125 +185,6 @@ def _source(module: str) -> str | None:
     spec = find_spec(module)
     get_source = getattr(spec.loader, "get_source", None) if spec is not None else None
     return get_source(module) if get_source is not None else None
-
-
-def read_text(path: str | os.PathLike[str], *, field: str = "text", paragraphs: bool = False) -> Corpus:
-    """A corpus from a file.
-
-    Args:
-        path: `.txt` (one document), `.jsonl` (a JSON object a line) or `.parquet`, in UTF-8.
-        field: the field or column with the text, for the last two.
-        paragraphs: makes each blank-line-separated part of a `.txt` file a document.
-
-    Returns:
-        A corpus named as the file, of one group with the same name, whose `sha256` is the file's.
-
-    Raises:
-        DataError: when the file is missing, empty or of another type, its bytes are not UTF-8, or a document has no
-            such field. Of `.jsonl` and `.parquet` files only the first text is read here, the others when iterated.
-    """
-    path = text_file(path)
-    try:
-        documents = _documents(path, field, paragraphs)
-        if not any(text.strip() for text in documents):
-            raise error(DataError, f'"{path}" has no text', got=f"{path.stat().st_size} bytes")
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as cause:
-        raise error(DataError, f'cannot read "{path}" ({cause.strerror or cause})') from cause
-    return Corpus(path.stem, documents, (path.stem,), sha256)
-
-
-def _documents(path: Path, field: str, paragraphs: bool) -> Iterable[str]:
-    """The documents of a file: in memory for `.txt`, read again on each iteration for the others."""
-    if path.suffix.lower() == ".jsonl":
-        return JsonLines(path, field)
-    if path.suffix.lower() == ".parquet":
-        return ParquetColumn(path, field)
-    text = _decode(path.read_bytes(), f'"{path}"').replace("\r\n", "\n")
-    if not paragraphs:
-        return (text,)
-    return tuple(part.strip("\n") for part in re.split(r"\n(?:[ \t]*\n)+", text) if part.strip())
-
-
-@dataclass(frozen=True)
-class JsonLines:
-    """The texts of a `.jsonl` file, a line at a time; blank lines are left out."""
-
-    path: Path
-    field: str
-
-    def __iter__(self) -> Iterator[str]:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                where = f'"{self.path}" line {number}'
-                text = _decode(line, where)
-                if text.strip():
-                    yield self._text(text, where)
-
-    def _text(self, line: str, where: str) -> str:
-        """The text of one line."""
-        try:
-            record: Any = json.loads(line)
-        except ValueError as cause:
-            raise error(DataError, f"{where} is not JSON ({cause})", allowed="one JSON object per line") from cause
-        if not isinstance(record, dict):
-            raise error(DataError, f"{where} is not a JSON object", got=type(record).__name__)
-        fields = cast("dict[str, object]", record)
-        if self.field not in fields:
-            raise _no_field(f'{where} has no field "{self.field}"', self.field, list(fields))
-        return _whole(fields[self.field], f'{where}, field "{self.field}"')
-
-
-@dataclass(frozen=True)
-class ParquetColumn:
-    """The texts of one column of a Parquet file, a batch of rows at a time."""
-
-    path: Path
-    field: str
-
-    def __iter__(self) -> Iterator[str]:
-        pa: Any = importlib.import_module("pyarrow")  # imported late: only Parquet files need it
-        pq: Any = importlib.import_module("pyarrow.parquet")
-        row = 0
-        try:
-            with pq.ParquetFile(self.path) as file:
-                names: list[str] = file.schema_arrow.names
-                if self.field not in names:
-                    raise _no_field(f'"{self.path}" has no column "{self.field}"', self.field, names)
-                for batch in file.iter_batches(batch_size=256, columns=[self.field]):
-                    for value in batch.column(0).to_pylist():
-                        yield _whole(value, f'"{self.path}" row {row}, column "{self.field}"')
-                        row += 1
-        except (pa.ArrowException, UnicodeDecodeError) as cause:
-            raise error(DataError, f'"{self.path}" cannot be read as Parquet ({cause})') from cause
-
-
-def _no_field(what: str, field: str, there: list[str]) -> DataError:
-    """The error for a missing field or column: names the ones there are."""
-    near = nearest(field, there)
-    return error(DataError, what + (f".{near}" if near else ""), got=", ".join(there) or "none",
-                 do="pass the one with the text as `field`")  # fmt: skip
-
-
-def _whole(value: object, where: str) -> str:
-    """A text that can be written as UTF-8, or an error."""
-    if not isinstance(value, str):
-        raise error(DataError, f"{where} is not text", got=type(value).__name__)
-    try:
-        value.encode()
-    except UnicodeEncodeError as cause:
-        raise error(DataError, f"{where} has half a surrogate pair at character {cause.start}") from cause
-    return value
-
-
-def _decode(data: bytes, where: str) -> str:
-    """UTF-8 bytes as text, without a byte order mark."""
-    try:
-        return data.removeprefix(b"\xef\xbb\xbf").decode()
-    except UnicodeDecodeError as cause:
-        got = f"byte 0x{cause.object[cause.start]:02x} at {cause.start}"
-        raise error(DataError, f"{where} is not UTF-8", got=got, do="convert it to UTF-8") from cause
 
 
 def _sha256(texts: Iterable[str]) -> str:
