@@ -26,7 +26,7 @@ TOLERANCE = 0.05
     of="head",
     on=Text(sequences=8, width=64),
     sites="attn.pattern",
-    atlas=False,
+    atlas="full",
     title="rank of attention patterns",
     question="How many directions does the attention pattern of each head have?",
     columns=(

@@ -86,7 +86,7 @@ def reading(model: Model) -> Reading:
     of="neuron",
     on=Weights(),
     sites=("mlp.post", "final"),
-    atlas=False,
+    atlas="full",
     title="neurons of confidence",
     question="Which neurons write where the unembedding hardly reads, so that they change confidence and no choice?",
     columns=(

@@ -105,7 +105,7 @@ class OfAllHeads(Statistic):
     source=MICHEL,
     cost="one forward and one backward over the first sequences of the text, with z of all heads kept",
     check="tests/laws/test_head_importance.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 class HeadImportance(OfAllHeads):
     """The mean size of the loss's gradient with respect to a gate on each head, normalised by layer."""
@@ -151,7 +151,7 @@ def gate_gradients(model: Model, tokens: Tensor, layers: Sequence[int]) -> Float
     source=MICHEL,
     cost="a forward per head and one per group of heads, from its own layer on: about L (H + groups) / 2 full ones",
     check="tests/laws/test_head_importance.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 class HeadAblation(OfAllHeads):
     """The increase in loss without each head, and without each group of heads that shares keys and values."""

@@ -101,7 +101,7 @@ def _ngram(n: int) -> tuple[Column, Column]:
     ),
     cost="one forward over the first sequences of the text, and one sort of each row of each pattern",
     check="tests/laws/test_head_map.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 def head_map(seen: Seen) -> dict[str, tuple[Float[Tensor, "batch pos head"], Bool[Tensor, "batch pos"]]]:
     """How far every head looks, at how many tokens, and at what followed the last tokens before.

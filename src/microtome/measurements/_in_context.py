@@ -38,7 +38,7 @@ WIDTH, EARLY = 16, 10
     ),
     cost="three forwards over the text",
     check="tests/laws/test_head_map.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 def in_context(seen: Seen) -> dict[str, Float[Tensor, " example"]]:
     """The loss early and late in each row, their difference, and the same with shuffled contexts.

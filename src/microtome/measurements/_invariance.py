@@ -35,7 +35,7 @@ VIEWS = ("one", "other")
     "invariance",
     of="layer",
     on=Text(sequences=32, width=128),
-    atlas=False,
+    atlas="full",
     title="texts told apart with tokens dropped",
     question="Does a layer tell a text from others when some of its tokens are dropped?",
     columns=(

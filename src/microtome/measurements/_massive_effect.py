@@ -30,7 +30,7 @@ ENTRIES = 3
     "massive_effect",
     of="layer",
     on=Text(sequences=8, width=128, rows=8),
-    atlas=False,
+    atlas="full",
     title="loss without the largest activations",
     question="Does the model need its largest activations, or only their mean?",
     columns=(

@@ -93,7 +93,7 @@ def _beyond(pair: str, of: tuple[str, str]) -> tuple[Column, Column]:
     of="layer",
     on=Weights(),
     sites="mlp.post",
-    atlas=False,
+    atlas="full",
     title="classes of neurons by layer",
     question="How many neurons of each layer strengthen, weaken or replace what they read?",
     columns=(

@@ -64,7 +64,7 @@ NOTHING = 1e-6
     cost="the first MLP over the whole vocabulary, 4 vocab d_model^2 operations, and the eigenvalues of"
     " [d_head, d_head] per head",
     check="tests/laws/test_head_functions.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 def ov_copying(seen: Seen) -> dict[str, Float[Tensor, " head"]]:
     """The share of positive eigenvalues of every head's OV circuit, in the vocabulary, and for a shuffled vocabulary.

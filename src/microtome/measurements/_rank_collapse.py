@@ -34,7 +34,7 @@ def _residual(name: str, meaning: str, title: str) -> Column:
     "rank_collapse",
     of="layer",
     on=Text(sequences=8, width=128),
-    atlas=False,
+    atlas="full",
     title="residual of a row with and without skips",
     question="Do the tokens of a row become one, and do skips and MLPs prevent it?",
     columns=(

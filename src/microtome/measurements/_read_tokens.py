@@ -46,7 +46,7 @@ def _columns() -> list[Column]:
     of="neuron",
     on=Weights(),
     sites=("mlp.post", "final"),
-    atlas=False,
+    atlas="full",
     title="tokens that neurons read",
     question="Which tokens do the directions that each neuron reads belong to?",
     columns=_columns(),

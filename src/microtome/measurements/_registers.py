@@ -35,7 +35,7 @@ HALF = 0.5
     "registers",
     of="neuron",
     on=Text(sequences=8, width=128),
-    atlas=False,
+    atlas="full",
     title="register neurons",
     question="Which neurons make one token of a text an outlier of the residual stream?",
     columns=(

@@ -79,7 +79,7 @@ def _parameter(name: str, meaning: str, low: float) -> Column:
     ),
     cost="one forward over repeated tokens, shared with the measure induction; a fit of milliseconds a head",
     check="tests/laws/test_head_map.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 class RepeatLags(Statistic):
     """Attention by lag around the earlier occurrence of a token, and the fitted retrieved-context model."""

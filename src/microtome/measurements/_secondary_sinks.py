@@ -97,7 +97,7 @@ def trace_sinks(model: Model, tokens: Tokens) -> Traced:
     "secondary_sinks",
     of="layer",
     on=Text(sequences=16, width=128),
-    atlas=False,
+    atlas="full",
     title="secondary sinks by layer",
     question="In which layers do tokens other than the first receive much attention, and do they resemble the first?",
     columns=(

@@ -76,7 +76,7 @@ def _by_count(name: str, unit: str, meaning: str, control: str = "", most: float
     ),
     cost="some 60 passes over the patterns of the first sequences, and one singular value decomposition of each",
     check="tests/laws/test_selectivity.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 class Selectivity(Statistic):
     """Distances of mixes of values, the slope of the softmax, and the rank of the scores of every head."""

@@ -47,7 +47,7 @@ Rows = npt.NDArray[np.float64]
     ),
     cost="a linear program of d_head variables for each key that no simple query selects",
     check="tests/laws/test_selectivity.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 def unselectable(seen: Seen) -> dict[str, Float[Tensor, "example head"]]:
     """The share of each head's keys that no query can score above all others of their row."""

@@ -62,15 +62,20 @@ def split_columns(table: pa.Table) -> tuple[list[str], list[str]]:
 
 
 def reindex_vocab(neurons: pa.Table, vocab: Sequence[str]) -> tuple[pa.Table, list[str]]:
-    """Replace vocabulary ids by places in a list of only the strings that are used, and return both."""
-    present = [name for name in TOKEN_COLUMNS if name in neurons.column_names]
+    """Replace vocabulary ids by places in a list of only the strings that are used, and return both.
+
+    In lists of tokens of other measures -1 stands for none, and stays.
+    """
     flat: dict[str, np.ndarray] = {}
-    for name in present:
+    for name in _token_columns(neurons):
         problem = f'column "{name}" of the neuron table leaves the vocabulary'
-        flat[name] = _check_places(neurons.column(name), problem, len(vocab))
-    used = np.unique(np.concatenate(list(flat.values()))) if flat else np.empty(0, dtype=np.int64)
+        least = 0 if name in TOKEN_COLUMNS else -1
+        flat[name] = _check_places(neurons.column(name), problem, len(vocab), least)
+    every = np.concatenate(list(flat.values())) if flat else np.empty(0, dtype=np.int64)
+    used = np.unique(every[every >= 0])
     for name, ids in flat.items():
-        lists = _replace_values(neurons.column(name), pa.array(np.searchsorted(used, ids).astype(np.int32)))
+        places = np.where(ids >= 0, np.searchsorted(used, ids), -1).astype(np.int32)
+        lists = _replace_values(neurons.column(name), pa.array(places))
         neurons = neurons.set_column(neurons.column_names.index(name), name, lists)
     return neurons, [vocab[i] for i in used.tolist()]
 
@@ -98,6 +103,16 @@ def hundredths(neurons: pa.Table, before: int) -> pa.Table:
         outer = pa.ListArray.from_arrays(_starts(lists), inner, mask=lists.value_lengths().is_null())
         neurons = neurons.set_column(neurons.column_names.index(name), name, outer)
     return neurons
+
+
+def _token_columns(neurons: pa.Table) -> list[str]:
+    """The columns that hold lists of vocabulary ids: those of every atlas, and others whose unit says so."""
+    found: list[str] = []
+    for field in neurons.schema:
+        metadata: Mapping[bytes, bytes] = field.metadata or {}
+        named = field.name in TOKEN_COLUMNS or metadata.get(b"unit") == b"token"
+        found += [field.name] if named and _is_list(field.type) else []
+    return found
 
 
 def pack_tokens(tokens: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -211,14 +226,14 @@ def _as_lists(column: pa.ChunkedArray) -> pa.ListArray:
     return lists.cast(pa.list_(lists.type.value_type))
 
 
-def _check_places(column: pa.ChunkedArray, problem: str, size: int) -> np.ndarray:
+def _check_places(column: pa.ChunkedArray, problem: str, size: int, least: int = 0) -> np.ndarray:
     """The flat values of a list column of places in a list of `size`, or DataError if one is outside or missing."""
     flat = _as_lists(column).flatten()
     allowed = f"0 to {size - 1}" if size else "none, for it is empty"
     if flat.null_count:
         raise error(DataError, problem, got="null", allowed=allowed)
     places = np.array(flat, dtype=np.int64)
-    if len(places) and not 0 <= places.min() <= places.max() < size:
+    if len(places) and not least <= places.min() <= places.max() < size:
         raise error(DataError, problem, got=f"{places.min()} to {places.max()}", allowed=allowed)
     return places
 

@@ -367,14 +367,20 @@
   }
 
   /** The lists of values that no other part of the page shows. */
-  function furtherLists(table, row, columns) {
+  function furtherLists(table, row, columns, vocab) {
     const names = Object.keys(columns).filter((name) => !KNOWN_LISTS.includes(name) && columns[name][row]);
     if (!names.length) return null;
     const told = names.map((name) => [
       h("dt", { title: table.meaning(name) }, name.replaceAll("_", " ")),
-      h("dd", {}, number(columns[name][row])),
+      h("dd", {}, listed(table, name, columns[name][row], vocab)),
     ]);
     return h("section", {}, h("h2", {}, "Further"), h("dl", { class: "facts" }, told));
+  }
+
+  /** A list of values: tokens as tokens, numbers as numbers. */
+  function listed(table, name, values, vocab) {
+    if (table.described[name]?.unit !== "token") return number(values);
+    return values.filter((id) => id >= 0).map((id) => [token(vocab[id]), " "]);
   }
 
   async function neuronPage(route) {
@@ -421,7 +427,7 @@
           h("div", {}, directions(table, row, columns, vocab), distribution(table, row, columns)),
         ),
         await passages(table, columns, row, { length: manifest.text?.length, before: manifest.text?.examples?.[0] ?? 0 }),
-        furtherLists(table, row, columns),
+        furtherLists(table, row, columns, vocab),
       ],
     };
   }
