@@ -289,13 +289,16 @@ NO_LOSS = {
 }  # fmt: skip
 NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.of == "neuron"}
 NO_NEURONS |= {"io_classes", "sparsity"}
+NO_VALUES = {"head_functions", "ov_copying"}
 REFUSED = {
     "opt-proj": NO_HEAD,
     "opt-postnorm": NO_HEAD | NO_EDGES,
     **dict.fromkeys(families.MASKED, NO_HEAD | NO_EDGES | NO_LOSS),
     **dict.fromkeys(("mixtral", "gpt_oss"), NO_NEURONS),
+    **dict.fromkeys(("deepseek_v3-qlora", "deepseek_v3-noqlora"), NO_VALUES),
 }
-"""What cannot be asked: logits that are no sum over parts, a stream that is none, a loss, neurons of experts."""
+"""What cannot be asked: logits that are no sum over parts, a stream that is none, a loss, neurons of experts, values
+without weights of their own."""
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,10 @@ def test_the_measure_of_unselectable_keys_is_the_share_by_row_and_group() -> Non
     for head in range(4):
         share = np.mean([1 - float(selectable(keys[row, :, head // 2]).double().mean()) for row in range(2)])
         assert float(data["unselectable"][1, head]) == pytest.approx(share)
+        rows = [keys[row, :, head // 2].double() for row in range(2)]
+        own = [int((x @ x[k]).argmax()) == k for x in rows for k in range(40)]
+        assert float(data["selected_along"][1, head]) == pytest.approx(np.mean(own))
+    assert np.allclose(data["selected_along_equal"], 1)
     hull = ConvexHull(np.asarray(keys[0, :, 0, :3].double()))  # of three dimensions some keys are inside
     assert len(hull.vertices) < 40
     assert (data["unselectable_equal"] <= data["unselectable"] + 1e-9).all()

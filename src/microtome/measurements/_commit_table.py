@@ -2,8 +2,8 @@
 
 Formula:  a commitment to one prompt (see _commit.py) is verified with runs of the same model, of the prompt in a batch
           with another one, of the model in another type of numbers, of the model with one weight matrix changed by
-          noise of a given relative norm, and of another prompt of the same length; with all dimensions, and without
-          the massive ones.
+          noise of a given relative norm, and of another prompt of the same length; with all dimensions, and without the
+          massive ones.
 """
 
 from __future__ import annotations

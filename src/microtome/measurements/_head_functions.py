@@ -21,6 +21,7 @@ from torch import Tensor
 from microtome.context import current
 from microtome.errors import ArgumentError, DataError, error
 from microtome.measurements._head_vocabulary import (
+    above_shuffled,
     alone,
     ordinary,
     read,
@@ -101,7 +102,8 @@ def head_functions(
     pairs = {"copying": _copied(seen.model)}
     pairs |= {name: found for name, of in RELATIONS.items() if len(found := _ids(seen.model, of)) >= FEWEST}
     layer, series = seen.layer or 0, _series(seen.model)
-    return _scores(seen.model, layer, pairs, top) | (_successors(seen.model, layer, series) if series else {})
+    found = _scores(seen.model, layer, pairs, top)
+    return above_shuffled(found | (_successors(seen.model, layer, series) if series else {}))
 
 
 def relation_scores(

@@ -33,6 +33,8 @@ MICHEL = Source(
     "Michel, Levy and Neubig", "Are Sixteen Heads Really Better than One?", 2019, "1905.10650",
     departs="examples are rows of a text, and the loss is their mean next-token loss",
 )  # fmt: skip
+MOST = 1024
+"""Tokens of a run in which several heads are left out, each in rows of its own."""
 TEXT = Text(sequences=8, width=32)
 """What both measures read: short, since one of them runs the model once a head."""
 
@@ -168,25 +170,38 @@ def losses_without(
 ) -> dict[str, Float[Tensor, "example layer head"]]:
     """[example, layer, head] The increase of each row's loss without a head, and without its group."""
     a = model.anatomy
-    base = model.run(tokens, capture="*.resid_pre")
+    base = model.run(tokens, capture=[f"{i}.resid_pre" for i in layers])
     whole, size = token_loss(base.logits, tokens).double().mean(1), a.n_heads // a.n_kv_heads
+    groups = [tuple(range(first, first + size)) for first in range(0, a.n_heads, size)]
+    cells = [(head,) for head in range(a.n_heads)] + (groups if size > 1 else [])
     made = {name: whole.new_zeros((len(whole), len(layers), a.n_heads)) for name in HeadAblation.names}
-
-    def without(layer: int, heads: str) -> Float[Tensor, " example"]:
-        edits: list[Edit] = [Zero(f"{layer}.attn.z[{heads}]")]
-        run = model.run(tokens, edits=edits, start_at=layer, given=base[f"{layer}.resid_pre"])
-        return token_loss(run.logits, tokens).double().mean(1) - whole
-
     for at, layer in enumerate(layers):
+        given = base[f"{layer}.resid_pre"]
+        rise = dict(zip(cells, _losses_of_cells(model, tokens, layer, cells, given), strict=True))
         for head in range(a.n_heads):
-            made["loss_without_head"][:, at, head] = without(layer, str(head))
-        for first in range(0, a.n_heads, size):
-            alike = slice(first, first + size)
-            one = made["loss_without_head"][:, at, first].unsqueeze(1)
-            group = one if size == 1 else without(layer, f"{first}-{first + size - 1}").unsqueeze(1)
-            made["loss_without_group"][:, at, alike] = group
+            group = groups[head // size]
+            made["loss_without_head"][:, at, head] = rise[(head,)] - whole
+            made["loss_without_group"][:, at, head] = rise[group] - whole
         current().report("leaving heads out", at + 1, len(layers))
     return made
+
+
+def _losses_of_cells(
+    model: Model, tokens: Tensor, layer: int, cells: Sequence[tuple[int, ...]], given: Tensor
+) -> list[Float[Tensor, " example"]]:
+    """The loss of each row without each of some sets of heads of a layer; several a run, each in rows of its own."""
+    rows, found = len(tokens), list[Tensor]()
+    together = max(1, MOST // tokens.numel())
+    for first in range(0, len(cells), together):
+        some = cells[first : first + together]
+        edits: list[Edit] = [
+            Zero(f"{layer}.attn.z[{','.join(map(str, heads))}]", rows=tuple(range(i * rows, (i + 1) * rows)))
+            for i, heads in enumerate(some)
+        ]
+        every, stream = tokens.repeat(len(some), 1), given.repeat(len(some), *[1] * (given.dim() - 1))
+        run = model.run(every, edits=edits, start_at=layer, given=stream)
+        found += token_loss(run.logits, every).double().mean(1).split(rows)
+    return found
 
 
 def head_inequality(data: xr.Dataset) -> xr.Dataset:

@@ -136,10 +136,12 @@ def reach(pattern: Float[Tensor, "batch head q_pos k_pos"], *, causal: bool = Tr
     named["distance"] = "distance_uniform", away.abs()
     even = _counts(pattern, causal=causal)
     ones = pattern.new_ones((len(pattern), 1, pattern.shape[1]))
+    stacked = torch.stack([of.to(pattern) for _, of in named.values()])
+    every = torch.einsum("bhqk,nqk->nbqh", pattern, stacked)
+    uniform = (even * stacked).sum(-1).unsqueeze(-1)
     found: Shares = {}
-    for name, (uniform, of) in named.items():
-        found[name] = torch.einsum("bhqk,qk->bqh", pattern, of.to(pattern))
-        found[uniform] = (even * of.to(pattern)).sum(1).reshape(1, -1, 1) * ones
+    for (name, (control, _)), x, same in zip(named.items(), every, uniform, strict=True):
+        found |= {name: x, control: same * ones}
     return found
 
 

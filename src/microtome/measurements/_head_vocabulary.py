@@ -9,7 +9,7 @@ Formula:  a token alone: x_0 = its embedding; x_l = the stream after layer 0 wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -99,3 +99,9 @@ def single_tokens(model: Model, words: Sequence[str]) -> list[int | None]:
         _WORDS[model] = known
     known = _WORDS[model]
     return [known.get(f" {word}", known.get(word)) for word in words]
+
+
+def above_shuffled(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with every column minus its control, as measures of a text have it."""
+    ends = {name: f"{name}_shuffled" for name in found if f"{name}_shuffled" in found}
+    return {**found, **{f"{name}_diff": found[name].double() - found[end] for name, end in ends.items()}}

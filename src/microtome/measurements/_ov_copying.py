@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from microtome.context import current
-from microtome.measurements._head_vocabulary import ROWS, alone, gained, unembedding, writes
+from microtome.measurements._head_vocabulary import ROWS, above_shuffled, alone, gained, unembedding, writes
 from microtome.method import Column, Seen, Source, Weights, measure
 from microtome.model import Model
 
@@ -77,7 +77,7 @@ def ov_copying(seen: Seen) -> dict[str, Float[Tensor, " head"]]:
     for ending, product in zip(("", "_shuffled"), _vocabulary_sums(model, layer), strict=True):
         share, trace = copying(gained(model, layer), writes(model, layer), product)
         found |= {f"ov_copying{ending}": share, f"ov_trace{ending}": trace}
-    return found
+    return above_shuffled(found)
 
 
 def copying(

@@ -4,8 +4,9 @@ Formula:  key i of a row can be selected if some q has q . k_i > q . k_j for all
           k_i minus the mean key, the same whitened, and k_i itself; of the keys that none of them selects, the linear
           program max d, q . (k_i - k_j) >= d for all j, |q| <= 1 in every dimension, decides: not if d is 0.
           unselectable = mean share of the keys of a row that no query can select; the keys are those that are used,
-          after rotation. Control: the same for keys of equal norm in the same directions, all of which can be selected
-          unless two are equal.
+          after rotation;  selected_along = mean share of the keys that the query q = k_i selects.
+          Controls: the same for keys of equal norm in the same directions, all of which can be selected unless two are
+          equal.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ Rows = npt.NDArray[np.float64]
             "unselectable_equal", (0, 1),
         ),
         Column("unselectable_equal", "share", "the same for keys scaled to equal norms", range=(0, 1)),
+        Column(
+            "selected_along", "share", "share of the keys of a row that a query along the key scores highest",
+            "selected_along_equal", (0, 1),
+        ),
+        Column("selected_along_equal", "share", "the same for keys scaled to equal norms", range=(0, 1)),
     ),
     source=Source(
         "Brody, Alon and Yahav", "On the Expressivity Role of LayerNorm in Transformers' Attention", 2023, "2305.02582",
@@ -55,9 +61,12 @@ def unselectable(seen: Seen) -> dict[str, Float[Tensor, "example head"]]:
     group = seen.model.anatomy.n_heads // keys.shape[1]
     equal = keys / keys.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(keys.dtype).tiny)
     found: dict[str, Tensor] = {}
-    for name, x in (("unselectable", keys), ("unselectable_equal", equal)):
+    for end, x in (("", keys), ("_equal", equal)):
         shares = [[float((~selectable(head)).double().mean()) for head in row] for row in x]
-        found[name] = torch.tensor(shares, dtype=torch.float64).repeat_interleave(group, dim=1)
+        found[f"unselectable{end}"] = torch.tensor(shares, dtype=torch.float64).repeat_interleave(group, dim=1)
+        along = x @ x.transpose(-1, -2)
+        best = along.argmax(-1) == torch.arange(along.shape[-1], device=along.device)
+        found[f"selected_along{end}"] = best.double().mean(-1).cpu().repeat_interleave(group, dim=1)
     return found
 
 
