@@ -41,8 +41,8 @@ class Statement:
 STATEMENTS = (
     Statement("The model predicts a token of the text with a loss of {value} nats", "model", "loss",
               "a model that knows nothing: every token as likely"),
-    Statement("Head {unit} sends {value} of its attention to the token behind an earlier occurrence", "heads", "induction",
-              "keys at a similar distance", "induction_diff DESC", True),
+    Statement("Head {unit} sends {value} of its attention to the token behind an earlier occurrence", "heads",
+              "induction", "keys at a similar distance", "induction_diff DESC", True),
     Statement("Head {unit} sends {value} of its attention to the previous token of random text", "heads",
               "previous_token", "uniform attention", "previous_token_diff DESC", True),
     Statement("Head {unit} sends {value} of its attention to an earlier occurrence of the same token", "heads",

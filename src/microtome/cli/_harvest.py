@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 @opens(ModelArgument)
 def harvest(
     sites: Annotated[
-        str, typer.Option(help='Addresses to keep, with commas between them: "*.resid_post,0-3.mlp.post[0-99]".')
+        str, typer.Option(help='Addresses to keep, with commas between them; "0.mlp.post\\[0-99]" keeps some units.')
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write, or a URL such as s3://bucket/name.")],
     text: Annotated[
