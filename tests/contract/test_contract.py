@@ -326,8 +326,8 @@ NOUGHT = {
     "gap", "circuit_recovery.score", "dead", "ngram_order", "zeros", "sink_tokens", "sink_births", "unselectable",
     "unselectable_equal",
 }  # fmt: skip
-"""Columns that are zero on every tiny model: what exact sums leave, by their law; what random weights have not; and keys
-inside the hull of others, of which a dozen in ten dimensions has none."""
+"""Columns that are zero on every tiny model: what exact sums leave, by their law; what random weights have not; and
+keys inside the hull of others, of which a dozen in ten dimensions has none."""
 
 
 @pytest.mark.parametrize("name", RESULTS)
