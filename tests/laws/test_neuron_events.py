@@ -84,6 +84,9 @@ def test_the_counts_are_those_of_plain_loops(model: mt.Model, tokens: Tensor) ->
     fires = model.run(tokens, capture="*.mlp.gate")["*.mlp.gate"] > 0
     np.testing.assert_array_equal(data["events"], fires.sum((1, 2)))
     np.testing.assert_allclose(data["firing_share"], fires.double().mean((1, 2)))
+    post = model.run(tokens, capture="*.mlp.post")["*.mlp.post"]
+    strong = mt.measure(model, "neuron_events", text=tokens, above=0.05)["events"]
+    np.testing.assert_array_equal(strong, (post.abs() > 0.05).sum((1, 2)))
     for layer, neuron in ((0, 3), (1, 20), (2, 55)):
         flags = fires[layer, :, :, neuron]
         for name, k in (("token", 1), ("bigram", 2), ("trigram", 3)):

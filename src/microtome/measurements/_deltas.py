@@ -70,10 +70,7 @@ def loss_at_deltas(
     if not limits or not all(limit >= 0 for limit in limits):
         raise error(ArgumentError, "limits must be 0 or more", got=list(limits), do="give such")
     model.require_next_token()
-    a = model.anatomy
-    sites = [f"{i}.{name}" for i in range(a.n_layers) for name in SITES if Site(name, i) in a.hook_points]
-    if not sites:
-        a.sites(parse("*.mlp.in"))  # says why there are none
+    sites = _inputs(model)
     read = Text(text, tokens=tokens, length=length, rows=rows).batches(model)
     base = [token_loss(model.run(b.tokens).logits, b.tokens.to(model.device)) for b in read.parts]
     found: dict[str, list[float]] = {name: [] for name in ("still", "rise", "rise_lo", "rise_hi", "rise_small")}
@@ -103,6 +100,19 @@ def loss_at_deltas(
     variables["still"] = ("limit", found["still"], {"unit": "share", "meaning": "dimensions that stay as they were"})
     told = {"method": "loss_at_deltas", "text": read.source, "seed": current().seed}
     return xr.Dataset(variables, coords={"limit": list(limits)}).assign_attrs(dict(model.provenance) | told)
+
+
+def _inputs(model: Model) -> list[str]:
+    """What attention and MLPs read, in every layer that has it.
+
+    Raises:
+        SiteError: none does.
+    """
+    a = model.anatomy
+    sites = [f"{i}.{name}" for i in range(a.n_layers) for name in SITES if Site(name, i) in a.hook_points]
+    if not sites:
+        a.sites(parse("*.mlp.in"))  # says why there are none
+    return sites
 
 
 def _rise(model: Model, batches: Any, base: Sequence[Tensor], edits: list[Edit]) -> ExampleMeans:

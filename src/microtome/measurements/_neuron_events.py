@@ -1,6 +1,7 @@
 """What makes each neuron fire: nothing, a few tokens, a few n-grams, or a place in the row.
 
-Formula:  an event is a token with gate > 0 (activation > 0 in plain MLPs).
+Formula:  an event is a token with gate > 0 (activation > 0 in plain MLPs), or with |activation| > `above` where that is
+          given: gates of gated MLPs are a little above 0 on many tokens, so that their signs alone say little.
           dead        no event in the text; the true rate is then below 3 / tokens at 95 %
           cover_k     the fewest of 64 buckets, into which k-grams are put by a hash of their ids, that hold 95 % of the
                       events: at most the number of k-grams that cover these events, and much smaller only where these
@@ -122,9 +123,12 @@ class NeuronEvents(Statistic):
         self,
         few: Annotated[int, Argument("n-grams that a neuron of n-grams has at most", "n-grams", 1, 32)] = 5,
         least: Annotated[int, Argument("events below which it is of no order", "tokens", least=1)] = 10,
+        above: Annotated[
+            float | None, Argument("size of the activation above which it fires; by default the gate's sign", "1", 0)
+        ] = None,
     ) -> None:
         """Ask for so few n-grams and so many events."""
-        self.few, self.least = few, least
+        self.few, self.least, self.above = few, least, above
 
     def prepare(self, model: Model, layers: Sequence[int | None]) -> None:
         """What each neuron does to the logits of every token: its output directions, and a sample of the vocabulary."""
@@ -150,7 +154,8 @@ class NeuronEvents(Statistic):
     def update(self, kept: Kept, seen: Seen) -> None:
         """Take in the tokens that count."""
         gate = next(seen[name] for name in ("mlp.gate", "mlp.pre", "mlp.post") if name in seen)
-        fires, tokens = (gate > 0).cpu(), seen.tokens.cpu()
+        flags = gate > 0 if self.above is None else seen["mlp.post"].abs() > self.above
+        fires, tokens = flags.cpu(), seen.tokens.cpu()
         mask = torch.ones(tokens.shape, dtype=torch.bool) if seen.mask is None else seen.mask
         width, lead = tokens.shape[1], seen.lead
         for table, name in enumerate(TABLES):
