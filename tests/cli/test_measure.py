@@ -52,7 +52,6 @@ def test_a_toy_measure_has_a_command_with_its_options(
     assert refused.code == 2
 
 
-<<<<<<< HEAD
 def test_a_measure_that_compares_groups_takes_several_texts(saved: Path, text: Path, cli: Callable[..., Any]) -> None:
     other = text.with_name("other.txt")
     other.write_text(text.read_text()[::-1])
@@ -63,7 +62,8 @@ def test_a_measure_that_compares_groups_takes_several_texts(saved: Path, text: P
     refused = cli(*common, "--text", text)
     assert refused.code == 2
     assert "compares groups, and this text has one" in refused.err
-=======
+
+
 def test_the_command_reads_groups_off_a_column(cli: Callable[..., Any], saved: Path, tmp_path: Path) -> None:
     table = tmp_path / "a.jsonl"
     lines = [{"words": f"{TEXT} {TEXT}", "lang": group} for group in "abac"]
@@ -74,4 +74,3 @@ def test_the_command_reads_groups_off_a_column(cli: Callable[..., Any], saved: P
     assert "group" not in json.loads(cli(*arguments, "--json").out)["coords"]
     some = json.loads(cli(*arguments, "--group-by", "lang", "--group", "b", "--json").out)
     assert some["coords"]["group"]["values"] == ["b"]
->>>>>>> harvest
