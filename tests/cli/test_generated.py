@@ -112,7 +112,7 @@ def test_a_change_writes_edits_that_a_run_takes(
     assert cli(command, *CHANGED[command], *common, "-o", file).code == 9
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", families.some(4, MEASURES))
 def test_a_measure_runs(cli: Cli, saved: Path, text: Path, tmp_path: Path, name: str) -> None:
     if name == "expert_neurons":  # which a mixture alone has
         saved = Path(shutil.copytree(saved, tmp_path / "mixture"))

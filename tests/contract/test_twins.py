@@ -44,7 +44,9 @@ def test_the_twins_compute_the_same_and_their_gains_matter(kind: str) -> None:
     assert (gains - plain).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", twins.FOLDED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (i > 0)) for i, k in enumerate(twins.FOLDED)]
+)
 @pytest.mark.parametrize("name", ON_MODELS)
 def test_gains_moved_into_the_weights_change_no_number(name: str, kind: str) -> None:
     """A method that leaves a gain out, anywhere, reads other numbers of two models that compute the same."""
