@@ -115,8 +115,8 @@ def kinds(name: str) -> tuple[str, ...]:
 
 RESULTS = [name for name, method in METHODS.items() if method.kind != "change"]
 QUICK = ("llama-gqa", "gpt_neox-parallel", "gpt_bigcode-mqa", "mixtral", "deepseek_v3-qlora", "opt-postnorm", "bert")
-"""Kinds that every run of the tests tries; the others are in the slow tier. Besides three of those above: experts, latent
-attention, norms that lie on the stream, and attention both ways."""
+"""Kinds that every run of the tests tries; the others are in the slow tier. Besides three of those above: experts,
+latent attention, norms that lie on the stream, and attention both ways."""
 
 
 def slow_but(names: tuple[str, ...], *values: str) -> Any:
