@@ -16,6 +16,7 @@ from microtome import planted
 from microtome.measurements import register, secondary_sinks, sink_scores, token_loss
 from microtome.measurements._massive_effect import entry_means, largest_entries, other_entries
 from microtome.measurements._registers import outliers
+from microtome.measurements._secondary_sinks import _REAL, _WHOLE, Traced, _list_sinks
 from microtome.stream import TokenBatch
 
 LAYERS = script("tools/planted_cases/layers.py")
@@ -156,6 +157,22 @@ def test_a_second_sink_is_none_without_the_mlp_that_is_named() -> None:
             run = it.model.run(tokens, capture="*.attn.pattern", edits=edit)
             score = max(float(sink_scores(run[f"{i}.attn.pattern"])[row].mean(0)[position]) for i in (1, 2))
             assert (score < 0.1) == gone
+
+
+def test_the_mlp_that_is_named_adds_most_in_that_direction_before_the_birth() -> None:
+    zeros = torch.zeros(5, 2, 8, dtype=torch.float64)
+    score, norm, cosine = zeros.clone(), zeros + 1, zeros.clone()
+    score[3:, 1, 2] = torch.tensor([0.4, 0.5])
+    score[2, 0, 0] = 0.9  # the first token is no secondary sink
+    score[2, 0, 6] = 0.9  # nor is one of the second half
+    norm[:, 1, 2] = torch.tensor([3.0, 10, 5, 99, 99])
+    cosine[:, 1, 2] = torch.tensor([0.1, 0.2, 0.9, 1, 1])
+    found: dict[str, list[float]] = {name: [] for name in (*_WHOLE, *_REAL)}
+    _list_sinks(found, Traced(score, zeros, norm, cosine), torch.arange(16).reshape(2, 8), 10, 0.3)
+    assert found == {
+        "row": [11], "position": [2], "token": [10], "birth": [3], "lifetime": [2], "made_by": [2], "score": [0.5],
+        "made_norm": [5.0], "made_cos": [0.9],
+    }  # fmt: skip
 
 
 def test_sinks_by_layer_count_the_same_tokens() -> None:
