@@ -237,23 +237,27 @@ def _scores(
     targets = torch.stack([right, right[order.to(right.device)]], dim=1)
     value, write = values(model, layer), writes(model, layer)
     x = read(model, layer, alone(model, sources, layer))
-    above, below = (torch.zeros((len(value), *targets.shape), dtype=torch.int64) for _ in range(2))
+    last = unembed.shape[1] - 1
+    most = [min(last, 1 if name == "copying" else top) for name, pairs in relations.items() for _ in pairs]
+    rank = torch.tensor(most, device=x.device).unsqueeze(1)
+    hits = {kind: torch.zeros((len(value), *targets.shape), dtype=torch.bool) for kind in ("maps", "suppress")}
     for head in range(len(value)):
         to_logits = write[head] @ unembed
         for rows in torch.arange(len(x), device=x.device).split(BLOCK):
             logits = x[rows] @ value[head] @ to_logits
             own = logits.gather(1, targets[rows])
-            for end in range(2):  # equal logits count against the target: a head that writes nothing maps nothing
-                above[head, rows.cpu(), end] = (logits >= own[:, end : end + 1]).sum(1).cpu() - 1
-                below[head, rows.cpu(), end] = (logits <= own[:, end : end + 1]).sum(1).cpu() - 1
+            # The first one that is not among so many: equal logits count against the target, so that a head that writes
+            # nothing maps nothing.
+            largest, smallest = (logits.topk(min(last, top) + 1, largest=end).values for end in (True, False))
+            hits["maps"][head, rows.cpu()] = (own > largest.gather(1, rank[rows])).cpu()
+            hits["suppress"][head, rows.cpu()] = (own < smallest.gather(1, rank[rows])).cpu()
     found: dict[str, Tensor] = {}
     at = 0
     for name, pairs in relations.items():
-        rows, most = slice(at, at + len(pairs)), 1 if name == "copying" else top
-        at += len(pairs)
-        for kind, rank in (("maps", above), ("suppress", below)):
-            share = (rank[:, rows] < most).double().mean(1)
+        for kind, hit in hits.items():
+            share = hit[:, at : at + len(pairs)].double().mean(1)
             found |= {f"{kind}_{name}": share[:, 0], f"{kind}_{name}_shuffled": share[:, 1]}
+        at += len(pairs)
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from microtome.anatomy import Site, at_least_float32
 from microtome.edit import Edit, Zero
+from microtome.errors import SiteError, error
 from microtome.model import Model
 from microtome.stream import bos_id
 
@@ -47,9 +48,19 @@ def read(model: Model, layer: int, x: Float[Tensor, "*at d_model"]) -> Float[Ten
 
 
 def values(model: Model, layer: int) -> Float[Tensor, "head d_model d_head"]:
-    """[head, d_model, d_head] W_V of every query head."""
+    """[head, d_model, d_head] W_V of every query head.
+
+    Raises:
+        SiteError: values have no weights of their own, as those of latent attention.
+    """
     a = model.anatomy
-    return at_least_float32(model.layers[layer].W_V).repeat_interleave(a.n_heads // a.n_kv_heads, dim=0)
+    try:
+        value = model.layers[layer].W_V
+    except SiteError as problem:
+        what = f"the heads of {a.name} have no map from tokens to tokens by their weights"
+        do = "leave the measure out"
+        raise error(SiteError, what, got=str(problem).removesuffix("."), do=do) from problem
+    return at_least_float32(value).repeat_interleave(a.n_heads // a.n_kv_heads, dim=0)
 
 
 def gained(model: Model, layer: int) -> Float[Tensor, "head d_model d_head"]:
