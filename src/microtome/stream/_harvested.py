@@ -135,7 +135,7 @@ class Harvest:
     ) -> Iterator[Any]:
         """Every token once, in an order by seed, in batches.
 
-        Blocks of 64 tokens are read in random order into one half of a buffer, in place, while batches are drawn at
+        Blocks of 256 tokens are read in random order into one half of a buffer, in place, while batches are drawn at
         random and without replacement from the other half. Which tokens come together in a half is as random as the
         order of the blocks.
 

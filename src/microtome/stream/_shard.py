@@ -8,9 +8,11 @@ Check:    the CRC-32 that is put together from pieces is that of the file; safet
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import weakref
 import zlib
 from collections.abc import Mapping
@@ -102,8 +104,9 @@ class Shard:
         self._flushing: Future[None] | None = None
         self._unflushed = 0
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file, 0, self.bytes)  # a full disk is met now, and not after the work
+            if shutil.disk_usage(path.parent).free < self.bytes:  # a full disk is met now, and not after the work
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.ftruncate(self._file, self.bytes)
             _write(self._file, head, 0)
         except BaseException:
             self.close()
@@ -135,7 +138,14 @@ class Shard:
         self._unflushed += len(data)
         if self._unflushed >= _FLUSH and (self._flushing is None or self._flushing.done()):
             self._unflushed = 0
+            self._flushed()
             self._flushing = self._flusher.submit(os.fsync, self._file)
+
+    def _flushed(self) -> None:
+        """Raise what the last flush met: the system tells it once."""
+        if self._flushing is not None:
+            self._flushing.result()
+            self._flushing = None
 
     def finish(self) -> int:
         """Close it, and give the CRC-32 of the file."""
@@ -143,6 +153,7 @@ class Shard:
             if written != self.tokens * self.layout.token_bytes(name):
                 self.close()
                 raise error(DataError, f"{name} gave too few tokens", got=written, allowed=self.tokens)
+        self._flushed()
         total = self._head_sum
         for name in self.layout.tensors:
             total = combined(total, self._sums[name], self._written[name])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from microtome.stream._shard import SCALE, ReadShard
 
-BLOCK = 64
+BLOCK = 256
 """Tokens that are read in one piece."""
 
 Piece = tuple[int, int, int]
@@ -29,11 +29,11 @@ Piece = tuple[int, int, int]
 class _Window:
     """Room for some tokens of several tensors, which are read in place."""
 
-    def __init__(self, shards: Sequence[ReadShard], names: Sequence[str], size: int) -> None:
+    def __init__(self, shards: Sequence[ReadShard], names: Sequence[str], size: int, numbers: bool) -> None:
         self._shards, self._firsts = shards, np.cumsum([0, *(shard.tokens for shard in shards)])
         scales = [f"{name}{SCALE}" for name in names if shards[0].quantised(name)]
         self._held = {name: shards[0].empty(name, size) for name in (*names, *scales)}
-        self._numbers = torch.empty(size, dtype=torch.int64)
+        self._numbers = torch.empty(size if numbers else 0, dtype=torch.int64)
         self.count = 0
 
     def fill(self, pieces: Sequence[Piece]) -> None:
@@ -43,19 +43,24 @@ class _Window:
             end = self.count + count
             for name, room in self._held.items():
                 self._shards[shard].read_into(room[self.count : end], name, first)
-            start = int(self._firsts[shard]) + first
-            self._numbers[self.count : end] = torch.arange(start, start + count)
+            if len(self._numbers):
+                start = int(self._firsts[shard]) + first
+                self._numbers[self.count : end] = torch.arange(start, start + count)
             self.count = end
 
-    def take(self, places: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The numbers of the tokens in some places, and their values."""
+    def take(self, places: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """The values of the tokens in some places."""
         found = {name: self._held[name].index_select(0, places) for name in names}
         for name, values in found.items():
             scale = self._held.get(f"{name}{SCALE}")
             if scale is not None:
                 scale = scale.index_select(0, places).reshape(-1, *[1] * (values.dim() - 1))
                 found[name] = values * scale
-        return self._numbers.index_select(0, places), found
+        return found
+
+    def numbers(self, places: Tensor) -> Tensor:
+        """The numbers of the tokens in some places."""
+        return self._numbers.index_select(0, places)
 
 
 def shuffled_batches(
@@ -67,7 +72,7 @@ def shuffled_batches(
     if not total:
         return
     size = min(half // batch * batch, total)
-    windows = [_Window(shards, names, size) for _ in range(2 if size < total else 1)]
+    windows = [_Window(shards, names, size, numbers) for _ in range(2 if size < total else 1)]
     plan = _plan(shards, size, generator)
     with ThreadPoolExecutor(1) as reader:
         waiting = reader.submit(windows[0].fill, next(plan))
@@ -78,9 +83,9 @@ def shuffled_batches(
                 waiting = reader.submit(windows[(turn + 1) % 2].fill, following)
             order = torch.randperm(window.count, generator=generator)
             for places in order.split(batch):
-                number, found = window.take(places, names)
+                found = window.take(places, names)
                 values = found[names[0]] if len(names) == 1 else found
-                yield (number, values) if numbers else values
+                yield (window.numbers(places), values) if numbers else values
 
 
 def _plan(shards: Sequence[ReadShard], size: int, generator: torch.Generator) -> Iterator[list[Piece]]:
