@@ -119,7 +119,10 @@ def test_products_of_grams_are_unbiased_and_see_no_shift_or_rotation() -> None:
     assert abs(float(pairs[:, 0].mean()) - d) < 4 * float(error[0])
     assert abs(float(pairs[:, 1].mean())) < 4 * float(error[1])
     basis = torch.linalg.qr(drawn(d, d, seed=2))[0]
-    assert torch.allclose(centred_gram(x[0] @ basis + 5), centred_gram(x[0]), atol=1e-12)
+    k = centred_gram(x[0])
+    assert torch.allclose(centred_gram(x[0] @ basis + 5), k, atol=1e-12)
+    assert float(k.sum(0).abs().max()) < 1e-12
+    assert float(k.diagonal().abs().max()) == 0
 
 
 def test_unbiased_cka_tends_to_the_biased_one() -> None:
