@@ -152,6 +152,8 @@ def test_blocks_of_a_map_are_stages() -> None:
     assert depth_stages(blocks, 3).tolist() == [0] * 2 + [1] * 5 + [2] * 3
     assert depth_stages(blocks, 1).tolist() == [0] * 10
     assert depth_stages(blocks, 10).tolist() == list(range(10))
+    uneven = torch.block_diag(torch.ones(2, 2), torch.ones(8, 8)) * 0.2 + 0.5 + 0.3 * torch.eye(10)
+    assert depth_stages(uneven, 2).tolist() == [0] * 2 + [1] * 8  # not halves, of which fewer pairs are in a run
     with pytest.raises(mt.errors.ArgumentError, match="stages must be from 1"):
         depth_stages(blocks, 11)
 
