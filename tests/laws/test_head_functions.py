@@ -12,7 +12,7 @@ from torch import Tensor
 
 import microtome as mt
 from microtome.measurements import relation_scores
-from microtome.measurements._head_functions import _exchanged
+from microtome.measurements._head_functions import _exchanged, _successors
 from microtome.measurements._head_vocabulary import alone, single_tokens
 from microtome.measurements._ov_copying import copying
 from microtome.measurements._relations import RELATIONS, SERIES
@@ -128,6 +128,15 @@ def test_shuffled_pairs_are_none_of_the_relation() -> None:
         order = _exchanged(count)
         assert sorted(order.tolist()) == list(range(count))
         assert not (order == torch.arange(count)).any()
+
+
+def test_successors_of_a_shuffled_series_are_hit_by_chance() -> None:
+    """Of random heads: one in eleven of the words that are left, and so is the right successor."""
+    model = opened("llama-gqa")
+    series = [list(range(first, first + 12)) for first in range(5, 89, 12)]
+    every = [_successors(model, layer, series) for layer in range(3)]
+    for name in ("successor", "successor_shuffled"):
+        assert 0.04 < float(torch.cat([found[name] for found in every]).mean()) < 0.2, name
 
 
 def test_relations_and_series_are_pairs_of_different_words() -> None:
