@@ -1,7 +1,8 @@
 """One shard of a harvest: a safetensors file, written in place as values come, mapped into memory to be read.
 
 Formula:  int8: q = round(x / s) with s = max |x| / 127 over the units of one token; the error is at most s / 2.
-Cost:     one write and one CRC-32 of every byte while it is in the cache; the disk is asked to flush meanwhile.
+Cost:     one write and one CRC-32 of every byte while it is in the cache. It is flushed at the end: to flush beside
+          more writing takes longer.
 Check:    the CRC-32 that is put together from pieces is that of the file; safetensors reads the file;
           tests/unit/test_stream_shards.py.
 """
@@ -16,7 +17,6 @@ import shutil
 import weakref
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -36,8 +36,8 @@ DTYPES: dict[str, tuple[torch.dtype, str, Any]] = {
 }
 """By name: the type of PyTorch, that of safetensors, and that of NumPy."""
 SCALE = ".scale"
+_PIECE = 2**17  # bytes of one write: for much longer ones the system looks for memory in one piece, which is rare
 _NAMES = {code: name for name, (_, code, _) in DTYPES.items()}
-_FLUSH = 2**26  # bytes between two flushes
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Layout:
             ends = [first, first + tokens * self.token_bytes(name)]
             entries[name] = {"dtype": DTYPES[dtype][1], "shape": [tokens, *shape], "data_offsets": ends}
         text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % 4096)  # values begin at a page
         return len(text).to_bytes(8, "little") + text
 
     def places(self, tokens: int) -> dict[str, int]:
@@ -100,9 +100,6 @@ class Shard:
         self._written = dict.fromkeys(layout.tensors, 0)
         self._sums = dict.fromkeys(layout.tensors, 0)
         self._head_sum = zlib.crc32(head)
-        self._flusher = ThreadPoolExecutor(1)
-        self._flushing: Future[None] | None = None
-        self._unflushed = 0
         try:
             if shutil.disk_usage(path.parent).free < self.bytes:  # a full disk is met now, and not after the work
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -135,17 +132,6 @@ class Shard:
         _write(self._file, data, self._places[name] + self._written[name])
         self._written[name] += len(data)
         self._sums[name] = combined(self._sums[name], zlib.crc32(data), len(data))
-        self._unflushed += len(data)
-        if self._unflushed >= _FLUSH and (self._flushing is None or self._flushing.done()):
-            self._unflushed = 0
-            self._flushed()
-            self._flushing = self._flusher.submit(os.fsync, self._file)
-
-    def _flushed(self) -> None:
-        """Raise what the last flush met: the system tells it once."""
-        if self._flushing is not None:
-            self._flushing.result()
-            self._flushing = None
 
     def finish(self) -> int:
         """Close it, and give the CRC-32 of the file."""
@@ -153,7 +139,6 @@ class Shard:
             if written != self.tokens * self.layout.token_bytes(name):
                 self.close()
                 raise error(DataError, f"{name} gave too few tokens", got=written, allowed=self.tokens)
-        self._flushed()
         total = self._head_sum
         for name in self.layout.tensors:
             total = combined(total, self._sums[name], self._written[name])
@@ -162,7 +147,6 @@ class Shard:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._flusher.shutdown()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -171,7 +155,7 @@ class Shard:
 def _write(file: int, data: bytes | memoryview, at: int) -> None:
     view = memoryview(data)
     while view:
-        done = os.pwrite(file, view, at)
+        done = os.pwrite(file, view[:_PIECE], at)
         view, at = view[done:], at + done
 
 
