@@ -138,3 +138,21 @@ def test_a_bad_line_further_down_is_found_when_it_is_read(tmp_path: Path) -> Non
     corpus = read_text(path)
     with pytest.raises(DataError, match=r'line 2 has no field "text"; got none'):
         list(corpus)
+
+
+def test_the_registers_of_this_machine_are_four_and_differ() -> None:
+    from microtome.stream import registers
+
+    corpus, again = registers(), registers()
+    assert tuple(dict.fromkeys(corpus.groups)) == ("documentation", "code", "science", "law")
+    assert corpus.sha256 == again.sha256
+    texts = {
+        group: " ".join(t for t, g in zip(corpus, corpus.groups, strict=True) if g == group) for group in corpus.groups
+    }
+    assert all(len(text) > 20_000 for text in texts.values())
+    share = {
+        group: [text.lower().count(word) / len(text) for word in ("def ", "data", "licen")]
+        for group, text in texts.items()
+    }
+    for word, group in enumerate(("code", "science", "law")):
+        assert max(share, key=lambda g: share[g][word]) == group

@@ -1,7 +1,7 @@
 """Text in, statistics out: corpora, batches of tokens, and accumulators that merge.
 
-    corpus      `standard_library_text`, `standard_library_code`, `read_text`, `read_dataset`, `corpus_of`, `joined`,
-                `Corpus.of`, `Corpus.shuffled`
+    corpus      `standard_library_text`, `standard_library_code`, `registers`, `read_text`, `read_dataset`,
+                `corpus_of`, `joined`, `Corpus.of`, `Corpus.shuffled`
     batches     `TokenBatches` (documents joined) and `DocumentBatches` (documents apart) yield `TokenBatch`
     harvest     `harvest` writes activations to disk, `Harvest` reads them
     statistics  `Moments`, `ExampleMeans`, `Extremes`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`,
@@ -66,6 +66,7 @@ from microtome.stream._read import corpus_of as corpus_of
 from microtome.stream._read import read_dataset as read_dataset
 from microtome.stream._read import read_text as read_text
 from microtome.stream._read import unreadable as unreadable
+from microtome.stream._registers import registers as registers
 from microtome.stream._topk import DrawnExamples as DrawnExamples
 from microtome.stream._topk import TopExamples as TopExamples
 from microtome.stream._topk import TopResult as TopResult

@@ -77,7 +77,7 @@ def reindex_vocab(neurons: pa.Table, vocab: Sequence[str]) -> tuple[pa.Table, li
         places = np.where(ids >= 0, np.searchsorted(used, ids), -1).astype(np.int32)
         lists = _replace_values(neurons.column(name), pa.array(places))
         neurons = neurons.set_column(neurons.column_names.index(name), name, lists)
-    return neurons, [vocab[i] for i in used.tolist()]
+    return neurons, [str(vocab[i]) for i in used.tolist()]
 
 
 def hundredths(neurons: pa.Table, before: int) -> pa.Table:
