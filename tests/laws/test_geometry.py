@@ -171,11 +171,11 @@ def test_residuals_are_those_of_layers_run_by_hand() -> None:
 
 
 def test_attention_alone_loses_rank_and_skips_keep_it() -> None:
-    hf: Any = LAYERS.tiny(6, mute=False)
+    hf: Any = LAYERS.tiny(4, mute=False)
     data = mt.measure(mt.open(hf, prove=False), "rank_collapse", text=ids(8, 24, 60))
     alone, whole = data["residual_attention"].values, data["residual_whole"].values
     assert (np.diff(alone) < 0).all()
-    assert alone[-1] < 0.2 * whole[-1]
+    assert alone[-1] < 0.5 * whole[-1]
 
 
 def test_ranks_of_patterns_have_their_closed_forms() -> None:
