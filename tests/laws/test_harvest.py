@@ -118,7 +118,7 @@ class Ended(BaseException):
 def test_ended_between_any_forwards_it_goes_on(
     model: mt.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forwards: int
 ) -> None:
-    whole = made(model, tmp_path / "whole")
+    whole = made(model, tmp_path / "whole", tokens=150)
     run, count = model.run, 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -130,12 +130,12 @@ def test_ended_between_any_forwards_it_goes_on(
 
     monkeypatch.setattr(model, "run", counted)
     with pytest.raises(Ended):
-        made(model, tmp_path / "h")
+        made(model, tmp_path / "h", tokens=150)
     part = Harvest(tmp_path / "h")
     assert (part.complete, len(part.shards) < len(whole.shards)) == (False, True)
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "h").glob("shard-*")}
     forwards, count = -1, 0
-    assert made(model, tmp_path / "h").complete
+    assert made(model, tmp_path / "h", tokens=150).complete
     assert files(tmp_path / "h") == files(tmp_path / "whole")
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # nothing that was whole was made again
 
