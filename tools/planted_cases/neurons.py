@@ -211,7 +211,8 @@ def outside() -> dict[str, Any]:
         it = planted.neurons(seed)
         one, two, three = words_of(it, 60, 24, seed).values()
         known = torch.stack([one, two], dim=1).flatten(0, 1)
-        for other, unlike in ((three, True), (words_of(it, 60, 24, seed + 9)["group 0"], False)):
+        like = [words_of(it, 60, 24, seed + n)[f"group {n % 2}"] for n in (9, 10, 11)]
+        for other, unlike in ((three, True), *((some, False) for some in like)):
             data = out_of_distribution(it.model, known, other, scores=("nac",), rows=30)
             far = float(data["auroc_lo"][0]) > 0.9
             found, false, among = found + int(unlike and far), false + int(far and not unlike), among + int(not unlike)

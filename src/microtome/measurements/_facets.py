@@ -67,7 +67,7 @@ def neuron_facets(
         A dataset with axes `unit` (with the coordinates `layer` and `neuron`) and `rank`: `facets`, `silhouette`,
         `silhouette_random` [unit]; `contexts` [unit], how many; `facet` [unit, rank], the cluster of each context
         from 0 on, -1 where there is none; `example_index` and `token` [unit, rank] of its peak, -1 likewise. With
-        fewer than 8 contexts a neuron has NaN facets.
+        fewer than 8 contexts a neuron has NaN facets; a silhouette is NaN where no clusters are large enough.
 
     Raises:
         ArgumentError: a neuron does not exist.
@@ -204,4 +204,6 @@ def _clusters(x: npt.NDArray[np.float64], most: int) -> tuple[float, float, list
         score = float(silhouette_score(x, labels))
         if score > best[1]:
             best = (float(k), score, [int(n) for n in labels])
-    return best if best[1] >= APART else (1.0, best[1], [0] * len(x))
+    if best[1] >= APART:
+        return best
+    return 1.0, best[1] if best[1] > -1.0 else np.nan, [0] * len(x)  # NaN: no clusters of a tenth each

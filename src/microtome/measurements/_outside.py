@@ -135,12 +135,13 @@ def _split(batches: Sequence[TokenBatch], first: int) -> tuple[list[TokenBatch],
 
 def _interval(inside: Tensor, outside: Tensor) -> tuple[float, float]:
     """The 95 % bootstrap interval of the AUROC over rows."""
+    from scipy.stats import rankdata
+
     rng = np.random.default_rng(current().seed)
-    a, b = inside.numpy(), outside.numpy()
-    drawn = [
-        auroc(torch.from_numpy(rng.choice(a, len(a))), torch.from_numpy(rng.choice(b, len(b)))) for _ in range(DRAWS)
-    ]
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    drawn = [x.numpy()[rng.integers(len(x), size=(DRAWS, len(x)))] for x in (inside, outside)]
+    n, m = len(inside), len(outside)
+    sums = rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :n].sum(1)
+    low, high = np.quantile((sums - n * (n + 1) / 2) / (n * m), [0.025, 0.975])
     return float(low), float(high)
 
 
