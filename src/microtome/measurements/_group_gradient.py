@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Site, parse
+from microtome.anatomy import Site
 from microtome.measurements._group_neurons import elsewhere
 from microtome.measurements._loss import token_loss
 from microtome.method import Column, Kept, Seen, Source, Statistic, Text, measure
@@ -43,6 +43,7 @@ AXES = ("group", "layer", "neuron")
     ),
     cost="a forward and a backward over the first sequences of each group",
     check="tests/laws/test_group_neurons.py, tests/planted/test_neurons.py",
+    needs="mlp.post",
 )  # fmt: skip
 class GroupGradient(Statistic):
     """First-order effect of every neuron on the loss of every group.
@@ -53,9 +54,8 @@ class GroupGradient(Statistic):
     """
 
     def prepare(self, model: Model, layers: Sequence[int | None]) -> None:
-        """Refuse a model without neurons or next tokens, before anything runs."""
+        """Refuse a model without next tokens, before anything runs; and which layers have neurons."""
         model.require_next_token()
-        model.anatomy.sites(parse("*.mlp.post"))
         self._layers = [i for i in range(model.anatomy.n_layers) if Site("mlp.post", i) in model.anatomy.hook_points]
 
     def start(self, model: Model, layer: int | None) -> Kept:

@@ -83,6 +83,12 @@ class Measure:
             SiteError: there is no such layer; says which site is missing and why.
         """
         a = model.anatomy
+        there_of = {site.name for site in a.hook_points}
+        absent = next((n for n in self.method.needs if self.whole and n in SITES and n not in there_of), None)
+        if absent is not None:  # what runs the model itself sees no sites, and may need some all the same
+            what = f'the measure "{self.method.name}" needs {absent}, which {a.name} has in no layer'
+            why = a.missing.get(Site(absent, 0)) or "it does not apply here"
+            raise error(SiteError, what, got=why, do="leave the measure out")
         if self.whole or all(SITES[name].scope == "model" for name in self.method.sites):
             for name in self.method.sites:
                 a.sites(parse(name))
