@@ -83,6 +83,7 @@ def made() -> list[Any]:
         fed(stream.Covariance, 2_000), fed(stream.Quantiles, 2_000), fed(stream.Cooccurrence, 2_000, flags=True),
         fed(stream.TopExamples, 2_000, 5, rows=8, more=(list(range(8)),)),
         fed(stream.DrawnExamples, 2_000, 5, rows=8, more=(list(range(8)),)), fed(stream.Histogram, 2_000, range(50)),
+        fed(stream.CrossCovariance, 2_000, 2_000, more=(WIDE,)),
         fed(stream.ExampleMeans, 2_000, more=(torch.arange(64),)),
         fed(stream.Counter, [f"group {i}" for i in range(64)], 2_000, flags=True, more=(torch.arange(64),)),
     ]  # fmt: skip
@@ -112,10 +113,18 @@ def made() -> list[Any]:
         },
     )
     passage = mt.atlas.Example("top", 1.0, tuple(LARGE), (0.5,) * len(LARGE), 3, 4)
+    numbers = Numbers()
+    rows = list(stream.rows_of(stream.Corpus.of(IMAGE, LARGE[:3]), numbers, length=64, tokens=200))
+    measured = mt.measurements
+    further = [
+        stream.DocumentBatches(stream.Corpus.of(IMAGE, LARGE[:9]), numbers, length=64, rows=4, tokens=900),
+        rows[0], rows[0].next, measured.bilinear(LLAMA, 1, LLAMA.W_U[:, 3]),
+        measured.neural_collapse(WIDE, torch.arange(len(WIDE)) % 4),
+    ]  # fmt: skip
     last = LLAMA.run(IDS, capture="final", logits=False)
     committed = mt.measurements.commit(last)
     return [
-        atlas, passage,
+        atlas, passage, *further,
         LLAMA, LLAMA.anatomy, LLAMA.layers[1], LLAMA.layers[1].attn_norm,
         mt.anatomy.Weights(LLAMA.hf, LLAMA.anatomy), LLAMA.proof[0], run,
         run.batch, LLAMA.plan(IDS, capture="*.mlp.post"), swept, swept.plan, swept.run(), pair,

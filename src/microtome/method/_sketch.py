@@ -245,6 +245,7 @@ def _recorder(kind: Any, names: _Names, found: dict[str, Sketch]) -> Callable[..
             told: dict[str, Any] = {"call": call, "atlas": True} if kind == "measure" else {}
             told |= given | {"summary": (inspect.getdoc(function) or "").partition("\n")[0]}
             told |= {"columns": several(given.get("columns", ()), Column), "source": several(given["source"], Source)}
+            told |= {"needs": several(given.get("needs", ()), str)}
             known = {field.name for field in fields(Method)} - {"sites", "optional"}
             told = {k: v for k, v in told.items() if k in known}
             method = Method(name=name, kind=kind, function=function, arguments=arguments_of((*own, *read)), **told)
