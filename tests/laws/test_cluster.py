@@ -46,7 +46,9 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         next(spread(Cluster(), clusters.Squares, (), []))
 
 
-@pytest.mark.parametrize("address", [f"127.0.0.1:{clusters.free_port()}", "nowhere", "host:port"])
+@pytest.mark.parametrize(
+    "address", [f"127.0.0.1:{clusters.free_port()}", "nowhere", "host:port"], ids=["closed", "no port", "no number"]
+)
 def test_an_address_that_does_not_answer_is_one_line(address: str) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
     with pytest.raises(ArgumentError, match=f'no Ray cluster answers at "{address}"; got .*To do: start one') as told:
