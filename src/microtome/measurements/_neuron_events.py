@@ -204,11 +204,13 @@ class NeuronEvents(Statistic):
     def _promotion(self, layer: int, trigger: Int[Tensor, "neuron rank"]) -> dict[str, Tensor]:
         """How a neuron's output ranks its triggers among tokens of the sample."""
         w, u = self._outputs[layer], self._unembed
-        others, own = w @ u[:, self._sample.to(u.device)], trigger.clamp(min=0).to(u.device)
+        sample, own = self._sample.to(u.device), trigger.clamp(min=0).to(u.device)
+        others = w @ u[:, sample]
         ranks: list[Tensor] = []
         for column in own.unbind(1):  # a trigger at a time
             logit = (w * u[:, column].T).sum(1, keepdim=True)
-            ranks.append(((others < logit).double() + 0.5 * (others == logit)).mean(1))
+            same = sample == column.unsqueeze(1)  # which rounding may put on either side
+            ranks.append((((others < logit) & ~same).double() + 0.5 * same).mean(1))
         rank = torch.where(trigger >= 0, torch.stack(ranks, dim=1).cpu(), torch.nan)
         return {"trigger_promotion": rank.nanmean(1)}
 
