@@ -124,6 +124,10 @@ def test_a_measure_runs(cli: Cli, saved: Path, text: Path, tmp_path: Path, name:
     assert ("--text" in shown) == ("--group" in shown) == reads
     given = ("--text", text) if reads else ()
     given += ("--tokens", 200, "--length", 20) if "--tokens" in shown else ()
+    if isinstance(made, Measure) and made.compares:
+        other = tmp_path / "other.txt"
+        other.write_text(text.read_text()[::-1])
+        given += ("--text", other)
     done = cli("measure", name, "-m", saved, *given, "--json")
     assert done.code == 0, done.err
     told = json.loads(done.out)
@@ -164,7 +168,7 @@ def test_several_files_are_groups(cli: Cli, saved: Path, tmp_path: Path, text: P
 def test_what_is_refused_in_one_line(cli: Cli, saved: Path, text: Path, tmp_path: Path) -> None:
     nowhere = ("-m", tmp_path / "none")  # refused before a model is opened
     for arguments, *told in (
-        (("measure", "inductoin"), 'no command "inductoin". Did you mean "induction"?; allowed: '),
+        (("measure", "inductoin"), 'no command "inductoin". Did you mean "induction"', "allowed: "),
         (("measure", "induction,fire"), 'no measure "fire"', "allowed: ", "firing"),
         (("measure", "induction,patch"), 'no measure "patch"', "allowed: ", 'a question: run "microtome patch"'),
         (("patch,trace", "a"), 'no command "patch,trace"'),
