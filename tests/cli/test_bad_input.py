@@ -191,7 +191,9 @@ def test_a_capture_larger_than_memory(cli: Cli, saved: Path, tmp_path: Path, mon
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["patch", "trace", "attribute", "edges"])
+@pytest.mark.parametrize(
+    "command", ["patch", *(pytest.param(c, marks=pytest.mark.slow) for c in ("trace", "attribute", "edges"))]
+)
 def test_a_sweep_larger_than_the_budget(cli: Cli, saved: Path, tmp_path: Path, command: str) -> None:
     pair = ("the cat sat on the", "the dog sat on the", "--answer", "mat", "--foil", "barn")
     arguments = {

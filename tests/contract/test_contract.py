@@ -309,7 +309,7 @@ without weights of their own."""
 
 @pytest.mark.parametrize(
     "kind",
-    [slow_but(QUICK, name) for name in families.NAMES],
+    [slow_but(QUICK[2:], name) for name in families.NAMES],
 )
 def test_every_method_runs_on_every_family_that_opens(kind: str) -> None:
     """Or it is refused by name, and just those that cannot be asked are."""

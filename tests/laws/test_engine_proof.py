@@ -215,7 +215,10 @@ def falsified(monkeypatch: pytest.MonkeyPatch, falsify: Callable[[mt.anatomy.Ana
         monkeypatch.setattr(where, "anatomy_of", lambda *args: falsify(anatomy_of(*args)))
 
 
-@pytest.mark.parametrize(("name", "falsify", "identity", "where"), FALSE_MAPS)
+@pytest.mark.parametrize(
+    ("name", "falsify", "identity", "where"),
+    [pytest.param(*c, marks=[pytest.mark.slow] * (i % 2)) for i, c in enumerate(FALSE_MAPS)],
+)
 def test_false_map_is_refused_with_place_and_numbers(
     name: str,
     falsify: Callable[[mt.anatomy.Anatomy], mt.anatomy.Anatomy],
@@ -236,7 +239,9 @@ def test_false_map_is_refused_with_place_and_numbers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.0, -1.0, 0.8])
+@pytest.mark.parametrize(
+    "scale", [pytest.param(0.0, marks=pytest.mark.slow), -1.0, pytest.param(0.8, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("site", ["attn_out", "mlp_out"])
 def test_a_huge_activation_hides_no_false_map(
     site: str, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

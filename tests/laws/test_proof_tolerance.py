@@ -133,7 +133,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "matrix", "wrong"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "matrix", "wrong"), [pytest.param(*c, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, c in enumerate(CASES)]
+)
 def test_a_wrong_weight_is_refused(kind: str, matrix: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = proven(kind)
     own = getattr(LayerWeights, matrix).fget

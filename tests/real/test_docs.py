@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-LONG = {"causal.md", "gallery.md", "tasks.md", "attribution.md"}  # their sweeps and texts take from half a minute on
+LONG = {
+    "causal.md",
+    "gallery.md",
+    "tasks.md",
+    "attribution.md",
+    "measures.md",
+    "edits.md",
+}  # their sweeps and texts take from half a minute on
 ELSEWHERE = {"design.md", "status.md", "index.md", "peers.md"}  # pages without blocks that could run
 PAGES = sorted(p.name for p in DOCS.glob("*.md") if p.name not in ELSEWHERE)
 PROMISE = re.compile(r"^\s*print\(.*\)  # ?(?P<promise>.*)$")

@@ -36,7 +36,10 @@ def test_the_python_blocks_run_and_print_what_they_say(capsys: pytest.CaptureFix
 COMMANDS = [line[2:].split("#")[0].strip() for block in blocks("console") for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("microtome") and "atlas" not in c])
+RUN = [c for c in COMMANDS if c.startswith("microtome") and "atlas" not in c]
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=[pytest.mark.slow] * (i % 2)) for i, c in enumerate(RUN)])
 def test_the_commands_run(command: str, tmp_path: Path) -> None:
     code = f"import sys, shlex; sys.argv = shlex.split({command!r}); from microtome.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
