@@ -126,8 +126,8 @@ def top_examples(seen: Seen) -> Plain:
 
 
 def distribution(seen: Seen) -> Plain:
-    """Of every eighth token, counted through the rows as they lie in the text."""
-    chosen = [(r, p) for r in range(len(seen.tokens)) for p in range(seen.lead, WIDTH) if (r * WIDTH + p) % 8 == 0]
+    """Of every sixteenth token, counted through the rows as they lie in the text."""
+    chosen = [(r, p) for r in range(len(seen.tokens)) for p in range(seen.lead, WIDTH) if (r * WIDTH + p) % 16 == 0]
     r, p = (torch.tensor(x) for x in zip(*chosen, strict=True))
     post, gate, up = (seen.row(site)[:, r, p] for site in ("mlp.post", "mlp.gate", "mlp.up"))  # [layer, token, neuron]
     edges = np.array([-(2.0**k) for k in range(8, -9, -1)] + [2.0**k for k in range(-8, 9)])

@@ -27,7 +27,7 @@ CONTEXT = (16, 8)
 AROUND = f"activations from {CONTEXT[0]} tokens before the peak to {CONTEXT[1]} behind it, to within 0.4 %"
 BINS = (*(-(2.0**k) for k in range(9, -9, -1)), *(2.0**k for k in range(-8, 10)))
 """Edges of bins of activations; the outermost take in all that is larger."""
-EVERY = 8
+EVERY = 16
 SOME = f"of every {EVERY}th token"
 SIGNS = {
     "gate_pos_in_pos": "a positive gate and a positive input",
@@ -185,7 +185,7 @@ class PeakExamples(Statistic):
         "Gerstner and Schütze", "Understanding Gated Neurons in Transformers from Their Input-Output Functionality",
         2025, where="signs of gate and input", departs=f"{SOME}; a gate or an input of 0 counts as negative",
     ),
-    cost="a search among the bins and three comparisons for an eighth of the activations",
+    cost="a search among the bins and three comparisons for a sixteenth of the activations",
     check=CHECK,
 )  # fmt: skip
 class Distribution(Statistic):
@@ -198,7 +198,7 @@ class Distribution(Statistic):
         return held | {name: Firing(neurons) for name in SIGNS}
 
     def update(self, kept: Kept, seen: Seen) -> None:
-        """Take in an eighth of the tokens that count."""
+        """Take in a sixteenth of the tokens that count."""
         assert seen.batch is not None
         place = seen.examples[:, None] + torch.arange(seen.batch.tokens.shape[1])
         some = (place % EVERY == 0) & (torch.ones_like(place, dtype=torch.bool) if seen.mask is None else seen.mask)

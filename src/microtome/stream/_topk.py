@@ -2,7 +2,7 @@
 
 Formula:  peak(row, u) = max over pos of x[row, pos, u], at the first pos that reaches it; each unit keeps its k largest
           peaks, ordered by value (descending), then by the peak's global token index, then by the row's start. A random
-          draw keeps the k rows whose hashed start is smallest instead: evenly drawn, and the same for every unit.
+          draw keeps the k rows whose hashed start is largest instead: evenly drawn, and the same for every unit.
           Around each peak the values of the unit at the tokens before and behind it are kept, NaN beyond the row.
 Cost:     one max over the values and three sorts of k + batch numbers a unit; (24 + 4 context) units k bytes.
 Check:    any split and any order of merges gives equal tensors, ties included; equal to sorting everything.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from microtome.errors import DataError, error
@@ -91,6 +91,10 @@ class TopExamples(Accumulator):
             some = mask.any(dim=1)
             if not bool(some.all()):
                 values, first, mask = values[some.to(values.device)], first[some.to(home)], mask[some]
+        self.rows += values.shape[0] if values.shape[1] else 0
+        if (chosen := self._may_enter(first)) is not None:
+            values, first = values[chosen.to(values.device)], first[chosen]
+            mask = None if mask is None else mask[chosen.to(mask.device)]
         if not values.shape[0] or not values.shape[1]:
             return
         peaks, positions = values.max(dim=1)
@@ -98,7 +102,10 @@ class TopExamples(Accumulator):
         peaks, positions = peaks.to(home, torch.float64), positions.to(home)
         starts = first[:, None].expand_as(positions)
         self._keep(self._rank(peaks, first).T, peaks.T, (positions + starts).T, starts.T, around.to(home))
-        self.rows += values.shape[0]
+
+    def _may_enter(self, start: Int[Tensor, " row"]) -> Bool[Tensor, " row"] | None:
+        """Which rows may be kept, where that can be said without their values; None for all."""
+        return None
 
     def _rank(self, peaks: Float[Tensor, "row unit"], start: Int[Tensor, " row"]) -> Float[Tensor, "row unit"]:
         """What rows are kept by, the largest first."""
@@ -185,8 +192,16 @@ class DrawnExamples(TopExamples):
     """
 
     def _rank(self, peaks: Float[Tensor, "row unit"], start: Int[Tensor, " row"]) -> Float[Tensor, "row unit"]:
-        keys = torch.tensor([_hashed(number) for number in start.tolist()], dtype=torch.float64, device=peaks.device)
-        return keys[:, None].expand_as(peaks)
+        return _keys(start)[:, None].to(peaks.device).expand_as(peaks)
+
+    def _may_enter(self, start: Int[Tensor, " row"]) -> Bool[Tensor, " row"] | None:
+        """The rows that are drawn before the last one that is held; of equal ones the order of places decides."""
+        return _keys(start).to(start.device) >= self._key[0, -1].to(start.device) if self.units and self.k else None
+
+
+def _keys(start: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """What rows are drawn by: those of the largest numbers."""
+    return torch.tensor([_hashed(number) for number in start.tolist()], dtype=torch.float64)
 
 
 def _hashed(number: int) -> float:
