@@ -57,8 +57,8 @@ STATEMENTS = (
               "the stream half a row away", "block_influence DESC"),
     Statement("In layer {unit} the largest activation of a row is {value} times the median one of its token", "layers",
               "massive_ratio", "the same ratio at another token of the row", "massive_ratio DESC"),
-    Statement("After layer {unit} two tokens of a row are at a mean cosine of {value}", "layers", "row_similarity",
-              "tokens of other rows", "row_similarity_diff DESC"),
+    Statement("Head {unit} sends {value} of its attention to the token itself", "heads", "self_attention",
+              "uniform attention", "self_attention_diff DESC", True),
 )  # fmt: skip
 
 
