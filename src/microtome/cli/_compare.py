@@ -83,3 +83,5 @@ def _tell(rows: list[dict[str, Any]], data: Any) -> None:
         out.print(f"no change: {', '.join(still)}", soft_wrap=True)
     if any(row["certain"] is not None for row in rows):
         out.print("for certain: the 95 % interval of the change leaves out 0; by chance one unit in twenty does so")
+    elif "interval" in data.attrs:
+        out.print("no intervals: the text has too few rows, read more of it with --tokens")

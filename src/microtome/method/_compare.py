@@ -190,8 +190,8 @@ def moved_most(data: xr.Dataset, top: int = 5) -> Iterator[dict[str, Any]]:
         top: how many units to name.
 
     Yields:
-        `column`, `unit`, `units` (how many there are), `certain` (how many moved for certain, None without intervals),
-        `largest` (the largest change) and `where` (the units that moved most).
+        `column`, `unit`, `units` (how many there are), `certain` (how many moved for certain; None where there are no
+        intervals, as of under 8 examples), `largest` (the largest change) and `where` (the units that moved most).
     """
     for name in map(str, data.data_vars):
         if not (name.endswith(f"_{CHANGE}") or name.startswith("moved_")):
@@ -201,7 +201,7 @@ def moved_most(data: xr.Dataset, top: int = 5) -> Iterator[dict[str, Any]]:
         size = np.nan_to_num(np.abs(flat))
         order = [int(k) for k in np.argsort(-size, kind="stable")[:top] if size[k] > 0]
         certain = None
-        if f"{name}_lo" in data:
+        if f"{name}_lo" in data and bool(np.isfinite(data[f"{name}_lo"]).any()):
             certain = int(((data[f"{name}_lo"] > 0) | (data[f"{name}_hi"] < 0)).sum())
         yield {
             "column": name.removesuffix(f"_{CHANGE}"), "unit": values.attrs.get("unit", ""),
