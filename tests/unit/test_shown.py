@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,14 @@ def made() -> list[Any]:
     numbers = Numbers()
     rows = list(stream.rows_of(stream.Corpus.of(IMAGE, LARGE[:3]), numbers, length=64, tokens=200))
     measured = mt.measurements
+    held = object.__new__(stream.Harvest)  # as it is when it is open, without the disk
+    held.__dict__ |= {
+        "_store": SimpleNamespace(place=IMAGE * 30), "sites": {f"{i}.resid_post": (40,) for i in range(900)},
+        "dtype": "float32", "_records": [], "complete": True,
+    }  # fmt: skip
     further = [
         stream.DocumentBatches(stream.Corpus.of(IMAGE, LARGE[:9]), numbers, length=64, rows=4, tokens=900),
-        rows[0], rows[0].next, measured.bilinear(LLAMA, 1, LLAMA.W_U[:, 3]),
+        held, rows[0], rows[0].next, measured.bilinear(LLAMA, 1, LLAMA.W_U[:, 3]),
         measured.neural_collapse(WIDE, torch.arange(len(WIDE)) % 4),
     ]  # fmt: skip
     last = LLAMA.run(IDS, capture="final", logits=False)
