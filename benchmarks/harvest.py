@@ -79,6 +79,7 @@ def raw(folder: Path, values: torch.Tensor, sites: int, tokens: int, shard: int)
 
 
 def timed(work: Callable[[], Any]) -> float:
+    """Seconds that some work takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

@@ -151,6 +151,10 @@ def test_measures_that_are_added_are_as_if_measured_at_once(model: mt.Model, fol
     assert added.manifest["added"][0]["measures"] == ["activations", "top_examples", "head_norms"]
     assert added.manifest["loss"] == whole.manifest["loss"]
     assert "activations" in (place / "assets/data/model.js").read_text()
+    manifest = json.loads((place / "manifest.json").read_text())
+    (place / "manifest.json").write_text(json.dumps(manifest | {"loss": 99.0}))
+    mt.atlas.add_to_atlas(model, place, ["loss"], text=TEXTS)
+    assert mt.atlas.open(place).manifest["loss"] == whole.manifest["loss"], "what is measured anew replaces what was"
     with pytest.raises(DataError, match="made of another text"):
         mt.atlas.add_to_atlas(model, place, ["kurtosis"], text=[TEXT.upper()] * 40)
     other = mt.open(families.build("gpt2"), tokenizer=model.tokenizer, prove=False)

@@ -72,6 +72,33 @@ IDS = torch.arange(5, 25).repeat(70, 1)
 LARGE = [f"{IMAGE} and many words more, so that it is long; number {i}. " * 20 for i in range(2_000)]
 
 
+def read_from_disk() -> list[Any]:
+    """Atlases, passages, rows of documents and harvests."""
+    atlas = mt.atlas.Atlas(
+        Path("atlases") / IMAGE,
+        {
+            "model": {"name": IMAGE, "fingerprint": "0" * 16},
+            "tables": {f"table {i}": {"rows": 10**6} for i in range(900)},
+            "text": {"source": LARGE[0], "tokens": 10**9},
+        },
+    )
+    passage = mt.atlas.Example("top", 1.0, tuple(LARGE), (0.5,) * len(LARGE), 3, 4)
+    numbers = Numbers()
+    rows = list(stream.rows_of(stream.Corpus.of(IMAGE, LARGE[:3]), numbers, length=64, tokens=200))
+    measured = mt.measurements
+    held = object.__new__(stream.Harvest)  # as it is when it is open, without the disk
+    held.__dict__ |= {
+        "_store": SimpleNamespace(place=IMAGE * 30), "sites": {f"{i}.resid_post": (40,) for i in range(900)},
+        "dtype": "float32", "_records": [], "complete": True,
+    }  # fmt: skip
+    return [
+        atlas, passage,
+        stream.DocumentBatches(stream.Corpus.of(IMAGE, LARGE[:9]), numbers, length=64, rows=4, tokens=900),
+        held, rows[0], rows[0].next, measured.bilinear(LLAMA, 1, LLAMA.W_U[:, 3]),
+        measured.neural_collapse(WIDE, torch.arange(len(WIDE)) % 4),
+    ]  # fmt: skip
+
+
 def made() -> list[Any]:
     """One object of each class, most of them holding far more than can be shown."""
     run = LLAMA.run(IDS, capture=["*.resid_post", "*.mlp.post", "*.attn.pattern", "1.mlp.post[3]@-1"])
@@ -105,32 +132,10 @@ def made() -> list[Any]:
     drawn = [form for data in every for form in forms(data).shown]
     batches = stream.TokenBatches(stream.Corpus.of(IMAGE, LARGE), Numbers(), rows=64, tokens=50_000)
     it = planted.program(min(planted.PROGRAMS))
-    atlas = mt.atlas.Atlas(
-        Path("atlases") / IMAGE,
-        {
-            "model": {"name": IMAGE, "fingerprint": "0" * 16},
-            "tables": {f"table {i}": {"rows": 10**6} for i in range(900)},
-            "text": {"source": LARGE[0], "tokens": 10**9},
-        },
-    )
-    passage = mt.atlas.Example("top", 1.0, tuple(LARGE), (0.5,) * len(LARGE), 3, 4)
-    numbers = Numbers()
-    rows = list(stream.rows_of(stream.Corpus.of(IMAGE, LARGE[:3]), numbers, length=64, tokens=200))
-    measured = mt.measurements
-    held = object.__new__(stream.Harvest)  # as it is when it is open, without the disk
-    held.__dict__ |= {
-        "_store": SimpleNamespace(place=IMAGE * 30), "sites": {f"{i}.resid_post": (40,) for i in range(900)},
-        "dtype": "float32", "_records": [], "complete": True,
-    }  # fmt: skip
-    further = [
-        stream.DocumentBatches(stream.Corpus.of(IMAGE, LARGE[:9]), numbers, length=64, rows=4, tokens=900),
-        held, rows[0], rows[0].next, measured.bilinear(LLAMA, 1, LLAMA.W_U[:, 3]),
-        measured.neural_collapse(WIDE, torch.arange(len(WIDE)) % 4),
-    ]  # fmt: skip
     last = LLAMA.run(IDS, capture="final", logits=False)
     committed = mt.measurements.commit(last)
     return [
-        atlas, passage, *further,
+        *read_from_disk(),
         LLAMA, LLAMA.anatomy, LLAMA.layers[1], LLAMA.layers[1].attn_norm,
         mt.anatomy.Weights(LLAMA.hf, LLAMA.anatomy), LLAMA.proof[0], run,
         run.batch, LLAMA.plan(IDS, capture="*.mlp.post"), swept, swept.plan, swept.run(), pair,

@@ -182,3 +182,12 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="the pages cannot be written to"):
         write_pages(tmp_path / "file", MANIFEST, tables=tables(), tokens=HOSTILE, vocab=HOSTILE)
+
+
+def test_activations_around_a_peak_are_hundredths_of_its_size() -> None:
+    from microtome.view._page_data import hundredths
+
+    rows = [[[1.0, -4.0, 2.0], [None, 0.5, 50.0]], None]
+    table = pa.table({"x_around": pa.array(rows, pa.list_(pa.list_(pa.float32()))), "other": [1, 2]})
+    found = hundredths(table, 1).column("x_around").to_pylist()
+    assert found == [[[25, -100, 50], [None, 100, 999]], None]

@@ -141,7 +141,8 @@ def add_to_atlas(
 def _joined(before: Atlas, added: Mapping[str, Any], made: Mapping[str, pa.Table]) -> dict[str, Any]:
     """The manifest of an atlas to which measures were added."""
     old = before.manifest
-    whole = {k: v for k, v in added.items() if k not in old}
+    kept = {"kind", "format", "microtome", "created", "model", "text", "thin", "seed", "versions", "cost", "tables"}
+    whole = {k: v for k, v in added.items() if k not in {*kept, "measures", "left_out"}}  # of the whole model
     log = {"measures": list(added["measures"]), "created": added["created"], "cost": added["cost"]}
     return {
         **old, **whole, "tables": manifest_tables(made), "measures": {**old["measures"], **added["measures"]},
