@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from microtome.anatomy import at_least_float32
@@ -131,7 +132,7 @@ def stream(seen: Seen) -> Mapping[str, tuple[Tensor, Tensor]]:
     return masked | {"resid_post_norm_first": (norm["post"], first), "median_abs": (median, some)}
 
 
-def half_a_row(length: int) -> Tensor:
+def half_a_row(length: int) -> Int[Tensor, " pos"]:
     """[pos] For each token but the first the one half a row on, beginning again behind the first at the row's end."""
     place = torch.arange(length)
     if length > 1:
