@@ -125,7 +125,7 @@ def atomic(
 
 def _replace_folder(partial: Path, place: Path, keep: Callable[[Path], bool] | None) -> None:
     """Put a folder in place of another, which is put back if that fails."""
-    old = partial.with_suffix(".old")
+    old, came = partial.with_suffix(".old"), (errno.ENOTEMPTY, errno.EEXIST)
     try:
         while keep is None or not keep(place):
             if place.is_file() and not place.is_symlink():
@@ -137,11 +137,17 @@ def _replace_folder(partial: Path, place: Path, keep: Callable[[Path], bool] | N
                 partial.rename(place)
                 return
             except OSError as problem:
-                if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if problem.errno not in came:
                     raise
-    finally:
+    except BaseException:
         if os.path.lexists(old) and not os.path.lexists(place):
-            old.rename(place)
+            try:
+                old.rename(place)
+            except OSError as problem:  # another writer's folder came in between: it is whole, and it is newer
+                if problem.errno not in came:
+                    raise
+        raise
+    finally:
         _remove(old)
 
 

@@ -252,6 +252,48 @@ def test_a_folder_that_came_between_the_renames_is_replaced(tmp_path: Path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["it"]
 
 
+def test_a_rival_that_has_moved_the_new_folder_away_does_not_meet_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, place = Path.rename, tmp_path / "it"
+    place.mkdir()
+    write(place, "old", True)
+
+    def moved(self: Path, target: Path) -> Path:
+        found = own(self, target)
+        if self.suffix == ".part":
+            own(place, tmp_path / "of the rival")
+        return found
+
+    monkeypatch.setattr(files.Path, "rename", moved)
+    with atomic(place, folder=True) as partial:
+        write(partial, "new", True)
+    assert [p.name for p in tmp_path.iterdir()] == ["of the rival"]
+    assert held(tmp_path)["of the rival/b"] == "new"
+
+
+def test_a_folder_that_came_before_the_old_one_was_put_back_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, place = Path.rename, tmp_path / "it"
+    place.mkdir()
+    write(place, "old", True)
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.suffix == ".part":
+            raise FULL
+        if self.suffix == ".old":
+            place.mkdir()
+            write(place, "of the rival", True)
+        return own(self, target)
+
+    monkeypatch.setattr(files.Path, "rename", failing)
+    with pytest.raises(OutputError, match="No space left"), atomic(place, folder=True) as partial:
+        write(partial, "new", True)
+    assert [p.name for p in tmp_path.iterdir()] == ["it"]
+    assert held(tmp_path)["it/b"] == "of the rival"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_files_have_the_permissions_of_any_new_file(tmp_path: Path, folder: bool, mask: int, mode: int) -> None:
