@@ -19,6 +19,7 @@ from microtome.method._declare import DIMS, Method
 from microtome.method._feed import feed
 from microtome.method._look import Look, Text, Weights
 from microtome.method._measure import Measure
+from microtome.method._parts import Parts
 from microtome.method._pass import Bound, Pass, coordinates
 from microtome.method._registry import Methods, declared, methods
 from microtome.method._result import Cost, Result, counting, labelled, provenance, said_of_intervals
@@ -112,6 +113,7 @@ def run_measures(
     left_out: dict[str, str] = {}
     seconds: dict[str, float] = {}
     sources: list[str] = []
+    unfinished: list[Parts] = []
     with counting() as cost:
         bound = bound_by_look(model, chosen, text, options, left_out if lenient else None)
         if kept is not None and not any(isinstance(look, Text) for look in bound):
@@ -122,7 +124,7 @@ def run_measures(
             if isinstance(look, Weights):
                 found |= of_weights(model, some, left_out if lenient else None)
             else:
-                datasets, source = _of_batches(model, look, some, kept)
+                datasets, source = _of_batches(model, look, some, kept, unfinished)
                 found |= datasets
                 sources.append(source)
             stage = _stage(look)
@@ -133,6 +135,8 @@ def run_measures(
         read = {"text": "; ".join(dict.fromkeys(filter(None, sources)))} if any(sources) else {}
         said = said_of_intervals(name for data in datasets.values() for name in data.data_vars)
         attrs = _attrs(model, ran, arguments | read, cost) | said
+    for parts in unfinished:
+        parts.clear()
     looks = {one.measure.method.name: _described(look) for look, some in bound.items() for one in some}
     return Measured(datasets, attrs, looks, seconds, left_out)
 
@@ -213,9 +217,9 @@ def bound_by_look(
 
 
 def _of_batches(
-    model: Model, look: Look, bound: list[Bound], groups: tuple[str, ...] | None
+    model: Model, look: Look, bound: list[Bound], groups: tuple[str, ...] | None, unfinished: list[Parts]
 ) -> tuple[dict[str, xr.Dataset], str]:
-    """The columns of measures that read batches, and what the batches were read from."""
+    """The columns of measures that read batches, and what these were read from; `unfinished` gains what is on disk."""
     assert not isinstance(look, Weights)
     kept = groups is not None and isinstance(look, Text)
     comparing = [one.measure.method.name for one in bound if one.measure.compares]
@@ -228,7 +232,8 @@ def _of_batches(
     if kept and groups:
         _check_groups(groups, batches)
     made = Pass(model, bound, look, batches.groups if kept else None, batches.groups)
-    feed(made, batches.parts, current().counting(_stage(look)))
+    parts = feed(made, batches.parts, current().counting(_stage(look)))
+    unfinished += [] if parts is None else [parts]
     found = made.results()
     if kept and groups:
         found = {name: data.sel(group=list(groups)) for name, data in found.items()}
