@@ -81,7 +81,7 @@ def drive(work: str, model: str, out: str, address: str | None) -> None:
         if work == "harvest":
             made(opened, out, text=TEXT, shard_tokens=60)
         else:
-            mt.measure(opened, *MEASURES, text=TEXT, **GIVEN).drop_attrs().to_zarr(out)
+            mt.measure(opened, *MEASURES, text=TEXT, **GIVEN).to_zarr(out)
 
 
 def same(work: str, out: Path, whole: Path) -> bool:
