@@ -102,6 +102,19 @@ def group_damage() -> dict[str, Any]:
     return told("damage", "a neuron that each of 3 groups needs", found, 3, false, among)
 
 
+def lens_groups() -> dict[str, Any]:
+    """The layer whose MLP raises the words of the group that is read: above their share elsewhere there alone."""
+    found = false = among = 0
+    for seed in SEEDS:
+        it = planted.neurons(seed)
+        data = mt.measure(it.model, "lens_groups", text=words_of(it, rows=16, length=32, seed=seed))
+        more = data["lens_share_diff"].values > 0.2
+        found += int(more[:, it.truth["layer"]].sum())
+        false += int(more.sum()) - int(more[:, it.truth["layer"]].sum())
+        among += more.size - 3
+    return told("lens_groups", "a layer that raises the words of each of 3 groups", found, 3 * len(SEEDS), false, among)
+
+
 def neuron_events() -> dict[str, Any]:
     """A dead neuron, one of a token that it lowers, of either of two tokens, of a bigram and of first places."""
     found = false = among = 0
@@ -234,6 +247,7 @@ CASES = (
     group_neurons,
     group_gradient,
     group_damage,
+    lens_groups,
     neuron_events,
     frequency_tags,
     neuron_facets,

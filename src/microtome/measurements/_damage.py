@@ -79,9 +79,9 @@ def damage(
     >>> microtome.measurements.damage(model, found, texts)
     """
     model.require_next_token()
-    chosen = _sets(model, sets)
+    chosen = neuron_sets(model, sets)
     read = Text(text, tokens=tokens, length=length, rows=rows).batches(model, apart=True)
-    sizes = _sizes(model, read)
+    sizes = neuron_sizes(model, read)
     rng = torch.Generator().manual_seed(current().seed)
     taken = {neuron for own in chosen.values() for neuron in own}
     drawn = [[matched(sizes, own, taken, rng) for _ in range(controls)] for own in chosen.values()]
@@ -90,7 +90,7 @@ def damage(
     return _dataset(model, chosen, read, kept)
 
 
-def _sets(model: Model, sets: Mapping[str, Neurons] | xr.Dataset) -> dict[str, list[tuple[int, int]]]:
+def neuron_sets(model: Model, sets: Mapping[str, Neurons] | xr.Dataset) -> dict[str, list[tuple[int, int]]]:
     """The sets by name, each neuron checked."""
     if isinstance(sets, xr.Dataset):
         if "group_selected" not in sets:
@@ -119,7 +119,7 @@ def _sets(model: Model, sets: Mapping[str, Neurons] | xr.Dataset) -> dict[str, l
     return found
 
 
-def _sizes(model: Model, read: Batches) -> dict[int, Float[Tensor, " neuron"]]:
+def neuron_sizes(model: Model, read: Batches) -> dict[int, Float[Tensor, " neuron"]]:
     """By layer, the mean size of what each neuron adds [neuron]."""
     layers = [site.layer for site in model.anatomy.hook_points if site.name == "mlp.post" and site.layer is not None]
     total: dict[int, Tensor] = {}
@@ -173,9 +173,9 @@ def _read(model: Model, read: Batches, plan: Sequence[Sequence[Neurons]]) -> lis
     n = len(plan)
     kept = [{"loss": ExampleMeans(1), "damage": ExampleMeans(n), "damage_random": ExampleMeans(n)} for _ in read.groups]
     for done, batch in enumerate(read.parts):
-        whole = _loss(model, batch, [])
+        whole = padded_loss(model, batch, [])
         values = {"loss": whole.unsqueeze(-1)}
-        lost = [[_loss(model, batch, _off(some)) - whole if some else torch.zeros_like(whole) for some in own]
+        lost = [[padded_loss(model, batch, _off(some)) - whole if some else torch.zeros_like(whole) for some in own]
                 for own in plan]  # fmt: skip
         values["damage"] = torch.stack([own[0] for own in lost], dim=-1)
         if all(len(own) > 1 for own in lost):
@@ -189,7 +189,7 @@ def _read(model: Model, read: Batches, plan: Sequence[Sequence[Neurons]]) -> lis
     return kept
 
 
-def _loss(model: Model, batch: TokenBatch, edits: list[Edit]) -> Float[Tensor, "example pos"]:
+def padded_loss(model: Model, batch: TokenBatch, edits: list[Edit]) -> Float[Tensor, "example pos"]:
     """The loss of every token, 0 at the first one of each row."""
     logits = model.run(batch.tokens, edits=edits).logits
     return torch.nn.functional.pad(token_loss(logits, batch.tokens.to(logits.device)), (1, 0)).double().cpu()
