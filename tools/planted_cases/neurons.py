@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import microtome as mt
 from microtome import planted
-from microtome.measurements import confidence_effects, damage, out_of_distribution
+from microtome.measurements import confidence_effects, damage, group_arithmetic, out_of_distribution
 from microtome.measurements import neuron_facets as facets
 
 SEEDS = (0, 1)
@@ -108,11 +108,29 @@ def lens_groups() -> dict[str, Any]:
     for seed in SEEDS:
         it = planted.neurons(seed)
         data = mt.measure(it.model, "lens_groups", text=words_of(it, rows=16, length=32, seed=seed))
-        more = data["lens_share_diff"].values > 0.2
+        more = data["lens_share_diff"].values > 0.1
         found += int(more[:, it.truth["layer"]].sum())
         false += int(more.sum()) - int(more[:, it.truth["layer"]].sum())
         among += more.size - 3
     return told("lens_groups", "a layer that raises the words of each of 3 groups", found, 3 * len(SEEDS), false, among)
+
+
+def arithmetic() -> dict[str, Any]:
+    """In each group's text, the words of every other are said once its neuron is lent its mean; none without."""
+    found = false = among = 0
+    it = planted.neurons()
+    sets = {f"group {g}": [(1, n)] for g, n in enumerate(it.truth["neurons"]["group"])}
+    text = words_of(it, rows=8, length=30)
+    for t, o in ((0, 1), (1, 2), (2, 0)):
+        data = group_arithmetic(it.model, sets, text, target=f"group {t}", other=f"group {o}", rows=8, controls=1)
+        for name in ("shift", "shift_random"):
+            to = data[name].sel(group=f"group {o}", edit="both").values > 0.1  # in the words of which group
+            found += int(name == "shift" and to[t])
+            false += int(to.sum()) - int(name == "shift" and to[t])
+            among += len(to) - int(name == "shift")
+    return told(
+        "group_arithmetic", "3 pairs of groups, the words of one in the text of the other", found, 3, false, among
+    )
 
 
 def neuron_events() -> dict[str, Any]:
@@ -248,6 +266,7 @@ CASES = (
     group_gradient,
     group_damage,
     lens_groups,
+    arithmetic,
     neuron_events,
     frequency_tags,
     neuron_facets,

@@ -173,9 +173,9 @@ def _read(model: Model, read: Batches, plan: Sequence[Sequence[Neurons]]) -> lis
     n = len(plan)
     kept = [{"loss": ExampleMeans(1), "damage": ExampleMeans(n), "damage_random": ExampleMeans(n)} for _ in read.groups]
     for done, batch in enumerate(read.parts):
-        whole = padded_loss(model, batch, [])
+        whole = _loss(model, batch, [])
         values = {"loss": whole.unsqueeze(-1)}
-        lost = [[padded_loss(model, batch, _off(some)) - whole if some else torch.zeros_like(whole) for some in own]
+        lost = [[_loss(model, batch, _off(some)) - whole if some else torch.zeros_like(whole) for some in own]
                 for own in plan]  # fmt: skip
         values["damage"] = torch.stack([own[0] for own in lost], dim=-1)
         if all(len(own) > 1 for own in lost):
@@ -189,7 +189,7 @@ def _read(model: Model, read: Batches, plan: Sequence[Sequence[Neurons]]) -> lis
     return kept
 
 
-def padded_loss(model: Model, batch: TokenBatch, edits: list[Edit]) -> Float[Tensor, "example pos"]:
+def _loss(model: Model, batch: TokenBatch, edits: list[Edit]) -> Float[Tensor, "example pos"]:
     """The loss of every token, 0 at the first one of each row."""
     logits = model.run(batch.tokens, edits=edits).logits
     return torch.nn.functional.pad(token_loss(logits, batch.tokens.to(logits.device)), (1, 0)).double().cpu()
