@@ -1,5 +1,6 @@
 """Planted cases of neurons on a text: what each measure finds among neurons of known kinds, and among the others."""
 
+import copy
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import microtome as mt
 from microtome import planted
-from microtome.measurements import confidence_effects, damage, group_arithmetic, out_of_distribution
+from microtome.measurements import concept_neurons, confidence_effects, damage, group_arithmetic, out_of_distribution
 from microtome.measurements import neuron_facets as facets
 
 SEEDS = (0, 1)
@@ -131,6 +132,32 @@ def arithmetic() -> dict[str, Any]:
     return told(
         "group_arithmetic", "3 pairs of groups, the words of one in the text of the other", found, 3, false, among
     )
+
+
+def concept() -> dict[str, Any]:
+    """The neuron that raises a group's words is nearest to what the unembedding of these has beyond those of another,
+    and fires in its text alone; in a copy whose gate is turned it is silent there, and writes the concept no more.
+    """
+    found = false = among = 0
+    for seed in SEEDS:
+        it = planted.neurons(seed)
+        text = words_of(it, rows=10, length=24, seed=seed)
+        for g, n in enumerate(it.truth["neurons"]["group"]):
+            tuned = mt.open(copy.deepcopy(it.model.hf), prove=False)
+            tuned.layers[1].W_gate[:, n] = -tuned.layers[1].W_gate[:, n]  # it is silent where it fired
+            one, other = (it.model.W_U[:, it.truth["groups"][h]].mean(1) for h in (g, (g + 1) % 3))
+            data = concept_neurons(it.model, one - other, text, after=tuned, top=1)
+            first = (int(data["layer"][0]), int(data["neuron"][0]))
+            own, rest = data.sel(group=f"group {g}"), data.sel(group=[f"group {(g + 2) % 3}"])
+            fires = float(own["firing"][0]) > 0.99 and float(own["firing_after"][0]) < 0.01
+            found += int(first == (1, n) and float(data["cosine"][0]) > float(data["chance"]))
+            found += int(fires and float(own["written_change_hi"]) < -0.02)
+            found += int(abs(float(data["cos_gate"][0]) + 1) < 1e-5 and float(data["cos_out"][0]) > 0.99999)
+            false += int(abs(float(own["written_random_change"])) > 1e-3) + int(float(rest["firing"][0, 0]) > 0.01)
+            false += int(float(data["cosine_random"][0]) > float(data["chance"]))
+            among += 3
+    what = "a neuron that writes a group's topic, found, silenced, and with another gate"
+    return told("concept_neurons", what, found, 9 * len(SEEDS), false, among)
 
 
 def neuron_events() -> dict[str, Any]:
@@ -267,6 +294,7 @@ CASES = (
     group_damage,
     lens_groups,
     arithmetic,
+    concept,
     neuron_events,
     frequency_tags,
     neuron_facets,

@@ -10,6 +10,7 @@ from microtome.measurements._commit import commit as commit
 from microtome.measurements._commit import massive_dimensions as massive_dimensions
 from microtome.measurements._commit import verify_commit as verify_commit
 from microtome.measurements._commit_table import commit_separation as commit_separation
+from microtome.measurements._concept_neurons import concept_neurons as concept_neurons
 from microtome.measurements._confidence import confidence_effects as confidence_effects
 from microtome.measurements._damage import damage as damage
 from microtome.measurements._deltas import loss_at_deltas as loss_at_deltas

@@ -117,7 +117,7 @@ def _require_groups(target: str, other: str, sets: Mapping[str, Neurons], read: 
                 raise error(ArgumentError, f"{name} has no {what}", got=group, allowed=", ".join(known), do="name one")
 
 
-def _later(batch: TokenBatch) -> Tensor:
+def later_tokens(batch: TokenBatch) -> Tensor:
     """[row, pos] The tokens of the text but first ones."""
     later = torch.ones(batch.tokens.shape, dtype=torch.bool) if batch.text is None else batch.text.clone()
     later[:, 0] = False
@@ -130,7 +130,7 @@ def _target_means(model: Model, read: Batches, group: int) -> dict[int, Float[Te
     total: dict[int, Tensor] = {}
     count = 0
     for batch in read.parts:
-        mask = _later(batch) & (batch.group == group)
+        mask = later_tokens(batch) & (batch.group == group)
         count += int(mask.sum())
 
         def see(site: Site, x: Tensor, mask: Tensor = mask) -> None:
@@ -173,7 +173,7 @@ def _counts(model: Model, read: Batches) -> Float[Tensor, "group vocab"]:
     """How often each token is in the text of each group."""
     found = torch.zeros(len(read.groups), model.anatomy.d_vocab, dtype=torch.float64)
     for batch in read.parts:
-        later = _later(batch)
+        later = later_tokens(batch)
         places = batch.group[later] * found.shape[1] + batch.tokens[later].cpu()
         found += torch.bincount(places, minlength=found.numel()).reshape(found.shape)
     return found
@@ -212,7 +212,7 @@ def _read(
             values |= {"rise_random": torch.stack(rises[1:]).mean(0), "shift_random": torch.stack(shifts[1:]).mean(0)}
         for group in batch.group.unique().tolist():
             for name, x in values.items():
-                kept[group][name].update(x, batch.start, _later(batch) & (batch.group == group))
+                kept[group][name].update(x, batch.start, later_tokens(batch) & (batch.group == group))
         current().report("arithmetic with groups", done + 1, len(read.parts))
     return kept
 
