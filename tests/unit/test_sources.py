@@ -13,6 +13,7 @@ ELSEWHERE = {
     "A Mathematical Framework for Transformer Circuits",
     "A Mathematical Theory of Communication",
     "An Improved Data Stream Summary: The Count-Min Sketch and its Applications",
+    "On a Test of Whether one of Two Random Variables is Stochastically Larger than the Other",
     "Privileged Bases in the Transformer Residual Stream",
     "The Effective Rank: A Measure of Effective Dimensionality",
     "interpreting GPT: the logit lens",

@@ -10,6 +10,7 @@ import microtome as mt
 from microtome import planted
 from microtome.measurements import concept_neurons, confidence_effects, damage, group_arithmetic, out_of_distribution
 from microtome.measurements import neuron_facets as facets
+from microtome.measurements._polysemy import CLASSES
 
 SEEDS = (0, 1)
 
@@ -191,6 +192,43 @@ def neuron_events() -> dict[str, Any]:
     )
 
 
+class Reader:
+    """A tokenizer of `planted.neurons`: words of its groups begin small, or great, or inside of a word."""
+
+    bos_token_id, eos_token_id, all_special_ids = None, None, ()
+
+    def __init__(self, it: planted.Planted) -> None:
+        """Call the groups' words and the special tokens by what they are."""
+        own = {it.truth["token"]: " =", it.truth["facets"][0]: ",", it.truth["facets"][1]: "7"}
+        for words, form in zip(it.truth["groups"], (" w{}", " W{}", "w{}"), strict=True):
+            own |= {token: form.format("abcdefghijklmnopqrstuvwxyz"[place]) for place, token in enumerate(words)}
+        self.words = own
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        """The text of one token; nothing of those that have none."""
+        return self.words.get(ids[0], "")
+
+
+def polysemy() -> dict[str, Any]:
+    """A neuron of two tokens of two kinds tells two kinds apart, one of a token or of a group's words one kind; of the
+    kinds that have many tokens, no other neuron tells any, and of shuffled kinds none at all.
+    """
+    found = false = among = 0
+    for seed in SEEDS:
+        it = planted.neurons(seed)
+        model = mt.open(it.model.hf, tokenizer=Reader(it), prove=False)
+        data = mt.measure(model, "polysemy", text=mixed(it, seed=seed))
+        kinds, own = data["polysemy"].values[1], it.truth["neurons"]
+        found += int(kinds[own["facets"][0]] == 2) + int(kinds[own["token"][0]] == 1)
+        found += sum(int(kinds[n] == 1) for n in own["group"])
+        large = [CLASSES.index(name) for name in ("word", "capital", "inside")]
+        beyond = (abs(data["class_auroc"].values[..., large] - 0.5) > 0.4).any(-1)
+        false += int((data["polysemy_shuffled"].values > 0).sum()) + sum(int(beyond[at]) for at in it.truth["others"])
+        among += kinds.size * 2 + len(it.truth["others"])
+    what = "a neuron of two kinds of tokens, and four of one kind"
+    return told("polysemy", what, found, 5 * len(SEEDS), false, among)
+
+
 def frequency_tags() -> dict[str, Any]:
     """The neuron that fires at the first word of every sentence of four."""
     found = false = among = 0
@@ -296,6 +334,7 @@ CASES = (
     arithmetic,
     concept,
     neuron_events,
+    polysemy,
     frequency_tags,
     neuron_facets,
     confidence,
