@@ -243,5 +243,6 @@ def depth() -> dict[str, Any]:
 
 
 CASES = (
-    sinks, massive, secondary, register_neurons, moved_register, geometry, attractor, small_steps, neuron_classes, depth,
+    sinks, massive, secondary, register_neurons, moved_register, geometry, attractor, small_steps, neuron_classes,
+    depth,
 )  # fmt: skip
