@@ -10,11 +10,13 @@ from microtome.measurements._commit import commit as commit
 from microtome.measurements._commit import massive_dimensions as massive_dimensions
 from microtome.measurements._commit import verify_commit as verify_commit
 from microtome.measurements._commit_table import commit_separation as commit_separation
+from microtome.measurements._concept_neurons import concept_neurons as concept_neurons
 from microtome.measurements._confidence import confidence_effects as confidence_effects
 from microtome.measurements._damage import damage as damage
 from microtome.measurements._deltas import loss_at_deltas as loss_at_deltas
 from microtome.measurements._facets import neuron_facets as neuron_facets
 from microtome.measurements._geometry import entropy as entropy
+from microtome.measurements._group_arithmetic import group_arithmetic as group_arithmetic
 from microtome.measurements._head_functions import relation_scores as relation_scores
 from microtome.measurements._head_importance import head_inequality as head_inequality
 from microtome.measurements._head_importance import leave_one_out as leave_one_out
