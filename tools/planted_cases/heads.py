@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import microtome as mt
 from microtome import planted
-from microtome.measurements import cmr_curve, commit_separation, fit_cmr, head_types, selectable
+from microtome.measurements import cmr_curve, commit_separation, fit_cmr, head_types, pruning_curve, selectable
 from microtome.measurements._head_map import followers, ngram_shares, reach, spread
 from microtome.planted._llama import Layout, bench
 
@@ -228,6 +228,17 @@ def importance_of_induction() -> Case:
     return _heads(data, "loss_without_head", truth, 0.5, "head_ablation", "both heads of an induction circuit")
 
 
+def pruning_spares_induction() -> Case:
+    """Greedy pruning leaves the induction head to the end. The head before it is saturated: no gradient tells of it."""
+    it = planted.induction()
+    part = torch.stack([torch.randperm(1000, generator=torch.Generator().manual_seed(s))[:8] for s in range(8)])
+    curve = pruning_curve(it.model, part.repeat(1, 8), steps=8, draws=1)
+    order = list(zip(curve["layer"].values.tolist(), curve["head"].values.tolist(), strict=True))
+    truth = tuple(it.truth["induction_head"])
+    return _case("pruning_curve", "an induction head", [order[-1] == truth],
+                 [order[-1] == head for head in order if head != truth])  # fmt: skip
+
+
 def keys_inside_the_hull() -> Case:
     """A key that is a mean of others is reported; keys of equal norm never are."""
     found: list[bool] = []
@@ -285,7 +296,8 @@ def kinds_of_heads() -> Case:
 CASES: tuple[Callable[[], Case], ...] = (
     modes_of_heads, distances_of_heads, ngram_heads, induction_is_a_bigram_head, previous_token_in_text,
     sinks_are_single, recall_by_context, induction_recalls_what_followed, copying_by_weights, copying_by_maps,
-    suppression_by_maps, successors_by_maps, permutation_by_maps, importance_of_induction, keys_inside_the_hull,
+    suppression_by_maps, successors_by_maps, permutation_by_maps, importance_of_induction, pruning_spares_induction,
+    keys_inside_the_hull,
     inference_told_apart, kinds_of_heads,
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ from microtome.measurements._geometry import entropy as entropy
 from microtome.measurements._head_functions import relation_scores as relation_scores
 from microtome.measurements._head_importance import head_inequality as head_inequality
 from microtome.measurements._head_importance import leave_one_out as leave_one_out
-from microtome.measurements._head_importance import pruning_curve as pruning_curve
+from microtome.measurements._head_pruning import pruning_curve as pruning_curve
 from microtome.measurements._head_types import head_types as head_types
 from microtome.measurements._induction import pattern_scores as pattern_scores
 from microtome.measurements._loss import token_loss as token_loss
