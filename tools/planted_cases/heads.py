@@ -219,6 +219,19 @@ def permutation_by_maps() -> Case:
     return _heads(data, "maps", [heads["permutation"]], 0.9, "relation_scores", "a permutation in W_V W_O")
 
 
+def relations_lost_with_their_heads() -> Case:
+    """Each relation is lost without the head that was planted for it; without the other's it is not."""
+    model, heads, pairs = moving_heads()
+    relations = {"permutation": pairs, "successor": [(s, (s + 1) % 32) for s in range(32)]}
+    data = mt.measurements.relation_damage(model, relations, heads=1, top=1, controls=2)
+    sets = zip(data["layer"].values[:, 0].tolist(), data["head"].values[:, 0].tolist(), strict=True)
+    chosen = [head == heads[name] for name, head in zip(relations, sets, strict=True)]
+    damage = data["damage"].values
+    found = [right and float(damage[i, i]) > 1 for i, right in enumerate(chosen)]
+    false = [float(damage[0, 1]) > 1, float(damage[1, 0]) > 1, *(data["damage_random"] > 1).values.tolist()]
+    return _case("relation_damage", "heads of a permutation and of successors", found, false)
+
+
 def importance_of_induction() -> Case:
     """On repeated tokens the loss rises by nats without either head of the circuit, and by nothing without another."""
     it = planted.induction()
@@ -296,7 +309,8 @@ def kinds_of_heads() -> Case:
 CASES: tuple[Callable[[], Case], ...] = (
     modes_of_heads, distances_of_heads, ngram_heads, induction_is_a_bigram_head, previous_token_in_text,
     sinks_are_single, recall_by_context, induction_recalls_what_followed, copying_by_weights, copying_by_maps,
-    suppression_by_maps, successors_by_maps, permutation_by_maps, importance_of_induction, pruning_spares_induction,
+    suppression_by_maps, successors_by_maps, permutation_by_maps, relations_lost_with_their_heads,
+    importance_of_induction, pruning_spares_induction,
     keys_inside_the_hull,
     inference_told_apart, kinds_of_heads,
 )  # fmt: skip

@@ -27,6 +27,8 @@ from microtome.measurements._neural_collapse import neural_collapse as neural_co
 from microtome.measurements._neuron_weights import neuron_directions as neuron_directions
 from microtome.measurements._outside import out_of_distribution as out_of_distribution
 from microtome.measurements._registers import register as register
+from microtome.measurements._relation_damage import read_relations as read_relations
+from microtome.measurements._relation_damage import relation_damage as relation_damage
 from microtome.measurements._repeat_lags import cmr_curve as cmr_curve
 from microtome.measurements._repeat_lags import fit_cmr as fit_cmr
 from microtome.measurements._secondary_sinks import secondary_sinks as secondary_sinks

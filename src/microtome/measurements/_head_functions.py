@@ -136,7 +136,7 @@ def relation_scores(
     if not relations or top < 1:
         got = f"{len(relations)} relations, top={top}"
         raise error(ArgumentError, "relations need pairs, and top is 1 or more", got=got, do="give a mapping of pairs")
-    found = {name: _given(model, name, pairs) for name, pairs in relations.items()}
+    found = {name: given_pairs(model, name, pairs) for name, pairs in relations.items()}
     from microtome.method import declared
 
     measured = declared("head_functions")
@@ -160,7 +160,7 @@ def relation_scores(
     return xr.Dataset(variables | {"pairs": counts}, coords=coords, attrs=dict(model.provenance))
 
 
-def _given(
+def given_pairs(
     model: Model, name: str, pairs: Sequence[tuple[str, str]] | Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """The pairs of one relation as tokens.
