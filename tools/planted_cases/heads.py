@@ -219,6 +219,34 @@ def permutation_by_maps() -> Case:
     return _heads(data, "maps", [heads["permutation"]], 0.9, "relation_scores", "a permutation in W_V W_O")
 
 
+def counting_head(seed: int = 0) -> tuple[mt.Model, tuple[int, int], dict[str, list[int]]]:
+    """A Llama with two series of tokens that share a code of n mod 10, and a head that counts this code on."""
+    layout = Layout(digit=10, series=2, out=12)
+    it = bench(layout, vocab=20, layers=2, heads=4, d_head=32, d_mlp=16, seed=seed)
+    series = {name: list(range(10 * s, 10 * s + 10)) for s, name in enumerate(("one", "two"))}
+    for s, ids in enumerate(series.values()):
+        for place, token in enumerate(ids):
+            code = torch.nn.functional.one_hot(torch.tensor([(place + 1) % 10, 10 + s]), 12).sum(0).to(it.model.dtype)
+            it.model.W_E[token, :12] = code
+            it.model.W_U[layout["out"], token] = 20.0 * code
+    on = torch.block_diag(torch.eye(10).roll(1, dims=1), torch.eye(2))
+    head = (1, it.free_head(1))
+    it.move(*head, torch.cat([it.part("digit"), it.part("series")], dim=1), on @ it.part("out").T)
+    return mt.open(it.finish({}).model.hf, tokenizer=Words(), prove=False), head, series
+
+
+def ordinals_moved_by_their_digit() -> Case:
+    """The digit of one series is read and moved by what the other teaches; where tokens share no code it is not."""
+    model, head, series = counting_head()
+    data = mt.measurements.ordinal_direction(model, head, series)
+    found = [bool(x > 0.9) for name in ("accuracy", "moved") for x in data[name].values]
+    model, heads, _ = moving_heads()
+    apart = {"one": list(range(8, 18)), "two": list(range(20, 30))}
+    none = mt.measurements.ordinal_direction(model, heads["successor"], apart)
+    false = [bool(x > 0.5) for name in ("accuracy", "moved") for x in none[name].values]
+    return _case("ordinal_direction", "a code of n mod 10, counted on by a head", found, false)
+
+
 def relations_lost_with_their_heads() -> Case:
     """Each relation is lost without the head that was planted for it; without the other's it is not."""
     model, heads, pairs = moving_heads()
@@ -310,7 +338,7 @@ CASES: tuple[Callable[[], Case], ...] = (
     modes_of_heads, distances_of_heads, ngram_heads, induction_is_a_bigram_head, previous_token_in_text,
     sinks_are_single, recall_by_context, induction_recalls_what_followed, copying_by_weights, copying_by_maps,
     suppression_by_maps, successors_by_maps, permutation_by_maps, relations_lost_with_their_heads,
-    importance_of_induction, pruning_spares_induction,
+    ordinals_moved_by_their_digit, importance_of_induction, pruning_spares_induction,
     keys_inside_the_hull,
     inference_told_apart, kinds_of_heads,
 )  # fmt: skip
