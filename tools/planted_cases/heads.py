@@ -41,6 +41,25 @@ def patterns(width: int = 32) -> dict[str, Tensor]:
     return {name: (x / x.sum(1, keepdim=True)).double()[None, None] for name, x in made.items()}
 
 
+def head_that_follows_subjects() -> Case:
+    """Of 40 heads the one that looks from verbs to subjects is found by it, and no head by a relation it has not."""
+    sentences = mt.measurements.template_sentences(64)
+    rng = torch.Generator().manual_seed(0)
+    made: list[tuple[Tensor, list[tuple[int, int]]]] = []
+    for sentence in sentences:
+        n = len(sentence.words)
+        pattern = torch.rand(4, 10, n, n, generator=rng).tril()
+        for a, b, name in sentence.arcs:
+            if name == "nsubj":
+                pattern[2, 3, b, a] = 2.0
+        made.append((pattern, [(i, i + 1) for i in range(n)]))
+    data = mt.measurements.arc_scores(sentences, made)
+    sure = (data["best_diff_lo"] > 0).to_series().to_dict()
+    at = data.sel(relation="nsubj")
+    found = sure.pop("nsubj") and (int(at["best_layer"]), int(at["best_head"])) == (2, 3) and float(at["best"]) == 1
+    return _case("dependency_heads", "a head that looks from verbs to subjects", [found], list(sure.values()))
+
+
 def modes_of_heads() -> Case:
     """The previous-token head is single, the even head global, the head with four keys a subset."""
     wanted = {"previous": "mode_single", "first": "mode_single", "even": "mode_global", "some": "mode_subset"}
@@ -335,6 +354,7 @@ def kinds_of_heads() -> Case:
 
 
 CASES: tuple[Callable[[], Case], ...] = (
+    head_that_follows_subjects,
     modes_of_heads, distances_of_heads, ngram_heads, induction_is_a_bigram_head, previous_token_in_text,
     sinks_are_single, recall_by_context, induction_recalls_what_followed, copying_by_weights, copying_by_maps,
     suppression_by_maps, successors_by_maps, permutation_by_maps, relations_lost_with_their_heads,

@@ -13,6 +13,11 @@ from microtome.measurements._commit_table import commit_separation as commit_sep
 from microtome.measurements._confidence import confidence_effects as confidence_effects
 from microtome.measurements._damage import damage as damage
 from microtome.measurements._deltas import loss_at_deltas as loss_at_deltas
+from microtome.measurements._dependencies import Sentence as Sentence
+from microtome.measurements._dependencies import arc_scores as arc_scores
+from microtome.measurements._dependencies import dependency_heads as dependency_heads
+from microtome.measurements._dependencies import read_conllu as read_conllu
+from microtome.measurements._dependencies import template_sentences as template_sentences
 from microtome.measurements._facets import neuron_facets as neuron_facets
 from microtome.measurements._geometry import entropy as entropy
 from microtome.measurements._head_functions import relation_scores as relation_scores
