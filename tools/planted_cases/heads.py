@@ -16,6 +16,7 @@ import microtome as mt
 from microtome import planted
 from microtome.measurements import cmr_curve, commit_separation, fit_cmr, head_types, pruning_curve, selectable
 from microtome.measurements._head_map import followers, ngram_shares, reach, spread
+from microtome.measurements._hopfield import updates
 from microtome.planted._llama import Layout, bench
 
 Case = dict[str, str]
@@ -58,6 +59,17 @@ def head_that_follows_subjects() -> Case:
     at = data.sel(relation="nsubj")
     found = sure.pop("nsubj") and (int(at["best_layer"]), int(at["best_head"])) == (2, 3) and float(at["best"]) == 1
     return _case("dependency_heads", "a head that looks from verbs to subjects", [found], list(sure.values()))
+
+
+def keys_at_rest() -> Case:
+    """Queries near one of some keys come to rest at it where the slope is steep, and between all where it is flat."""
+    rng = torch.Generator().manual_seed(0)
+    key = torch.linalg.qr(torch.randn(16, 16, generator=rng, dtype=torch.float64))[0].unsqueeze(0) * 6
+    near = key + 0.3 * torch.randn(key.shape, generator=rng, dtype=torch.float64)
+    sees = torch.ones(16, 16, dtype=torch.bool)
+    steep, flat = (updates(near, key, sees, slope, 8) for slope in (2.0, 1e-3))
+    found = ((steep["k90"][-1] == 1) & (steep["moved"][-1] < 1e-6)).flatten().tolist()
+    return _case("hopfield_updates", "queries near a stored key", found, (flat["k90"][-1] < 15).flatten().tolist())
 
 
 def modes_of_heads() -> Case:
@@ -354,7 +366,7 @@ def kinds_of_heads() -> Case:
 
 
 CASES: tuple[Callable[[], Case], ...] = (
-    head_that_follows_subjects,
+    head_that_follows_subjects, keys_at_rest,
     modes_of_heads, distances_of_heads, ngram_heads, induction_is_a_bigram_head, previous_token_in_text,
     sinks_are_single, recall_by_context, induction_recalls_what_followed, copying_by_weights, copying_by_maps,
     suppression_by_maps, successors_by_maps, permutation_by_maps, relations_lost_with_their_heads,

@@ -25,6 +25,7 @@ from microtome.measurements._head_importance import head_inequality as head_ineq
 from microtome.measurements._head_importance import leave_one_out as leave_one_out
 from microtome.measurements._head_pruning import pruning_curve as pruning_curve
 from microtome.measurements._head_types import head_types as head_types
+from microtome.measurements._hopfield import hopfield_updates as hopfield_updates
 from microtome.measurements._induction import pattern_scores as pattern_scores
 from microtome.measurements._loss import token_loss as token_loss
 from microtome.measurements._neural_collapse import Collapse as Collapse
