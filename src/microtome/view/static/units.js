@@ -269,7 +269,12 @@
 
   /** One example: the tokens around its peak, never beyond its sequence. */
   async function example({ place, value, start, around, most }, { length, before }) {
-    const [from, to] = atlas.query.window(place, start, length);
+    let [from, to] = atlas.query.window(place, start, length);
+    const known = (i) => (around?.[i - place + before] ?? null) !== null;
+    if (around) {
+      while (to > place + 1 && !known(to - 1)) to--; // a row shorter than the others ends here
+      while (from < place && !known(from)) from++;
+    }
     const words = await atlas.data.text(from, to);
     const share = (i) => around?.[from + i - place + before] ?? null;
     return h(
