@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,13 @@ def show(tab: Tab, page: Path, route: str = "") -> None:
     tab.open(page, route)
 
 
+def page_heads(page: Path) -> dict[str, list[float]]:
+    """The columns of the heads that the pages hold."""
+    raw = (page.parent / "assets/data/model.js").read_text()
+    held, _ = json.JSONDecoder().raw_decode(raw, raw.index('"heads":{"rows"') + len('"heads":'))
+    return held["columns"]
+
+
 def path_of(tab: Tab, kind: str, name: str) -> str:
     return "#" + tab.eval(f"atlas.paths.{kind}({name!r})")
 
@@ -166,6 +174,11 @@ def test_each_relation_has_a_page_with_its_pairs_and_its_heads(tab: Tab, page: P
         "[...document.querySelectorAll('.list tbody tr')].map((r) => +r.querySelector('td.float').textContent)"
     )
     assert len(head) == LAYERS * HEADS
+    row = "[...document.querySelector('.list tbody tr').querySelectorAll('td.float')].map((c) => +c.textContent)"
+    heads = page_heads(page)
+    best = heads["maps_capital"].index(max(heads["maps_capital"]))
+    expected = [heads["maps_capital"][best], heads["maps_capital_shuffled"][best]]
+    assert tab.eval(row) == pytest.approx(expected, abs=0.006)
     assert values == sorted(values, reverse=True)
     show(tab, page, f"#/head/{head[0]}")
     assert "#/relation/capital" in tab.eval(LINKS)

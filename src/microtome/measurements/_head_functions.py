@@ -88,7 +88,7 @@ def _columns(relation: str) -> tuple[Column, ...]:
     source=(MAPS, SUCCESSOR),
     cost="sources x d_head x vocab operations per head, for some 250 sources; memory for 256 rows of logits",
     check="tests/laws/test_head_functions.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 def head_functions(
     seen: Seen, top: Annotated[int, Argument("how many of the largest logits count", "tokens", least=1)] = 10

@@ -45,7 +45,7 @@
       meaning: damage.meaning("damage"),
       rows: names.filter((set) => damage.columns.neurons_of.includes(set)),
       columns: names.filter((name) => damage.columns.group_name.includes(name)),
-      down: "without those of",
+      down: "without",
       across: "loss of",
       cell(set, name) {
         const row = find(set, name);

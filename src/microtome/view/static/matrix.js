@@ -17,7 +17,7 @@
     const cells = rows.flatMap((row, j) => columns.map((column, i) => ({ i, j, own: row === column, ...(cell(row, column) || {}) })));
     const known = cells.filter(({ value }) => value !== null && value !== undefined);
     const most = Math.max(...known.map(({ value }) => Math.abs(value)), 0) || 1;
-    const left = 18 + 7.2 * Math.max(...rows.map((name) => cut(name).length), (down.length + 2) * 0.84);
+    const left = 18 + 7.2 * Math.max(...rows.map((name) => cut(name).length), down.length + 1);
     const top = 44;
     const [width, height] = [left + WIDE * columns.length + 4, top + TALL * rows.length + 4];
     const rest = known.length ? `${number(Math.min(...known.map(({ value }) => value)))} to ${number(Math.max(...known.map(({ value }) => value)))}` : "not measured";
