@@ -182,7 +182,7 @@ def test_each_relation_has_a_page_with_its_pairs_and_its_heads(tab: Tab, page: P
     assert values == sorted(values, reverse=True)
     show(tab, page, f"#/head/{head[0]}")
     assert "#/relation/capital" in tab.eval(LINKS)
-    assert "Relations that it computes" in tab.eval(MAIN)
+    assert "Relations, by its weights" in tab.eval(MAIN)
     show(tab, page, "#/relations")
     assert {"#/relation/capital", "#/relation/successor", f"#/head/{head[0]}"} <= {*tab.eval(LINKS)}
 

@@ -37,7 +37,7 @@
     const pattern = FORMS.find(([, unit]) => `${unit}s` === kind)?.[0];
     if (!pattern || ![...labels.keys()].some((site) => pattern.test(site))) return raw;
     const unit = raw.columns[kind.replace(/s$/, "")];
-    const values = raw.columns.layer.map((layer, row) => labelOf(kind, layer, unit[row])?.label ?? null);
+    const values = raw.columns.layer.map((layer, row) => labelOf(kind, layer, unit[row])?.label ?? "");
     return { ...raw, types: { [COLUMN]: "text", ...raw.types }, columns: { [COLUMN]: values, ...raw.columns } };
   }
 
@@ -86,7 +86,7 @@
     return h(
       "span",
       { class: "named", role: "status" },
-      "Called so: ",
+      "By that name: ",
       found.slice(0, MOST).map(({ kind, name, path }, i) => [i > 0 && ", ", `${kind} `, h("a", { href: href(path) }, name)]),
       more,
     );

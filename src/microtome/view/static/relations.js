@@ -122,7 +122,7 @@
     const line = ({ name, maps, shuffled, suppress }) =>
       h("tr", {}, h("th", { scope: "row" }, link(name)), [maps, shuffled, suppress].map((value) => h("td", { class: "float" }, number(value))));
     const heads_ = ["relation", "maps", "shuffled", "suppresses"].map((words, i) => h("th", { scope: "col", class: i ? "float" : null }, words));
-    return h("section", {}, h("h2", {}, "Relations that it computes"),
+    return h("section", {}, h("h2", {}, "Relations, by its weights"),
       h("div", { class: "scroll" }, h("table", { class: "groups" }, h("thead", {}, h("tr", {}, heads_)), h("tbody", {}, known.map(line)))));
   }
 
