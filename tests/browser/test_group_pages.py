@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.browser.conftest import HEADS, IMAGE, LAYERS, NEURONS
+from tests.browser.conftest import HEADS, IMAGE, LAYERS, LENGTH, NEURONS
 from tests.browser.tab import Tab
 
 from microtome.view import write_labels, write_pages
@@ -43,6 +43,8 @@ def of_neurons(neurons: pa.Table) -> pa.Table:
     neurons = neurons.append_column("lape", pa.array(np.linspace(1.5, 0.5, rows)))
     named = {row: name for name, own in CHOSEN.items() for row in own}
     neurons = neurons.append_column("of_group", pa.array([named.get(row) for row in range(rows)], pa.string()))
+    around: list[list[list[float | None]]] = [[[None] * 4 + [1.0, 0.5, 0.25] + [None] * 2] * 2] * rows
+    neurons = neurons.append_column("example_around", pa.array(around, pa.list_(pa.list_(pa.float64()))))
     for name, values in lists.items():
         held = [[None if i == len(GROUPS) - 1 else float(x) for i, x in enumerate(row)] for row in values]
         neurons = neurons.append_column(name, pa.array(held, pa.list_(pa.float64())))
@@ -80,7 +82,7 @@ def page(fake: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
         for name, table in tables.items()
     }
     manifest = fake["manifest"] | {"relations": RELATIONS, "tables": told}
-    manifest |= {"text": manifest["text"] | {"groups": GROUPS}}
+    manifest |= {"text": manifest["text"] | {"groups": GROUPS, "examples": [4, 4]}}
     folder = tmp_path_factory.mktemp("grouped")
     found = write_pages(folder, **(fake | {"manifest": manifest, "tables": tables}))
     write_labels(folder, LABELS)
@@ -195,6 +197,17 @@ def test_a_neuron_links_to_the_groups_that_it_is_chosen_for(tab: Tab, page: Path
     assert told.endswith("chosen for it")
     assert "#/group/plain" in tab.eval(LINKS)
     assert "group firing" not in tab.eval(MAIN), "lists of groups are not shown as bare numbers too"
+
+
+def test_an_example_of_a_row_that_is_shorter_than_the_others_ends_where_the_row_does(
+    tab: Tab, page: Path, fake: dict[str, Any]
+) -> None:
+    show(tab, page, "#/neuron/0.0")
+    marks = "[...document.querySelector('.examples .context').children].map((e) => e.getAttribute('title'))"
+    place = fake["tables"]["neurons"]["example_index"][0].as_py()[0]
+    told = [json.loads(title.rsplit(":", 1)[0]) for title in tab.eval(marks) if title]
+    row_ends = (place // LENGTH + 1) * LENGTH
+    assert told == fake["tokens"][place : min(place + 3, row_ends)]
 
 
 @pytest.mark.parametrize(("unit", "site"), [("neuron/1.5", "1.mlp.post[5]"), ("head/2.1", "2.attn.z[1]")])

@@ -50,3 +50,10 @@ def test_a_column_of_a_table_names_the_groups(cli: Cli, saved: Path, tmp_path: P
     assert [tuple(row.values()) for row in rows] == [("a", 2, 100), ("b", 2, 100), ("c", 2, 100)]
     assert cli(*arguments, "-o", tmp_path / "one").code == 0
     assert len(asked(cli, tmp_path / "one", "SELECT * FROM groups")) == 1
+    same = cli("compare", folder, folder)
+    assert same.code == 0, same.err
+    assert "no change: loss" not in same.out, "what is of the whole model is in no table"
+    assert "apart: the 95 % intervals of both do not overlap" in same.out
+    refused = cli("compare", folder, folder, "--measures", "loss")
+    assert refused.code == 2
+    assert "--measures is for two models, and these are two atlases" in " ".join(refused.err.split())

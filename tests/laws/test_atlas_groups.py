@@ -73,6 +73,8 @@ def test_each_group_has_what_a_measurement_of_it_alone_gives(atlas: Atlas, model
         assert groups.loc[name, "loss_lo"] == pytest.approx(float(alone["loss_lo"]), rel=1e-6)
         for column in ("resid_post_norm", "attn_cos_lo", "max_abs"):
             np.testing.assert_allclose(layers.loc[name][column], alone[column], rtol=1e-5)
+    assert atlas.where("resid_post_norm > 0").index.names == ["layer"], "a condition is of units, where these have it"
+    assert atlas.where("damage > -9").index.names == ["neurons_of", "group_name"]
     assert groups.loc["plain", "loss"] != groups.loc["it's <b>", "loss"]
 
 
