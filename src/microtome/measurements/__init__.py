@@ -22,6 +22,7 @@ from microtome.measurements._dependencies import template_sentences as template_
 from microtome.measurements._facets import neuron_facets as neuron_facets
 from microtome.measurements._geometry import entropy as entropy
 from microtome.measurements._group_arithmetic import group_arithmetic as group_arithmetic
+from microtome.measurements._head_functions import relation_pairs as relation_pairs
 from microtome.measurements._head_functions import relation_scores as relation_scores
 from microtome.measurements._head_importance import head_inequality as head_inequality
 from microtome.measurements._head_importance import leave_one_out as leave_one_out

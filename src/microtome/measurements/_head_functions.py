@@ -10,6 +10,7 @@ Formula:  M[s, t] = the logit of token t that a head would add had it attended t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
@@ -89,7 +90,7 @@ def _columns(relation: str) -> tuple[Column, ...]:
     source=(MAPS, SUCCESSOR),
     cost="sources x d_head x vocab operations per head, for some 250 sources; memory for 256 rows of logits",
     check="tests/laws/test_head_functions.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 def head_functions(
     seen: Seen, top: Annotated[int, Argument("how many of the largest logits count", "tokens", least=1)] = 10
@@ -101,11 +102,27 @@ def head_functions(
     Raises:
         SiteError: the model's residual stream cannot be read as logits.
     """
-    pairs = {"copying": _copied(seen.model)}
-    pairs |= {name: found for name, of in RELATIONS.items() if len(found := _ids(seen.model, of)) >= FEWEST}
+    pairs = _tried(seen.model)
     layer, series = seen.layer or 0, _series(seen.model)
     found = _scores(seen.model, layer, pairs, top)
     return above_shuffled(found | (successors(seen.model, layer, series) if series else {}))
+
+
+def relation_pairs(model: Model) -> dict[str, list[tuple[int, int]]]:
+    """The pairs of tokens that `head_functions` tries on a model, by relation; a word that is no single token has none.
+
+    Cost:     tokenising some 500 words.
+    Check:    tests/laws/test_head_functions.py.
+
+    Args:
+        model: an open model with a tokenizer.
+
+    Returns:
+        By relation (source, target) token ids: `copying` a token and itself, `successor` the words of each series that
+        follow one another.
+    """
+    following = [pair for words in _series(model) for pair in itertools.pairwise(words)]
+    return _tried(model) | ({"successor": following} if following else {})
 
 
 def relation_scores(
@@ -161,6 +178,12 @@ def relation_scores(
     counts = ("relation",), [len(pairs) for pairs in found.values()], {"unit": "pairs"}
     coords = {"relation": list(found), "layer": layers, "head": list(range(model.anatomy.n_heads))}
     return xr.Dataset(variables | {"pairs": counts}, coords=coords, attrs=dict(model.provenance))
+
+
+def _tried(model: Model) -> dict[str, list[tuple[int, int]]]:
+    """The pairs of copying and of the relations that have enough."""
+    pairs = {"copying": _copied(model)}
+    return pairs | {name: found for name, of in RELATIONS.items() if len(found := _ids(model, of)) >= FEWEST}
 
 
 def given_pairs(

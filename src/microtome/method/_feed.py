@@ -51,7 +51,7 @@ def feed(made: Pass, batches: Sequence[TokenBatch] | TokenBatches | DocumentBatc
             report(number + 1, count)
         return None
     look = replace(made.look, text=None) if isinstance(made.look, Text) else made.look
-    bound = [(one.measure.method.name, dict(one.arguments), one.layers) for one in made.bound]
+    bound = [(one.measure.method.name, dict(one.arguments), one.layers, one.apart) for one in made.bound]
     recipe = Recipe.of(made.model, cluster.threads)
     start = (recipe, bound, look, made.groups, current().seed, current().budget)
     work = (recipe.fingerprint, str(recipe.dtype), bound, repr(look), made.groups, made.compared, current().seed)
@@ -100,7 +100,7 @@ class MeasureWorker(Worker):
     def start(
         self,
         recipe: Recipe,
-        bound: Sequence[tuple[str, dict[str, Any], list[int | None]]],
+        bound: Sequence[tuple[str, dict[str, Any], list[int | None], bool]],
         look: Any,
         groups: Sequence[str] | None,
         seed: int,
@@ -108,11 +108,11 @@ class MeasureWorker(Worker):
     ) -> None:
         """Open the model, and prepare the measures."""
         made: list[Bound] = []
-        for name, arguments, layers in bound:
+        for name, arguments, layers, apart in bound:
             measure = declared(name)
             assert isinstance(measure, Measure)
             own = {p.name: arguments[p.name] for p in measure.parameters if p.name in arguments}
-            made.append(Bound(measure, measure.statistic(own), layers, arguments))
+            made.append(Bound(measure, measure.statistic(own), layers, arguments, apart=apart))
         self._settings: dict[str, Any] = {"seed": seed, "budget": budget, "progress": None}
         with settings(**self._settings):
             self._pass = Pass(recipe.open(), made, look, groups)
