@@ -31,7 +31,17 @@ GROUPS = {
     "few": ["the cat sat on the mat"],
     "gone": ["cat"],
 }
-MEASURES = ["stream", "loss", "effective_rank", "massive", "firing", "top_examples", "group_neurons", "damage"]
+MEASURES = [
+    "stream",
+    "loss",
+    "effective_rank",
+    "massive",
+    "firing",
+    "top_examples",
+    "group_neurons",
+    "lens_groups",
+    "damage",
+]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +133,17 @@ def test_neurons_know_their_groups_in_sql_as_in_a_measurement(atlas: Atlas, mode
     for (layer, neuron), names in atlas.where("of_group IS NOT NULL")["of_group"].items():
         chosen = [n for n in ("plain", "it's <b>") if rows.loc[(n, layer, neuron)]["selected"] == 1]
         assert names == ", ".join(chosen)
+
+
+def test_what_compares_groups_layer_by_layer_stands_by_group_and_layer(atlas: Atlas, model: mt.Model) -> None:
+    found = mt.measure(model, "lens_groups", text={name: rows_of(model, name) for name in GROUPS if name != "gone"})
+    groups: Any = atlas.table("groups")
+    layers: Any = atlas.table("group_layers")
+    for name in ("plain", "it's <b>"):
+        np.testing.assert_allclose(layers.loc[name]["lens_share"], found["lens_share"].sel(group=name), rtol=1e-5)
+        assert groups.loc[name, "text_share"] == pytest.approx(float(found["text_share"].sel(group=name)), rel=1e-5)
+    assert layers.loc["it's <b>"]["lens_share"].notna().all()
+    assert layers.loc["few"]["lens_share"].isna().all()
 
 
 def test_damage_is_the_loss_without_the_neurons_of_a_group(atlas: Atlas, model: mt.Model) -> None:

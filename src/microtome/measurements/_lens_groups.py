@@ -105,7 +105,7 @@ class LensGroups(Statistic):
         """Take in the rows of one group."""
         mask = torch.ones(seen.tokens.shape, dtype=torch.bool) if seen.mask is None else seen.mask.clone()
         kept["tokens"].update(seen.tokens.unsqueeze(-1).double(), mask)
-        places = torch.arange(self.stride - 1, mask.shape[1], self.stride)
+        places = torch.arange(mask.shape[1])[self.stride - 1 :: self.stride]
         if not len(places):
             places = torch.arange(mask.shape[1])[-1:]
         mask = mask[:, places]
