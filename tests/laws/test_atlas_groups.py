@@ -164,6 +164,7 @@ def test_damage_is_the_loss_without_the_neurons_of_a_group(atlas: Atlas, model: 
             assert row["neurons"] == len(own)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:group .gone. has fewer")
 def test_what_is_added_later_is_as_if_measured_at_once(folder: Path, model: mt.Model, tmp_path: Path) -> None:
     place = tmp_path / "atlas"
