@@ -15,8 +15,9 @@ from tests.cli.conftest import TEXT, tokenizer
 
 import microtome as mt
 from microtome.atlas import Atlas, measures_of
-from microtome.atlas._groups import chosen_neurons, kept_by_group
+from microtome.atlas._groups import chosen_neurons, kept_by_group, whole_lists, with_names
 from microtome.atlas._relations import relations_table
+from microtome.atlas._tables import joined_columns
 from microtome.edit import Zero
 from microtome.errors import ArgumentError, MicrotomeWarning
 from microtome.measurements import token_loss
@@ -204,7 +205,18 @@ def test_every_column_of_the_new_tables_says_what_it_is(atlas: Atlas) -> None:
         for column, told in atlas.manifest["tables"][name]["columns"].items():
             assert told["unit"], (name, column)
             assert told["meaning"] or column.endswith(("_lo", "_hi")), (name, column)
-    assert chosen_neurons  # the sets are tested through the tables
+
+
+def test_a_neuron_of_which_nothing_was_measured_belongs_to_no_group() -> None:
+    import pyarrow as pa
+
+    keys = {"layer": pa.array([0, 0, 1], pa.int32()), "neuron": pa.array([0, 1, 0], pa.int32())}
+    old = pa.table(keys | {"max": [1.0, 2.0, 3.0]})
+    new = pa.table({k: v[1:] for k, v in keys.items()} | {"group_selected": [[0.0, 1.0], [1.0, 0.0]]})
+    joined = whole_lists(joined_columns(old, new), ["a", "b"])
+    assert joined["group_selected"].to_pylist() == [[None, None], [0.0, 1.0], [1.0, 0.0]]
+    assert chosen_neurons(joined, ["a", "b"]) == {"a": [(1, 0)], "b": [(0, 1)]}
+    assert with_names(joined, ["a", "b"])["of_group"].to_pylist() == [None, "b", "a"]
 
 
 def heads_with(**columns: list[float]) -> Any:

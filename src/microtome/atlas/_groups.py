@@ -158,6 +158,17 @@ def chosen_neurons(neurons: pa.Table, groups: Sequence[str]) -> dict[str, list[t
     }
 
 
+def whole_lists(neurons: pa.Table, groups: Sequence[str]) -> pa.Table:
+    """The neurons with a list in every row: one of which nothing is known has a list of nulls, so that places agree."""
+    for number, field in enumerate(neurons.schema):
+        column = neurons.column(number)
+        if field.name.startswith("group_") and pa.types.is_list(field.type) and column.null_count:
+            nothing = [None] * len(groups)
+            rows = pa.array([nothing if row is None else row for row in column.to_pylist()], field.type)
+            neurons = neurons.set_column(number, field, rows)
+    return neurons
+
+
 def with_names(neurons: pa.Table, groups: Sequence[str]) -> pa.Table:
     """The neurons with a column `of_group`: the names of the groups that each is chosen for."""
     sets = chosen_neurons(neurons, groups)
