@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from microtome.atlas._format import TEXT_FILE
 from microtome.atlas._manifest import manifest_of, manifest_tables, peak_memory
+from microtome.atlas._patterns import patterns_of
 from microtome.atlas._place import check_out
 from microtome.atlas._read import Atlas
 from microtome.atlas._read import open as open_atlas
@@ -192,7 +193,8 @@ def _store(
     words = [vocab[t] for t in batches.flat]
     for name, table in (*made.items(), (Path(TEXT_FILE).stem, _text_table(words))):
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
-    write_pages(folder, manifest, {name: made[name] for name in made if name in PAGES}, words, vocab)
+    shown = {name: made[name] for name in made if name in PAGES}
+    write_pages(folder, manifest, shown, words, vocab, patterns=patterns_of(model))
     written = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest["files"] = ["manifest.json", *written]
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -5,6 +5,7 @@
     assets/data/model.js    the manifest, the layer and head tables, and what the overview shows of the neurons
     assets/data/neurons/    one file per layer: the numbers and promoted tokens of its neurons, for lists
     assets/data/details/    one file per layer: examples and token values of its neurons, for the page of a neuron
+    assets/data/patterns/   one file per layer: what its heads attend to in short passages, for their pages
     assets/data/vocab.js    the vocabulary strings that neurons promote or suppress
     assets/data/text.js     the distinct strings of the text; `assets/data/text/` holds its tokens in chunks
 
@@ -35,9 +36,13 @@ from microtome.view._page_data import (
     script,
     split_columns,
 )
+from microtome.view._patterns import Patterns, write_patterns
 
-SCRIPTS = ("dom.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "overview.js", "units.js", "atlas.js")
-STYLES = ("atlas.css",)
+SCRIPTS = (
+    "dom.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "patterns.js", "overview.js", "units.js",
+    "atlas.js",
+)  # fmt: skip
+STYLES = ("atlas.css", "figures.css")
 
 DIGITS = 6
 """Significant digits of the layer and head tables."""
@@ -58,6 +63,8 @@ def write_pages(
     tables: Mapping[str, pa.Table],
     tokens: list[str],
     vocab: list[str],
+    *,
+    patterns: Patterns | None = None,
 ) -> Path:
     """Write the pages of an atlas into a folder, to be opened from disk without a network.
 
@@ -74,6 +81,7 @@ def write_pages(
             from `manifest["text"]["examples"][0]` tokens before it. A table that is not there has no rows.
         tokens: every token of the text, in order.
         vocab: every string of the vocabulary; only those in use are written.
+        patterns: what the heads attend to in short passages.
 
     Columns beyond those named are shown too, each in its place: floats are drawn, on the overview as well; integers,
     booleans, text and lists of numbers are listed. `X_lo` and `X_hi` are the ends of the 95 % interval of `X`.
@@ -95,7 +103,8 @@ def write_pages(
     if context := manifest.get("text", {}).get("examples"):
         neurons = hundredths(neurons, context[0])
     try:
-        return _write(Path(folder), manifest, layers, heads, neurons, tokens, strings)
+        told = write_patterns(Path(folder) / "assets" / "data", patterns)
+        return _write(Path(folder), manifest, layers, heads, neurons, tokens, strings, {"patterns": told})
     except OSError as problem:
         raise error(OutputError, f"the pages cannot be written to {folder}", got=str(problem)) from problem
 
@@ -108,8 +117,9 @@ def _write(
     neurons: pa.Table,
     tokens: list[str],
     strings: list[str],
+    more: Mapping[str, str],
 ) -> Path:
-    """Write every file; `strings` is what the token columns of `neurons` point into."""
+    """Write every file; token columns of `neurons` point into `strings`, and `more` is the JSON of further values."""
     data = folder / "assets" / "data"
     for room in ("neurons", "details", "text"):
         (data / room).mkdir(parents=True, exist_ok=True)
@@ -122,6 +132,7 @@ def _write(
         "heads": encode(heads.sort_by([("layer", "ascending"), ("head", "ascending")]), DIGITS),
         "firing": literal(count_firing(neurons)),
         "neurons": literal(counts),
+        **more,
     }
     _save(data, "model", "{" + ",\n".join(f"{literal(key)}:{value}" for key, value in model.items()) + "}")
     return _write_static(folder, str(manifest.get("model", {}).get("name", "a model")))

@@ -183,6 +183,9 @@
 
   const vocab = () => load("vocab");
 
+  /** What the heads of one layer attend to: for each passage the bytes [head, query, key]. */
+  const patterns = async (layer) => (await load(`patterns/${layer}`)).map((text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
+
   /** The tokens of the text from one place up to another, or to its end. */
   async function text(from, upTo) {
     const { strings, chunk, tokens } = await load("text");
@@ -214,5 +217,5 @@
     return { columns, tokens, lower, offsets, joined: lower.join("") };
   }
 
-  Object.assign(atlas, { receive, Table, data: { model, neurons, allNeurons, details, vocab, text, words } });
+  Object.assign(atlas, { receive, Table, data: { model, neurons, allNeurons, details, vocab, text, words, patterns } });
 })(window.atlas);

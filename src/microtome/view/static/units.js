@@ -142,6 +142,7 @@
             "section",
             {},
             h("h2", {}, plural(own.length, "head")),
+            await atlas.patterns.ofLayer(layer),
             atlas.list({ table: part(heads, own), route, prefix: "heads-", filter: false }),
           ),
         neurons &&
@@ -194,6 +195,7 @@
           h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`),
           h("a", { href: href("/heads") }, "all heads"),
         ),
+        await atlas.patterns.ofHead(layer, head),
         h(
           "section",
           {},
