@@ -33,7 +33,7 @@ from microtome.view._page_values import DIGITS, rounded
 if TYPE_CHECKING:
     import xarray as xr
 
-SCRIPTS, STYLES = ("dom.js", "chart.js", "sections.js", "page.js"), ("atlas.css", "page.css")
+SCRIPTS, STYLES = ("dom.js", "save.js", "chart.js", "sections.js", "page.js"), ("atlas.css", "page.css")
 
 SHOWN = ("method", "reading", "metric", "clean_ids", "corrupt_ids", "sites", "parts", "sum_of")
 """Attributes that the page says elsewhere."""

@@ -39,8 +39,8 @@ from microtome.view._page_data import (
 from microtome.view._patterns import Patterns, write_patterns
 
 SCRIPTS = (
-    "dom.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "patterns.js", "overview.js", "units.js",
-    "atlas.js",
+    "dom.js", "save.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "patterns.js", "overview.js",
+    "units.js", "atlas.js",
 )  # fmt: skip
 STYLES = ("atlas.css", "figures.css")
 

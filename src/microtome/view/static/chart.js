@@ -2,7 +2,7 @@
 "use strict";
 
 (function (atlas) {
-  const { h, s, number } = atlas;
+  const { h, s, number, save } = atlas;
 
   /** Round numbers that cover a range, about `wanted` of them. */
   function ticks(low, high, wanted = 5) {
@@ -191,7 +191,7 @@
     const legend = series.map(({ name, title: meaning }, k) =>
       h("span", { class: `key ${name || series.length > 1 ? colour(k) : "only"}`, title: meaning }, name, readings[k]),
     );
-    const caption = h("figcaption", {}, h("b", {}, title), where, h("span", { class: "legend" }, legend));
+    const caption = h("figcaption", {}, h("b", {}, title), where, save.svg(), h("span", { class: "legend" }, legend));
     const longest = layers.map((_, i) => series.reduce((sum, { values }) => sum + number(values[i]).length, 0));
     reserve(caption, () => point(longest.indexOf(Math.max(...longest))), () => point(null));
     return h("figure", {}, caption, svg);
@@ -259,7 +259,7 @@
       cells.map(draw),
     );
     const where = h("span", { class: "where" }, `${across} → · ${down} ↓`);
-    const caption = h("figcaption", {}, h("b", { title: meaning }, title), where, reading);
+    const caption = h("figcaption", {}, h("b", { title: meaning }, title), where, save.svg(), reading);
     const figure = h("figure", {}, caption, svg);
     const texts = cells.map(({ text }) => text ?? "");
     const longest = texts.reduce((a, b) => (b.length > a.length ? b : a), "");
@@ -336,7 +336,7 @@
       counts.map((n, k) => k >= first && k <= last && bar(n, k)),
       edges.map((edge, k) => k > first && k <= last && (k - first) % every === 0 && s("text", { class: "tick", x: x(k), y: height - 6, "text-anchor": "middle" }, short(Number(edge.toPrecision(2))))),
     );
-    return h("figure", {}, h("figcaption", {}, h("b", { title: meaning }, title), reading), svg);
+    return h("figure", {}, h("figcaption", {}, h("b", { title: meaning }, title), reading, save.svg()), svg);
   }
 
   Object.assign(atlas, { chart: { lines, heat, strip, spark, bars } });

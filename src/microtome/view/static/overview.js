@@ -211,10 +211,8 @@
         h("th", { scope: "row" }, name.replaceAll("_", " ")),
         [question, on, source].map((text) => h("td", {}, text ?? "")),
       );
-    return [
-      h("h3", {}, "Measures"),
-      h("div", { class: "scroll" }, h("table", { class: "measures" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, all.map(row)))),
-    ];
+    const own = h("table", { class: "measures" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, all.map(row)));
+    return [h("h3", {}, "Measures ", atlas.save.csvOf("measures", own)), h("div", { class: "scroll" }, own)];
   }
 
   async function overview() {

@@ -208,11 +208,12 @@
       view.svg.setAttribute("width", Math.ceil(w) + 1);
       view.svg.setAttribute("height", t + below(map));
       caption.textContent = shared ? "" : ends(map);
+      if (view.figure) view.figure.dataset.scale = `${shared ? ends(map) : ""} ${map.unit}`.trim();
       const sheet = s("rect", { class: "sheet", x: left, y: 0, width: wide * map.columns.length, height: t });
       view.svg.replaceChildren(sheet, ...shades(map, view.size), ...names(map, view.size).flat().filter(Boolean), column, at);
     };
     views.push(view);
-    return h("figure", {}, h("figcaption", {}, h("b", {}, map.title), h("code", { class: "where" }, same), caption), view.svg);
+    return (view.figure = h("figure", {}, h("figcaption", {}, h("b", {}, map.title), h("code", { class: "where" }, same), caption, atlas.save.svg()), view.svg));
   }
 
   /* The scale. */
@@ -286,6 +287,7 @@
       }),
     );
     let [by, down, only, whole] = ["size", true, "", false];
+    let chosen = []; // the cells that are shown, in order
     const body = h("tbody", {});
     const tally = h("p", { class: "note", role: "status" });
     const wholeList = h("button", { class: "more", type: "button", click: () => ((whole = true), fill()) });
@@ -318,7 +320,7 @@
       const { of } = COLUMNS.find(({ name }) => name === by);
       const found = all.filter(({ map }) => !only || map.name === only);
       const most = FIRST[only || listed.length === 1 ? 1 : 0];
-      const chosen = whole ? found : found.filter(({ rank }) => rank < most);
+      chosen = whole ? [...found] : found.filter(({ rank }) => rank < most);
       const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
       chosen.sort((a, b) => (down ? order(of(b), of(a)) : order(of(a), of(b))));
       body.replaceChildren(...chosen.map(line));
@@ -331,6 +333,23 @@
         if (th.dataset.by === by) th.setAttribute("aria-sort", down ? "descending" : "ascending");
         else th.removeAttribute("aria-sort");
       }
+    }
+
+    /** What the table shows, as values with the ends of their intervals. */
+    function content() {
+      const units = [...new Set(listed.map(({ unit }) => unit))];
+      const unit = units.length === 1 ? units[0] : "";
+      const columns = COLUMNS.filter(({ name }) => name !== "size");
+      const wide = chosen.some(({ lo }) => (lo ?? null) !== null);
+      const titled = (name) => (["value", ...further].includes(name) && name !== "p" ? atlas.save.withUnit(head(name), unit) : head(name));
+      const own = ({ name, of }, cell) => {
+        const found = of(cell);
+        return name === "value" && wide ? [found, cell.lo, cell.hi] : [found === -Infinity ? null : found];
+      };
+      return {
+        heads: columns.flatMap(({ name }) => (name === "value" && wide ? [titled(name), "lower end", "upper end"] : [titled(name)])),
+        rows: chosen.map((cell) => columns.flatMap((column) => own(column, cell))),
+      };
     }
 
     const heads = COLUMNS.map(({ name, kind }) => {
@@ -346,7 +365,7 @@
       "section",
       { class: "strongest" },
       h("h2", {}, "Strongest cells"),
-      h("div", { class: "filter" }, h("label", {}, "of ", pick), tally),
+      h("div", { class: "filter" }, h("label", {}, "of ", pick), tally, atlas.save.csv("strongest cells", content)),
       h("div", { class: "scroll", tabindex: -1 }, h("table", {}, h("thead", {}, h("tr", {}, heads)), body)),
       wholeList,
     );

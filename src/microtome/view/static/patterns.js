@@ -138,7 +138,7 @@
     picture.svg.addEventListener("pointerleave", rest);
     choose(chosen);
     const passage = h("div", { class: "word-line", role: "group", "aria-label": `${title}; arrow keys move from token to token`, keydown: press, pointerleave: rest }, words);
-    const caption = h("figcaption", {}, h("b", {}, "All tokens"), h("span", { class: "where" }, "attending ↓ · attended to →"));
+    const caption = h("figcaption", {}, h("b", {}, "All tokens"), h("span", { class: "where" }, "attending ↓ · attended to →"), atlas.save.svg());
     return h("div", { class: "attention" }, h("div", {}, passage, reading, back), h("figure", { class: "attention-figure", "data-name": `${name} ${title}` }, caption, picture.svg));
   }
 

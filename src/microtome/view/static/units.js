@@ -76,7 +76,15 @@
         ),
       ),
     );
-    return h("div", { class: "scroll" }, all);
+    const content = () => ({
+      heads: ["measure", "unit", "value", "lower end", "upper end", headingsOfStanding.at(-1), "meaning"],
+      rows: table.names.map((name) => {
+        const ends = table.bounds(name, row);
+        const { unit, meaning } = table.described[name] || {};
+        return [name, unit, table.value(name, row), ends?.lo, ends?.hi, table.isQuantity(name) ? rank(name) : null, meaning];
+      }),
+    });
+    return [h("div", { class: "scroll" }, all), h("p", { class: "saves" }, atlas.save.csv("measures", content))];
   }
 
   /** The values of what a column controls, whose scale it shares; null where it controls nothing. */
@@ -319,9 +327,9 @@
     };
     const line = (label, names) => h("tr", {}, h("th", { scope: "row" }, label), names.map(cell));
     const head = h("tr", {}, ["", "input > 0", "input < 0"].map((text) => h("th", { scope: "col" }, text)));
-    return h("div", {}, h("h3", {}, "Signs of gate and input, share of tokens"),
-      h("table", { class: "signs" }, h("thead", {}, head),
-        h("tbody", {}, line("gate > 0", SIGNS.slice(0, 2)), line("gate < 0", SIGNS.slice(2)))));
+    const own = h("table", { class: "signs" }, h("thead", {}, head),
+      h("tbody", {}, line("gate > 0", SIGNS.slice(0, 2)), line("gate < 0", SIGNS.slice(2))));
+    return h("div", {}, h("h3", {}, "Signs of gate and input, share of tokens ", atlas.save.csvOf("signs of gate and input", own)), own);
   }
 
   /** How the activations of a neuron are distributed. */
