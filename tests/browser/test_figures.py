@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tests.browser.conftest import WORDS
 from tests.browser.tab import Tab
@@ -159,3 +161,105 @@ def test_a_heads_page_fits_its_window(tab: Tab, page: Path, width: int) -> None:
     for route in ("#/head/1.1", "#/layer/1"):
         tab.open(page, route)
         assert tab.eval("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), route
+
+
+KINDS = ["induction", "other", "first token (sink)", "induction", "delimiters", "duplicate token"] * 2
+CLASSES = ["strong", "weak", "strong, atypical", "weak, atypical"]
+
+
+@pytest.fixture(scope="module")
+def kinds(fake: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """The same atlas with kinds of heads, and classes of neurons by layer [layer, class]."""
+    tables = dict(fake["tables"])
+    tables["heads"] = tables["heads"].append_column("kind", pa.array(KINDS))
+    classes = np.random.default_rng(1).integers(0, 4, tables["neurons"].num_rows)
+    tables["neurons"] = tables["neurons"].append_column("io_class", pa.array(classes, pa.int32()))
+    told = {name: dict(table) for name, table in fake["manifest"]["tables"].items()}
+    told["heads"]["columns"] = told["heads"]["columns"] | {"kind": {"meaning": "by <score>"}}
+    told["neurons"]["columns"] = told["neurons"]["columns"] | {"io_class": {"meaning": "class", "names": CLASSES}}
+    manifest = fake["manifest"] | {"tables": told}
+    page = write_pages(tmp_path_factory.mktemp("kinds"), **(fake | {"manifest": manifest, "tables": tables}))
+    layers = tables["neurons"].column("layer").to_numpy()
+    return page, np.stack([np.bincount(classes[layers == layer], minlength=4) for layer in range(3)])
+
+
+def test_kinds_of_heads_are_one_map_with_letters(tab: Tab, kinds: tuple[Path, np.ndarray]) -> None:
+    tab.open(kinds[0], "")
+    cells = "[...document.querySelectorAll('.kinds .heat a')]"
+    assert tab.eval(f"{cells}.map((a) => a.getAttribute('aria-label'))") == [
+        f"{i // 4}.{i % 4}: {kind}" for i, kind in enumerate(KINDS)
+    ]
+    assert tab.eval(f"{cells}[5].getAttribute('href')") == "#/head/1.1"
+    letters = tab.eval(f"{cells}.slice(0, 6).map((a) => a.querySelector('text').textContent)")
+    assert letters == ["I", "", "", "I", "D", "U"], "none twice, none of what is of no kind"
+    fills = tab.eval(f"{cells}.slice(0, 6).map((a) => getComputedStyle(a.querySelector('rect')).fill)")
+    assert fills[0] == fills[3]
+    assert len({fills[i] for i in (0, 1, 2, 4, 5)}) == 5
+    legend = tab.eval("[...document.querySelectorAll('.kinds .key')].map((k) => k.textContent)")
+    assert legend[0] == "induction (I) 4"
+    assert legend[-2:] == ["first token (sink) 2", "other 2"]
+    assert "By kind: by <score>." in tab.eval("document.querySelector('.kinds').innerText")
+    tab.hover(*middle(tab, ".kinds .heat a", 4))
+    assert tab.eval("document.querySelector('.kinds output').textContent") == "1.0: delimiters"
+    tab.open(kinds[0], "#/head/1.0")
+    assert tab.eval("document.querySelector('.of-kind').textContent") == "delimiters"
+
+
+def test_classes_of_neurons_are_stacked_by_layer(tab: Tab, kinds: tuple[Path, np.ndarray]) -> None:
+    page, counts = kinds
+    tab.open(page, "")
+    columns = "[...document.querySelectorAll('.stacked a')].map((a) => [...a.querySelectorAll('.kind')])"
+    tall = f"{columns}.map((parts) => parts.map((r) => Number(r.getAttribute('height'))))"
+    order = [0, 2, 1, 3]  # each class and then its atypical one
+    for drawn, row in zip(tab.eval(tall), counts, strict=True):
+        assert drawn == pytest.approx([198 * row[k] / row.sum() for k in order])
+    legend = "[...document.querySelectorAll('.stacked .key')].map((k) => k.textContent)"
+    whole = counts.sum(0)
+    assert tab.eval(legend) == [f"strong {whole[0] + whole[2]}", f"weak {whole[1] + whole[3]}"]
+    rects = f"{1 * 4 + 2}"
+    tab.hover(*middle(tab, ".stacked .kind", int(rects)))
+    share = 100 * counts[1][1] / counts[1].sum()
+    told = tab.eval("document.querySelector('.stacked output').textContent")
+    assert told.startswith(f"layer 1: {counts[1][1]} of 70 weak ({share:.1f}")
+    tab.open(page, "#/layer/2")
+    assert tab.eval("document.querySelectorAll('.stacked .here-box').length") == 1
+    assert tab.eval(legend) == [f"strong {counts[2][0] + counts[2][2]}", f"weak {counts[2][1] + counts[2][3]}"]
+
+
+def test_a_neuron_names_its_class(tab: Tab, kinds: tuple[Path, np.ndarray]) -> None:
+    tab.open(kinds[0], "#/neuron/1.5")
+    rows = tab.eval(
+        "[...document.querySelectorAll('.standing tbody tr')].map((r) => [r.cells[0].innerText, r.cells[1].innerText])"
+    )
+    assert dict(rows)["io class"] in CLASSES
+
+
+def test_a_layer_is_marked_in_all_curves_and_read_out(tab: Tab, page: Path, fake: dict[str, Any]) -> None:
+    tab.open(page, "#/layer/2")
+    figures = tab.eval("document.querySelectorAll('.charts .lines').length")
+    assert figures >= 4
+    assert tab.eval("document.querySelectorAll('.charts .here-line').length") == figures
+    chart = "[...document.querySelectorAll('.charts figure')].find((f) => f.innerText.startsWith('New together'))"
+    legend = f"[...{chart}.querySelectorAll('.key')].map((k) => k.innerText)"
+    row = fake["tables"]["layers"].to_pylist()[2]
+    home = [f"one{row['new_measure']:.2f}", "one control1.25", "other1.50"]
+    assert [text.replace("\n", "") for text in tab.eval(legend)] == home
+    assert tab.eval(f"{chart}.querySelector('.where').textContent") == "layer 2, unit"
+    tab.eval(f"{chart}.querySelector('.lines').id = 'chosen'")
+    x, y = middle(tab, "#chosen")
+    tab.hover(x - 0.38 * tab.eval("document.querySelector('#chosen').getBoundingClientRect().width"), y)
+    assert tab.eval(f"{chart}.querySelector('.where').textContent") == "layer 0, unit"
+    tab.hover(2, 2)
+    assert [text.replace("\n", "") for text in tab.eval(legend)] == home
+    bars = tab.eval("document.querySelector('.bars').getAttribute('aria-label')")
+    assert re.match(r"Neurons by firing rate: (\d+) neurons", bars), bars
+
+
+def test_curves_stand_under_their_subjects(tab: Tab, page: Path) -> None:
+    tab.open(page, "")
+    found = tab.eval("[...document.querySelectorAll('.charts')].map((c) => [c.previousElementSibling.textContent,"
+                     " [...c.querySelectorAll('b')].map((b) => b.textContent)])")  # fmt: skip
+    subjects = dict(found)
+    assert list(subjects) == ["The residual stream", "Sinks and massive activations", "Further"]
+    assert "Added" in subjects["The residual stream"]
+    assert "New together" in subjects["Further"]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from microtome.atlas._format import TEXT_FILE
+from microtome.atlas._kinds import for_pages
 from microtome.atlas._manifest import manifest_of, manifest_tables, peak_memory
 from microtome.atlas._patterns import patterns_of
 from microtome.atlas._place import check_out
@@ -193,8 +194,8 @@ def _store(
     words = [vocab[t] for t in batches.flat]
     for name, table in (*made.items(), (Path(TEXT_FILE).stem, _text_table(words))):
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
-    shown = {name: made[name] for name in made if name in PAGES}
-    write_pages(folder, manifest, shown, words, vocab, patterns=patterns_of(model))
+    told, shown = for_pages(manifest, {name: made[name] for name in made if name in PAGES})
+    write_pages(folder, told, shown, words, vocab, patterns=patterns_of(model))
     written = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest["files"] = ["manifest.json", *written]
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -141,6 +141,24 @@ def count_firing(neurons: pa.Table, bins: int = 20) -> dict[str, Any] | None:
     return found
 
 
+def count_classes(neurons: pa.Table, described: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each column whose numbers have names in the manifest, how many neurons of each layer have which."""
+    found: list[dict[str, Any]] = []
+    for name in neurons.column_names:
+        names = described.get(name, {}).get("names")
+        if not names or not neurons.num_rows:
+            continue
+        layers, values = (neurons.column(key).to_numpy().astype(np.float64) for key in ("layer", name))
+        known = np.isfinite(values)
+        layers, values = (of[known].astype(np.int64) for of in (layers, values))
+        every = np.unique(layers)
+        counts = [np.bincount(values[layers == layer], minlength=len(names)) for layer in every]
+        found.append(
+            {"name": name, "names": list(names), "layers": every.tolist(), "counts": [row.tolist() for row in counts]}
+        )
+    return found
+
+
 def check_examples(neurons: pa.Table, tokens: int) -> None:
     """Raise DataError where an example points outside the text."""
     for name in ("example_index", "example_start"):

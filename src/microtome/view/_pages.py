@@ -27,6 +27,7 @@ from microtome.errors import DataError, OutputError, error
 from microtome.view._page_data import (
     by_layer,
     check_examples,
+    count_classes,
     count_firing,
     encode,
     hundredths,
@@ -39,8 +40,8 @@ from microtome.view._page_data import (
 from microtome.view._patterns import Patterns, write_patterns
 
 SCRIPTS = (
-    "dom.js", "save.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "patterns.js", "overview.js",
-    "units.js", "atlas.js",
+    "dom.js", "save.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "patterns.js", "figures.js",
+    "overview.js", "units.js", "atlas.js",
 )  # fmt: skip
 STYLES = ("atlas.css", "figures.css")
 
@@ -131,6 +132,7 @@ def _write(
         "layers": encode(layers.sort_by("layer"), DIGITS),
         "heads": encode(heads.sort_by([("layer", "ascending"), ("head", "ascending")]), DIGITS),
         "firing": literal(count_firing(neurons)),
+        "classes": literal(count_classes(neurons, manifest.get("tables", {}).get("neurons", {}).get("columns", {}))),
         "neurons": literal(counts),
         **more,
     }

@@ -114,9 +114,10 @@
    *   layers  the layer of each point           series  [{ name, title, values, lo, hi, control, beside }]
    *   log     whether ratios matter             open    what a click on a layer does, if anything
    *   axis    what the points are               note    what stands beside the title
+   *   at      the point that is marked, and read out while no other is
    * Of a series, lo and hi may be null; a control is dashed; `beside` holds further values by name, which are read out.
    */
-  function lines({ title, layers, series, log: wantLog, open = null, axis = "layer", note = "" }) {
+  function lines({ title, layers, series, log: wantLog, open = null, axis = "layer", note = "", at = null }) {
     const [width, height, left, right, top, bottom] = [420, 190, 44, 412, 8, 168];
     const known = series
       .flatMap(({ values, lo, hi }) => [...values, ...(lo || []), ...(hi || [])])
@@ -136,7 +137,7 @@
     function point(i) {
       current = i;
       guide.setAttribute("visibility", i === null ? "hidden" : "visible");
-      where.textContent = i === null ? rest : `${axis} ${layers[i]}`;
+      where.textContent = i === null ? rest : [`${axis} ${layers[i]}`, note].filter(Boolean).join(", ");
       if (i !== null) for (const end of ["x1", "x2"]) guide.setAttribute(end, x(i));
       series.forEach(({ values, lo, hi, beside }, k) => {
         const more = Object.entries(beside || {}).map(([name, of]) => (i === null ? "" : `, ${name} ${number(of[i])}`));
@@ -178,13 +179,14 @@
         tabindex: 0,
         "aria-label": `${title} by ${axis}; left and right arrows read values`,
         pointermove: (event) => point(nearest(event)),
-        pointerleave: () => point(null),
-        blur: () => point(null),
+        pointerleave: () => point(at),
+        blur: () => point(at),
         click: (event) => tap(event, nearest(event)),
         keydown: press,
       },
       axes({ levels, layers, axis, x, y, left, right, height }),
       series.map(({ lo, hi }, k) => lo && hi && s("path", { class: `band ${colour(k)}`, d: band(lo, hi, x, y) })),
+      at !== null && s("line", { class: "here-line", x1: x(at), x2: x(at), y1: top, y2: bottom }),
       guide,
       series.map(({ values }, k) => curve(values, colour(k), x, y)),
     );
@@ -193,7 +195,8 @@
     );
     const caption = h("figcaption", {}, h("b", {}, title), where, save.svg(), h("span", { class: "legend" }, legend));
     const longest = layers.map((_, i) => series.reduce((sum, { values }) => sum + number(values[i]).length, 0));
-    reserve(caption, () => point(longest.indexOf(Math.max(...longest))), () => point(null));
+    reserve(caption, () => point(longest.indexOf(Math.max(...longest))), () => point(at));
+    if (at !== null) point(at);
     return h("figure", {}, caption, svg);
   }
 
@@ -308,7 +311,7 @@
   }
 
   /** Counts in bins, whose edges need not be even: bars of one width, as high as the square root of the count. */
-  function bars({ title, edges, counts, meaning }) {
+  function bars({ title, edges, counts, meaning, noun = "tokens", signed = true }) {
     const [width, height, left, right, top, bottom] = [420, 130, 8, 412, 8, 108];
     const known = counts.map((n, k) => [n, k]).filter(([n]) => n > 0).map(([, k]) => k);
     if (!known.length) return null;
@@ -316,10 +319,10 @@
     const step = (right - left) / (last - first + 1);
     const most = Math.sqrt(Math.max(...counts));
     const total = counts.reduce((sum, n) => sum + n, 0);
-    const rest = `${total.toLocaleString("en-US")} tokens, square root scale`;
+    const rest = `${total.toLocaleString("en-US")} ${noun}, square root scale`;
     const reading = h("output", {}, rest);
     const x = (k) => left + (k - first) * step;
-    const range = (k) => (k === 0 ? `below ${short(edges[1])}` : k === counts.length - 1 ? `${short(edges[k])} or more` : `${short(edges[k])} to ${short(edges[k + 1])}`);
+    const range = (k) => (signed && k === 0 ? `below ${short(edges[1])}` : signed && k === counts.length - 1 ? `${short(edges[k])} or more` : `${short(edges[k])} to ${short(edges[k + 1])}`);
     const bar = (n, k) => {
       const tall = (Math.sqrt(n) / most) * (bottom - top);
       const show = () => (reading.textContent = `${range(k)}: ${n.toLocaleString("en-US")}`);
@@ -336,7 +339,7 @@
       counts.map((n, k) => k >= first && k <= last && bar(n, k)),
       edges.map((edge, k) => k > first && k <= last && (k - first) % every === 0 && s("text", { class: "tick", x: x(k), y: height - 6, "text-anchor": "middle" }, short(Number(edge.toPrecision(2))))),
     );
-    return h("figure", {}, h("figcaption", {}, h("b", { title: meaning }, title), reading, save.svg()), svg);
+    return h("figure", {}, h("figcaption", {}, h("b", { title: meaning }, title), save.svg(), reading), svg);
   }
 
   Object.assign(atlas, { chart: { lines, heat, strip, spark, bars } });

@@ -69,7 +69,7 @@
             h(
               "td",
               { class: table.types[name] },
-              measured(table.value(name, row), table.types[name], table.bounds(name, row)),
+              table.described[name]?.names?.[table.value(name, row)] ?? measured(table.value(name, row), table.types[name], table.bounds(name, row)),
             ),
             cells(name),
           ),
@@ -109,7 +109,7 @@
     values.length ? `${Math.min(...values)} to ${values.reduce((a, b) => Math.max(a, b))}` : "none";
 
   async function layerPage(route) {
-    const { manifest, tables, neurons: counts } = await atlas.data.model();
+    const { manifest, tables, neurons: counts, firing, classes } = await atlas.data.model();
     const { layers, heads } = tables;
     const layer = Number(route.parts[1]);
     const row = layers.find(layer);
@@ -122,6 +122,7 @@
     const load = () => atlas.data.words([layer]);
     const typed = route.params.get("q") ?? "";
     const words = neurons && atlas.query.hasWords(neurons, typed) ? await load() : null;
+    const small = await atlas.patterns.ofLayer(layer);
     return {
       title: `Layer ${layer}`,
       content: [
@@ -132,10 +133,15 @@
           row + 1 < layers.length && layers.path(row + 1),
           h("a", { href: href("/layers") }, "all layers"),
         ),
+        small && h("section", {}, h("h2", {}, "What its heads attend to"), small),
+        h("section", {}, h("h2", {}, "The layer among the layers"), atlas.figures.bySubject(tables, row)),
+        measuredHere &&
+          h("section", {}, h("h2", {}, "Its neurons at a glance"),
+            h("div", { class: "maps" }, atlas.figures.firingOf(firing, layer), atlas.figures.neuronClasses(classes, manifest.tables?.neurons?.columns, layer))),
         h(
           "section",
           {},
-          h("h2", {}, "The layer among the layers"),
+          h("h2", {}, "All measures of the layer"),
           standing(
             layers,
             row,
@@ -150,7 +156,6 @@
             "section",
             {},
             h("h2", {}, plural(own.length, "head")),
-            await atlas.patterns.ofLayer(layer),
             atlas.list({ table: part(heads, own), route, prefix: "heads-", filter: false }),
           ),
         neurons &&
@@ -202,6 +207,7 @@
           row + 1 < heads.length && heads.path(row + 1),
           h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`),
           h("a", { href: href("/heads") }, "all heads"),
+          heads.has("kind") && h("span", { class: "of-kind", title: heads.meaning("kind") }, heads.value("kind", row)),
         ),
         await atlas.patterns.ofHead(layer, head),
         h(
