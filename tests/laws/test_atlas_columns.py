@@ -367,7 +367,7 @@ def test_the_pages_hold_the_same_numbers_in_the_same_rows(atlas: Atlas) -> None:
     words = atlas.model.to_words(list(range(atlas.model.anatomy.d_vocab)))
     shown = {"layers": [model["layers"]["columns"]], "heads": [model["heads"]["columns"]], "neurons": []}
     for layer in range(3):
-        shown["neurons"].append(read(f"neurons/{layer}.js")["columns"] | read(f"details/{layer}.js")["columns"])
+        shown["neurons"].append(read(f"neurons/{layer}.js")["columns"] | read(f"details/{layer}/0.js")["columns"])
     for name, parts in shown.items():
         table = atlas.tables[name]
         for column in table.column_names:

@@ -4,7 +4,7 @@
     assets/*.js, *.css      the pages themselves, copied from `static/`
     assets/data/model.js    the manifest, the layer and head tables, and what the overview shows of the neurons
     assets/data/neurons/    one file per layer: the numbers and promoted tokens of its neurons, for lists
-    assets/data/details/    one file per layer: examples and token values of its neurons, for the page of a neuron
+    assets/data/details/    files of 512 neurons of a layer: examples and tokens, for the page of a neuron
     assets/data/patterns/   one file per layer: what its heads attend to in short passages, for their pages
     assets/data/vocab.js    the vocabulary strings that neurons promote or suppress
     assets/data/text.js     the distinct strings of the text; `assets/data/text/` holds its tokens in chunks
@@ -15,7 +15,7 @@ Nothing is loaded from a network. A page opened from disk may not fetch, which i
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -36,6 +36,7 @@ from microtome.view._page_data import (
     reindex_vocab,
     script,
     split_columns,
+    strings_of,
 )
 from microtome.view._patterns import Patterns, write_patterns
 
@@ -56,6 +57,9 @@ PAGES = {"layers": ("layer",), "heads": ("layer", "head"), "neurons": ("layer", 
 
 CHUNK = 65536
 """Tokens of the text in one data file."""
+
+PART = 512
+"""Neurons in one data file of details: the page of a neuron loads one of them."""
 
 
 def write_pages(
@@ -124,7 +128,7 @@ def _write(
     data = folder / "assets" / "data"
     for room in ("neurons", "details", "text"):
         (data / room).mkdir(parents=True, exist_ok=True)
-    counts = _write_neurons(data, neurons)
+    counts = _write_neurons(data, neurons, strings)
     _save(data, "vocab", literal(strings))
     _write_text(data, tokens)
     model = {
@@ -134,19 +138,24 @@ def _write(
         "firing": literal(count_firing(neurons)),
         "classes": literal(count_classes(neurons, manifest.get("tables", {}).get("neurons", {}).get("columns", {}))),
         "neurons": literal(counts),
+        "part": literal(PART),
         **more,
     }
     _save(data, "model", "{" + ",\n".join(f"{literal(key)}:{value}" for key, value in model.items()) + "}")
     return _write_static(folder, str(manifest.get("model", {}).get("name", "a model")))
 
 
-def _write_neurons(data: Path, neurons: pa.Table) -> list[dict[str, int]]:
-    """Write the neurons layer by layer, and return the layers with their number of neurons."""
+def _write_neurons(data: Path, neurons: pa.Table, strings: Sequence[str]) -> list[dict[str, int]]:
+    """Write the neurons layer by layer, their details in parts, and return the layers with their number of neurons."""
     listed, details = split_columns(neurons)
     counts: list[dict[str, int]] = []
     for layer, table in by_layer(neurons, "neuron"):
         _save(data, f"neurons/{layer}", encode(table, NEURON_DIGITS, listed))
-        _save(data, f"details/{layer}", encode(table, NEURON_DIGITS, details))
+        (data / f"details/{layer}").mkdir(exist_ok=True)
+        for number, start in enumerate(range(0, table.num_rows, PART)):
+            part = table.slice(start, PART)
+            words = literal(strings_of(part, strings))
+            _save(data, f"details/{layer}/{number}", f'{encode(part, NEURON_DIGITS, details)[:-1]},"strings":{words}}}')
         counts.append({"layer": layer, "rows": table.num_rows})
     return counts
 

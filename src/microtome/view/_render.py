@@ -170,8 +170,19 @@ def _title(data: xr.Dataset) -> str:
         )
         lines.append(f'<div><span style="opacity:0.62">{role}</span> {chips} {caption}</div>')
     if reading := reading_of(data):
-        lines.append(f'<div style="opacity:0.62;max-width:900px">{_svg.escaped(reading)}</div>')
+        lines.append(f'<div style="opacity:0.62;max-width:900px">{_prose(reading)}</div>')
     return "".join(lines)
+
+
+def _prose(text: str) -> str:
+    """A sentence in which what stands between backticks is code."""
+    parts = _svg.escaped(text).split("`")
+    closed = len(parts) % 2
+    return (
+        "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+        if closed
+        else "`".join(parts)
+    )
 
 
 def _chip(word: str, marked: bool) -> str:

@@ -28,11 +28,20 @@
     return found.filter((value) => value >= low * 0.999 && value <= high * 1.001);
   }
 
+  const unsettled = []; // charts whose captions have no height of their own yet
+
   /** Keep the height that a caption has with its longest reading, so that reading a chart moves nothing. */
   function reserve(caption, longest, shortest) {
-    requestAnimationFrame(() => {
-      longest();
-      caption.style.minHeight = `${caption.offsetHeight}px`;
+    if (unsettled.push({ caption, longest, shortest }) === 1) requestAnimationFrame(settle);
+  }
+
+  /** The heights of all captions at once: one layout of the page, not one for each. */
+  function settle() {
+    const all = unsettled.splice(0);
+    for (const { longest } of all) longest();
+    const heights = all.map(({ caption }) => caption.offsetHeight);
+    all.forEach(({ caption, shortest }, i) => {
+      caption.style.minHeight = `${heights[i]}px`;
       shortest();
     });
   }

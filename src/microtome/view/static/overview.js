@@ -211,7 +211,7 @@
         "tr",
         {},
         h("th", { scope: "row" }, name.replaceAll("_", " ")),
-        [question, on, source].map((text) => h("td", {}, text ?? "")),
+        [question, on, source].map((text) => h("td", {}, atlas.prose(text ?? ""))),
       );
     const own = h("table", { class: "measures" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, all.map(row)));
     return [h("h3", {}, "Measures ", atlas.save.csvOf("measures", own)), h("div", { class: "scroll" }, own)];
@@ -256,7 +256,7 @@
             ".",
           ),
         ),
-        heads.rows > 0 &&
+        heads.rows > 0 && (() =>
           h(
             "section",
             {},
@@ -265,17 +265,17 @@
             h("div", { class: "maps" }, headMaps(tables.heads)),
             h("p", { class: "note" }, "A click opens the head. ", link("/heads", "The same as a list"), "."),
             h("div", { class: "columns" }, topHeads(tables.heads)),
-          ),
+          )),
         firing &&
-          firing.layers.length > 0 &&
+          firing.layers.length > 0 && (() =>
           h(
             "section",
             {},
             h("h2", {}, "Neurons"),
             h("div", { class: "maps" }, firingMap(firing), atlas.figures.neuronClasses(classes, manifest.tables?.neurons?.columns)),
             h("p", { class: "note" }, "A click opens those neurons. ", link("/neurons", "All neurons as a list"), "."),
-          ),
-        h("section", {}, h("h2", {}, "What was run"), provenance(manifest)),
+          )),
+        () => h("section", {}, h("h2", {}, "What was run"), provenance(manifest)),
       ],
     };
   }

@@ -142,7 +142,7 @@
   }
 
   const facts = ({ facts: all }) =>
-    h("section", {}, h("dl", { class: "facts" }, all.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])));
+    h("section", {}, h("dl", { class: "facts" }, all.map(([name, value]) => [h("dt", {}, name), h("dd", {}, atlas.prose(value))])));
 
   const SECTIONS = { neurons, tokens, parts, table, facts };
 

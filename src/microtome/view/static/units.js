@@ -404,14 +404,13 @@
     const [layer, neuron] = route.parts[1].split(".").map(Number);
     if (!counts.some((part) => part.layer === layer))
       throw missing("neuron", route.parts[1], `layers with neurons are ${span(counts.map((part) => part.layer))}`);
-    const [table, columns, vocab] = await Promise.all([
-      atlas.data.neurons(layer),
-      atlas.data.details(layer),
-      atlas.data.vocab(),
-    ]);
+    const { rows } = counts.find((part) => part.layer === layer);
+    const first = neuron < rows ? atlas.data.detailsOf(layer, neuron).catch(() => null) : null; // mostly its row is its number
+    const table = await atlas.data.neurons(layer);
     const row = table.find(layer, neuron);
     if (row < 0)
       throw missing("neuron", route.parts[1], `the neurons of layer ${layer} are ${span(table.columns.neuron)}`);
+    const { columns, strings: vocab } = (row === neuron && (await first)) || (await atlas.data.detailsOf(layer, row));
     const here = counts.findIndex((part) => part.layer === layer);
     const across = (step) => counts[here + step] && paths.layer(counts[here + step].layer);
     return {

@@ -1,0 +1,158 @@
+"""How quickly the pages of an atlas open in a browser, for the default model and for a million neurons.
+
+    python benchmarks/pages.py [--atlas FOLDER] [--rounds N] [--skip-million]
+
+Each page is opened from disk in a Chromium without a window, in a new browser each time. Milliseconds from the start of
+the navigation until its heading and first figures or tables have been laid out and painted; the median over rounds.
+Bounds: the first page 1,000 ms, a neuron's page 300 ms.
+
+default    the atlas in FOLDER, or one that `microtome atlas --quick` makes.
+million    the same tables drawn anew: 64 layers of 32 heads and 16,384 neurons, whose rows are rows of that atlas,
+           written by the same writer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.browser.conftest import NAMES
+from tests.browser.tab import Tab
+
+import microtome as mt
+from microtome.atlas._kinds import for_pages
+from microtome.view import Passage, Patterns, write_pages
+
+RESULTS = Path(__file__).parent / "results" / "pages.json"
+BOUNDS = {"first page": 1000, "neuron": 300}
+LAYERS, HEADS, NEURONS = 64, 32, 16_384
+
+WATCH = """(() => {
+  const told = () => {
+    const main = document.querySelector("main");
+    if (!main || !main.querySelector("h1")) return setTimeout(told, 1);
+    requestAnimationFrame(() => {
+      const after = new MessageChannel(); // its message comes when the frame has been drawn
+      after.port1.onmessage = () => { window.drawnAt = performance.now(); };
+      after.port2.postMessage(0);
+    });
+  };
+  told();
+})()"""
+"""Told to every page before its own scripts: when a page with a heading was painted, since the navigation began."""
+
+
+def milliseconds(browser: str, page: Path, route: str) -> tuple[float, float]:
+    """Of one opening: wall time until it was painted, and until all of it was drawn."""
+    tab = Tab(browser)
+    try:
+        tab.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
+        tab.open(page, route)
+        deadline = time.monotonic() + 60
+        while tab.eval("window.drawnAt ?? null") is None or tab.eval("document.querySelector('[aria-busy]') !== null"):
+            assert time.monotonic() < deadline, "the page was not drawn"
+        assert tab.complaints == [], tab.complaints
+        return tab.eval("window.drawnAt"), tab.eval("performance.now()")
+    finally:
+        tab.close()
+
+
+def opened(browser: str, index: Path, layer: int, neuron: int, rounds: int) -> dict[str, Any]:
+    """The pages of an atlas: the median of each, all rounds, and what each loads."""
+    routes = {
+        "first page": "",
+        "neuron": f"#/neuron/{layer}.{neuron}",
+        "head": f"#/head/{layer}.1",
+        "layer": f"#/layer/{layer}",
+    }
+    found: dict[str, Any] = {}
+    for name, route in routes.items():
+        times = [milliseconds(browser, index, route) for _ in range(rounds)]
+        painted = [round(first, 1) for first, _ in times]
+        found[name] = {"ms": round(statistics.median(painted), 1), "rounds": painted}
+        found[name] |= {"bound": BOUNDS[name]} if name in BOUNDS else {}
+    return found
+
+
+def million(source: Path, folder: Path) -> dict[str, Any]:
+    """Write the pages of a model of a million neurons, with rows of another atlas; seconds and bytes."""
+    manifest: dict[str, Any] = json.loads((source / "manifest.json").read_text())
+    g = np.random.default_rng(0)
+    sizes = {"layers": (LAYERS,), "heads": (LAYERS, HEADS), "neurons": (LAYERS, NEURONS)}
+    tables = {name: drawn(pq.read_table(source / f"{name}.parquet"), size, g) for name, size in sizes.items()}
+    model = mt.open()
+    vocab = model.to_words(list(range(model.anatomy.d_vocab)))
+    words = pq.read_table(source / "text.parquet").column("word").to_pylist()
+    told, shown = for_pages(manifest | {"model": manifest["model"] | {"name": "a million neurons"}}, tables)
+    tokens = tuple(words[:28])
+    weights = np.tril(g.random((HEADS, len(tokens), len(tokens))) ** 4)
+    pattern = weights / weights.sum(-1, keepdims=True)
+    patterns = Patterns((Passage("English", "", tokens),), {i: [pattern] for i in range(LAYERS)}, {})
+    started = time.perf_counter()
+    write_pages(folder, told, shown, words, vocab, patterns=patterns)
+    seconds = round(time.perf_counter() - started, 1)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"neurons": LAYERS * NEURONS, "seconds": seconds, "bytes": size}
+
+
+def drawn(table: pa.Table, size: tuple[int, ...], g: np.random.Generator) -> pa.Table:
+    """As many rows as units of these sizes, drawn from those of a table, under the names of these units."""
+    rows = int(np.prod(size))
+    found = table.take(pa.array(np.sort(g.integers(0, table.num_rows, rows))))
+    for name, values in zip(("layer", table.column_names[1]), np.indices(size).reshape(len(size), -1), strict=False):
+        at = found.column_names.index(name)
+        found = found.set_column(at, found.schema.field(name), pa.array(values.astype(np.int32)))
+    return found
+
+
+def report(found: dict[str, Any]) -> Table:
+    """All figures as one table."""
+    table = Table("page", *(f"{name}, ms" for name in found["pages"]), "bound, ms", box=None)
+    for page in next(iter(found["pages"].values())):
+        columns = [f"{of[page]['ms']:.0f}" for of in found["pages"].values()]
+        table.add_row(page, *columns, str(BOUNDS.get(page, "")))
+    return table
+
+
+def main() -> None:
+    """Measure, print one table, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--atlas", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--skip-million", action="store_true")
+    given = parser.parse_args()
+    browser = next(path for name in NAMES if (path := shutil.which(name)))
+    found: dict[str, Any] = {"cores": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()], "pages": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        source = given.atlas or Path(folder) / "atlas"
+        if given.atlas is None:
+            command = [sys.executable, "-m", "microtome", "atlas", "--quick", "-o", str(source)]
+            subprocess.run(command, check=True, capture_output=True)
+        found["pages"]["default"] = opened(browser, source / "index.html", 12, 431, given.rounds)
+        if not given.skip_million:
+            found["million"] = million(source, Path(folder) / "million")
+            index = Path(folder) / "million" / "index.html"
+            found["pages"]["million"] = opened(browser, index, 31, 12_345, given.rounds)
+    Console().print(report(found))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
