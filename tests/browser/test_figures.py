@@ -263,3 +263,32 @@ def test_curves_stand_under_their_subjects(tab: Tab, page: Path) -> None:
     assert list(subjects) == ["The residual stream", "Sinks and massive activations", "Further"]
     assert "Added" in subjects["The residual stream"]
     assert "New together" in subjects["Further"]
+
+
+def test_the_signs_of_gate_and_input_have_examples(tab: Tab, fake: dict[str, Any], tmp_path: Path) -> None:
+    neurons = fake["tables"]["neurons"]
+    rows = neurons.num_rows
+    shares = {"gate_pos_in_pos": 0.5, "gate_pos_in_neg": 0.125, "gate_neg_in_pos": 0.375, "gate_neg_in_neg": 0.0}
+    for name, share in shares.items():
+        neurons = neurons.append_column(name, pa.array([share] * rows))
+    places = {"signs_value": [2.5, -1.25, -0.5, None], "signs_index": [33, 70, 40, -1], "signs_start": [32, 64, 32, -1]}
+    for name, values in places.items():
+        neurons = neurons.append_column(name, pa.array([values] * rows))
+    page = write_pages(tmp_path, **(fake | {"tables": fake["tables"] | {"neurons": neurons}}))
+    tab.open(page, "#/neuron/1.5")
+    lines = tab.eval(
+        "[...document.querySelectorAll('.signs tbody tr')].map((r) => [...r.cells].map((c) => c.innerText))"
+    )
+    assert [line[:3] for line in lines] == [
+        ["gate > 0, input > 0", "50.0 %", "2.50"], ["gate > 0, input ≤ 0", "12.5 %", "−1.25"],
+        ["gate ≤ 0, input > 0", "37.5 %", "−0.500"], ["gate ≤ 0, input ≤ 0", "0.0 %", "–"],
+    ]  # fmt: skip
+    assert lines[3][3] == "never"
+    marks = tab.eval("[...document.querySelectorAll('.signs mark')].map((m) => m.textContent)")
+    assert len(marks) == 3
+    plain = [fake["tokens"][place] for place in (33, 70, 40)]
+    for mark, word in zip(marks, plain, strict=True):
+        assert mark == word or word in (*WORDS, "\n"), (mark, word)
+    context = tab.eval("document.querySelectorAll('.signs .context')[1].textContent")
+    assert fake["tokens"][66].strip() in context
+    assert "signs index" not in tab.eval("document.body.innerText"), "not listed once more"

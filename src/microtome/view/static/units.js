@@ -323,6 +323,34 @@
 
   const SIGNS = ["gate_pos_in_pos", "gate_pos_in_neg", "gate_neg_in_pos", "gate_neg_in_neg"];
 
+  /** The signs of gate and input, each with how often they occur and an example: the token where the neuron is strongest. */
+  async function signExamples(table, row, columns, text) {
+    if (!SIGNS.every((name) => table.has(name) && table.value(name, row) !== null)) return null;
+    const of = (name) => columns[`signs_${name}`]?.[row];
+    const [values, places, starts] = ["value", "index", "start"].map(of);
+    if (places?.length !== SIGNS.length) return null;
+    const line = async (name, k) => {
+      const share = table.value(name, row);
+      const style = `background:color-mix(in srgb, var(--c0) ${Math.round(60 * share)}%, transparent)`;
+      const [gate, input] = name.match(/pos|neg/g).map((sign) => (sign === "pos" ? "> 0" : "≤ 0"));
+      const there = places[k] >= 0;
+      return h("tr", {}, h("th", { scope: "row" }, `gate ${gate}, input ${input}`), h("td", { class: "float", style, title: table.meaning(name) }, `${(100 * share).toFixed(1)} %`),
+        h("td", { class: "float" }, there ? number(values[k]) : "–"),
+        h("td", {}, there ? await around(places[k], starts[k], text) : h("span", { class: "where" }, "never")));
+    };
+    const own = h("table", { class: "signs told" }, h("thead", {}, h("tr", {}, ["signs", "share of tokens", "activation", "where it is strongest with these signs"].map((label, i) => h("th", { scope: "col", class: i === 1 || i === 2 ? "float" : null }, label)))),
+      h("tbody", {}, await Promise.all(SIGNS.map(line))));
+    return h("section", {}, h("h2", { title: table.described.signs_value?.meaning }, "Signs of gate and input ", atlas.save.csvOf("signs of gate and input", own)), h("div", { class: "scroll" }, own));
+  }
+
+  /** A token with the words around it. */
+  async function around(place, start, { length }) {
+    const [from, to] = atlas.query.window(place, start, length);
+    const words = await atlas.data.text(from, to);
+    const text = (word, i) => (from + i === place ? h("mark", {}, /^\s*$/.test(word) ? alone(word) : inText(word)) : inText(word));
+    return h("p", { class: "context" }, from > start && h("span", { class: "mark" }, "… "), words.map(text));
+  }
+
   /** How often gate and input have which signs: a table of two by two. */
   function signs(table, row) {
     if (!SIGNS.every((name) => table.has(name) && table.value(name, row) !== null)) return null;
@@ -344,7 +372,7 @@
     const counts = columns.histogram?.[row];
     const bars = bins && counts &&
       chart.bars({ title: "Activations", edges: bins, counts, meaning: table.meaning("histogram") });
-    const quadrants = signs(table, row);
+    const quadrants = columns.signs_index?.[row]?.length === SIGNS.length ? null : signs(table, row); // else they have examples
     return (bars || quadrants) && h("section", {}, h("h2", {}, "How it is distributed"), h("div", { class: "spread" }, bars, quadrants));
   }
 
@@ -362,6 +390,9 @@
     "drawn_start",
     "drawn_around",
     "histogram",
+    "signs_value",
+    "signs_index",
+    "signs_start",
   ];
 
   /** The tokens that a neuron promotes and suppresses. */
@@ -441,6 +472,7 @@
           ),
           h("div", {}, directions(table, row, columns, vocab), distribution(table, row, columns)),
         ),
+        await signExamples(table, row, columns, { length: manifest.text?.length }),
         await passages(table, columns, row, { length: manifest.text?.length, before: manifest.text?.examples?.[0] ?? 0 }),
         furtherLists(table, row, columns, vocab),
       ],
