@@ -320,7 +320,7 @@
   }
 
   /** Counts in bins, whose edges need not be even: bars of one width, as high as the square root of the count. */
-  function bars({ title, edges, counts, meaning, noun = "tokens", signed = true }) {
+  function bars({ title, edges, counts, meaning, noun = "tokens", axis = "activation", signed = true }) {
     const [width, height, left, right, top, bottom] = [420, 130, 8, 412, 8, 108];
     const known = counts.map((n, k) => [n, k]).filter(([n]) => n > 0).map(([, k]) => k);
     if (!known.length) return null;
@@ -348,7 +348,7 @@
       counts.map((n, k) => k >= first && k <= last && bar(n, k)),
       edges.map((edge, k) => k > first && k <= last && (k - first) % every === 0 && s("text", { class: "tick", x: x(k), y: height - 6, "text-anchor": "middle" }, short(Number(edge.toPrecision(2))))),
     );
-    return h("figure", {}, h("figcaption", {}, h("b", { title: meaning }, title), save.svg(), reading), svg);
+    return h("figure", {}, h("figcaption", {}, h("b", { title: meaning }, title), h("span", { class: "where" }, `${axis} → · ${noun} ↑`), save.svg(), reading), svg);
   }
 
   Object.assign(atlas, { chart: { lines, heat, strip, spark, bars } });

@@ -172,7 +172,7 @@
     const i = firing ? firing.layers.indexOf(layer) : -1;
     if (i < 0) return null;
     const never = firing.never[i] ? `; ${count(firing.never[i])} never fire` : "";
-    return chart.bars({ title: `Neurons by firing rate${never}`, meaning: "neurons by the share of tokens on which they fire", edges: firing.edges, counts: firing.counts[i], noun: "neurons", signed: false });
+    return chart.bars({ title: `Neurons by firing rate${never}`, meaning: "neurons by the share of tokens on which they fire", edges: firing.edges, counts: firing.counts[i], noun: "neurons", axis: "share of tokens", signed: false });
   }
 
   Object.assign(atlas, { figures: { headKinds, neuronClasses, bySubject, firingOf } });
