@@ -7,9 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-import beartype.typing  # noqa: F401 (the checker below names it)
 import pytest
-from jaxtyping import install_import_hook
+from tests import annotations
 
 # Nothing in the tests may fetch anything; set before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,18 +16,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # In all tests every function of the package has its annotations checked, shapes included; the hook must stand before
-# the first import of microtome. An int may stand where a float is asked for, as PEP 484 has it; `Self` is let through,
-# because beartype sees methods one by one, without their class.
-_CHECKER = """beartype.beartype(conf=beartype.BeartypeConf(
-    is_pep484_tower=True,
-    hint_overrides=beartype.FrozenDict({beartype.typing.Self: beartype.typing.Any}),
-))"""
+# the first import of microtome.
 # The command line is left out: its annotations are Typer's, and Typer checks them.
 ROOMS = (
     "errors", "axes", "catalogue", "cluster", "context", "files", "anatomy", "edit", "run", "metric", "sweep", "model",
     "method", "stream", "tasks", "planted", "measurements", "explain", "view", "atlas",
 )  # fmt: skip
-install_import_hook([f"microtome.{room}" for room in ROOMS], _CHECKER)
+annotations.install([f"microtome.{room}" for room in ROOMS])
 
 ROOT = Path(__file__).resolve().parents[1]
 

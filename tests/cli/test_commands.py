@@ -147,6 +147,7 @@ def test_atlas_writes_tables_pages_and_manifest(cli: Cli, saved: Path, text: Pat
     told = json.loads(done.out)
     assert Path(told["index"]).is_file()
     rows = {"layers": families.N_LAYERS, "heads": families.N_LAYERS * 4, "neurons": families.N_LAYERS * families.D_MLP}
+    rows |= {"groups": 1, "group_layers": families.N_LAYERS}
     for name, path in told["tables"].items():
         table = pq.read_table(path)
         assert table.num_rows == rows[name]

@@ -286,8 +286,8 @@ def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> Non
 
 
 NO_HEAD = {
-    "component_effects", "confidence_neurons", "contributions", "head_functions", "logit_lens", "ov_copying",
-    "promoted_tokens", "read_tokens",
+    "component_effects", "confidence_neurons", "contributions", "head_functions", "lens_groups", "logit_lens",
+    "ov_copying", "promoted_tokens", "read_tokens",
 }  # fmt: skip
 NO_EDGES = {"edge_effects", "node_effects"}
 NO_LOSS = {

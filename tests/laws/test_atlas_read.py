@@ -65,8 +65,16 @@ def test_what_cannot_be_asked_is_refused(atlas: Atlas) -> None:
         atlas.where("inducton > 1")
     with pytest.raises(DataError, match=r"are in several tables; got layers, heads, neurons"):
         atlas.where("layer = 1")
-    with pytest.raises(DataError, match=r'no table "groups"; allowed: layers, heads, neurons'):
-        atlas.table("groups")
+    with pytest.raises(DataError, match=r'no table "units"; allowed: layers, heads, neurons, groups'):
+        atlas.table("units")
+    with pytest.raises(
+        DataError, match=r'no table "relations"; .*make it with `microtome atlas .* --add head_functions`'
+    ):
+        atlas.table("relations")
+    with pytest.raises(DataError, match=r"relations does not exist.*--add head_functions`"):
+        atlas.sql("SELECT * FROM relations")
+    with pytest.raises(DataError, match=r'no table "damage"; .*--add damage`, which needs a text of several groups'):
+        atlas.table("damage")
     with pytest.raises(SiteError, match=r"no neuron 1\.999"):
         atlas.neuron(1, 999)
     with pytest.raises(DataError, match=r'a head has no column "entropie"'):
@@ -131,7 +139,7 @@ def test_labels_outlive_the_atlas(atlas: Atlas, folder: Path) -> None:
     assert repr(again.neuron(1, 5)).endswith("'animals'")
     row = again.sql("SELECT * FROM labels").iloc[0]
     assert (row["site"], row["label"], row["note"]) == ("1.mlp.post[5]", "animals", "fires on dog, cat")
-    assert not list(folder.rglob("*label*"))
+    assert [p.name for p in folder.rglob("*label*")] == ["labels.js"], "the pages have a copy, the tables none"
     unit.label("")
     assert mt.atlas.open(folder).labels.read() == {}
     with pytest.raises(SiteError):
@@ -168,6 +176,20 @@ def test_an_atlas_that_is_damaged_or_newer_is_refused(folder: Path, tmp_path: Pa
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "text.parquet").unlink()
     with pytest.raises(DataError, match=r"is not whole; got no text\.parquet"):
+        mt.atlas.open(copy)
+    shutil.copy(folder / "text.parquet", copy / "text.parquet")
+    whole = (copy / "neurons.parquet").read_bytes()
+    for kept in (len(whole) // 2, len(whole) - 3, 0):
+        (copy / "neurons.parquet").write_bytes(whole[:kept])
+        with pytest.raises(
+            DataError, match=r"neurons\.parquet\" is damaged, perhaps cut short; .*copy it again"
+        ) as told:
+            mt.atlas.open(copy)
+        assert "\n" not in str(told.value)
+    shutil.copy(folder / "heads.parquet", copy / "neurons.parquet")
+    with pytest.raises(
+        DataError, match=r"is not the one that the atlas was written with; got 12 rows; allowed: 168 rows"
+    ):
         mt.atlas.open(copy)
     (copy / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(DataError, match=r"by a newer version; got format 99; allowed: format 1"):

@@ -20,6 +20,7 @@ from tests.harvests import TEXTS, files, made, tokenizer
 import microtome as mt
 from microtome.cluster import Cluster, spread
 from microtome.errors import ArgumentError, DataError, ModelError, OutputError
+from microtome.method import _feed
 from microtome.stream import Corpus
 
 TEXT = Corpus.of("t", [text for text in TEXTS for _ in range(6)])
@@ -174,6 +175,50 @@ def test_a_cluster_measures_what_one_process_does(nodes: Any, saved: Path, tmp_p
             assert (many[name].values == values.values).all(), name
         else:
             np.testing.assert_allclose(many[name].values, values.values, rtol=1e-9, atol=1e-9, err_msg=str(name))
+
+
+MEASURING = """
+import sys
+import microtome as mt
+from tests.laws.test_cluster import MEASURED, TEXT
+with mt.settings(ray=sys.argv[2]):
+    mt.measure(mt.open(sys.argv[1], prove=False), "firing", "loss", text=TEXT, **MEASURED)
+"""
+MEASURED: dict[str, Any] = {"tokens": 2_000, "length": 16}
+
+
+@pytest.mark.slow
+def test_a_driver_of_measures_that_was_killed_goes_on(
+    nodes: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, _ = nodes
+    monkeypatch.setenv("MICROTOME_CACHE", str(tmp_path / "cache"))
+    model = mt.open(str(saved), prove=False)
+    one = mt.measure(model, "firing", "loss", text=TEXT, **MEASURED)
+    paths = os.pathsep.join([str(clusters.ROOT / "src"), str(clusters.ROOT)])
+    environment = os.environ | clusters.QUIET | {"PYTHONPATH": paths}
+    child = subprocess.Popen(
+        [sys.executable, "-c", MEASURING, str(saved), address], env=environment, stderr=subprocess.DEVNULL
+    )
+    while len(list(tmp_path.glob("cache/parts/*/*.safetensors"))) < 5 and child.poll() is None:
+        time.sleep(0.005)
+    child.kill()
+    child.wait()
+    kept = [int(path.name.partition("-")[0]) for path in tmp_path.glob("cache/parts/*/*.safetensors")]
+    assert len(kept) >= 5
+    handed: list[int] = []
+
+    def counted(cluster: Any, kind: Any, arguments: Any, items: Any) -> Any:
+        return spread(cluster, kind, arguments, (handed.append(item[0]) or item for item in items))
+
+    monkeypatch.setattr(_feed, "spread", counted)
+    with mt.settings(ray=address):
+        many = mt.measure(model, "firing", "loss", text=TEXT, **MEASURED)
+    assert handed
+    assert sorted([*handed, *kept]) == list(range(len(handed) + len(kept)))
+    for name, values in one.items():
+        np.testing.assert_allclose(many[name].values, values.values, rtol=1e-9, atol=1e-9, err_msg=str(name))
+    assert not list(tmp_path.glob("cache/parts/*"))
 
 
 @pytest.mark.slow

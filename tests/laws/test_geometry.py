@@ -16,7 +16,7 @@ import microtome as mt
 from microtome.measurements import entropy, neural_collapse
 from microtome.measurements._attention_rank import pattern_ranks
 from microtome.measurements._geometry import shape_of
-from microtome.measurements._invariance import info_nce, kept_tokens, lidar
+from microtome.measurements._invariance import dime, info_nce, kept_tokens, lidar
 from microtome.measurements._rank_collapse import residual
 
 LAYERS = script("tools/planted_cases/layers.py")
@@ -236,6 +236,20 @@ def test_lidar_counts_the_directions_that_tell_rows_apart() -> None:
         assert float(lidar(x, y)) == pytest.approx(rank, rel=0.05)
 
 
+@pytest.mark.parametrize("clusters", [2, 4])
+def test_views_that_share_clusters_share_their_logarithm(clusters: int) -> None:
+    """K has C blocks: both have entropy ln C together, and 2 ln C once one is in another order."""
+    rows = 32 * clusters
+    x = 100 * drawn(clusters, 6)[torch.arange(rows) % clusters]
+    y = 100 * drawn(clusters, 9, seed=1)[torch.arange(rows) % clusters]
+    assert float(dime(x, y, width=1.0)) == pytest.approx(math.log(clusters), rel=0.1)
+    assert abs(float(dime(x, y[torch.randperm(rows, generator=torch.Generator().manual_seed(5))], 1.0))) < 0.1
+    assert float(dime(x, torch.ones(rows, 3).double())) == pytest.approx(0, abs=1e-9)  # a view that says nothing
+    turn = torch.linalg.qr(drawn(6, 6, seed=2))[0]
+    near = drawn(rows, 6, seed=3)
+    assert float(dime(near, x)) == pytest.approx(float(dime(3 * near @ turn, 3 * x)), rel=1e-6)  # of no basis or scale
+
+
 def test_views_are_those_run_by_hand() -> None:
     model = mt.open(families.build("llama-gqa").double(), prove=False)
     data = mt.measure(model, "invariance", text=ids(12, 16), drop=0.4)
@@ -248,6 +262,8 @@ def test_views_are_those_run_by_hand() -> None:
     assert not torch.equal(*views)
     assert float(data["infonce"][1]) == pytest.approx(float(info_nce(*views)), rel=1e-6)
     assert float(data["lidar"][1]) == pytest.approx(float(lidar(*views)), rel=1e-6)
+    assert float(data["dime"][1]) == pytest.approx(float(dime(*views)), rel=1e-6)
+    assert float(data["dime"][1]) > 5 * abs(float(data["dime_unpaired"][1]))
     assert float(data["infonce"][1]) > 0.5 > float(data["infonce_unpaired"][1])
     same = mt.measure(model, "invariance", text=ids(12, 16), drop=0)
     assert (same["infonce"] > data["infonce"]).all()

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from tests import families
+from tests.scripts import script
 from torch import Tensor
 
 import microtome as mt
-from microtome.measurements import relation_scores
-from microtome.measurements._head_functions import _exchanged, _successors
+from microtome.measurements import ordinal_direction, relation_scores
+from microtome.measurements._head_functions import _exchanged, successors
 from microtome.measurements._head_vocabulary import alone, single_tokens
 from microtome.measurements._ov_copying import copying
 from microtome.measurements._relations import RELATIONS, SERIES
 
+heads = script("tools/planted_cases/heads.py")
 FAMILIES = ("llama-gqa", "gpt2", "gemma2", "falcon-gqa", "gpt_neox-parallel")
 
 
@@ -134,7 +136,7 @@ def test_successors_of_a_shuffled_series_are_hit_by_chance() -> None:
     """Of random heads: one in eleven of the words that are left, and so is the right successor."""
     model = opened("llama-gqa")
     series = [list(range(first, first + 12)) for first in range(5, 89, 12)]
-    every = [_successors(model, layer, series) for layer in range(3)]
+    every = [successors(model, layer, series) for layer in range(3)]
     for name in ("successor", "successor_shuffled"):
         assert 0.04 < float(torch.cat([found[name] for found in every]).mean()) < 0.2, name
 
@@ -186,3 +188,21 @@ def test_a_stream_that_is_no_logits_has_no_functions() -> None:
     for name in ("ov_copying", "head_functions"):
         with pytest.raises(mt.errors.SiteError):
             mt.measure(model, name)
+
+
+def test_ordinals_are_read_by_what_other_series_teach_and_nothing_else() -> None:
+    """Series without a common code are at chance; a series that is left out teaches nothing of itself."""
+    model, _, _ = heads.moving_heads()
+    series = {"one": list(range(8, 18)), "two": list(range(20, 30))}
+    data = ordinal_direction(model, (1, 0), series, draws=2)
+    assert data["words"].values.tolist() == [10, 10]
+    assert float(data["accuracy"].max()) <= 0.4
+    again = ordinal_direction(model, (1, 0), series, draws=2)
+    assert np.array_equal(again["moved_shuffled"], data["moved_shuffled"])
+    assert (int(data["layer"]), int(data["head"])) == (1, 0)
+    with pytest.raises(mt.errors.DataError, match="two series of single tokens are needed; got one"):
+        ordinal_direction(model, (1, 0), {"one": series["one"]})
+    with pytest.raises(mt.errors.ArgumentError, match="there is no such head to read"):
+        ordinal_direction(model, (1, 9), series)
+    with pytest.raises(mt.errors.ArgumentError, match="must be above 0; got scale=0"):
+        ordinal_direction(model, scale=0)

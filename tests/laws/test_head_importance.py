@@ -102,13 +102,40 @@ def test_pruning_begins_at_the_whole_model_and_ends_without_heads() -> None:
     order = [(layer, head) for layer in range(3) for head in range(4)]
     curve = pruning_curve(model, ids(), order, steps=3)
     assert curve["removed"].values.tolist() == [0, 4, 8, 12]
-    assert float(curve["loss"][0]) == float(curve["loss_random"][0]) == pytest.approx(float(losses(model).mean()))
+    assert curve["loss_random"].shape == (3, 4)
+    assert float(curve["loss"][0]) == pytest.approx(float(losses(model).mean()))
     some = losses(model, mt.edit.Zero("0.attn.z")).mean()
     none = losses(model, mt.edit.Zero("*.attn.z")).mean()
     assert float(curve["loss"][1]) == pytest.approx(float(some), abs=1e-6)
-    assert float(curve["loss"][3]) == float(curve["loss_random"][3]) == pytest.approx(float(none), abs=1e-6)
+    assert np.allclose(curve["loss_random"][:, 0], curve["loss"][0])
+    assert np.allclose(curve["loss_random"][:, 3], float(none), atol=1e-6)
+    assert float(curve["loss"][3]) == pytest.approx(float(none), abs=1e-6)
+    assert len({float(x) for x in curve["loss_random"][:, 1]}) == 3  # orders of their own
     with pytest.raises(mt.errors.DataError, match="the order must name each head once"):
         pruning_curve(model, ids(), [(0, 1), (0, 1)])
+
+
+def test_greedy_pruning_ranks_again_on_what_is_left() -> None:
+    """Heads that write nothing go first; each later step is that of the gradients of the model without those before."""
+    hf = families.build("llama-gqa")
+    width = hf.config.hidden_size // hf.config.num_attention_heads
+    dead = [(0, 1), (1, 2), (2, 3)]
+    with torch.no_grad():
+        for layer, head in dead:
+            hf.model.layers[layer].self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0  # type: ignore[union-attr, index, operator]
+    model = mt.open(hf, prove=False)
+    curve = pruning_curve(model, ids(), steps=4, draws=1)
+    order = list(zip(curve["layer"].values.tolist(), curve["head"].values.tolist(), strict=True))
+    assert sorted(order[:3]) == dead
+    assert float(curve["loss"][1]) == pytest.approx(float(curve["loss"][0]), abs=1e-6)
+    assert sorted(order) == [(layer, head) for layer in range(3) for head in range(4)]
+    cut = [mt.edit.Zero(f"{layer}.attn.z[{head}]") for layer, head in order[:6]]
+    left = gate_gradients(model, ids(), [0, 1, 2], cut).abs().mean(0)
+    left = left / left.norm(dim=1, keepdim=True)
+    rest = sorted(order[6:], key=lambda head: float(left[head]))
+    assert order[6:9] == rest[:3]
+    with pytest.raises(mt.errors.ArgumentError, match="a curve needs steps and draws; got steps=0"):
+        pruning_curve(model, ids(), steps=0)
 
 
 def test_the_bound_of_leaving_one_out_is_the_best_head_of_each_row() -> None:

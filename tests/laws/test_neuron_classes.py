@@ -112,10 +112,10 @@ def test_a_neuron_that_reads_a_token_is_said_to() -> None:
 # ---------------------------------------------------------------------------------------------------------- bilinear
 
 
-def bilinear_model(bias: bool = False) -> mt.Model:
+def bilinear_model(bias: bool = False, layers: int = 3) -> mt.Model:
     hf = families.build("llama-gqa")
     config = copy.deepcopy(hf.config)
-    config.hidden_act, config.mlp_bias = "linear", bias
+    config.hidden_act, config.mlp_bias, config.num_hidden_layers = "linear", bias, layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = type(hf)(config).double().eval()
@@ -123,6 +123,33 @@ def bilinear_model(bias: bool = False) -> mt.Model:
             if "mlp" in name and name.endswith("bias"):
                 torch.nn.init.normal_(weight)
     return mt.open(made, prove=False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_paths_of_one_layer_sum_to_the_logits(bias: bool) -> None:
+    """Direct paths of the embedding and each head, and paths of each pair of these through the MLP; norms held."""
+    model = bilinear_model(bias, layers=1)
+    tokens = torch.arange(5, 17)
+    run = model.run(tokens, capture=["0.resid_pre", "0.resid_mid", "0.resid_post", "0.attn.z"])
+    weights, last = model.layers[0], model.final_norm
+    assert last is not None
+    assert weights.mlp_norm is not None
+    heads = torch.einsum("bphd,hdm->hbpm", run["0.attn.z"], weights.W_O.detach())
+    parts = torch.cat([run["0.resid_pre"].unsqueeze(0), heads]).detach()
+    torch.testing.assert_close(parts.sum(0), run["0.resid_mid"].detach())
+    read = parts / weights.mlp_norm.scale(run["0.resid_mid"]).detach().unsqueeze(-1) * weights.mlp_norm.gain.detach()
+    for token in (7, 33):
+        u = (last.gain * model.W_U[:, token]).detach()
+        paths = bilinear(model, 0, u).pairs(read)
+        assert paths.shape == (6, 6, 1, 12)
+        torch.testing.assert_close(paths, paths.transpose(0, 1))
+        assert bool((paths[:, 5] == 0).all()) != bias
+        b_out = 0.0 if weights.b_out is None else float(weights.b_out.detach() @ u)
+        through, direct = paths.sum((0, 1)) + b_out, (parts @ u).sum(0)
+        found = (direct + through) / last.scale(run["0.resid_post"]).detach()
+        expected = run.logits[..., token].detach()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # the norms compute in float32
+        assert float(paths[0, 1:5].abs().mean()) > 1e-6  # embedding and heads together
 
 
 @pytest.mark.parametrize("bias", [False, True])

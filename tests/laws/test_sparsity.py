@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from tests import families
+from tests.scripts import script
 from torch import Tensor
 
 import microtome as mt
+from microtome.edit import Apply
 from microtome.measurements import loss_at_deltas, loss_at_topk, sparsity_at_loss, token_loss
 from microtome.measurements._deltas import held
 from microtome.measurements._sparsity import BUDGETS, THRESHOLDS, at_budget, errors, largest
@@ -148,6 +150,26 @@ def test_only_steps_above_the_limit_are_taken() -> None:
     assert torch.equal(held(x, torch.zeros(1, 1)), x)
 
 
+def test_what_is_repeated_stays_as_it_was() -> None:
+    told = script("tools/planted_cases/layers.py").small_steps()
+    assert (told["found"], told["false"]) == ("9 of 9", "0 of 9")
+
+
+def test_small_steps_are_left_out_of_what_is_named_alone(model: mt.Model) -> None:
+    data = loss_at_deltas(model, ids(), limits=(0.4,), sites=("mlp.post",))
+    edits = [
+        Apply(f"{i}.mlp.post", lambda x: held(x, 0.4 * x.square().mean((1, 2), keepdim=True).sqrt()[..., 0]))
+        for i in range(3)
+    ]
+    one, other = (model.run(ids(), edits=some).logits.detach()[:, :-1].log_softmax(-1) for some in ([], edits))
+    expected = (one.exp() * (one - other)).sum(-1).mean()
+    assert float(data["kl"][0]) == pytest.approx(float(expected), rel=1e-4)
+    runs = model.run(ids(), capture="*.mlp.post", edits=edits)
+    for i in range(3):
+        x = runs[f"{i}.mlp.post"]
+        assert float(data["still_at"][0, i, 0]) == pytest.approx(float((x[:, 1:] == x[:, :-1]).double().mean()))
+
+
 def test_without_a_limit_nothing_changes_and_with_a_wide_one_all_stays(model: mt.Model) -> None:
     data = loss_at_deltas(model, ids(), limits=(0.0, 0.3, 100.0))
     assert data["still"].values[[0, 2]].tolist() == [pytest.approx(0, abs=0.02), 1]  # equal tokens follow each other
@@ -155,5 +177,13 @@ def test_without_a_limit_nothing_changes_and_with_a_wide_one_all_stays(model: mt
     assert 0 < float(data["still"][1]) < 1
     assert abs(float(data["rise"][2])) > 1e-3
     assert abs(float(data["rise_small"][2])) > 1e-3
+    assert data["kl"].values[0] < 1e-9
+    assert (data["kl"][1:] > 1e-4).all()
+    assert (data["kl_small"][1:] > 1e-4).all()
+    sizes = np.array([40, 4 * 10, 40, 56])  # dimensions of attn.in, attn.z, mlp.in, mlp.post
+    share = (data["still_at"].mean("layer").values * sizes).sum(1) / sizes.sum()
+    np.testing.assert_allclose(share, data["still"], atol=1e-9)
+    with pytest.raises(mt.errors.ArgumentError, match="sites must be what weights read"):
+        loss_at_deltas(model, ids(), sites=("resid_post",))
     with pytest.raises(mt.errors.ArgumentError, match="limits must be 0 or more"):
         loss_at_deltas(model, ids(), limits=(-1.0,))

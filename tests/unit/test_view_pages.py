@@ -53,8 +53,9 @@ def test_writes_one_page_with_everything_beside_it(tmp_path: Path) -> None:
     for asset in re.findall(r'(?:src|href)="(assets/[^"]+)"', text):
         assert (page.parent / asset).is_file(), asset
     names = sorted(str(path.relative_to(page.parent / "assets" / "data")) for path in page.parent.rglob("data/**/*.js"))
-    expected = ["details/0/0.js", "details/1/0.js", "model.js", "neurons/0.js", "neurons/1.js", "text.js", "text/0.js"]
-    assert names == [*expected, "vocab.js"]
+    parts = ["details/0/0.js", "details/1/0.js"]
+    expected = [*parts, "groups.js", "labels.js", "model.js", "neurons/0.js", "neurons/1.js"]
+    assert names == [*expected, "text.js", "text/0.js", "vocab.js"]
 
 
 def test_nothing_is_loaded_from_a_network(tmp_path: Path) -> None:
@@ -182,9 +183,10 @@ def test_pack_tokens_and_count_firing() -> None:
     [
         ({"tables": {"layers": pa.table({"depth": [1]})}}, 'the table "layers" lacks layer; got depth.'),
         (
-            {"tables": {"groups": pa.table({})}},
-            'there are no pages for a table "groups"; allowed: layers, heads, neurons',
+            {"tables": {"units": pa.table({})}},
+            'there are no pages for a table "units"; allowed: layers, heads, neurons, groups, group_layers, damage',
         ),
+        ({"tables": {"groups": pa.table({})}}, 'the table "groups" lacks group_name; got .'),
         ({"vocab": ["a"]}, 'column "promoted" of the neuron table leaves the vocabulary; got 1 to 5; allowed: 0 to 0.'),
         ({"tokens": ["a"]}, 'column "example_index" of the neuron table leaves the text; got 0 to 6; allowed: 0 to 0.'),
     ],

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import microtome as mt
 from microtome import planted
-from microtome.measurements import cmr_curve, commit_separation, fit_cmr, head_types, selectable
+from microtome.measurements import cmr_curve, commit_separation, fit_cmr, head_types, pruning_curve, selectable
 from microtome.measurements._head_map import followers, ngram_shares, reach, spread
+from microtome.measurements._hopfield import updates
 from microtome.planted._llama import Layout, bench
 
 Case = dict[str, str]
@@ -39,6 +40,36 @@ def patterns(width: int = 32) -> dict[str, Tensor]:
     first = torch.nn.functional.one_hot(torch.zeros_like(place), width)
     made = {"previous": back, "even": even, "some": some, "first": first}
     return {name: (x / x.sum(1, keepdim=True)).double()[None, None] for name, x in made.items()}
+
+
+def head_that_follows_subjects() -> Case:
+    """Of 40 heads the one that looks from verbs to subjects is found by it, and no head by a relation it has not."""
+    sentences = mt.measurements.template_sentences(64)
+    rng = torch.Generator().manual_seed(0)
+    made: list[tuple[Tensor, list[tuple[int, int]]]] = []
+    for sentence in sentences:
+        n = len(sentence.words)
+        pattern = torch.rand(4, 10, n, n, generator=rng).tril()
+        for a, b, name in sentence.arcs:
+            if name == "nsubj":
+                pattern[2, 3, b, a] = 2.0
+        made.append((pattern, [(i, i + 1) for i in range(n)]))
+    data = mt.measurements.arc_scores(sentences, made)
+    sure = (data["best_diff_lo"] > 0).to_series().to_dict()
+    at = data.sel(relation="nsubj")
+    found = sure.pop("nsubj") and (int(at["best_layer"]), int(at["best_head"])) == (2, 3) and float(at["best"]) == 1
+    return _case("dependency_heads", "a head that looks from verbs to subjects", [found], list(sure.values()))
+
+
+def keys_at_rest() -> Case:
+    """Queries near one of some keys come to rest at it where the slope is steep, and between all where it is flat."""
+    rng = torch.Generator().manual_seed(0)
+    key = torch.linalg.qr(torch.randn(16, 16, generator=rng, dtype=torch.float64))[0].unsqueeze(0) * 6
+    near = key + 0.3 * torch.randn(key.shape, generator=rng, dtype=torch.float64)
+    sees = torch.ones(16, 16, dtype=torch.bool)
+    steep, flat = (updates(near, key, sees, slope, 8) for slope in (2.0, 1e-3))
+    found = ((steep["k90"][-1] == 1) & (steep["moved"][-1] < 1e-6)).flatten().tolist()
+    return _case("hopfield_updates", "queries near a stored key", found, (flat["k90"][-1] < 15).flatten().tolist())
 
 
 def modes_of_heads() -> Case:
@@ -219,6 +250,47 @@ def permutation_by_maps() -> Case:
     return _heads(data, "maps", [heads["permutation"]], 0.9, "relation_scores", "a permutation in W_V W_O")
 
 
+def counting_head(seed: int = 0) -> tuple[mt.Model, tuple[int, int], dict[str, list[int]]]:
+    """A Llama with two series of tokens that share a code of n mod 10, and a head that counts this code on."""
+    layout = Layout(digit=10, series=2, out=12)
+    it = bench(layout, vocab=20, layers=2, heads=4, d_head=32, d_mlp=16, seed=seed)
+    series = {name: list(range(10 * s, 10 * s + 10)) for s, name in enumerate(("one", "two"))}
+    for s, ids in enumerate(series.values()):
+        for place, token in enumerate(ids):
+            code = torch.nn.functional.one_hot(torch.tensor([(place + 1) % 10, 10 + s]), 12).sum(0).to(it.model.dtype)
+            it.model.W_E[token, :12] = code
+            it.model.W_U[layout["out"], token] = 20.0 * code
+    on = torch.block_diag(torch.eye(10).roll(1, dims=1), torch.eye(2))
+    head = (1, it.free_head(1))
+    it.move(*head, torch.cat([it.part("digit"), it.part("series")], dim=1), on @ it.part("out").T)
+    return mt.open(it.finish({}).model.hf, tokenizer=Words(), prove=False), head, series
+
+
+def ordinals_moved_by_their_digit() -> Case:
+    """The digit of one series is read and moved by what the other teaches; where tokens share no code it is not."""
+    model, head, series = counting_head()
+    data = mt.measurements.ordinal_direction(model, head, series)
+    found = [bool(x > 0.9) for name in ("accuracy", "moved") for x in data[name].values]
+    model, heads, _ = moving_heads()
+    apart = {"one": list(range(8, 18)), "two": list(range(20, 30))}
+    none = mt.measurements.ordinal_direction(model, heads["successor"], apart)
+    false = [bool(x > 0.5) for name in ("accuracy", "moved") for x in none[name].values]
+    return _case("ordinal_direction", "a code of n mod 10, counted on by a head", found, false)
+
+
+def relations_lost_with_their_heads() -> Case:
+    """Each relation is lost without the head that was planted for it; without the other's it is not."""
+    model, heads, pairs = moving_heads()
+    relations = {"permutation": pairs, "successor": [(s, (s + 1) % 32) for s in range(32)]}
+    data = mt.measurements.relation_damage(model, relations, heads=1, top=1, controls=2)
+    sets = zip(data["layer"].values[:, 0].tolist(), data["head"].values[:, 0].tolist(), strict=True)
+    chosen = [head == heads[name] for name, head in zip(relations, sets, strict=True)]
+    damage = data["damage"].values
+    found = [right and float(damage[i, i]) > 1 for i, right in enumerate(chosen)]
+    false = [float(damage[0, 1]) > 1, float(damage[1, 0]) > 1, *(data["damage_random"] > 1).values.tolist()]
+    return _case("relation_damage", "heads of a permutation and of successors", found, false)
+
+
 def importance_of_induction() -> Case:
     """On repeated tokens the loss rises by nats without either head of the circuit, and by nothing without another."""
     it = planted.induction()
@@ -226,6 +298,17 @@ def importance_of_induction() -> Case:
     data = mt.measure(it.model, "head_ablation", text=part.repeat(1, 8))
     truth = [it.truth["induction_head"], it.truth["previous_token_head"]]
     return _heads(data, "loss_without_head", truth, 0.5, "head_ablation", "both heads of an induction circuit")
+
+
+def pruning_spares_induction() -> Case:
+    """Greedy pruning leaves the induction head to the end. The head before it is saturated: no gradient tells of it."""
+    it = planted.induction()
+    part = torch.stack([torch.randperm(1000, generator=torch.Generator().manual_seed(s))[:8] for s in range(8)])
+    curve = pruning_curve(it.model, part.repeat(1, 8), steps=8, draws=1)
+    order = list(zip(curve["layer"].values.tolist(), curve["head"].values.tolist(), strict=True))
+    truth = tuple(it.truth["induction_head"])
+    return _case("pruning_curve", "an induction head", [order[-1] == truth],
+                 [order[-1] == head for head in order if head != truth])  # fmt: skip
 
 
 def keys_inside_the_hull() -> Case:
@@ -283,9 +366,12 @@ def kinds_of_heads() -> Case:
 
 
 CASES: tuple[Callable[[], Case], ...] = (
+    head_that_follows_subjects, keys_at_rest,
     modes_of_heads, distances_of_heads, ngram_heads, induction_is_a_bigram_head, previous_token_in_text,
     sinks_are_single, recall_by_context, induction_recalls_what_followed, copying_by_weights, copying_by_maps,
-    suppression_by_maps, successors_by_maps, permutation_by_maps, importance_of_induction, keys_inside_the_hull,
+    suppression_by_maps, successors_by_maps, permutation_by_maps, relations_lost_with_their_heads,
+    ordinals_moved_by_their_digit, importance_of_induction, pruning_spares_induction,
+    keys_inside_the_hull,
     inference_told_apart, kinds_of_heads,
 )  # fmt: skip
 

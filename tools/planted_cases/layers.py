@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import microtome as mt
 from microtome import planted
-from microtome.measurements import register, secondary_sinks, sink_scores
+from microtome.measurements import loss_at_deltas, register, secondary_sinks, sink_scores
 
 SEEDS = (0, 1, 2)
 SCORE = 0.2
@@ -159,6 +159,51 @@ def geometry() -> dict[str, Any]:
     return told("geometry", "rows of rank 5, entropy ln 5, in 3 layers", found, 3, false, 3)
 
 
+def attractor() -> dict[str, Any]:
+    """The one layer whose MLP takes most of what it reads away again, whatever that is, draws the stream back.
+
+    One dimension holds a constant so large that norms change nothing; the gates are open wherever it is, and neuron n
+    reads dimension n and writes it back with a minus. Pushed before that layer, the stream is nearer behind it.
+    """
+    found = false = among = 0
+    tokens = torch.randint(5, 60, (8, 24), generator=torch.Generator().manual_seed(1))
+    for border in (1, 2, 3):
+        hf: Any = tiny(5)
+        mlp = hf.model.layers[border].mlp
+        with torch.no_grad():
+            hf.get_input_embeddings().weight[:, 0] = 40**0.5  # beside 39 small ones: the norm's divisor is about 1
+            for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight):
+                weight.zero_()
+            mlp.gate_proj.weight[:39, 0] = 1.0  # silu(6.2) is about 6.2
+            for n in range(39):
+                mlp.up_proj.weight[n, n + 1] = 1.0
+                mlp.down_proj.weight[n + 1, n] = -0.8 / 40**0.5
+        data = mt.measure(mt.open(hf, prove=False), "trajectory", text=tokens)
+        back = data["pushed_diff"].values < -0.3
+        behind = torch.zeros(5, 5, dtype=torch.bool)
+        behind[:border, border:] = True
+        pairs = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        found += int(bool(torch.tensor(back)[behind].all())) + int(not bool(torch.tensor(back)[pairs & ~behind].any()))
+        false += int(torch.tensor(back)[pairs & ~behind].sum())
+        among += int((pairs & ~behind).sum())
+    return told("trajectory", "a layer that draws the stream back", found, 6, false, among)
+
+
+def small_steps() -> dict[str, Any]:
+    """Where each token comes four times, what is read stays as it was in 18 of 23 steps; never where none is repeated.
+
+    No branch adds anything, so that the stream of a token is its embedding.
+    """
+    found = false = 0
+    tokens = 5 + torch.stack([torch.randperm(50, generator=torch.Generator().manual_seed(n))[:24] for n in range(8)])
+    model = mt.open(tiny(), prove=False)
+    for text, runs in ((tokens[:, :6].repeat_interleave(4, dim=1), True), (tokens, False)):
+        data = loss_at_deltas(model, text, limits=(1e-6,), sites=("attn.in", "mlp.in", "mlp.post"))
+        hits = abs(data["still_at"].values[0] - 18 / 23) < 0.02
+        found, false = found + int(hits.sum()) * runs, false + int((data["still_at"].values > 0.02).sum()) * (not runs)
+    return told("loss_at_deltas", "tokens that come four times, at 3 sites of 3 layers", found, 9, false, 9)
+
+
 def neuron_classes() -> dict[str, Any]:
     """A neuron of every class, typical and atypical where that can be, among random ones."""
     hf = tiny(1, mute=False)
@@ -198,5 +243,6 @@ def depth() -> dict[str, Any]:
 
 
 CASES = (
-    sinks, massive, secondary, register_neurons, moved_register, geometry, neuron_classes, depth,
+    sinks, massive, secondary, register_neurons, moved_register, geometry, attractor, small_steps, neuron_classes,
+    depth,
 )  # fmt: skip

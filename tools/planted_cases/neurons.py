@@ -1,5 +1,6 @@
 """Planted cases of neurons on a text: what each measure finds among neurons of known kinds, and among the others."""
 
+import copy
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import microtome as mt
 from microtome import planted
-from microtome.measurements import confidence_effects, damage, out_of_distribution
+from microtome.measurements import concept_neurons, confidence_effects, damage, group_arithmetic, out_of_distribution
 from microtome.measurements import neuron_facets as facets
+from microtome.measurements._polysemy import CLASSES
 
 SEEDS = (0, 1)
 
@@ -102,6 +104,63 @@ def group_damage() -> dict[str, Any]:
     return told("damage", "a neuron that each of 3 groups needs", found, 3, false, among)
 
 
+def lens_groups() -> dict[str, Any]:
+    """The layer whose MLP raises the words of the group that is read: above their share elsewhere there alone."""
+    found = false = among = 0
+    for seed in SEEDS:
+        it = planted.neurons(seed)
+        data = mt.measure(it.model, "lens_groups", text=words_of(it, rows=16, length=32, seed=seed))
+        more = data["lens_share_diff"].values > 0.1
+        found += int(more[:, it.truth["layer"]].sum())
+        false += int(more.sum()) - int(more[:, it.truth["layer"]].sum())
+        among += more.size - 3
+    return told("lens_groups", "a layer that raises the words of each of 3 groups", found, 3 * len(SEEDS), false, among)
+
+
+def arithmetic() -> dict[str, Any]:
+    """In each group's text, the words of every other are said once its neuron is lent its mean; none without."""
+    found = false = among = 0
+    it = planted.neurons()
+    sets = {f"group {g}": [(1, n)] for g, n in enumerate(it.truth["neurons"]["group"])}
+    text = words_of(it, rows=8, length=30)
+    for t, o in ((0, 1), (1, 2), (2, 0)):
+        data = group_arithmetic(it.model, sets, text, target=f"group {t}", other=f"group {o}", rows=8, controls=1)
+        for name in ("shift", "shift_random"):
+            to = data[name].sel(group=f"group {o}", edit="both").values > 0.1  # in the words of which group
+            found += int(name == "shift" and to[t])
+            false += int(to.sum()) - int(name == "shift" and to[t])
+            among += len(to) - int(name == "shift")
+    return told(
+        "group_arithmetic", "3 pairs of groups, the words of one in the text of the other", found, 3, false, among
+    )
+
+
+def concept() -> dict[str, Any]:
+    """The neuron that raises a group's words is nearest to what the unembedding of these has beyond those of another,
+    and fires in its text alone; in a copy whose gate is turned it is silent there, and writes the concept no more.
+    """
+    found = false = among = 0
+    for seed in SEEDS:
+        it = planted.neurons(seed)
+        text = words_of(it, rows=10, length=24, seed=seed)
+        for g, n in enumerate(it.truth["neurons"]["group"]):
+            tuned = mt.open(copy.deepcopy(it.model.hf), prove=False)
+            tuned.layers[1].W_gate[:, n] = -tuned.layers[1].W_gate[:, n]  # it is silent where it fired
+            one, other = (it.model.W_U[:, it.truth["groups"][h]].mean(1) for h in (g, (g + 1) % 3))
+            data = concept_neurons(it.model, one - other, text, after=tuned, top=1)
+            first = (int(data["layer"][0]), int(data["neuron"][0]))
+            own, rest = data.sel(group=f"group {g}"), data.sel(group=[f"group {(g + 2) % 3}"])
+            fires = float(own["firing"][0]) > 0.99 and float(own["firing_after"][0]) < 0.01
+            found += int(first == (1, n) and float(data["cosine"][0]) > float(data["chance"]))
+            found += int(fires and float(own["written_change_hi"]) < -0.02)
+            found += int(abs(float(data["cos_gate"][0]) + 1) < 1e-5 and float(data["cos_out"][0]) > 0.99999)
+            false += int(abs(float(own["written_random_change"])) > 1e-3) + int(float(rest["firing"][0, 0]) > 0.01)
+            false += int(float(data["cosine_random"][0]) > float(data["chance"]))
+            among += 3
+    what = "a neuron that writes a group's topic, found, silenced, and with another gate"
+    return told("concept_neurons", what, found, 9 * len(SEEDS), false, among)
+
+
 def neuron_events() -> dict[str, Any]:
     """A dead neuron, one of a token that it lowers, of either of two tokens, of a bigram and of first places."""
     found = false = among = 0
@@ -131,6 +190,43 @@ def neuron_events() -> dict[str, Any]:
         false,
         among,
     )
+
+
+class Reader:
+    """A tokenizer of `planted.neurons`: words of its groups begin small, or great, or inside of a word."""
+
+    bos_token_id, eos_token_id, all_special_ids = None, None, ()
+
+    def __init__(self, it: planted.Planted) -> None:
+        """Call the groups' words and the special tokens by what they are."""
+        own = {it.truth["token"]: " =", it.truth["facets"][0]: ",", it.truth["facets"][1]: "7"}
+        for words, form in zip(it.truth["groups"], (" w{}", " W{}", "w{}"), strict=True):
+            own |= {token: form.format("abcdefghijklmnopqrstuvwxyz"[place]) for place, token in enumerate(words)}
+        self.words = own
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        """The text of one token; nothing of those that have none."""
+        return self.words.get(ids[0], "")
+
+
+def polysemy() -> dict[str, Any]:
+    """A neuron of two tokens of two kinds tells two kinds apart, one of a token or of a group's words one kind; of the
+    kinds that have many tokens, no other neuron tells any, and of shuffled kinds none at all.
+    """
+    found = false = among = 0
+    for seed in SEEDS:
+        it = planted.neurons(seed)
+        model = mt.open(it.model.hf, tokenizer=Reader(it), prove=False)
+        data = mt.measure(model, "polysemy", text=mixed(it, seed=seed))
+        kinds, own = data["polysemy"].values[1], it.truth["neurons"]
+        found += int(kinds[own["facets"][0]] == 2) + int(kinds[own["token"][0]] == 1)
+        found += sum(int(kinds[n] == 1) for n in own["group"])
+        large = [CLASSES.index(name) for name in ("word", "capital", "inside")]
+        beyond = (abs(data["class_auroc"].values[..., large] - 0.5) > 0.4).any(-1)
+        false += int((data["polysemy_shuffled"].values > 0).sum()) + sum(int(beyond[at]) for at in it.truth["others"])
+        among += kinds.size * 2 + len(it.truth["others"])
+    what = "a neuron of two kinds of tokens, and four of one kind"
+    return told("polysemy", what, found, 5 * len(SEEDS), false, among)
 
 
 def frequency_tags() -> dict[str, Any]:
@@ -234,7 +330,11 @@ CASES = (
     group_neurons,
     group_gradient,
     group_damage,
+    lens_groups,
+    arithmetic,
+    concept,
     neuron_events,
+    polysemy,
     frequency_tags,
     neuron_facets,
     confidence,

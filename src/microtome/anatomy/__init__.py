@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._neurons import activation_of as activation_of
     from microtome.anatomy._place import DEFAULT_NAME as DEFAULT_NAME
     from microtome.anatomy._place import MARK as MARK
+    from microtome.anatomy._place import PARTS as PARTS
     from microtome.anatomy._place import Place as Place
     from microtome.anatomy._place import cache_dir as cache_dir
     from microtome.anatomy._place import place_of as place_of

@@ -14,6 +14,8 @@ from microtome.shown import shown
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 MARK = "made-by-microtome.json"
+PARTS = "parts"
+"""The folder of the cache where passes stand that a cluster has not finished."""
 """A file in every folder that Microtome makes in its cache, so that it never deletes another's."""
 
 

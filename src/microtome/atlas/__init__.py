@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from microtome.later import names_of
 
 if TYPE_CHECKING:
+    from microtome.atlas._compare import compare as compare
     from microtome.atlas._labels import Labels as Labels
     from microtome.atlas._place import check_out as check_out
     from microtome.atlas._read import Atlas as Atlas

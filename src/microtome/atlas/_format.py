@@ -7,3 +7,6 @@ FORMAT = 1
 
 TEXT_FILE = "text.parquet"
 """The tokens of the text that was read, as words, in order."""
+
+LABELS_FILE = "assets/data/labels.js"
+"""What a user called units of the model, for the pages; an atlas of an earlier version may get it later."""

@@ -1,7 +1,9 @@
 """Names and notes that users give to units of a model, kept apart from what was measured.
 
 They stand in one JSON file per model, named after its fingerprint, where a user's data lie; an atlas that is written
-again, elsewhere or in another way, finds them there.
+again, elsewhere or in another way, finds them there. The pages of an atlas open from disk and can read no other folder:
+they have a copy, which is written with the atlas and whenever a label is set through it, and which is no part of what
+was measured.
 
 Check: tests/laws/test_atlas_read.py.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from microtome.anatomy import parse
-from microtome.errors import DataError, error
+from microtome.atlas._format import LABELS_FILE
+from microtome.errors import DataError, MicrotomeWarning, OutputError, error
 from microtome.files import atomic
+from microtome.view import write_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,9 +35,11 @@ class Labels:
 
     Args:
         fingerprint: of the model.
+        pages: the folder of an atlas whose pages show them, if any.
     """
 
-    def __init__(self, fingerprint: str) -> None:
+    def __init__(self, fingerprint: str, pages: Path | None = None) -> None:
+        self.pages = pages
         base = os.environ.get("MICROTOME_DATA") or platformdirs.user_data_dir("microtome", appauthor=False)
         self.path = Path(base) / "labels" / f"{fingerprint}.json"
 
@@ -65,6 +72,9 @@ class Labels:
         Raises:
             SiteError: the address cannot be read.
             OutputError: the file cannot be written.
+
+        Warns:
+            MicrotomeWarning: it is written, but the pages of the atlas, which show a copy, cannot be.
         """
         parse(site)
         found = self.read()
@@ -75,6 +85,24 @@ class Labels:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(self.path, "the labels to") as partial:
             partial.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+        self.show()
+
+    def show(self) -> None:
+        """Write them for the pages of the atlas, where there are pages.
+
+        Warns:
+            MicrotomeWarning: the pages cannot be written.
+        """
+        if self.pages is None or not (self.pages / LABELS_FILE).parent.is_dir():
+            return
+        try:
+            write_labels(self.pages, self.read())
+        except OSError as problem:
+            what = f'the pages in "{self.pages}" do not show the label, which is kept'
+            told = error(
+                OutputError, what, got=str(problem), do="make the folder writable, and call atlas.labels.show()"
+            )
+            warnings.warn(str(told), MicrotomeWarning, stacklevel=3)
 
     def frame(self) -> pd.DataFrame:
         """A table of them: site, label, note, written."""

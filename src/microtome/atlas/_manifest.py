@@ -16,11 +16,11 @@ import pyarrow as pa
 
 from microtome.atlas._format import FORMAT, KIND
 from microtome.atlas._tables import described
+from microtome.atlas._texts import Reading
 from microtome.context import current
 from microtome.measurements import CONTEXT
 from microtome.method.runner import Measured
 from microtome.model import Model
-from microtome.stream import TokenBatches
 
 THIN_TOKENS, THIN_ROWS = 10_000, 30
 """An atlas of fewer is marked as thin: by then a share is known to 0.01, and an interval over rows is steady."""
@@ -28,7 +28,7 @@ THIN_TOKENS, THIN_ROWS = 10_000, 30
 
 def manifest_of(
     model: Model,
-    batches: TokenBatches,
+    reading: Reading,
     measured: Measured,
     cost: Mapping[str, float],
     made: Mapping[str, pa.Table],
@@ -37,13 +37,12 @@ def manifest_of(
 
     Args:
         model: that was measured.
-        batches: the text that was read.
+        reading: the text that was read.
         measured: what the measures gave.
         cost: seconds by stage and in all, and the most memory.
         made: its tables.
     """
     a, provenance = model.anatomy, model.provenance
-    text = batches.corpus
     whole = {
         str(name): _plain(value.values.tolist())
         for method, data in measured.datasets.items()
@@ -62,13 +61,13 @@ def manifest_of(
             "parallel": a.parts.form == "parallel", "dtype": provenance["dtype"],
         },
         "text": {
-            "source": text.name, "tokens": len(batches.flat), "length": batches[0].tokens.shape[1],
-            "rows_begin_with": None if batches.bos_id is None else model.to_words([batches.bos_id])[0],
-            "sequences": -(-len(batches.flat) // batches[0].tokens.shape[1]),
-            "sha256": hashlib.sha256(str(batches.flat).encode()).hexdigest(), "short": batches.short,
-            "examples": list(CONTEXT),
+            "source": reading.name, "tokens": len(reading.flat), "asked": reading.asked, "length": reading.length,
+            "rows_begin_with": None if reading.beginning is None else model.to_words([reading.beginning])[0],
+            "sequences": reading.sequences,
+            "sha256": text_checksum(reading), "short": reading.short,
+            "examples": list(CONTEXT), "groups": list(reading.groups),
         },
-        "thin": thin(len(batches.flat), -(-len(batches.flat) // batches[0].tokens.shape[1])),
+        "thin": thin(len(reading.flat), reading.sequences),
         **whole,
         "seed": current().seed,
         "versions": {k: provenance[k] for k in ("microtome", "transformers", "torch")} | {"pyarrow": pa.__version__},
@@ -83,6 +82,11 @@ def manifest_of(
         "left_out": dict(measured.left_out),
         "tables": manifest_tables(made),
     }  # fmt: skip
+
+
+def text_checksum(reading: Reading) -> str:
+    """SHA-256 of the tokens of a text."""
+    return hashlib.sha256(str(reading.flat).encode()).hexdigest()
 
 
 def manifest_tables(made: Mapping[str, pa.Table]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from microtome.atlas._format import KIND
+from microtome.atlas._format import KIND, LABELS_FILE
 from microtome.errors import OutputError, error
 
 
@@ -48,6 +48,6 @@ def _files(folder: Path) -> set[str]:
     """The files of the atlas in a folder, as its manifest lists them; none if there is no atlas."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        return set(manifest["files"]) if manifest["kind"] == KIND else set()
+        return {*manifest["files"], LABELS_FILE} if manifest["kind"] == KIND else set()
     except (OSError, ValueError, TypeError, KeyError):
         return set()

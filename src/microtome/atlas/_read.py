@@ -6,8 +6,10 @@
     atlas.neuron(12, 431).examples()               # words with activations
     atlas.on("The capital of France is", model)    # units that are far from what is usual for them
 
-Tables that SQL sees: those of the folder (`layers`, `heads`, `neurons`, ...), `model` (one row: what is of the whole
-model), `examples` (one row per example of a neuron), `tokens` (the text that was read) and `labels` (what users wrote).
+Tables that SQL sees: those of the folder (`layers`, `heads`, `neurons`, `groups`, `group_layers`, `damage` and
+`relations`), `model` (one row: what is of the whole model), `examples` (one row per example of a neuron),
+`group_neurons` (one row per neuron and group of the text, where groups were compared), `tokens` (the text that was
+read) and `labels` (what users wrote).
 
 Cost:  tables are read when they are first needed; SQL reads only the columns it names.
 Check: tests/laws/test_atlas_read.py: rows, words and examples equal those that a run of the model gives.
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from microtome.atlas._format import FORMAT, KIND, TEXT_FILE
@@ -46,6 +49,17 @@ _EXAMPLES = """
     SELECT layer, neuron, '{kind}' AS kind, unnest(range(len({of}_value))) AS rank, unnest({of}_value) AS value,
            unnest({of}_index) AS token, unnest({of}_start) AS start, unnest({of}_around) AS around FROM neurons
 """
+_OF_GROUP = "group_"
+"""How columns of neurons begin that hold lists of one value a group."""
+
+KEYS = ("relation", "neurons_of", "group_name", "layer", "head", "expert", "neuron")
+"""Columns that name the rows of a table."""
+
+MADE_BY = {
+    "relations": ("head_functions", "which weights alone are read for"),
+    "damage": ("damage", "which needs a text of several groups (--text several times, or --group-by)"),
+}
+"""Tables that not every atlas has: what `--add` makes them, and what to know of it."""
 
 
 @shown
@@ -156,7 +170,7 @@ class Atlas:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         """Use `open`, which checks what it reads."""
         self.path, self.manifest = path, manifest
-        self.labels = Labels(manifest["model"]["fingerprint"])
+        self.labels = Labels(manifest["model"]["fingerprint"], path)
 
     def _facts(self) -> dict[str, str]:
         """Of which model and text it is, and what it holds."""
@@ -177,6 +191,11 @@ class Atlas:
         parts = [_EXAMPLES.format(kind=kind, of=of) for kind, of in kinds if f"{of}_around" in columns]
         if parts:
             found["examples"] = " UNION ALL ".join(parts)
+        if "group_selected" in columns:
+            lists = [name for name in columns if name.startswith(_OF_GROUP)]
+            values = ", ".join(f'unnest("{name}") AS "{name.removeprefix(_OF_GROUP)}"' for name in lists)
+            names = ", ".join("'" + name.replace("'", "''") + "'" for name in self.manifest["text"]["groups"])
+            found["group_neurons"] = f"SELECT layer, neuron, unnest([{names}]) AS group_name, {values} FROM neurons"
         text = str(self.path / TEXT_FILE).replace("'", "''")
         return found | {"tokens": f"SELECT row_number() OVER () - 1 AS token, word FROM '{text}'"}
 
@@ -204,7 +223,11 @@ class Atlas:
         except duckdb.Error as problem:
             first = str(problem).strip().splitlines()[0]
             tables = ", ".join((*self.views, "model", "labels"))
-            raise error(DataError, "this query cannot be run", got=first, allowed=f"the tables {tables}") from problem
+            absent = re.search(r"Table with name (\w+) does not exist", first)
+            by, know = MADE_BY.get(absent[1] if absent else "", ("", ""))
+            do = f"make it with `microtome atlas ... --add {by}`, {know}" if by else None
+            what = "this query cannot be run"
+            raise error(DataError, what, got=first, allowed=f"the tables {tables}", do=do) from problem
 
     def table(self, name: str) -> pd.DataFrame:
         """A table, indexed by layer and unit.
@@ -212,11 +235,24 @@ class Atlas:
         Raises:
             DataError: there is no such table.
         """
-        told = self.manifest["tables"]
-        if name not in told:
-            raise error(DataError, f'this atlas has no table "{name}"', allowed=", ".join(told))
-        keys = [key for key in ("layer", "head", "expert", "neuron") if key in told[name]["columns"]]
+        keys = self._keys(name)
         return self.sql(f"SELECT * FROM {name}").set_index(keys)
+
+    def _keys(self, name: str) -> list[str]:
+        """The columns that name the rows of a table.
+
+        Raises:
+            DataError: there is no such table; says what makes it, where something does.
+        """
+        told = self.manifest["tables"]
+        if name in told:
+            return [key for key in KEYS if key in told[name]["columns"]]
+        what = f'this atlas has no table "{name}"'
+        if name not in MADE_BY:
+            raise error(DataError, what, allowed=", ".join(told))
+        by, know = MADE_BY[name]
+        do = f"make it with `microtome atlas ... --add {by}`, {know}"
+        raise error(DataError, what, allowed=", ".join(told), do=do)
 
     def where(self, condition: str, table: str | None = None) -> pd.DataFrame:
         """The rows for which a condition holds, such as "induction > 0.5 AND layer < 20".
@@ -229,8 +265,7 @@ class Atlas:
             DataError: no table has these columns, several have, or the condition cannot be read.
         """
         name = self._home(condition) if table is None else table
-        keys = [key for key in ("layer", "head", "expert", "neuron") if key in self.manifest["tables"][name]["columns"]]
-        return self.sql(f"SELECT * FROM {name} WHERE {condition}").set_index(keys)
+        return self.sql(f"SELECT * FROM {name} WHERE {condition}").set_index(self._keys(name))
 
     def _home(self, condition: str) -> str:
         """The one table whose columns a condition names."""
@@ -239,6 +274,7 @@ class Atlas:
         words = {w for w in _WORD.findall(condition) if not w.startswith("'")}
         named = {w for w in words if w in every}
         homes = [name for name, one in told.items() if named and named <= set(one["columns"])]
+        homes = [name for name in homes if name in TABLE_OF.values()] or homes  # units come before groups of the text
         if len(homes) == 1:
             return homes[0]
         if homes:
@@ -314,4 +350,25 @@ def open(path: str | Path) -> Atlas:
     if missing:
         got = f"no {', '.join(missing)}"
         raise error(DataError, f'the atlas in "{path}" is not whole', got=got, do="write it again")
+    for name, told in manifest["tables"].items():
+        _require_whole(folder / f"{name}.parquet", int(told["rows"]))
+    _require_whole(folder / TEXT_FILE, int(manifest["text"]["tokens"]))
     return Atlas(folder, manifest)
+
+
+def _require_whole(file: Path, rows: int) -> None:
+    """Refuse a table that was cut short or exchanged; reads the end of its file alone.
+
+    Raises:
+        DataError: it is damaged, or has other rows than the manifest says.
+    """
+    try:
+        found = pq.read_metadata(file).num_rows
+    except (OSError, pa.ArrowException) as problem:
+        first = str(problem).strip().splitlines()[0]
+        what = f'the table "{file}" is damaged, perhaps cut short'
+        raise error(DataError, what, got=first, do="copy it again, or write the atlas again") from problem
+    if found != rows:
+        what = f'the table "{file}" is not the one that the atlas was written with'
+        do = "copy it again, or write the atlas again"
+        raise error(DataError, what, got=f"{found:,} rows", allowed=f"{rows:,} rows", do=do)

@@ -21,6 +21,9 @@ ENDINGS = ("", "_lo", "_hi", "_diff", "_diff_lo", "_diff_hi")
 """The variables of a column that are columns of a table: itself, what it is above its control, and their intervals."""
 
 KEYS = {
+    "relation": "name of the relation between words",
+    "neurons_of": "name of the group whose neurons are switched off",
+    "group_name": "name of the group of the text",
     "layer": "number of the block, from 0",
     "head": "number of the query head, from 0",
     "kv_head": "the key/value head that it uses",
@@ -45,8 +48,10 @@ def joined_columns(old: pa.Table | None, new: pa.Table | None) -> pa.Table:
         assert chosen is not None
         return chosen
     keys = [name for name in KEYS if name in old.column_names and name != "kv_head"]
+    named = any(pa.types.is_string(old.schema.field(key).type) for key in keys)
     places = [list(zip(*(table.column(key).to_pylist() for key in keys), strict=True)) for table in (old, new)]
-    every = sorted({*places[0], *places[1]})
+    every = list(dict.fromkeys((*places[0], *places[1])))
+    every = every if named else sorted(every)  # names stay in their order
     found: dict[str, tuple[pa.Field, pa.ChunkedArray]] = {}
     for table, there in zip((old, new), places, strict=True):
         row = {place: i for i, place in enumerate(there)}
@@ -79,11 +84,21 @@ def _table(model: Model, unit: str, found: Sequence[tuple[Method, xr.Dataset]]) 
     columns = _keys(model, labels)
     attrs: dict[str, dict[str, Any]] = {key: {"unit": "1", "meaning": KEYS[key]} for key in columns}
     for method, data in found:
-        named = [c.name + ending for c in method.columns for ending in ENDINGS]
         placed = data.reindex({dim: x for dim, x in labels.items() if not np.array_equal(data[dim], x)})
-        for name in (name for name in named if name in data):
-            columns[name] = _flat(placed[name], dims)
+        for name in named_columns(method, data, dims):
+            columns[name] = flat(placed[name], dims)
             attrs[name] = dict(data[name].attrs)
+    return table_of(columns, attrs)
+
+
+def named_columns(method: Method, data: xr.Dataset, dims: Sequence[str]) -> list[str]:
+    """The variables of a measure that have a value, or a list of them, for each unit."""
+    named = [c.name + ending for c in method.columns for ending in ENDINGS]
+    return [name for name in named if name in data and set(dims) <= set(data[name].dims)]
+
+
+def table_of(columns: Mapping[str, npt.NDArray[Any]], attrs: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+    """A table of columns [row] or [row, ...], null for what is no number, each with what is said of it."""
     arrays = {name: _array(values) for name, values in columns.items()}
     fields = [pa.field(name, array.type, metadata=_metadata(attrs[name])) for name, array in arrays.items()]
     return pa.table(list(arrays.values()), schema=pa.schema(fields))
@@ -106,14 +121,15 @@ def _keys(model: Model, labels: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any
     return keys
 
 
-def _flat(array: xr.DataArray, dims: Sequence[str]) -> npt.NDArray[Any]:
+def flat(array: xr.DataArray, dims: Sequence[str]) -> npt.NDArray[Any]:
     """One row per unit; axes after those of the unit stay, as lists."""
     extra = [dim for dim in array.dims if dim not in dims]
     values = np.asarray(array.transpose(*dims, *extra).values)
     values = values.astype(np.float32) if values.dtype == np.float64 else values
     values = values.astype(np.int32) if values.dtype == np.int64 else values
     rows = values.reshape(-1, *values.shape[len(dims) :])
-    return rows if rows.ndim == 1 else rows[:, _filled(rows)]
+    # A value for each group keeps its place, by which it is known, though nothing be known of a group.
+    return rows if rows.ndim == 1 or extra[0] == "group" else rows[:, _filled(rows)]
 
 
 def _filled(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -133,9 +149,12 @@ def _json(value: Any) -> str:
 
 
 def _array(values: npt.NDArray[Any]) -> pa.Array:
-    flat = values.reshape(-1)
-    missing = ~np.isfinite(flat) if values.dtype.kind == "f" else np.zeros(flat.shape, bool)
-    made = pa.array(flat, mask=missing) if missing.any() else pa.array(flat)
+    if values.dtype.kind == "O":
+        return pa.array(values.tolist(), pa.string())
+    every = np.ma.getdata(values).reshape(-1)
+    missing = np.ma.getmaskarray(values).reshape(-1)  # a whole number that is not known
+    missing = missing | ~np.isfinite(every) if values.dtype.kind == "f" else missing
+    made = pa.array(every, mask=missing) if missing.any() else pa.array(every)
     for size in reversed(values.shape[1:]):
         made = pa.ListArray.from_arrays(np.arange(0, len(made) + 1, max(size, 1), dtype=np.int32), made)
     return made

@@ -1,13 +1,13 @@
 """The main job: measure every layer, head and neuron of a model, and write its atlas.
 
-An atlas is a folder: `layers.parquet`, `heads.parquet`, `neurons.parquet`, `manifest.json`, and `index.html` with its
-assets, which open from disk without a network. It is made beside its place and moved there when it is whole.
+An atlas is a folder: `layers.parquet`, `heads.parquet`, `neurons.parquet`, `groups.parquet` and what else was measured,
+`manifest.json`, and `index.html` with its assets, which open from disk without a network. It is made beside its place
+and moved there when it is whole.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from microtome.atlas._format import TEXT_FILE
+from microtome.atlas._groups import DAMAGE, GROUPED
 from microtome.atlas._kinds import for_pages
-from microtome.atlas._manifest import manifest_of, manifest_tables, peak_memory
+from microtome.atlas._labels import Labels
+from microtome.atlas._manifest import manifest_tables, text_checksum
+from microtome.atlas._measured import measured_atlas
 from microtome.atlas._patterns import patterns_of
 from microtome.atlas._place import check_out
 from microtome.atlas._read import Atlas
 from microtome.atlas._read import open as open_atlas
-from microtome.atlas._tables import joined_columns, tables
+from microtome.atlas._texts import Reading, reading_of
 from microtome.context import current
 from microtome.errors import ArgumentError, DataError, MicrotomeError, ModelUnsupported, error
 from microtome.files import atomic
-from microtome.method import corpus_of, methods
-from microtome.method.runner import Measured, run_measures
+from microtome.method import methods
 from microtome.model import Model
-from microtome.stream import TokenBatches, standard_library_text
-from microtome.view import PAGES, write_pages
+from microtome.view import PAGES, write_labels, write_pages
 
 PROFILES = {"quick": 5_000, "default": 20_000, "full": 100_000}
 """How many tokens each profile reads; what it measures is declared by the measures."""
@@ -58,9 +59,11 @@ def write_atlas(
     Args:
         model: an open causal model with a tokenizer.
         out: the folder to write; it must not exist, be empty, or hold an earlier atlas, which is replaced.
-        text: a corpus, the path of a file, or texts; the documentation topics of the standard library by default.
-        measures: which to run; by default those of the profile. What the model lacks the sites for is left out, and
-            the manifest says why.
+        text: a corpus, the path of a file, texts, or a mapping from groups (languages, domains) to these; a corpus of
+            several groups has these; the documentation topics of the standard library by default.
+        measures: which to run; by default those of the profile, and of a text of several groups those of groups.
+            "damage" is one of them: what each group loses without the neurons of each. What the model lacks the sites
+            for is left out, and the manifest says why.
         profile: "quick", without the measures that run the model many times; "default"; or "full", with all of them.
         tokens: how many tokens of the text to read, 100 or more; by default as the profile says. Under 10,000, or
             under 30 rows, the manifest, the pages and the command say that the atlas is thin, and how exactly a share
@@ -87,14 +90,15 @@ def write_atlas(
     check_out(out)
     _check_model(model)
     length = min(length, model.anatomy.n_ctx)
-    chosen = measures_of(profile) if measures is None else list(measures)
-    corpus = standard_library_text() if text is None else corpus_of(text)
-    batches = TokenBatches(corpus, model.tokenizer, length=length, rows=rows, tokens=tokens)
-    _require_enough(DataError, f"{corpus.name} has too few tokens for an atlas", len(batches.flat), "give it more text")
+    reading = reading_of(text, model.tokenizer, tokens=tokens, length=length, rows=rows)
+    _require_enough(
+        DataError, f"{reading.name} has too few tokens for an atlas", len(reading.flat), "give it more text"
+    )
+    chosen = measures_of(profile, len(reading.groups)) if measures is None else list(measures)
     place = out.resolve()
     with atomic(place, "the atlas to", folder=True) as partial:
-        measured, made, cost = _measured(model, batches, chosen, options)
-        _store(model, batches, partial, manifest_of(model, batches, measured, cost, made) | {"profile": profile}, made)
+        made, manifest = measured_atlas(model, reading, chosen, options)
+        _store(model, reading, partial, manifest | {"profile": profile}, made)
         check_out(place)  # it took minutes: something may have come meanwhile
     return out / "index.html"
 
@@ -126,17 +130,15 @@ def add_to_atlas(
     if model.fingerprint != (own := before.manifest["model"]["fingerprint"]):
         do = "open the model that the atlas was made of"
         raise error(DataError, "the atlas is of another model", got=model.fingerprint, allowed=own, do=do)
-    corpus = standard_library_text() if text is None else corpus_of(text)
-    batches = TokenBatches(corpus, model.tokenizer, length=told["length"], rows=4, tokens=told["tokens"])
-    measured, new, cost = _measured(model, batches, list(measures), options)
-    manifest = manifest_of(model, batches, measured, cost, new)
-    if manifest["text"]["sha256"] != told["sha256"]:
+    tokens = told.get("asked", told["tokens"])
+    reading = reading_of(text, model.tokenizer, tokens=tokens, length=told["length"], rows=4)
+    if text_checksum(reading) != told["sha256"]:
         do = "give the text that the atlas was made of with text="
-        raise error(DataError, "the atlas was made of another text", got=corpus.name, allowed=told["source"], do=do)
+        raise error(DataError, "the atlas was made of another text", got=reading.name, allowed=told["source"], do=do)
     old = {name: pq.read_table(before.path / f"{name}.parquet") for name in before.manifest["tables"]}
-    made = {name: joined_columns(old.get(name), new.get(name)) for name in dict.fromkeys((*old, *new))}
+    made, manifest = measured_atlas(model, reading, list(measures), options, old)
     with atomic(before.path.resolve(), "the atlas to", folder=True) as partial:
-        _store(model, batches, partial, _joined(before, manifest, made), made)
+        _store(model, reading, partial, _joined(before, manifest, made), made)
     return before.path / "index.html"
 
 
@@ -152,10 +154,11 @@ def _joined(before: Atlas, added: Mapping[str, Any], made: Mapping[str, pa.Table
     }  # fmt: skip
 
 
-def measures_of(profile: str) -> list[str]:
-    """The measures that a profile of the atlas runs."""
+def measures_of(profile: str, groups: int = 1) -> list[str]:
+    """The measures that a profile of the atlas runs on a text of so many groups."""
     runs = {"quick": (True,), "default": (True, "default"), "full": (True, "default", "full")}[profile]
-    return [m.name for m in methods("measure").values() if m.atlas in runs]
+    of_groups = {"quick": (), "default": (GROUPED,), "full": (GROUPED, DAMAGE)}[profile] if groups > 1 else ()
+    return [*(m.name for m in methods("measure").values() if m.atlas in runs), *of_groups]
 
 
 def _require_enough(kind: type[MicrotomeError], what: str, tokens: int, do: str) -> None:
@@ -173,29 +176,19 @@ def _check_model(model: Model) -> None:
         )
 
 
-def _measured(
-    model: Model, batches: TokenBatches, chosen: Sequence[str], options: Mapping[str, Any]
-) -> tuple[Measured, dict[str, pa.Table], dict[str, float]]:
-    """What measures give, as it is and as tables, and what it cost."""
-    started = time.perf_counter()
-    measured = run_measures(model, chosen, text=batches, options=options, lenient=True)
-    made = tables(model, [(method, data) for method, data in measured.datasets.items() if method.of != "model"])
-    seconds = round(time.perf_counter() - started, 2)
-    return measured, made, {**measured.seconds, "seconds": seconds, "peak_memory_bytes": peak_memory()}
-
-
 def _store(
-    model: Model, batches: TokenBatches, folder: Path, manifest: dict[str, Any], made: Mapping[str, pa.Table]
+    model: Model, reading: Reading, folder: Path, manifest: dict[str, Any], made: Mapping[str, pa.Table]
 ) -> None:
     """Write tables, pages and manifest into a folder."""
     report = current().report
     report("writing", 0, 1)
     vocab = model.to_words(list(range(model.anatomy.d_vocab)))
-    words = [vocab[t] for t in batches.flat]
+    words = [vocab[t] for t in reading.flat]
     for name, table in (*made.items(), (Path(TEXT_FILE).stem, _text_table(words))):
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
     told, shown = for_pages(manifest, {name: made[name] for name in made if name in PAGES})
     write_pages(folder, told, shown, words, vocab, patterns=patterns_of(model))
+    write_labels(folder, Labels(model.fingerprint).read())
     written = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest["files"] = ["manifest.json", *written]
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -20,9 +20,9 @@ from microtome.cli._model import (
     progress,
     working,
 )
-from microtome.cli._options import Budget, Ray, Seed, Text, Threads, Workers, cluster_of
+from microtome.cli._options import Budget, Field, GroupBy, Ray, Seed, Texts, Threads, Workers, cluster_of
+from microtome.cli._texts import tables_of, text_of
 from microtome.errors import ArgumentError, error
-from microtome.files import text_place
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
 @opens(ModelArgument)
 def atlas(
-    text: Text = None,
+    text: Texts = None,
+    field: Field = "text",
+    group_by: GroupBy = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few tokens, and no measure that runs the model many times.")
     ] = False,
@@ -44,11 +46,14 @@ def atlas(
     length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="A measure to run, one of those that `microtome measure` lists; repeatable."),
+        typer.Option(help="A measure to run, one of those that `microtome measure` lists, or damage; repeatable."),
     ] = None,
     add: Annotated[
         list[str] | None,
-        typer.Option(help="A measure to add to the atlas that stands there, made of the same text; repeatable."),
+        typer.Option(
+            help="A measure, or damage (what each group loses without the neurons of each), to add to the atlas that "
+            "stands there, made of the same text; repeatable."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier atlas.")] = False,
     seed: Seed = 0,
@@ -60,25 +65,29 @@ def atlas(
     *,
     opening: Opening,
 ) -> None:
-    """Measure every layer, head and neuron of a model, and write its atlas: tables, and pages that open from disk."""
+    """Measure every layer, head and neuron of a model, and write its atlas: tables, and pages that open from disk.
+
+    Several texts, or a column of a table, are groups, such as languages or domains: the atlas then says which neurons
+    serve each of them.
+    """
     from microtome.context import settings
 
     _check(output, force, quick=quick, full=full, tokens=tokens, only=only, add=add)
-    if text is not None:
-        text_place(text)
+    files = text_of(text)
     with settings(seed=seed, budget=budget):
         opening.check()
         with working(LOADING):
             from microtome.atlas import add_to_atlas, write_atlas
         opened = opening.open()
     profile = "quick" if quick else "full" if full else "default"
+    given = tables_of(files, field, group_by)
     cluster = cluster_of(ray, workers, threads)
     with progress() as report, settings(seed=seed, budget=budget, progress=report, ray=cluster):
         if add:
-            index = add_to_atlas(opened, output, add, text=text)
+            index = add_to_atlas(opened, output, add, text=given)
         else:
             index = write_atlas(
-                opened, output, text=text, measures=only or None, profile=profile, tokens=tokens, length=length
+                opened, output, text=given, measures=only or None, profile=profile, tokens=tokens, length=length
             )
     _tell(index, output, tokens, as_json=as_json)
 
@@ -100,7 +109,7 @@ def _check(
         raise error(ArgumentError, what, do="leave --tokens and --force out")
     if not add:
         check_out(output, force)
-    for name in (*(only or ()), *(add or ())):
+    for name in (one for one in (*(only or ()), *(add or ())) if one != "damage"):  # which needs a measure, and is none
         if (found := sketch(name).method).kind != "measure":
             what = f'"{found.name}" is a {found.kind}, not a measure'
             raise error(ArgumentError, what, do="name those that `microtome measure` lists")

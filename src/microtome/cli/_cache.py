@@ -24,14 +24,15 @@ def register(app: typer.Typer) -> None:
 
 
 def _entries(folder: Path) -> dict[str, int]:
-    """Models that Microtome made in its cache, with their sizes; nothing else that may lie there."""
-    from microtome.anatomy import DEFAULT_NAME, MARK
+    """Models that Microtome made in its cache and unfinished passes, with their sizes; nothing else that lies there."""
+    from microtome.anatomy import DEFAULT_NAME, MARK, PARTS
 
     models = folder / "models"
     # Earlier versions left no mark in the folder of the default model, and a crash may leave it under a hidden name.
     own = (DEFAULT_NAME, f".{DEFAULT_NAME}.")
     held = list(models.iterdir()) if models.is_dir() else []
     made = [m for m in held if m.name == own[0] or m.name.startswith(own[1]) or (m / MARK).is_file()]
+    made += [folder / PARTS] if (folder / PARTS).is_dir() else []
     return {
         m.relative_to(folder).as_posix(): sum(f.stat().st_size for f in m.rglob("*") if f.is_file())
         for m in sorted(made)
@@ -70,7 +71,7 @@ def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] 
         out.print(f"nothing to clear in {folder}", markup=False, soft_wrap=True)
         return
     size = sum(entries.values()) / 2**20
-    one = "1 model" if len(entries) == 1 else f"{len(entries)} models"
+    one = "1 folder" if len(entries) == 1 else f"{len(entries)} folders"
     if not yes and not typer.confirm(f"Delete {one} ({size:,.0f} MiB) in {folder}?", err=True):
         return
     for name in entries:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, or an id of the hub.")],
+    a: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, or an id of the hub; or an atlas.")],
     b: Annotated[str, typer.Argument(help="Another one of the same shape.")],
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to read.")] = 5_000,
@@ -35,7 +37,10 @@ def compare(
     budget: Budget = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two models of one shape: what moved, by layer, head and neuron, with intervals."""
+    """Compare two models of one shape: what moved, by layer, head and neuron, with intervals.
+
+    Two folders of atlases are compared by what stands in their tables.
+    """
     from microtome.context import settings
     from microtome.method import sketch
 
@@ -45,6 +50,9 @@ def compare(
             what = f'"{found.name}" is a {found.kind}, not a measure'
             raise error(ArgumentError, what, do="name those that `microtome measure` lists")
     check_output(output, force, (".html",))
+    if all((Path(one) / "manifest.json").is_file() for one in (a, b)):
+        _atlases(a, b, top, given={"--text": text, "--measures": measures, "-o": output}, as_json=as_json)
+        return
     if text is not None:
         text_file(text)
     with working(LOADING):
@@ -63,6 +71,27 @@ def compare(
         print_json({"a": a, "b": b, "fingerprints": [first.fingerprint, second.fingerprint], "columns": rows})
         return
     _tell(rows, data)
+
+
+def _atlases(a: str, b: str, top: int, *, given: dict[str, Any], as_json: bool) -> None:
+    """Compare two atlases, and say what differs."""
+    if named := [name for name, value in given.items() if value]:
+        what = f"{named[0]} is for two models, and these are two atlases, whose tables are compared as they are"
+        raise error(ArgumentError, what, do="leave it out")
+    with working("reading the atlases"):
+        from microtome.atlas import compare as compared
+        from microtome.view import frame_table
+
+        found = compared(a, b, top=top)
+    if as_json:
+        rows: list[dict[str, Any]] = json.loads(str(found.to_json(orient="records")))
+        print_json({"a": a, "b": b, "columns": rows})
+        return
+    shown_rows = found[found["largest"] != 0]
+    out.print(frame_table(shown_rows.assign(where=shown_rows["where"].map(" ".join)), len(found)))
+    if still := found[found["largest"] == 0]["column"].tolist():
+        out.print(f"no change: {', '.join(still)}", soft_wrap=True)
+    out.print("apart: the 95 % intervals of both do not overlap")
 
 
 def _tell(rows: list[dict[str, Any]], data: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
@@ -23,9 +22,9 @@ from microtome.cli._hints import written
 from microtome.cli._model import LOADING, Opening, notes, opens, progress, working
 from microtome.cli._options import cluster_of, shared, signed, slot_of, values_of
 from microtome.cli._results import check_output, shown, write_edits
+from microtome.cli._texts import tables_of, text_of
 from microtome.context import settings
 from microtome.errors import ArgumentError, error, nearest
-from microtome.files import text_place
 
 if TYPE_CHECKING:
     from microtome.method import Sketch
@@ -190,8 +189,8 @@ def _measure(measures: Sequence[Sketch]) -> Callable[..., None]:
         output, force, display = given.pop("output"), given.pop("force"), {name: given.pop(name) for name in drawing}
         as_json, groups = given.pop("as_json"), given.pop("groups", None)
         check_output(output, force, (".html",))
-        text, column = _text_of(given.pop("texts", None)), given.pop("group_by", None)
-        read = partial(_tables, field=given.pop("field", "text"), group=column)
+        text, column = text_of(given.pop("texts", None)), given.pop("group_by", None)
+        read = partial(tables_of, field=given.pop("field", "text"), group=column)
         cluster = cluster_of(given.pop("ray", None), given.pop("workers", None), given.pop("threads", 1))
         with settings(ray=cluster), _settled(given, opening, names) as (model, _):
             from microtome.method.runner import measure
@@ -202,29 +201,6 @@ def _measure(measures: Sequence[Sketch]) -> Callable[..., None]:
         shown(data, output, as_json=as_json, **display)
 
     return opens()(signed(call, slots))
-
-
-def _text_of(files: Sequence[Path] | None) -> Path | dict[str, Path] | None:
-    """The text in some files; of several, each is a group by its name."""
-    for file in files or ():
-        text_place(file)
-    if not files or len(files) == 1:
-        return files[0] if files else None
-    names = [file.stem for file in files]
-    return {file.stem if names.count(file.stem) == 1 else str(file): file for file in files}
-
-
-def _tables(text: Path | dict[str, Path] | None, field: str, group: str | None) -> Any:
-    """The text, with the column that is named where it is not the usual one; groups by column go over all files."""
-    if text is None or (field == "text" and group is None):
-        return text
-    from microtome.stream import corpus_of, joined
-
-    files = {"": text} if isinstance(text, Path) else text
-    read = {name: corpus_of(file, field=field, group=group) for name, file in files.items()}
-    if isinstance(text, Path) or group is None:
-        return read if not isinstance(text, Path) else read[""]
-    return joined(", ".join(read), read.values())
 
 
 @contextmanager

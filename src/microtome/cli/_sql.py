@@ -25,7 +25,10 @@ def sql(
     rows: Annotated[int, typer.Option(min=1, help="Print at most this many rows.")] = 50,
     as_json: Json = False,
 ) -> None:
-    """Ask an atlas in SQL: its tables layers, heads and neurons, and model, examples, tokens and labels."""
+    """Ask an atlas in SQL: its tables layers, heads, neurons and groups, and model, examples, tokens and labels.
+
+    Where they were measured there are group_layers, group_neurons, damage and relations too.
+    """
     if not query.strip():
         raise error(DataError, "the query is empty", do='write one, such as "select * from heads limit 5"')
     with working("reading the atlas"):

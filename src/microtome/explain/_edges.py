@@ -47,7 +47,10 @@ BASE = Column("base", "logits", "the metric before any change", "none: the basel
     question="How much does each part of the model matter to the answer: the embedding, each head, each MLP?",
     columns=(Column("effect", "logits", "change of the metric when this part is taken from the other run", MEASURED,
                     dims=("sender",)), BASE),
-    source=Source("Wang et al.", "Interpretability in the Wild", 2022, "2211.00593"),
+    source=Source(
+        "Wang et al.", "Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small",
+        2022, "2211.00593",
+    ),
     cost="two forwards and one sweep of 1 + L (H + 1) cells",
     check="tests/laws/test_edges.py",
     call=f"mt.explain.node_effects({PAIR})",

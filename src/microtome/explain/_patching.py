@@ -68,7 +68,10 @@ CHANGES = {
     ),
     source=(
         Source("Meng et al.", "Locating and Editing Factual Associations in GPT", 2022, "2202.05262"),
-        Source("Wang et al.", "Interpretability in the Wild", 2022, "2211.00593"),
+        Source(
+            "Wang et al.", "Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small",
+            2022, "2211.00593",
+        ),
         Source(
             "Heimersheim and Nanda", "How to use and interpret activation patching", 2024, "2404.15255",
             departs="every cell is measured, none approximated; spans let pairs of different lengths be averaged",

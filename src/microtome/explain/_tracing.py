@@ -64,8 +64,8 @@ def _gain(kind: str, what: str) -> Column:
     source=(
         Source("Meng et al.", "Locating and Editing Factual Associations in GPT", 2022, "2202.05262", "section 2",
                departs="the noise is scaled to this subject's embeddings unless `subjects` are given"),
-        Source("Zhang and Nanda", "Towards Best Practices of Activation Patching in Language Models", 2023,
-               "2309.16042", "symmetric token replacement, with `corrupt`"),
+        Source("Zhang and Nanda", "Towards Best Practices of Activation Patching in Language Models: Metrics and "
+               "Methods", 2023, "2309.16042", "symmetric token replacement, with `corrupt`"),
     ),
     cost="three forwards and a sweep of kinds x samples x L x (T - first) cells: one of layer l and position p costs "
     "(L - l)/L (T - p)/T of a forward, a branch from the first layer of its window on",

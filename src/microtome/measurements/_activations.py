@@ -192,7 +192,8 @@ class PeakExamples(Statistic):
     ),
     source=Source(
         "Gerstner and Schütze", "Understanding Gated Neurons in Transformers from Their Input-Output Functionality",
-        2025, where="signs of gate and input", departs=f"{SOME}; a gate or an input of 0 counts as negative",
+        2025, "2505.17936", where="signs of gate and input",
+        departs=f"{SOME}; a gate or an input of 0 counts as negative",
     ),
     cost="a search among the bins, seven comparisons and four maxima for a sixteenth of the activations",
     check=CHECK,

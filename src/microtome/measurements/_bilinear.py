@@ -40,6 +40,19 @@ class Bilinear:
         read = x.double() @ self.vectors[part].T.to(x.device) + self.constants[part].to(x.device)
         return read.square() @ self.values[part].to(x.device)
 
+    def pairs(self, parts: Float[Tensor, "part *n d_model"]) -> Float[Tensor, "part_and_one part_and_one *n"]:
+        """What each pair of parts of what the MLP reads adds, such as the embedding and each head: a path expansion.
+
+        Formula:  [i, j] sum_k values_k r_ik r_jk,  r_ik = vectors_k . x_i of part x_i, and constants_k of the last one,
+                  which is the bias;  the sum over all pairs is the form at the sum of the parts, and [i, j] = [j, i].
+
+        Args:
+            parts: [part, ..., d_model] whose sum the MLP reads, behind its norm's divisor and gain.
+        """
+        read = parts.double() @ self.vectors.T.to(parts.device)
+        read = torch.cat([read, self.constants.to(parts.device).expand(1, *read.shape[1:])])
+        return torch.einsum("i...k,j...k,k->ij...", read, read, self.values.to(parts.device))
+
 
 @torch.no_grad()
 def bilinear(model: Model, layer: int, direction: Tensor) -> Bilinear:
@@ -51,7 +64,8 @@ def bilinear(model: Model, layer: int, direction: Tensor) -> Bilinear:
               constants_i)^2.
               Of another activation s is f'(0), by differences: 1/2 of SiLU and GELU. The form is then a surrogate.
     Source:   Pearce et al., "Bilinear MLPs enable weight-based mechanistic interpretability", 2024 (arXiv 2410.08417),
-              section 3; Sharkey, "A technical note on bilinear layers for interpretability", 2023 (arXiv 2305.03452).
+              section 3; Sharkey, "A technical note on bilinear layers for interpretability", 2023 (arXiv 2305.03452),
+              path expansion, which is `pairs`.
               Departs: biases are read along; other gates have a surrogate, called one.
     Cost:     2 neurons d_model^2 operations and one eigendecomposition [d_model, d_model], in float64.
     Check:    the sum equals the layer where the gate is linear; tests/laws/test_neuron_classes.py.

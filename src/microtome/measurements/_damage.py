@@ -79,9 +79,9 @@ def damage(
     >>> microtome.measurements.damage(model, found, texts)
     """
     model.require_next_token()
-    chosen = _sets(model, sets)
+    chosen = neuron_sets(model, sets)
     read = Text(text, tokens=tokens, length=length, rows=rows).batches(model, apart=True)
-    sizes = _sizes(model, read)
+    sizes = neuron_sizes(model, read)
     rng = torch.Generator().manual_seed(current().seed)
     taken = {neuron for own in chosen.values() for neuron in own}
     drawn = [[matched(sizes, own, taken, rng) for _ in range(controls)] for own in chosen.values()]
@@ -90,7 +90,7 @@ def damage(
     return _dataset(model, chosen, read, kept)
 
 
-def _sets(model: Model, sets: Mapping[str, Neurons] | xr.Dataset) -> dict[str, list[tuple[int, int]]]:
+def neuron_sets(model: Model, sets: Mapping[str, Neurons] | xr.Dataset) -> dict[str, list[tuple[int, int]]]:
     """The sets by name, each neuron checked."""
     if isinstance(sets, xr.Dataset):
         if "group_selected" not in sets:
@@ -119,7 +119,7 @@ def _sets(model: Model, sets: Mapping[str, Neurons] | xr.Dataset) -> dict[str, l
     return found
 
 
-def _sizes(model: Model, read: Batches) -> dict[int, Float[Tensor, " neuron"]]:
+def neuron_sizes(model: Model, read: Batches) -> dict[int, Float[Tensor, " neuron"]]:
     """By layer, the mean size of what each neuron adds [neuron]."""
     layers = [site.layer for site in model.anatomy.hook_points if site.name == "mlp.post" and site.layer is not None]
     total: dict[int, Tensor] = {}

@@ -65,8 +65,8 @@ def _power(name: str, what: str) -> tuple[Column, Column]:
     question="Which neurons follow the rhythm of sentences of one length?",
     columns=(*_power("tag_power", "once per period"), *_power("tag2_power", "twice per period")),
     source=Source(
-        "He et al.", "Hierarchical Frequency Tagging Probe (HFTP): A Unified Approach to Investigate Syntactic "
-        "Structure Representations in Large Language Models and the Human Brain", 2025,
+        "An et al.", "Hierarchical Frequency Tagging Probe (HFTP): A Unified Approach to Investigate Syntactic "
+        "Structure Representations in Large Language Models and the Human Brain", 2025, "2510.13255",
         departs="shares of power with intervals over rows, beside the 8 nearest frequencies",
     ),
     cost="one Fourier transform of the activations of each row, in float64",

@@ -36,8 +36,8 @@ AXES = ("group", "layer", "neuron")
                interval=False),
     ),
     source=Source(
-        "Namazifard and Poech", "Neuron-Level Analysis of Cultural Understanding in Large Language Models", 2025,
-        where="gradient times activation",
+        "Yamamoto et al.", "Neuron-Level Analysis of Cultural Understanding in Large Language Models", 2025,
+        "2510.08284", where="gradient times activation",
         departs="the loss of every next token in place of answers to questions; minus the other groups in place of "
         "control tasks",
     ),

@@ -51,7 +51,7 @@ def average_precision(
     return (hits * precision).sum(-1) / found[..., -1]
 
 
-def entropy_over_groups(rates: Float[Tensor, "group ..."]) -> Float[Tensor, ...]:
+def entropy_over_groups(rates: Float[Tensor, "group ..."]) -> Float[Tensor, "*unit"]:
     """LAPE [*unit] in nats of firing rates [group, *unit]; groups of NaN take no part.
 
     NaN where a neuron never fires, and where fewer than two groups take part.

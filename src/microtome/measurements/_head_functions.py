@@ -10,7 +10,8 @@ Formula:  M[s, t] = the logit of token t that a head would add had it attended t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -40,6 +41,8 @@ COPIED = 64
 """Tokens on which copying is tried."""
 BLOCK = 256
 """Rows of M at a time."""
+TOGETHER = 640
+"""Dimensions of heads that are read as logits at a time."""
 NEEDS = ("attn_out", "W_V", "W_O")
 MAPS = Source(
     "Elhelo and Geva", "Inferring Functionality of Attention Heads from their Parameters", 2024, "2412.11965",
@@ -87,7 +90,7 @@ def _columns(relation: str) -> tuple[Column, ...]:
     source=(MAPS, SUCCESSOR),
     cost="sources x d_head x vocab operations per head, for some 250 sources; memory for 256 rows of logits",
     check="tests/laws/test_head_functions.py",
-    atlas=False,
+    atlas="full",
 )  # fmt: skip
 def head_functions(
     seen: Seen, top: Annotated[int, Argument("how many of the largest logits count", "tokens", least=1)] = 10
@@ -99,11 +102,27 @@ def head_functions(
     Raises:
         SiteError: the model's residual stream cannot be read as logits.
     """
-    pairs = {"copying": _copied(seen.model)}
-    pairs |= {name: found for name, of in RELATIONS.items() if len(found := _ids(seen.model, of)) >= FEWEST}
+    pairs = _tried(seen.model)
     layer, series = seen.layer or 0, _series(seen.model)
     found = _scores(seen.model, layer, pairs, top)
-    return above_shuffled(found | (_successors(seen.model, layer, series) if series else {}))
+    return above_shuffled(found | (successors(seen.model, layer, series) if series else {}))
+
+
+def relation_pairs(model: Model) -> dict[str, list[tuple[int, int]]]:
+    """The pairs of tokens that `head_functions` tries on a model, by relation; a word that is no single token has none.
+
+    Cost:     tokenising some 500 words.
+    Check:    tests/laws/test_head_functions.py.
+
+    Args:
+        model: an open model with a tokenizer.
+
+    Returns:
+        By relation (source, target) token ids: `copying` a token and itself, `successor` the words of each series that
+        follow one another.
+    """
+    following = [pair for words in _series(model) for pair in itertools.pairwise(words)]
+    return _tried(model) | ({"successor": following} if following else {})
 
 
 def relation_scores(
@@ -136,14 +155,15 @@ def relation_scores(
     if not relations or top < 1:
         got = f"{len(relations)} relations, top={top}"
         raise error(ArgumentError, "relations need pairs, and top is 1 or more", got=got, do="give a mapping of pairs")
-    found = {name: _given(model, name, pairs) for name, pairs in relations.items()}
+    found = {name: given_pairs(model, name, pairs) for name, pairs in relations.items()}
     from microtome.method import declared
 
     measured = declared("head_functions")
     layers: list[int] = measured.layers(model)  # pyright: ignore[reportAttributeAccessIssue]
     kept = {name: pairs for name, pairs in found.items() if len(pairs) >= FEWEST}
     with torch.no_grad():
-        rows = [_scores(model, i, kept, top) for i in layers]
+        unembed = unembedding(model)
+        rows = [_scores(model, i, kept, top, unembed) for i in layers]
     nothing = torch.full((len(layers), model.anatomy.n_heads), torch.nan, dtype=torch.float64)
     variables = {
         f"{kind}{end}": (
@@ -160,7 +180,13 @@ def relation_scores(
     return xr.Dataset(variables | {"pairs": counts}, coords=coords, attrs=dict(model.provenance))
 
 
-def _given(
+def _tried(model: Model) -> dict[str, list[tuple[int, int]]]:
+    """The pairs of copying and of the relations that have enough."""
+    pairs = {"copying": _copied(model)}
+    return pairs | {name: found for name, of in RELATIONS.items() if len(found := _ids(model, of)) >= FEWEST}
+
+
+def given_pairs(
     model: Model, name: str, pairs: Sequence[tuple[str, str]] | Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """The pairs of one relation as tokens.
@@ -197,7 +223,7 @@ def _series(model: Model) -> list[list[int]]:
     return [[t for t in tokens if t is not None] for tokens in every if None not in tokens]
 
 
-def _successors(model: Model, layer: int, series: Sequence[Sequence[int]]) -> dict[str, Float[Tensor, " head"]]:
+def successors(model: Model, layer: int, series: Sequence[Sequence[int]]) -> dict[str, Float[Tensor, " head"]]:
     """How often each head's weights map a word of a series to the next, and to the next of a shuffled series."""
     generator = torch.Generator().manual_seed(current().seed)
     right: list[Tensor] = []
@@ -224,10 +250,14 @@ def _moved(model: Model, layer: int, tokens: Int[Tensor, " token"]) -> Float[Ten
 
 
 def _scores(
-    model: Model, layer: int, relations: Mapping[str, Sequence[tuple[int, int]]], top: int
+    model: Model,
+    layer: int,
+    relations: Mapping[str, Sequence[tuple[int, int]]],
+    top: int,
+    unembed: Float[Tensor, "d_model vocab"] | None = None,
 ) -> dict[str, Float[Tensor, " head"]]:
     """The share of pairs of each relation that every head of a layer maps and suppresses, and of shuffled pairs."""
-    unembed = unembedding(model)
+    unembed = unembedding(model) if unembed is None else unembed
     every = [pair for pairs in relations.values() for pair in pairs]
     sources = torch.tensor([s for s, _ in every], device=unembed.device)
     order = torch.cat([_exchanged(len(pairs)) for pairs in relations.values()])
@@ -241,8 +271,7 @@ def _scores(
     most = [min(last, 1 if name == "copying" else top) for name, pairs in relations.items() for _ in pairs]
     rank = torch.tensor(most, device=x.device).unsqueeze(1)
     hits = {kind: torch.zeros((len(value), *targets.shape), dtype=torch.bool) for kind in ("maps", "suppress")}
-    for head in range(len(value)):
-        to_logits = write[head] @ unembed
+    for head, to_logits in enumerate(_read_as_logits(write, unembed)):
         for rows in torch.arange(len(x), device=x.device).split(BLOCK):
             logits = x[rows] @ value[head] @ to_logits
             own = logits.gather(1, targets[rows])
@@ -259,6 +288,14 @@ def _scores(
             found |= {f"{kind}_{name}": share[:, 0], f"{kind}_{name}_shuffled": share[:, 1]}
         at += len(pairs)
     return found
+
+
+def _read_as_logits(
+    write: Float[Tensor, "head d_head d_model"], unembed: Float[Tensor, "d_model vocab"]
+) -> Iterator[Float[Tensor, "d_head vocab"]]:
+    """What each head writes, as logits; several heads in one product, which is quicker than one by one."""
+    for some in write.split(max(1, TOGETHER // write.shape[1])):
+        yield from (some.flatten(0, 1) @ unembed).unflatten(0, some.shape[:2])
 
 
 def _exchanged(count: int) -> Int[Tensor, " pair"]:

@@ -125,10 +125,12 @@ class HeadImportance(OfAllHeads):
         return {"gate_gradient": raw, "importance": raw / raw.norm(dim=-1, keepdim=True), "importance_even": even}
 
 
-def gate_gradients(model: Model, tokens: Tensor, layers: Sequence[int]) -> Float[Tensor, "example layer head"]:
-    """[example, layer, head] The derivative of each row's loss with respect to a gate on each head."""
+def gate_gradients(
+    model: Model, tokens: Tensor, layers: Sequence[int], edits: Sequence[Edit] = ()
+) -> Float[Tensor, "example layer head"]:
+    """[example, layer, head] The derivative of each row's loss with respect to a gate on each head, under edits."""
     with torch.enable_grad():
-        run = model.run(tokens, capture=[f"{i}.attn.z" for i in layers], grad=True)
+        run = model.run(tokens, capture=[f"{i}.attn.z" for i in layers], edits=list(edits), grad=True)
         slopes = run.grad(token_loss(run.logits, tokens).mean(1).sum())
     found = [(run[f"{i}.attn.z"].detach().double() * slopes[f"{i}.attn.z"].double()).sum((1, 3)) for i in layers]
     return torch.stack(found, dim=1)
@@ -277,50 +279,3 @@ def leave_one_out(model: Model, tokens: Tensor) -> xr.Dataset:
     one = float(fall.mean(0).max().clamp(min=0))
     variables: dict[str, Any] = {"gain": ("example", gains, {"unit": "nats"}), "gain_one": ((), one, {"unit": "nats"})}
     return xr.Dataset(variables | chosen, attrs=dict(model.provenance))
-
-
-def pruning_curve(
-    model: Model,
-    tokens: Tensor,
-    order: Sequence[tuple[int, int]],
-    *,
-    steps: int = 8,
-) -> xr.Dataset:
-    """The loss as more and more heads are left out, in a given order and in a random one.
-
-    Formula:  loss after the first n heads of the order have z = 0, n in equal steps from 0 to all of them.
-    Source:   Michel, Levy and Neubig, "Are Sixteen Heads Really Better than One?", 2019 (1905.10650), section 4.
-    Cost:     2 (steps + 1) forwards.
-    Check:    with none left out it is the loss of the whole model; tests/laws/test_head_importance.py.
-
-    Args:
-        model: an open model.
-        tokens: [row, pos] token ids.
-        order: (layer, head), the first to be left out first; such as by rising importance.
-        steps: into how many parts the order is cut.
-
-    Returns:
-        A dataset of `loss` and `loss_random` [removed], nats.
-
-    Raises:
-        DataError: the order names no head, or one twice.
-        ModelUnsupported: the model is not causal.
-    """
-    model.require_next_token()
-    if not order or len(set(order)) < len(order):
-        raise error(DataError, "the order must name each head once", got=f"{len(order)} heads", do="list (layer, head)")
-    counts = sorted({round(i * len(order) / steps) for i in range(steps + 1)})
-    shuffle = torch.randperm(len(order), generator=torch.Generator().manual_seed(current().seed)).tolist()
-    orders = {"loss": list(order), "loss_random": [order[i] for i in shuffle]}
-    found = {name: [_loss_with(model, tokens, heads[:count]) for count in counts] for name, heads in orders.items()}
-    variables = {name: ("removed", values, {"unit": "nats"}) for name, values in found.items()}
-    return xr.Dataset(variables, coords={"removed": counts}, attrs=dict(model.provenance))
-
-
-def _loss_with(model: Model, tokens: Tensor, without: Sequence[tuple[int, int]]) -> float:
-    """The mean loss with some heads left out."""
-    by_layer: dict[int, list[int]] = {}
-    for layer, head in without:
-        by_layer.setdefault(layer, []).append(head)
-    edits: list[Edit] = [Zero(f"{i}.attn.z[{','.join(map(str, sorted(h)))}]") for i, h in sorted(by_layer.items())]
-    return float(token_loss(model.run(tokens, edits=edits).logits, tokens).double().mean())

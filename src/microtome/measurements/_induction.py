@@ -49,8 +49,8 @@ def _share(name: str, meaning: str, control: str = "uniform_share") -> Column:
     ),
     source=(
         Source(
-            "Olsson et al.", "In-context Learning and Induction Heads", 2022, where="random repeated tokens",
-            departs="an explicit control at wrong offsets",
+            "Olsson et al.", "In-context Learning and Induction Heads", 2022, "2209.11895",
+            where="random repeated tokens", departs="an explicit control at wrong offsets",
         ),
         Source(
             "Wang et al.", "Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small",

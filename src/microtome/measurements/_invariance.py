@@ -7,6 +7,10 @@ Formula:  of each row two views: its first token, and of the others a share 1 - 
           lidar = exp(entropy of the eigenvalues of W^(-1/2) B W^(-1/2)), W the covariance of the views of a row about
           their mean, plus delta times its mean eigenvalue, B that of the means of rows: how many directions tell rows
           apart beyond what dropping changes; at most N - 1;
+          dime = mean over orders p of S(K o K'_p) - S(K o K'), S the entropy of the eigenvalues over their sum, K and
+          K' the matrices exp(-|z_i - z_j|^2 / (2 w^2)) of either view, o the product entry by entry, K'_p the second
+          with its rows and columns in order p, w^2 the median of |z_i - z_j|^2 over rows of either view: how much of
+          which rows are near each other the views share, in nats; 0 of a view that says nothing;
           controls: the same with the second view taken from the next row.
 """
 
@@ -28,6 +32,8 @@ from microtome.stream import ExampleMeans
 
 TEMPERATURE = 0.1
 DELTA = 1e-4
+ORDERS = 8
+"""In how many orders dime takes the second view."""
 VIEWS = ("one", "other")
 
 
@@ -51,15 +57,24 @@ VIEWS = ("one", "other")
         Column(
             "lidar_unpaired", "dimensions", "the same of views of different rows", range=(0, None), interval=False,
         ),
+        Column(
+            "dime", "nats", "how much of which rows are near each other two views share: the entropy of both with one "
+            "in another order, less that of both in theirs", "dime_unpaired", interval=False,
+        ),
+        Column("dime_unpaired", "nats", "the same of views of different rows", interval=False),
     ),
     source=(
         Source(
             "Skean et al.", "Layer by Layer: Uncovering Hidden Representations in Language Models", 2025, "2502.02013",
-            "section 3, augmentation invariance", departs="tokens are dropped, at 0.15; 32 rows; no DiME",
+            "section 3, augmentation invariance", departs="tokens are dropped, at 0.15; 32 rows",
         ),
         Source(
             "Thilak et al.", "LiDAR: Sensing Linear Probing Performance in Joint Embedding SSL Architectures", 2023,
             "2312.04000", departs="two views; the ridge is relative to the mean eigenvalue",
+        ),
+        Source(
+            "Skean et al.", "DiME: Maximizing Mutual Information by a Difference of Matrix-Based Entropies", 2023,
+            "2301.08164", departs="Gaussian kernels as wide as the median distance of two rows; 8 orders",
         ),
     ),
     cost="two forwards over the first sequences of the text, without logits; 16 d_model bytes per row and layer",
@@ -96,13 +111,14 @@ class Invariance(Statistic):
             kept[view].update(torch.stack(rows, dim=1), seen.examples, there)
 
     def result(self, kept: Kept) -> Mapping[str, Tensor]:
-        """Both numbers of every layer, and their controls."""
+        """All numbers of every layer, and their controls."""
         one, other = (kept[view].result().total.transpose(0, 1) for view in VIEWS)  # [layer, row, d_model]
         found: dict[str, list[Tensor]] = {}
         for a, b in zip(one, other, strict=True):
             for end, second in (("", b), ("_unpaired", b.roll(1, 0))):
                 found.setdefault(f"infonce{end}", []).append(info_nce(a, second, self.temperature))
                 found.setdefault(f"lidar{end}", []).append(lidar(a, second))
+                found.setdefault(f"dime{end}", []).append(dime(a, second, seed=current().seed))
         return {name: torch.stack(values) for name, values in found.items()}
 
 
@@ -142,3 +158,21 @@ def lidar(x: Float[Tensor, "row d"], y: Float[Tensor, "row d"], delta: float = D
     values, vectors = torch.linalg.eigh(inner)
     whitened = b @ (vectors / values.clamp(min=1e-30).sqrt())
     return entropy(torch.linalg.svdvals(whitened).square()).exp()
+
+
+def dime(
+    x: Float[Tensor, "row d"], y: Float[Tensor, "row e"], width: float | None = None, *, seed: int = 0
+) -> Float[Tensor, ""]:
+    """The difference of matrix-based entropies of two views [row, d] of the same rows; see this file's head.
+
+    The width of the kernels is that of the median distance unless it is given.
+    """
+    near = [torch.cdist(v, v).square() for v in (x, y)]
+    if width is None:
+        apart = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+        width = float(torch.stack([d[apart] for d in near]).median().sqrt())
+    one, other = (torch.exp(-d / (2 * max(width, 1e-30) ** 2)) for d in near)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(len(x), generator=generator).to(x.device) for _ in range(ORDERS)]
+    mixed = torch.stack([entropy(torch.linalg.eigvalsh(one * other[p][:, p])) for p in drawn]).mean()
+    return mixed - entropy(torch.linalg.eigvalsh(one * other))

@@ -37,7 +37,7 @@ OTHERS = "the same of vectors of several neurons"
 CONTROL = "none: it is the control"
 SOURCE = Source(
     "Gerstner and Schütze", "Understanding Gated Neurons in Transformers from Their Input-Output Functionality", 2025,
-    departs="norm gains are folded in; mismatched neurons are the control; plain MLPs have classes too",
+    "2505.17936", departs="norm gains are folded in; mismatched neurons are the control; plain MLPs have classes too",
 )  # fmt: skip
 BY_CHANCE = "none: 0.05 is the share of unrelated directions below 0.05"
 NEEDS = ("mlp_out", "W_in", "W_out", "mlp_norm")

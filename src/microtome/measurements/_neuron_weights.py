@@ -25,7 +25,7 @@ FOLDED = "norm gains are folded in"
 RELATIVE = "relative to the mean token (the mean over the whole vocabulary), before the final norm's scale"
 GATED = Source(
     "Gerstner and Schütze", "Understanding Gated Neurons in Transformers from Their Input-Output Functionality", 2025,
-    departs=FOLDED,
+    "2505.17936", departs=FOLDED,
 )  # fmt: skip
 VOCABULARY = Source(
     "Geva et al.",

@@ -55,3 +55,13 @@ RELATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     }.items()
 }
 """Pairs of words by relation; `copying` and the successors come besides."""
+
+TEMPLATES: dict[str, str] = {
+    "casing": 'With a capital letter "{}" is written',
+    "plural": "There was one {}, and now there are two",
+    "past": "Today they {}; yesterday they",
+    "comparative": "The first one is {}, the second one is even",
+    "antonym": "The opposite of {} is",
+    "capital": "The capital of {} is the city of",
+}
+"""By relation, a text with a place for the source that the target follows."""

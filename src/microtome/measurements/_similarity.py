@@ -81,7 +81,7 @@ def similarity(
         allowed = "attn.pattern" if grain == "attention" else "sites of layers with one vector a token"
         raise error(ArgumentError, f"site does not go with the grain {grain}", got=repr(name), allowed=allowed,
                     do="leave it out")  # fmt: skip
-    _require_one_tokenizer(a, b)
+    require_one_tokenizer(a, b)
     pair = _Pair(a, b, name, Text(text, sequences=sequences, width=width))
     found = {"layer": _by_layer, "neuron": _by_unit, "attention": _by_head}[grain](pair)
     data = xr.Dataset(found, coords={"layer": pair.layers[0]})
@@ -91,7 +91,7 @@ def similarity(
     return Result.of(data.assign(other_layer=depth)).assign_attrs(dict(a.provenance) | attrs | said)
 
 
-def _require_one_tokenizer(a: Model, b: Model) -> None:
+def require_one_tokenizer(a: Model, b: Model) -> None:
     """Refuse models whose tokenizers read a text differently.
 
     Raises:

@@ -113,8 +113,8 @@ def _dims(name: str, meaning: str) -> tuple[Column, Column]:
     ),
     source=(
         LAW, LAZY,
-        Source("Chen et al.", "Mixture of Hidden-Dimensions Transformer", 2024, where="sparsity of dimensions",
-               departs="90 % of a token's L1 norm; the control by rotation is ours"),
+        Source("Chen et al.", "Mixture of Hidden-Dimensions Transformer", 2024, "2412.05644",
+               where="sparsity of dimensions", departs="90 % of a token's L1 norm; the control by rotation is ours"),
     ),
     cost="20 more output projections per layer over the first sequences: about 5 forwards",
     check="tests/laws/test_sparsity.py, tests/planted/test_neurons.py",

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from microtome.method._statistic import Seen as Seen
     from microtome.method._statistic import Statistic as Statistic
     from microtome.method._texts import Batches as Batches
+    from microtome.method._texts import by_group as by_group
     from microtome.method._texts import corpus_of as corpus_of
 else:
     __getattr__, __dir__ = names_of(__name__)

@@ -7,7 +7,7 @@ Check: tests/laws/test_measures.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,17 @@ class Bound:
     layers: list[int | None]
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     kept: dict[tuple[int | None, int | None], Kept] = field(default_factory=dict[tuple[int | None, int | None], Kept])
+    apart: bool = False
+    """Whether it keeps the groups of the text apart and gives what they give together: `Pass.by_group` has each."""
+
+    def together(self) -> Bound:
+        """The same, having kept all groups as one."""
+        found: dict[tuple[int | None, int | None], Kept] = {}
+        for (_, layer), kept in sorted(self.kept.items(), key=lambda item: item[0][0] or 0):
+            own = found.setdefault((None, layer), {})
+            for name, accumulator in kept.items():
+                own[name] = own[name].merge(accumulator) if name in own else accumulator.copy()
+        return replace(self, kept=found)
 
     def sites(self, model: Model, layer: int | None) -> set[str]:
         """The sites that it sees in a layer: those that it needs, and of those that it may see too what is there."""
@@ -129,7 +140,7 @@ class Pass:
 
     def _masks(self, one: Bound, batch: TokenBatch, text: Tensor | None) -> list[tuple[int | None, Tensor | None]]:
         """The groups of a batch that a measure keeps, with the tokens of each that count."""
-        if self.groups is None and not one.measure.compares:
+        if self.groups is None and not one.measure.compares and not one.apart:
             return [(None, text)]
         masks: list[tuple[int | None, Tensor | None]] = []
         for number in batch.group.unique().tolist():
@@ -159,17 +170,22 @@ class Pass:
         Raises:
             DataError: nothing was counted.
         """
-        return {one.measure.method.name: self._result(one) for one in self.bound}
+        return {one.measure.method.name: self._result(one, self.groups) for one in self.bound}
 
-    def _result(self, one: Bound) -> xr.Dataset:
+    def by_group(self) -> dict[str, xr.Dataset]:
+        """The columns of the measures that were kept apart, with an axis `group`; a group without tokens has NaN."""
+        return {one.measure.method.name: self._result(one, self.compared) for one in self.bound if one.apart}
+
+    def _result(self, one: Bound, names: Sequence[str] | None) -> xr.Dataset:
         if one.measure.compares:
             return self._compared(one)
-        groups: list[int | None] = [None] if self.groups is None else list(range(len(self.groups)))
+        one = one.together() if one.apart and names is None else one
+        groups: list[int | None] = [None] if names is None else list(range(len(names)))
         tables = [self._of_group(one, group) for group in groups]
         known = next((table for table in tables if table), None)
         if known is None:
             raise error(DataError, f'the measure "{one.measure.method.name}" has counted nothing', do="give it text")
-        return _dataset(self.model, one, tables, known, self.groups)
+        return _dataset(self.model, one, tables, known, names)
 
     def _compared(self, one: Bound) -> xr.Dataset:
         """The columns of a measure that compares groups, and each minus its control."""

@@ -74,7 +74,7 @@ def batches_of(text: Any, model: LoadedModel, *, tokens: int, length: int, rows:
     if isinstance(text, str | Path) or hasattr(text, "column_names"):  # the latter is a data set
         text = corpus_of(text)
     if isinstance(text, Corpus) and len(set(text.groups)) > 1:
-        text = _by_group(text)
+        text = by_group(text)
     if isinstance(text, Mapping):
         return _of_groups(cast("Mapping[Any, Any]", text), model, tokens=tokens, length=length, rows=rows)
     if isinstance(text, TokenBatches | DocumentBatches):
@@ -105,7 +105,7 @@ def _named(corpus: Corpus) -> str:
     return f"{corpus.name}, sha256 {corpus.sha256[:16]}"
 
 
-def _by_group(corpus: Corpus) -> dict[str, Corpus]:
+def by_group(corpus: Corpus) -> dict[str, Corpus]:
     """A corpus for each group of another, its documents in their order."""
     documents: dict[str, list[str]] = {}
     for number, text in enumerate(corpus):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from microtome.method._declare import DIMS, Method
 from microtome.method._feed import feed
 from microtome.method._look import Look, Text, Weights
 from microtome.method._measure import Measure
+from microtome.method._parts import Parts
 from microtome.method._pass import Bound, Pass, coordinates
 from microtome.method._registry import Methods, declared, methods
 from microtome.method._result import Cost, Result, counting, labelled, provenance, said_of_intervals
@@ -87,6 +88,7 @@ class Measured:
         looks: by name, what each looked at.
         seconds: by what was looked at, how long that took.
         left_out: by name, why a measure could not run on this model.
+        by_group: by method, the values of each group of the text, of the measures for which that was asked.
     """
 
     datasets: Mapping[Method, xr.Dataset]
@@ -94,6 +96,7 @@ class Measured:
     looks: Mapping[str, str]
     seconds: Mapping[str, float]
     left_out: Mapping[str, str]
+    by_group: Mapping[Method, xr.Dataset] = field(default_factory=dict[Method, xr.Dataset])
 
 
 def run_measures(
@@ -104,14 +107,20 @@ def run_measures(
     groups: Any = None,
     options: Mapping[str, Any] | None = None,
     lenient: bool = False,
+    by_group: Collection[str] = (),
 ) -> Measured:
-    """Run measures, each dataset by itself; `lenient` leaves out those that the model lacks the sites for."""
+    """Run measures, each dataset by itself; `lenient` leaves out those that the model lacks the sites for.
+
+    What `by_group` names gives each group of the text besides: in the same pass, whose groups it keeps and then merges.
+    """
     options, kept = {} if options is None else options, groups_of(groups)
     chosen = chosen_measures(names, options)
     found: dict[str, xr.Dataset] = {}
+    grouped: dict[str, xr.Dataset] = {}
     left_out: dict[str, str] = {}
     seconds: dict[str, float] = {}
     sources: list[str] = []
+    unfinished: list[Parts] = []
     with counting() as cost:
         bound = bound_by_look(model, chosen, text, options, left_out if lenient else None)
         if kept is not None and not any(isinstance(look, Text) for look in bound):
@@ -122,8 +131,11 @@ def run_measures(
             if isinstance(look, Weights):
                 found |= of_weights(model, some, left_out if lenient else None)
             else:
-                datasets, source = _of_batches(model, look, some, kept)
+                for one in some:
+                    one.apart = isinstance(look, Text) and kept is None and one.measure.method.name in by_group
+                datasets, of_groups, source = _of_batches(model, look, some, kept, unfinished)
                 found |= datasets
+                grouped |= of_groups
                 sources.append(source)
             stage = _stage(look)
             seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
@@ -133,8 +145,11 @@ def run_measures(
         read = {"text": "; ".join(dict.fromkeys(filter(None, sources)))} if any(sources) else {}
         said = said_of_intervals(name for data in datasets.values() for name in data.data_vars)
         attrs = _attrs(model, ran, arguments | read, cost) | said
+    for parts in unfinished:
+        parts.clear()
     looks = {one.measure.method.name: _described(look) for look, some in bound.items() for one in some}
-    return Measured(datasets, attrs, looks, seconds, left_out)
+    apart = {one.method: labelled(one.method, grouped[one.method.name]) for one in ran if one.method.name in grouped}
+    return Measured(datasets, attrs, looks, seconds, left_out, apart)
 
 
 def chosen_measures(names: Sequence[str], options: Mapping[str, Any]) -> list[Measure]:
@@ -213,9 +228,12 @@ def bound_by_look(
 
 
 def _of_batches(
-    model: Model, look: Look, bound: list[Bound], groups: tuple[str, ...] | None
-) -> tuple[dict[str, xr.Dataset], str]:
-    """The columns of measures that read batches, and what the batches were read from."""
+    model: Model, look: Look, bound: list[Bound], groups: tuple[str, ...] | None, unfinished: list[Parts]
+) -> tuple[dict[str, xr.Dataset], dict[str, xr.Dataset], str]:
+    """The columns of measures that read batches, those of groups kept apart, and what the batches were read from.
+
+    `unfinished` gains what is on disk.
+    """
     assert not isinstance(look, Weights)
     kept = groups is not None and isinstance(look, Text)
     comparing = [one.measure.method.name for one in bound if one.measure.compares]
@@ -228,11 +246,12 @@ def _of_batches(
     if kept and groups:
         _check_groups(groups, batches)
     made = Pass(model, bound, look, batches.groups if kept else None, batches.groups)
-    feed(made, batches.parts, current().counting(_stage(look)))
+    parts = feed(made, batches.parts, current().counting(_stage(look)))
+    unfinished += [] if parts is None else [parts]
     found = made.results()
     if kept and groups:
         found = {name: data.sel(group=list(groups)) for name, data in found.items()}
-    return found, batches.source
+    return found, made.by_group(), batches.source
 
 
 def groups_of(groups: Any) -> tuple[str, ...] | None:

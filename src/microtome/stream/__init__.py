@@ -69,6 +69,8 @@ from microtome.stream._read import unreadable as unreadable
 from microtome.stream._registers import registers as registers
 from microtome.stream._strongest import Strongest as Strongest
 from microtome.stream._strongest import StrongestResult as StrongestResult
+from microtome.stream._together import load_accumulators as load_accumulators
+from microtome.stream._together import save_accumulators as save_accumulators
 from microtome.stream._topk import DrawnExamples as DrawnExamples
 from microtome.stream._topk import TopExamples as TopExamples
 from microtome.stream._topk import TopResult as TopResult

@@ -30,7 +30,7 @@ from microtome.shown import brief, shown
 
 FORMAT = "microtome-accumulator-1"
 _HOST = torch.empty(0).cpu().device
-_KINDS: dict[str, type[Accumulator]] = {}
+KINDS: dict[str, type[Accumulator]] = {}
 _BLOCK = 2**18  # values a block: float64 copies of one block stay in a core's cache
 _LARGE = 2**27  # the same on an accelerator, where every block is several launches: 1 GiB of float64
 
@@ -49,7 +49,7 @@ class Accumulator(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.kind = cls.__name__
-        _KINDS[cls.kind] = cls
+        KINDS[cls.kind] = cls
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ class Accumulator(ABC):
         """
         path = Path(path)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state().items()}
-        metadata = {"format": FORMAT, "kind": self.kind, "sha256": _digest(self.kind, state)}
+        metadata = {"format": FORMAT, "kind": self.kind, "sha256": digest(self.kind, state)}
         with atomic(path) as partial:
             partial.write_bytes(save(state, metadata))
         return path
@@ -171,10 +171,10 @@ class Accumulator(ABC):
                 state: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
         except (SafetensorError, OSError, ValueError, RuntimeError) as cause:
             raise error(DataError, f'"{path}" is damaged ({cause})', do="delete it and compute it again") from cause
-        kind = _KINDS.get(metadata.get("kind", ""))
+        kind = KINDS.get(metadata.get("kind", ""))
         if metadata.get("format") != FORMAT or kind is None:
             raise error(DataError, f'"{path}" holds no accumulator', got=metadata or "no metadata", allowed=FORMAT)
-        if metadata.get("sha256") != _digest(kind.kind, state):
+        if metadata.get("sha256") != digest(kind.kind, state):
             raise error(DataError, f'"{path}" is damaged: its checksum differs', do="delete it and compute it again")
         if not issubclass(kind, cls):
             raise error(DataError, f'"{path}" holds another kind of accumulator', got=kind.kind, allowed=cls.__name__)
@@ -283,11 +283,12 @@ def unpack_names(packed: Tensor) -> tuple[str, ...]:
     return tuple(str(name) for name in json.loads(packed.cpu().numpy().tobytes()))
 
 
-def _digest(kind: str, state: dict[str, Tensor]) -> str:
+def digest(kind: str, state: dict[str, Tensor]) -> str:
     """SHA-256 over the kind and every tensor's name, dtype, shape and bytes."""
     sha = hashlib.sha256(kind.encode())
     for name in sorted(state):
-        tensor = state[name].contiguous()
+        # A single value may have any stride and yet be contiguous; a clone has that of its shape.
+        tensor = state[name].clone(memory_format=torch.contiguous_format)
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -37,7 +37,7 @@ class ExampleMeansResult:
     total: Float[Tensor, "example ..."]
 
     @property
-    def mean(self) -> Float[Tensor, ...]:
+    def mean(self) -> Float[Tensor, "*unit"]:
         """The mean over all tokens, of the accumulator's shape."""
         return self.total.sum(0) / self.count.sum()
 
@@ -125,7 +125,7 @@ class ExampleMeans(Accumulator):
         return len(self._example)
 
     @property
-    def mean(self) -> Float[Tensor, ...]:
+    def mean(self) -> Float[Tensor, "*unit"]:
         """The mean over all tokens, of the accumulator's shape; NaN where nothing was counted."""
         return self._total.sum(0).reshape(self.shape) / self._count.sum()
 

@@ -7,6 +7,7 @@
     assets/data/details/    files of 512 neurons of a layer: examples and tokens, for the page of a neuron
     assets/data/patterns/   one file per layer: what its heads attend to in short passages, for their pages
     assets/data/vocab.js    the vocabulary strings that neurons promote or suppress
+    assets/data/groups.js, groups/, labels.js    see `_group_pages`
     assets/data/text.js     the distinct strings of the text; `assets/data/text/` holds its tokens in chunks
 
 Nothing is loaded from a network. A page opened from disk may not fetch, which is why the data are scripts too.
@@ -24,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from microtome.errors import DataError, OutputError, error
+from microtome.view._group_pages import write_groups, write_labels
 from microtome.view._page_data import (
     by_layer,
     check_examples,
@@ -41,10 +43,10 @@ from microtome.view._page_data import (
 from microtome.view._patterns import Patterns, write_patterns
 
 SCRIPTS = (
-    "dom.js", "save.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "patterns.js", "figures.js",
-    "overview.js", "units.js", "atlas.js",
+    "dom.js", "save.js", "names.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "matrix.js",
+    "groups.js", "relations.js", "patterns.js", "figures.js", "overview.js", "units.js", "atlas.js",
 )  # fmt: skip
-STYLES = ("atlas.css", "figures.css")
+STYLES = ("atlas.css", "groups.css", "figures.css")
 
 DIGITS = 6
 """Significant digits of the layer and head tables."""
@@ -52,7 +54,11 @@ DIGITS = 6
 NEURON_DIGITS = 4
 """Significant digits of the neuron table, which is large."""
 
-PAGES = {"layers": ("layer",), "heads": ("layer", "head"), "neurons": ("layer", "neuron")}
+UNITS = {"layers": ("layer",), "heads": ("layer", "head"), "neurons": ("layer", "neuron")}
+
+PAGES = UNITS | {
+    "groups": ("group_name",), "group_layers": ("group_name", "layer"), "damage": ("neurons_of", "group_name"),
+}  # fmt: skip
 """The tables that have pages, and the columns that name their rows."""
 
 CHUNK = 65536
@@ -83,7 +89,8 @@ def write_pages(
         tables: "layers", one row per layer with a column `layer`; "heads", with columns `layer` and `head`; "neurons",
             with columns `layer` and `neuron`, whose list columns `promoted` and `suppressed` hold vocabulary ids, and
             `example_index` and `example_start` places in `tokens`; `example_around` are the activations around each,
-            from `manifest["text"]["examples"][0]` tokens before it. A table that is not there has no rows.
+            from `manifest["text"]["examples"][0]` tokens before it; and of groups of the text "groups", "group_layers"
+            and "damage". A table that is not there has no rows.
         tokens: every token of the text, in order.
         vocab: every string of the vocabulary; only those in use are written.
         patterns: what the heads attend to in short passages.
@@ -100,16 +107,19 @@ def write_pages(
     """
     if unknown := [name for name in tables if name not in PAGES]:
         raise error(DataError, f'there are no pages for a table "{unknown[0]}"', allowed=", ".join(PAGES))
-    layers, heads, neurons = (tables[name] if name in tables else _without_rows(keys) for name, keys in PAGES.items())
-    for (name, keys), table in zip(PAGES.items(), (layers, heads, neurons), strict=True):
-        _require(name, table, keys)
+    layers, heads, neurons = (tables[name] if name in tables else _without_rows(keys) for name, keys in UNITS.items())
+    for name, table in tables.items():
+        _require(name, table, PAGES[name])
     check_examples(neurons, len(tokens))
     neurons, strings = reindex_vocab(neurons, vocab)
     if context := manifest.get("text", {}).get("examples"):
         neurons = hundredths(neurons, context[0])
     try:
         told = write_patterns(Path(folder) / "assets" / "data", patterns)
-        return _write(Path(folder), manifest, layers, heads, neurons, tokens, strings, {"patterns": told})
+        path = _write(Path(folder), manifest, layers, heads, neurons, tokens, strings, {"patterns": told})
+        write_groups(path.parent / "assets" / "data", tables, neurons)
+        write_labels(path.parent, {})
+        return path
     except OSError as problem:
         raise error(OutputError, f"the pages cannot be written to {folder}", got=str(problem)) from problem
 

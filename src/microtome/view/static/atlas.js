@@ -47,6 +47,7 @@
     unit(/^layer\/\d+$/, atlas.layerPage),
     unit(/^head\/\d+\.\d+$/, atlas.headPage),
     unit(/^neuron\/\d+\.\d+$/, atlas.neuronPage),
+    ...atlas.moreRoutes,
   ];
 
   /** What is shown in place of a page that cannot be. */
@@ -82,7 +83,8 @@
       if (!found) {
         throw new Problem(
           `There is no page "${route.path}". ` +
-            "Pages are /, /layers, /heads, /neurons, /layer/12, /head/12.3 and /neuron/12.431.",
+            "Pages are /, /layers, /heads, /neurons, /groups, /relations, /layer/12, /head/12.3, /neuron/12.431, /group/NAME " +
+            "and /relation/NAME.",
         );
       }
       return await found.page(route);
@@ -133,6 +135,7 @@
     if (!places.length) main.removeAttribute("aria-busy");
     const manifest = (await data.model().catch(() => null))?.manifest;
     const { name } = manifest?.model || { name: "a model" };
+    atlas.names.rooms(manifest);
     if (manifest?.thin?.length && !document.querySelector("header .thin")) {
       const few = { class: "thin complaint", href: href("/"), title: manifest.thin.join(" ") };
       document.querySelector("header").append(h("a", few, `thin: ${atlas.plural(manifest.text?.tokens ?? 0, "token")}`));

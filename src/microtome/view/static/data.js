@@ -145,9 +145,11 @@
     const raw = await load("model");
     if (!raw.tables) {
       const described = (kind) => raw.manifest.tables?.[kind]?.columns;
+      atlas.data.manifest = raw.manifest;
+      await atlas.names.load();
       raw.tables = {
-        layers: new Table("layers", raw.layers, described("layers")),
-        heads: new Table("heads", raw.heads, described("heads")),
+        layers: new Table("layers", atlas.names.labelled("layers", raw.layers), described("layers")),
+        heads: new Table("heads", atlas.names.labelled("heads", raw.heads), described("heads")),
       };
     }
     return raw;
@@ -156,7 +158,7 @@
   /** The neurons of one layer. */
   async function neurons(layer) {
     const { manifest } = await model();
-    return new Table("neurons", await load(`neurons/${layer}`), manifest.tables?.neurons?.columns);
+    return new Table("neurons", atlas.names.labelled("neurons", await load(`neurons/${layer}`)), manifest.tables?.neurons?.columns);
   }
 
   let everyNeuron = null;
@@ -233,5 +235,5 @@
     return { columns, tokens, lower, offsets, joined: lower.join("") };
   }
 
-  Object.assign(atlas, { receive, Table, data: { model, neurons, allNeurons, details, detailsOf, vocab, text, words, patterns } });
+  Object.assign(atlas, { receive, Table, data: { load, model, neurons, allNeurons, details, detailsOf, vocab, text, words, patterns } });
 })(window.atlas);

@@ -214,6 +214,7 @@
         [...found.columns].map((name) =>
           h("span", {}, `"${name.replaceAll("_", " ")}" is a column: `, h("a", { href: list.link({ sort: name, desc: "1", q: null }) }, "sort by it"), `, or compare it, as in ${name}>1.`),
         ),
+        view.query && list.filter && atlas.names.links(list.manifest, view.query),
         rows.length > 0 && save.csv(list.table.kind, () => content(list, rows)),
         pager(list, page, pages),
       ),
@@ -257,7 +258,7 @@
    *   sort, descending  the order when the address names none             vocab   strings of promoted tokens
    *   here        the row of the page's own unit                          filter  whether there is a filter box
    *   words       what words are searched in beside the table, if loaded  load    a function that loads it
-   *   length      tokens in a row of the text
+   *   length      tokens in a row of the text                             example what may be typed into that box
    */
   function list({
     table,
@@ -271,14 +272,15 @@
     words = null,
     load = null,
     length = null,
+    example: given = null,
   }) {
     const example =
-      table.kind === "neurons"
+      given ?? (table.kind === "neurons"
         ? 'Paris   "New York"   12.431   12.*   max>5   firing_rate<0.01'
         : table.kind === "heads"
           ? "12.3   12.*   induction>0.3"
-          : "12   mlp_share>0.5";
-    const own = { words, length, example, table, route, prefix, sort, descending: sort !== "address" && descending, vocab, here, filter };
+          : "12   mlp_share>0.5");
+    const own = { manifest: atlas.data.manifest, words, length, example, table, route, prefix, sort, descending: sort !== "address" && descending, vocab, here, filter };
     own.link = (changes) => {
       const params = new URLSearchParams(route.params);
       for (const [key, value] of Object.entries(changes)) {
@@ -321,5 +323,5 @@
     return h("section", { class: "list" }, box, part, glossary(table, names));
   }
 
-  Object.assign(atlas, { list, groups });
+  Object.assign(atlas, { list, groups, rowsOf: content });
 })(window.atlas);

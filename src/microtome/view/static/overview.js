@@ -66,7 +66,7 @@
     const distinct = (name) => [...new Set(table.columns[name])].sort((a, b) => a - b);
     const [columns, rows] = [distinct("layer"), distinct("head")];
     const rowOf = new Map(table.rows().map((row) => [table.address(row), row]));
-    return table.quantities().map((name) =>
+    return table.quantities().filter((name) => !atlas.ofRelation(name)).map((name) =>
       chart.heat({
         title: heading(table, name),
         meaning: table.meaning(name),
@@ -87,7 +87,7 @@
   }
 
   function topHeads(table) {
-    return table.quantities().map((name) => {
+    return table.quantities().filter((name) => !atlas.ofRelation(name)).map((name) => {
       const there = table.rows((row) => table.value(name, row) !== null);
       const best = table.sorted(there, name, true).slice(0, 6);
       const control = table.controlOf(name);
@@ -154,6 +154,7 @@
     if (typeof value === "number")
       return Number.isInteger(value) ? (name === "seed" ? String(value) : count(value)) : number(value);
     if (/^[0-9a-f]{24,}$/i.test(value)) return h("code", { title: value }, `${value.slice(0, 16)}…`);
+    if (Array.isArray(value)) return value.join(", ");
     return typeof value === "object" && value !== null ? JSON.stringify(value) : number(value);
   }
 
@@ -183,7 +184,7 @@
 
   /** What was run, from the manifest: everything in it but the descriptions of columns. */
   function provenance(manifest) {
-    const { model, text, versions, cost, tables, measures, thin, ...run } = manifest;
+    const { model, text, versions, cost, tables, measures, thin, relations, ...run } = manifest;
     const flat = Object.entries(run).filter(([, value]) => typeof value !== "object" || value === null);
     const rest = Object.entries(run).filter(
       ([, value]) => typeof value === "object" && value !== null && !Array.isArray(value),
@@ -275,6 +276,9 @@
             h("div", { class: "maps" }, firingMap(firing), atlas.figures.neuronClasses(classes, manifest.tables?.neurons?.columns)),
             h("p", { class: "note" }, "A click opens those neurons. ", link("/neurons", "All neurons as a list"), "."),
           )),
+        await atlas.groupsSection(),
+        atlas.relationsSection(manifest, tables.heads),
+        atlas.names.labelsList(),
         () => h("section", {}, h("h2", {}, "What was run"), provenance(manifest)),
       ],
     };

@@ -61,7 +61,7 @@
       h(
         "tbody",
         {},
-        table.names.map((name) =>
+        table.names.filter((name) => name !== atlas.names.COLUMN).map((name) =>
           h(
             "tr",
             {},
@@ -133,6 +133,7 @@
           row + 1 < layers.length && layers.path(row + 1),
           h("a", { href: href("/layers") }, "all layers"),
         ),
+        atlas.names.banner("layers", layer),
         small && h("section", {}, h("h2", {}, "What its heads attend to"), small),
         h("section", {}, h("h2", {}, "The layer among the layers"), atlas.figures.bySubject(tables, row)),
         measuredHere &&
@@ -186,7 +187,8 @@
   }
 
   async function headPage(route) {
-    const { heads } = (await atlas.data.model()).tables;
+    const { manifest, tables } = await atlas.data.model();
+    const { heads } = tables;
     const [layer, head] = route.parts[1].split(".").map(Number);
     const row = heads.find(layer, head);
     if (row < 0)
@@ -209,6 +211,7 @@
           h("a", { href: href("/heads") }, "all heads"),
           heads.has("kind") && h("span", { class: "of-kind", title: heads.meaning("kind") }, heads.value("kind", row)),
         ),
+        atlas.names.banner("heads", layer, head),
         await atlas.patterns.ofHead(layer, head),
         h(
           "section",
@@ -223,6 +226,7 @@
             true,
           ),
         ),
+        atlas.relationsOfHead(manifest, heads, row),
         h(
           "section",
           {},
@@ -281,7 +285,12 @@
 
   /** One example: the tokens around its peak, never beyond its sequence. */
   async function example({ place, value, start, around, most }, { length, before }) {
-    const [from, to] = atlas.query.window(place, start, length);
+    let [from, to] = atlas.query.window(place, start, length);
+    const known = (i) => (around?.[i - place + before] ?? null) !== null;
+    if (around) {
+      while (to > place + 1 && !known(to - 1)) to--; // a row shorter than the others ends here
+      while (from < place && !known(from)) from++;
+    }
     const words = await atlas.data.text(from, to);
     const share = (i) => around?.[from + i - place + before] ?? null;
     return h(
@@ -415,7 +424,7 @@
 
   /** The lists of values that no other part of the page shows. */
   function furtherLists(table, row, columns, vocab) {
-    const names = Object.keys(columns).filter((name) => !KNOWN_LISTS.includes(name) && columns[name][row]);
+    const names = Object.keys(columns).filter((name) => !KNOWN_LISTS.includes(name) && !name.startsWith("group_") && columns[name][row]);
     if (!names.length) return null;
     const told = names.map((name) => [
       h("dt", { title: table.meaning(name) }, name.replaceAll("_", " ")),
@@ -455,6 +464,7 @@
           h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`),
           h("a", { href: href("/neurons") }, "all neurons"),
         ),
+        atlas.names.banner("neurons", layer, neuron),
         h(
           "div",
           { class: "beside neuron" },
@@ -473,11 +483,12 @@
           h("div", {}, directions(table, row, columns, vocab), distribution(table, row, columns)),
         ),
         await signExamples(table, row, columns, { length: manifest.text?.length }),
+        await atlas.groupsOfNeuron(table, row, columns),
         await passages(table, columns, row, { length: manifest.text?.length, before: manifest.text?.examples?.[0] ?? 0 }),
         furtherLists(table, row, columns, vocab),
       ],
     };
   }
 
-  Object.assign(atlas, { layerPage, headPage, neuronPage });
+  Object.assign(atlas, { top, layerPage, headPage, neuronPage });
 })(window.atlas);
