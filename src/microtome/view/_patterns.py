@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from microtome.errors import DataError, error
+from microtome.shown import shown
 from microtome.view._page_data import literal, script
 
 LEVELS = 255
 """The byte of a weight of 1."""
 
 
+@shown
 @dataclass(frozen=True)
 class Passage:
     """A short text whose attention patterns are shown.
@@ -35,6 +37,7 @@ class Passage:
     tokens: tuple[str, ...]
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Patterns:
     """What every head attends to in some passages.
