@@ -13,7 +13,7 @@ import pytest
 
 from microtome.errors import DataError, OutputError
 from microtome.view import write_pages
-from microtome.view._page_data import count_firing, encode, literal, pack_tokens, reindex_vocab, script
+from microtome.view._page_data import LARGE, count_firing, encode, literal, pack_tokens, reindex_vocab, script
 from microtome.view._pages import PART
 
 HOSTILE = ["</script><img onerror=x>", '"quote"', "line\nbreak", "a\u2028b", "\ud83d", "é", "]]>"]
@@ -106,6 +106,17 @@ def test_the_details_of_a_layer_are_in_parts_with_their_own_strings(tmp_path: Pa
         assert part["rows"] == size
         places = {i % rows for i in range(first, first + size + 1)}  # promoted and suppressed
         assert part["strings"] == {str(i): f"word{i}" for i in places}
+
+
+def test_large_values_are_json_in_a_string_that_survives_every_token() -> None:
+    value = [*HOSTILE, "it's", "\\", "\\'", "\n"] * (LARGE // 100)
+    text = script("a", literal(value))
+    assert len(text) > LARGE
+    found = re.fullmatch(r"""atlas\.receive\("a", JSON\.parse\('((?:[^'\\\n]|\\['\\n])*)'\)\);\n""", text)
+    assert found is not None, "one string, whose quotes and backslashes are escaped"
+    plain = re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], found[1])
+    assert json.loads(plain) == value
+    assert "<" not in text
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ A page opened from disk may not fetch, so a data file is a script that hands one
 
     atlas.receive("neurons/12", {"rows": 1536, "types": {"max": "float"}, "columns": {"max": [3.21, null]}});
 
+A large value is handed on as `JSON.parse('...')`, which browsers read twice as quickly as the same value written out.
 The JSON is pure ASCII and holds no `<`, so no token can end a script or a line early. Floats are rounded to a few
 significant digits; what is null, NaN or infinite becomes null, which the pages show as a dash.
 """
@@ -27,8 +28,15 @@ LISTED = ("promoted",)
 """List columns that a list of neurons needs; the other list columns are only needed by the page of one neuron."""
 
 
+LARGE = 100_000
+"""Characters from which on a value is parsed as JSON, not as a script."""
+
+
 def script(name: str, value: str) -> str:
     """The text of the data file `name`, from the JSON of its value."""
+    if len(value) >= LARGE:
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+        return f"atlas.receive({literal(name)}, JSON.parse('{quoted}'));\n"
     return f"atlas.receive({literal(name)}, {value});\n"
 
 
