@@ -48,16 +48,16 @@ OPENED = (31, 12_345)
 """The layer and the neuron of the million whose pages are opened."""
 
 WATCH = """(() => {
-  const told = () => {
-    const main = document.querySelector("main");
-    if (!main || !main.querySelector("h1")) return setTimeout(told, 1);
+  const told = (_, watcher) => {
+    if (!document.querySelector("main h1")) return;
+    watcher.disconnect();
     requestAnimationFrame(() => {
       const after = new MessageChannel(); // its message comes when the frame has been drawn
       after.port1.onmessage = () => { window.drawnAt = performance.now(); };
       after.port2.postMessage(0);
     });
   };
-  told();
+  new MutationObserver(told).observe(document, { childList: true, subtree: true });
 })()"""
 """Told to every page before its own scripts: when a page with a heading was painted, since the navigation began."""
 

@@ -292,3 +292,33 @@ def test_the_signs_of_gate_and_input_have_examples(tab: Tab, fake: dict[str, Any
     context = tab.eval("document.querySelectorAll('.signs .context')[1].textContent")
     assert fake["tokens"][66].strip() in context
     assert "signs index" not in tab.eval("document.body.innerText"), "not listed once more"
+
+
+def test_a_map_of_thousands_of_cells_is_few_elements_and_reads_the_same(tab: Tab, page: Path) -> None:
+    tab.open(page, "#/layers")
+    tab.eval(
+        """(() => {
+        const values = (i, j) => (i === 3 && j === 2 ? -1.5 : (i * 7 + j) % 11 / 11);
+        const figure = atlas.chart.heat({
+          title: "Large", columns: [...Array(64).keys()], rows: [...Array(32).keys()], across: "layer", down: "head",
+          cell: (column, row, i, j) => ({ value: i === 5 && j === 5 ? null : values(i, j), text: `at ${column}.${row}`,
+            href: `#/head/${column}.${row}` }),
+        });
+        figure.id = "large";
+        document.querySelector("main").prepend(figure);
+        })()"""
+    )
+    assert tab.eval("document.querySelectorAll('#large *').length") < 200
+    box = tab.eval("(() => { const b = document.querySelector('#large .sheet-over').getBoundingClientRect();"
+                   " return [b.x, b.y, b.width / 64, b.height / 32]; })()")  # fmt: skip
+    for column, row in ((0, 0), (3, 2), (63, 31), (17, 9)):
+        tab.hover(box[0] + (column + 0.5) * box[2], box[1] + (row + 0.5) * box[3])
+        assert tab.eval("document.querySelector('#large output').textContent") == f"at {column}.{row}"
+    strongest = "document.querySelector('#large path.cold')"
+    assert tab.eval(f"{strongest}.getAttribute('d').match(/M/g).length") == 1
+    assert tab.eval(f"{strongest}.getAttribute('fill-opacity')") == "1.000"
+    assert tab.eval("document.querySelector('#large path.blank').getAttribute('d').match(/M/g).length") == 1
+    for kind in ("mousePressed", "mouseReleased"):
+        x, y = box[0] + 1.5 * box[2], box[1] + 2.5 * box[3]
+        tab.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+    assert tab.eval("location.hash") == "#/head/1.2"

@@ -209,6 +209,38 @@
     return h("figure", {}, caption, svg);
   }
 
+  const MANY = 1500; // cells from which on a map is one path a shade, read through one sheet, not one link a cell
+
+  /** The cells of a large map, and the sheet above them that reads them: `read(cell)` on the way, `open(cell)` at a click. */
+  function sheetOf(cells, place, strength, most, { read, open }) {
+    const paths = new Map();
+    const at = new Map();
+    for (const cell of cells) {
+      if (cell.text === undefined) continue;
+      const { x, y, width, height } = place(cell);
+      at.set(`${cell.i} ${cell.j}`, cell);
+      const shade = cell.value === null ? "" : Math.ceil(40 * strength(Math.abs(cell.value) / most));
+      const key = cell.value === null ? "blank" : `${cell.value < 0 ? "cold" : "hot"} ${shade}`;
+      paths.set(key, `${paths.get(key) || ""}M${x.toFixed(1)} ${y.toFixed(1)}h${width.toFixed(1)}v${height.toFixed(1)}h${(-width).toFixed(1)}z`);
+    }
+    const corner = place({ i: 0, j: 0 });
+    const step = place({ i: 1, j: 1 });
+    const [wide, tall] = [step.x - corner.x, step.y - corner.y];
+    const [across, down] = ["i", "j"].map((axis) => 1 + cells.reduce((last, cell) => Math.max(last, cell[axis]), 0));
+    const under = (event) => {
+      const { left, top, width, height } = sheet.getBoundingClientRect();
+      const [i, j] = [Math.floor(((event.clientX - left) / width) * across), Math.floor(((event.clientY - top) / height) * down)];
+      return at.get(`${i} ${j}`);
+    };
+    const on = (act) => (event) => under(event) && act(under(event), event);
+    const sheet = s("rect", { class: "sheet-over", x: corner.x, y: corner.y, width: wide * across, height: tall * down, pointermove: on(read), click: on(open) });
+    const drawn = [...paths].map(([key, d]) => {
+      const [kind, shade] = key.split(" ");
+      return s("path", { class: kind, d, "fill-opacity": shade && (0.04 + (0.96 * shade) / 40).toFixed(3) });
+    });
+    return [drawn, sheet];
+  }
+
   /**
    * A heat map, layers from left to right. `cell(column, row)` gives { value, text, href } or null for a blank.
    * Strength is opacity, so that it reads on light and dark; negative values take the second colour. With `root`, it is
@@ -225,9 +257,20 @@
     const reading = h("output", {}, rest);
     let armed = null;
     const strength = root ? Math.sqrt : (share) => share;
+    const placeOf = ({ i, j }) => ({ x: left + i * size, y: top + j * tall, width: size - 1, height: tall - 1 });
+    const large = () =>
+      sheetOf(cells, placeOf, strength, most, {
+        read: ({ text }) => (reading.textContent = text),
+        open({ text, href }, event) {
+          const first = event.pointerType === "touch" && armed !== text; // the first tap reads
+          armed = text;
+          reading.textContent = text;
+          if (!first && href) location.hash = href;
+        },
+      });
     const draw = ({ i, j, value, text, href }) => {
       if (text === undefined) return null;
-      const place = { x: left + i * size, y: top + j * tall, width: size - 1, height: tall - 1 };
+      const place = placeOf({ i, j });
       const box =
         value === null
           ? s("rect", { ...place, class: "blank" })
@@ -268,7 +311,7 @@
           j % yEvery === 0 &&
           s("text", { class: "tick", x: left - 6, y: top + (j + 0.5) * tall + 4, "text-anchor": "end" }, String(row)),
       ),
-      cells.map(draw),
+      cells.length > MANY ? large() : cells.map(draw),
     );
     const where = h("span", { class: "where" }, `${across} → · ${down} ↓`);
     const caption = h("figcaption", {}, h("b", { title: meaning }, title), where, save.svg(), reading);
