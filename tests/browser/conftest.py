@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from microtome.view import Passage, Patterns
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -97,7 +99,19 @@ def fake() -> dict[str, Any]:
             for name, table in tables.items()
         },
     }  # fmt: skip
-    return {"manifest": manifest, "tables": tables, "tokens": tokens, "vocab": vocab}
+    return {"manifest": manifest, "tables": tables, "tokens": tokens, "vocab": vocab, "patterns": _patterns(g)}
+
+
+def _patterns(g: np.random.Generator) -> Patterns:
+    """Of all layers but the last."""
+    passages = (Passage("First", "some words", tuple(WORDS[:9])), Passage("Second", "others", tuple(WORDS[6:10])))
+
+    def causal(n: int) -> np.ndarray:
+        weights = np.tril(g.random((HEADS, n, n)) ** 3)
+        return weights / weights.sum(-1, keepdims=True)
+
+    layers = {layer: [causal(len(p.tokens)) for p in passages] for layer in range(LAYERS - 1)}
+    return Patterns(passages, layers, {LAYERS - 1: "no attention <here>"})
 
 
 def _described(column: str) -> dict[str, Any]:

@@ -287,3 +287,22 @@ def test_nothing_leaves_the_window_of_a_phone(tab: Tab, page: Path) -> None:
     finally:
         tab.resize(1280, 800)
     assert tab.complaints == []
+
+
+@pytest.mark.parametrize(
+    "route", ["", "#/layer/1", "#/head/1.1", "#/neuron/1.5", "#/heads", "#/groups", "#/group/plain", "#/relations"]
+)
+def test_every_figure_and_every_table_can_be_saved(tab: Tab, page: Path, route: str) -> None:
+    """A table has its button in its heading, beside it, or in the line above or below it."""
+    tab.open(page, route)
+    assert tab.eval("document.querySelectorAll('main figure, main table').length") > 0
+    bare = tab.eval("[...document.querySelectorAll('main figure')].filter((f) => f.querySelector('svg') &&"
+                    " ![...f.querySelectorAll('.save')].some((b) => b.textContent === 'SVG')).length")  # fmt: skip
+    assert bare == 0
+    tables = tab.eval(
+        """[...document.querySelectorAll('main table:not(.labels)')].filter((t) => {
+        const scope = t.closest('.list, section, main');
+        return ![...scope.querySelectorAll('.save')].some((b) => b.textContent === 'CSV');
+        }).map((t) => t.className)"""
+    )
+    assert tables == []

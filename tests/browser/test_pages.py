@@ -281,8 +281,8 @@ def test_what_is_not_there_is_said(page: Path, text: Reader, route: str, told: s
 def test_missing_or_damaged_data_file_is_named(page: Path, text: Reader, tmp_path: Path) -> None:
     shutil.copytree(page.parent, tmp_path, dirs_exist_ok=True)
     data = tmp_path / "assets" / "data"
-    (data / "details" / "1.js").unlink()
-    assert "The file assets/data/details/1.js is missing" in text(tmp_path / "index.html", "#/neuron/1.5")
+    (data / "details" / "1" / "0.js").unlink()
+    assert "The file assets/data/details/1/0.js is missing" in text(tmp_path / "index.html", "#/neuron/1.5")
     (data / "neurons" / "2.js").write_text("atlas.receive(")
     assert "The file assets/data/neurons/2.js is damaged" in text(tmp_path / "index.html", "#/neurons")
 

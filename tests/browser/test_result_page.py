@@ -268,7 +268,7 @@ def test_a_line_is_read_with_its_interval_and_its_control(tab: Tab, tmp_path: Pa
     told = tab.eval("document.querySelector('.legend').innerText")
     assert "measured−1.50 [−1.63, −1.38]" in told.replace("\n", "")
     assert "control0.0625" in told.replace("\n", "")
-    assert tab.eval("document.querySelector('.where').textContent") == "layer 1"
+    assert tab.eval("document.querySelector('.where').textContent") == "layer 1, nats"
     assert "12,000 tokens" in tab.eval("document.querySelector('.facts').innerText")
 
 
@@ -309,3 +309,34 @@ def test_a_fragment_fits_a_notebook_in_light_and_dark(tab: Tab, tmp_path: Path) 
         assert fill == ("rgb(17, 17, 17)" if "#fff" in colours else "rgb(221, 221, 221)")
     assert tab.complaints == []
     assert len(set(tab.requests)) == 1
+
+
+def test_exact_effects_stand_out_from_estimates(tab: Tab, tmp_path: Path) -> None:
+    """An exact effect three times as strong as its estimate has the colour of the effect, and a frame."""
+    data = effects.estimated()
+    data["attn.z[head]"][1, 2], data["attn.z[head]_exact"][1, 2] = 0.5, 1.5
+    tab.open(write_page(tmp_path / "a.html", data))
+    assert "1.50" in tab.eval("document.querySelector('.scale').innerText"), "exact values are on the scale"
+    assert "measured exactly, in the colour of that value" in tab.eval("document.querySelector('.scale').innerText")
+    frames = tab.eval("document.querySelector('.grids .cells .exact').getAttribute('d')")
+    assert frames.count("M") == 3
+    assert max(shades(tab, 0, "hot")) == 1.0
+    assert 0.75 / 1.5 in shades(tab, 0, "hot"), "the exact value of the strongest estimate"
+    first = tab.eval("[...document.querySelector('.strongest tbody tr').cells].map((c) => c.innerText)")
+    assert first[:5] == ["1.attn.z[2]", "1", "2", "+0.5000", "+1.500"], "and it is listed first"
+    assert tab.complaints == []
+
+
+def test_provenance_is_in_words_and_code_is_no_backtick(tab: Tab, tmp_path: Path) -> None:
+    told = {"known": 1, "noise": 3.0, "samples": 10, "direction": "noise", "reading": "Over `window` layers, <b>."}
+    tab.open(write_page(tmp_path / "a.html", effects.traced().assign_attrs(told)))
+    facts = tab.eval("document.querySelector('footer').innerText")
+    for words in (
+        "is the answer the model's own\nyes", "size of the noise\n3 standard deviations of the embeddings",
+        "draws of the noise\n10", "direction\ncorrupt values are put into the clean run",
+    ):  # fmt: skip
+        assert words in facts, facts
+    assert tab.eval("document.querySelector('.lede').innerHTML") == "Over <code>window</code> layers, &lt;b&gt;."
+    fragment = html(effects.traced().assign_attrs(told))
+    assert "Over <code>window</code> layers, &lt;b&gt;." in fragment
+    assert "`" not in tab.eval("document.body.innerText")

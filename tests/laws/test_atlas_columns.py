@@ -345,11 +345,11 @@ def test_a_table_maker_that_reverses_its_columns_is_noticed(atlas: Atlas, monkey
     ]
     plain = _tables.tables(atlas.model, found)
     assert all(not faults(atlas, name, table) for name, table in plain.items())
-    flat, keys = _tables._flat, _tables._keys  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(_tables, "_flat", lambda array, dims: flat(array, dims)[::-1])
+    flat, keys = _tables.flat, _tables._keys  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(_tables, "flat", lambda array, dims: flat(array, dims)[::-1])
     for name, table in _tables.tables(atlas.model, found).items():
         assert faults(atlas, name, table) == set(table.column_names) - {*AXES[name], "kv_head"}
-    monkeypatch.setattr(_tables, "_flat", flat)
+    monkeypatch.setattr(_tables, "flat", flat)
     monkeypatch.setattr(_tables, "_keys", lambda model, labels: {k: v[::-1] for k, v in keys(model, labels).items()})
     for name, table in _tables.tables(atlas.model, found).items():
         assert set(table.column_names) - {*AXES[name], "kv_head"} <= faults(atlas, name, table)
@@ -367,7 +367,7 @@ def test_the_pages_hold_the_same_numbers_in_the_same_rows(atlas: Atlas) -> None:
     words = atlas.model.to_words(list(range(atlas.model.anatomy.d_vocab)))
     shown = {"layers": [model["layers"]["columns"]], "heads": [model["heads"]["columns"]], "neurons": []}
     for layer in range(3):
-        shown["neurons"].append(read(f"neurons/{layer}.js")["columns"] | read(f"details/{layer}.js")["columns"])
+        shown["neurons"].append(read(f"neurons/{layer}.js")["columns"] | read(f"details/{layer}/0.js")["columns"])
     for name, parts in shown.items():
         table = atlas.tables[name]
         for column in table.column_names:

@@ -135,7 +135,15 @@ def distribution(seen: Seen) -> Plain:
     signs = {"gate_pos_in_pos": (gate > 0) & (up > 0), "gate_pos_in_neg": (gate > 0) & (up <= 0),
              "gate_neg_in_pos": (gate <= 0) & (up > 0), "gate_neg_in_neg": (gate <= 0) & (up <= 0)}  # fmt: skip
     histogram = np.stack([(bins == b).sum(1) for b in range(35)], axis=-1)
-    return {"histogram": histogram} | {name: x.double().mean(1) for name, x in signs.items()}
+    sizes = [torch.where(x, post.double().abs(), -1.0).numpy() for x in signs.values()]  # [layer, token, neuron]
+    best = np.stack([x.argmax(1) for x in sizes], -1)  # the first of equal ones
+    never = np.stack([x.max(1) < 0 for x in sizes], -1)
+    x = post.double().numpy()
+    value = np.stack([np.take_along_axis(x, best[:, None, :, k], 1)[:, 0] for k in range(4)], -1)
+    found = {"value": np.where(never, np.nan, value), "index": np.where(never, -1, (r * WIDTH + p).numpy()[best]),
+             "start": np.where(never, -1, (r * WIDTH).numpy()[best])}  # fmt: skip
+    shares = {name: x.double().mean(1) for name, x in signs.items()}
+    return {"histogram": histogram} | shares | {f"signs_{name}": x for name, x in found.items()}
 
 
 def kurtosis(seen: Seen) -> Plain:

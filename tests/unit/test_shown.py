@@ -93,6 +93,7 @@ def read_from_disk() -> list[Any]:
     }  # fmt: skip
     return [
         atlas, passage,
+        view.Passage(IMAGE, IMAGE, tuple(LARGE)), view.Patterns((), {0: [np.zeros((9, 900, 900))]}, {1: IMAGE}),
         stream.DocumentBatches(stream.Corpus.of(IMAGE, LARGE[:9]), numbers, length=64, rows=4, tokens=900),
         held, rows[0], rows[0].next, measured.bilinear(LLAMA, 1, LLAMA.W_U[:, 3]),
         measured.neural_collapse(WIDE, torch.arange(len(WIDE)) % 4),
@@ -113,6 +114,7 @@ def made() -> list[Any]:
         fed(stream.DrawnExamples, 2_000, 5, rows=8, more=(list(range(8)),)), fed(stream.Histogram, 2_000, range(50)),
         fed(stream.CrossCovariance, 2_000, 2_000, more=(WIDE,)),
         fed(stream.ExampleMeans, 2_000, more=(torch.arange(64),)),
+        fed(stream.Strongest, 2_000, more=(torch.arange(64), torch.arange(64), torch.ones(64, 2_000) > 0)),
         fed(stream.Counter, [f"group {i}" for i in range(64)], 2_000, flags=True, more=(torch.arange(64),)),
     ]  # fmt: skip
     swept = LLAMA.sweep(IDS[:1], [edit.Zero(f"{i % 3}.attn.z[{i % 4}]") for i in range(60)], metric.Probability(3))

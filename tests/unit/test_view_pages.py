@@ -13,7 +13,8 @@ import pytest
 
 from microtome.errors import DataError, OutputError
 from microtome.view import write_pages
-from microtome.view._page_data import count_firing, encode, literal, pack_tokens, reindex_vocab, script
+from microtome.view._page_data import LARGE, count_firing, encode, literal, pack_tokens, reindex_vocab, script
+from microtome.view._pages import PART
 
 HOSTILE = ["</script><img onerror=x>", '"quote"', "line\nbreak", "a\u2028b", "\ud83d", "é", "]]>"]
 MANIFEST: dict[str, Any] = {"model": {"name": "</title><b>$name", "n_layers": 2}, "text": {"length": 4}}
@@ -52,7 +53,8 @@ def test_writes_one_page_with_everything_beside_it(tmp_path: Path) -> None:
     for asset in re.findall(r'(?:src|href)="(assets/[^"]+)"', text):
         assert (page.parent / asset).is_file(), asset
     names = sorted(str(path.relative_to(page.parent / "assets" / "data")) for path in page.parent.rglob("data/**/*.js"))
-    expected = ["details/0.js", "details/1.js", "groups.js", "labels.js", "model.js", "neurons/0.js", "neurons/1.js"]
+    parts = ["details/0/0.js", "details/1/0.js"]
+    expected = [*parts, "groups.js", "labels.js", "model.js", "neurons/0.js", "neurons/1.js"]
     assert names == [*expected, "text.js", "text/0.js", "vocab.js"]
 
 
@@ -78,7 +80,7 @@ def test_data_files_survive_every_token(tmp_path: Path) -> None:
 def test_neurons_are_sorted_split_by_layer_and_reindexed(tmp_path: Path) -> None:
     write_pages(tmp_path, MANIFEST, tables=tables(), tokens=HOSTILE, vocab=HOSTILE)
     data = tmp_path / "assets" / "data"
-    listed, details = read(data / "neurons" / "0.js"), read(data / "details" / "0.js")
+    listed, details = read(data / "neurons" / "0.js"), read(data / "details" / "0" / "0.js")
     assert listed["columns"] == {"layer": [0, 0], "neuron": [0, 1], "firing_rate": [None, 0], "promoted": [[], [0]]}
     assert details["columns"] == {
         "suppressed": [[2], None],
@@ -86,6 +88,35 @@ def test_neurons_are_sorted_split_by_layer_and_reindexed(tmp_path: Path) -> None
         "example_start": [None, [0, 0]],
     }
     assert read(data / "model.js")["neurons"] == [{"layer": 0, "rows": 2}, {"layer": 1, "rows": 1}]
+
+
+def test_the_details_of_a_layer_are_in_parts_with_their_own_strings(tmp_path: Path) -> None:
+    rows = 2 * PART + 3
+    vocab = [f"word{i}" for i in range(rows)]
+    promoted, suppressed = [[i] for i in range(rows)], [[(i + 1) % rows] for i in range(rows)]
+    neurons = pa.table({"layer": [4] * rows, "neuron": range(rows), "promoted": promoted, "suppressed": suppressed})
+    write_pages(tmp_path, MANIFEST, tables={"neurons": neurons}, tokens=[], vocab=vocab)
+    data = tmp_path / "assets" / "data"
+    assert read(data / "model.js")["part"] == PART
+    assert sorted(path.name for path in (data / "details" / "4").iterdir()) == ["0.js", "1.js", "2.js"]
+    for number, size in enumerate((PART, PART, 3)):
+        part = read(data / "details" / "4" / f"{number}.js")
+        first = number * PART
+        assert part["columns"] == {"suppressed": suppressed[first : first + size]}
+        assert part["rows"] == size
+        places = {i % rows for i in range(first, first + size + 1)}  # promoted and suppressed
+        assert part["strings"] == {str(i): f"word{i}" for i in places}
+
+
+def test_large_values_are_json_in_a_string_that_survives_every_token() -> None:
+    value = [*HOSTILE, "it's", "\\", "\\'", "\n"] * (LARGE // 100)
+    text = script("a", literal(value))
+    assert len(text) > LARGE
+    found = re.fullmatch(r"""atlas\.receive\("a", JSON\.parse\('((?:[^'\\\n]|\\['\\n])*)'\)\);\n""", text)
+    assert found is not None, "one string, whose quotes and backslashes are escaped"
+    plain = re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], found[1])
+    assert json.loads(plain) == value
+    assert "<" not in text
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:

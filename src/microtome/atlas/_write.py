@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 
 from microtome.atlas._format import TEXT_FILE
 from microtome.atlas._groups import DAMAGE, GROUPED
+from microtome.atlas._kinds import for_pages
 from microtome.atlas._labels import Labels
 from microtome.atlas._manifest import manifest_tables, text_checksum
 from microtome.atlas._measured import measured_atlas
+from microtome.atlas._patterns import patterns_of
 from microtome.atlas._place import check_out
 from microtome.atlas._read import Atlas
 from microtome.atlas._read import open as open_atlas
@@ -185,7 +187,8 @@ def _store(
     words = [vocab[t] for t in reading.flat]
     for name, table in (*made.items(), (Path(TEXT_FILE).stem, _text_table(words))):
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
-    write_pages(folder, manifest, {name: made[name] for name in made if name in PAGES}, words, vocab)
+    told, shown = for_pages(manifest, {name: made[name] for name in made if name in PAGES})
+    write_pages(folder, told, shown, words, vocab, patterns=patterns_of(model))
     write_labels(folder, Labels(model.fingerprint).read())
     written = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest["files"] = ["manifest.json", *written]

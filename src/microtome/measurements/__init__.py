@@ -33,6 +33,7 @@ from microtome.measurements._induction import pattern_scores as pattern_scores
 from microtome.measurements._loss import token_loss as token_loss
 from microtome.measurements._neural_collapse import Collapse as Collapse
 from microtome.measurements._neural_collapse import neural_collapse as neural_collapse
+from microtome.measurements._neuron_classes import CLASSES as CLASSES
 from microtome.measurements._neuron_weights import neuron_directions as neuron_directions
 from microtome.measurements._ordinal_direction import ordinal_direction as ordinal_direction
 from microtome.measurements._outside import out_of_distribution as out_of_distribution

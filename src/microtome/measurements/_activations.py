@@ -15,7 +15,7 @@ from torch import Tensor
 
 from microtome.method import Argument, Column, Kept, Seen, Source, Statistic, measure
 from microtome.model import Model
-from microtome.stream import DrawnExamples, Firing, Histogram, Moments, TopExamples
+from microtome.stream import DrawnExamples, Firing, Histogram, Moments, Strongest, TopExamples
 
 PLAIN = "none: describes one neuron, to compare with others of its layer"
 KEYS = Source(
@@ -180,13 +180,22 @@ class PeakExamples(Statistic):
             Column(name, "share", f"share of tokens with {signs}, {SOME}", PLAIN, (0, 1), interval=False)
             for name, signs in SIGNS.items()
         ),
+        *(
+            Column(f"signs_{name}", unit, f"{meaning} of the largest size, by the signs of gate and input: ++, +-, -+, "
+                   f"--; {SOME}", PLAIN, extra=("signs",), interval=False)
+            for name, unit, meaning in (
+                ("value", "activation", "activation"),
+                ("index", "index", "index in the text of the token with the activation"),
+                ("start", "index", "index in the text of the first token of the row with the activation"),
+            )
+        ),
     ),
     source=Source(
         "Gerstner and Schütze", "Understanding Gated Neurons in Transformers from Their Input-Output Functionality",
         2025, "2505.17936", where="signs of gate and input",
         departs=f"{SOME}; a gate or an input of 0 counts as negative",
     ),
-    cost="a search among the bins and three comparisons for a sixteenth of the activations",
+    cost="a search among the bins, seven comparisons and four maxima for a sixteenth of the activations",
     check=CHECK,
 )  # fmt: skip
 class Distribution(Statistic):
@@ -196,7 +205,8 @@ class Distribution(Statistic):
         """Empty bins."""
         neurons = model.anatomy.d_mlp
         held: Kept = {"histogram": Histogram(neurons, (-torch.inf, *BINS[1:-1], torch.inf))}
-        return held | {name: Firing(neurons) for name in SIGNS}
+        held |= {name: Firing(neurons) for name in SIGNS}
+        return held | {f"strongest {name}": Strongest(neurons) for name in SIGNS}
 
     def update(self, kept: Kept, seen: Seen) -> None:
         """Take in a sixteenth of the tokens that count."""
@@ -204,14 +214,19 @@ class Distribution(Statistic):
         place = seen.examples[:, None] + torch.arange(seen.batch.tokens.shape[1])
         some = (place % EVERY == 0) & (torch.ones_like(place, dtype=torch.bool) if seen.mask is None else seen.mask)
         chosen = some.nonzero(as_tuple=True)
-        kept["histogram"].update(seen["mlp.post"][chosen])
+        post = seen["mlp.post"][chosen]
+        kept["histogram"].update(post)
         if "mlp.gate" in seen and "mlp.up" in seen:
             gate, up = seen["mlp.gate"][chosen] > 0, seen["mlp.up"][chosen] > 0
             for name, both in zip(SIGNS, (gate & up, gate & ~up, ~gate & up, ~(gate | up)), strict=True):
                 kept[name].update(both.float())
+                kept[f"strongest {name}"].update(post, place[chosen], seen.examples[chosen[0]], both)
 
     def result(self, kept: Kept) -> Mapping[str, Tensor]:
         """Counts by bin, and shares by signs where there is a gate."""
         rates = {name: kept[name].result() for name in SIGNS}
         found = {name: rate.rate for name, rate in rates.items() if rate.total}
+        if found:
+            best = [kept[f"strongest {name}"].result() for name in SIGNS]
+            found |= {f"signs_{k}": torch.stack([getattr(b, k) for b in best], -1) for k in ("value", "index", "start")}
         return {"histogram": kept["histogram"].result().count} | found

@@ -4,7 +4,7 @@
                 `corpus_of`, `joined`, `Corpus.of`, `Corpus.shuffled`
     batches     `TokenBatches` (documents joined) and `DocumentBatches` (documents apart) yield `TokenBatch`
     harvest     `harvest` writes activations to disk, `Harvest` reads them
-    statistics  `Moments`, `ExampleMeans`, `Extremes`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`,
+    statistics  `Moments`, `ExampleMeans`, `Extremes`, `Firing`, `Counter`, `Cooccurrence`, `TopExamples`, `Strongest`,
                 `DrawnExamples`, `Covariance`, `CrossCovariance`, `Histogram`, `Quantiles`
     confidence  `mean_interval`, `difference_interval`, `slope_interval`, `share_interval`,
                 `share_difference_interval`, `sign_flip`
@@ -67,6 +67,8 @@ from microtome.stream._read import read_dataset as read_dataset
 from microtome.stream._read import read_text as read_text
 from microtome.stream._read import unreadable as unreadable
 from microtome.stream._registers import registers as registers
+from microtome.stream._strongest import Strongest as Strongest
+from microtome.stream._strongest import StrongestResult as StrongestResult
 from microtome.stream._together import load_accumulators as load_accumulators
 from microtome.stream._together import save_accumulators as save_accumulators
 from microtome.stream._topk import DrawnExamples as DrawnExamples

@@ -23,6 +23,8 @@ from microtome.view._pages import PAGES as PAGES
 from microtome.view._pages import write_pages as write_pages
 from microtome.view._parts import Part as Part
 from microtome.view._parts import PartsList as PartsList
+from microtome.view._patterns import Passage as Passage
+from microtome.view._patterns import Patterns as Patterns
 from microtome.view._proof import failed_lines as failed_lines
 from microtome.view._proof import methods_line as methods_line
 from microtome.view._proof import proof_table as proof_table

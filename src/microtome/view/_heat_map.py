@@ -78,9 +78,18 @@ class HeatMap:
         """The scale that it is drawn on: its unit, which other maps may share; its own where it has none."""
         return self.unit or self.title
 
+    @property
+    def best(self) -> np.ndarray:
+        """[row, column] What is known best of each cell: its exact value where one was measured, else its own."""
+        exact = self.beside.get("exact")
+        return self.values if exact is None else np.where(np.isfinite(exact), exact, self.values)
+
     def strongest(self, most: int) -> list[tuple[int, int]]:
-        """(row, column) of the largest values of either sign, largest first; what is missing or zero is left out."""
-        flat = np.nan_to_num(np.abs(self.values), nan=0.0).reshape(-1)
+        """(row, column) of the largest values of either sign, largest first; what is missing or zero is left out.
+
+        A cell that was measured exactly counts with that value.
+        """
+        flat = np.nan_to_num(np.abs(self.best), nan=0.0).reshape(-1)
         order = np.argsort(-flat, kind="stable")[:most]
         width = self.values.shape[1]
         return [(int(i) // width, int(i) % width) for i in order if flat[i] > 0]
@@ -109,7 +118,7 @@ class HeatMap:
         if self.values.size > MOST_TERMINAL_CELLS:
             size = f"{self.down} {len(self.rows)} x {self.across} {len(self.columns)}"
             return [Text(f"{printable(self.name)} ({size}) is too large to draw here, only listed", "dim"), Text()]
-        lines = drawn(self.values, self.row_labels(canvas), self.columns, self.across, self._limit(canvas), canvas)
+        lines = drawn(self.best, self.row_labels(canvas), self.columns, self.across, self._limit(canvas), canvas)
         name = "" if self.title == self.name else f"  {printable(self.name)}"
         lines[0] = Text.assemble((printable(self.title), "bold"), (name, "dim"), lines[0])
         return [*lines, Text()]
@@ -130,9 +139,9 @@ class HeatMap:
 
     def figure(self, canvas: Canvas) -> str:
         """The map as SVG with one tooltip per cell, and its strongest cells below."""
-        rows, left_out = strongest_rows(self.values, _svg.MOST_ROWS)
+        rows, left_out = strongest_rows(self.best, _svg.MOST_ROWS)
         every = math.ceil(len(self.columns) / _svg.MOST_COLUMNS)
-        values = joined(self.values[rows], every)
+        values = joined(self.best[rows], every)
         names = self.row_labels(canvas)
         picture = _svg.heat(
             values, [names[i] for i in rows], list(self.columns[::every]), self.across, self._limit(canvas),
@@ -141,6 +150,7 @@ class HeatMap:
         )  # fmt: skip
         notes = [f"each column holds the strongest of {every} {self.across}s"] if every > 1 else []
         notes += [f"{len(left_out)} weaker rows left out"] if left_out else []
+        notes += ["cells that were measured exactly have the colour of that value"] if "exact" in self.beside else []
         best = self.strongest(canvas.top) if self.listed else []
         caption = _svg.rows([(self.place(canvas, *cell), self._caption(*cell)) for cell in best])
         return _svg.figure(self.title, self.name, picture, notes, caption, self.meaning)
@@ -149,7 +159,7 @@ class HeatMap:
         """The map as plain values: its cells where they can be drawn, and its strongest ones."""
         there = self.values.size <= MOST_CELLS
         parts = {"values": self.values, "lo": self.low, "hi": self.high}
-        known = np.abs(self.values[np.isfinite(self.values)])
+        known = np.abs(self.best[np.isfinite(self.best)])
         own = float(known.max()) if known.size else 0.0
         order = (self.values, self.low, self.high, *self.beside.values())
         strongest = [
@@ -233,6 +243,6 @@ def limits_of(maps: Sequence[HeatMap]) -> dict[str, float]:
     """The end of each scale: the largest value of either sign that any of its maps holds."""
     found: dict[str, float] = {}
     for one in maps:
-        known = np.abs(one.values[np.isfinite(one.values)])
+        known = np.abs(one.best[np.isfinite(one.best)])
         found[one.scale] = max(found.get(one.scale, 0.0), float(known.max()) if known.size else 0.0)
     return {scale: limit if limit > 0 else 1.0 for scale, limit in found.items()}

@@ -26,14 +26,15 @@ from microtome.view._dataset import (
     tokens_of,
     without_batch,
 )
+from microtome.view._facts import fact
 from microtome.view._forms import forms
 from microtome.view._page_data import literal
-from microtome.view._page_values import DIGITS, rounded
+from microtome.view._page_values import rounded
 
 if TYPE_CHECKING:
     import xarray as xr
 
-SCRIPTS, STYLES = ("dom.js", "chart.js", "sections.js", "page.js"), ("atlas.css", "page.css")
+SCRIPTS, STYLES = ("dom.js", "save.js", "chart.js", "sections.js", "page.js"), ("atlas.css", "page.css")
 
 SHOWN = ("method", "reading", "metric", "clean_ids", "corrupt_ids", "sites", "parts", "sum_of")
 """Attributes that the page says elsewhere."""
@@ -110,14 +111,8 @@ def page_values(data: xr.Dataset) -> dict[str, Any]:
         "maps": [section for section in sections if section["kind"] == "map"],
         "sections": [section for section in sections if section["kind"] != "map"],
         "not_drawn": found.not_drawn,
-        "facts": [(str(k).replace("_", " "), _fact(v)) for k, v in data.attrs.items() if k not in SHOWN],
+        "facts": [fact(str(k), v) for k, v in data.attrs.items() if k not in SHOWN],
     }
-
-
-def _fact(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.{DIGITS}g}"
-    return f'"{value}"' if isinstance(value, str) and value != value.strip() else str(value)
 
 
 def _one_line(text: str) -> str:

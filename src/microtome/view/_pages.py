@@ -4,7 +4,8 @@
     assets/*.js, *.css      the pages themselves, copied from `static/`
     assets/data/model.js    the manifest, the layer and head tables, and what the overview shows of the neurons
     assets/data/neurons/    one file per layer: the numbers and promoted tokens of its neurons, for lists
-    assets/data/details/    one file per layer: examples and token values of its neurons, for the page of a neuron
+    assets/data/details/    files of 512 neurons of a layer: examples and tokens, for the page of a neuron
+    assets/data/patterns/   one file per layer: what its heads attend to in short passages, for their pages
     assets/data/vocab.js    the vocabulary strings that neurons promote or suppress
     assets/data/groups.js, groups/, labels.js    see `_group_pages`
     assets/data/text.js     the distinct strings of the text; `assets/data/text/` holds its tokens in chunks
@@ -15,7 +16,7 @@ Nothing is loaded from a network. A page opened from disk may not fetch, which i
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -28,6 +29,7 @@ from microtome.view._group_pages import write_groups, write_labels
 from microtome.view._page_data import (
     by_layer,
     check_examples,
+    count_classes,
     count_firing,
     encode,
     hundredths,
@@ -36,13 +38,15 @@ from microtome.view._page_data import (
     reindex_vocab,
     script,
     split_columns,
+    strings_of,
 )
+from microtome.view._patterns import Patterns, write_patterns
 
 SCRIPTS = (
-    "dom.js", "names.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "matrix.js", "groups.js",
-    "relations.js", "overview.js", "units.js", "atlas.js",
+    "dom.js", "save.js", "names.js", "data.js", "chart.js", "query.js", "list.js", "diagram.js", "matrix.js",
+    "groups.js", "relations.js", "patterns.js", "figures.js", "overview.js", "units.js", "atlas.js",
 )  # fmt: skip
-STYLES = ("atlas.css", "groups.css")
+STYLES = ("atlas.css", "groups.css", "figures.css")
 
 DIGITS = 6
 """Significant digits of the layer and head tables."""
@@ -60,6 +64,9 @@ PAGES = UNITS | {
 CHUNK = 65536
 """Tokens of the text in one data file."""
 
+PART = 512
+"""Neurons in one data file of details: the page of a neuron loads one of them."""
+
 
 def write_pages(
     folder: Path,
@@ -67,6 +74,8 @@ def write_pages(
     tables: Mapping[str, pa.Table],
     tokens: list[str],
     vocab: list[str],
+    *,
+    patterns: Patterns | None = None,
 ) -> Path:
     """Write the pages of an atlas into a folder, to be opened from disk without a network.
 
@@ -84,6 +93,7 @@ def write_pages(
             and "damage". A table that is not there has no rows.
         tokens: every token of the text, in order.
         vocab: every string of the vocabulary; only those in use are written.
+        patterns: what the heads attend to in short passages.
 
     Columns beyond those named are shown too, each in its place: floats are drawn, on the overview as well; integers,
     booleans, text and lists of numbers are listed. `X_lo` and `X_hi` are the ends of the 95 % interval of `X`.
@@ -105,7 +115,8 @@ def write_pages(
     if context := manifest.get("text", {}).get("examples"):
         neurons = hundredths(neurons, context[0])
     try:
-        path = _write(Path(folder), manifest, layers, heads, neurons, tokens, strings)
+        told = write_patterns(Path(folder) / "assets" / "data", patterns)
+        path = _write(Path(folder), manifest, layers, heads, neurons, tokens, strings, {"patterns": told})
         write_groups(path.parent / "assets" / "data", tables, neurons)
         write_labels(path.parent, {})
         return path
@@ -121,12 +132,13 @@ def _write(
     neurons: pa.Table,
     tokens: list[str],
     strings: list[str],
+    more: Mapping[str, str],
 ) -> Path:
-    """Write every file; `strings` is what the token columns of `neurons` point into."""
+    """Write every file; token columns of `neurons` point into `strings`, and `more` is the JSON of further values."""
     data = folder / "assets" / "data"
     for room in ("neurons", "details", "text"):
         (data / room).mkdir(parents=True, exist_ok=True)
-    counts = _write_neurons(data, neurons)
+    counts = _write_neurons(data, neurons, strings)
     _save(data, "vocab", literal(strings))
     _write_text(data, tokens)
     model = {
@@ -134,19 +146,26 @@ def _write(
         "layers": encode(layers.sort_by("layer"), DIGITS),
         "heads": encode(heads.sort_by([("layer", "ascending"), ("head", "ascending")]), DIGITS),
         "firing": literal(count_firing(neurons)),
+        "classes": literal(count_classes(neurons, manifest.get("tables", {}).get("neurons", {}).get("columns", {}))),
         "neurons": literal(counts),
+        "part": literal(PART),
+        **more,
     }
     _save(data, "model", "{" + ",\n".join(f"{literal(key)}:{value}" for key, value in model.items()) + "}")
     return _write_static(folder, str(manifest.get("model", {}).get("name", "a model")))
 
 
-def _write_neurons(data: Path, neurons: pa.Table) -> list[dict[str, int]]:
-    """Write the neurons layer by layer, and return the layers with their number of neurons."""
+def _write_neurons(data: Path, neurons: pa.Table, strings: Sequence[str]) -> list[dict[str, int]]:
+    """Write the neurons layer by layer, their details in parts, and return the layers with their number of neurons."""
     listed, details = split_columns(neurons)
     counts: list[dict[str, int]] = []
     for layer, table in by_layer(neurons, "neuron"):
         _save(data, f"neurons/{layer}", encode(table, NEURON_DIGITS, listed))
-        _save(data, f"details/{layer}", encode(table, NEURON_DIGITS, details))
+        (data / f"details/{layer}").mkdir(exist_ok=True)
+        for number, start in enumerate(range(0, table.num_rows, PART)):
+            part = table.slice(start, PART)
+            words = literal(strings_of(part, strings))
+            _save(data, f"details/{layer}/{number}", f'{encode(part, NEURON_DIGITS, details)[:-1]},"strings":{words}}}')
         counts.append({"layer": layer, "rows": table.num_rows})
     return counts
 

@@ -54,7 +54,7 @@ def terminal(data: xr.Dataset, width: int, *, top: int = 5) -> Group:
     """
     data = one_example(data)
     found = forms(data)
-    canvas = _canvas(data, found, width, top)
+    canvas = canvas_of(data, found, width, top)
     shown = [form for form in found.shown if form.kind in ("parts", "facts")] if found.of(PartsList) else found.shown
     lines: list[RenderableType] = [*_header(data), Text()]
     waiting: list[Series] = []
@@ -76,7 +76,8 @@ def terminal(data: xr.Dataset, width: int, *, top: int = 5) -> Group:
     return Group(*lines)
 
 
-def _canvas(data: xr.Dataset, found: Forms, width: int, top: int) -> Canvas:
+def canvas_of(data: xr.Dataset, found: Forms, width: int, top: int) -> Canvas:
+    """What the forms of a result are drawn on."""
     canvas = Canvas(tokens_of(data), found.limits, tuple(places_marked(data)), width, top)
     maps = [one for one in found.of(HeatMap) if one.values.size <= MOST_TERMINAL_CELLS]
     size = max((cell_len(label) for one in maps for label in one.row_labels(canvas)), default=0)
@@ -134,7 +135,7 @@ def html(data: xr.Dataset, *, top: int = 3) -> str:
     found = forms(data)
     if all(isinstance(form, FactList) for form in found.shown):
         return xr.Dataset._repr_html_(whole)  # pyright: ignore[reportPrivateUsage]
-    canvas = _canvas(data, found, MOST_LETTERS * 5, top)
+    canvas = canvas_of(data, found, MOST_LETTERS * 5, top)
     parts, left = [_title(data)], list(found.not_drawn)
     scales = dict.fromkeys(one.scale for one in found.of(HeatMap))
     ramps = "".join(_svg.ramp(scale, canvas.limits[scale], signed=scale in found.signed) for scale in scales)
@@ -170,8 +171,19 @@ def _title(data: xr.Dataset) -> str:
         )
         lines.append(f'<div><span style="opacity:0.62">{role}</span> {chips} {caption}</div>')
     if reading := reading_of(data):
-        lines.append(f'<div style="opacity:0.62;max-width:900px">{_svg.escaped(reading)}</div>')
+        lines.append(f'<div style="opacity:0.62;max-width:900px">{_prose(reading)}</div>')
     return "".join(lines)
+
+
+def _prose(text: str) -> str:
+    """A sentence in which what stands between backticks is code."""
+    parts = _svg.escaped(text).split("`")
+    closed = len(parts) % 2
+    return (
+        "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+        if closed
+        else "`".join(parts)
+    )
 
 
 def _chip(word: str, marked: bool) -> str:

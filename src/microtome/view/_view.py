@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, cast
 from rich.console import Console
 
 from microtome.errors import ArgumentError, error
+from microtome.files import atomic
 from microtome.view._page import write_page
 from microtome.view._render import html, terminal
+from microtome.view._saved import csv_text, svg_text
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -56,13 +58,20 @@ class View:
         return html(self.data, top=self.top)
 
     def save(self, path: str | Path) -> Path:
-        """Write it as one page that opens from disk.
+        """Write it as one page that opens from disk; as SVG its figures alone, as CSV its numbers.
 
         Args:
-            path: the file to write; what stands there is replaced.
+            path: the file to write, by its ending ``.svg``, ``.csv`` or a page; what stands there is replaced.
 
         Raises:
-            DataError: nothing of it can be drawn.
+            DataError: nothing of it can be drawn, or its variables are not one table.
             OutputError: the file cannot be written.
         """
-        return write_page(Path(path), self.data)
+        place = Path(path)
+        texts = {".svg": svg_text, ".csv": csv_text}
+        if (text := texts.get(place.suffix.lower())) is None:
+            return write_page(place, self.data)
+        written = text(self.data)
+        with atomic(place.resolve()) as partial:
+            partial.write_text(written, encoding="utf-8", newline="")
+        return place

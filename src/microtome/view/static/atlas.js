@@ -93,6 +93,28 @@
     }
   }
 
+  const nodes = (content) => [content].flat(Infinity).filter(Boolean);
+
+  /** When the page has been painted; a page that is not seen is never painted, and waits a moment. */
+  const painted = () =>
+    new Promise((done) => {
+      requestAnimationFrame(() => setTimeout(done));
+      setTimeout(done, 100);
+    });
+
+  /** Draw what a page left for later, part by part, each after the page has been painted; until another page is asked for. */
+  async function drawLater(places, own) {
+    for (const [place, make] of places) {
+      await painted();
+      if (own !== turn) return;
+      try {
+        place.replaceWith(...nodes(await make()));
+      } catch (problem) {
+        place.replaceWith(...nodes(failure(problem).content.slice(1, 2)));
+      }
+    }
+  }
+
   /** Show the page that the address names, and keep the reader's place where only its state changed. */
   async function show() {
     const own = ++turn;
@@ -102,8 +124,15 @@
     if (own !== turn) return;
     const focused = document.activeElement?.id;
     const samePage = route.path === shownPath;
-    main.replaceChildren(...content.flat(Infinity).filter(Boolean));
-    main.removeAttribute("aria-busy");
+    const places = []; // of parts that are functions, which are called after the first paint
+    const first = nodes(content).map((part) => {
+      if (typeof part !== "function") return part;
+      if (samePage) return nodes(part());
+      places.push([h("div"), part]);
+      return places.at(-1)[0];
+    });
+    main.replaceChildren(...nodes(first));
+    if (!places.length) main.removeAttribute("aria-busy");
     const manifest = (await data.model().catch(() => null))?.manifest;
     const { name } = manifest?.model || { name: "a model" };
     atlas.names.rooms(manifest);
@@ -125,6 +154,8 @@
       (follow || main.querySelector("h1"))?.focus({ preventScroll: true });
     }
     shownPath = route.path;
+    await drawLater(places, own);
+    if (own === turn) main.removeAttribute("aria-busy");
   }
 
   /* "/" goes to the filter; j and k to the next and previous unit, or page of a list. */

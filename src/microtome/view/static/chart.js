@@ -2,7 +2,7 @@
 "use strict";
 
 (function (atlas) {
-  const { h, s, number } = atlas;
+  const { h, s, number, save } = atlas;
 
   /** Round numbers that cover a range, about `wanted` of them. */
   function ticks(low, high, wanted = 5) {
@@ -28,11 +28,20 @@
     return found.filter((value) => value >= low * 0.999 && value <= high * 1.001);
   }
 
+  const unsettled = []; // charts whose captions have no height of their own yet
+
   /** Keep the height that a caption has with its longest reading, so that reading a chart moves nothing. */
   function reserve(caption, longest, shortest) {
-    requestAnimationFrame(() => {
-      longest();
-      caption.style.minHeight = `${caption.offsetHeight}px`;
+    if (unsettled.push({ caption, longest, shortest }) === 1) requestAnimationFrame(settle);
+  }
+
+  /** The heights of all captions at once: one layout of the page, not one for each. */
+  function settle() {
+    const all = unsettled.splice(0);
+    for (const { longest } of all) longest();
+    const heights = all.map(({ caption }) => caption.offsetHeight);
+    all.forEach(({ caption, shortest }, i) => {
+      caption.style.minHeight = `${heights[i]}px`;
       shortest();
     });
   }
@@ -114,9 +123,10 @@
    *   layers  the layer of each point           series  [{ name, title, values, lo, hi, control, beside }]
    *   log     whether ratios matter             open    what a click on a layer does, if anything
    *   axis    what the points are               note    what stands beside the title
+   *   at      the point that is marked, and read out while no other is
    * Of a series, lo and hi may be null; a control is dashed; `beside` holds further values by name, which are read out.
    */
-  function lines({ title, layers, series, log: wantLog, open = null, axis = "layer", note = "" }) {
+  function lines({ title, layers, series, log: wantLog, open = null, axis = "layer", note = "", at = null }) {
     const [width, height, left, right, top, bottom] = [420, 190, 44, 412, 8, 168];
     const known = series
       .flatMap(({ values, lo, hi }) => [...values, ...(lo || []), ...(hi || [])])
@@ -136,7 +146,7 @@
     function point(i) {
       current = i;
       guide.setAttribute("visibility", i === null ? "hidden" : "visible");
-      where.textContent = i === null ? rest : `${axis} ${layers[i]}`;
+      where.textContent = i === null ? rest : [`${axis} ${layers[i]}`, note].filter(Boolean).join(", ");
       if (i !== null) for (const end of ["x1", "x2"]) guide.setAttribute(end, x(i));
       series.forEach(({ values, lo, hi, beside }, k) => {
         const more = Object.entries(beside || {}).map(([name, of]) => (i === null ? "" : `, ${name} ${number(of[i])}`));
@@ -178,23 +188,57 @@
         tabindex: 0,
         "aria-label": `${title} by ${axis}; left and right arrows read values`,
         pointermove: (event) => point(nearest(event)),
-        pointerleave: () => point(null),
-        blur: () => point(null),
+        pointerleave: () => point(at),
+        blur: () => point(at),
         click: (event) => tap(event, nearest(event)),
         keydown: press,
       },
       axes({ levels, layers, axis, x, y, left, right, height }),
       series.map(({ lo, hi }, k) => lo && hi && s("path", { class: `band ${colour(k)}`, d: band(lo, hi, x, y) })),
+      at !== null && s("line", { class: "here-line", x1: x(at), x2: x(at), y1: top, y2: bottom }),
       guide,
       series.map(({ values }, k) => curve(values, colour(k), x, y)),
     );
     const legend = series.map(({ name, title: meaning }, k) =>
       h("span", { class: `key ${name || series.length > 1 ? colour(k) : "only"}`, title: meaning }, name, readings[k]),
     );
-    const caption = h("figcaption", {}, h("b", {}, title), where, h("span", { class: "legend" }, legend));
+    const caption = h("figcaption", {}, h("b", {}, title), where, save.svg(), h("span", { class: "legend" }, legend));
     const longest = layers.map((_, i) => series.reduce((sum, { values }) => sum + number(values[i]).length, 0));
-    reserve(caption, () => point(longest.indexOf(Math.max(...longest))), () => point(null));
+    reserve(caption, () => point(longest.indexOf(Math.max(...longest))), () => point(at));
+    if (at !== null) point(at);
     return h("figure", {}, caption, svg);
+  }
+
+  const MANY = 1500; // cells from which on a map is one path a shade, read through one sheet, not one link a cell
+
+  /** The cells of a large map, and the sheet above them that reads them: `read(cell)` on the way, `open(cell)` at a click. */
+  function sheetOf(cells, place, strength, most, { read, open }) {
+    const paths = new Map();
+    const at = new Map();
+    for (const cell of cells) {
+      if (cell.text === undefined) continue;
+      const { x, y, width, height } = place(cell);
+      at.set(`${cell.i} ${cell.j}`, cell);
+      const shade = cell.value === null ? "" : Math.ceil(40 * strength(Math.abs(cell.value) / most));
+      const key = cell.value === null ? "blank" : `${cell.value < 0 ? "cold" : "hot"} ${shade}`;
+      paths.set(key, `${paths.get(key) || ""}M${x.toFixed(1)} ${y.toFixed(1)}h${width.toFixed(1)}v${height.toFixed(1)}h${(-width).toFixed(1)}z`);
+    }
+    const corner = place({ i: 0, j: 0 });
+    const step = place({ i: 1, j: 1 });
+    const [wide, tall] = [step.x - corner.x, step.y - corner.y];
+    const [across, down] = ["i", "j"].map((axis) => 1 + cells.reduce((last, cell) => Math.max(last, cell[axis]), 0));
+    const under = (event) => {
+      const { left, top, width, height } = sheet.getBoundingClientRect();
+      const [i, j] = [Math.floor(((event.clientX - left) / width) * across), Math.floor(((event.clientY - top) / height) * down)];
+      return at.get(`${i} ${j}`);
+    };
+    const on = (act) => (event) => under(event) && act(under(event), event);
+    const sheet = s("rect", { class: "sheet-over", x: corner.x, y: corner.y, width: wide * across, height: tall * down, pointermove: on(read), click: on(open) });
+    const drawn = [...paths].map(([key, d]) => {
+      const [kind, shade] = key.split(" ");
+      return s("path", { class: kind, d, "fill-opacity": shade && (0.04 + (0.96 * shade) / 40).toFixed(3) });
+    });
+    return [drawn, sheet];
   }
 
   /**
@@ -213,9 +257,20 @@
     const reading = h("output", {}, rest);
     let armed = null;
     const strength = root ? Math.sqrt : (share) => share;
+    const placeOf = ({ i, j }) => ({ x: left + i * size, y: top + j * tall, width: size - 1, height: tall - 1 });
+    const large = () =>
+      sheetOf(cells, placeOf, strength, most, {
+        read: ({ text }) => (reading.textContent = text),
+        open({ text, href }, event) {
+          const first = event.pointerType === "touch" && armed !== text; // the first tap reads
+          armed = text;
+          reading.textContent = text;
+          if (!first && href) location.hash = href;
+        },
+      });
     const draw = ({ i, j, value, text, href }) => {
       if (text === undefined) return null;
-      const place = { x: left + i * size, y: top + j * tall, width: size - 1, height: tall - 1 };
+      const place = placeOf({ i, j });
       const box =
         value === null
           ? s("rect", { ...place, class: "blank" })
@@ -256,10 +311,10 @@
           j % yEvery === 0 &&
           s("text", { class: "tick", x: left - 6, y: top + (j + 0.5) * tall + 4, "text-anchor": "end" }, String(row)),
       ),
-      cells.map(draw),
+      cells.length > MANY ? large() : cells.map(draw),
     );
     const where = h("span", { class: "where" }, `${across} → · ${down} ↓`);
-    const caption = h("figcaption", {}, h("b", { title: meaning }, title), where, reading);
+    const caption = h("figcaption", {}, h("b", { title: meaning }, title), where, save.svg(), reading);
     const figure = h("figure", {}, caption, svg);
     const texts = cells.map(({ text }) => text ?? "");
     const longest = texts.reduce((a, b) => (b.length > a.length ? b : a), "");
@@ -308,7 +363,7 @@
   }
 
   /** Counts in bins, whose edges need not be even: bars of one width, as high as the square root of the count. */
-  function bars({ title, edges, counts, meaning }) {
+  function bars({ title, edges, counts, meaning, noun = "tokens", axis = "activation", signed = true }) {
     const [width, height, left, right, top, bottom] = [420, 130, 8, 412, 8, 108];
     const known = counts.map((n, k) => [n, k]).filter(([n]) => n > 0).map(([, k]) => k);
     if (!known.length) return null;
@@ -316,10 +371,10 @@
     const step = (right - left) / (last - first + 1);
     const most = Math.sqrt(Math.max(...counts));
     const total = counts.reduce((sum, n) => sum + n, 0);
-    const rest = `${total.toLocaleString("en-US")} tokens, square root scale`;
+    const rest = `${total.toLocaleString("en-US")} ${noun}, square root scale`;
     const reading = h("output", {}, rest);
     const x = (k) => left + (k - first) * step;
-    const range = (k) => (k === 0 ? `below ${short(edges[1])}` : k === counts.length - 1 ? `${short(edges[k])} or more` : `${short(edges[k])} to ${short(edges[k + 1])}`);
+    const range = (k) => (signed && k === 0 ? `below ${short(edges[1])}` : signed && k === counts.length - 1 ? `${short(edges[k])} or more` : `${short(edges[k])} to ${short(edges[k + 1])}`);
     const bar = (n, k) => {
       const tall = (Math.sqrt(n) / most) * (bottom - top);
       const show = () => (reading.textContent = `${range(k)}: ${n.toLocaleString("en-US")}`);
@@ -336,7 +391,7 @@
       counts.map((n, k) => k >= first && k <= last && bar(n, k)),
       edges.map((edge, k) => k > first && k <= last && (k - first) % every === 0 && s("text", { class: "tick", x: x(k), y: height - 6, "text-anchor": "middle" }, short(Number(edge.toPrecision(2))))),
     );
-    return h("figure", {}, h("figcaption", {}, h("b", { title: meaning }, title), reading), svg);
+    return h("figure", {}, h("figcaption", {}, h("b", { title: meaning }, title), h("span", { class: "where" }, `${axis} → · ${noun} ↑`), save.svg(), reading), svg);
   }
 
   Object.assign(atlas, { chart: { lines, heat, strip, spark, bars } });

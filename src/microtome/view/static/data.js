@@ -124,7 +124,7 @@
     /** What a column means, with its unit, as a heading's tooltip. */
     meaning(name) {
       const { meaning, unit } = this.described[name] || {};
-      return [meaning || name.replaceAll("_", " "), unit && `(${unit})`].filter(Boolean).join(" ");
+      return [atlas.plainly(meaning) || name.replaceAll("_", " "), unit && `(${unit})`].filter(Boolean).join(" ");
     }
 
     /** Rows by the values of a column; what was not measured comes last either way. */
@@ -180,10 +180,29 @@
     return everyNeuron;
   }
 
-  /** The lists of values that only the page of one neuron needs, as columns. */
-  const details = async (layer) => (await load(`details/${layer}`)).columns;
+  /** The lists of values that only the page of one neuron needs, as columns of all neurons of a layer. */
+  async function details(layer) {
+    const { part, neurons: counts } = await model();
+    const { rows } = counts.find((one) => one.layer === layer);
+    const numbers = Array.from({ length: Math.ceil(rows / part) }, (_, number) => number);
+    const parts = await Promise.all(numbers.map((number) => load(`details/${layer}/${number}`)));
+    const names = Object.keys(parts[0].columns);
+    return Object.fromEntries(names.map((name) => [name, parts.flatMap((one) => one.columns[name])]));
+  }
+
+  /** The same of one row, { columns, strings }: each column with that row alone, and the strings of its tokens by number. */
+  async function detailsOf(layer, row) {
+    const { part } = await model();
+    const number = Math.floor(row / part);
+    const { columns, strings } = await load(`details/${layer}/${number}`);
+    const own = Object.entries(columns).map(([name, values]) => [name, { [row]: values[row - number * part] }]);
+    return { columns: Object.fromEntries(own), strings };
+  }
 
   const vocab = () => load("vocab");
+
+  /** What the heads of one layer attend to: for each passage the bytes [head, query, key]. */
+  const patterns = async (layer) => (await load(`patterns/${layer}`)).map((text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
 
   /** The tokens of the text from one place up to another, or to its end. */
   async function text(from, upTo) {
@@ -216,5 +235,5 @@
     return { columns, tokens, lower, offsets, joined: lower.join("") };
   }
 
-  Object.assign(atlas, { receive, Table, data: { load, model, neurons, allNeurons, details, vocab, text, words } });
+  Object.assign(atlas, { receive, Table, data: { load, model, neurons, allNeurons, details, detailsOf, vocab, text, words, patterns } });
 })(window.atlas);

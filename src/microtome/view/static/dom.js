@@ -77,6 +77,12 @@ window.atlas = window.atlas || {};
   /** A token by itself, as a chip. */
   const token = (text, kind = "token") => h("code", { class: kind, title: JSON.stringify(text) }, alone(text));
 
+  /** A sentence in which what stands between backticks is code. */
+  const prose = (text) => String(text).split(/`([^`]+)`/).map((part, i) => (i % 2 ? h("code", {}, part) : part));
+
+  /** The same for a tooltip, which has no code. */
+  const plainly = (text) => text?.replace(/`([^`]+)`/g, "$1");
+
   /** The address of a page of the atlas, with the state of its lists. */
   function href(path, params) {
     const query = params ? String(params) : "";
@@ -89,5 +95,5 @@ window.atlas = window.atlas || {};
     neuron: (layer, neuron) => `/neuron/${layer}.${neuron}`,
   };
 
-  Object.assign(atlas, { h, s, Problem, number, count, plural, measured, token, alone, inText, href, paths });
+  Object.assign(atlas, { h, s, Problem, number, count, plural, measured, token, alone, inText, prose, plainly, href, paths });
 })(window.atlas);

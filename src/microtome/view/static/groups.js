@@ -75,11 +75,9 @@
         h("th", { scope: "row" }, link(groups.columns.group_name[row])),
         names.map((name) => h("td", { class: groups.types[name] }, measured(groups.value(name, row), groups.types[name], groups.bounds(name, row)))),
       );
-    return h(
-      "div",
-      { class: "scroll", tabindex: 0 },
-      h("table", { class: "groups" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "group"), names.map(head))), h("tbody", {}, groups.rows().map(line))),
-    );
+    const own = h("table", { class: "groups" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "group"), names.map(head))), h("tbody", {}, groups.rows().map(line)));
+    const content = () => atlas.rowsOf({ table: groups, vocab: null }, groups.rows());
+    return [h("div", { class: "scroll", tabindex: 0 }, own), h("p", { class: "saves left" }, atlas.save.csv("groups", content))];
   }
 
   /** What is said where a group has too few tokens. */
@@ -129,7 +127,7 @@
     return h(
       "div",
       {},
-      h("h3", {}, title),
+      h("h3", {}, `${title} `, atlas.save.csv(title, () => atlas.rowsOf({ table: damage, vocab: null }, rows))),
       h(
         "div",
         { class: "scroll" },
@@ -238,17 +236,9 @@
         h("td", { class: "float" }, number(chance(k) ?? null)),
         h("td", {}, chosen(k) && "chosen for it"),
       );
-    return h(
-      "section",
-      {},
-      h("h2", {}, "In the groups of the text"),
-      h(
-        "div",
-        { class: "scroll" },
-        h("table", { class: "groups" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "group"), head, h("th", { scope: "col", class: "float", title: groups.meaning("group_ap_chance") }, "by chance"), h("th", {}))),
-          h("tbody", {}, groups.columns.group_name.map(line))),
-      ),
-    );
+    const own = h("table", { class: "groups" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "group"), head, h("th", { scope: "col", class: "float", title: groups.meaning("group_ap_chance") }, "by chance"), h("th", {}))),
+      h("tbody", {}, groups.columns.group_name.map(line)));
+    return h("section", {}, h("h2", {}, "In the groups of the text ", atlas.save.csvOf("groups", own)), h("div", { class: "scroll" }, own));
   }
 
   const named = (pattern, page) => ({ fits: ({ parts }) => parts.length === 2 && parts[0] === pattern, page });

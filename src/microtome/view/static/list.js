@@ -2,7 +2,7 @@
 "use strict";
 
 (function (atlas) {
-  const { h, count, plural, measured, token, inText, href, query, Problem } = atlas;
+  const { h, count, plural, measured, token, inText, href, query, save, Problem } = atlas;
   const ROWS = 50;
   const TOKENS = 6; // promoted tokens in a row
   const CONTEXT = 5; // tokens shown before and after words found in an example
@@ -171,6 +171,17 @@
     );
   }
 
+  /** All rows of a list, in its order, with the ends of intervals and what it lists of each row, as values. */
+  function content({ table, vocab }, rows) {
+    const lists = vocab && table.has("promoted") ? ["promoted"] : [];
+    const columns = [...table.keys, ...Object.keys(table.types).filter((name) => table.types[name] !== "list" && !table.keys.includes(name))];
+    const unitOf = (name) => (table.keys.includes(name) ? "" : table.described[name]?.unit);
+    return {
+      heads: [...columns.map((name) => save.withUnit(name, unitOf(name))), ...lists],
+      rows: rows.map((row) => [...columns.map((name) => table.columns[name][row]), ...lists.map((name) => (table.value(name, row) || []).map((id) => vocab[id]))]),
+    };
+  }
+
   /** The part of a list that changes as it is filtered. */
   function body(list, names) {
     const view = read(list, list.route.params);
@@ -204,6 +215,7 @@
           h("span", {}, `"${name.replaceAll("_", " ")}" is a column: `, h("a", { href: list.link({ sort: name, desc: "1", q: null }) }, "sort by it"), `, or compare it, as in ${name}>1.`),
         ),
         view.query && list.filter && atlas.names.links(list.manifest, view.query),
+        rows.length > 0 && save.csv(list.table.kind, () => content(list, rows)),
         pager(list, page, pages),
       ),
       h(
@@ -311,5 +323,5 @@
     return h("section", { class: "list" }, box, part, glossary(table, names));
   }
 
-  Object.assign(atlas, { list, groups });
+  Object.assign(atlas, { list, groups, rowsOf: content });
 })(window.atlas);

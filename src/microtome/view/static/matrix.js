@@ -53,7 +53,7 @@
     return h(
       "figure",
       { class: "matrix-figure" },
-      h("figcaption", {}, h("b", { title: meaning }, title), reading),
+      h("figcaption", {}, h("b", { title: meaning }, title), atlas.save.svg(), reading),
       h("div", { class: "scroll" }, svg),
       note && h("p", { class: "note" }, note),
     );

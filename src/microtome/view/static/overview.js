@@ -27,7 +27,8 @@
     return [...found.values()];
   }
 
-  function layerCharts(table) {
+  /** A chart for each group of columns, with their names: { names, figure }; `at` is the row of a marked layer. */
+  function layerCharts(table, at = null) {
     return grouped(table).map(({ title, names, log }) => {
       const own = Object.fromEntries(
         atlas.groups(names).flatMap(({ members }) => members.map(({ name, label }) => [name, label])),
@@ -45,7 +46,7 @@
       const open = (layer) => (location.hash = href(paths.layer(layer)));
       const units = [...new Set(names.map((name) => table.described[name]?.unit))];
       const note = units.length === 1 && units[0] && units[0] !== "1" ? units[0] : "";
-      return chart.lines({ title, log, layers: table.columns.layer, open, series, note });
+      return { names, figure: chart.lines({ title, log, layers: table.columns.layer, open, series, note, at }) };
     });
   }
 
@@ -89,6 +90,7 @@
     return table.quantities().filter((name) => !atlas.ofRelation(name)).map((name) => {
       const there = table.rows((row) => table.value(name, row) !== null);
       const best = table.sorted(there, name, true).slice(0, 6);
+      const control = table.controlOf(name);
       const all = href("/heads", new URLSearchParams({ sort: name, desc: "1" }));
       const line = (row) =>
         h(
@@ -97,7 +99,7 @@
           h("a", { href: href(table.path(row)) }, table.address(row)),
           " ",
           measured(table.value(name, row), "float", table.bounds(name, row)),
-          h("span", { class: "interval" }, besideValue(table, name, row)),
+          control && h("span", { class: "interval", title: besideValue(table, name, row).slice(2) }, `, control ${number(table.value(control, row))}`),
         );
       const link = h("a", { href: all, title: table.meaning(name) }, heading(table, name));
       return h("div", {}, h("h3", {}, link), h("ol", { class: "top" }, best.map(line)));
@@ -210,16 +212,14 @@
         "tr",
         {},
         h("th", { scope: "row" }, name.replaceAll("_", " ")),
-        [question, on, source].map((text) => h("td", {}, text ?? "")),
+        [question, on, source].map((text) => h("td", {}, atlas.prose(text ?? ""))),
       );
-    return [
-      h("h3", {}, "Measures"),
-      h("div", { class: "scroll" }, h("table", { class: "measures" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, all.map(row)))),
-    ];
+    const own = h("table", { class: "measures" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, all.map(row)));
+    return [h("h3", {}, "Measures ", atlas.save.csvOf("measures", own)), h("div", { class: "scroll" }, own)];
   }
 
   async function overview() {
-    const { manifest, layers, heads, firing, neurons, tables } = await atlas.data.model();
+    const { manifest, layers, heads, firing, classes, neurons, tables } = await atlas.data.model();
     const model = manifest.model || {};
     const { thin } = manifest;
     const total = neurons.reduce((sum, { rows }) => sum + rows, 0);
@@ -248,7 +248,7 @@
           "section",
           {},
           h("h2", {}, "Across the layers"),
-          h("div", { class: "charts" }, layerCharts(tables.layers)),
+          atlas.figures.bySubject(tables),
           h(
             "p",
             { class: "note" },
@@ -257,31 +257,32 @@
             ".",
           ),
         ),
-        heads.rows > 0 &&
+        heads.rows > 0 && (() =>
           h(
             "section",
             {},
             h("h2", {}, "Heads"),
+            atlas.figures.headKinds(tables.heads),
             h("div", { class: "maps" }, headMaps(tables.heads)),
             h("p", { class: "note" }, "A click opens the head. ", link("/heads", "The same as a list"), "."),
             h("div", { class: "columns" }, topHeads(tables.heads)),
-          ),
+          )),
         firing &&
-          firing.layers.length > 0 &&
+          firing.layers.length > 0 && (() =>
           h(
             "section",
             {},
             h("h2", {}, "Neurons"),
-            h("div", { class: "maps" }, firingMap(firing)),
+            h("div", { class: "maps" }, firingMap(firing), atlas.figures.neuronClasses(classes, manifest.tables?.neurons?.columns)),
             h("p", { class: "note" }, "A click opens those neurons. ", link("/neurons", "All neurons as a list"), "."),
-          ),
+          )),
         await atlas.groupsSection(),
         atlas.relationsSection(manifest, tables.heads),
         atlas.names.labelsList(),
-        h("section", {}, h("h2", {}, "What was run"), provenance(manifest)),
+        () => h("section", {}, h("h2", {}, "What was run"), provenance(manifest)),
       ],
     };
   }
 
-  Object.assign(atlas, { overview });
+  Object.assign(atlas, { overview, layerCharts });
 })(window.atlas);

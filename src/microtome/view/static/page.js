@@ -3,7 +3,7 @@
 "use strict";
 
 (function (atlas) {
-  const { h, s, number, count, plural, token, alone } = atlas;
+  const { h, s, number, count, plural, token, alone, prose } = atlas;
   const data = JSON.parse(document.getElementById("data").textContent);
   const LEVELS = 60; // shades from zero to an end of the scale
   const FIRST = [6, 20]; // rows of the table before all are asked for: of each map, and of one alone
@@ -47,6 +47,9 @@
         ? `${alone(map.rows[row])} → ${alone(map.columns[column])}`
         : `${map.name}, ${axis(map.down)} ${map.rows[row]}, ${axis(map.across)} ${map.columns[column]}`;
 
+  /** What a cell is coloured by: what was measured exactly, where it was, else its own value. */
+  const exact = (map, row, column) => map.beside.exact?.[row]?.[column] ?? null;
+
   const level = (value, most) => Math.max(1, Math.ceil((Math.min(1, Math.abs(value) / most) || 0) * LEVELS));
 
   /** Cells of one shade as one path, so that a map of any size is a few elements. */
@@ -55,7 +58,8 @@
     const paths = new Map();
     const gap = wide > 6 && tall > 6 ? 1 : 0;
     map.values.forEach((values, row) =>
-      values.forEach((value, column) => {
+      values.forEach((own, column) => {
+        const value = exact(map, row, column) ?? own;
         if (value === 0) return;
         const key = value === null ? "missing" : `${value < 0 ? "cold" : "hot"} ${level(value, most)}`;
         const [w, t] = [wide - gap, tall - gap];
@@ -67,6 +71,16 @@
       const [kind, shade] = key.split(" ");
       return s("path", { class: kind, d, "fill-opacity": shade && (Number(shade) / LEVELS).toFixed(3) });
     });
+  }
+
+  /** Frames of the cells that were measured exactly, as one path; none where every cell is what it is. */
+  function frames(map, { left, wide, tall }) {
+    if (!map.beside.exact) return [];
+    const gap = wide > 6 && tall > 6 ? 1 : 0;
+    const [w, t] = [Math.max(1, wide - gap - 1), Math.max(1, tall - gap - 1)];
+    const box = (row, column) => `M${(left + column * wide + 0.5).toFixed(2)} ${row * tall + 0.5}h${w.toFixed(2)}v${t}h${(-w).toFixed(2)}z`;
+    const d = map.values.flatMap((values, row) => values.map((_, column) => (exact(map, row, column) === null ? "" : box(row, column)))).join("");
+    return d ? [s("path", { class: "exact", d })] : [];
   }
 
   const LETTER = 7.2; // pixels of a letter of a row's name
@@ -208,11 +222,12 @@
       view.svg.setAttribute("width", Math.ceil(w) + 1);
       view.svg.setAttribute("height", t + below(map));
       caption.textContent = shared ? "" : ends(map);
+      if (view.figure) view.figure.dataset.scale = `${shared ? ends(map) : ""} ${map.unit}`.trim();
       const sheet = s("rect", { class: "sheet", x: left, y: 0, width: wide * map.columns.length, height: t });
-      view.svg.replaceChildren(sheet, ...shades(map, view.size), ...names(map, view.size).flat().filter(Boolean), column, at);
+      view.svg.replaceChildren(sheet, ...shades(map, view.size), ...frames(map, view.size), ...names(map, view.size).flat().filter(Boolean), column, at);
     };
     views.push(view);
-    return h("figure", {}, h("figcaption", {}, h("b", {}, map.title), h("code", { class: "where" }, same), caption), view.svg);
+    return (view.figure = h("figure", {}, h("figcaption", {}, h("b", {}, map.title), h("code", { class: "where" }, same), caption, atlas.save.svg()), view.svg));
   }
 
   /* The scale. */
@@ -239,11 +254,14 @@
       );
     const ramps = Object.entries(data.limits).map(([unit, most]) => h("span", { class: "shared" }, ramp(unit, most)));
     const holes = drawn.filter((map) => map.values.some((row) => row.includes(null))).map(hole);
+    const framed = drawn.some((map) => map.beside.exact?.some((row) => row.some((value) => value !== null)));
+    const frame = s("svg", { width: 18, height: 14 }, s("path", { class: "exact", d: "M1 1h16v12h-16z" }));
     const hatch = s("svg", { width: 18, height: 12 }, s("rect", { class: "missing", width: 18, height: 12 }));
     return h(
       "div",
       { class: "scale" },
       ramps,
+      framed && h("span", { class: "ramp framed" }, frame, "measured exactly, in the colour of that value"),
       holes.length > 0 && h("span", { class: "ramp" }, hatch, [...new Set(holes)].join(" or ")),
       h("fieldset", {}, h("legend", {}, "Colours"), choice("one scale for all maps", true), choice("each map its own", false)),
     );
@@ -263,7 +281,7 @@
     { name: "token", kind: "tokens", of: ({ map, row }) => (isPlace(map) ? tokenNames(row) : "") },
     { name: "value", kind: "float", of: ({ value }) => value },
     ...further.map((name) => ({ name, kind: "float", of: ({ told }) => told[name] ?? -Infinity })),
-    { name: "size", kind: "bar-cell", of: ({ value }) => Math.abs(value) },
+    { name: "size", kind: "bar-cell", of: ({ value, told }) => Math.abs(told.exact ?? value) },
   ].filter(({ name }) => WANTED[name] ?? true);
   const place = (name, at) => (/^\d+$/.test(name) ? Number(name) : (name ?? at));
 
@@ -286,6 +304,7 @@
       }),
     );
     let [by, down, only, whole] = ["size", true, "", false];
+    let chosen = []; // the cells that are shown, in order
     const body = h("tbody", {});
     const tally = h("p", { class: "note", role: "status" });
     const wholeList = h("button", { class: "more", type: "button", click: () => ((whole = true), fill()) });
@@ -309,7 +328,7 @@
         token: isPlace(map) ? h("code", { class: "token" }, tokenNames(cell.row)) : "",
         value: [signed(value), h("span", { class: "interval" }, interval(lo, hi))],
         ...Object.fromEntries(further.map((name) => [name, signed(told[name])])),
-        size: bar(map, value),
+        size: bar(map, told.exact ?? value),
       };
       return h("tr", {}, COLUMNS.map((column) => h("td", { class: column.kind }, cells[column.name])));
     }
@@ -318,7 +337,7 @@
       const { of } = COLUMNS.find(({ name }) => name === by);
       const found = all.filter(({ map }) => !only || map.name === only);
       const most = FIRST[only || listed.length === 1 ? 1 : 0];
-      const chosen = whole ? found : found.filter(({ rank }) => rank < most);
+      chosen = whole ? [...found] : found.filter(({ rank }) => rank < most);
       const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
       chosen.sort((a, b) => (down ? order(of(b), of(a)) : order(of(a), of(b))));
       body.replaceChildren(...chosen.map(line));
@@ -331,6 +350,23 @@
         if (th.dataset.by === by) th.setAttribute("aria-sort", down ? "descending" : "ascending");
         else th.removeAttribute("aria-sort");
       }
+    }
+
+    /** What the table shows, as values with the ends of their intervals. */
+    function content() {
+      const units = [...new Set(listed.map(({ unit }) => unit))];
+      const unit = units.length === 1 ? units[0] : "";
+      const columns = COLUMNS.filter(({ name }) => name !== "size");
+      const wide = chosen.some(({ lo }) => (lo ?? null) !== null);
+      const titled = (name) => (["value", ...further].includes(name) && name !== "p" ? atlas.save.withUnit(head(name), unit) : head(name));
+      const own = ({ name, of }, cell) => {
+        const found = of(cell);
+        return name === "value" && wide ? [found, cell.lo, cell.hi] : [found === -Infinity ? null : found];
+      };
+      return {
+        heads: columns.flatMap(({ name }) => (name === "value" && wide ? [titled(name), "lower end", "upper end"] : [titled(name)])),
+        rows: chosen.map((cell) => columns.flatMap((column) => own(column, cell))),
+      };
     }
 
     const heads = COLUMNS.map(({ name, kind }) => {
@@ -346,7 +382,7 @@
       "section",
       { class: "strongest" },
       h("h2", {}, "Strongest cells"),
-      h("div", { class: "filter" }, h("label", {}, "of ", pick), tally),
+      h("div", { class: "filter" }, h("label", {}, "of ", pick), tally, atlas.save.csv("strongest cells", content)),
       h("div", { class: "scroll", tabindex: -1 }, h("table", {}, h("thead", {}, h("tr", {}, heads)), body)),
       wholeList,
     );
@@ -369,7 +405,7 @@
 
   function footer() {
     if (!data.facts.length) return null;
-    const facts = data.facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
+    const facts = data.facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, prose(value))]);
     return h("footer", {}, h("h2", {}, "What was run"), h("dl", { class: "facts" }, facts));
   }
 
@@ -378,7 +414,7 @@
   const figures = drawn.map(show);
   const grids = h("div", { class: "grids" }, figures);
   const redraw = () => {
-    views.forEach((view, i) => view.draw(figures[i].clientWidth));
+    views.forEach((view, i) => figures[i].clientWidth && view.draw(figures[i].clientWidth));
     for (const ramps of document.querySelectorAll(".shared")) ramps.hidden = !shared;
   };
   const hatch = s(
@@ -389,7 +425,7 @@
   document.getElementById("main").replaceChildren(
     ...[
       h("h1", {}, data.title),
-      h("p", { class: "lede" }, data.lede),
+      h("p", { class: "lede" }, prose(data.lede)),
       prompts(),
       sections.first,
       drawn.length > 0 && scale(redraw),

@@ -50,7 +50,8 @@
         h("td", {}, (manifest.relations[name] || []).slice(0, 2).map(([from, to]) => [token(from), " → ", token(to), " "])),
       );
     const heads_ = ["relation", "pairs", "best head", "maps", "shuffled", "such as"].map((words, i) => h("th", { scope: "col", class: [1, 3, 4].includes(i) ? "float" : null }, words));
-    return h("div", { class: "scroll", tabindex: 0 }, h("table", { class: "groups" }, h("thead", {}, h("tr", {}, heads_)), h("tbody", {}, all(manifest, heads).map(line))));
+    const own = h("table", { class: "groups" }, h("thead", {}, h("tr", {}, heads_)), h("tbody", {}, all(manifest, heads).map(line)));
+    return [h("div", { class: "scroll", tabindex: 0 }, own), h("p", { class: "saves left" }, atlas.save.csvOf("relations", own))];
   }
 
   const MEANING = "By their weights alone: of the pairs of words of each relation, the share whose second word is among those that the head would raise most had it attended to the first; shuffled: the second words exchanged.";
@@ -122,8 +123,8 @@
     const line = ({ name, maps, shuffled, suppress }) =>
       h("tr", {}, h("th", { scope: "row" }, link(name)), [maps, shuffled, suppress].map((value) => h("td", { class: "float" }, number(value))));
     const heads_ = ["relation", "maps", "shuffled", "suppresses"].map((words, i) => h("th", { scope: "col", class: i ? "float" : null }, words));
-    return h("section", {}, h("h2", {}, "Relations, by its weights"),
-      h("div", { class: "scroll" }, h("table", { class: "groups" }, h("thead", {}, h("tr", {}, heads_)), h("tbody", {}, known.map(line)))));
+    const own = h("table", { class: "groups" }, h("thead", {}, h("tr", {}, heads_)), h("tbody", {}, known.map(line)));
+    return h("section", {}, h("h2", {}, "Relations, by its weights ", atlas.save.csvOf("relations", own)), h("div", { class: "scroll" }, own));
   }
 
   atlas.moreRoutes.push({ fits: ({ path }) => path === "/relations", page: relationsPage }, atlas.named("relation", relationPage));

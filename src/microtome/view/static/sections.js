@@ -2,7 +2,7 @@
 "use strict";
 
 (function (atlas) {
-  const { h, s, number, count, plural, alone, chart } = atlas;
+  const { h, s, number, count, plural, alone, chart, save } = atlas;
   const minus = (text) => text.replaceAll("-", "\u2212");
   const signed = (value) => (value === null ? "not measured" : minus((value > 0 ? "+" : "") + value.toPrecision(4)));
   const ends = (lo, hi) => ((lo ?? null) === null || (hi ?? null) === null ? "" : ` [${signed(lo)}, ${signed(hi)}]`);
@@ -57,12 +57,18 @@
       ),
     );
     const tally = `the ${strongest.length} strongest of ${plural(size, "neuron")}`;
+    const own = h("table", {}, head(["neuron", unit || "value", ...beside, ""]), h("tbody", {}, rows));
+    const bounds = strongest.some((row) => (row[3] ?? null) !== null) ? ["lower end", "upper end"] : [];
+    const content = () => ({
+      heads: ["neuron", save.withUnit(part.name, unit), ...bounds, ...beside],
+      rows: strongest.map(([layer, neuron, value, lo, hi, ...more]) => [`L${layer}N${neuron}`, value, ...(bounds.length ? [lo, hi] : []), ...more]),
+    });
     return h(
       "section",
       { class: "strongest neurons" },
       heading(part),
-      h("div", { class: "beside-list" }, picture, h("div", {}, h("p", { class: "note" }, tally),
-        h("div", { class: "scroll short", tabindex: 0 }, h("table", {}, head(["neuron", unit || "value", ...beside, ""]), h("tbody", {}, rows))))),
+      h("div", { class: "beside-list" }, picture, h("div", {}, h("p", { class: "note" }, tally, " ", save.csv(part.name, content)),
+        h("div", { class: "scroll short", tabindex: 0 }, own))),
     );
   }
 
@@ -105,10 +111,14 @@
     if (more[0]) rows.push(h("tr", {}, h("td", {}, `${count(more[0])} more`), h("td", { class: "float" }, signed(more[1]))));
     const last = h("tr", { class: "sum" }, h("td", {}, "sum"), h("td", { class: "float" }, signed(sum)));
     const table = h("table", {}, head(["part", unit || "value", "", ...(reads ? ["reads from"] : [])]), h("tbody", {}, rows));
+    const content = () => ({
+      heads: ["part", save.withUnit("value", unit), ...(reads ? ["reads from"] : [])],
+      rows: all.map(([name, value, from]) => [name, value, ...(reads ? [from] : [])]),
+    });
     return h(
       "section",
       { class: "strongest parts" },
-      h("h2", {}, "Parts"),
+      h("h2", {}, "Parts ", save.csv("parts", content)),
       h("div", { class: "scroll short", tabindex: 0 }, table),
       h("table", {}, h("tbody", {}, last)),
       measured !== null && h("p", { class: "note" }, `${whole} as measured ${signed(measured)}`),
@@ -117,16 +127,22 @@
 
   function table({ title, heads, rows }) {
     const cell = ([value, lo, hi]) => [number(value, Number.isInteger(value) ? "int" : "float"), h("span", { class: "interval" }, ends(lo, hi))];
+    const wide = heads.map((_, i) => i > 0 && rows.some((row) => row[i].length > 1));
+    const content = () => ({
+      heads: heads.flatMap((name, i) => (wide[i] ? [name, `${name}, lower end`, `${name}, upper end`] : [name])),
+      rows: rows.map((row) => row.flatMap((of, i) => (i === 0 ? [of] : wide[i] ? [0, 1, 2].map((k) => of[k] ?? null) : [of[0]]))),
+    });
+    const body = rows.map(([name, ...values]) => h("tr", {}, h("td", {}, alone(name)), values.map((value) => h("td", { class: "float" }, cell(value)))));
     return h(
       "section",
       { class: "strongest" },
-      h("h2", {}, title[0].toUpperCase() + title.slice(1)),
-      scroll(h("table", { class: "checks" }, head(heads), h("tbody", {}, rows.map(([name, ...values]) => h("tr", {}, h("td", {}, alone(name)), values.map((value) => h("td", { class: "float" }, cell(value)))))))),
+      h("h2", {}, `${title[0].toUpperCase() + title.slice(1)} `, save.csv(title, content)),
+      scroll(h("table", { class: "checks" }, head(heads), h("tbody", {}, body))),
     );
   }
 
   const facts = ({ facts: all }) =>
-    h("section", {}, h("dl", { class: "facts" }, all.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])));
+    h("section", {}, h("dl", { class: "facts" }, all.map(([name, value]) => [h("dt", {}, name), h("dd", {}, atlas.prose(value))])));
 
   const SECTIONS = { neurons, tokens, parts, table, facts };
 

@@ -69,14 +69,22 @@
             h(
               "td",
               { class: table.types[name] },
-              measured(table.value(name, row), table.types[name], table.bounds(name, row)),
+              table.described[name]?.names?.[table.value(name, row)] ?? measured(table.value(name, row), table.types[name], table.bounds(name, row)),
             ),
             cells(name),
           ),
         ),
       ),
     );
-    return h("div", { class: "scroll" }, all);
+    const content = () => ({
+      heads: ["measure", "unit", "value", "lower end", "upper end", headingsOfStanding.at(-1), "meaning"],
+      rows: table.names.map((name) => {
+        const ends = table.bounds(name, row);
+        const { unit, meaning } = table.described[name] || {};
+        return [name, unit, table.value(name, row), ends?.lo, ends?.hi, table.isQuantity(name) ? rank(name) : null, meaning];
+      }),
+    });
+    return [h("div", { class: "scroll" }, all), h("p", { class: "saves" }, atlas.save.csv("measures", content))];
   }
 
   /** The values of what a column controls, whose scale it shares; null where it controls nothing. */
@@ -101,7 +109,7 @@
     values.length ? `${Math.min(...values)} to ${values.reduce((a, b) => Math.max(a, b))}` : "none";
 
   async function layerPage(route) {
-    const { manifest, tables, neurons: counts } = await atlas.data.model();
+    const { manifest, tables, neurons: counts, firing, classes } = await atlas.data.model();
     const { layers, heads } = tables;
     const layer = Number(route.parts[1]);
     const row = layers.find(layer);
@@ -114,6 +122,7 @@
     const load = () => atlas.data.words([layer]);
     const typed = route.params.get("q") ?? "";
     const words = neurons && atlas.query.hasWords(neurons, typed) ? await load() : null;
+    const small = await atlas.patterns.ofLayer(layer);
     return {
       title: `Layer ${layer}`,
       content: [
@@ -125,10 +134,15 @@
           h("a", { href: href("/layers") }, "all layers"),
         ),
         atlas.names.banner("layers", layer),
+        small && h("section", {}, h("h2", {}, "What its heads attend to"), small),
+        h("section", {}, h("h2", {}, "The layer among the layers"), atlas.figures.bySubject(tables, row)),
+        measuredHere &&
+          h("section", {}, h("h2", {}, "Its neurons at a glance"),
+            h("div", { class: "maps" }, atlas.figures.firingOf(firing, layer), atlas.figures.neuronClasses(classes, manifest.tables?.neurons?.columns, layer))),
         h(
           "section",
           {},
-          h("h2", {}, "The layer among the layers"),
+          h("h2", {}, "All measures of the layer"),
           standing(
             layers,
             row,
@@ -195,8 +209,10 @@
           row + 1 < heads.length && heads.path(row + 1),
           h("a", { href: href(paths.layer(layer)) }, `layer ${layer}`),
           h("a", { href: href("/heads") }, "all heads"),
+          heads.has("kind") && h("span", { class: "of-kind", title: heads.meaning("kind") }, heads.value("kind", row)),
         ),
         atlas.names.banner("heads", layer, head),
+        await atlas.patterns.ofHead(layer, head),
         h(
           "section",
           {},
@@ -316,6 +332,34 @@
 
   const SIGNS = ["gate_pos_in_pos", "gate_pos_in_neg", "gate_neg_in_pos", "gate_neg_in_neg"];
 
+  /** The signs of gate and input, each with how often they occur and an example: the token where the neuron is strongest. */
+  async function signExamples(table, row, columns, text) {
+    if (!SIGNS.every((name) => table.has(name) && table.value(name, row) !== null)) return null;
+    const of = (name) => columns[`signs_${name}`]?.[row];
+    const [values, places, starts] = ["value", "index", "start"].map(of);
+    if (places?.length !== SIGNS.length) return null;
+    const line = async (name, k) => {
+      const share = table.value(name, row);
+      const style = `background:color-mix(in srgb, var(--c0) ${Math.round(60 * share)}%, transparent)`;
+      const [gate, input] = name.match(/pos|neg/g).map((sign) => (sign === "pos" ? "> 0" : "≤ 0"));
+      const there = places[k] >= 0;
+      return h("tr", {}, h("th", { scope: "row" }, `gate ${gate}, input ${input}`), h("td", { class: "float", style, title: table.meaning(name) }, `${(100 * share).toFixed(1)} %`),
+        h("td", { class: "float" }, there ? number(values[k]) : "–"),
+        h("td", {}, there ? await around(places[k], starts[k], text) : h("span", { class: "where" }, "never")));
+    };
+    const own = h("table", { class: "signs told" }, h("thead", {}, h("tr", {}, ["signs", "share of tokens", "activation", "where it is strongest with these signs"].map((label, i) => h("th", { scope: "col", class: i === 1 || i === 2 ? "float" : null }, label)))),
+      h("tbody", {}, await Promise.all(SIGNS.map(line))));
+    return h("section", {}, h("h2", { title: table.described.signs_value?.meaning }, "Signs of gate and input ", atlas.save.csvOf("signs of gate and input", own)), h("div", { class: "scroll" }, own));
+  }
+
+  /** A token with the words around it. */
+  async function around(place, start, { length }) {
+    const [from, to] = atlas.query.window(place, start, length);
+    const words = await atlas.data.text(from, to);
+    const text = (word, i) => (from + i === place ? h("mark", {}, /^\s*$/.test(word) ? alone(word) : inText(word)) : inText(word));
+    return h("p", { class: "context" }, from > start && h("span", { class: "mark" }, "… "), words.map(text));
+  }
+
   /** How often gate and input have which signs: a table of two by two. */
   function signs(table, row) {
     if (!SIGNS.every((name) => table.has(name) && table.value(name, row) !== null)) return null;
@@ -326,9 +370,9 @@
     };
     const line = (label, names) => h("tr", {}, h("th", { scope: "row" }, label), names.map(cell));
     const head = h("tr", {}, ["", "input > 0", "input < 0"].map((text) => h("th", { scope: "col" }, text)));
-    return h("div", {}, h("h3", {}, "Signs of gate and input, share of tokens"),
-      h("table", { class: "signs" }, h("thead", {}, head),
-        h("tbody", {}, line("gate > 0", SIGNS.slice(0, 2)), line("gate < 0", SIGNS.slice(2)))));
+    const own = h("table", { class: "signs" }, h("thead", {}, head),
+      h("tbody", {}, line("gate > 0", SIGNS.slice(0, 2)), line("gate < 0", SIGNS.slice(2))));
+    return h("div", {}, h("h3", {}, "Signs of gate and input, share of tokens ", atlas.save.csvOf("signs of gate and input", own)), own);
   }
 
   /** How the activations of a neuron are distributed. */
@@ -337,7 +381,7 @@
     const counts = columns.histogram?.[row];
     const bars = bins && counts &&
       chart.bars({ title: "Activations", edges: bins, counts, meaning: table.meaning("histogram") });
-    const quadrants = signs(table, row);
+    const quadrants = columns.signs_index?.[row]?.length === SIGNS.length ? null : signs(table, row); // else they have examples
     return (bars || quadrants) && h("section", {}, h("h2", {}, "How it is distributed"), h("div", { class: "spread" }, bars, quadrants));
   }
 
@@ -355,6 +399,9 @@
     "drawn_start",
     "drawn_around",
     "histogram",
+    "signs_value",
+    "signs_index",
+    "signs_start",
   ];
 
   /** The tokens that a neuron promotes and suppresses. */
@@ -397,14 +444,13 @@
     const [layer, neuron] = route.parts[1].split(".").map(Number);
     if (!counts.some((part) => part.layer === layer))
       throw missing("neuron", route.parts[1], `layers with neurons are ${span(counts.map((part) => part.layer))}`);
-    const [table, columns, vocab] = await Promise.all([
-      atlas.data.neurons(layer),
-      atlas.data.details(layer),
-      atlas.data.vocab(),
-    ]);
+    const { rows } = counts.find((part) => part.layer === layer);
+    const first = neuron < rows ? atlas.data.detailsOf(layer, neuron).catch(() => null) : null; // mostly its row is its number
+    const table = await atlas.data.neurons(layer);
     const row = table.find(layer, neuron);
     if (row < 0)
       throw missing("neuron", route.parts[1], `the neurons of layer ${layer} are ${span(table.columns.neuron)}`);
+    const { columns, strings: vocab } = (row === neuron && (await first)) || (await atlas.data.detailsOf(layer, row));
     const here = counts.findIndex((part) => part.layer === layer);
     const across = (step) => counts[here + step] && paths.layer(counts[here + step].layer);
     return {
@@ -436,6 +482,7 @@
           ),
           h("div", {}, directions(table, row, columns, vocab), distribution(table, row, columns)),
         ),
+        await signExamples(table, row, columns, { length: manifest.text?.length }),
         await atlas.groupsOfNeuron(table, row, columns),
         await passages(table, columns, row, { length: manifest.text?.length, before: manifest.text?.examples?.[0] ?? 0 }),
         furtherLists(table, row, columns, vocab),
