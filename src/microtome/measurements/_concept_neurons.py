@@ -249,8 +249,8 @@ def _read(read: Batches, models: Sequence[Model], sets: Sequence[Units], v: Tens
         kept.append(own)
     for done, batch in enumerate(read.parts):
         values: dict[str, Tensor] = {}
-        for when, m, own in zip(("", "_after"), models, writes, strict=False):
-            for end, some, write in zip(("", "_random"), sets, own, strict=True):
+        for when, m, along in zip(("", "_after"), models, writes, strict=False):
+            for end, some, write in zip(("", "_random"), sets, along, strict=True):
                 post, fires = _seen(m, batch, some)
                 values |= {f"activation{end}{when}": post, f"firing{end}{when}": fires}
                 values[f"written{end}{when}"] = (post @ write).unsqueeze(-1)
