@@ -351,9 +351,9 @@ def patterns_of_low_rank() -> Case:
     found: list[bool] = []
     false: list[bool] = []
     for _ in range(2):
-        left, right = (2 * torch.randn(8, 2, generator=rng, dtype=torch.float64) for _ in range(2))
-        whole = 3 * torch.randn(8, 8, generator=rng, dtype=torch.float64)
-        errors = [min(fit_error(x.softmax(1), 2, 150, rng) for _ in range(2)) for x in (left @ right.T, whole)]
+        left, right = (torch.randn(6, 2, generator=rng, dtype=torch.float64) for _ in range(2))
+        whole = 3 * torch.randn(6, 6, generator=rng, dtype=torch.float64)
+        errors = [min(fit_error(x.softmax(1), 2, 300, rng) for _ in range(3)) for x in (left @ right.T, whole)]
         found.append(errors[0] < 1e-3)
         false.append(errors[1] < 1e-3)
     return _case("pattern_fits", "patterns whose scores have rank 2", found, false)

@@ -81,9 +81,10 @@ def _has_keys(model: Model, layer: int) -> bool:
     if Site("attn.k", layer) not in model.anatomy.hook_points or model.layers[layer].attn_norm is None:
         return False
     try:
-        return model.layers[layer].W_K is not None
+        weight = model.layers[layer].W_K
     except SiteError:
         return False
+    return weight.dim() == 3
 
 
 def parts_of(x: Float[Tensor, "*at d_model"]) -> dict[str, Float[Tensor, "*at d_model"]]:
