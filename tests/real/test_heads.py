@@ -78,5 +78,5 @@ def test_without_scaling_one_long_token_outscores_all_others(model: mt.Model) ->
     """What the norm's scaling is for: the sink's activations would be selected by any other input's direction."""
     tokens = torch.randperm(40_000, generator=torch.Generator().manual_seed(0))[:48].unsqueeze(0) + 1000
     data = norm_parts(model, tokens, layers=[20])
-    assert float(data["selects_itself"].sel(part="none")) < 0.2
-    assert float(data["selects_itself"].sel(part="scaling")) == 1
+    assert float(data["selects_itself"].sel(part="none").max()) < 0.2
+    assert float(data["selects_itself"].sel(part="scaling").min()) == 1
