@@ -12,11 +12,13 @@ The name is that of a method, the value the module that declares it.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from importlib.metadata import EntryPoint, entry_points
+
+from microtome.errors import nearest
 
 ROOMS = ("measurements", "explain", "change")
 """Rooms whose modules declare methods."""
@@ -43,6 +45,28 @@ class Entry:
     summary: str
     command: str = ""
     problem: str = ""
+
+
+KNOWN_AS: dict[str, str] = {
+    "maps": "head_functions", "relations": "head_functions", "successor": "head_functions",
+    "successor_heads": "head_functions", "copying": "ov_copying", "ov": "ov_copying", "entropy": "head_map",
+    "ngram": "head_map", "hopfield": "head_map", "previous_token": "induction", "prefix_matching": "induction",
+    "duplicate_token": "induction", "cmr": "repeat_lags", "lags": "repeat_lags", "in_context_learning": "in_context",
+    "icl": "in_context", "taylor": "head_importance", "michel": "head_importance", "importance": "head_importance",
+    "ablation": "head_ablation", "low_rank": "attention_rank", "rank": "attention_rank", "hull": "unselectable",
+    "separability": "selectivity", "delimiters": "attention_targets", "registers_and_sinks": "registers",
+    "sink": "sinks", "massive_activations": "massive", "lape": "group_neurons", "language_neurons": "group_neurons",
+    "entropy_neurons": "confidence_neurons", "perplexity": "loss", "cka": "layer_similarity", "dead": "neuron_events",
+    "anisotropy": "geometry", "shortgpt": "ablation_loss",
+}  # fmt: skip
+"""Names under which papers and other tools know what a method measures; a name that is wrong is answered by them."""
+
+
+def likely(name: str, names: Iterable[str]) -> str:
+    """What was likely meant by a name that no method has, as text that ends an error: as `microtome.errors.nearest`."""
+    known = KNOWN_AS.get(name.strip().lower().replace("-", "_").replace(" ", "_"))
+    every = list(names)
+    return f' Did you mean "{known}"?' if known in every else nearest(name, every)
 
 
 REGISTERED: dict[str, Entry] = {}

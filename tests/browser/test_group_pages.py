@@ -84,7 +84,8 @@ def page(fake: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     manifest = fake["manifest"] | {"relations": RELATIONS, "tables": told}
     manifest |= {"text": manifest["text"] | {"groups": GROUPS, "examples": [4, 4]}}
     folder = tmp_path_factory.mktemp("grouped")
-    found = write_pages(folder, **(fake | {"manifest": manifest, "tables": tables}))
+    given: dict[str, Any] = fake | {"manifest": manifest, "tables": tables}
+    found = write_pages(folder, **given)
     write_labels(folder, LABELS)
     return found
 

@@ -168,7 +168,9 @@ def test_several_files_are_groups(cli: Cli, saved: Path, tmp_path: Path, text: P
 def test_what_is_refused_in_one_line(cli: Cli, saved: Path, text: Path, tmp_path: Path) -> None:
     nowhere = ("-m", tmp_path / "none")  # refused before a model is opened
     for arguments, *told in (
-        (("measure", "inductoin"), 'no command "inductoin". Did you mean "induction"', "allowed: "),
+        (("measure", "inductoin"), 'no measure "inductoin". Did you mean "induction"', "allowed: "),
+        (("measure", "maps"), 'no measure "maps". Did you mean "head_functions"', "allowed: "),
+        (("measure", "induction,maps"), 'no measure "maps". Did you mean "head_functions"'),
         (("measure", "induction,fire"), 'no measure "fire"', "allowed: ", "firing"),
         (("measure", "induction,patch"), 'no measure "patch"', "allowed: ", 'a question: run "microtome patch"'),
         (("patch,trace", "a"), 'no command "patch,trace"'),

@@ -49,7 +49,8 @@ def test_advice_names_only_options_of_the_command(path: tuple[str, ...]) -> None
         said = advice(text, own)
         assert not re.search(r"(?<![\"\w])[a-z_]+=|\bmt\.|\btoken ids?\b|\(first, end\)", said), (file, text, said)
         if not file.startswith("cli/"):  # whose own hints are of one command, and name its options
-            assert set(re.findall(r"(?<![\w-])--[a-z-]+", said)) <= options, (file, text, said)
+            bare = re.sub("`microtome [^`]*(`|$)", "", said)  # a whole command has options of its own
+            assert set(re.findall(r"(?<![\w-])--[a-z-]+", bare)) <= options, (file, text, said)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def test_gains_moved_into_the_weights_change_no_number(name: str, kind: str) -> 
     """A method that leaves a gain out, anywhere, reads other numbers of two models that compute the same."""
     for one, other in zip(results(name, f"{kind}/gains"), results(name, f"{kind}/folded"), strict=True):
         for key, x in numbers(one).items():
-            assert np.allclose(x, numbers(other)[key], rtol=2e-3, atol=2e-4, equal_nan=True), key
+            rtol = 2**-7 if key.endswith("_around") else 2e-3  # passages are kept in bfloat16, whose steps are 2**-8
+            assert np.allclose(x, numbers(other)[key], rtol=rtol, atol=2e-4, equal_nan=True), key
 
 
 def of_branch(data: xr.Dataset, branch: str) -> dict[str, np.ndarray]:

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_atlas_differs_from_itself_nowhere(folder: Path) -> None:
-    found = mt.atlas.compare(folder / "a", mt.atlas.open(folder / "a"))
+    found: Any = mt.atlas.compare(folder / "a", mt.atlas.open(folder / "a"))
     assert set(found["table"]) == {"layers", "heads", "neurons"}
     assert (found["largest"] == 0).all()
     assert not found["where"].map(len).any()

@@ -15,8 +15,9 @@ from tests.cli.conftest import TEXT, tokenizer
 
 import microtome as mt
 from microtome.atlas import Atlas, measures_of
-from microtome.atlas._groups import chosen_neurons, kept_by_group
+from microtome.atlas._groups import chosen_neurons, kept_by_group, whole_lists, with_names
 from microtome.atlas._relations import relations_table
+from microtome.atlas._tables import joined_columns
 from microtome.edit import Zero
 from microtome.errors import ArgumentError, MicrotomeWarning
 from microtome.measurements import token_loss
@@ -31,7 +32,17 @@ GROUPS = {
     "few": ["the cat sat on the mat"],
     "gone": ["cat"],
 }
-MEASURES = ["stream", "loss", "effective_rank", "massive", "firing", "top_examples", "group_neurons", "damage"]
+MEASURES = [
+    "stream",
+    "loss",
+    "effective_rank",
+    "massive",
+    "firing",
+    "top_examples",
+    "group_neurons",
+    "lens_groups",
+    "damage",
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +74,8 @@ def rows_of(model: mt.Model, name: str) -> TokenBatches:
 
 
 def test_each_group_has_what_a_measurement_of_it_alone_gives(atlas: Atlas, model: mt.Model) -> None:
-    groups, layers = atlas.table("groups"), atlas.table("group_layers")
+    groups: Any = atlas.table("groups")
+    layers: Any = atlas.table("group_layers")
     assert list(groups.index) == list(GROUPS)
     assert list(groups["tokens"]) == [240, 240, 6, 0]
     assert list(groups["documents"]) == [10, 15, 1, 0]
@@ -94,12 +106,13 @@ def test_what_is_of_the_whole_text_is_as_if_no_groups_were_kept(atlas: Atlas, mo
 
 
 def test_a_group_of_too_few_tokens_is_undecided(atlas: Atlas) -> None:
-    groups, layers = atlas.table("groups"), atlas.table("group_layers")
+    groups: Any = atlas.table("groups")
+    layers: Any = atlas.table("group_layers")
     for name in ("few", "gone"):
         assert groups.loc[name].drop(["documents", "tokens"]).isna().all()
         assert layers.loc[name].isna().all().all()
         assert name not in {*atlas.sql("SELECT group_name FROM damage")["group_name"]}
-    of = atlas.sql("SELECT * FROM group_neurons WHERE group_name IN ('few', 'gone')")
+    of: Any = atlas.sql("SELECT * FROM group_neurons WHERE group_name IN ('few', 'gone')")
     assert len(of) == 2 * 3 * families.D_MLP
     assert of[["firing", "effect", "ap", "selected"]].isna().all().all()
     assert groups.loc["plain"].notna().all()
@@ -108,7 +121,9 @@ def test_a_group_of_too_few_tokens_is_undecided(atlas: Atlas) -> None:
 def test_neurons_know_their_groups_in_sql_as_in_a_measurement(atlas: Atlas, model: mt.Model) -> None:
     known = {name: rows_of(model, name) for name in GROUPS if name != "gone"}
     found = mt.measure(model, "group_neurons", text=known, share=0.1)
-    rows = atlas.sql("SELECT * FROM group_neurons ORDER BY layer, neuron").set_index(["group_name", "layer", "neuron"])
+    rows: Any = atlas.sql("SELECT * FROM group_neurons ORDER BY layer, neuron").set_index(
+        ["group_name", "layer", "neuron"]
+    )
     for name in ("plain", "it's <b>"):
         for column in ("firing", "firing_elsewhere", "effect", "ap", "selected"):
             expected = found[f"group_{column}"].sel(group=name).values.ravel()
@@ -116,16 +131,27 @@ def test_neurons_know_their_groups_in_sql_as_in_a_measurement(atlas: Atlas, mode
         assert rows.loc[name]["selected"].sum() == atlas.table("groups").loc[name, "neurons"] > 0
     lape = found["lape"].values.ravel()
     np.testing.assert_allclose(atlas.table("neurons")["lape"].astype(float), lape, rtol=1e-5)
-    for (layer, neuron), names in atlas.where("of_group IS NOT NULL")["of_group"].items():  # type: ignore[misc]
+    for (layer, neuron), names in atlas.where("of_group IS NOT NULL")["of_group"].items():
         chosen = [n for n in ("plain", "it's <b>") if rows.loc[(n, layer, neuron)]["selected"] == 1]
         assert names == ", ".join(chosen)
+
+
+def test_what_compares_groups_layer_by_layer_stands_by_group_and_layer(atlas: Atlas, model: mt.Model) -> None:
+    found = mt.measure(model, "lens_groups", text={name: rows_of(model, name) for name in GROUPS if name != "gone"})
+    groups: Any = atlas.table("groups")
+    layers: Any = atlas.table("group_layers")
+    for name in ("plain", "it's <b>"):
+        np.testing.assert_allclose(layers.loc[name]["lens_share"], found["lens_share"].sel(group=name), rtol=1e-5)
+        assert groups.loc[name, "text_share"] == pytest.approx(float(found["text_share"].sel(group=name)), rel=1e-5)
+    assert layers.loc["it's <b>"]["lens_share"].notna().all()
+    assert layers.loc["few"]["lens_share"].isna().all()
 
 
 def test_damage_is_the_loss_without_the_neurons_of_a_group(atlas: Atlas, model: mt.Model) -> None:
     table = atlas.table("damage")
     sql = "SELECT layer, neuron FROM group_neurons WHERE selected = 1 AND group_name = '{}'"
     for of in ("plain", "it's <b>"):
-        own = atlas.sql(sql.format(of.replace("'", "''")))
+        own: Any = atlas.sql(sql.format(of.replace("'", "''")))
         edits = [Zero(f"{int(i)}.mlp.post[{','.join(map(str, part['neuron']))}]") for i, part in own.groupby("layer")]
         for name in ("plain", "it's <b>"):
             every = list(rows_of(model, name))
@@ -139,6 +165,7 @@ def test_damage_is_the_loss_without_the_neurons_of_a_group(atlas: Atlas, model: 
             assert row["neurons"] == len(own)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:group .gone. has fewer")
 def test_what_is_added_later_is_as_if_measured_at_once(folder: Path, model: mt.Model, tmp_path: Path) -> None:
     place = tmp_path / "atlas"
@@ -148,9 +175,10 @@ def test_what_is_added_later_is_as_if_measured_at_once(folder: Path, model: mt.M
     added, whole = mt.atlas.open(place), mt.atlas.open(folder)
     assert "group_neurons" in added.manifest["measures"], "which damage needs"
     for name in ("groups", "damage"):
-        pd.testing.assert_frame_equal(added.table(name), whole.table(name)[added.table(name).columns])
-    shared = added.table("group_layers").columns
-    pd.testing.assert_frame_equal(added.table("group_layers"), whole.table("group_layers")[shared])
+        same: Any = whole.table(name)[list(added.table(name))]
+        pd.testing.assert_frame_equal(added.table(name), same)
+    expected: Any = whole.table("group_layers")[list(added.table("group_layers"))]
+    pd.testing.assert_frame_equal(added.table("group_layers"), expected)
 
 
 def test_one_text_has_the_group_of_its_own(model: mt.Model, tmp_path: Path) -> None:
@@ -177,7 +205,18 @@ def test_every_column_of_the_new_tables_says_what_it_is(atlas: Atlas) -> None:
         for column, told in atlas.manifest["tables"][name]["columns"].items():
             assert told["unit"], (name, column)
             assert told["meaning"] or column.endswith(("_lo", "_hi")), (name, column)
-    assert chosen_neurons  # the sets are tested through the tables
+
+
+def test_a_neuron_of_which_nothing_was_measured_belongs_to_no_group() -> None:
+    import pyarrow as pa
+
+    keys = {"layer": pa.array([0, 0, 1], pa.int32()), "neuron": pa.array([0, 1, 0], pa.int32())}
+    old = pa.table(keys | {"max": [1.0, 2.0, 3.0]})
+    new = pa.table({k: v[1:] for k, v in keys.items()} | {"group_selected": [[0.0, 1.0], [1.0, 0.0]]})
+    joined = whole_lists(joined_columns(old, new), ["a", "b"])
+    assert joined["group_selected"].to_pylist() == [[None, None], [0.0, 1.0], [1.0, 0.0]]
+    assert chosen_neurons(joined, ["a", "b"]) == {"a": [(1, 0)], "b": [(0, 1)]}
+    assert with_names(joined, ["a", "b"])["of_group"].to_pylist() == [None, "b", "a"]
 
 
 def heads_with(**columns: list[float]) -> Any:

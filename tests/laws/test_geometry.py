@@ -250,6 +250,11 @@ def test_views_that_share_clusters_share_their_logarithm(clusters: int) -> None:
     assert float(dime(near, x)) == pytest.approx(float(dime(3 * near @ turn, 3 * x)), rel=1e-6)  # of no basis or scale
 
 
+def test_rows_of_two_kinds_share_more_than_rows_of_one() -> None:
+    told = LAYERS.shared_kinds()
+    assert (told["found"], told["false"]) == ("3 of 3", "0 of 9")
+
+
 def test_views_are_those_run_by_hand() -> None:
     model = mt.open(families.build("llama-gqa").double(), prove=False)
     data = mt.measure(model, "invariance", text=ids(12, 16), drop=0.4)

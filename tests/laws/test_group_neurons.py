@@ -93,7 +93,7 @@ def test_one_group_is_refused_in_one_line(spread: str, model: mt.Model) -> None:
     with pytest.raises(mt.errors.ArgumentError, match='"spread" compares groups, and this text has one') as refused:
         mt.measure(model, spread, text=ids())
     assert "\n" not in str(refused.value)
-    assert "--text several times" in str(refused.value)
+    assert "give several texts, each a group" in str(refused.value)
     assert "text={" in mt.methods()[spread].call
 
 

@@ -66,6 +66,14 @@ def test_groups_may_come_in_any_order(model: mt.Model) -> None:
     np.testing.assert_allclose(one["lens_map"], other["lens_map"].sel(group=one["group"]).values[..., ::-1], rtol=1e-6)
 
 
+def test_of_rows_shorter_than_a_stride_the_last_token_is_read(model: mt.Model) -> None:
+    text = {name: rows[:, :3] for name, rows in TEXT.items()}
+    short, last = (mt.measure(model, "lens_groups", text=text, least=1, stride=n) for n in (8, 3))
+    for name in short.data_vars:
+        np.testing.assert_allclose(short[name], last[name], err_msg=str(name))
+    assert (short["lens_share"] > 0).all()
+
+
 def test_a_stream_that_cannot_be_read_as_logits_is_refused_in_one_line() -> None:
     with pytest.raises(mt.errors.SiteError, match="cannot be read as logits") as refused:
         mt.measure(mt.open(families.build("bert"), prove=False), "lens_groups", text=TEXT)

@@ -137,7 +137,8 @@ def test_the_paths_of_one_layer_sum_to_the_logits(bias: bool) -> None:
     heads = torch.einsum("bphd,hdm->hbpm", run["0.attn.z"], weights.W_O.detach())
     parts = torch.cat([run["0.resid_pre"].unsqueeze(0), heads]).detach()
     torch.testing.assert_close(parts.sum(0), run["0.resid_mid"].detach())
-    read = parts / weights.mlp_norm.scale(run["0.resid_mid"]).detach().unsqueeze(-1) * weights.mlp_norm.gain.detach()
+    scale = weights.mlp_norm.scale(run["0.resid_mid"])
+    read = parts / scale.detach().unsqueeze(-1) * weights.mlp_norm.gain.detach()
     for token in (7, 33):
         u = (last.gain * model.W_U[:, token]).detach()
         paths = bilinear(model, 0, u).pairs(read)

@@ -10,7 +10,9 @@ from tests import families
 from torch import Tensor
 
 import microtome as mt
-from microtome.measurements import selectable
+from microtome.measurements import norm_parts, pattern_fits, selectable
+from microtome.measurements._norm_parts import _of_part, parts_of
+from microtome.measurements._rank_bound import fit_error
 from microtome.measurements._selectivity import effective_rank_of, mixes, softmax_norm
 from microtome.measurements._unselectable import margin
 
@@ -137,3 +139,56 @@ def test_distances_of_mixes_are_those_of_loops() -> None:
     assert data["selected_distance"].dims == ("layer", "head", "count")
     assert np.isnan(data["separable"][..., 4]).all()  # no query sees more than 16 keys
     assert float(np.abs(data["separable"] - data["separable_random"])[..., 1].max()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_scaled_inputs_select_themselves_and_projected_ones_know_no_mean(name: str) -> None:
+    model = mt.open(families.build(name), prove=False)
+    rows = torch.stack([torch.randperm(families.VOCAB - 5, generator=torch.Generator().manual_seed(s))[:16] + 5
+                        for s in range(2)])  # fmt: skip
+    data = norm_parts(model, rows)
+    assert data["selects_itself"].sel(part=["scaling", "both"]).values.tolist() == [[1.0] * 3] * 2
+    assert np.abs(data["ones_share"].sel(part=["projection", "both"])).max() < 1e-6
+    assert float(data["ones_share"].sel(part=["none", "scaling"]).min()) > 1e-3
+    assert set(data["norm"].values.tolist()) == {"both" if name == "gpt2" else "scaling"}
+    own, layer = str(data["norm"].values[1]), 1
+    keys = model.run(rows, capture=["1.resid_pre"])["1.resid_pre"].double()
+    norm = model.layers[layer].attn_norm
+    assert norm is not None
+    read = parts_of(keys)[own] * norm.gain.double()
+    key = read @ model.layers[layer].W_K.double()[1]
+    lost = torch.stack([(~selectable(row)).double().mean() for row in key]).mean()
+    assert float(data["unselectable"].sel(part=own, layer=layer, head=1)) == pytest.approx(float(lost))
+    assert norm_parts(model, rows, layers=[2])["layer"].values.tolist() == [2]
+
+
+def test_a_short_input_among_long_ones_is_selected_only_when_scaled() -> None:
+    x = torch.randn(1, 12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0, 3] = x[0, 4:].mean(0)  # inside the hull of the others
+    made = {name: _of_part(part, 1.0, torch.eye(6, dtype=torch.float64).unsqueeze(0))
+            for name, part in parts_of(x).items()}  # fmt: skip
+    assert float(made["none"]["unselectable"][0]) >= 1 / 12
+    assert float(made["scaling"]["unselectable"][0]) == 0
+    assert float(made["scaling"]["selects_itself"]) == 1 > float(made["none"]["selects_itself"])
+
+
+def test_an_input_that_occurs_twice_is_selected_under_no_part() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    data = norm_parts(model, torch.tensor([[7, 8, 7, 9]]), layers=[0])
+    assert data["selects_itself"].sel(part="scaling").values.tolist() == [0.5]
+    with pytest.raises(mt.errors.SiteError, match="no layer of .* has a norm before its attention and keys"):
+        norm_parts(model, torch.tensor([[7, 8]]), layers=[])
+
+
+def test_patterns_are_fitted_at_the_width_of_the_row_and_not_below() -> None:
+    data = pattern_fits(6, (1, 2, 6), draws=2, steps=150)
+    error = data["error"].values
+    assert (error[0] > error[1]).all()
+    assert (error[1] > 0.02).all()
+    assert (np.abs(error[2]) < 1e-4).all()
+    assert (error[0] < data["even"].values).all()
+    rng = torch.Generator().manual_seed(0)
+    low = (torch.randn(8, 2, generator=rng, dtype=torch.float64) @ torch.randn(2, 8, generator=rng).double()).softmax(1)
+    assert fit_error(low, 2, 150, rng) < 1e-4 < fit_error(low, 1, 150, rng)
+    with pytest.raises(mt.errors.ArgumentError, match="fits need tokens, widths, draws and steps"):
+        pattern_fits(1)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tests import families
 
@@ -238,3 +239,17 @@ def test_a_lone_edit_is_taken_as_one() -> None:
     model = mt.open(families.build("gpt2"), prove=False)
     edit = mt.edit.Zero("0.mlp_out")
     assert torch.equal(model.run([5, 6], edits=edit).logits, model.run([5, 6], edits=[edit]).logits)
+
+
+def test_a_name_that_papers_use_leads_to_the_method() -> None:
+    from microtome.catalogue import KNOWN_AS, likely
+
+    names = mt.methods()
+    assert not KNOWN_AS.keys() & names.keys()
+    assert set(KNOWN_AS.values()) <= names.keys()
+    assert likely("Successor Heads", names) == ' Did you mean "head_functions"?'
+    assert likely("inductoin", names).startswith(' Did you mean "induction"')
+    assert likely("maps", ["firing"]) == ""
+    model = mt.open(families.build("gpt2"), prove=False)
+    with pytest.raises(mt.errors.ArgumentError, match='no method "maps".*Did you mean "head_functions"'):
+        mt.measure(model, "maps")

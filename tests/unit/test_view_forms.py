@@ -16,6 +16,7 @@ import xarray as xr
 from rich.console import Console
 from tests import effects
 
+from microtome import view
 from microtome.view import (
     HeatMap,
     LabelTable,
@@ -120,7 +121,7 @@ def test_unknown_axes_are_listed_and_no_error(dims: tuple[str, ...]) -> None:
 
 def test_the_view_knows_no_method() -> None:
     """No sentence of the room compares a method's name."""
-    for path in Path(forms.__code__.co_filename).parent.rglob("*"):
+    for path in Path(view.__file__).parent.rglob("*"):
         if path.suffix in (".py", ".js"):
             names = r"causal tracing|activation patching|logit lens|knock-out|attribution"
             assert not re.search(names, path.read_text(encoding="utf-8"), flags=re.IGNORECASE), path.name

@@ -17,6 +17,8 @@ from microtome import planted
 from microtome.measurements import cmr_curve, commit_separation, fit_cmr, head_types, pruning_curve, selectable
 from microtome.measurements._head_map import followers, ngram_shares, reach, spread
 from microtome.measurements._hopfield import updates
+from microtome.measurements._norm_parts import parts_of
+from microtome.measurements._rank_bound import fit_error
 from microtome.planted._llama import Layout, bench
 
 Case = dict[str, str]
@@ -328,6 +330,35 @@ def keys_inside_the_hull() -> Case:
     return _case("unselectable", "keys inside the hull of the others", found, false)
 
 
+def short_inputs_selected_when_scaled() -> Case:
+    """Inputs inside the hull of longer ones cannot be selected, and can once all have one norm."""
+    found: list[bool] = []
+    false: list[bool] = []
+    for seed in range(5):
+        rng = torch.Generator().manual_seed(seed)
+        x = torch.randn(30, 6, generator=rng, dtype=torch.float64)
+        weight = torch.rand(3, 30, generator=rng, dtype=torch.float64) ** 4
+        x = torch.cat([x, weight / weight.sum(1, keepdim=True) @ x])
+        seen = {name: selectable(part) for name, part in parts_of(x).items()}
+        found += (~seen["none"][30:]).tolist()
+        false += (~seen["scaling"]).tolist()
+    return _case("norm_parts", "inputs inside the hull, without and with scaling", found, false)
+
+
+def patterns_of_low_rank() -> Case:
+    """Score matrices of rank 2 are fitted by heads of width 2; those of full rank are not."""
+    rng = torch.Generator().manual_seed(0)
+    found: list[bool] = []
+    false: list[bool] = []
+    for _ in range(2):
+        left, right = (torch.randn(6, 2, generator=rng, dtype=torch.float64) for _ in range(2))
+        whole = 3 * torch.randn(6, 6, generator=rng, dtype=torch.float64)
+        errors = [min(fit_error(x.softmax(1), 2, 300, rng) for _ in range(3)) for x in (left @ right.T, whole)]
+        found.append(errors[0] < 1e-3)
+        false.append(errors[1] < 1e-3)
+    return _case("pattern_fits", "patterns whose scores have rank 2", found, false)
+
+
 def random_llama() -> mt.Model:
     """A Llama of random weights that nothing was planted in."""
     config = LlamaConfig(
@@ -366,7 +397,7 @@ def kinds_of_heads() -> Case:
 
 
 CASES: tuple[Callable[[], Case], ...] = (
-    head_that_follows_subjects, keys_at_rest,
+    head_that_follows_subjects, keys_at_rest, short_inputs_selected_when_scaled, patterns_of_low_rank,
     modes_of_heads, distances_of_heads, ngram_heads, induction_is_a_bigram_head, previous_token_in_text,
     sinks_are_single, recall_by_context, induction_recalls_what_followed, copying_by_weights, copying_by_maps,
     suppression_by_maps, successors_by_maps, permutation_by_maps, relations_lost_with_their_heads,

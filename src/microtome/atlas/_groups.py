@@ -111,9 +111,8 @@ def group_tables(reading: Reading, measured: Measured, least: int) -> dict[str, 
         },
     }
     known = tokens >= least
-    every = {**measured.by_group, **{m: d for m, d in measured.datasets.items() if m.name == GROUPED}}
-    whole = {m: d for m, d in every.items() if m.of == "model" or m.name == GROUPED}
-    _add(columns, attrs, whole, names, ("group",), known)
+    every = {**measured.by_group, **{m: d for m, d in measured.datasets.items() if "group" in d.dims}}
+    _add(columns, attrs, every, names, ("group",), known)
     made = {"groups": table_of(columns, attrs)}
     by_layer = {m: d for m, d in every.items() if m.of == "layer" and "layer" in d.dims}
     return made | ({"group_layers": _layers(by_layer, names, known)} if by_layer else {})
@@ -128,18 +127,11 @@ def _add(
         own = placed(data, names)
         for name in named_columns(method, own, dims):
             array = own[name]
-            if not set(array.dims) <= {*dims, *method_axes(method, name)}:
-                continue  # of other units too, such as neurons
+            if set(array.dims) != set(dims):
+                continue  # of other units too, such as neurons, or a list
             values = flat(array, dims)
             unknown = np.repeat(~known, len(values) // len(names))
-            hidden = np.broadcast_to(unknown.reshape(-1, *[1] * (values.ndim - 1)), values.shape)
-            columns[name], attrs[name] = np.ma.masked_array(values, hidden), dict(data[name].attrs)
-
-
-def method_axes(method: Method, name: str) -> tuple[str, ...]:
-    """The axes that a column has beside those of its unit."""
-    column = next((c for c in method.columns if c.name == name), None)
-    return () if column is None else tuple(column.extra)
+            columns[name], attrs[name] = np.ma.masked_array(values, unknown), dict(data[name].attrs)
 
 
 def _layers(found: Mapping[Method, xr.Dataset], names: Sequence[str], known: np.ndarray) -> pa.Table:
@@ -164,6 +156,17 @@ def chosen_neurons(neurons: pa.Table, groups: Sequence[str]) -> dict[str, list[t
         for number, group in enumerate(groups)
         if not np.ma.getmaskarray(flags)[:, number].all()
     }
+
+
+def whole_lists(neurons: pa.Table, groups: Sequence[str]) -> pa.Table:
+    """The neurons with a list in every row: one of which nothing is known has a list of nulls, so that places agree."""
+    for number, field in enumerate(neurons.schema):
+        column = neurons.column(number)
+        if field.name.startswith("group_") and pa.types.is_list(field.type) and column.null_count:
+            nothing = [None] * len(groups)
+            rows = pa.array([nothing if row is None else row for row in column.to_pylist()], field.type)
+            neurons = neurons.set_column(number, field, rows)
+    return neurons
 
 
 def with_names(neurons: pa.Table, groups: Sequence[str]) -> pa.Table:

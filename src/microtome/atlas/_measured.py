@@ -16,6 +16,7 @@ from microtome.atlas._groups import (
     kept_by_group,
     least_of,
     placed,
+    whole_lists,
     with_counts,
     with_names,
 )
@@ -64,7 +65,7 @@ def measured_atlas(
     made = {name: joined_columns(before.get(name), new.get(name)) for name in dict.fromkeys((*before, *new))}
     seconds = dict(measured.seconds)
     if "group_selected" in made["neurons"].column_names:
-        made["neurons"] = with_names(made["neurons"], reading.groups)
+        made["neurons"] = with_names(whole_lists(made["neurons"], reading.groups), reading.groups)
         made["groups"] = with_counts(made["groups"], made["neurons"])
     if DAMAGE in chosen:
         since = time.perf_counter()

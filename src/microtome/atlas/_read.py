@@ -56,7 +56,7 @@ KEYS = ("relation", "neurons_of", "group_name", "layer", "head", "expert", "neur
 """Columns that name the rows of a table."""
 
 MADE_BY = {
-    "relations": ("head_functions", "which weights alone are read for"),
+    "relations": ("head_functions", "which reads the weights alone"),
     "damage": ("damage", "which needs a text of several groups (--text several times, or --group-by)"),
 }
 """Tables that not every atlas has: what `--add` makes them, and what to know of it."""

@@ -149,7 +149,8 @@ def _joined(before: Atlas, added: Mapping[str, Any], made: Mapping[str, pa.Table
     whole = {k: v for k, v in added.items() if k not in {*kept, "measures", "left_out"}}  # of the whole model
     log = {"measures": list(added["measures"]), "created": added["created"], "cost": added["cost"]}
     return {
-        **old, **whole, "tables": manifest_tables(made), "measures": {**old["measures"], **added["measures"]},
+        **old, **whole, "text": {**added["text"], **old["text"]}, "tables": manifest_tables(made),
+        "measures": {**old["measures"], **added["measures"]},
         "left_out": {**old["left_out"], **added["left_out"]}, "added": [*old.get("added", ()), log],
     }  # fmt: skip
 

@@ -87,8 +87,8 @@ def _atlases(a: str, b: str, top: int, *, given: dict[str, Any], as_json: bool) 
         rows: list[dict[str, Any]] = json.loads(str(found.to_json(orient="records")))
         print_json({"a": a, "b": b, "columns": rows})
         return
-    shown_rows = found[found["largest"] != 0]
-    out.print(frame_table(shown_rows.assign(where=shown_rows["where"].map(" ".join)), len(found)))
+    moved: Any = found[found["largest"] != 0]
+    out.print(frame_table(moved.assign(where=moved["where"].map(" ".join)), len(found)))
     if still := found[found["largest"] == 0]["column"].tolist():
         out.print(f"no change: {', '.join(still)}", soft_wrap=True)
     out.print("apart: the 95 % intervals of both do not overlap")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from microtome.catalogue import Entry
+from microtome.catalogue import Entry, likely
 from microtome.catalogue import entries as registered
 from microtome.cli._early import refuse
 from microtome.cli._examples import example
@@ -24,7 +24,7 @@ from microtome.cli._options import cluster_of, shared, signed, slot_of, values_o
 from microtome.cli._results import check_output, shown, write_edits
 from microtome.cli._texts import tables_of, text_of
 from microtome.context import settings
-from microtome.errors import ArgumentError, error, nearest
+from microtome.errors import ArgumentError, error
 
 if TYPE_CHECKING:
     from microtome.method import Sketch
@@ -47,6 +47,7 @@ class MethodGroup(TyperGroup):
     """A group whose commands are those that it is given, and those of the methods of some kinds."""
 
     kinds: tuple[str, ...] = ("question", "change")
+    noun = "command"
     called: ClassVar[Any] = None
     """The command under way, for what errors advise."""
 
@@ -77,7 +78,7 @@ class MethodGroup(TyperGroup):
         """The command that is called, made from its method where it is one."""
         if args and self.load(args[0]) is None and not args[0].startswith("-"):
             names = self.list_commands(ctx)
-            what = f'no command "{args[0]}".{nearest(args[0], names)}'.removesuffix(".")
+            what = f'no {self.noun} "{args[0]}".{likely(args[0], names)}'.removesuffix(".")
             raise error(ArgumentError, what, allowed=", ".join(names), do="name one of these")
         found = super().resolve_command(ctx, args)
         MethodGroup.called = found[1]
@@ -95,6 +96,7 @@ class MeasureGroup(MethodGroup):
     """The commands of measures: one, or several with commas between them."""
 
     kinds = ("measure",)
+    noun = "measure"
 
     def load(self, name: str) -> Any:
         """Make the command of some measures; None where there is none of these names."""
@@ -104,7 +106,7 @@ class MeasureGroup(MethodGroup):
             return self.commands.get(name)
         if unknown:
             other = next((e for e in registered().values() if unknown[0] in (e.name, e.command)), None)
-            what = f'no measure "{unknown[0]}".{nearest(unknown[0], [*entries])}'.removesuffix(".")
+            what = f'no measure "{unknown[0]}".{likely(unknown[0], entries)}'.removesuffix(".")
             do = "name some of these" if other is None else f'it is a {other.kind}: run "microtome {other.command}"'
             raise error(ArgumentError, what, allowed=", ".join(entries), do=do)
         self.add_command(command_of(name, [entries[part].name for part in parts]), name)

@@ -35,8 +35,10 @@ from microtome.measurements._neural_collapse import Collapse as Collapse
 from microtome.measurements._neural_collapse import neural_collapse as neural_collapse
 from microtome.measurements._neuron_classes import CLASSES as CLASSES
 from microtome.measurements._neuron_weights import neuron_directions as neuron_directions
+from microtome.measurements._norm_parts import norm_parts as norm_parts
 from microtome.measurements._ordinal_direction import ordinal_direction as ordinal_direction
 from microtome.measurements._outside import out_of_distribution as out_of_distribution
+from microtome.measurements._rank_bound import pattern_fits as pattern_fits
 from microtome.measurements._registers import register as register
 from microtome.measurements._relation_damage import read_relations as read_relations
 from microtome.measurements._relation_damage import relation_damage as relation_damage

@@ -90,8 +90,7 @@ def concept_neurons(
     >>> found = microtome.measurements.concept_neurons(base, ("rude", "polite"), texts, after=tuned)
     """
     layers = _layers(model)
-    if after is not None:
-        _require_alike(model, after, layers)
+    _require_alike(model, after)
     read = Text(text, tokens=tokens, length=length, rows=rows).batches(model, apart=True)
     v = _direction(model, concept, read).double().cpu()
     v = v / v.norm()
@@ -104,8 +103,8 @@ def concept_neurons(
         variables |= _weights_of(model, after, some, v, end)
     kept = _read(read, [model] if after is None else [model, after], [units, others], v)
     variables |= _activity(kept, units)
-    variables |= {"promoted": _unit(_promoted(model, units, words), "token", "tokens that the neuron promotes most")}
-    variables |= {"chance": ((), _chance(sum(map(len, cosine.values())), len(v)), {"unit": "cosine", "meaning": CAN})}
+    variables["promoted"] = _unit(_promoted(model, units, words), "token", "tokens that the neuron promotes most")
+    variables["chance"] = ((), _chance(sum(map(len, cosine.values())), len(v)), {"unit": "cosine", "meaning": CAN})
     coords = {"layer": ("unit", [i for i, _ in units]), "neuron": ("unit", [n for _, n in units])}
     told = {"method": "concept_neurons", "text": read.source, "seed": current().seed}
     data = xr.Dataset(variables, coords=coords | {"group": list(read.groups)})
@@ -131,13 +130,15 @@ def _layers(model: Model) -> list[int]:
     return [site.layer for site in points if site.layer is not None]
 
 
-def _require_alike(model: Model, after: Model, layers: Sequence[int]) -> None:
+def _require_alike(model: Model, after: Model | None) -> None:
     """Refuse a second model that is no tuned copy of the first.
 
     Raises:
         ArgumentError: it has other layers or sizes.
         DataError: it reads a text as other tokens.
     """
+    if after is None:
+        return
     shapes = [
         (m.anatomy.d_model, m.anatomy.d_vocab, [m.anatomy.size(Site("mlp.post", i), "neuron") for i in _layers(m)])
         for m in (model, after)
@@ -249,8 +250,8 @@ def _read(read: Batches, models: Sequence[Model], sets: Sequence[Units], v: Tens
         kept.append(own)
     for done, batch in enumerate(read.parts):
         values: dict[str, Tensor] = {}
-        for when, m, own in zip(("", "_after"), models, writes, strict=False):
-            for end, some, write in zip(("", "_random"), sets, own, strict=True):
+        for when, m, along in zip(("", "_after"), models, writes, strict=False):
+            for end, some, write in zip(("", "_random"), sets, along, strict=True):
                 post, fires = _seen(m, batch, some)
                 values |= {f"activation{end}{when}": post, f"firing{end}{when}": fires}
                 values[f"written{end}{when}"] = (post @ write).unsqueeze(-1)

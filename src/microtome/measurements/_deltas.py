@@ -139,7 +139,7 @@ def _inputs(model: Model, names: Sequence[str]) -> list[Site]:
 
 
 def _changes(
-    model: Model, tokens: Tensor, base: Float[Tensor, "row pos vocab"], edits: list[Edit]
+    model: Model, tokens: Tensor, base: Float[Tensor, "row pos vocab"], edits: Sequence[Edit]
 ) -> dict[str, Float[Tensor, "row next"]]:
     """The rise of the loss of each token, and the divergence of what was predicted in its place, under edits."""
     logits = model.run(tokens, edits=edits).logits

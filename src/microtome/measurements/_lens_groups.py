@@ -105,9 +105,8 @@ class LensGroups(Statistic):
         """Take in the rows of one group."""
         mask = torch.ones(seen.tokens.shape, dtype=torch.bool) if seen.mask is None else seen.mask.clone()
         kept["tokens"].update(seen.tokens.unsqueeze(-1).double(), mask)
-        places = torch.arange(self.stride - 1, mask.shape[1], self.stride)
-        if not len(places):
-            places = torch.arange(mask.shape[1])[-1:]
+        width = mask.shape[1]
+        places = torch.tensor([*range(self.stride - 1, width, self.stride)] or [width - 1])  # of a short row its last
         mask = mask[:, places]
         rows = mask.any(1)
         if not bool(rows.any()):

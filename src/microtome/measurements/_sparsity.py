@@ -123,11 +123,10 @@ class Sparsity(Statistic):
     """Error and share of active neurons by threshold, exact zeros, and how many dimensions the stream uses."""
 
     def prepare(self, model: Model, layers: Sequence[int | None]) -> None:
-        """The output weights, and one random rotation."""
+        """The output weights; one random rotation is drawn when the stream is seen, which may have several lanes."""
         self._weights = {i: at_least_float32(model.layers[i or 0].W_out) for i in layers}
-        d = model.anatomy.d_model
-        rng = torch.Generator().manual_seed(current().seed)
-        self._turn = torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
+        self._turn = torch.empty(0, 0)
+        self._seed = current().seed
 
     def start(self, model: Model, layer: int | None) -> Kept:
         """Means by threshold, and of the rest."""
@@ -146,6 +145,9 @@ class Sparsity(Statistic):
         for name, x in zip(("cett", "cett_random", "active"), errors(some, self._weights[seen.layer]), strict=True):
             kept[name].update(x)
         kept["zeros"].update((some == 0).double().mean(1, keepdim=True))
+        if len(self._turn) != (d := stream.shape[-1]):
+            rng = torch.Generator().manual_seed(self._seed)
+            self._turn = torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
         for ending, x in (("", stream), ("_rotated", stream @ self._turn.to(stream))):
             used = largest(x)
             kept[f"stream_dims{ending}"].update(used.double().mean(-1, keepdim=True), mask)

@@ -10,8 +10,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint
 from typing import Protocol, runtime_checkable
 
-from microtome.catalogue import REGISTERED, Entry, entries, own, points
-from microtome.errors import ArgumentError, DeclarationError, error, nearest
+from microtome.catalogue import REGISTERED, Entry, entries, likely, own, points
+from microtome.errors import ArgumentError, DeclarationError, error
 from microtome.method._declare import Kind, Method
 
 
@@ -131,7 +131,7 @@ def methods(kind: Kind | None = None) -> Methods:
 
 def _unknown(name: str) -> ArgumentError:
     names = sorted(index())
-    near = nearest(name, names)
+    near = likely(name, names)
     return error(ArgumentError, f'no method "{name}"', do=near.strip() or "choose one that `mt.methods()` lists")
 
 

@@ -241,7 +241,7 @@ def _of_batches(
     batches = look.batches(model, apart=True) if apart and isinstance(look, Text) else look.batches(model)
     if comparing and len(batches.groups) < 2:
         what = f'the measure "{comparing[0]}" compares groups, and this text has one'
-        do = "give several texts (--text several times), each a group, or a corpus of several groups"
+        do = "give several texts, each a group, or a corpus of several groups"
         raise error(ArgumentError, what, got=", ".join(batches.groups), allowed="two groups or more", do=do)
     if kept and groups:
         _check_groups(groups, batches)

@@ -205,7 +205,7 @@ def _word(data: xr.Dataset, name: str) -> object:
 
 
 def title_of(data: xr.Dataset) -> str:
-    """The method and what it was asked: "Activation patching: Paris rather than Rome"."""
+    """The method and what it was asked: "Title of the method: Paris rather than Rome"."""
     method = str(data.attrs.get("method", "results"))
     asked = " rather than ".join(word.strip() for word in sought(data))
     return method[:1].upper() + method[1:] + (f": {asked}" if asked else "")

@@ -4,9 +4,9 @@
 (function (atlas) {
   const { h, s, number } = atlas;
   const [WIDE, TALL] = [78, 42]; // of a cell
-  const LETTERS = 16; // of a name before it is cut
+  const LETTERS = { row: 16, column: 10 }; // of a name before it is cut
 
-  const cut = (name) => (name.length > LETTERS ? `${name.slice(0, LETTERS - 1)}…` : name);
+  const cut = (name, most = LETTERS.row) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
 
   /**
    * A matrix. `cell(row, column)` gives { value, below, text, href }, or null where nothing was measured: the number, what
@@ -39,14 +39,15 @@
         below && s("text", { ...middle, y: y + 33, class: "below" }, below),
       );
     };
-    const name = (text, attributes) => s("text", { class: "matrix-name", ...attributes }, cut(text), s("title", {}, text));
+    const name = (text, most, attributes) =>
+      s("text", { class: "matrix-name", ...attributes }, cut(text, most), s("title", {}, text));
     const svg = s(
       "svg",
       { viewBox: `0 0 ${width} ${height}`, width, height, class: "matrix", role: "group", "aria-label": `${title}: ${down} by ${across}`, pointerleave: () => (reading.textContent = rest) },
       s("text", { class: "tick", x: left + 4, y: 14 }, `${across} →`),
       s("text", { class: "tick", x: left - 8, y: 34, "text-anchor": "end" }, `${down} ↓`),
-      columns.map((text, i) => name(text, { x: left + (i + 0.5) * WIDE, y: 34, "text-anchor": "middle" })),
-      rows.map((text, j) => name(text, { x: left - 8, y: top + (j + 0.5) * TALL + 4, "text-anchor": "end" })),
+      columns.map((text, i) => name(text, LETTERS.column, { x: left + (i + 0.5) * WIDE, y: 34, "text-anchor": "middle" })),
+      rows.map((text, j) => name(text, LETTERS.row, { x: left - 8, y: top + (j + 0.5) * TALL + 4, "text-anchor": "end" })),
       cells.map(draw),
     );
     return h(
