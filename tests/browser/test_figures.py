@@ -23,9 +23,17 @@ def page(fake: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     return write_pages(tmp_path_factory.mktemp("pages"), **fake)
 
 
+class Anew(Tab):
+    """A tab that opens every page anew: of a mere change of the route it would not say when that was drawn."""
+
+    def open(self, page: Path, route: str = "") -> None:
+        self.call("Page.navigate", url="about:blank")
+        super().open(page, route)
+
+
 @pytest.fixture(scope="module")
 def opened(browser: str) -> Iterator[Tab]:
-    tab = Tab(browser)
+    tab = Anew(browser)
     yield tab
     tab.close()
 

@@ -125,12 +125,16 @@
     const focused = document.activeElement?.id;
     const samePage = route.path === shownPath;
     const places = []; // of parts that are functions, which are called after the first paint
-    const first = nodes(content).map((part) => {
-      if (typeof part !== "function") return part;
-      if (samePage) return nodes(part());
-      places.push([h("div"), part]);
-      return places.at(-1)[0];
-    });
+    const first = [];
+    for (const part of nodes(content)) {
+      if (typeof part !== "function") first.push(part);
+      else if (samePage) first.push(await part());
+      else {
+        places.push([h("div"), part]);
+        first.push(places.at(-1)[0]);
+      }
+    }
+    if (own !== turn) return;
     main.replaceChildren(...nodes(first));
     if (!places.length) main.removeAttribute("aria-busy");
     const manifest = (await data.model().catch(() => null))?.manifest;

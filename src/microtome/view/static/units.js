@@ -482,9 +482,9 @@
           ),
           h("div", {}, directions(table, row, columns, vocab), distribution(table, row, columns)),
         ),
-        await signExamples(table, row, columns, { length: manifest.text?.length }),
+        () => signExamples(table, row, columns, { length: manifest.text?.length }),
         await atlas.groupsOfNeuron(table, row, columns),
-        await passages(table, columns, row, { length: manifest.text?.length, before: manifest.text?.examples?.[0] ?? 0 }),
+        () => passages(table, columns, row, { length: manifest.text?.length, before: manifest.text?.examples?.[0] ?? 0 }),
         furtherLists(table, row, columns, vocab),
       ],
     };
