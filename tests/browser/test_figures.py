@@ -317,6 +317,9 @@ def test_a_map_of_thousands_of_cells_is_few_elements_and_reads_the_same(tab: Tab
         })()"""
     )
     assert tab.eval("document.querySelectorAll('#large *').length") < 200
+    tab.eval(
+        "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )  # its caption has settled
     box = tab.eval("(() => { const b = document.querySelector('#large .sheet-over').getBoundingClientRect();"
                    " return [b.x, b.y, b.width / 64, b.height / 32]; })()")  # fmt: skip
     for column, row in ((0, 0), (3, 2), (63, 31), (17, 9)):

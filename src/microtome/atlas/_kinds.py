@@ -45,7 +45,7 @@ def kinds_of(heads: pa.Table) -> list[str] | None:
     names = best["kind"].values.astype(object)
     sink = found["is_kind"].sel(kind=SINK).values if SINK in found["kind"] else np.zeros(size, bool)
     strongest = np.where(np.isnan(best.values), -np.inf, best.values).argmax(0) if len(names) else np.zeros(size, int)
-    named = np.isfinite(best.values).any(0)
+    named = np.asarray(np.isfinite(best.values).any(0))
     return [
         str(names[strongest[at]]) if named[at] else SINK if sink[at] else OTHER
         for at in zip(layers.tolist(), numbers.tolist(), strict=True)

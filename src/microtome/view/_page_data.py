@@ -125,10 +125,10 @@ def _token_columns(neurons: pa.Table) -> list[str]:
 
 def strings_of(neurons: pa.Table, strings: Sequence[str]) -> dict[int, str]:
     """The strings that the token columns of some neurons point at, by place."""
-    used = {
-        place for name in _token_columns(neurons) for place in _as_lists(neurons.column(name)).flatten().to_pylist()
-    }
-    return {place: strings[place] for place in sorted(used) if place >= 0}
+    used: set[int] = set()
+    for name in _token_columns(neurons):
+        used.update(int(place) for place in _as_lists(neurons.column(name)).flatten().to_pylist())
+    return {place: str(strings[place]) for place in sorted(used) if place >= 0}
 
 
 def pack_tokens(tokens: Sequence[str]) -> tuple[list[str], list[int]]:
