@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,33 @@ def test_other_work_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Parts((*WORK, 1), MODULES).read(3, [batch()]) is None
     monkeypatch.setattr(_parts, "_source", lambda name: name.encode())
     assert Parts(WORK, MODULES).read(3, [batch()]) is None
+
+
+def test_a_changed_file_of_the_package_of_a_measure_is_other_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("__init__", "_m", "_stats"):
+        (tmp_path / "plugged").mkdir(exist_ok=True)
+        (tmp_path / "plugged" / f"{name}.py").write_text("x = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("plugged._m")
+    Parts(WORK, ["plugged._m"]).write(0, [batch()], kept()[:1])
+    assert Parts(WORK, ["plugged._m"]).read(0, [batch()]) is not None
+    (tmp_path / "plugged" / "_stats.py").write_text("x = 2")
+    assert Parts(WORK, ["plugged._m"]).read(0, [batch()]) is None
+    monkeypatch.delitem(sys.modules, "plugged")
+    monkeypatch.delitem(sys.modules, "plugged._m")
+
+
+def test_other_versions_and_large_parts(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Parts(WORK, MODULES).write(0, [batch()], kept())
+    with monkeypatch.context() as patched:
+        patched.setattr(_parts, "version", lambda name: f"{name} 9")
+        assert Parts(WORK, MODULES).read(0, [batch()]) is None
+    monkeypatch.setattr(_parts, "LARGEST", 8)
+    Parts(WORK, MODULES).write(1, [batch()], kept())
+    assert Parts(WORK, MODULES).read(1, [batch()]) is None
+    assert Parts(WORK, MODULES).read(0, [batch()]) is not None
 
 
 def test_documents_and_groups_of_the_tokens_count() -> None:

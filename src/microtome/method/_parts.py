@@ -1,9 +1,9 @@
 """The parts of a pass that a cluster has done, on disk until all of it is: a driver that is started again goes on.
 
-A part is taken up again only by the same work: the same model, measures, arguments, groups, seed and tokens, and the
-same source of Microtome and of the measures.
+A part is taken up again only by the same work: the same model, measures, arguments, groups, seed and tokens, the same
+source of Microtome and of the packages of the measures, and the same PyTorch and transformers.
 
-Cost:  what a part keeps is written once, without waiting for it elsewhere; a hash of the tokens.
+Cost:  what a part keeps is written once, at most 256 MiB of it: larger parts are done again. A hash of the tokens.
 Check: tests/laws/test_cluster.py, tests/unit/test_parts.py.
 """
 
@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from microtome.anatomy import PARTS, cache_dir
@@ -25,6 +25,8 @@ from microtome.stream import TokenBatch, load_accumulators, save_accumulators
 Found = list[dict[tuple[int | None, int | None], Kept]]
 """By measure, what it keeps by group and layer."""
 PLAIN = (int, float, str, bool, type(None))
+LARGEST = 2**28
+"""Bytes of a part that is kept, so that the 32 of a pass take 8 GiB at most."""
 
 
 class Parts:
@@ -37,7 +39,8 @@ class Parts:
 
     def __init__(self, work: Sequence[object], modules: Sequence[str]) -> None:
         self._measures = len(modules)
-        sha = hashlib.sha256(repr(work).encode())
+        versions = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+        sha = hashlib.sha256(repr((work, versions)).encode())
         for name in sorted({"microtome", *modules}):
             sha.update(_source(name))
         self.folder = cache_dir() / PARTS / sha.hexdigest()[:32]
@@ -65,6 +68,8 @@ class Parts:
             for (group, layer), kept in one.items()
             for key, accumulator in kept.items()
         }
+        if sum(x.nbytes for one in held.values() for x in one.state().values()) > LARGEST:
+            return
         with suppress(OutputError, OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_accumulators(held, self._file(number, batches))
@@ -95,13 +100,13 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, PLAIN)
 
 
-@cache
 def _source(name: str) -> bytes:
-    """A hash of the source of a package, or of a module."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        return b""
-    place, sha = Path(file), hashlib.sha256()
-    for path in sorted(place.parent.rglob("*.py")) if place.name == "__init__.py" else [place]:
-        sha.update(path.read_bytes())
-    return sha.digest()
+    """A hash of the source of the package that a module is of, as it stands now; of a module of no package, of it."""
+    for one in (name.partition(".")[0], name):
+        file = getattr(sys.modules.get(one), "__file__", None)
+        if file is not None:
+            place, sha = Path(file), hashlib.sha256()
+            for path in sorted(place.parent.rglob("*.py")) if place.name == "__init__.py" else [place]:
+                sha.update(path.read_bytes())
+            return sha.digest()
+    return b""
