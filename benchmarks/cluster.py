@@ -13,6 +13,7 @@ Both are written to benchmarks/results/cluster.json, kills where there are 20 or
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -146,8 +147,9 @@ def kills(started: Any, folder: Path, count: int, seed: int) -> None:
     for work in ("harvest", "measure"):
         drive(work, str(saved), str(folder / f"{work}-whole"), None)
     table: list[Kill] = []
-    while len(table) < count:
-        work = ("harvest", "measure")[len(table) % 2]
+    for work in itertools.cycle(("harvest", "measure")):
+        if len(table) >= count:
+            break
         out = folder / f"{work}-{len(table)}"
         found = disturbed(work, saved, out, started, draw, min(4, count - len(table)))
         fine = same(work, out, folder / f"{work}-whole")
