@@ -39,6 +39,9 @@ def cases() -> list[Any]:
 
 def main() -> None:
     """Run every case, print its row, and write the page where that is asked for."""
+    import torch
+
+    torch.set_num_threads(1)  # the models are tiny: threads that wait for each other take most of the time else
     rows: list[str] = []
     for case in cases():
         made = case()

@@ -92,6 +92,13 @@ def test_the_table_names_what_was_changed(cli: Cli, saved: Path) -> None:
 
 def test_what_is_wrong_is_one_line(cli: Cli, saved: Path, made: Path, tmp_path: Path) -> None:
     check(cli("commit", "the cat", "--verify", made, "-m", saved), 2, "the prompt is not the one", "2 tokens, 25")
+    four = tmp_path / "four.commit"
+    assert cli("commit", "the cat sat on", "-o", four, "-m", saved).code == 0
+    sat, on = mt.open(str(saved), prove=False).to_batch("the sat on").tokens[0, 1:].tolist()
+    done = cli("commit", "the cat sat sat", "--verify", four, "-m", saved)
+    check(done, 2, "the prompt is not the one", f"got token 3 is {sat} 'Ġsat', {on} 'Ġon' committed to")
+    for given in (("--without-massive",), ("--force",), ("--every", "32"), ("--top", "128")):
+        check(cli("commit", "--verify", made, *given, "-m", saved), 2, "--verify reads what was", f"got {given[0]}")
     broken = tmp_path / "broken.commit"
     broken.write_bytes(made.read_bytes()[:200])
     check(cli("commit", "--verify", broken, "-m", saved), 10, "holds no commitment")

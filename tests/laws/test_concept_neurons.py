@@ -58,6 +58,13 @@ def test_it_is_what_plain_runs_show(model: mt.Model) -> None:
     assert (data["cos_in"] < 0.999).any()  # gains are folded in
 
 
+def test_a_group_without_later_tokens_has_no_value(model: mt.Model) -> None:
+    data = concept_neurons(model, torch.ones(families.D_MODEL), TEXT | {"c": ids(1, 2)[:, :1]}, after=model, top=4)
+    for name in ("activation", "firing", "written", "written_random", "written_change"):
+        assert data[name].sel(group="c").isnull().all(), name
+        assert data[name].sel(group=["a", "b"]).notnull().all(), name
+
+
 def test_a_model_beside_itself_has_not_changed(model: mt.Model) -> None:
     data = concept_neurons(model, torch.ones(families.D_MODEL), ids(8, 3), after=model, top=4)
     for name in ("cos_in", "cos_gate", "cos_out", "cos_in_random"):

@@ -63,6 +63,17 @@ def test_without_controls_there_is_no_difference(model: mt.Model) -> None:
     assert np.isnan(data["damage_lo"]).all()  # of two rows
 
 
+def test_a_group_without_tokens_to_predict_has_no_value(model: mt.Model) -> None:
+    whole = damage(model, SETS, {"a": ids(8, 0)}, controls=0)
+    for text in ({"a": ids(8, 0), "b": ids(1, 1)[:, :1]}, {"b": ids(1, 1)[:, :1], "a": ids(8, 0)}):
+        data = damage(model, SETS, text)
+        assert data["loss"].sel(group="b").isnull()
+        for name in ("damage", "damage_random", "damage_diff"):
+            assert data[name].sel(group="b").isnull().all()
+            assert data[name].sel(group="a").notnull().all()
+        np.testing.assert_allclose(data["damage"].sel(group="a"), whole["damage"][:, 0], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("sets", "told"),
     [

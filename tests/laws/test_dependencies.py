@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from tests import families, tokenizers
+from tests.scripts import script
 from torch import Tensor
 
 import microtome as mt
 from microtome.measurements import Sentence, arc_scores, dependency_heads, read_conllu, template_sentences
 from microtome.measurements._dependencies import _on_the_other_half, attended
 
+configs = script("tools/family_configs.py")
 WORDS = ["Today", "the", "cat", "saw", "the", "dog"]
 ARCS = [(1, 2, "det"), (2, 3, "nsubj"), (4, 5, "det"), (5, 3, "obj")]
 
@@ -119,6 +121,38 @@ def test_conllu_is_read_and_a_damaged_line_is_named(tmp_path: Path) -> None:
         read_conllu(tmp_path / "none")
 
 
+def conllu(*rows: tuple[str, str, int, str, str]) -> str:
+    """Rows of (number, form, head, relation, MISC)."""
+    return "".join(f"{n}\t{form}\t_\t_\t_\t_\t{head}\t{name}\t_\t{misc}\n" for n, form, head, name, misc in rows)
+
+
+def test_the_space_behind_a_multiword_token_is_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "a.conllu"
+    rows = [("1-2", "Don't", 0, "_", "SpaceAfter=No"), ("1", "Do", 3, "aux", "_"), ("2", "n't", 3, "advmod", "_"),
+            ("3", "!", 0, "root", "_"), ("4-5", "can't", 0, "_", "_"), ("4", "ca", 3, "aux", "_"),
+            ("5", "n't", 3, "advmod", "SpaceAfter=No"), ("6", "go", 3, "xcomp", "_")]  # fmt: skip
+    file.write_text(conllu(*rows))
+    (one,) = read_conllu(file)
+    assert one.text == "Don't! can't go"
+    assert [one.text[a:b] for a, b in one.places()] == ["Do", "n't", "!", "ca", "n't", "go"]
+
+
+def test_a_multiword_token_of_another_form_is_one_word(tmp_path: Path) -> None:
+    file = tmp_path / "a.conllu"
+    rows = [("1", "Fils", 0, "root", "_"), ("2-3", "du", 0, "_", "_"), ("2", "de", 4, "case", "_"),
+            ("3", "le", 4, "det", "_"), ("4", "roi", 1, "nmod", "_"), ("5-6", "aux", 0, "_", "SpaceAfter=No"),
+            ("5", "à", 1, "case", "_"), ("6", "les", 5, "det", "_")]  # fmt: skip
+    file.write_text(conllu(*rows))
+    (one,) = read_conllu(file)
+    assert one.text == "Fils du roi aux"
+    assert list(one.words) == ["Fils", "du", "roi", "aux"]
+    assert one.arcs == [(1, 2, "case"), (1, 2, "det"), (2, 0, "nmod"), (3, 0, "case")]  # none within "aux"
+    for wrong in ("3-4", "2-9", "2-x", "2-3-4"):
+        file.write_text(conllu(*rows[:1], (wrong, *rows[1][1:]), *rows[2:]))
+        with pytest.raises(mt.errors.DataError, match=f"a multiword token of other words; got {wrong} du"):
+            read_conllu(file)
+
+
 @pytest.fixture
 def speaking() -> Callable[[str], mt.Model]:
     def opened(name: str) -> mt.Model:
@@ -143,7 +177,20 @@ def test_a_models_heads_are_scored_by_its_patterns(speaking: Callable[[str], mt.
     assert float(data["accuracy"].sel(relation="nsubj", layer=1, head=2)) == pytest.approx(hits / count)
     with pytest.raises(mt.errors.ArgumentError, match="names no two words; got \\(0, 9, 'x'\\)"):
         dependency_heads(model, [Sentence(WORDS, [(0, 9, "x")])])
+    with pytest.raises(mt.errors.ArgumentError, match='"Today .* dog" needs one entry of spaces .*; got 2; allowed: 6'):
+        dependency_heads(model, [Sentence(WORDS, ARCS, [True, False])])
     with pytest.raises(mt.errors.ArgumentError, match="there is no sentence"):
         dependency_heads(model, [])
     with pytest.raises(mt.errors.PromptError, match="without a tokenizer"):
         dependency_heads(mt.open(families.build("gpt2"), prove=False), texts)
+
+
+def test_the_best_layer_is_a_number_of_a_layer() -> None:
+    hf, tokenizer = configs.build("lfm2"), tokenizers.build("bpe-bos")  # attention in layer 1 alone
+    hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    data = dependency_heads(mt.open(hf, tokenizer=tokenizer, prove=False), template_sentences(6))
+    assert data["layer"].values.tolist() == [1]
+    assert data["best_layer"].values.tolist() == [1] * 4
+    at = data.sel(relation="det")
+    best = at["accuracy"].sel(layer=int(at["best_layer"]), head=int(at["best_head"]))
+    assert float(best) == float(at["accuracy"].max())

@@ -66,6 +66,18 @@ def test_nothing_added_and_nothing_scaled_changes_nothing(model: mt.Model) -> No
         assert float(abs(data[name]).max()) < 1e-6, name
 
 
+def test_a_group_without_tokens_to_predict_has_no_value(model: mt.Model) -> None:
+    text = TEXT | {"c": ids(1, 2, 5, 45)[:, :1]}
+    data = group_arithmetic(model, SETS, text, target="a", other="b", controls=1)
+    whole = group_arithmetic(model, SETS, TEXT, target="a", other="b", controls=0)
+    for name in ("loss", "rise", "rise_diff", "shift", "shift_random", "text_share"):
+        assert data[name].sel(group="c").isnull().all(), name
+        assert data[name].sel(group=["a", "b"]).notnull().all(), name
+    np.testing.assert_allclose(data["rise"].sel(group=["a", "b"]), whole["rise"], atol=1e-6)
+    with pytest.raises(mt.errors.DataError, match="the text of target has no tokens but first ones.*; got c"):
+        group_arithmetic(model, SETS, text, target="c", other="b")
+
+
 @pytest.mark.parametrize(
     ("pair", "told"),
     [

@@ -113,6 +113,11 @@ def test_pruning_begins_at_the_whole_model_and_ends_without_heads() -> None:
     assert len({float(x) for x in curve["loss_random"][:, 1]}) == 3  # orders of their own
     with pytest.raises(mt.errors.DataError, match="the order must name each head once"):
         pruning_curve(model, ids(), [(0, 1), (0, 1)])
+    for layer, head in ((0, 4), (3, 0), (0, -1)):
+        with pytest.raises(
+            mt.errors.DataError, match=f"names a head that the model has not; got \\({layer}, {head}\\)"
+        ):
+            pruning_curve(model, ids(), [(0, 1), (layer, head)])
 
 
 def test_greedy_pruning_ranks_again_on_what_is_left() -> None:

@@ -35,9 +35,10 @@ def model() -> mt.Model:
 def test_kinds_are_told_by_the_text() -> None:
     told = {
         "whitespace": [" ", "\n", "\t\n"], "digits": ["12", " 7"], "punctuation": [",", " (", "...\n", "。"],
-        "code": ["_", " =", "+=", "foo_bar", "()[]"], "letter": [" x", "b"],
-        "function word": [" the", " Is"], "capital": [" Paris"], "word": [" cat", " don't", " кот"],
-        "inside": ["ing", "the", "ation"], "other": ["", "\ufffd"],
+        "code": ["_", " =", "+=", "foo_bar", "()[]"], "letter": [" x", "b", " e\u0301"],
+        "function word": [" the", " Is"], "capital": [" Paris"],
+        "word": [" cat", " don't", " кот", " हि", " ไม่", " cafe\u0301", " می\u200cرود"],
+        "inside": ["ing", "the", "ation", "िया"], "other": ["", "\ufffd", "\u0301", "\u0e48"],
     }  # fmt: skip
     assert list(told) == list(CLASSES)
     for kind, words in told.items():

@@ -187,6 +187,8 @@ def test_patterns_are_fitted_at_the_width_of_the_row_and_not_below() -> None:
     assert (error[1] > 0.02).all()
     assert (np.abs(error[2]) < 1e-4).all()
     assert (error[0] < data["even"].values).all()
+    sharp = pattern_fits(6, (1,), draws=2, sharp=1e4, steps=1)  # probabilities that vanish
+    np.testing.assert_allclose(sharp["even"], np.log(6), atol=1e-6)
     rng = torch.Generator().manual_seed(0)
     low = (torch.randn(8, 2, generator=rng, dtype=torch.float64) @ torch.randn(2, 8, generator=rng).double()).softmax(1)
     assert fit_error(low, 2, 150, rng) < 1e-4 < fit_error(low, 1, 150, rng)

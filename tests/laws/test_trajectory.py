@@ -61,7 +61,7 @@ def test_it_is_the_distance_of_two_runs() -> None:
 
 def test_a_layer_that_draws_the_stream_back_is_found() -> None:
     told = LAYERS.attractor()
-    assert (told["found"], told["false"]) == ("6 of 6", "0 of 14")
+    assert (told["found"], told["false"]) == ("3 of 3", "0 of 44")
 
 
 def test_it_does_not_depend_on_how_rows_come_in_batches() -> None:

@@ -303,14 +303,25 @@ def importance_of_induction() -> Case:
 
 
 def pruning_spares_induction() -> Case:
-    """Greedy pruning leaves the induction head to the end. The head before it is saturated: no gradient tells of it."""
+    """Greedy pruning leaves the induction head to the end, where it alone still lowers the loss by half a nat.
+
+    No head does so in models of random weights, and on texts without repeats none of these. The head before it is
+    saturated: no gradient tells of it.
+    """
     it = planted.induction()
-    part = torch.stack([torch.randperm(1000, generator=torch.Generator().manual_seed(s))[:8] for s in range(8)])
-    curve = pruning_curve(it.model, part.repeat(1, 8), steps=8, draws=1)
-    order = list(zip(curve["layer"].values.tolist(), curve["head"].values.tolist(), strict=True))
-    truth = tuple(it.truth["induction_head"])
-    return _case("pruning_curve", "an induction head", [order[-1] == truth],
-                 [order[-1] == head for head in order if head != truth])  # fmt: skip
+    rows = [torch.randperm(1000, generator=torch.Generator().manual_seed(s))[:64] for s in range(4)]
+    once = torch.stack(rows)
+    head, gain = _spared(it.model, once[:, :8].repeat(1, 8))
+    found = head == tuple(it.truth["induction_head"]) and gain > 0.5
+    none = [_spared(it.model, once), *(_spared(random_llama(s), once[:, :8].repeat(1, 4) % 200) for s in range(3))]
+    return _case("pruning_curve", "an induction head", [found], [gain > 0.5 for _, gain in none])
+
+
+def _spared(model: mt.Model, tokens: Tensor) -> tuple[tuple[int, int], float]:
+    """The head that greedy pruning leaves to the end, and how far it alone lowers the loss."""
+    curve = pruning_curve(model, tokens, steps=model.anatomy.n_layers * model.anatomy.n_heads, draws=1)
+    loss = curve["loss"].values
+    return (int(curve["layer"][-1]), int(curve["head"][-1])), float(loss[-1] - loss[-2])
 
 
 def keys_inside_the_hull() -> Case:
@@ -359,14 +370,14 @@ def patterns_of_low_rank() -> Case:
     return _case("pattern_fits", "patterns whose scores have rank 2", found, false)
 
 
-def random_llama() -> mt.Model:
+def random_llama(seed: int = 0) -> mt.Model:
     """A Llama of random weights that nothing was planted in."""
     config = LlamaConfig(
         vocab_size=200, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=96, max_position_embeddings=64, initializer_range=0.3,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         hf = LlamaForCausalLM(config)
     return mt.open(hf.requires_grad_(False), prove=False)
 

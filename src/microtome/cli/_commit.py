@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +17,13 @@ from microtome.files import whole_file
 
 if TYPE_CHECKING:
     import xarray as xr
+    from torch import Tensor
 
     from microtome.measurements import Commitment
+    from microtome.model import Model
 
 ENDING = ".commit"
+EVERY, TOP = 32, 128
 
 
 def register(app: typer.Typer) -> None:
@@ -42,8 +46,10 @@ def commit(
         str | None,
         typer.Option(help="Another prompt, as long or longer: show what a commitment to the first one tells apart."),
     ] = None,
-    every: Annotated[int, typer.Option(min=1, help="Tokens of a chunk.")] = 32,
-    top: Annotated[int, typer.Option(min=1, help="Largest entries to keep of each chunk.")] = 128,
+    every: Annotated[int | None, typer.Option(min=1, help="Tokens of a chunk.", show_default=str(EVERY))] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Largest entries to keep of each chunk.", show_default=str(TOP))
+    ] = None,
     without_massive: Annotated[
         bool, typer.Option("--without-massive", help="Leave the massive dimensions out: they are the same in any run.")
     ] = False,
@@ -57,7 +63,9 @@ def commit(
 
     Exit code 4 if a commitment does not hold.
     """
-    _refuse(prompt, output, verify, against, without_massive, force)
+    flags = {"--without-massive": without_massive, "--force": force, "--every": every, "--top": top}
+    _refuse(prompt, output, verify, against, [name for name, value in flags.items() if value])
+    every, top = every or EVERY, top or TOP
     opening.check()
     with working(LOADING):
         from microtome.context import settings
@@ -71,12 +79,12 @@ def commit(
 
 
 def _refuse(
-    prompt: str | None, output: Path | None, verify: Path | None, against: str | None, without: bool, force: bool
+    prompt: str | None, output: Path | None, verify: Path | None, against: str | None, others: Sequence[str]
 ) -> None:
     """Refuse what no model could do.
 
     Raises:
-        ArgumentError: there is nothing to do, or two things at once.
+        ArgumentError: there is nothing to do, two things at once, or an option that does nothing.
     """
     named = {"-o": output, "--verify": verify, "--against": against}
     given = [name for name, value in named.items() if value is not None]
@@ -84,16 +92,19 @@ def _refuse(
         what = f"{' and '.join(given)} exclude one another"
         raise error(ArgumentError, what, do="write a commitment, verify one, or show what it tells apart")
     if verify is not None:
+        if others:
+            what = "--verify reads what was committed to, and how, from its file, and writes nothing"
+            raise error(ArgumentError, what, got=", ".join(others), do="leave them out")
         whole_file(verify)
         return
     if prompt is None:
         raise error(ArgumentError, "there is no prompt", do="give one, or --verify FILE")
     if against is not None:
-        if without or force:
+        if {"--without-massive", "--force"} & set(others):
             what = "--against shows a table, with and without the massive dimensions, and writes nothing"
             raise error(ArgumentError, what, do="leave --without-massive and --force out")
         return
-    check_output(output, force, (ENDING,), required="name one with -o, or show a table with --against")
+    check_output(output, "--force" in others, (ENDING,), required="name one with -o, or show a table with --against")
 
 
 def _read(prompt: str | None) -> Any:
@@ -137,7 +148,7 @@ def _verified(file: Path, prompt: str | None, opening: Opening, as_json: bool) -
     held = Commitment.load(file)
     opened = opening.open()
     if prompt is not None:
-        _same_tokens(held, opened.to_batch(_read(prompt)).tokens)
+        _same_tokens(held, opened, opened.to_batch(_read(prompt)).tokens)
     with working("running its tokens"):
         run = opened.run(held.tokens, capture="final", logits=False)
         verdict = verify_commit(held, run)
@@ -155,16 +166,23 @@ def _verified(file: Path, prompt: str | None, opening: Opening, as_json: bool) -
         raise typer.Exit(ProofError.exit_code)
 
 
-def _same_tokens(held: Commitment, tokens: Any) -> None:
+def _same_tokens(held: Commitment, model: Model, tokens: Tensor) -> None:
     """Refuse a prompt that is not the one that was committed to.
 
     Raises:
         ArgumentError: it has other tokens.
     """
-    mine, other = held.tokens.tolist(), tokens.tolist()
+    mine, other = held.tokens.flatten().tolist(), tokens.flatten().tolist()
     if mine != other:
         what = "the prompt is not the one that was committed to"
-        got = f"{len(other[0])} tokens, {len(mine[0])} committed to"
+        got = f"{len(other)} tokens, {len(mine)} committed to"
+        if len(mine) == len(other):
+            at = next(i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b)
+            told = [
+                f"{x} {word!r}"
+                for x, word in zip((other[at], mine[at]), model.to_words([other[at], mine[at]]), strict=True)
+            ]
+            got = f"token {at} is {told[0]}, {told[1]} committed to"
         raise error(ArgumentError, what, got=got, do="leave it out: a commitment holds its tokens")
 
 

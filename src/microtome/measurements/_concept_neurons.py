@@ -76,10 +76,10 @@ def concept_neurons(
 
     Returns:
         A dataset over `unit`, with the coordinates `layer` and `neuron`: `cosine`, `promoted` (text; empty where the
-        stream cannot be read as logits), `activation` and `firing` [unit, group], each of the control too as
-        `_random`; `written`, `written_random` [group] with the ends of their 95 % intervals over rows as `_lo` and
-        `_hi` (NaN below 8 rows); `chance`. With `after` also `.._after`, `written_change` and `written_random_change`
-        [group] with intervals, and `cos_in`, `cos_gate` (gated MLPs), `cos_out` [unit], each of the control too.
+        stream cannot be read as logits), `activation` and `firing` [unit, group], each of the control too as `_random`;
+        `written`, `written_random` [group] with the ends of their 95 % intervals over rows as `_lo` and `_hi` (NaN
+        below 8 rows, all NaN without tokens); `chance`. With `after` also `.._after`, `written_change`,
+        `written_random_change` [group] with intervals, `cos_in`, `cos_gate` (gated), `cos_out` [unit], `_random` too.
 
     Raises:
         ArgumentError: the direction is none of the stream, a group is not of the text, the models differ in shape, or
@@ -301,7 +301,8 @@ def _activity(kept: Sequence[Kept], units: Units) -> dict[str, Any]:
     for name in kept[0]:
         what = name.partition("_")[0]
         if what == "written":
-            ends = [mean_interval(own[name].result().total, weights=own[name].result().count) for own in kept]
+            results = [own[name].result(empty=True) for own in kept]
+            ends = [mean_interval(one.total, weights=one.count) for one in results]
             for at, ending in enumerate(("", "_lo", "_hi")):
                 x = torch.stack([one[at][0] for one in ends]).numpy()
                 about = {"unit": "norm", "meaning": "what the neurons add along the concept, mean over tokens"}

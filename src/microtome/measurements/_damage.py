@@ -68,6 +68,7 @@ def damage(
     Returns:
         A dataset with `damage` [set, group], its control `damage_random` and `damage_diff`, the difference, each with
         the ends of its 95 % interval over rows as `_lo` and `_hi` (NaN below 8 rows); `loss` [group]; `neurons` [set].
+        A group with no tokens but first ones has NaN.
 
     Raises:
         ArgumentError: a neuron does not exist or is named twice, no set is given, or a layer has too few neurons
@@ -206,7 +207,10 @@ def _dataset(
         "damage": "mean increase of the group's loss without the set",
         "damage_random": "the same without random neurons of the same layers and sizes",
     }
-    results = {name: [own[name].result() for own in kept] for name in meanings if kept[0][name].examples}
+    results = {
+        name: [own[name].result(empty=True) for own in kept]
+        for name in meanings if any(own[name].examples for own in kept)
+    }  # fmt: skip
     for name, groups in results.items():
         ends = [mean_interval(one.total, weights=one.count) for one in groups]
         variables |= _named(name, ends, meanings[name])

@@ -94,7 +94,7 @@ def dependency_heads(
         out, and so are words without tokens.
 
     Raises:
-        ArgumentError: there is no sentence, or an arc names no word.
+        ArgumentError: there is no sentence, an arc names no word, or a sentence has spaces of other words.
         DataError: the file cannot be read as CoNLL-U.
         SiteError: the model has no attention patterns.
         PromptError: it has no tokenizer.
@@ -109,6 +109,8 @@ def dependency_heads(
     patterns = _patterns(model, some, layers)
     data = arc_scores(some, patterns, causal=model.anatomy.causal)
     told = {"method": "dependency_heads", "seed": current().seed}
+    best = data["best_layer"]
+    data["best_layer"] = best.copy(data=[layers[int(i)] for i in best.values])  # of those with attention, by number
     return data.assign_coords(layer=layers).assign_attrs(dict(model.provenance) | told)
 
 
@@ -126,17 +128,19 @@ def _refuse(sentences: Sequence[Sentence]) -> None:
     """Refuse sentences that are none.
 
     Raises:
-        ArgumentError: there is none, or an arc names no word or goes from a word to itself.
+        ArgumentError: there is none, an arc names no word or goes from a word to itself, or spaces are of other words.
     """
     if not sentences:
         raise error(ArgumentError, "there is no sentence", do="give some, or leave them out for those of templates")
     for sentence in sentences:
         n = len(sentence.words)
+        if sentence.spaces and len(sentence.spaces) != n:
+            what = f'"{" ".join(sentence.words)}" needs one entry of spaces for each word'
+            raise error(ArgumentError, what, got=len(sentence.spaces), allowed=n, do="leave spaces out, or give all")
         bad = next((a for a in sentence.arcs if not (0 <= a[0] < n and 0 <= a[1] < n and a[0] != a[1])), None)
-        if bad is not None or (sentence.spaces and len(sentence.spaces) != n):
-            got = "spaces of other words" if bad is None else bad
-            what = f'an arc of "{sentence.text if bad else " ".join(sentence.words)}" names no two words'
-            raise error(ArgumentError, what, got=got, allowed=f"0 to {n - 1}", do="count words from 0")
+        if bad is not None:
+            what = f'an arc of "{sentence.text}" names no two words'
+            raise error(ArgumentError, what, got=bad, allowed=f"0 to {n - 1}", do="count words from 0")
 
 
 def arc_scores(
@@ -239,6 +243,10 @@ def _on_the_other_half(hits: Float[Tensor, "text choice"]) -> Float[Tensor, " te
 def read_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
     """Sentences with their arcs from a CoNLL-U file; roots, punctuation and empty nodes are left out.
 
+    Of a multiword token the text is its own form and the space behind it its own too. Where its words joined are that
+    form ("do" and "n't") they stay words; else ("de" and "le" of "du") it is one word, which has the arcs between them
+    and words outside, and those between them are left out.
+
     Raises:
         DataError: there is no such file, or a line of it is none of CoNLL-U.
     """
@@ -268,18 +276,57 @@ def _sentence(rows: Sequence[Sequence[str]], number: int, path: Any) -> Sentence
     """One sentence of a CoNLL-U file.
 
     Raises:
-        DataError: a head is no number of a word.
+        DataError: a head is no number of a word, or the words of a multiword token are not those that follow it.
     """
-    words = [row for row in rows if row[0].isdigit()]
+    given = [row for row in rows if row[0].isdigit()]
+    ranges = _ranges(rows, len(given), number, path)
+    words: list[str] = []
+    spaces: list[bool] = []
+    place: list[int] = []  # of each row among the words
+    for at, row in enumerate(given):
+        first, end, whole = ranges.get(at, (at, at + 1, row))
+        split = "".join(x[1] for x in given[first:end]) == whole[1]
+        if split or at == first:
+            words.append(row[1] if split else whole[1])
+            spaces.append((at == end - 1 or not split) and not _joined(whole))
+        place.append(len(words) - 1)
     arcs: list[tuple[int, int, str]] = []
-    for at, row in enumerate(words):
-        if not row[6].isdigit() or int(row[6]) > len(words):
+    for at, row in enumerate(given):
+        if not row[6].isdigit() or int(row[6]) > len(given):
             what = f'the sentence that ends before line {number} of "{path}" has a word without a head'
-            raise error(DataError, what, got=f"head {row[6]} of {row[1]}", allowed=f"0 to {len(words)}")
+            raise error(DataError, what, got=f"head {row[6]} of {row[1]}", allowed=f"0 to {len(given)}")
         relation = row[7].split(":")[0]
-        if int(row[6]) > 0 and relation != "punct":
-            arcs.append((at, int(row[6]) - 1, relation))
-    return Sentence([row[1] for row in words], arcs, ["SpaceAfter=No" not in row[9] for row in words])
+        if int(row[6]) > 0 and relation != "punct" and place[at] != place[int(row[6]) - 1]:
+            arcs.append((place[at], place[int(row[6]) - 1], relation))
+    return Sentence(words, arcs, spaces)
+
+
+def _ranges(
+    rows: Sequence[Sequence[str]], words: int, number: int, path: Any
+) -> dict[int, tuple[int, int, Sequence[str]]]:
+    """By word of a multiword token, the first of its words, the one behind them, and its row.
+
+    Raises:
+        DataError: see `_sentence`.
+    """
+    found: dict[int, tuple[int, int, Sequence[str]]] = {}
+    seen = 0
+    for row in rows:
+        seen += row[0].isdigit()
+        ends = row[0].split("-")
+        if len(ends) == 1:
+            continue
+        first, end = (int(x) if x.isdigit() else -1 for x in ends) if len(ends) == 2 else (-1, -1)
+        if not (first == seen + 1 and first <= end <= words) or seen in found:
+            what = f'the sentence that ends before line {number} of "{path}" has a multiword token of other words'
+            raise error(DataError, what, got=f"{row[0]} {row[1]}", allowed="the words that follow it, such as 3-4")
+        found |= dict.fromkeys(range(first - 1, end), (first - 1, end, row))
+    return found
+
+
+def _joined(row: Sequence[str]) -> bool:
+    """Whether no space follows."""
+    return "SpaceAfter=No" in row[9].split("|")
 
 
 SUBJECTS = [

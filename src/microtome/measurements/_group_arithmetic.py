@@ -22,7 +22,7 @@ from torch import Tensor
 from microtome.anatomy import Site
 from microtome.context import current
 from microtome.edit import Add, Edit, Scale
-from microtome.errors import ArgumentError, error
+from microtome.errors import ArgumentError, DataError, error
 from microtome.measurements._damage import Neurons, matched, neuron_sets, neuron_sizes
 from microtome.measurements._lens_groups import group_tokens, members
 from microtome.measurements._loss import token_loss
@@ -75,11 +75,12 @@ def group_arithmetic(
         A dataset with `rise` [group, edit] and `shift` [group, edit, tokens_of], each beside its control as `_random`
         and the difference as `_diff`, with the ends of their 95 % intervals over rows as `_lo` and `_hi` (NaN below 8
         rows); `loss` [group]; `share` [group, tokens_of], of the whole model; `text_share` [group, tokens_of], of the
-        text itself; `vocabulary` [tokens_of] and `neurons` [edit]. Edits are "scale", "add" and "both".
+        text itself; `vocabulary` [tokens_of] and `neurons` [edit]. Edits are "scale", "add" and "both". A group with no
+        tokens but first ones has NaN.
 
     Raises:
         ArgumentError: `target` and `other` are one, or have no set or no text; a set is refused as by `damage`.
-        DataError: there is too little text.
+        DataError: there is too little text, or none of `target` but first tokens.
         ModelUnsupported: the model does not predict the next token.
 
     >>> found = mt.measure(model, "group_neurons", text=texts)
@@ -125,7 +126,11 @@ def later_tokens(batch: TokenBatch) -> Tensor:
 
 
 def _target_means(model: Model, read: Batches, group: int) -> dict[int, Float[Tensor, " neuron"]]:
-    """By layer, the mean activation of each neuron over the tokens of a group but first ones."""
+    """By layer, the mean activation of each neuron over the tokens of a group but first ones.
+
+    Raises:
+        DataError: there are none.
+    """
     layers = [site.layer for site in model.anatomy.hook_points if site.name == "mlp.post" and site.layer is not None]
     total: dict[int, Tensor] = {}
     count = 0
@@ -140,7 +145,10 @@ def _target_means(model: Model, read: Batches, group: int) -> dict[int, Float[Te
 
         if bool(mask.any()):
             model.run(batch.tokens, observe={f"{','.join(map(str, layers))}.mlp.post": see}, logits=False)
-    return {layer: x / max(1, count) for layer, x in total.items()}
+    if not count:
+        what = "the text of target has no tokens but first ones, whose mean could be added"
+        raise error(DataError, what, got=read.groups[group], do="give it a longer text")
+    return {layer: x / count for layer, x in total.items()}
 
 
 def _by_layer(neurons: Neurons) -> list[tuple[int, list[int]]]:
@@ -241,7 +249,7 @@ def _dataset(
             x = x.squeeze(1) if name == "loss" else x
             variables[name + ending] = (dims, x.numpy(), {"unit": about[0], "meaning": about[1]})
 
-    results = {name: [own[name].result() for own in kept] for name in kept[0]}
+    results = {name: [own[name].result(empty=True) for own in kept] for name in kept[0]}
     for name, groups in results.items():
         put(name, [mean_interval(one.total, weights=one.count) for one in groups], MEANT[name])
     for name in ("rise", "shift"):
@@ -249,7 +257,7 @@ def _dataset(
             pairs = zip(results[name], results[f"{name}_random"], strict=True)
             ends = [difference_interval(a.total, b.total, weights=a.count, control_weights=b.count) for a, b in pairs]
             put(f"{name}_diff", ends, (MEANT[name][0], f"{name} minus {name}_random"))
-    text = (counts / counts.sum(1, keepdim=True).clamp(min=1)) @ belongs.double()
+    text = (counts / counts.sum(1, keepdim=True)) @ belongs.double()
     variables |= {
         "text_share": (("group", "tokens_of"), text.numpy(), {"unit": "share", "meaning": "of the text itself"}),
         "vocabulary": ("tokens_of", belongs.sum(0).long().numpy(), {"unit": "tokens", "meaning": "of each group"}),

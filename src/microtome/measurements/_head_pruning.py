@@ -15,6 +15,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from microtome.anatomy import Site
 from microtome.context import current
 from microtome.edit import Edit, Zero
 from microtome.errors import ArgumentError, DataError, error
@@ -56,7 +57,7 @@ def pruning_curve(
 
     Raises:
         ArgumentError: `steps` or `draws` is no positive number.
-        DataError: the order names no head, or one twice.
+        DataError: the order is empty, or names a head twice or one that does not exist.
         ModelUnsupported: the model is not causal.
         SiteError: without an order: no layer has heads.
 
@@ -69,6 +70,11 @@ def pruning_curve(
         )
     if order is not None and (not order or len(set(order)) < len(order)):
         raise error(DataError, "the order must name each head once", got=f"{len(order)} heads", do="list (layer, head)")
+    for layer, head in order or ():
+        site = Site("attn.z", layer)
+        if site not in model.anatomy.hook_points or not 0 <= head < model.anatomy.size(site, "head"):
+            what = "the order names a head that the model has not"
+            raise error(DataError, what, got=f"({layer}, {head})", do="list (layer, head), counting from 0")
     chosen = list(order) if order is not None else None
     layers = layers_with_heads(model) if chosen is None else []
     every = [(i, h) for i in layers for h in range(model.anatomy.n_heads)] if chosen is None else chosen

@@ -34,7 +34,7 @@ def norm_parts(model: Model, tokens: Tensor, *, layers: list[int] | None = None)
     Source:   Brody, Alon and Yahav, "On the Expressivity Role of LayerNorm in Transformers' Attention", 2023
               (2305.02582). Departs: nothing is trained; what a norm that only scales (RMSNorm) leaves out is asked too.
     Cost:     one forward, and linear programs for keys that no simple query selects.
-    Check:    scaled inputs always select themselves, projected ones have no share along 1;
+    Check:    scaled inputs that differ always select themselves, projected ones have no share along 1;
               tests/laws/test_selectivity.py.
 
     Args:

@@ -57,7 +57,7 @@ def ordinal_direction(
         series: by name, words in their order, or token ids; our own by default. Series
             that are no single tokens are left out.
         scale: how much of the difference of two classes is added.
-        ridge: penalty of the probe, as a share of the mean variance of a direction.
+        ridge: penalty of the probe, as a share of the mean squared norm of a word, its series' mean taken off.
         draws: how many times the classes are shuffled.
 
     Returns:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated
+from unicodedata import category, normalize
 
 import torch
 from jaxtyping import Float, Int
@@ -47,7 +48,8 @@ def class_of(word: str) -> int:
 
     Blanks alone; digits alone; punctuation alone; signs of code, alone or among others; one letter; a frequent English
     function word; a word that begins with a capital; a word that begins in the token; a piece inside of a word; all
-    else, such as parts of a character.
+    else, such as parts of a character. Combining marks are of the letter before them. A token is classed by itself: a
+    word without a blank before it, such as at the start of a line, counts as inside.
     """
     bare = word.strip()
     if not word or "\ufffd" in word:
@@ -58,15 +60,22 @@ def class_of(word: str) -> int:
         return CLASSES.index("digits")
     if all(c in PUNCTUATION for c in bare):
         return CLASSES.index("punctuation")
-    if not all(c.isalnum() or c in PUNCTUATION or c.isspace() for c in bare):
+    if not all(c.isalnum() or c in PUNCTUATION or c.isspace() or _combines(c) for c in bare):
         return CLASSES.index("code")
+    if not any(c.isalnum() for c in bare):  # marks without their letter
+        return CLASSES.index("other")
     if bare.lower() in FUNCTION_WORDS and word != bare:
         return CLASSES.index("function word")
-    if len(bare) == 1:
+    if len(normalize("NFC", bare)) == 1:
         return CLASSES.index("letter")
     if word == bare:  # nothing before it: a piece of the word that the token before began
         return CLASSES.index("inside")
     return CLASSES.index("capital" if bare[0].isupper() else "word")
+
+
+def _combines(c: str) -> bool:
+    """Whether a character changes or joins letters: vowel signs, accents, the joiners of Persian and Hindi."""
+    return category(c)[0] == "M" or c in "\u200c\u200d"
 
 
 @measure(

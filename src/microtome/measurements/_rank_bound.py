@@ -9,6 +9,7 @@ Formula:  P [T, T] a target pattern, rows that sum to 1; Q, K [T, d] free; fitte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def pattern_fits(
         (sharp * torch.randn(tokens, tokens, generator=rng, dtype=torch.float64)).softmax(1) for _ in range(draws)
     ]
     told = [[fit_error(target, width, steps, rng) for target in targets] for width in widths]
-    even = [float((p * (p * tokens).log()).sum(1).mean()) for p in targets]
+    even = [log(tokens) - float(torch.special.entr(p).sum(1).mean()) for p in targets]  # 0 where p is
     variables: dict[str, Any] = {
         "error": (("d_head", "draw"), told, {"unit": "nats"}), "even": ("draw", even, {"unit": "nats"}),
     }  # fmt: skip

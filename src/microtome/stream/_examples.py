@@ -129,15 +129,18 @@ class ExampleMeans(Accumulator):
         """The mean over all tokens, of the accumulator's shape; NaN where nothing was counted."""
         return self._total.sum(0).reshape(self.shape) / self._count.sum()
 
-    def result(self) -> ExampleMeansResult:
+    def result(self, *, empty: bool = False) -> ExampleMeansResult:
         """Sums and counts by example.
 
+        Args:
+            empty: a result of no examples is one too, such as of a group with too little text: its mean is NaN.
+
         Raises:
-            DataError: when nothing was counted.
+            DataError: when nothing was counted, but for `empty`.
         """
-        if not len(self._example):
+        if not empty and not len(self._example):
             raise error(DataError, "ExampleMeans has counted nothing", do="call update with at least one row")
-        total = self._total.clone().reshape(-1, *self.shape)
+        total = self._total.clone().reshape(len(self._example), *self.shape)
         return ExampleMeansResult(self._example.clone(), self._count.clone(), total)
 
     def state(self) -> dict[str, Tensor]:
