@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from tests import families
 from tests.cli.conftest import TEXT, tokenizer
 
 import microtome as mt
 from microtome.atlas import Atlas, measures_of
-from microtome.atlas._groups import chosen_neurons, kept_by_group, whole_lists, with_names
+from microtome.atlas._groups import chosen_neurons, damage_table, kept_by_group, whole_lists, with_names
 from microtome.atlas._relations import relations_table
 from microtome.atlas._tables import joined_columns
+from microtome.atlas._texts import reading_of
 from microtome.edit import Zero
 from microtome.errors import ArgumentError, MicrotomeWarning
 from microtome.measurements import token_loss
@@ -165,6 +167,49 @@ def test_damage_is_the_loss_without_the_neurons_of_a_group(atlas: Atlas, model: 
             assert row["neurons"] == len(own)
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "why"),
+    [
+        ({"a": [TEXT] * 9, "b": [TEXT] * 9}, {"least": 1000}, "no group of the text has 1000 tokens or more"),
+        ({"a": [TEXT] * 9, "b": ["the cat sat on the mat"]}, {}, "no neuron was chosen for any group"),
+    ],
+)
+def test_an_atlas_stands_though_there_is_no_damage_to_measure(
+    model: mt.Model, tmp_path: Path, text: dict[str, list[str]], options: dict[str, Any], why: str
+) -> None:
+    place = tmp_path / "atlas"
+    mt.atlas.write_atlas(model, place, text=text, measures=["loss", "damage"], tokens=240, **OPTIONS, **options)
+    atlas = mt.atlas.open(place)
+    assert len(atlas.table("damage")) == 0
+    assert atlas.manifest["tables"]["damage"]["columns"]["damage_diff"]["unit"] == "nats"
+    assert why in atlas.manifest["left_out"]["damage"]
+    assert "damage" not in atlas.manifest["measures"]
+    assert len(atlas.sql("SELECT * FROM damage")) == 0
+    assert json.dumps(why)[1:-1] in (place / "assets" / "data" / "model.js").read_text(), "the pages say why"
+
+
+def test_without_neurons_to_draw_controls_from_there_is_no_damage(model: mt.Model) -> None:
+    reading = reading_of({"a": [TEXT] * 9, "b": GROUPS["it's <b>"]}, model.tokenizer, tokens=240, **OPTIONS)
+    every: dict[str, Any] = {"layer": [0] * families.D_MLP, "neuron": [*range(families.D_MLP)]}
+    table, why = damage_table(model, reading, pa.table(every | {"group_selected": [[1.0, 0.0]] * families.D_MLP}), 30)
+    assert table.num_rows == 0
+    assert why.startswith("layer 0 has too few neurons outside of the sets to draw controls from")
+
+
+def test_what_is_said_of_the_damage_is_said_of_its_last_run(model: mt.Model, tmp_path: Path) -> None:
+    place, text = tmp_path / "atlas", {"a": [TEXT] * 9, "b": GROUPS["it's <b>"]}
+    mt.atlas.write_atlas(model, place, text=text, measures=["damage"], tokens=240, least=1000, **OPTIONS)
+    mt.atlas.add_to_atlas(model, place, ["group_neurons", "damage"], text=text, share=0.1)
+    manifest = mt.atlas.open(place).manifest
+    assert "damage" in manifest["measures"]
+    assert manifest["left_out"] == {}
+    assert len(mt.atlas.open(place).table("damage")) > 0
+    mt.atlas.add_to_atlas(model, place, ["group_neurons", "damage"], text=text, least=1000)
+    manifest = mt.atlas.open(place).manifest
+    assert "damage" not in manifest["measures"]
+    assert list(manifest["left_out"]) == ["damage"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:group .gone. has fewer")
 def test_what_is_added_later_is_as_if_measured_at_once(folder: Path, model: mt.Model, tmp_path: Path) -> None:
@@ -208,8 +253,6 @@ def test_every_column_of_the_new_tables_says_what_it_is(atlas: Atlas) -> None:
 
 
 def test_a_neuron_of_which_nothing_was_measured_belongs_to_no_group() -> None:
-    import pyarrow as pa
-
     keys = {"layer": pa.array([0, 0, 1], pa.int32()), "neuron": pa.array([0, 1, 0], pa.int32())}
     old = pa.table(keys | {"max": [1.0, 2.0, 3.0]})
     new = pa.table({k: v[1:] for k, v in keys.items()} | {"group_selected": [[0.0, 1.0], [1.0, 0.0]]})
@@ -220,8 +263,6 @@ def test_a_neuron_of_which_nothing_was_measured_belongs_to_no_group() -> None:
 
 
 def heads_with(**columns: list[float]) -> Any:
-    import pyarrow as pa
-
     keys = {"layer": pa.array([0, 0, 1, 1], pa.int32()), "head": pa.array([0, 1, 0, 1], pa.int32())}
     return pa.table(keys | {name: pa.array(values, pa.float32()) for name, values in columns.items()})
 

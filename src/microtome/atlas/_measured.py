@@ -67,9 +67,10 @@ def measured_atlas(
     if "group_selected" in made["neurons"].column_names:
         made["neurons"] = with_names(whole_lists(made["neurons"], reading.groups), reading.groups)
         made["groups"] = with_counts(made["groups"], made["neurons"])
+    why = ""
     if DAMAGE in chosen:
         since = time.perf_counter()
-        made[DAMAGE] = damage_table(model, reading, made["neurons"], least)
+        made[DAMAGE], why = damage_table(model, reading, made["neurons"], least)
         seconds["switching neurons off"] = round(time.perf_counter() - since, 2)
     pairs = pairs_of(model) if "maps_copying" in made["heads"].column_names else {}
     if (relations := relations_table(made["heads"], pairs)) is not None:
@@ -79,7 +80,7 @@ def measured_atlas(
     if pairs:
         manifest["relations"] = {name: [list(pair) for pair in of] for name, of in pairs.items()}
     if DAMAGE in chosen:
-        manifest["measures"][DAMAGE] = dict(OF_DAMAGE)
+        manifest["measures" if not why else "left_out"][DAMAGE] = why or dict(OF_DAMAGE)
     return made, manifest
 
 
