@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,19 +12,22 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from tests import families
 from tests.cli.conftest import TEXT, tokenizer
 
 import microtome as mt
 from microtome.atlas import Atlas, measures_of
 from microtome.atlas._groups import chosen_neurons, damage_table, kept_by_group, whole_lists, with_names
-from microtome.atlas._relations import relations_table
+from microtome.atlas._relations import pairs_of, relations_table
 from microtome.atlas._tables import joined_columns
 from microtome.atlas._texts import reading_of
 from microtome.edit import Zero
-from microtome.errors import ArgumentError, MicrotomeWarning
+from microtome.errors import ArgumentError, MicrotomeWarning, OutputError
 from microtome.measurements import token_loss
+from microtome.method.runner import run_measures
 from microtome.stream import Corpus, TokenBatches
+from microtome.view import write_labels
 
 OPTIONS: dict[str, Any] = {"length": 20, "rows": 4}
 TOKENS = 960
@@ -90,6 +94,24 @@ def test_each_group_has_what_a_measurement_of_it_alone_gives(atlas: Atlas, model
     assert atlas.where("resid_post_norm > 0").index.names == ["layer"], "a condition is of units, where these have it"
     assert atlas.where("damage > -9").index.names == ["neurons_of", "group_name"]
     assert groups.loc["plain", "loss"] != groups.loc["it's <b>", "loss"]
+
+
+def test_of_each_group_as_many_rows_are_read_as_where_groups_are_reported(model: mt.Model) -> None:
+    rows = torch.cat([rows_of(model, name)[0].tokens for name in ("plain", "it's <b>")])
+    text = {f"{k}": rows.roll(k, 0)[:5] for k in range(8)}  # 16 rows are read of a text: two of each of eight groups
+    reported = mt.measure(model, "massive_tokens", text=text, groups=True)
+    shares = mt.measure(model, "massive_tokens", text={name: some[:2] for name, some in text.items()}, groups=True)
+    alone = mt.measure(model, "massive_tokens", "effective_rank", text=text)
+    measured = run_measures(model, ["massive_tokens", "effective_rank"], text=text, by_group=["massive_tokens"])
+    (found,) = measured.by_group.values()
+    differs: list[str] = []
+    for column in reported.data_vars:
+        np.testing.assert_allclose(found[column], reported[column], rtol=1e-6, err_msg=str(column))
+        differs += [] if np.allclose(shares[column], reported[column], equal_nan=True) else [str(column)]
+    assert "massive_ratio" in differs, "so that it matters how many rows are read"
+    for data in measured.datasets.values():  # and the whole is as if no groups were kept
+        for column, values in data.data_vars.items():
+            np.testing.assert_allclose(values, alone[column], rtol=1e-6, err_msg=str(column))
 
 
 def test_what_is_of_the_whole_text_is_as_if_no_groups_were_kept(atlas: Atlas, model: mt.Model) -> None:
@@ -282,6 +304,42 @@ def test_relations_are_the_columns_of_heads_as_rows() -> None:
     assert found.loc[("successor", 1, 1), "maps"] == 1
     assert found.loc["successor"]["suppress"].isna().all()
     assert relations_table(heads_with(induction=[0, 0, 0, 0]), pairs) is None
+
+
+def test_the_pairs_that_were_tried_are_those_of_the_run_that_tried_them(model: mt.Model, tmp_path: Path) -> None:
+    place, text = tmp_path / "atlas", [TEXT] * 20
+    mt.atlas.write_atlas(model, place, text=text, measures=["head_functions"], tokens=240, **OPTIONS)
+    before = mt.atlas.open(place)
+    with mt.settings(seed=5):
+        assert pairs_of(model) != {k: [(a, b) for a, b in v] for k, v in before.manifest["relations"].items()}
+        mt.atlas.add_to_atlas(model, place, ["loss"], text=text)
+        after = mt.atlas.open(place)
+        assert after.manifest["relations"] == before.manifest["relations"]
+        pd.testing.assert_frame_equal(after.table("relations"), before.table("relations"))
+        assert (after.manifest["seed"], after.manifest["added"][0]["seed"]) == (0, 5)
+        mt.atlas.add_to_atlas(model, place, ["head_functions"], text=text)
+        assert {k: [(a, b) for a, b in v] for k, v in mt.atlas.open(place).manifest["relations"].items()} == pairs_of(
+            model
+        )
+
+
+def test_the_file_of_labels_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "assets" / "data").mkdir(parents=True)
+    place = write_labels(tmp_path, {"1.mlp.post[5]": {"label": "kept"}})
+    before, seen = place.read_bytes(), list[bytes]()
+
+    def full(self: Path, text: str, **_: Any) -> int:
+        with self.open("w") as file:
+            file.write(text[:9])
+        seen.append(place.read_bytes())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError, match="cannot write the labels to .*labels.js; got No space left"):
+        write_labels(tmp_path, {})
+    assert seen == [before]
+    assert place.read_bytes() == before
+    assert [p.name for p in place.parent.iterdir()] == ["labels.js"]
 
 
 def test_labels_reach_the_pages_of_the_atlas_and_only_those(

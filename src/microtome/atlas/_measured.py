@@ -27,6 +27,9 @@ from microtome.atlas._texts import Reading
 from microtome.method.runner import Measured, run_measures
 from microtome.model import Model
 
+OF_RELATIONS = "head_functions"
+"""The measure whose pairs of words the table `relations` counts."""
+
 OF_DAMAGE = {
     "question": "How much does each group of the text need the neurons that were chosen for each?",
     "source": "Tang et al., Language-Specific Neurons, 2024, arXiv 2402.16438",
@@ -72,7 +75,8 @@ def measured_atlas(
         since = time.perf_counter()
         made[DAMAGE], why = damage_table(model, reading, made["neurons"], least)
         seconds["switching neurons off"] = round(time.perf_counter() - since, 2)
-    pairs = pairs_of(model) if "maps_copying" in made["heads"].column_names else {}
+    ran = {method.name for method in measured.datasets}
+    pairs = pairs_of(model) if OF_RELATIONS in ran else {}  # drawn by the seed: else those tried before stand
     if (relations := relations_table(made["heads"], pairs)) is not None:
         made["relations"] = relations
     cost = {**seconds, "seconds": round(time.perf_counter() - started, 2), "peak_memory_bytes": peak_memory()}
