@@ -85,6 +85,7 @@ def test_each_group_has_what_a_measurement_of_it_alone_gives(atlas: Atlas, model
     assert list(groups.index) == list(GROUPS)
     assert list(groups["tokens"]) == [240, 240, 6, 0]
     assert list(groups["documents"]) == [10, 15, 1, 0]
+    assert atlas.manifest["text"]["documents"].startswith("joined within a group"), "as rows_of joins them"
     for name in ("plain", "it's <b>"):
         alone = mt.measure(model, "stream", "loss", "massive", text=rows_of(model, name))
         assert groups.loc[name, "loss"] == pytest.approx(float(alone["loss"]), rel=1e-6)
