@@ -54,6 +54,10 @@ def test_a_column_of_a_table_names_the_groups(cli: Cli, saved: Path, tmp_path: P
     assert same.code == 0, same.err
     assert "no change: loss" not in same.out, "what is of the whole model is in no table"
     assert "apart: the 95 % intervals of both do not overlap" in same.out
-    refused = cli("compare", folder, folder, "--measures", "loss")
-    assert refused.code == 2
-    assert "--measures is for two models, and these are two atlases" in " ".join(refused.err.split())
+    options = {"--measures": ["loss"], "--tokens": [5000], "--seed": [0], "--budget": ["2 GiB"], "--force": []}
+    for option, value in options.items():  # a default that is named is named
+        refused = cli("compare", folder, folder, option, *value)
+        assert refused.code == 2, option
+        assert f"{option} is for two models, and these are two atlases" in " ".join(refused.err.split())
+    refused = cli("compare", folder, folder, "--seed", 1, "--text", file)
+    assert "--text and --seed are for two models" in " ".join(refused.err.split())

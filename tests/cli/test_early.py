@@ -103,7 +103,12 @@ WRONG: dict[tuple[str, ...], tuple[int, str]] = {
     ("atlas", "./none"): (3, "no model folder ./none"),
     ("check", "./none"): (3, "no model folder ./none"),
     ("atlas", "--quick", "--full"): (2, "--quick and --full exclude one another"),
-    ("atlas", "--add", "firing", "--tokens", "500"): (2, "leave --tokens and --force out"),
+    ("atlas", "--add", "firing", "--tokens", "500"): (2, "leave --tokens, --length and --force out"),
+    ("atlas", "--add", "firing", "--length", "256"): (2, "leave --tokens, --length and --force out"),
+    ("atlas", "--group-by", "lang"): (2, "--group-by names a column of a table, and none is given"),
+    ("atlas", "--group-by", "lang", "--field", "x"): (2, "leave --field and --group-by out"),
+    ("measure", "firing", "--field", "words"): (2, "--field names a column of a table, and none is given"),
+    ("harvest", "--sites", "final", "-o", "h", "--group-by", "x"): (2, "name the table with --text"),
     ("sites", "none.gguf"): (3, "no GGUF file none.gguf"),
     ("pach",): (2, 'Did you mean "patch"'),
 }  # fmt: skip

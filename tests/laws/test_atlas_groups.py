@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -9,19 +10,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import torch
 from tests import families
 from tests.cli.conftest import TEXT, tokenizer
 
 import microtome as mt
 from microtome.atlas import Atlas, measures_of
-from microtome.atlas._groups import chosen_neurons, kept_by_group, whole_lists, with_names
-from microtome.atlas._relations import relations_table
+from microtome.atlas._groups import chosen_neurons, damage_table, kept_by_group, whole_lists, with_names
+from microtome.atlas._relations import pairs_of, relations_table
 from microtome.atlas._tables import joined_columns
+from microtome.atlas._texts import reading_of
 from microtome.edit import Zero
-from microtome.errors import ArgumentError, MicrotomeWarning
+from microtome.errors import ArgumentError, MicrotomeWarning, OutputError
 from microtome.measurements import token_loss
+from microtome.method.runner import run_measures
 from microtome.stream import Corpus, TokenBatches
+from microtome.view import write_labels
 
 OPTIONS: dict[str, Any] = {"length": 20, "rows": 4}
 TOKENS = 960
@@ -79,6 +85,7 @@ def test_each_group_has_what_a_measurement_of_it_alone_gives(atlas: Atlas, model
     assert list(groups.index) == list(GROUPS)
     assert list(groups["tokens"]) == [240, 240, 6, 0]
     assert list(groups["documents"]) == [10, 15, 1, 0]
+    assert atlas.manifest["text"]["documents"].startswith("joined within a group"), "as rows_of joins them"
     for name in ("plain", "it's <b>"):
         alone = mt.measure(model, "stream", "loss", "massive", text=rows_of(model, name))
         assert groups.loc[name, "loss"] == pytest.approx(float(alone["loss"]), rel=1e-6)
@@ -88,6 +95,24 @@ def test_each_group_has_what_a_measurement_of_it_alone_gives(atlas: Atlas, model
     assert atlas.where("resid_post_norm > 0").index.names == ["layer"], "a condition is of units, where these have it"
     assert atlas.where("damage > -9").index.names == ["neurons_of", "group_name"]
     assert groups.loc["plain", "loss"] != groups.loc["it's <b>", "loss"]
+
+
+def test_of_each_group_as_many_rows_are_read_as_where_groups_are_reported(model: mt.Model) -> None:
+    rows = torch.cat([rows_of(model, name)[0].tokens for name in ("plain", "it's <b>")])
+    text = {f"{k}": rows.roll(k, 0)[:5] for k in range(8)}  # 16 rows are read of a text: two of each of eight groups
+    reported = mt.measure(model, "massive_tokens", text=text, groups=True)
+    shares = mt.measure(model, "massive_tokens", text={name: some[:2] for name, some in text.items()}, groups=True)
+    alone = mt.measure(model, "massive_tokens", "effective_rank", text=text)
+    measured = run_measures(model, ["massive_tokens", "effective_rank"], text=text, by_group=["massive_tokens"])
+    (found,) = measured.by_group.values()
+    differs: list[str] = []
+    for column in reported.data_vars:
+        np.testing.assert_allclose(found[column], reported[column], rtol=1e-6, err_msg=str(column))
+        differs += [] if np.allclose(shares[column], reported[column], equal_nan=True) else [str(column)]
+    assert "massive_ratio" in differs, "so that it matters how many rows are read"
+    for data in measured.datasets.values():  # and the whole is as if no groups were kept
+        for column, values in data.data_vars.items():
+            np.testing.assert_allclose(values, alone[column], rtol=1e-6, err_msg=str(column))
 
 
 def test_what_is_of_the_whole_text_is_as_if_no_groups_were_kept(atlas: Atlas, model: mt.Model) -> None:
@@ -165,6 +190,49 @@ def test_damage_is_the_loss_without_the_neurons_of_a_group(atlas: Atlas, model: 
             assert row["neurons"] == len(own)
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "why"),
+    [
+        ({"a": [TEXT] * 9, "b": [TEXT] * 9}, {"least": 1000}, "no group of the text has 1000 tokens or more"),
+        ({"a": [TEXT] * 9, "b": ["the cat sat on the mat"]}, {}, "no neuron was chosen for any group"),
+    ],
+)
+def test_an_atlas_stands_though_there_is_no_damage_to_measure(
+    model: mt.Model, tmp_path: Path, text: dict[str, list[str]], options: dict[str, Any], why: str
+) -> None:
+    place = tmp_path / "atlas"
+    mt.atlas.write_atlas(model, place, text=text, measures=["loss", "damage"], tokens=240, **OPTIONS, **options)
+    atlas = mt.atlas.open(place)
+    assert len(atlas.table("damage")) == 0
+    assert atlas.manifest["tables"]["damage"]["columns"]["damage_diff"]["unit"] == "nats"
+    assert why in atlas.manifest["left_out"]["damage"]
+    assert "damage" not in atlas.manifest["measures"]
+    assert len(atlas.sql("SELECT * FROM damage")) == 0
+    assert json.dumps(why)[1:-1] in (place / "assets" / "data" / "model.js").read_text(), "the pages say why"
+
+
+def test_without_neurons_to_draw_controls_from_there_is_no_damage(model: mt.Model) -> None:
+    reading = reading_of({"a": [TEXT] * 9, "b": GROUPS["it's <b>"]}, model.tokenizer, tokens=240, **OPTIONS)
+    every: dict[str, Any] = {"layer": [0] * families.D_MLP, "neuron": [*range(families.D_MLP)]}
+    table, why = damage_table(model, reading, pa.table(every | {"group_selected": [[1.0, 0.0]] * families.D_MLP}), 30)
+    assert table.num_rows == 0
+    assert why.startswith("layer 0 has too few neurons outside of the sets to draw controls from")
+
+
+def test_what_is_said_of_the_damage_is_said_of_its_last_run(model: mt.Model, tmp_path: Path) -> None:
+    place, text = tmp_path / "atlas", {"a": [TEXT] * 9, "b": GROUPS["it's <b>"]}
+    mt.atlas.write_atlas(model, place, text=text, measures=["damage"], tokens=240, least=1000, **OPTIONS)
+    mt.atlas.add_to_atlas(model, place, ["group_neurons", "damage"], text=text, share=0.1)
+    manifest = mt.atlas.open(place).manifest
+    assert "damage" in manifest["measures"]
+    assert manifest["left_out"] == {}
+    assert len(mt.atlas.open(place).table("damage")) > 0
+    mt.atlas.add_to_atlas(model, place, ["group_neurons", "damage"], text=text, least=1000)
+    manifest = mt.atlas.open(place).manifest
+    assert "damage" not in manifest["measures"]
+    assert list(manifest["left_out"]) == ["damage"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:group .gone. has fewer")
 def test_what_is_added_later_is_as_if_measured_at_once(folder: Path, model: mt.Model, tmp_path: Path) -> None:
@@ -208,8 +276,6 @@ def test_every_column_of_the_new_tables_says_what_it_is(atlas: Atlas) -> None:
 
 
 def test_a_neuron_of_which_nothing_was_measured_belongs_to_no_group() -> None:
-    import pyarrow as pa
-
     keys = {"layer": pa.array([0, 0, 1], pa.int32()), "neuron": pa.array([0, 1, 0], pa.int32())}
     old = pa.table(keys | {"max": [1.0, 2.0, 3.0]})
     new = pa.table({k: v[1:] for k, v in keys.items()} | {"group_selected": [[0.0, 1.0], [1.0, 0.0]]})
@@ -220,8 +286,6 @@ def test_a_neuron_of_which_nothing_was_measured_belongs_to_no_group() -> None:
 
 
 def heads_with(**columns: list[float]) -> Any:
-    import pyarrow as pa
-
     keys = {"layer": pa.array([0, 0, 1, 1], pa.int32()), "head": pa.array([0, 1, 0, 1], pa.int32())}
     return pa.table(keys | {name: pa.array(values, pa.float32()) for name, values in columns.items()})
 
@@ -241,6 +305,42 @@ def test_relations_are_the_columns_of_heads_as_rows() -> None:
     assert found.loc[("successor", 1, 1), "maps"] == 1
     assert found.loc["successor"]["suppress"].isna().all()
     assert relations_table(heads_with(induction=[0, 0, 0, 0]), pairs) is None
+
+
+def test_the_pairs_that_were_tried_are_those_of_the_run_that_tried_them(model: mt.Model, tmp_path: Path) -> None:
+    place, text = tmp_path / "atlas", [TEXT] * 20
+    mt.atlas.write_atlas(model, place, text=text, measures=["head_functions"], tokens=240, **OPTIONS)
+    before = mt.atlas.open(place)
+    with mt.settings(seed=5):
+        assert pairs_of(model) != {k: [(a, b) for a, b in v] for k, v in before.manifest["relations"].items()}
+        mt.atlas.add_to_atlas(model, place, ["loss"], text=text)
+        after = mt.atlas.open(place)
+        assert after.manifest["relations"] == before.manifest["relations"]
+        pd.testing.assert_frame_equal(after.table("relations"), before.table("relations"))
+        assert (after.manifest["seed"], after.manifest["added"][0]["seed"]) == (0, 5)
+        mt.atlas.add_to_atlas(model, place, ["head_functions"], text=text)
+        assert {k: [(a, b) for a, b in v] for k, v in mt.atlas.open(place).manifest["relations"].items()} == pairs_of(
+            model
+        )
+
+
+def test_the_file_of_labels_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "assets" / "data").mkdir(parents=True)
+    place = write_labels(tmp_path, {"1.mlp.post[5]": {"label": "kept"}})
+    before, seen = place.read_bytes(), list[bytes]()
+
+    def full(self: Path, text: str, **_: Any) -> int:
+        with self.open("w") as file:
+            file.write(text[:9])
+        seen.append(place.read_bytes())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError, match="cannot write the labels to .*labels.js; got No space left"):
+        write_labels(tmp_path, {})
+    assert seen == [before]
+    assert place.read_bytes() == before
+    assert [p.name for p in place.parent.iterdir()] == ["labels.js"]
 
 
 def test_labels_reach_the_pages_of_the_atlas_and_only_those(

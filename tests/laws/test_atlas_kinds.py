@@ -44,6 +44,13 @@ def test_without_scores_there_are_no_kinds() -> None:
     assert kinds_of(heads(induction_diff=[0.9] * 4).slice(0, 0)) is None
 
 
+def test_a_list_of_a_head_is_no_score_of_it() -> None:
+    lists = pa.array([[0.9, None], [0.1, 0.2], [0.0, 0.0], [0.0, 0.0]], pa.list_(pa.float32()))
+    table = heads(induction_diff=[0.9, 0.0, 0.0, 0.0], lag_attention_diff=lists, lag_attention_diff_lo=lists)
+    assert kinds_of(table) == ["induction", "other", "other", "other"]
+    assert kinds_of(heads(lag_attention_diff=lists)) is None
+
+
 def test_the_pages_have_the_kinds_and_the_tables_do_not() -> None:
     manifest = {
         "tables": {"heads": {"columns": {"layer": {}}}, "neurons": {"columns": {"io_class": {"unit": "index"}}}}

@@ -10,11 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xarray as xr
 from tests import families
 from tests.cli.conftest import TEXT, tokenizer
 
 import microtome as mt
+from microtome.atlas import measures_of
 from microtome.atlas._manifest import thin
+from microtome.atlas._tables import flat, table_of
 from microtome.atlas._write import LEAST_TOKENS
 from microtome.cli._atlas import atlas
 
@@ -83,6 +86,33 @@ def test_the_schema_says_of_each_column_what_its_measure_declares(made: tuple[mt
             assert told["columns"][column].get("range", [None, None]) == list(declared[column].range)
     assert manifest["loss"] == pytest.approx(float(mt.measure(made[0], "loss", text=[TEXT] * 20, **OPTIONS)["loss"]))
     assert set(manifest["measures"]) == set(MEASURES)
+
+
+@pytest.mark.slow
+def test_the_full_profile_writes_an_atlas_of_all_its_measures(made: tuple[mt.Model, Path], tmp_path: Path) -> None:
+    mt.atlas.write_atlas(made[0], tmp_path / "atlas", text=[TEXT] * 20, profile="full", **OPTIONS)
+    manifest = json.loads((tmp_path / "atlas" / "manifest.json").read_text())
+    assert list(manifest["left_out"]) == ["expert_neurons"], "which a model without experts lacks"
+    assert {*manifest["measures"], "expert_neurons"} == {*measures_of("full")}
+    schema: pa.Schema = pq.read_schema(tmp_path / "atlas" / "heads.parquet")
+    assert pa.types.is_list(schema.field("lag_attention_diff").type)
+    assert '"kind":["' in (tmp_path / "atlas" / "assets" / "data" / "model.js").read_text()
+
+
+def test_a_value_of_a_list_keeps_its_place_though_nothing_is_known_of_one_before_it() -> None:
+    nan = np.nan
+    values = xr.DataArray([[1, nan, 3, nan], [4, nan, nan, nan]], dims=("layer", "token_class"))
+    assert np.array_equal(flat(values, ("layer",)), np.float32([[1, nan, 3], [4, nan, nan]]), equal_nan=True)
+    places = xr.DataArray([[-1, 7, -1], [-1, 9, -1]], dims=("layer", "sign"))
+    assert flat(places, ("layer",)).tolist() == [[-1, 7], [-1, 9]]
+    around = xr.DataArray([[[nan, nan], [1, nan], [nan, nan]]], dims=("layer", "example", "offset"))
+    assert flat(around, ("layer",)).shape == (1, 2, 2)
+
+
+def test_lists_of_which_nothing_is_known_are_empty_in_every_row() -> None:
+    nothing = flat(xr.DataArray(np.full((3, 2, 2), np.nan), dims=("layer", "example", "offset")), ("layer",))
+    table = table_of({"layer": np.arange(3), "x": nothing}, {"layer": {}, "x": {}})
+    assert table.column("x").to_pylist() == [[], [], []]
 
 
 def test_what_a_model_lacks_the_sites_for_is_left_out_and_said(tmp_path: Path) -> None:

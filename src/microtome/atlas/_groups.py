@@ -27,6 +27,7 @@ import xarray as xr
 
 from microtome.atlas._tables import KEYS, flat, named_columns, table_of
 from microtome.atlas._texts import Reading
+from microtome.errors import ArgumentError
 from microtome.measurements import damage
 from microtome.method import Measure, Method, Text, declared
 from microtome.method.runner import Measured
@@ -148,6 +149,8 @@ def _layers(found: Mapping[Method, xr.Dataset], names: Sequence[str], known: np.
 
 def chosen_neurons(neurons: pa.Table, groups: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
     """By group, the (layer, neuron) that are chosen for it; a group that is undecided is left out."""
+    if "group_selected" not in neurons.column_names:  # the model lacks the sites, or has no such neurons
+        return {}
     lists = neurons.column("group_selected").combine_chunks()
     flags = np.ma.masked_invalid(lists.flatten().to_numpy(zero_copy_only=False)).reshape(len(neurons), len(groups))
     layer, neuron = (neurons.column(name).to_pylist() for name in ("layer", "neuron"))
@@ -200,17 +203,35 @@ def _put(table: pa.Table, field: pa.Field, values: pa.Array) -> pa.Table:
     return table.append_column(field, values)
 
 
-def damage_table(model: Model, reading: Reading, neurons: pa.Table, least: int) -> pa.Table:
-    """The table `damage`: each set of neurons against each group, and random sets of the same layers and sizes."""
+def damage_table(model: Model, reading: Reading, neurons: pa.Table, least: int) -> tuple[pa.Table, str]:
+    """The table `damage`, and why it has no rows, if so.
+
+    Each set of neurons against each group, and random sets of the same layers and sizes. What cannot be measured leaves
+    the table without rows: the rest of the atlas stands.
+    """
     known = [name for name in reading.groups if reading.tokens(name) >= least]
     sets = {name: own for name, own in chosen_neurons(neurons, reading.groups).items() if own}
     rows = {name: _some(part) for name, part in reading.read.items() if name in known}
-    data = damage(model, sets, rows, rows=4)
+    data, why = xr.Dataset(coords={"set": [], "group": []}), ""
+    if not known:
+        why = f"no group of the text has {least} tokens or more"
+    elif not sets:
+        why = "no neuron was chosen for any group"
+    else:
+        try:
+            data = damage(model, sets, rows, rows=4)
+        except ArgumentError as problem:  # a layer has too few neurons to draw controls from
+            why = str(problem)
+    return _damage_columns(data), why
+
+
+def _damage_columns(data: xr.Dataset) -> pa.Table:
+    """The rows of a damage matrix; none of an empty one."""
     grid = [(one, other) for one in data["set"].values for other in data["group"].values]
     columns: dict[str, Any] = {
         "neurons_of": np.array([str(one) for one, _ in grid], dtype=object),
         "group_name": np.array([str(other) for _, other in grid], dtype=object),
-        "neurons": np.repeat(data["neurons"].values.astype(np.int32), data.sizes["group"]),
+        "neurons": np.repeat(_values(data, "neurons").astype(np.int32), data.sizes["group"]),
     }
     attrs: dict[str, dict[str, Any]] = {
         key: {"unit": "1", "meaning": KEYS.get(key, "how many they are")} for key in columns
@@ -219,10 +240,14 @@ def damage_table(model: Model, reading: Reading, neurons: pa.Table, least: int) 
     for name, meaning in _DAMAGE.items():
         told = {"unit": "nats", "meaning": meaning, "control": "damage_random" if name == "damage" else ""}
         for end in ("", "_lo", "_hi"):
-            columns[name + end] = data[name + end].values.astype(np.float32).reshape(-1)
+            columns[name + end] = _values(data, name + end).astype(np.float32).reshape(-1)
             ends = {"_lo": "lower end of its 95 % interval", "_hi": "upper end of its 95 % interval"}
             attrs[name + end] = told if not end else {"unit": "nats", "meaning": ends[end]}
     return table_of(columns, attrs)
+
+
+def _values(data: xr.Dataset, name: str) -> np.ndarray:
+    return np.asarray(data[name].values) if name in data else np.zeros(0)
 
 
 def _some(part: TokenBatches) -> list[TokenBatch]:

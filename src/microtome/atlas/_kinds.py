@@ -31,7 +31,9 @@ def kinds_of(heads: pa.Table) -> list[str] | None:
     layers, numbers = (heads.column(name).to_numpy() for name in ("layer", "head"))
     size = (int(layers.max()) + 1, int(numbers.max()) + 1)
     variables: dict[str, Any] = {}
-    for name in (name for name in heads.column_names if name.endswith(("_diff", "_diff_lo"))):
+    # A list, of one value for each class or distance, is no score of the head; no kind is made of one.
+    scores = [f.name for f in heads.schema if f.name.endswith(("_diff", "_diff_lo")) and not pa.types.is_list(f.type)]
+    for name in scores:
         grid = np.full(size, np.nan)
         grid[layers, numbers] = heads.column(name).to_numpy().astype(np.float64)
         variables[name] = (("layer", "head"), grid)

@@ -97,7 +97,7 @@ class Labels:
             return
         try:
             write_labels(self.pages, self.read())
-        except OSError as problem:
+        except OutputError as problem:
             what = f'the pages in "{self.pages}" do not show the label, which is kept'
             told = error(
                 OutputError, what, got=str(problem), do="make the folder writable, and call atlas.labels.show()"

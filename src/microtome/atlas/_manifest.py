@@ -63,7 +63,7 @@ def manifest_of(
         "text": {
             "source": reading.name, "tokens": len(reading.flat), "asked": reading.asked, "length": reading.length,
             "rows_begin_with": None if reading.beginning is None else model.to_words([reading.beginning])[0],
-            "sequences": reading.sequences,
+            "sequences": reading.sequences, "documents": "joined within a group, and attend over their borders",
             "sha256": text_checksum(reading), "short": reading.short,
             "examples": list(CONTEXT), "groups": list(reading.groups),
         },

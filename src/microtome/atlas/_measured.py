@@ -27,6 +27,9 @@ from microtome.atlas._texts import Reading
 from microtome.method.runner import Measured, run_measures
 from microtome.model import Model
 
+OF_RELATIONS = "head_functions"
+"""The measure whose pairs of words the table `relations` counts."""
+
 OF_DAMAGE = {
     "question": "How much does each group of the text need the neurons that were chosen for each?",
     "source": "Tang et al., Language-Specific Neurons, 2024, arXiv 2402.16438",
@@ -67,11 +70,13 @@ def measured_atlas(
     if "group_selected" in made["neurons"].column_names:
         made["neurons"] = with_names(whole_lists(made["neurons"], reading.groups), reading.groups)
         made["groups"] = with_counts(made["groups"], made["neurons"])
+    why = ""
     if DAMAGE in chosen:
         since = time.perf_counter()
-        made[DAMAGE] = damage_table(model, reading, made["neurons"], least)
+        made[DAMAGE], why = damage_table(model, reading, made["neurons"], least)
         seconds["switching neurons off"] = round(time.perf_counter() - since, 2)
-    pairs = pairs_of(model) if "maps_copying" in made["heads"].column_names else {}
+    ran = {method.name for method in measured.datasets}
+    pairs = pairs_of(model) if OF_RELATIONS in ran else {}  # drawn by the seed: else those tried before stand
     if (relations := relations_table(made["heads"], pairs)) is not None:
         made["relations"] = relations
     cost = {**seconds, "seconds": round(time.perf_counter() - started, 2), "peak_memory_bytes": peak_memory()}
@@ -79,7 +84,7 @@ def measured_atlas(
     if pairs:
         manifest["relations"] = {name: [list(pair) for pair in of] for name, of in pairs.items()}
     if DAMAGE in chosen:
-        manifest["measures"][DAMAGE] = dict(OF_DAMAGE)
+        manifest["measures" if not why else "left_out"][DAMAGE] = why or dict(OF_DAMAGE)
     return made, manifest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -133,9 +134,13 @@ def flat(array: xr.DataArray, dims: Sequence[str]) -> npt.NDArray[Any]:
 
 
 def _filled(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Which places of the lists any row fills: a text of few rows leaves the last ones empty."""
+    """The places of the lists up to the last one that any row fills: a text of few rows leaves the last ones empty.
+
+    An empty one before it stays, since a value is known by its place: the third of a class is the third in each list.
+    """
     there = np.isfinite(rows) if rows.dtype.kind == "f" else rows >= 0
-    return np.asarray(there.any(axis=(0, *range(2, rows.ndim))))
+    filled = np.flatnonzero(there.any(axis=(0, *range(2, rows.ndim))))
+    return np.arange(filled[-1] + 1 if len(filled) else 0)
 
 
 def _metadata(attrs: Mapping[str, Any]) -> dict[str, str]:
@@ -155,6 +160,7 @@ def _array(values: npt.NDArray[Any]) -> pa.Array:
     missing = np.ma.getmaskarray(values).reshape(-1)  # a whole number that is not known
     missing = missing | ~np.isfinite(every) if values.dtype.kind == "f" else missing
     made = pa.array(every, mask=missing) if missing.any() else pa.array(every)
-    for size in reversed(values.shape[1:]):
-        made = pa.ListArray.from_arrays(np.arange(0, len(made) + 1, max(size, 1), dtype=np.int32), made)
+    for axis in reversed(range(1, values.ndim)):
+        starts = np.arange(math.prod(values.shape[:axis]) + 1, dtype=np.int32) * values.shape[axis]
+        made = pa.ListArray.from_arrays(starts.astype(np.int32), made)
     return made

@@ -147,11 +147,18 @@ def _joined(before: Atlas, added: Mapping[str, Any], made: Mapping[str, pa.Table
     old = before.manifest
     kept = {"kind", "format", "microtome", "created", "model", "text", "thin", "seed", "versions", "cost", "tables"}
     whole = {k: v for k, v in added.items() if k not in {*kept, "measures", "left_out"}}  # of the whole model
-    log = {"measures": list(added["measures"]), "created": added["created"], "cost": added["cost"]}
+    log = {
+        "measures": list(added["measures"]),
+        "created": added["created"],
+        "seed": added["seed"],
+        "cost": added["cost"],
+    }
+    ran, left_out = added["measures"], added["left_out"]  # what is said of a measure is said of its last run
     return {
         **old, **whole, "text": {**added["text"], **old["text"]}, "tables": manifest_tables(made),
-        "measures": {**old["measures"], **added["measures"]},
-        "left_out": {**old["left_out"], **added["left_out"]}, "added": [*old.get("added", ()), log],
+        "measures": {**{k: v for k, v in old["measures"].items() if k not in left_out}, **ran},
+        "left_out": {**{k: v for k, v in old["left_out"].items() if k not in ran}, **left_out},
+        "added": [*old.get("added", ()), log],
     }  # fmt: skip
 
 

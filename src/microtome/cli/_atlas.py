@@ -43,7 +43,7 @@ def atlas(
         int | None, typer.Option(min=100, help="How many tokens of it to read; by default 20,000.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("atlas"),
-    length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per row; by default 256.")] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help="A measure to run, one of those that `microtome measure` lists, or damage; repeatable."),
@@ -72,8 +72,8 @@ def atlas(
     """
     from microtome.context import settings
 
-    _check(output, force, quick=quick, full=full, tokens=tokens, only=only, add=add)
-    files = text_of(text)
+    _check(output, force, quick=quick, full=full, tokens=tokens, length=length, only=only, add=add)
+    files = text_of(text, field, group_by)
     with settings(seed=seed, budget=budget):
         opening.check()
         with working(LOADING):
@@ -87,14 +87,15 @@ def atlas(
             index = add_to_atlas(opened, output, add, text=given)
         else:
             index = write_atlas(
-                opened, output, text=given, measures=only or None, profile=profile, tokens=tokens, length=length
-            )
+                opened, output, text=given, measures=only or None, profile=profile, tokens=tokens,
+                **({} if length is None else {"length": length}),
+            )  # fmt: skip
     _tell(index, output, tokens, as_json=as_json)
 
 
 def _check(
-    output: Path, force: bool, *, quick: bool, full: bool, tokens: int | None, only: list[str] | None,
-    add: list[str] | None,
+    output: Path, force: bool, *, quick: bool, full: bool, tokens: int | None, length: int | None,
+    only: list[str] | None, add: list[str] | None,
 ) -> None:  # fmt: skip
     """Refuse, before anything is loaded, what cannot be."""
     from microtome.atlas import check_out
@@ -104,9 +105,9 @@ def _check(
     if len(both := [name for name, value in given.items() if value]) > 1:
         what = f"{' and '.join(both)} exclude one another"
         raise error(ArgumentError, what, do="choose one of them")
-    if add and (tokens is not None or force):
-        what = "--add takes the tokens that the atlas was made of, and replaces nothing"
-        raise error(ArgumentError, what, do="leave --tokens and --force out")
+    if add and (tokens is not None or length is not None or force):
+        what = "--add takes the tokens and rows that the atlas was made of, and replaces nothing"
+        raise error(ArgumentError, what, do="leave --tokens, --length and --force out")
     if not add:
         check_out(output, force)
     for name in (one for one in (*(only or ()), *(add or ())) if one != "damage"):  # which needs a measure, and is none

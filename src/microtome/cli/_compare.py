@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
+    context: typer.Context,
     a: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, or an id of the hub; or an atlas.")],
     b: Annotated[str, typer.Argument(help="Another one of the same shape.")],
     text: Text = None,
@@ -51,7 +52,7 @@ def compare(
             raise error(ArgumentError, what, do="name those that `microtome measure` lists")
     check_output(output, force, (".html",))
     if all((Path(one) / "manifest.json").is_file() for one in (a, b)):
-        _atlases(a, b, top, given={"--text": text, "--measures": measures, "-o": output}, as_json=as_json)
+        _atlases(a, b, top, given=_given(context), as_json=as_json)
         return
     if text is not None:
         text_file(text)
@@ -73,11 +74,25 @@ def compare(
     _tell(rows, data)
 
 
-def _atlases(a: str, b: str, top: int, *, given: dict[str, Any], as_json: bool) -> None:
+OF_MODELS = {
+    "text": "--text", "tokens": "--tokens", "measures": "--measures", "output": "-o", "force": "--force",
+    "seed": "--seed", "budget": "--budget",
+}  # fmt: skip
+"""Options of what is measured on two models."""
+
+
+def _given(context: typer.Context) -> list[str]:
+    """The options of two models that the command line names, whatever their values."""
+    sources = {option: context.get_parameter_source(name) for name, option in OF_MODELS.items()}
+    return [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def _atlases(a: str, b: str, top: int, *, given: list[str], as_json: bool) -> None:
     """Compare two atlases, and say what differs."""
-    if named := [name for name, value in given.items() if value]:
-        what = f"{named[0]} is for two models, and these are two atlases, whose tables are compared as they are"
-        raise error(ArgumentError, what, do="leave it out")
+    if given:
+        named, verb = " and ".join(given), "is" if len(given) == 1 else "are"
+        what = f"{named} {verb} for two models, and these are two atlases, whose tables are compared as they are"
+        raise error(ArgumentError, what, do=f"leave {named} out")
     with working("reading the atlases"):
         from microtome.atlas import compare as compared
         from microtome.view import frame_table

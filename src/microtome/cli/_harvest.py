@@ -12,6 +12,7 @@ import typer
 from microtome.cli._examples import shown
 from microtome.cli._model import LOADING, Json, ModelArgument, Opening, opens, out, print_json, progress, working
 from microtome.cli._options import Field, GroupBy, Ray, Threads, Workers, cluster_of
+from microtome.cli._texts import check_columns
 from microtome.errors import OutputError, error
 from microtome.files import text_place
 
@@ -70,6 +71,7 @@ def harvest(
     from microtome.anatomy import parse_list
 
     parse_list(sites)
+    check_columns(text, field, group_by)
     if text is not None and not text.startswith(DATASETS):
         text_place(text)
     if "://" not in output and Path(output).is_file():

@@ -191,8 +191,8 @@ def _measure(measures: Sequence[Sketch]) -> Callable[..., None]:
         output, force, display = given.pop("output"), given.pop("force"), {name: given.pop(name) for name in drawing}
         as_json, groups = given.pop("as_json"), given.pop("groups", None)
         check_output(output, force, (".html",))
-        text, column = text_of(given.pop("texts", None)), given.pop("group_by", None)
-        read = partial(tables_of, field=given.pop("field", "text"), group=column)
+        field, column = given.pop("field", "text"), given.pop("group_by", None)
+        text, read = text_of(given.pop("texts", None), field, column), partial(tables_of, field=field, group=column)
         cluster = cluster_of(given.pop("ray", None), given.pop("workers", None), given.pop("threads", 1))
         with settings(ray=cluster), _settled(given, opening, names) as (model, _):
             from microtome.method.runner import measure

@@ -112,6 +112,8 @@ def run_measures(
     """Run measures, each dataset by itself; `lenient` leaves out those that the model lacks the sites for.
 
     What `by_group` names gives each group of the text besides: in the same pass, whose groups it keeps and then merges.
+    Where it reads only the first rows, of which each group has a share, a second pass reads so many of each group, as
+    where groups are reported separately.
     """
     options, kept = {} if options is None else options, groups_of(groups)
     chosen = chosen_measures(names, options)
@@ -135,7 +137,7 @@ def run_measures(
                     one.apart = isinstance(look, Text) and kept is None and one.measure.method.name in by_group
                 datasets, of_groups, source = _of_batches(model, look, some, kept, unfinished)
                 found |= datasets
-                grouped |= of_groups
+                grouped |= of_groups | _of_each_group(model, look, some, of_groups, unfinished)
                 sources.append(source)
             stage = _stage(look)
             seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
@@ -228,16 +230,22 @@ def bound_by_look(
 
 
 def _of_batches(
-    model: Model, look: Look, bound: list[Bound], groups: tuple[str, ...] | None, unfinished: list[Parts]
+    model: Model,
+    look: Look,
+    bound: list[Bound],
+    groups: tuple[str, ...] | None,
+    unfinished: list[Parts],
+    *,
+    each: bool = False,
 ) -> tuple[dict[str, xr.Dataset], dict[str, xr.Dataset], str]:
     """The columns of measures that read batches, those of groups kept apart, and what the batches were read from.
 
-    `unfinished` gains what is on disk.
+    `unfinished` gains what is on disk; `each` reads so many rows of each group, where only the first are read.
     """
     assert not isinstance(look, Weights)
     kept = groups is not None and isinstance(look, Text)
     comparing = [one.measure.method.name for one in bound if one.measure.compares]
-    apart = isinstance(look, Text) and (kept or bool(comparing))
+    apart = isinstance(look, Text) and (kept or each or bool(comparing))
     batches = look.batches(model, apart=True) if apart and isinstance(look, Text) else look.batches(model)
     if comparing and len(batches.groups) < 2:
         what = f'the measure "{comparing[0]}" compares groups, and this text has one'
@@ -252,6 +260,32 @@ def _of_batches(
     if kept and groups:
         found = {name: data.sel(group=list(groups)) for name, data in found.items()}
     return found, made.by_group(), batches.source
+
+
+def _of_each_group(
+    model: Model, look: Look, some: list[Bound], shares: Mapping[str, xr.Dataset], unfinished: list[Parts]
+) -> dict[str, xr.Dataset]:
+    """The columns of groups kept apart, from as many rows of each group as a whole text has; none if they are so.
+
+    Of the first rows of a text each group has a share, which may be one row: that is enough for the whole, and says too
+    little of the group.
+
+    Args:
+        model: an open model.
+        look: what was read.
+        some: the measures that read it.
+        shares: the columns of groups from these shares.
+        unfinished: gains what is on disk.
+    """
+    several = any(data.sizes["group"] > 1 for data in shares.values())
+    whole = not isinstance(look, Text) or look.sequences is None or any(one.measure.compares for one in some)
+    if whole or not several:
+        return {}
+    again: list[Bound] = []
+    for one in (one for one in some if one.apart):
+        own = {p.name: one.arguments[p.name] for p in one.measure.parameters if p.name in one.arguments}
+        again.append(replace(one, statistic=one.measure.statistic(own), kept={}))
+    return _of_batches(model, look, again, None, unfinished, each=True)[1]
 
 
 def groups_of(groups: Any) -> tuple[str, ...] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from microtome.files import atomic
 from microtome.view._page_data import encode, literal, script
 
 TABLES = ("groups", "group_layers", "damage")
@@ -66,13 +67,17 @@ def write_labels(folder: Path, labels: Mapping[str, Mapping[str, str]]) -> Path:
     """Write what a user called units of the model for the pages of an atlas; it is no part of what was measured.
 
     Args:
-        folder: of the atlas.
+        folder: of the atlas, which may stand finished: its pages have the old file or the new one.
         labels: by site, a label and a note.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     told = {site: {key: of.get(key, "") for key in ("label", "note")} for site, of in labels.items()}
-    data = folder / "assets" / "data"
-    _save(data, "labels", literal(told))
-    return data / "labels.js"
+    place = folder / "assets" / "data" / "labels.js"
+    with atomic(place, "the labels to") as partial:
+        partial.write_text(script("labels", literal(told)), encoding="ascii")
+    return place
 
 
 def _place(neurons: pa.Table, name: str, number: int) -> np.ndarray:

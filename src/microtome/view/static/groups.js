@@ -101,8 +101,12 @@
     };
   }
 
-  const missingDamage = ({ groups }) =>
-    groups.length > 1 && h("p", { class: "note" }, "What each group loses without the neurons of each was not measured: ", h("code", {}, "microtome atlas --add damage"), " adds it.");
+  function missingDamage({ groups }) {
+    if (groups.length < 2) return null;
+    const why = atlas.data.manifest.left_out?.damage;
+    const how = why ? [`${why.replace(/\.$/, "")}.`] : [h("code", {}, "microtome atlas --add damage"), " adds it."];
+    return h("p", { class: "note" }, "What each group loses without the neurons of each was not measured: ", how);
+  }
 
   /** The part of the overview that is of groups; null for one group. */
   async function groupsSection() {
