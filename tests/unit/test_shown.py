@@ -162,6 +162,7 @@ def made() -> list[Any]:
         *mt.methods()["induction"].source, *mt.methods()["patch"].arguments.values(), mt.Settings(progress=print),
         batches, batches[0], Result.of(found), forms(found), *drawn, committed,
         mt.measurements.verify_commit(committed, last),
+        mt.measurements.Sentence(("The", "cat", "sat"), ((0, 1, "det"), (1, 2, "nsubj"))),
         *(part for one in drawn for part in getattr(one, "parts", ())),
     ]  # fmt: skip
 

@@ -27,12 +27,14 @@ from microtome.anatomy import Site
 from microtome.context import current
 from microtome.errors import ArgumentError, DataError, SiteError, error
 from microtome.model import Model
+from microtome.shown import shown
 from microtome.stream import difference_interval
 
 MASS = 1e-6
 """Attention below which a word is not attended to at all."""
 
 
+@shown
 @dataclass(frozen=True)
 class Sentence:
     """Words with their dependencies.
