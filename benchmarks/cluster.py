@@ -170,6 +170,7 @@ def kills(started: Any, folder: Path, count: int, seed: int) -> None:
 
 
 def main() -> None:
+    """Run what was asked for on a cluster that ends with it; a driver of the kills is this file too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--kills", type=int, default=20)

@@ -129,3 +129,11 @@ class Tab:
         os.close(self._to)
         os.close(self._from)
         shutil.rmtree(self._profile, ignore_errors=True)
+
+
+class Anew(Tab):
+    """A tab that opens every page anew: of a mere change of the route it would not say when that was drawn."""
+
+    def open(self, page: Path, route: str = "") -> None:
+        self.call("Page.navigate", url="about:blank")
+        super().open(page, route)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tests.browser.conftest import WORDS
-from tests.browser.tab import Tab
+from tests.browser.tab import Anew, Tab
 
 from microtome.view import write_pages
 
@@ -21,14 +21,6 @@ pytestmark = pytest.mark.browser
 @pytest.fixture(scope="module")
 def page(fake: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pages(tmp_path_factory.mktemp("pages"), **fake)
-
-
-class Anew(Tab):
-    """A tab that opens every page anew: of a mere change of the route it would not say when that was drawn."""
-
-    def open(self, page: Path, route: str = "") -> None:
-        self.call("Page.navigate", url="about:blank")
-        super().open(page, route)
 
 
 @pytest.fixture(scope="module")

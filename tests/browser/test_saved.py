@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests import effects
-from tests.browser.tab import Tab
+from tests.browser.tab import Anew, Tab
 
 from microtome.view import write_page, write_pages
 
@@ -24,14 +24,6 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.fixture(scope="module")
 def page(fake: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pages(tmp_path_factory.mktemp("pages"), **fake)
-
-
-class Anew(Tab):
-    """A tab that opens every page anew: of a mere change of the route it would not say when that was drawn."""
-
-    def open(self, page: Path, route: str = "") -> None:
-        self.call("Page.navigate", url="about:blank")
-        super().open(page, route)
 
 
 @pytest.fixture(scope="module")
