@@ -10,6 +10,8 @@ from torch import Tensor
 
 import microtome as mt
 from microtome.measurements._lens_groups import group_tokens, members
+from microtome.method import Seen, declared
+from microtome.stream import TokenBatch
 
 
 def ids(rows: int, seed: int, low: int = 5, high: int = families.VOCAB) -> Tensor:
@@ -78,3 +80,18 @@ def test_a_stream_that_cannot_be_read_as_logits_is_refused_in_one_line() -> None
     with pytest.raises(mt.errors.SiteError, match="cannot be read as logits") as refused:
         mt.measure(mt.open(families.build("bert"), prove=False), "lens_groups", text=TEXT)
     assert "\n" not in str(refused.value)
+
+
+def test_tokens_that_do_not_count_have_no_weight(model: mt.Model) -> None:
+    rows, statistic = ids(2, 3), declared("lens_groups").statistic({"stride": 1})  # pyright: ignore[reportAttributeAccessIssue]
+    mask = torch.ones(rows.shape, dtype=torch.bool)
+    mask[0, :5], mask[1, 9:] = False, False
+    kept = statistic.start(model, None)
+    statistic.update(kept, Seen(model, None, TokenBatch.of(rows), None, mask))
+    run = model.run(rows, capture="*.resid_post")
+    for layer in range(3):
+        p = model.unembed(run[f"{layer}.resid_post"]).softmax(-1).detach().double()
+        expected = (p[0, 5:].mean(0) + p[1, :9].mean(0)) / 2
+        torch.testing.assert_close(kept[f"lens.{layer}"].result().mean, expected, atol=1e-7, rtol=1e-4)
+        assert float((expected - p.mean((0, 1))).abs().max()) > 1e-5
+    assert int(kept["tokens"].result().count.sum()) == 7 + 9
