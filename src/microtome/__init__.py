@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from microtome import stream as stream
     from microtome import sweep as sweep
     from microtome import tasks as tasks
+    from microtome import training as training
     from microtome import view as view
     from microtome.context import Settings as Settings
     from microtome.context import settings as settings
@@ -38,14 +39,16 @@ if TYPE_CHECKING:
     from microtome.model import open as open
     from microtome.run import Run as Run
     from microtome.tasks import Task as Task
+    from microtome.training import fit as fit
 
 _ROOMS = (
     "anatomy", "atlas", "change", "edit", "errors", "explain", "measurements", "metric", "planted", "stream", "sweep",
-    "tasks", "view",
+    "tasks", "training", "view",
 )  # fmt: skip
 _HOME = {
     "Model": "model:Model", "Run": "run:Run", "Settings": "context:Settings", "Task": "tasks:Task",
-    "compare": "method:compare", "measure": "method.runner:measure", "measures": "method.runner:measures",
+    "compare": "method:compare", "fit": "training:fit",
+    "measure": "method.runner:measure", "measures": "method.runner:measures",
     "methods": "method:methods", "open": "model:open", "settings": "context:settings",
 }  # fmt: skip
 

@@ -11,6 +11,7 @@
     ├── EditError             an edit whose value does not fit its site
     ├── BudgetError           a run that would not fit in memory
     ├── ArgumentError         an argument or a setting outside what is allowed
+    ├── FitError              a training that cannot go on
     ├── DeclarationError      a method whose declaration lacks something, or clashes with another's
     ├── OutputError           a file or folder that cannot be written
     └── DataError             text, tables or shards that cannot be read
@@ -22,7 +23,7 @@ errors read alike.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 class MicrotomeWarning(UserWarning):
@@ -94,6 +95,17 @@ class ArgumentError(MicrotomeError):
     """An argument or a setting outside what is allowed."""
 
     exit_code = 2
+
+
+class FitError(MicrotomeError):
+    """A training that cannot go on: its loss is not finite, or depends on nothing that is trained.
+
+    Attributes:
+        fitted: what the training had reached when its loss was last finite, a `microtome.training.Fitted`.
+    """
+
+    exit_code = 11
+    fitted: Any = None
 
 
 class DeclarationError(MicrotomeError):

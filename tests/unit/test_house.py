@@ -34,7 +34,7 @@ FLOORS = (
     ("metric",),
     ("sweep",),
     ("model",),
-    ("stream", "tasks", "planted"),
+    ("stream", "tasks", "planted", "training"),
     ("view",),
     ("method",),
     ("measurements", "explain", "features", "change"),

@@ -161,10 +161,14 @@ def made() -> list[Any]:
         planted.corruptions(it, 50, 0), mt.methods(), mt.methods()["induction"], *mt.methods()["induction"].columns,
         *mt.methods()["induction"].source, *mt.methods()["patch"].arguments.values(), mt.Settings(progress=print),
         batches, batches[0], Result.of(found), forms(found), *drawn, committed,
-        mt.measurements.verify_commit(committed, last),
+        mt.measurements.verify_commit(committed, last), mt.fit([torch.zeros(2, requires_grad=True)], trained, [0], 0),
         mt.measurements.Sentence(("The", "cat", "sat"), ((0, 1, "det"), (1, 2, "nsubj"))),
         *(part for one in drawn for part in getattr(one, "parts", ())),
     ]  # fmt: skip
+
+
+def trained(batch: int) -> torch.Tensor:
+    raise AssertionError(f"a training without steps asks for no batch {batch}")
 
 
 @pytest.fixture(scope="module")

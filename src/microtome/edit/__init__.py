@@ -17,6 +17,7 @@ from microtome.edit._edits import SiteEdit as SiteEdit
 from microtome.edit._edits import Zero as Zero
 from microtome.edit._edits import apply as apply
 from microtome.edit._edits import canonical as canonical
+from microtome.edit._edits import digest_of as digest_of
 from microtome.edit._edits import forbidden as forbidden
 from microtome.edit._frame import Frame as Frame
 from microtome.edit._frame import Span as Span

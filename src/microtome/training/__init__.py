@@ -1,0 +1,4 @@
+"""The one trainer: everything in this package that is ever trained goes through `fit`."""
+
+from microtome.training._fit import fit as fit
+from microtome.training._fitted import Fitted as Fitted
