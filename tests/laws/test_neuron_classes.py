@@ -62,7 +62,7 @@ def test_shares_are_counts_and_sum_to_one() -> None:
         np.testing.assert_allclose(by_layer["class_share"].values[layer], counts / 56)
         beyond = (by_neuron["null_gate_in"].values[layer] < 0.05).mean()
         assert float(by_layer["beyond_gate_in"][layer]) == pytest.approx(beyond)
-    assert np.allclose(by_layer["class_share_mismatched"].sum("io_class"), 1)
+    assert np.allclose(by_layer["class_share_mismatched"].sum("class"), 1)
     w = neuron_directions(model, 1)
     other = {"w_in": w["w_in"], "w_out": w["w_out"].roll(-1, 0), "w_gate": w["w_gate"].roll(-2, 0)}
     counts = torch.bincount(classes_of(pair_cosines(other), 0.1), minlength=12)

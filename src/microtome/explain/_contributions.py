@@ -199,7 +199,7 @@ class _Reader:
         parts = [found[name].reshape(len(self.logit), -1).nansum(1) for name in PARTS if name in found]
         return found | {"gap": self.logit - sum(parts)}
 
-    def _by_layer(self, values: dict[int, Float[Tensor, " batch *of"]]) -> Float[Tensor, "batch layer *of"]:
+    def _by_layer(self, values: dict[int, Float[Tensor, "batch ..."]]) -> Float[Tensor, "batch layer ..."]:
         """Values of some layers, of the most units that one of them has, as float64; NaN where there are none."""
         sizes = [max(n) for n in zip(*(x.shape for x in values.values()), strict=True)]
         found = self.u.new_full((sizes[0], self.a.n_layers, *sizes[1:]), torch.nan)

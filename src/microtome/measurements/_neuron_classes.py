@@ -99,10 +99,10 @@ def _beyond(pair: str, of: tuple[str, str]) -> tuple[Column, Column]:
     columns=(
         Column(
             "class_share", "share", f"share of neurons of each class: {', '.join(CLASSES)}, then the atypical of each",
-            "none: compare class_share_mismatched", (0, 1), extra=("io_class",), interval=False,
+            "none: compare class_share_mismatched", (0, 1), extra=("class",), interval=False,
         ),
         Column(
-            "class_share_mismatched", "share", OTHERS, CONTROL, (0, 1), extra=("io_class",), interval=False,
+            "class_share_mismatched", "share", OTHERS, CONTROL, (0, 1), extra=("class",), interval=False,
             drawn=False,
         ),
         *(column for pair, of in PAIRS.items() for column in _beyond(pair, of)),
@@ -112,7 +112,7 @@ def _beyond(pair: str, of: tuple[str, str]) -> tuple[Column, Column]:
     check="tests/laws/test_neuron_classes.py",
     needs=NEEDS,
 )  # fmt: skip
-def io_classes(seen: Seen, aligned: Threshold = THRESHOLD) -> dict[str, Float[Tensor, "*io_class"]]:
+def io_classes(seen: Seen, aligned: Threshold = THRESHOLD) -> dict[str, Float[Tensor, "..."]]:
     """The share of every class in a layer, and of neurons with unusual angles, beside those of mismatched vectors."""
     w = neuron_directions(seen.model, seen.layer or 0)
     shift = {"w_in": 0, "w_out": 1, "w_gate": 2}
