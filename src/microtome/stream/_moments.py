@@ -96,6 +96,8 @@ class Moments(Accumulator):
         origin = self._origin.to(rows.device)
         shifted: Tensor | None = None
         for block in blocks(rows):
+            self._min = torch.minimum(self._min, block.amin(dim=0).to(self._min))
+            self._max = torch.maximum(self._max, block.amax(dim=0).to(self._max))
             if self.order == 2 and not block.is_cpu:  # one reading of them, where memory is what costs
                 variance, mean = torch.var_mean(block - origin, dim=0, correction=0)
                 self._combine(block.shape[0], mean.to(home), [variance.to(home) * block.shape[0]])
@@ -104,9 +106,6 @@ class Moments(Accumulator):
             torch.sub(block, origin, out=shifted)
             mean = shifted.mean(dim=0)
             self._combine(block.shape[0], mean.to(home), [x.to(home) for x in self._power_sums(shifted.sub_(mean))])
-        low, high = torch.aminmax(rows, dim=0)
-        self._min = torch.minimum(self._min, low.to(self._min))
-        self._max = torch.maximum(self._max, high.to(self._max))
 
     def _power_sums(self, centred: Float[Tensor, "row unit"]) -> list[Float[Tensor, " unit"]]:
         """Sums of squares, and of third and fourth powers where they are asked for, of rows that are overwritten."""
