@@ -62,7 +62,7 @@ def test_what_does_not_fit(cli: Cli, saved: Path, tmp_path: Path) -> None:
         ((PAIR[0], "the dog sat", *ASKED), 6, "do not align"),
         ((*PAIR, "--answer", "mat", "--foil", "mat"), 6, "the foil equals the answer"),
         ((*PAIR, "--answer", "the mat"), 6, '"the mat" is not one token'),
-        ((*PAIR, *ASKED, "--method", "acdc"), 2, "'atp', 'relp', 'eap'"),
+        ((*PAIR, *ASKED, "--method", "acdc"), 2, "'atp', 'relp', 'atp*', 'ig', 'eap'"),
         ((*PAIR, *ASKED, "--verify", "-1"), 2, "--verify"),
         ((*PAIR, *ASKED, "--seed", "-1"), 2, "--seed"),
     ):

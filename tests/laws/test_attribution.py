@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests import families
 from tests.agreement import agreed, agreement
+from tests.linear import linear
 
 import microtome as mt
 from microtome.explain import RELP, graph
@@ -46,24 +47,6 @@ def near(name: str, eps: float) -> mt.Model:
 
 def gap(a: Any, b: Any) -> float:
     return max(float(abs(a[name] - b[name]).max()) for name in a.data_vars if name in b.data_vars)
-
-
-def linear() -> mt.Model:
-    """A GPT-2 that is linear in its embeddings: uniform attention, no activation, norms that divide by a constant."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = families.build("gpt2").config
-    config = GPT2Config(**(config.to_dict() | {"layer_norm_epsilon": 1e12, "activation_function": "linear"}))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        hf = GPT2LMHeadModel(config).double().eval()
-        for name, parameter in hf.named_parameters():
-            noise = 0.3 * torch.randn_like(parameter)
-            parameter.data = 1e6 * (1 + noise) if ".ln_" in name and name.endswith("weight") else noise
-        for block in hf.transformer.h:
-            block.attn.c_attn.weight.data[:, : 2 * config.n_embd] = 0
-            block.attn.c_attn.bias.data[: 2 * config.n_embd] = 0
-    return mt.open(hf, prove=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- nodes
@@ -266,7 +249,7 @@ def test_a_result_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "text"),
     [
-        ("llama-gqa", {"method": "ig"}, "method must be one of atp, relp, eap; got 'ig'"),
+        ("llama-gqa", {"method": "acdc"}, "method must be one of atp, relp, atp\\*, ig, eap, .*; got 'acdc'"),
         ("llama-gqa", {"foil": 11}, "the foil equals the answer"),
         ("llama-gqa", {"sites": []}, "sites names nothing; allowed: resid_pre, "),
         ("llama-gqa", {"sites": ["logits"]}, "sites must be one of resid_pre, .*; got 'logits'"),

@@ -70,8 +70,8 @@ def test_differences_of_runs_are_taken_in_float32() -> None:
     change = {s: goal[s].float() - start[s].detach().float() for s in ("1.attn.z", "1.mlp_out")}
     at = 1 + model.anatomy.n_heads + 1  # after the embedding and layer 0
     heads = torch.einsum("phd,hdm->hpm", change["1.attn.z"][0], model.layers[1].W_O.detach().float())
-    torch.testing.assert_close(found[at : at + 4], heads)
-    torch.testing.assert_close(found[at + 4], change["1.mlp_out"][0])
+    torch.testing.assert_close(found[at : at + 4, 0], heads)
+    torch.testing.assert_close(found[at + 4, 0], change["1.mlp_out"][0])
     logits = start.logits[0, -1].double()
     slope = start.grad(logits[PAIR["answer"]] - logits[PAIR["foil"]])["1.mlp_out"]
     scores = mt.explain.attribute(model, CLEAN, CORRUPT, **PAIR, sites=["mlp_out"], verify=0, direction="noise")

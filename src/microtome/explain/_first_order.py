@@ -16,103 +16,130 @@ Check:    over the heads of a group they add up to the gradient of the shared ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
-import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
 from microtome.anatomy import NormWeights, Site, at_least_float32, norm_of
-from microtome.edit import Freeze
+from microtome.edit import Edit, Freeze, canonical
 from microtome.errors import SiteError, error
-from microtome.explain._graph import graph
 from microtome.explain._layout import Layout, every_position, layout, named_sites
 from microtome.explain._pairs import Pairs
 from microtome.model import Model
 from microtome.run import Run
 
-Scored = tuple[list[float], dict[str, xr.DataArray]]
-"""The metric of the start and of the goal run, and labelled scores by site."""
+INPUTS = ("resid_pre", "attn.q", "attn.k", "attn.v", "attn.scores", "attn.z", "mlp.in", "mlp_out")
+"""Of each layer, what a run must capture for its edges; blocks one after the other add `resid_mid`."""
 
 
-def _runs(model: Model, pair: Pairs, direction: str, rules: Freeze | None, capture: Sequence[str]) -> Any:
-    """Both runs, the gradient of the metric at all that the first one captured, and the metric of both."""
-    start = model.run(pair.start(direction), capture=capture, edits=[] if rules is None else [rules], grad=True)
-    goal = model.run(pair.goal(direction), capture=capture)
-    read = pair.read(start)[0]
-    return start, goal, start.grad(read), [float(read.detach()), float(pair.read(goal)[0])]
+class Gradients:
+    """A run of one prompt of each pair of one length, and the gradient of what is read of it, at all that it captured.
+
+    Rows do not touch each other, so that the gradient of the sum over rows is that of every row by itself.
+
+    Attributes:
+        run: of the prompts, with its graph.
+        read: [row] the metric of each.
+        at: the gradients, by address.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pairs: Pairs,
+        prompts: Sequence[Tensor],
+        capture: Sequence[str],
+        edits: Sequence[Edit] = (),
+        *,
+        start_at: int | None = None,
+        given: Tensor | None = None,
+    ) -> None:
+        """Run the prompts, and draw the metric back."""
+        self.run = model.run(prompts, capture=capture, edits=edits, grad=True, start_at=start_at, given=given)
+        read = pairs.read(self.run)
+        self.read = read.detach().double().cpu()
+        self.at: dict[str, Tensor] = self.run.grad(read.sum())
 
 
-def node_scores(model: Model, pair: Pairs, direction: str, rules: Freeze | None, sites: Sequence[str]) -> Scored:
-    """Scores of every site, over layers by positions or by units; NaN in layers without it.
+def of_start(
+    model: Model,
+    pairs: Pairs,
+    direction: str,
+    rules: Freeze | None,
+    capture: Sequence[str],
+    of_goal: Sequence[str] | None = None,
+) -> tuple[Gradients, Run, Float[Tensor, "row 2"]]:
+    """The start runs with gradients, the goal runs, what is captured of either, and the metric of start and goal."""
+    start = Gradients(model, pairs, pairs.start(direction), capture, [] if rules is None else [rules])
+    with torch.no_grad():
+        goal = model.run(pairs.goal(direction), capture=capture if of_goal is None else of_goal)
+        ends = torch.stack([start.read, pairs.read(goal).double().cpu()], dim=1)
+    return start, goal, ends
+
+
+def node_scores(
+    model: Model, pairs: Pairs, direction: str, rules: Freeze | None, sites: Sequence[str]
+) -> tuple[Float[Tensor, "row 2"], dict[str, Float[Tensor, "row layer _"]]]:
+    """Ends, and scores of every site over layers by positions or by units, NaN in layers without it.
 
     Raises:
         SiteError: no layer has a site.
     """
-    layouts = {site: layout(model, site, every_position(pair.lengths[0])) for site in named_sites(model, sites)}
+    layouts = {site: layout(model, site, every_position(pairs.lengths[0])) for site in named_sites(model, sites)}
     wanted = sorted({part.capture for part in layouts.values()})
-    start, goal, gradient, ends = _runs(model, pair, direction, rules, wanted)
-    found: dict[str, xr.DataArray] = {}
+    start, goal, ends = of_start(model, pairs, direction, rules, wanted)
+    found: dict[str, Tensor] = {}
     for site, part in layouts.items():
         cells: list[Tensor] = []
         for own in (f"{i}.{part.site}" for i in part.layers):
-            change = at_least_float32(goal[own]) - at_least_float32(start[own].detach())
-            cells.append(_first_order(change, gradient[own], part))
-        scores = xr.DataArray(part.spread(torch.cat(cells)).cpu().numpy(), dims=part.dims)
-        found[site] = scores.assign_coords({dim: np.arange(size) for dim, size in scores.sizes.items()})
+            change = at_least_float32(goal[own]) - at_least_float32(start.run[own].detach())
+            cells.append(first_order(change, start.at[own], part))
+        found[site] = part.spread(torch.cat(cells, dim=1)).cpu()
     return ends, found
 
 
-def _first_order(
-    change: Float[Tensor, " batch *of"], slope: Float[Tensor, " batch *of"], part: Layout
-) -> Float[Tensor, " cell"]:  # fmt: skip
-    """The products in one layer, summed over what a cell covers; both are [1, pos, unit, ...]."""
-    product = (change.double() * slope.double()).squeeze(0).movedim(0 if part.dims[1] == "pos" else 1, 0)
-    return product.flatten(1).sum(-1) if product.dim() > 1 else product
+def first_order(
+    change: Float[Tensor, " row *of"], slope: Float[Tensor, " row *of"], part: Layout
+) -> Float[Tensor, "row cell"]:  # fmt: skip
+    """The products in one layer, in the site's own axes, summed over what a cell covers."""
+    return by_cell(change.double() * slope.double(), part)
 
 
-def edge_scores(model: Model, pair: Pairs, direction: str, rules: Freeze | None) -> Scored:
-    """Scores of every edge, NaN where there is none.
-
-    Raises:
-        SiteError: the model has no edges.
-    """
-    listed = graph(model)
-    start, goal, gradient, ends = _runs(model, pair, direction, rules, captures(model))
-    scores = contract(model, start, gradient, changes(model, start, goal, rules))
-    scores = scores.masked_fill(~listed.mask.to(scores.device), torch.nan).cpu().numpy()
-    axes = {"sender": list(listed.senders), "receiver": list(listed.receivers)}
-    return ends, {"score": xr.DataArray(scores, dims=tuple(axes), coords=axes)}
+def by_cell(x: Float[Tensor, " row *of"], part: Layout) -> Float[Tensor, "row cell"]:
+    """Numbers of one layer, in the site's own axes, summed over what a cell covers."""
+    x = canonical(x, Site(part.site, 0)).movedim(1 if part.dims[1] == "pos" else 2, 1)
+    return x.flatten(2).sum(-1) if x.dim() > 2 else x
 
 
-def captures(model: Model) -> list[str]:
-    """What a run must capture for its edges."""
-    names = ["resid_pre", "attn.q", "attn.k", "attn.v", "attn.scores", "attn.z", "mlp.in", "mlp_out"]
-    names += [] if model.anatomy.parts.form == "parallel" else ["resid_mid"]
-    return ["embed", *(f"*.{name}" for name in names), f"{model.anatomy.n_layers - 1}.resid_post"]
+def captures(model: Model, first: int | None = None) -> list[str]:
+    """What a run must capture for its edges: all, or those into a layer and what is behind it."""
+    last = model.anatomy.n_layers - 1
+    names = [*INPUTS, *(() if model.anatomy.parts.form == "parallel" else ("resid_mid",))]
+    found = [f"*.{name}" if first is None else f"{first}-{last}.{name}" for name in names]
+    return [*(["embed"] if first is None else []), *found, f"{last}.resid_post"]
 
 
-def changes(model: Model, start: Run, goal: Run, rules: Freeze | None) -> Float[Tensor, "sender pos d_model"]:
-    """[sender, pos, d_model] What every sender writes in the goal run minus what it writes in the start run."""
-    found = [at_least_float32(goal["embed"]) - at_least_float32(start["embed"].detach())]
+def changes(model: Model, start: Run, goal: Run, rules: Freeze | None) -> Float[Tensor, "sender row pos d_model"]:
+    """[sender, row, pos, d_model] What every sender writes in the goal run minus what it writes in the start run."""
+    found = [_difference(start, goal, "embed").unsqueeze(0)]
     for layer in range(model.anatomy.n_layers):
-        here, there = (
-            at_least_float32(start[f"{layer}.attn.z"].detach()[0]),
-            at_least_float32(goal[f"{layer}.attn.z"][0]),
-        )
-        added = torch.einsum("phd,hdm->hpm", there - here, at_least_float32(model.layers[layer].W_O.detach()))
-        found.append(_behind(model, layer, here, added, rules))
-        found.append(at_least_float32(goal[f"{layer}.mlp_out"]) - at_least_float32(start[f"{layer}.mlp_out"].detach()))
+        w = at_least_float32(model.layers[layer].W_O.detach())
+        added = torch.einsum("rphd,hdm->hrpm", _difference(start, goal, f"{layer}.attn.z"), w)
+        found.append(_behind(model, layer, at_least_float32(start[f"{layer}.attn.z"].detach()), added, rules))
+        found.append(_difference(start, goal, f"{layer}.mlp_out").unsqueeze(0))
     return torch.cat(found)
 
 
+def _difference(start: Run, goal: Run, site: str) -> Float[Tensor, " row *of"]:
+    return at_least_float32(goal[site].detach()) - at_least_float32(start[site].detach())
+
+
 def _behind(
-    model: Model, layer: int, z: Float[Tensor, "pos head d_head"], added: Float[Tensor, "head pos d_model"],
+    model: Model, layer: int, z: Float[Tensor, "row pos head d_head"], added: Float[Tensor, "head row pos d_model"],
     rules: Freeze | None,
-) -> Float[Tensor, "head pos d_model"]:  # fmt: skip
-    """What heads add [head, pos, d_model] as the stream gets it: scaled, and through a norm behind to first order.
+) -> Float[Tensor, "head row pos d_model"]:  # fmt: skip
+    """What heads add as the stream gets it: scaled, and through a norm behind to first order.
 
     For y = gain c(x) / s, with s^2 = mean(c(x)^2) + eps:  dy = gain (c(dx) / s - c(x) mean(c(x) c(dx)) / s^3).
     """
@@ -125,7 +152,7 @@ def _behind(
     if norm is None:
         raise error(SiteError, f"the norm {path} has no known form", do="use a model with RMS or layer norms")
     form = NormWeights(module, norm)
-    raw = torch.einsum("phd,hdm->pm", z, at_least_float32(weights.W_O.detach()))
+    raw = torch.einsum("rphd,hdm->rpm", z, at_least_float32(weights.W_O.detach()))
     raw = form.centre(raw if weights.b_O is None else raw + weights.b_O.detach())
     size, added = form.scale(raw).to(raw.dtype).unsqueeze(-1), form.centre(added)
     slope = added / size
@@ -135,28 +162,42 @@ def _behind(
 
 
 def contract(
-    model: Model, start: Run, gradient: dict[str, Tensor], change: Float[Tensor, "sender pos d_model"]
+    change: Float[Tensor, "sender row pos d_model"], slopes: Sequence[Float[Tensor, "_ row pos d_model"]]
+) -> Float[Tensor, "row sender receiver"]:
+    """Scores of all pairs of a sender and a receiver, in float64, also of those that are no edges."""
+    rows = range(change.shape[1])
+    return torch.stack([_contracted(change[:, i], [x[:, i] for x in slopes]) for i in rows])
+
+
+def _contracted(
+    change: Float[Tensor, "sender pos d_model"], slopes: Sequence[Float[Tensor, "_ pos d_model"]]
 ) -> Float[Tensor, "sender receiver"]:
-    """[sender, receiver] Scores of all pairs, in float64, also of those that are no edges; a layer at a time."""
     flat = change.double().flatten(1)
-    columns = [flat @ at_inputs(model, start, gradient, i).double().flatten(1).T for i in range(model.anatomy.n_layers)]
-    last = gradient[f"{model.anatomy.n_layers - 1}.resid_post"]
-    return torch.cat([*columns, flat @ last.double().flatten(1).T], dim=1)
+    return torch.cat([flat @ x.double().flatten(1).T for x in slopes], dim=1)
+
+
+def at_receivers(
+    model: Model, run: Run, gradient: dict[str, Tensor], first: int = 0
+) -> list[Float[Tensor, "_ row pos d_model"]]:
+    """Gradients at the inputs of all receivers from a layer on: of each layer, then of the logits."""
+    n = model.anatomy.n_layers
+    inputs = [at_inputs(model, run, gradient, layer) for layer in range(first, n)]
+    return [*inputs, gradient[f"{n - 1}.resid_post"].unsqueeze(0)]
 
 
 def at_inputs(
     model: Model, start: Run, gradient: dict[str, Tensor], layer: int
-) -> Float[Tensor, "receiver pos d_model"]:
-    """[receiver, pos, d_model] Gradients at the inputs of one layer: q, k, v of every query head, then the MLP."""
+) -> Float[Tensor, "receiver row pos d_model"]:
+    """Gradients at the inputs of one layer: q, k, v of every query head, then the MLP."""
     stream = f"{layer}.resid_pre"
     found = [start.vjp(x, f"{layer}.attn.{name}", stream) for name, x in by_head(start, gradient, layer).items()]
     read = stream if model.anatomy.parts.form == "parallel" else f"{layer}.resid_mid"
     found.append(start.vjp(gradient[f"{layer}.mlp.in"].unsqueeze(0), f"{layer}.mlp.in", read))
-    return torch.cat(found).squeeze(1)
+    return torch.cat(found)
 
 
-def by_head(start: Run, gradient: dict[str, Tensor], layer: int) -> dict[str, Float[Tensor, "head 1 pos _ d_head"]]:
-    """Gradients at q, k and v, each [head, 1, pos, head or kv_head, d_head], of one query head at a time."""
+def by_head(start: Run, gradient: dict[str, Tensor], layer: int) -> dict[str, Float[Tensor, "head row pos _ d_head"]]:
+    """Gradients at q, k and v, each [head, row, pos, head or kv_head, d_head], of one query head at a time."""
     at = {name: f"{layer}.attn.{name}" for name in ("q", "k", "v", "scores", "z")}
     return {
         "q": _one_by_one(gradient[at["q"]], 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from microtome.errors import DataError, PromptError, error
@@ -46,15 +47,18 @@ def one_pair(
     return pairs
 
 
-def record(pair: Pairs, direction: str) -> dict[str, Any]:
-    """What a result must say of its pair to be verified later."""
-    clean, corrupt = pair.tokens[0].tolist()
-    ids = {name: own[0] for name, own in (("answer_id", pair.answer_ids), ("foil_id", pair.foil_ids)) if own}
-    return pair.attrs() | {"clean_ids": clean, "corrupt_ids": corrupt, "direction": direction} | ids
+def record(pairs: Pairs, direction: str) -> dict[str, Any]:
+    """What a result must say of its pairs to be verified later; of several, one after the other, with their lengths."""
+    sides = [[i for pair in pairs.tokens for i in pair[side].tolist()] for side in (0, 1)]
+    one = len(pairs) == 1
+    ids = {name: own[0] if one else list(own) for name, own in
+           (("answer_id", pairs.answer_ids), ("foil_id", pairs.foil_ids)) if own}  # fmt: skip
+    ids |= {} if one else {"lengths": pairs.lengths}
+    return pairs.attrs() | {"clean_ids": sides[0], "corrupt_ids": sides[1], "direction": direction} | ids
 
 
 def recorded(model: Model, scores: xr.Dataset) -> tuple[Pairs, str]:
-    """The pair that scores are about, and their direction.
+    """The pairs that scores are about, and their direction.
 
     Raises:
         DataError: the scores are of another model, or of no pair.
@@ -70,7 +74,13 @@ def recorded(model: Model, scores: xr.Dataset) -> tuple[Pairs, str]:
             got=f"{attrs.get('model')} ({attrs['fingerprint']})",
             allowed=f"{model.anatomy.name} ({model.fingerprint})", do="open that model, or attribute again",
         )  # fmt: skip
-    rows = [[int(i) for i in attrs[key]] for key in ("clean_ids", "corrupt_ids")]
-    foil = attrs.get("foil_id")
-    ids = {"answer": int(attrs["answer_id"]), "foil": None if foil is None else int(foil)}
-    return one_pair(model, *rows, **ids), str(attrs["direction"])
+    sides = [[int(i) for i in attrs[key]] for key in ("clean_ids", "corrupt_ids")]
+    lengths = [int(n) for n in attrs.get("lengths", [len(sides[0])])]
+    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    rows = [[side[first : first + n] for first, n in zip(firsts, lengths, strict=True)] for side in sides]
+    ids = {name: _listed(attrs.get(f"{name}_id")) for name in ("answer", "foil")}
+    return pairs_of(model, *rows, **ids), str(attrs["direction"])
+
+
+def _listed(ids: Any) -> list[int] | None:
+    return None if ids is None else [int(i) for i in (ids if isinstance(ids, Iterable) else [ids])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, cast
 
@@ -61,19 +61,19 @@ Spans = Annotated[
 
 
 @dataclass(frozen=True)
-class _Later:
-    """A metric of many prompts, read of some that begin at a number."""
+class _Some:
+    """A metric of many prompts, read of some of them, by their numbers."""
 
     metric: Metric
-    first: int
+    numbers: tuple[int, ...]
 
     def columns(self, prompt: int, length: int) -> list[int]:
         """The columns of the prompt."""
-        return self.metric.columns(prompt + self.first, length)
+        return self.metric.columns(self.numbers[prompt], length)
 
     def read(self, logits: Float[Tensor, "row read vocab"], prompts: Int[Tensor, " row"]) -> Shaped[Tensor, "row ..."]:
         """What the metric reads of the prompts, [row, ...]."""
-        return self.metric.read(logits, prompts + self.first)
+        return self.metric.read(logits, torch.tensor(self.numbers, device=prompts.device)[prompts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +103,29 @@ class Pairs:
 
     def __getitem__(self, some: slice) -> Pairs:
         """Some of them, numbered anew."""
-        answers, foils = self.answer_ids[some], self.foil_ids[some]
-        later = self.metric if len(self.tokens[some]) == len(self) else _Later(self.metric, some.indices(len(self))[0])
-        metric = _of_tokens(answers, foils) if answers else later
+        return self.take(range(*some.indices(len(self))))
+
+    def take(self, numbers: Sequence[int]) -> Pairs:
+        """Those of some numbers, one of them as often as it is named; numbered anew."""
+
+        def of(own: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(own[i] for i in numbers) if own else ()
+
+        answers, foils = of(self.answer_ids), of(self.foil_ids)
+        same = list(numbers) == list(range(len(self)))
+        metric = _of_tokens(answers, foils) if answers else self.metric if same else _Some(self.metric, tuple(numbers))
         return replace(
-            self, tokens=self.tokens[some], metric=metric, answer_ids=answers, foil_ids=foils,
-            answer=self.answer[some], foil=self.foil[some], groups=self.groups[some],
-            spans={name: places[some] for name, places in self.spans.items()},
+            self, tokens=of(self.tokens), metric=metric, answer_ids=answers, foil_ids=foils, answer=of(self.answer),
+            foil=of(self.foil), groups=of(self.groups), spans={name: of(places) for name, places in self.spans.items()},
         )  # fmt: skip
+
+    def batches(self, most: int) -> Iterator[list[int]]:
+        """The numbers of pairs of one length, at most so many together."""
+        by_length: dict[int, list[int]] = {}
+        for i, length in enumerate(self.lengths):
+            by_length.setdefault(length, []).append(i)
+        for numbers in by_length.values():
+            yield from (numbers[first : first + most] for first in range(0, len(numbers), most))
 
     @property
     def lengths(self) -> list[int]:
@@ -133,6 +148,14 @@ class Pairs:
             number = torch.tensor([i], device=run.logits.device)
             found.append(self.metric.read(run.logits[i : i + 1, columns], number).reshape(1))
         return torch.cat(found)
+
+    def answered(self, model: Model) -> float:
+        """The share of clean prompts of which the answer is the most likely next token."""
+        right = 0
+        for some in self.batches(8):
+            logits = model.run([self.tokens[i][0] for i in some]).logits[:, -1].argmax(-1).tolist()
+            right += sum(own == self.answer_ids[i] for own, i in zip(logits, some, strict=True))
+        return right / len(self)
 
     @property
     def unit(self) -> str:

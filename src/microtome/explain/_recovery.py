@@ -20,7 +20,7 @@ from torch import Tensor
 from microtome.context import current
 from microtome.errors import DataError, ModelUnsupported, error
 from microtome.explain._edges import WRITTEN
-from microtome.explain._first_order import captures, contract
+from microtome.explain._first_order import at_receivers, captures, contract
 from microtome.explain._graph import graph
 from microtome.method import Argument, Column, Found, Source, question, run_sweep
 from microtome.metric import FunctionMetric
@@ -161,7 +161,8 @@ def estimated(
         way = (end.double() - outputs).detach()
         # A corruption that changes no output gives no direction, and so no score.
         metric = (outputs * way).sum() / way.norm().clamp(min=1e-6)
-        found.append(contract(model, start, start.grad(metric), change).abs().cpu())
+        slopes = at_receivers(model, start, start.grad(metric))
+        found.append(contract(change.unsqueeze(1), slopes)[0].abs().cpu())
     return torch.stack(found).amax(0)
 
 

@@ -28,6 +28,8 @@ from microtome.method import Argument, Column, Source, question, run_sweep
 from microtome.model import Model
 from microtome.sweep import Edge
 
+TOGETHER = 4096
+"""Cells of how many are held in one sweep, of several pairs."""
 MEASURED = "none: random cells are measured beside the top ones"
 SCORES = (
     Column("score", "logits", "estimated effect of taking the edge from the other run", MEASURED,
@@ -35,6 +37,14 @@ SCORES = (
     Column("<site>", "logits", "estimated effect of taking the activation from the other run", MEASURED),
     Column("clean", "logits", "the metric of the clean prompt", "corrupt", dims=()),
     Column("corrupt", "logits", "the metric of the corrupt prompt", dims=()),
+    Column("gap", "share", "how far the scores out of the embedding are from adding up to the whole difference between "
+           "the prompts", "none: 0 is complete", (0, None), dims=()),
+    Column("ig_gap", "share", "what the scores of a site leave of the exact effect of patching all of it, as a share "
+           "of the difference between the prompts", "none: 0 is complete", (0, None), dims=("site", "layer")),
+    Column("ig_steps", "points", "at how many points gradients were taken", "none: a count", (1, None),
+           dims=("site", "layer")),
+    Column("answered", "share", "share of the clean prompts that the model answers as given: above the foil, or above "
+           "every other token", "none: 1 is all of them", (0, 1), dims=()),
     Column("rank_correlation", "correlation", "between scores and exact effects, among the top-scored cells",
            "rank_correlation_others", (-1, 1), dims=("site",)),
     Column("rank_correlation_others", "correlation", "between scores and exact effects, among random other cells",
@@ -70,9 +80,10 @@ def verify(
     model: Model,
     scores: Annotated[xr.Dataset, Argument("what `attribute` returned", command=False)],
     *,
-    top: Annotated[
-        int, Argument("how many top cells per site to measure, and as many random others", "cells", least=1)
-    ] = 50,
+    top: Annotated[int, Argument("how many top cells per site to measure", "cells", least=1)] = 50,
+    others: Annotated[
+        int | None, Argument("how many random others to measure beside them; by default as many", "cells", least=0)
+    ] = None,
 ) -> xr.Dataset:
     """Measure the top-scored cells of every site exactly, and report how reliable the scores are.
 
@@ -84,7 +95,7 @@ def verify(
         DataError: the scores are of another model, of no pair, without labels, or have fewer than `top` cells.
         BudgetError: not even one cell fits.
     """
-    pair, direction = recorded(model, scores)
+    pairs, direction = recorded(model, scores)
     sites = [str(name) for name in scores.attrs["sites"]]
     most = max(int(np.isfinite(scores[site].values).sum()) for site in sites)
     if top > most:
@@ -93,7 +104,7 @@ def verify(
             DataError, "cannot verify that many candidates", got=f"top={top}",
             allowed=f"1 to {most}, the number of cells", do=do,
         )  # fmt: skip
-    found = measure_best(model, pair, direction, {site: scores[site] for site in sites}, top)
+    found = measure_best(model, pairs, direction, {site: scores[site] for site in sites}, top, others)
     own = {name: value for name, value in scores.attrs.items() if name not in ("seconds", "plan")}
     attributes = own | {"verified_top": top, "seed": current().seed}
     return scores.assign(found).assign_coords(site=site_axis(sites)).assign_attrs(attributes)
@@ -104,21 +115,25 @@ def site_axis(sites: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
     return "site", list(sites), {"title": "how reliable the estimates are"}
 
 
-def measure_best(model: Model, pair: Pairs, direction: str, scores: Cells, top: int) -> dict[str, Any]:
-    """Variables by name: exact effects of the best-scored and of random other cells of each site, and what they say."""
+def measure_best(
+    model: Model, pairs: Pairs, direction: str, scores: Cells, top: int, others: int | None = None
+) -> dict[str, Any]:
+    """Variables by name: exact effects of the best-scored and of random other cells of each site, and what they say.
+
+    Of several pairs, the mean effect over them.
+    """
     random = np.random.default_rng(current().seed)
     flat = {site: np.asarray(x.values, dtype=np.float64).reshape(-1) for site, x in scores.items()}
-    chosen = {site: candidates(x, top, random) for site, x in flat.items()}
+    chosen = {site: candidates(x, top, random, others) for site, x in flat.items()}
     places = {site: np.concatenate(both) for site, both in chosen.items()}
-    cells = _cells(model, pair, direction, scores, places)
-    swept = run_sweep(model, pair.start(direction), cells, pair.metric, stage="measuring the best")
-    effects = np.split(swept.effects.double().numpy(), np.cumsum([len(b) + len(o) for b, o in chosen.values()])[:-1])
+    means = mean_effects(model, pairs, direction, scores, places)
+    effects = np.split(means, np.cumsum([len(b) + len(o) for b, o in chosen.values()])[:-1])
     found: dict[str, Any] = {}
     rows: dict[str, list[float]] = {}
     for site, mine in zip(scores, effects, strict=True):
         exact = np.full(flat[site].shape, np.nan)
         exact[places[site]] = mine
-        unit = {"unit": pair.unit}
+        unit = {"unit": pairs.unit}
         found[f"{site}_exact"] = (scores[site].dims, exact.reshape(scores[site].shape), unit)
         for name, value in _attributes(flat[site], chosen[site], mine).items():
             rows.setdefault(name, []).append(value)
@@ -142,22 +157,53 @@ def _attributes(
     return {name: value if whole else float("nan") for name, value in attributes.items()} | {"measured": measured}
 
 
-def candidates(scores: Float[ndarray, " cell"], top: int, random: np.random.Generator) -> Chosen:
-    """The places of the `top` largest |scores|, best first, and of as many random others; NaN is no cell."""
+def candidates(
+    scores: Float[ndarray, " cell"], top: int, random: np.random.Generator, others: int | None = None
+) -> Chosen:
+    """The places of the `top` largest |scores|, best first, and of as many (or so many) others; NaN is no cell."""
     there = np.flatnonzero(np.isfinite(scores))
     ordered = there[np.argsort(-np.abs(scores[there]), kind="stable")]
     best, rest = ordered[:top], ordered[top:]
-    return best, np.sort(random.choice(rest, size=min(len(best), len(rest)), replace=False))
+    return best, np.sort(
+        random.choice(rest, size=min(len(best) if others is None else others, len(rest)), replace=False)
+    )
+
+
+def mean_effects(
+    model: Model, pairs: Pairs, direction: str, scores: Cells, places: Mapping[str, Int[ndarray, " cell"]]
+) -> Float[ndarray, " all"]:
+    """Exact effects of the cells at some flat places of the scores of each site, on average over pairs.
+
+    NaN where a sweep was stopped before it.
+    """
+    n = max(1, sum(len(own) for own in places.values()))
+    parts: list[ndarray] = []
+    done = 0
+    for some in pairs.batches(max(1, TOGETHER // n)):
+        batch = pairs.take(some)
+        cells = _cells(model, batch, direction, scores, places)
+        which = [i for i in range(len(some)) for _ in cells]
+        more = f", pairs {done + 1}-{done + len(some)} of {len(pairs)}" if len(pairs) > 1 else ""
+        swept = run_sweep(
+            model, batch.start(direction), cells * len(some), batch.metric, prompts=which,
+            stage=f"measuring the best{more}",
+        )  # fmt: skip
+        parts.append(swept.effects.double().numpy().reshape(len(some), -1))
+        done += len(some)
+        if swept.done < len(which):
+            break
+    whole = np.concatenate(parts)
+    return whole.mean(0) if len(whole) == len(pairs) else np.full(whole.shape[1], np.nan)
 
 
 def _cells(
-    model: Model, pair: Pairs, direction: str, scores: Cells, places: Mapping[str, Int[ndarray, " cell"]]
+    model: Model, pairs: Pairs, direction: str, scores: Cells, places: Mapping[str, Int[ndarray, " cell"]]
 ) -> list[Patch | Edge]:
-    """The cells at some flat places of the scores of each site, by what these are called."""
+    """The cells at some flat places of the scores of each site, by what these are called; for each pair the same."""
     sites = [site for site, x in scores.items() if "sender" not in x.dims]
-    layouts = {site: layout(model, site, every_position(pair.lengths[0])) for site in sites}
+    layouts = {site: layout(model, site, every_position(pairs.lengths[0])) for site in sites}
     wanted = {part.capture for part in layouts.values()} | (set() if len(sites) == len(scores) else set(WRITTEN))
-    source = model.run(pair.goal(direction), capture=sorted(wanted), logits=False)
+    source = model.run(pairs.goal(direction), capture=sorted(wanted), logits=False)
     cells: list[Patch | Edge] = []
     for site, x in scores.items():
         labels = _labels(x, site, places[site])

@@ -364,17 +364,15 @@ class Run:
         Raises:
             SiteError: one of the two has no gradient, or the gradients do not fit.
         """
-        ends: list[Tensor] = []
-        for name in (of, to):
-            address = parse(name)
-            node = self._nodes.get(Site(address.name, _layer(address)))
-            if node is None:
-                held = ", ".join(str(site) for site in list(self._nodes)[:8]) or "nothing"
-                raise error(
-                    SiteError, f"no gradient reaches {name}", got=held, do=f'run with grad=True, "{name}" captured'
-                )
-            ends.append(node)
-        start, end = ends
+        return self.pull_back(gradients, of, [to])[to]
+
+    def pull_back(self, gradients: Tensor, of: str, to: Sequence[str]) -> dict[str, Tensor]:
+        """As `vjp`, to several earlier sites in one pass: by name, each with the gradient along all ways to it.
+
+        Raises:
+            SiteError: one of them has no gradient, or the gradients do not fit.
+        """
+        start, *ends = [self._node(name) for name in (of, *to)]
         if gradients.shape[1:] != start.shape:
             raise error(
                 SiteError,
@@ -383,10 +381,20 @@ class Run:
                 allowed=f"[n, {str(list(start.shape))[1:]}",
                 do="give gradients whose last axes are those of the site",
             )
-        # The second output only makes sure of a gradient, of zeros, where `of` does not depend on `to`.
-        zeros = torch.zeros(len(gradients), *end.shape, dtype=end.dtype, device=end.device)
-        outputs, rows = [start, end.view_as(end)], [gradients, zeros]
-        return torch.autograd.grad(outputs, end, rows, retain_graph=True, is_grads_batched=True)[0]
+        # The other outputs only make sure of a gradient, of zeros, where `of` does not depend on a site.
+        zeros = [torch.zeros(len(gradients), *x.shape, dtype=x.dtype, device=x.device) for x in ends]
+        outputs, rows = [start, *(x.view_as(x) for x in ends)], [gradients, *zeros]
+        found = torch.autograd.grad(outputs, ends, rows, retain_graph=True, is_grads_batched=True)
+        return dict(zip(to, found, strict=True))
+
+    def _node(self, name: str) -> Tensor:
+        """The node of the graph at a site that was captured."""
+        address = parse(name)
+        node = self._nodes.get(Site(address.name, _layer(address)))
+        if node is None:
+            held = ", ".join(str(site) for site in list(self._nodes)[:8]) or "nothing"
+            raise error(SiteError, f"no gradient reaches {name}", got=held, do=f'run with grad=True, "{name}" captured')
+        return node
 
 
 def _layer(address: Address) -> int | None:
