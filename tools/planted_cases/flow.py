@@ -1,0 +1,118 @@
+"""Planted cases of flow and of what an answer comes from: a copied token, one true sentence, a chain of neurons."""
+
+from typing import Any
+
+import torch
+from tests import families
+
+import microtome as mt
+from microtome import planted
+from microtome.planted._llama import Layout, bench, codes
+
+SEEDS = (0, 1, 2)
+
+
+def told(measure: str, what: str, found: int, of: int, false: int, among: int) -> dict[str, Any]:
+    """A row of the table."""
+    return {"measure": measure, "planted": what, "found": f"{found} of {of}", "false": f"{false} of {among}"}
+
+
+def copied(seed: int, length: int = 6) -> tuple[planted.Planted, torch.Tensor]:
+    """A model that continues what it has seen, and a prompt of tokens of which the first few come again."""
+    it = planted.induction(seed)
+    half = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:length]
+    return it, torch.cat([half, half[:3]])
+
+
+def routes() -> dict[str, Any]:
+    """The route of a copied token is the largest that its head has, and helps most; heads that do nothing have less."""
+    found = false = among = 0
+    for seed in SEEDS:
+        it, prompt = copied(seed)
+        data = mt.explain.flow(it.model, prompt, threshold=0.0, verify=6)
+        layer, head = it.truth["induction_head"]
+        name = f"{layer}.attn.z[{head}] @3{it.model.to_words(prompt)[3]} > @8"
+        helps = data["route_exact"].values
+        best = str(data["component"].values[helps.argmin()])
+        found += best.startswith(name) and int(data["tokens"][layer].argmax()) in (3, 8)
+        others = [i for i, c in enumerate(data["component"].values) if not str(c).startswith(f"{layer}.attn.z[{head}]")]
+        false += sum(abs(helps[i]) > 0.5 for i in others)
+        among += len(others)
+    return told("flow", "route of a copied token", found, len(SEEDS), false, among)
+
+
+def sentences() -> dict[str, Any]:
+    """Of several pairs of key and value, the one whose key comes again; a model that learnt nothing is at chance."""
+    found = false = asked = 0
+    blank = mt.open(families.build("llama-gqa"), prove=False)
+    for seed in range(12):
+        it = planted.induction(seed % 3)
+        rng = torch.Generator().manual_seed(seed)
+        tokens = torch.randperm(1000, generator=rng)[:16]
+        true = int(torch.randint(8, (), generator=rng))
+        prompt = torch.cat([tokens, tokens[2 * true : 2 * true + 1]])
+        parts = [(2 * i, 2 * i + 2) for i in range(8)]
+        data = mt.explain.context(it.model, prompt, answer=int(tokens[2 * true + 1]), sentences=parts, controls=1)
+        layer, head = it.truth["induction_head"]
+        heads = data["heads"].values
+        found += int(data["score"].argmax()) == true and heads.argmax() == layer * heads.shape[1] + head
+        if seed < 8:
+            asked += 1
+            none = mt.explain.context(blank, prompt % families.VOCAB, answer=11, sentences=parts, controls=1)
+            false += float(none["score"].max()) > 0.5
+    return told("context", "the sentence that holds the answer, and its head", found, 12, false, asked)
+
+
+def chain(seed: int = 0, subjects: int = 12, d_mlp: int = 40) -> planted.Planted:
+    """A head that brings a subject, a neuron that reads it and writes a step, one that reads this and writes the rest.
+
+    A prompt is BOS, a subject, `ask`; truth: `bos`, `ask`, `subjects`, `answers`, `head`, and of each subject `first` and
+    `second`, (layer, neuron).
+    """
+    layout = Layout(subject=subjects, moved=subjects, step=subjects, is_ask=1, is_subject=1, is_bos=1, out=12)
+    vocab = 2 + 2 * subjects
+    it = bench(layout, vocab=vocab, layers=3, heads=4, d_head=64, d_mlp=d_mlp, seed=seed)
+    s, answers = torch.arange(2, 2 + subjects), torch.arange(2 + subjects, vocab)
+    it.model.W_E[s, layout["subject"]] = torch.eye(subjects)
+    for token, flag in ((s, "is_subject"), (0, "is_bos"), (1, "is_ask")):
+        it.model.W_E[token, layout[flag]] = 1.0
+    words = codes(subjects, 12, it.rng)
+    it.model.W_U[layout["out"], answers] = 20.0 * words.T
+    head, ask, one = it.free_head(0), it.part("is_ask")[:, 0], it.part("one")[:, 0] / it.one
+    keys = torch.cat([it.part("is_subject"), it.part("is_bos")], dim=1)
+    it.match(0, head, torch.stack([2 * ask, one], dim=1), keys)
+    it.move(0, head, it.part("subject"), it.part("moved").T)
+    moved, step, out = it.part("moved"), it.part("step"), it.part("out")
+    first = [
+        it.neuron(1, moved[:, i] - 0.5 * one, step[:, i] + 0.2 * out @ words[i]) for i in range(subjects)
+    ]
+    second = [it.neuron(2, step[:, i] - 0.5 * one, out @ words[i]) for i in range(subjects)]
+    return it.finish({
+        "bos": 0, "ask": 1, "subjects": s.tolist(), "answers": answers.tolist(), "head": (0, head),
+        "first": [(1, n) for n in first], "second": [(2, n) for n in second],
+    })  # fmt: skip
+
+
+def neurons() -> dict[str, Any]:
+    """The two neurons of each subject, in their order, and no others."""
+    found = false = among = 0
+    for seed in SEEDS:
+        it = chain(seed)
+        layer, head = it.truth["head"]
+        for i in range(4):
+            prompt = [it.truth["bos"], it.truth["subjects"][i], it.truth["ask"]]
+            data = mt.explain.compare_neurons(
+                it.model, [prompt], without=f"{layer}.attn.z[{head}]", answer=it.truth["answers"][i], top=2, controls=2
+            )
+            named = [f"{n}.mlp.post[{j}]" for n, j in (it.truth["first"][i], it.truth["second"][i])]
+            found += data["component"].values.tolist() == named and float(data["loss"]) > 1
+            change = data["change"].values
+            for n, j in (it.truth["first"][i], it.truth["second"][i]):
+                change[n, j] = float("nan")
+            rest = change[~torch.from_numpy(change).isnan().numpy()]
+            false += int((abs(rest) > 0.05).sum()) + int(abs(float(data["loss_random"])) > 0.05)
+            among += len(rest) + 1
+    return told("compare_neurons", "a chain of two neurons behind a head", found, 4 * len(SEEDS), false, among)
+
+
+CASES = (routes, sentences, neurons)
