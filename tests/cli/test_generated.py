@@ -26,9 +26,12 @@ Cli = Callable[..., Any]
 PAIR = ("the cat sat on the", "the dog sat on the", "--answer", "mat", "--foil", "barn")
 ASKED = {
     "attribute": (*PAIR, "--verify", "2"),
+    "compare-neurons": (PAIR[0], "--without", "1.attn.z[0]", "--answer", "mat", "--top", "2"),
+    "context": ("the cat sat on. the dog ran to. the cat", "--answer", "mat", "--tokens", "2"),
     "contributions": (PAIR[0],),
     "edges": PAIR,
     "effects": (PAIR[0], "--answer", "mat", "--foil", "barn"),
+    "flow": (PAIR[0], "--verify", "2"),
     "knockout": (PAIR[0], "--keys", "cat"),
     "lens": (PAIR[0],),
     "nodes": PAIR,

@@ -36,7 +36,9 @@ OTHER = [7, 20, 34, 41, 52, 60]
 GIVEN: dict[str, Any] = {
     "prompt": PROMPT, "clean": PROMPT, "prompts": [PROMPT, OTHER, PROMPT[::-1]], "answer": 11, "foil": 23,
     "subject": (1, 3), "keys": (1, 3), "samples": 3, "controls": 8, "top": 3, "verify": 3,
-    "sites": ["mlp_out", "attn.z[head]"], "tokens": 60, "pairs": 4,
+    "sites": ["mlp_out", "attn.z[head]"], "tokens": 60, "pairs": 4, "span": (1, 3), "subjects": (1, 3),
+    "heads": "1.attn.z[0]", "without": "1.attn.z[0]", "sentences": [(0, 2), (2, 4)],
+    "texts": [PROMPT, OTHER, PROMPT[::-1]],
 }  # fmt: skip
 """Arguments by name, for every method that has them; a new method is tried with these and its own defaults."""
 
@@ -286,15 +288,17 @@ def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> Non
 
 
 NO_HEAD = {
-    "component_effects", "confidence_neurons", "contributions", "head_functions", "lens_groups", "logit_lens",
-    "ov_copying", "promoted_tokens", "read_tokens",
+    "compare_neurons", "component_effects", "confidence_neurons", "context", "contributions", "flow", "head_functions",
+    "head_sources", "lens_groups", "logit_lens", "mlp_roles", "ov_copying", "prior_and_context", "promoted_tokens",
+    "read_tokens", "token_lens",
 }  # fmt: skip
 NO_EDGES = {"edge_effects", "node_effects"}
 NO_LOSS = {
-    "ablation_loss", "group_gradient", "head_ablation", "head_importance", "in_context", "loss", "massive_effect",
+    "ablation_loss", "group_gradient", "head_ablation", "head_importance", "head_rank", "in_context", "loss",
+    "massive_effect", "memorised",
 }  # fmt: skip
 NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.of == "neuron"}
-NO_NEURONS |= {"io_classes", "sparsity"}
+NO_NEURONS |= {"compare_neurons", "io_classes", "sparsity"}
 NO_VALUES = {"head_functions", "ov_copying"}
 REFUSED = {
     "opt-proj": NO_HEAD,

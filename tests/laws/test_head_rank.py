@@ -60,7 +60,7 @@ def test_as_many_dimensions_as_a_planted_head_reads_are_enough() -> None:
     ("given", "problem", "match"),
     [
         ({"heads": "1.mlp_out"}, mt.errors.SiteError, '"1.mlp_out" is not a head'),
-        ({"prompts": PROMPTS[:3]}, mt.errors.PromptError, "half of the prompts are fitted, the other half judged"),
+        ({"prompts": PROMPTS[:2]}, mt.errors.PromptError, "half of the prompts are fitted, the other half judged"),
         ({"ranks": (99,)}, mt.errors.PromptError, "no rank that a head can be cut to"),
         ({"shifted": PROMPTS[:1]}, mt.errors.PromptError, "shifted prompts need answers"),
     ],

@@ -1,4 +1,4 @@
-"""What the token lens reads of a span, of the rest and of biases sums to what attention adds, and cuts are real cuts."""
+"""What the token lens reads of a span, of the rest and of biases sums to what attention adds; cuts are real cuts."""
 
 from __future__ import annotations
 

@@ -25,4 +25,5 @@ from microtome.explain._recovery import circuit_recovery as circuit_recovery
 from microtome.explain._spans import span_of as span_of
 from microtome.explain._token_lens import token_lens as token_lens
 from microtome.explain._tracing import causal_trace as causal_trace
+from microtome.explain._transfer import transfer as transfer
 from microtome.explain._verify import verify as verify

@@ -29,9 +29,10 @@ from microtome.explain._answers import answers_and_foils
 from microtome.explain._head_rank import heads_of
 from microtome.explain._neuron_writes import coefficients, directions, refuse_hidden_neurons
 from microtome.explain._pairs import AnswerOfClean, Given, task_of
-from microtome.method import Argument, Column, Found, Source, question
+from microtome.method import Argument, Column, Found, Source, question, run_sweep
+from microtome.metric import LogProbability
 from microtome.model import Model
-from microtome.run import Prompt, Run, prompt_from_text
+from microtome.run import Prompt, prompt_from_text
 
 NEURON = ("layer", "neuron")
 RANKED = ("component",)
@@ -73,9 +74,9 @@ AS_IS = "none: the baseline of the losses"
                "2409.01659", departs="sets of neurons; the loss on plain text beside that of the answer"),
     ),
     cost="two forwards per prompt and their unembeddings by layer; screen x d_model x vocabulary per layer, and 2 "
-    "screen x vocabulary per layer and prompt; then 2 (top + 1 + controls) forwards per prompt",
+    "screen x vocabulary per layer and prompt; then a sweep of 2 top + 1 + controls cells per prompt",
     check="tests/laws/test_compare_neurons.py, tests/planted/test_flow.py",
-    call='mt.explain.compare_neurons(model, mt.tasks.build("indirect_object", model), without="14.attn.z[3]")',
+    call='mt.explain.compare_neurons(model, mt.tasks.build("indirect_object", model, 8), without="14.attn.z[3]")',
     reading="Above 0, a neuron raises the answer more with the heads than without them. The chain is worth something "
     "if it loses more than random neurons do, and little on plain text.",
     needs=("sum", "lens", "attn.z", "mlp.post", "attention and MLP", "next token"),
@@ -135,9 +136,8 @@ def compare_neurons(
     chain = _best(change.mean(0), top)
     base = torch.tensor([state.log_p for state in whole], dtype=torch.float64)
     lost = base - torch.tensor([state.log_p for state in cut], dtype=torch.float64)
-    values, each, drawn = _ablated(model, rows, ids, base, chain, controls)
-    if text is not None:
-        values |= _on_text(model, text, chain, drawn)
+    each, drawn = _ablated(model, rows, ids, chain, controls)
+    values = {} if text is None else _on_text(model, text, chain, drawn)
     mean = change.mean(0)
     coords, attrs = _labels(model, chain, heads, len(rows), first)
     return Found(
@@ -249,12 +249,11 @@ def _best(change: Float[Tensor, "layer neuron"], top: int) -> list[Neuron]:
 
 
 def _ablated(
-    model: Model, rows: list[Int[Tensor, " _"]], ids: list[int], base: Float[Tensor, " prompt"], chain: list[Neuron],
-    controls: int,
-) -> tuple[dict[str, Any], dict[str, Tensor], list[list[Neuron]]]:  # fmt: skip
+    model: Model, rows: list[Int[Tensor, " _"]], ids: list[int], chain: list[Neuron], controls: int
+) -> tuple[dict[str, Tensor], list[list[Neuron]]]:
     """What answers lose without the chain, without each of its neurons, and without random ones; and which."""
     if not chain:
-        return {}, {}, []
+        return {}, []
     generator = torch.Generator().manual_seed(current().seed)
     sizes = {i: model.anatomy.units(Site("mlp.post", i)) for i, _ in chain}
     drawn: list[list[Neuron]] = []
@@ -266,27 +265,20 @@ def _ablated(
                 some.append((i, free[int(torch.randint(len(free), (), generator=generator))]))
         drawn.append(some)
     sets = [chain, *drawn, *([unit] for unit in chain), *([unit] for unit in drawn[0])]
-    found = torch.empty(len(rows), len(sets), dtype=torch.float64)
-    with torch.no_grad():
-        for e, (row, answer) in enumerate(zip(rows, ids, strict=True)):
-            found[e] = torch.stack([_without(model, row, some, answer) for some in sets])
-            current().report("ablating neurons", e + 1, len(rows))
-    lost = base.unsqueeze(1) - found
+    cells = [_silent(some, "@-1") for _ in rows for some in sets]
+    which = [e for e in range(len(rows)) for _ in sets]
+    swept = run_sweep(model, rows, cells, LogProbability(ids), prompts=which, stage="ablating neurons").whole()
+    lost = -swept.effects.double().cpu().reshape(len(rows), len(sets))
     n, single = len(chain), 1 + controls
     each = {"loss": lost[:, 0], "loss_random": lost[:, 1:single].mean(1), "alone": lost[:, single : single + n]}
     each |= {"alone_random": lost[:, single + n :]} if len(drawn[0]) == n else {}
-    return {}, each, drawn
+    return each, drawn
 
 
 def _silent(some: Sequence[Neuron], at: str) -> list[Zero]:
     """Edits under which some neurons add nothing, one a layer."""
     layers = {i: ",".join(str(j) for k, j in some if k == i) for i in sorted({i for i, _ in some})}
     return [Zero(f"{i}.mlp.post[{units}]{at}") for i, units in layers.items()]
-
-
-def _without(model: Model, row: Int[Tensor, " pos"], some: Sequence[Neuron], answer: int) -> Tensor:
-    run: Run = model.run(row[None], edits=_silent(some, "@-1"))
-    return run.logits[0, -1].double().log_softmax(-1)[answer].cpu()
 
 
 def _on_text(model: Model, text: Prompt, chain: list[Neuron], drawn: list[list[Neuron]]) -> dict[str, float]:

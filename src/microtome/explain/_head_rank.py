@@ -61,8 +61,8 @@ def _columns() -> list[Column]:
     ),
     cost="one forward per prompt; 6 forwards per rank and prompt that is judged, and 3 per shifted one",
     check="tests/laws/test_head_rank.py",
-    call='mt.explain.head_rank(model, mt.tasks.build("indirect_object", model).clean_tokens, heads="23.attn.z[3]", '
-    "answer=[p.answer for p in mt.tasks.build(\"indirect_object\", model)])",
+    call='mt.explain.head_rank(model, [f"The capital of {c} is" for c in ("France", "Japan", "Italy", "Peru")], '
+    'heads="20.attn.z[3]", answer=[" Paris", " Tokyo", " Rome", " Lima"])',
     reading="Near 0 from rank r on, r dimensions are enough. With grouped heads, keys and values are those of the "
     "whole group.",
     needs=("attn.q", "attn.k", "attn.v", "next token"),
@@ -85,13 +85,13 @@ def head_rank(
 
     Raises:
         SiteError: a name is not that of a head.
-        PromptError: there are fewer than 4 prompts, one is of one token, or an answer does not fit.
+        PromptError: there are fewer than 3 prompts, one is of one token, or an answer does not fit.
     """
     rows, named = model.to_batch(prompts).rows, heads_of(model, heads)
-    if len(rows) < 4 or min(map(len, rows)) < 2:
+    if len(rows) < 3 or min(map(len, rows)) < 2:
         got = f"{len(rows)} prompts of {min(map(len, rows))} tokens or more"
         what = "half of the prompts are fitted, the other half judged"
-        raise error(PromptError, what, got=got, allowed="4 or more, of 2 tokens or more", do="give more of them")
+        raise error(PromptError, what, got=got, allowed="3 or more, of 2 tokens or more", do="give more of them")
     ids, ranks = answers_of(model, answer, len(rows)), _ranks(model, ranks)
     others = [] if shifted is None else model.to_batch(shifted).rows
     other_ids = [] if shifted_answer is None else answers_of(model, shifted_answer, len(others))

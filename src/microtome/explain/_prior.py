@@ -107,4 +107,4 @@ def _of_prompt(model: Model, row: Tensor, last: int) -> tuple[int, int, Tensor, 
         prior = model.run(alone[None]).logits[0, -1].double().log_softmax(-1)
         context = run.logits[0, -1].double().log_softmax(-1)
         ends = [jensen_shannon(lens, x.expand_as(lens)) for x in (prior, context)]
-        return int(prior.argmax()), int(context.argmax()), lens.exp(), *ends
+        return int(prior.argmax()), int(context.argmax()), lens.exp().float(), *ends
