@@ -36,7 +36,7 @@ OTHER = [7, 20, 34, 41, 52, 60]
 GIVEN: dict[str, Any] = {
     "prompt": PROMPT, "clean": PROMPT, "prompts": [PROMPT, OTHER, PROMPT[::-1]], "answer": 11, "foil": 23,
     "subject": (1, 3), "keys": (1, 3), "samples": 3, "controls": 8, "top": 3, "verify": 3,
-    "sites": ["mlp_out", "attn.z[head]"], "tokens": 60, "pairs": 4, "span": (1, 3), "subjects": (1, 3),
+    "sites": ["mlp_out", "attn.z[head]"], "tokens": 60, "pairs": 4, "span": (1, 3),
     "heads": "1.attn.z[0]", "without": "1.attn.z[0]", "sentences": [(0, 2), (2, 4)],
     "texts": [PROMPT, OTHER, PROMPT[::-1]],
 }  # fmt: skip
@@ -336,8 +336,8 @@ def test_every_method_runs_on_every_family_that_opens(kind: str) -> None:
 
 
 NOUGHT = {
-    "gap", "circuit_recovery.score", "dead", "ngram_order", "zeros", "sink_tokens", "sink_births", "unselectable",
-    "unselectable_equal", "polysemy", "polysemy_shuffled",
+    "gap", "circuit_recovery.score", "memorised", "dead", "ngram_order", "zeros", "sink_tokens", "sink_births",
+    "unselectable", "unselectable_equal", "polysemy", "polysemy_shuffled",
 }  # fmt: skip
 """Columns that are zero on every tiny model: what exact sums leave, by their law; what random weights have not; and
 keys inside the hull of others, of which a dozen in ten dimensions has none."""

@@ -40,11 +40,12 @@ def test_scores_and_losses_are_those_of_plain_runs() -> None:
     assert (data["score_random"] > 0).all()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2"])
 def test_what_a_head_says_is_read_by_itself(name: str) -> None:
     it = model(name)
     data = mt.explain.context(it, PROMPT, answer=11, sentences=PARTS, top=2)
-    first, end = PARTS[int(data["score"].argmax())]
+    first, end = PARTS[int(data["score"].values.argmax())]
     capture = ["1.attn.result@-1", "1.mlp_out@-1"]
     runs = [it.run([row], capture) for row in (PROMPT, PROMPT[:first] + PROMPT[end:])]
     said = [it.unembed(run["1.attn.result@-1"][0, 0]).log_softmax(-1) for run in runs]

@@ -51,6 +51,7 @@ def test_shares_sum_to_one_and_terms_to_the_logit(name: str) -> None:
         assert float(data["logit"]) == pytest.approx(float(logits[11] - logits[13]), abs=1e-4)
 
 
+@torch.no_grad()
 def literal_tokens(it: mt.Model, prompt: list[int]) -> Tensor:
     """[layer, to, from] ALTI in plain loops, of a model of blocks with a root mean square before each branch."""
     run = it.run([prompt], capture=["*.attn.pattern", "*.attn.v", "*.resid_pre", "*.resid_mid"])
@@ -78,6 +79,7 @@ def test_tokens_are_those_of_plain_loops() -> None:
     assert np.allclose(data["tokens"], literal_tokens(it, PROMPT)[:, -1], atol=1e-5)
 
 
+@torch.no_grad()
 def literal_routes(it: mt.Model, prompt: list[int], threshold: float) -> dict[tuple[int, int, int, int], float]:
     """The routes by a walk over one node after the other, in plain loops."""
     run = it.run([prompt], capture=["*.attn.pattern", "*.attn.v", "*.resid_pre", "*.resid_mid", "*.mlp_out"])

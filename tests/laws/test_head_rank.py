@@ -51,7 +51,7 @@ def test_as_many_dimensions_as_a_planted_head_reads_are_enough() -> None:
     )  # fmt: skip
     assert float(data["v"][0]) < -2  # the mean value says nothing of the subject
     assert float(data["v"][2]) > -0.1  # a code of 12
-    assert float(data["v"][2]) > float(data["v_random"][2]) + 1
+    assert float(data["v"][2]) > float(data["v_random"][2]) + 0.3
     assert float(data["q"][0]) > -0.05  # the question is the same in all prompts
     assert abs(float(data["v_shifted"][2])) < 0.1  # another relation is another head's
 

@@ -25,22 +25,19 @@ def copied(seed: int, length: int = 6) -> tuple[planted.Planted, torch.Tensor]:
 
 
 def routes() -> dict[str, Any]:
-    """The route of a copied token is the largest that its head has, and helps most; heads that do nothing have less."""
+    """The copied token's route is among the largest two and carries the answer; heads that do nothing carry nothing."""
     found = false = among = 0
     for seed in SEEDS:
         it, prompt = copied(seed)
-        data = mt.explain.flow(it.model, prompt, threshold=0.0, verify=6)
-        layer, head = it.truth["induction_head"]
-        name = f"{layer}.attn.z[{head}] @3{it.model.to_words(prompt)[3]} > @8"
-        helps = data["route_exact"].values
-        best = str(data["component"].values[helps.argmin()])
-        by_token = data["tokens"][layer].values[:8]  # of the others than the last token itself
-        found += best.startswith(name) and int(by_token.argmax()) == 3
-        planted_heads = tuple(
-            f"{i}.attn.z[{h}]" for i, h in (it.truth["induction_head"], it.truth["previous_token_head"])
-        )
-        others = [i for i, c in enumerate(data["component"].values) if not str(c).startswith(planted_heads)]
-        false += sum(abs(helps[i]) > 0.5 for i in others)
+        data = mt.explain.flow(it.model, prompt, threshold=0.0, verify=8)
+        heads = {kind: "{}.attn.z[{}] ".format(*it.truth[kind]) for kind in ("induction_head", "previous_token_head")}
+        names, helps = [str(c) for c in data["component"].values], data["route_exact"].values
+        words = it.model.to_words(prompt)
+        own = names.index(f"{heads['induction_head']}@3{words[3]} > @8{words[8]}")
+        by_token = data["tokens"][1].values[:7]  # but of the last token and the one before, which is always read
+        found += own < 2 and helps[own] < -5 and int(by_token.argmax()) == 3
+        others = [i for i, name in enumerate(names) if not name.startswith(tuple(heads.values()))]
+        false += sum(abs(helps[i]) > 0.01 for i in others)
         among += len(others)
     return told("flow", "route of a copied token", found, len(SEEDS), false, among)
 
@@ -67,7 +64,7 @@ def sentences() -> dict[str, Any]:
         data = mt.explain.context(it.model, prompt, answer=int(tokens[2 * true + 1]), sentences=parts, controls=1)
         layer, head = it.truth["induction_head"]
         heads = data["heads"].values
-        found += int(data["score"].argmax()) == true and heads.argmax() == layer * heads.shape[1] + head
+        found += int(data["score"].values.argmax()) == true and heads.argmax() == layer * heads.shape[1] + head
         if seed < 8:
             asked += 1
             none = mt.explain.context(blank, prompt, answer=11, sentences=parts, controls=1)

@@ -76,7 +76,7 @@ AS_IS = "none: the baseline of the losses"
     cost="two forwards per prompt and their unembeddings by layer; screen x d_model x vocabulary per layer, and 2 "
     "screen x vocabulary per layer and prompt; then a sweep of 2 top + 1 + controls cells per prompt",
     check="tests/laws/test_compare_neurons.py, tests/planted/test_flow.py",
-    call='mt.explain.compare_neurons(model, mt.tasks.build("indirect_object", model, 8), without="14.attn.z[3]")',
+    call='mt.explain.compare_neurons(model, "The capital of France is", without="23.attn.z[4]", answer=" Paris")',
     reading="Above 0, a neuron raises the answer more with the heads than without them. The chain is worth something "
     "if it loses more than random neurons do, and little on plain text.",
     needs=("sum", "lens", "attn.z", "mlp.post", "attention and MLP", "next token"),

@@ -139,7 +139,7 @@ def context(
     names = [f"{i} {model.to_text(row[first:end]).strip()}" for i, (first, end) in enumerate(places)]
     coords: dict[str, Any] = {"component": names, "layer": list(range(model.anatomy.n_layers))}
     coords["head"] = list(range(parts[0][0].shape[1]))
-    attrs = {"answer": model.to_text(ids), "sentence": names[best], "least": names[least]}
+    attrs: dict[str, Any] = {"answer": model.to_text(ids), "sentence": names[best], "least": names[least]}
     attrs["loss_agrees"] = int(best == max(range(len(places)), key=lambda i: values["loss"][i]))
     return Found(values, coords=coords, attrs=attrs)
 

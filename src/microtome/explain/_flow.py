@@ -297,8 +297,8 @@ def _measured(
     effects, share = swept.effects.double().cpu(), [found.routes.get(route, 0.0) for route in chosen]
     values: dict[str, Any] = {"route": share, "route_exact": (("component",), effects)}
     varied = len(set(share)) > 1 and len(effects.unique()) > 1
-    fit = spearmanr(share, effects.abs().numpy()).statistic if varied else float("nan")
-    return chosen, values | {"rank_correlation": float(fit)}
+    fit: Any = spearmanr(share, effects.abs().numpy()) if varied else None
+    return chosen, values | {"rank_correlation": float("nan") if fit is None else float(fit.statistic)}
 
 
 def _others(model: Model, found: Flow, at: int, count: int) -> list[Route]:

@@ -187,7 +187,7 @@ def _changes(
     part: str,
     bases: dict[tuple[int, int], Basis],
     ranks: list[int],
-) -> Float[Tensor, "prompt rank"]:
+) -> Float[Tensor, "prompt cut"]:
     """The log-probability of each prompt's answer with the units cut to each rank."""
     found: list[Tensor] = []
     for row, answer in prompts:

@@ -63,7 +63,7 @@ def _source(name: str, what: str) -> tuple[Column, Column]:
     ),
     cost="one forward per prompt and head contributions by source; then 2 x 4 forwards per prompt",
     check="tests/laws/test_head_sources.py",
-    call='mt.explain.head_sources(model, ["The capital of France is", "The capital of Japan is"], subjects=["France", '
+    call='mt.explain.head_sources(model, ["The capital of France is", "The capital of Japan is"], subject=["France", '
     '"Japan"], answer=[" Paris", " Tokyo"])',
     reading="A subject head raises the attributes of the subject; a relation head raises the answers of the relation, "
     "whoever the subject is. The sum of both picks the answer.",
@@ -73,7 +73,7 @@ def head_sources(
     model: Model,
     prompts: Annotated[Prompt, Argument("prompts of one relation", positional=True, from_text=prompt_from_text)],
     *,
-    subjects: Annotated[Sequence[Span] | Span, Argument("the subject of each prompt: its text, or positions; or "
+    subject: Annotated[Sequence[Span] | Span, Argument("the subject of each prompt: its text, or positions; or "
                                                         "one for all", command=False)],
     answer: Annotated[Answer, Argument("the answer of each prompt, one token each", command=False)],
     ratio: Annotated[float, Argument("how many times as much as the other source one must give", least=1)] = 4.0,
@@ -88,7 +88,7 @@ def head_sources(
     refuse_gated_heads(model, "what heads add")
     batch = model.to_batch(prompts)
     rows, ids = batch.rows, answers_of(model, answer, len(batch.rows))
-    given = _given(subjects, len(rows))
+    given = _given(subject, len(rows))
     texts = rows if model.tokenizer is None else model.encodings(rows)
     spans = [span_of(model, text, span, "subject") for text, span in zip(texts, given, strict=True)]
     every = sorted(set(ids))

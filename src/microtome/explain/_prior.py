@@ -106,5 +106,5 @@ def _of_prompt(model: Model, row: Tensor, last: int) -> tuple[int, int, Tensor, 
         lens = model.unembed(run["*.resid_post@-1"][:, 0, 0]).double().log_softmax(-1)
         prior = model.run(alone[None]).logits[0, -1].double().log_softmax(-1)
         context = run.logits[0, -1].double().log_softmax(-1)
-        ends = [jensen_shannon(lens, x.expand_as(lens)) for x in (prior, context)]
-        return int(prior.argmax()), int(context.argmax()), lens.exp().float(), *ends
+        a, b = (jensen_shannon(lens, x.expand_as(lens)) for x in (prior, context))
+        return int(prior.argmax()), int(context.argmax()), lens.exp().float(), a, b

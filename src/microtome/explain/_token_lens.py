@@ -17,7 +17,6 @@ from torch import Tensor
 
 from microtome.edit import KnockOut
 from microtome.errors import PromptError, error
-from microtome.explain._answers import answers_of
 from microtome.explain._messages import SEEN, Messages, refuse_gated_heads
 from microtome.explain._spans import one_prompt, one_row, span_of
 from microtome.method import Argument, Column, Found, PromptText, Source, Span, question, span_from_text
@@ -92,7 +91,7 @@ def token_lens(
     run = model.run(tokens[None], capture=[*SEEN, *wanted, f"final.scale@{q}"])
     cut = model.run(tokens[None], capture=wanted[1:], edits=KnockOut(f"*.attn.scores@{q}", keys=keys), logits=False)
     own = run.logits[0, q].topk(min(5, run.logits.shape[-1])).indices.tolist()
-    ids = own if answers is None else answers_of(model, list(answers), len(answers))
+    ids = own if answers is None else [model.to_id(a) for a in answers]
     with torch.no_grad():
         values = _layers(model, run, cut, q, slice(first, end), ids, top)
     words = model.to_words(tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import xarray as xr
 
@@ -12,8 +14,8 @@ def transfer(first: xr.Dataset, second: xr.Dataset, name: str, *, top: int = 20)
     """How much of what matters for a first task matters for a second, by the same variable of two results.
 
     Formula:  A, B the `top` places of the largest |effect| of either; overlap = |A and B| / top, by chance top / N of
-              N places; p = P(X >= |A and B|), X hypergeometric; carried = mean |effect| in the second task of A, over that
-              of all places there.
+              N places; p = P(X >= |A and B|), X hypergeometric; carried = mean |effect| in the second task of
+              A, over that of all places there.
     Source:   transfer of components as in Zhang et al., "Interpreting and Improving Large Language Models in
               Arithmetic Calculation", 2024 (arXiv 2409.01659). Departs: against chance.
     Cost:     no forward.
@@ -49,11 +51,11 @@ def transfer(first: xr.Dataset, second: xr.Dataset, name: str, *, top: int = 20)
         raise error(DataError, "too few places to compare", got=len(there), allowed=f"more than top={top}")
     a, b = a[there], b[there]
     best = [set(np.argsort(-x, kind="stable")[:top].tolist()) for x in (a, b)]
-    shared, size = len(best[0] & best[1]), len(there)
+    shared, size, fit = len(best[0] & best[1]), len(there), cast("Any", spearmanr(a, b))
     values = {
         "overlap": (shared / top, "share"), "overlap_chance": (top / size, "share"),
         "p": (float(hypergeom.sf(shared - 1, size, top, top)), "probability"),
-        "rank_correlation": (float(spearmanr(a, b).statistic), "correlation"),
+        "rank_correlation": (float(fit.statistic), "correlation"),
         "carried": (float(b[sorted(best[0])].mean() / b.mean()), "1"),
     }  # fmt: skip
     said = {"method": "transfer of components", "variable": name, "top": top, "places": size}
