@@ -305,7 +305,7 @@ REFUSED = {
     "opt-postnorm": NO_HEAD | NO_EDGES,
     **dict.fromkeys(families.MASKED, NO_HEAD | NO_EDGES | NO_LOSS),
     **dict.fromkeys(("mixtral", "gpt_oss"), NO_NEURONS),
-    **dict.fromkeys(("deepseek_v3-qlora", "deepseek_v3-noqlora"), NO_VALUES),
+    **dict.fromkeys(("deepseek_v3-qlora", "deepseek_v3-noqlora"), NO_VALUES | {"compare_neurons"}),
 }
 """What cannot be asked: logits that are no sum over parts, a stream that is none, a loss, neurons of experts, values
 without weights of their own."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -186,8 +186,9 @@ def _gradients(model: Model) -> Iterator[list[list[list[nn.Parameter]]]]:
     found: list[list[list[nn.Parameter]]] = []
     for layer in model.anatomy.parts.layers:
         branches: list[list[nn.Parameter]] = []
-        for path in (layer.attn, layer.mlp):
-            held: list[nn.Parameter] = [] if path is None else list(model.hf.get_submodule(path).parameters())
+        loose = (layer.gate, layer.up, layer.gate_up, layer.down)  # of an MLP that is no module of its own
+        for paths in ((layer.attn,), loose if layer.mlp is None else (layer.mlp,)):
+            held = [p for path in paths if path is not None for p in model.hf.get_submodule(path).parameters()]
             branches.append([p for p in held if p.is_floating_point()])
         found.append(branches)
     every = [p for branches in found for held in branches for p in held]
@@ -212,12 +213,13 @@ def _slopes(
     log_p = run.logits[0, cut - 1 : -1].float().log_softmax(-1)
     loss = -log_p.gather(1, row[cut:, None]).mean()
     flat = [p for branches in weights for held in branches for p in held]
-    given: Sequence[Tensor | None] = torch.autograd.grad(loss, flat, allow_unused=True)
+    given: Sequence[Any] = torch.autograd.grad(loss, flat, allow_unused=True)
     slopes = dict(zip(map(id, flat), given, strict=True))
     found = torch.full((len(BRANCHES), len(weights)), torch.nan, dtype=torch.float64)
     for i, branches in enumerate(weights):
         for k, held in enumerate(branches):
-            squares = [x.double().pow(2).sum() for p in held if (x := slopes[id(p)]) is not None]
+            reached = [x for p in held if isinstance(x := slopes[id(p)], Tensor)]
+            squares = [x.double().pow(2).sum() for x in reached]
             if squares:
                 found[k, i] = torch.stack(squares).sum().sqrt()
     return float(loss.detach()), found
