@@ -19,6 +19,7 @@ def model(name: str = "llama-gqa") -> mt.Model:
     return mt.open(families.build(name), prove=False)
 
 
+@torch.no_grad()
 def literal(it: mt.Model, prompt: list[int], layer: int, neuron: int, answer: int, edits: list[mt.edit.Edit]) -> float:
     """The score of one neuron from a run that captures what it reads and writes."""
     parallel = f"{layer}.resid_mid" not in it.run([prompt], capture="*.resid_pre")

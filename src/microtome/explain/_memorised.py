@@ -13,7 +13,7 @@ Formula:  a text is a prefix and a continuation. matched = share of the continua
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -213,12 +213,12 @@ def _slopes(
     log_p = run.logits[0, cut - 1 : -1].float().log_softmax(-1)
     loss = -log_p.gather(1, row[cut:, None]).mean()
     flat = [p for branches in weights for held in branches for p in held]
-    given: Sequence[Any] = torch.autograd.grad(loss, flat, allow_unused=True)
-    slopes = dict(zip(map(id, flat), given, strict=True))
+    given: Any = torch.autograd.grad(loss, flat, allow_unused=True)
+    slopes: dict[int, Any] = dict(zip(map(id, flat), given, strict=True))
     found = torch.full((len(BRANCHES), len(weights)), torch.nan, dtype=torch.float64)
     for i, branches in enumerate(weights):
         for k, held in enumerate(branches):
-            reached = [x for p in held if isinstance(x := slopes[id(p)], Tensor)]
+            reached = [x for p in held if (x := slopes[id(p)]) is not None]
             squares = [x.double().pow(2).sum() for x in reached]
             if squares:
                 found[k, i] = torch.stack(squares).sum().sqrt()
