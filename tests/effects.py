@@ -130,4 +130,13 @@ def parts() -> xr.Dataset:
     return data.assign_attrs(method="attribution", parts=["embed", "attn", "mlp"], sum_of="logit")
 
 
-EVERY = (fake, traced, estimated, edges, over_layers, over_neurons, over_groups, words, parts)
+def circuit() -> xr.Dataset:
+    """A circuit: edges with their scores, some measured exactly."""
+    data = edges().copy(deep=True)
+    exact = np.full((3, 3), np.nan)
+    exact[0, 1], exact[1, 2] = -3.5, 0.25
+    data["score_exact"] = (("sender", "receiver"), exact, {"unit": "logits"})
+    return data.assign_attrs(method="circuit", graph="score")
+
+
+EVERY = (fake, traced, estimated, edges, over_layers, over_neurons, over_groups, words, parts, circuit)

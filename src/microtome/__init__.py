@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from microtome import anatomy as anatomy
     from microtome import atlas as atlas
     from microtome import change as change
+    from microtome import circuits as circuits
     from microtome import edit as edit
     from microtome import errors as errors
     from microtome import explain as explain
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from microtome.training import fit as fit
 
 _ROOMS = (
-    "anatomy", "atlas", "change", "edit", "errors", "explain", "measurements", "metric", "planted", "stream", "sweep",
-    "tasks", "training", "view",
+    "anatomy", "atlas", "change", "circuits", "edit", "errors", "explain", "measurements", "metric", "planted",
+    "stream", "sweep", "tasks", "training", "view",
 )  # fmt: skip
 _HOME = {
     "Model": "model:Model", "Run": "run:Run", "Settings": "context:Settings", "Task": "tasks:Task",

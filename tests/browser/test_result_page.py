@@ -297,6 +297,29 @@ def test_parts_end_in_their_sum(tab: Tab, tmp_path: Path) -> None:
     assert re.search(r"sum\s+\+1\.875\s+logit as measured \+1\.875", words)
 
 
+def test_a_circuit_is_followed_by_a_click_and_cut_by_a_slider(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_page(tmp_path / "a.html", effects.circuit()))
+    lines = "document.querySelectorAll('.circuit .edge').length"
+    assert tab.eval(lines) == 6
+    assert tab.eval("document.querySelector('.graph tbody tr').innerText").split() == [
+        "embed",
+        "→",
+        "1.mlp_out",
+        "−4.00",
+        "−3.50",
+    ]
+    tab.eval("document.querySelector('.circuit .node[aria-label=\"1.mlp_out\"]').dispatchEvent(new Event('click'))")
+    assert tab.eval(lines) == 3, "embed and the head write to it, and embed to nothing the head reads"
+    told = tab.eval("document.querySelector('.graph .note').innerText")
+    assert told.startswith("the 6 strongest of 6 edges")
+    slider = "document.querySelector('.graph input')"
+    tab.eval(f"{slider}.value = 0")
+    tab.eval(f"{slider}.dispatchEvent(new Event('input'))")
+    assert tab.eval(lines) == 1
+    assert tab.complaints == []
+    assert tab.requests == [(tmp_path / "a.html").as_uri()]
+
+
 def test_a_fragment_fits_a_notebook_in_light_and_dark(tab: Tab, tmp_path: Path) -> None:
     place = tmp_path / "a.html"
     for colours in ("background:#fff;color:#111", "background:#111;color:#ddd"):

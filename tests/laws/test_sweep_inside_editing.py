@@ -144,6 +144,38 @@ def test_questions_inside_editing_are_asked_of_the_edited_model() -> None:
     assert abs(float(found["resid_pre"][1, 3]) - share) < 1e-3 * max(1.0, abs(share))
 
 
+def test_edges_inside_editing_are_those_of_a_model_whose_weights_do_the_same() -> None:
+    hf = families.build("llama-gqa")
+    model, prompts = mt.open(hf, prove=False), torch.tensor([row(9, 5), row(9, 6)])
+    changed = families.build("llama-gqa")
+    layers, width = changed.model.layers, changed.config.head_dim
+    with torch.no_grad():
+        layers[1].self_attn.o_proj.weight[:, 2 * width : 3 * width] = 0
+        layers[0].mlp.down_proj.weight *= 0.5
+        layers[2].self_attn.q_proj.weight[width : 2 * width] = 0
+        layers[1].mlp.up_proj.weight[7] = 0
+    edits = [
+        mt.edit.Zero("1.attn.z[2]"), mt.edit.Scale("0.mlp_out", 0.5), mt.edit.Zero("2.attn.q[1]"),
+        mt.edit.Zero("1.mlp.up[7]"),
+    ]  # fmt: skip
+    names = [(s, r) for s in ("embed", "0.attn.z[1]", "0.mlp_out") for r in
+             ("1.attn.q[2]", "1.attn.k[3]", "1.mlp.in", "2.attn.q[1]", "2.attn.v[1]", "final")]  # fmt: skip
+    sent = ["embed", "*.attn.z", "*.mlp_out"]
+
+    def swept(of: mt.Model) -> Tensor:
+        source = of.run(prompts[1:], capture=sent)
+        edges = [mt.sweep.Edge(sender, receiver, source) for sender, receiver in names]
+        return of.sweep(prompts[:1], edges, METRIC).run().effects
+
+    with model.editing(*edits):
+        found = swept(model)
+    expected, plain = swept(mt.open(changed, prove=False)), swept(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert float(found[names.index(("embed", "2.attn.q[1]"))].abs()) < 1e-6  # its queries are zero whatever it reads
+    assert float(plain[names.index(("embed", "2.attn.q[1]"))].abs()) > 1e-5
+    assert float((plain - expected).abs().max()) > 1e-3
+
+
 def test_what_a_sweep_cannot_hold_is_refused() -> None:
     model = mt.open(families.build("llama-gqa"), prove=False)
     cell = mt.edit.Zero("1.mlp_out@3")
@@ -153,7 +185,12 @@ def test_what_a_sweep_cannot_hold_is_refused() -> None:
         ([mt.edit.Skip(1)], cell, "cannot hold this edit in its rows; got Skip"),
         ([mt.edit.Zero("1.attn.z[0]", rows=(0,))], cell, "of `editing` names rows"),
         ([mt.edit.Zero("final")], cell, "a sweep acts inside the layers, not at final"),
-        ([mt.edit.Zero("1.attn.z[0]")], edge, "a sweep of edges cannot run inside `editing`"),
+        ([mt.edit.Scale("1.mlp.scale", 2.0)], edge, "edges cannot be swept inside `editing` of .* a norm divides by"),
+        (
+            [mt.edit.Zero("1.attn_out")],
+            edge,
+            "edges cannot be swept inside `editing` of .* heads write what it changes",
+        ),
     ):
         with pytest.raises(mt.errors.MicrotomeError, match=text), model.editing(*edits):
             model.sweep(PROMPTS[0], [swept], METRIC)

@@ -130,6 +130,7 @@ def made() -> list[Any]:
         effects.over_groups(),
         effects.words(),
         effects.parts(),
+        effects.circuit(),
     )
     drawn = [form for data in every for form in forms(data).shown]
     batches = stream.TokenBatches(stream.Corpus.of(IMAGE, LARGE), Numbers(), rows=64, tokens=50_000)
@@ -154,6 +155,9 @@ def made() -> list[Any]:
         edit.Project("1.resid_post", matrix), edit.Rotate("1.resid_post", matrix), edit.Skip("1"), edit.Repeat("1"),
         edit.ScaleBlock("1"), edit.KnockOut("1.attn.scores[3]@-1"), edit.Freeze(), frame,
         edit.Selection(mt.anatomy.Site("mlp.post", 1), None, frame), explain.graph(LLAMA),
+        explain.pairs_of(LLAMA, IDS[:1], IDS[:1] + 1, answer=3),
+        mt.circuits.of_mask(LLAMA, explain.graph(LLAMA).mask, task=IMAGE),
+        sweep.Circuits(LLAMA, IDS[:2], IDS[:2] + 1, metric.LogitDifference(3, foil=4)),
         metric.LogitDifference(list(range(900)), foil=list(range(1, 901))), metric.LogProbability(3),
         metric.Probability(3), metric.Rank(3), metric.Divergence(WIDE.log_softmax(-1).unsqueeze(1)),
         metric.SpanLoss([[1, 2]] * 900, (0, 1)), metric.FunctionMetric(lambda x, y: x.sum()),

@@ -18,6 +18,7 @@ from tests import effects
 
 from microtome import view
 from microtome.view import (
+    EdgeGraph,
     HeatMap,
     LabelTable,
     NeuronMap,
@@ -339,6 +340,30 @@ def test_parts_are_listed_largest_first_with_their_sum() -> None:
     assert second == ["L0 MLP", -2.0, ""]
     assert [one["name"] for one in page["maps"]] == ["attn"]
     assert page["title"] == "Attribution: Paris"
+
+
+def test_a_circuit_is_a_graph_of_its_nodes() -> None:
+    data = effects.circuit()
+    (form,) = forms(data).of(EdgeGraph)
+    assert [node[0] for node in form.nodes] == [
+        "embed",
+        "1.mlp_out",
+        "0.attn.z[1]",
+        "final",
+        "0.mlp_out",
+        "1.attn.z[0]",
+    ]
+    assert form.nodes[1][1:] == (1, 2), "behind the heads of its layer"
+    named = [(form.nodes[u][0], form.nodes[v][0], slot, value, exact) for u, v, slot, value, exact in form.edges]
+    assert named[0] == ("embed", "1.mlp_out", "in", -4.0, -3.5)
+    assert named[1] == ("0.attn.z[1]", "final", "in", -3.0, 0.25)
+    assert ("embed", "1.attn.z[0]", "q", 1.0, None) in named
+    assert form.size == len(form.edges) == 6
+    text = shown(data, top=2)
+    assert re.search(r"embed → 1\.mlp_out\s+−4\S*\s+−3\.5", text.replace("-", "−"))
+    assert "4 more edges" in text
+    assert html(data).count("<circle") == 6
+    assert page_values(data)["sections"][0]["kind"] == "graph"
 
 
 def test_the_control_of_a_map_stands_beside_its_cells() -> None:

@@ -233,6 +233,17 @@ class LayerWeights:
             return module, Split(n, 2, parts.d_head, 0, 1)
         return module, Split(1, n, width, 0, n)
 
+    def projection(self, name: str) -> tuple[str, Split]:
+        """The module that gives "q", "k" or "v", by its path, and where they lie in what it gives.
+
+        Raises:
+            SiteError: there is no such projection, or its identity failed.
+        """
+        _, split = self._qkv(name)
+        path = self._parts.qkv or {"q": self._parts.q, "k": self._parts.k, "v": self._parts.v}[name]
+        assert path is not None
+        return path, split
+
     def _heads(self, name: str) -> Tensor:
         module, split = self._qkv(name)
         view = split.view(weight_of(module), 0)

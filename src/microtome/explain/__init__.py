@@ -18,6 +18,13 @@ from microtome.explain._knockout import attention_knockout as attention_knockout
 from microtome.explain._lens import logit_lens as logit_lens
 from microtome.explain._memorised import memorised as memorised
 from microtome.explain._mlp_roles import mlp_roles as mlp_roles
+from microtome.explain._pairs import AnswerOfClean as AnswerOfClean
+from microtome.explain._pairs import Clean as Clean
+from microtome.explain._pairs import Corrupt as Corrupt
+from microtome.explain._pairs import FoilOfCorrupt as FoilOfCorrupt
+from microtome.explain._pairs import Pairs as Pairs
+from microtome.explain._pairs import ReadMetric as ReadMetric
+from microtome.explain._pairs import pairs_of as pairs_of
 from microtome.explain._patching import patch as patch
 from microtome.explain._prior import prior_and_context as prior_and_context
 from microtome.explain._recovery import auc as auc

@@ -19,6 +19,7 @@ from microtome.method import Argument, Span
 from microtome.metric import LogitDifference, LogProbability, Metric
 from microtome.model import Model
 from microtome.run import Encoding, Prompt, Run, prompt_from_text
+from microtome.shown import shown
 from microtome.tasks import Task, read, require_fit
 
 Given = Prompt | Task | os.PathLike[str]
@@ -76,6 +77,7 @@ class _Some:
         return self.metric.read(logits, torch.tensor(self.numbers, device=prompts.device)[prompts])
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Clean and corrupt prompts, and what is read of them.

@@ -149,7 +149,8 @@ class Model(LoadedModel):
             SiteError: an address matches nothing, lies outside the layers, or beyond its prompt; or there is an `Edge`
                 in a model whose cells share nothing (`plan.shares`).
             EditError: a cell is empty, or the metric does not fit; or an edit of `editing` is none of a site inside
-                the layers, names rows, or meets an `Edge`.
+                the layers, names rows, or meets an `Edge` that it
+                does not allow.
             BudgetError: not even one cell fits.
 
         >>> cells = [Patch(f"{layer}.resid_pre@{pos}", source=corrupt) for layer in range(30) for pos in range(13)]

@@ -1,5 +1,7 @@
 """Sweeps: many edited runs in a few passes, exactly."""
 
+from microtome.sweep._circuits import Circuits as Circuits
+from microtome.sweep._circuits import written as written
 from microtome.sweep._edges import RECEIVERS as RECEIVERS
 from microtome.sweep._edges import SENDERS as SENDERS
 from microtome.sweep._edges import Edge as Edge

@@ -17,7 +17,7 @@ Check:    equal to plain hooks on the same model with keys and values of its own
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from microtome.anatomy import Address, Anatomy, NormWeights, Site, parse
 from microtome.edit import Add, Frame, Set, SiteEdit, Source
 from microtome.errors import EditError, SiteError, error
 from microtome.run import LoadedModel, Run, run_forward
+from microtome.run.hook import lock_of
 from microtome.shown import shown
 
 SENDERS = ("embed", "attn.z", "mlp_out")
@@ -183,17 +184,22 @@ def require_edges(anatomy: Anatomy) -> None:
 class Edges:
     """Converts edges over prompts of one length into ordinary cells."""
 
-    def __init__(self, model: LoadedModel, tokens: Tensor, prompts: Sequence[int]) -> None:
-        """Run prompts, tokens [prompt, pos] by their numbers, and keep what senders write and branches read."""
+    def __init__(
+        self, model: LoadedModel, tokens: Tensor, prompts: Sequence[int], standing: Sequence[SiteEdit] = ()
+    ) -> None:
+        """Run prompts, tokens [prompt, pos] by their numbers, and keep what senders write and branches read.
+
+        Edits that are standing hold in the base run, and in every branch for what comes behind its input.
+        """
         a = model.anatomy
         require_edges(a)
-        self.model, self.tokens, self.prompts = model, tokens, list(prompts)
+        self.model, self.tokens, self.prompts, self.standing = model, tokens, list(prompts), list(standing)
         self.parallel = a.parts.form == "parallel"
         names = ["resid_pre", "attn.q", "attn.k", "attn.v", "attn.z", "attn_out", "mlp_out"]
         names += [] if self.parallel else ["resid_mid"]
-        with torch.no_grad():
+        with torch.no_grad(), lock_of(model.hf).aside():
             self.base: Run = run_forward(
-                model, tokens, capture=["embed", *(f"*.{name}" for name in names)], logits=False
+                model, tokens, capture=["embed", *(f"*.{name}" for name in names)], edits=self.standing, logits=False
             )
         self._changes: dict[tuple[str, int, int], Tensor] = {}
 
@@ -353,11 +359,22 @@ class Edges:
             rows = torch.tensor([one.row for one in part], device=stream.device)
             changed = torch.stack([stream[one.row] + self.change(one) for one in part])
             read = changed if norm is None else norm.module(changed)
-            edits = [Set(f"{layer}.{into}", value=read)]
+            edits: list[SiteEdit] = [Set(f"{layer}.{into}", value=read), *self._standing(layer, out)]
             edits += [Set(f"{layer}.{name}", value=self.base[f"{layer}.{name}"][rows]) for name in held]
             site, given = f"{layer}.{out}", self.base[f"{layer}.resid_pre"][rows]
-            run = run_forward(
-                self.model, self.tokens[rows], site, edits, start_at=layer, given=given, stop_at=stop, logits=False
-            )
+            with lock_of(self.model.hf).aside():
+                run = run_forward(
+                    self.model, self.tokens[rows], site, edits, start_at=layer, given=given, stop_at=stop, logits=False
+                )
             found += run[site]
         return dict(zip(senders, found, strict=True))
+
+    def _standing(self, layer: int, out: str) -> list[SiteEdit]:
+        """The standing edits that act in a branch of a layer, each in this layer alone."""
+        names = ("attn.",) if out == "attn.z" else ("mlp.", "mlp_out")
+        found: list[SiteEdit] = []
+        for edit in self.standing:
+            sites = self.model.anatomy.sites(edit.address)
+            if any(site.layer == layer and site.name.startswith(names) for site in sites):
+                found.append(replace(edit, site=str(edit.address.at(layer))))
+        return found

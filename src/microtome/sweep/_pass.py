@@ -129,7 +129,7 @@ class BatchedPass:
             hooks.after(norm.path, self._set_aside, norm.call)
         hooks.before(unembedding, self._read)
         if self.base.ids is not None:
-            hooks.around(unembedding, _some_logits(model.hf.get_submodule(unembedding), self.base.ids))
+            hooks.around(unembedding, some_logits(model.hf.get_submodule(unembedding), self.base.ids))
         inputs: dict[str, Any] = {"input_ids": self.base.tokens[:1, self.first :]}
         if self.first:
             cache = DynamicCache()
@@ -150,7 +150,7 @@ class BatchedPass:
         if not self._active:
             # No row is edited this early: the forward carries one placeholder row, which no layer needs to compute.
             return self.model.anatomy.instead(input_of(args, kwargs))
-        args, kwargs = _widened(args, kwargs, self._active)
+        args, kwargs = widened(args, kwargs, self._active)
         return forward(*args, **kwargs)
 
     def _join(self, hidden: Float[Tensor, "before pos d_model"], layer: int) -> Float[Tensor, "row pos d_model"]:
@@ -177,7 +177,7 @@ class BatchedPass:
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = input_of(args, kwargs) if self._aside is None else self._aside
-        return with_input(args, kwargs, _columns_of(rows, self._columns()))
+        return with_input(args, kwargs, columns_of(rows, self._columns()))
 
     def _narrow_last(self, hooks: HookSet) -> None:
         """Let the last MLP see only the columns that are read: nothing comes after it, and it was tried."""
@@ -192,7 +192,7 @@ class BatchedPass:
             shape, columns = input_of(args, kwargs).shape, self._columns()
 
             def cut(value: Any) -> Any:
-                return _columns_of(value, columns) if isinstance(value, Tensor) and value.shape == shape else value
+                return columns_of(value, columns) if isinstance(value, Tensor) and value.shape == shape else value
 
             output = forward(*map(cut, args), **{k: cut(v) for k, v in kwargs.items()})
             some = output_of(output)
@@ -248,7 +248,7 @@ def _selections(x: Tensor, site: Site, act: Act) -> list[Selection]:
     return [Selection(act.named, chosen, cut) for cut in cuts]
 
 
-def _widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[str, Any]]:
+def widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[str, Any]]:
     """Arguments made for one row, for many: tensors with a batch axis of one are expanded, not copied."""
 
     def widen(value: Any) -> Any:
@@ -256,19 +256,19 @@ def _widened(args: Any, kwargs: dict[str, Any], rows: int) -> tuple[Any, dict[st
             return value.expand(rows, *value.shape[1:])
         return tuple(widen(v) for v in value) if isinstance(value, tuple) else value
 
-    widened = {k: v if k == "hidden_states" else widen(v) for k, v in kwargs.items()}
-    bias = widened.get("alibi")
+    found = {k: v if k == "hidden_states" else widen(v) for k, v in kwargs.items()}
+    bias = found.get("alibi")
     if isinstance(bias, Tensor) and bias.dim() == 3:  # its first axis is batch times head
-        widened["alibi"] = bias.repeat(rows, 1, 1)
-    return ((args[0], *map(widen, args[1:])) if args else args), widened
+        found["alibi"] = bias.repeat(rows, 1, 1)
+    return ((args[0], *map(widen, args[1:])) if args else args), found
 
 
-def _columns_of(x: Float[Tensor, "row pos width"], columns: Int[Tensor, "row read"]) -> Float[Tensor, "row read width"]:
+def columns_of(x: Float[Tensor, "row pos width"], columns: Int[Tensor, "row read"]) -> Float[Tensor, "row read width"]:
     """Columns [row, read] of x [row, pos, d_model]."""
     return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def _some_logits(unembedding: Any, ids: Int[Tensor, " id"]) -> Any:
+def some_logits(unembedding: Any, ids: Int[Tensor, " id"]) -> Any:
     """The unembedding for some tokens only; what the model does to logits after it is done to these."""
     if packed(unembedding) is not None:  # what rounds what it reads is no product with a matrix
 
@@ -312,7 +312,7 @@ def base_of(
         return before
 
     def select(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return with_input(args, kwargs, _columns_of(input_of(args, kwargs), read))
+        return with_input(args, kwargs, columns_of(input_of(args, kwargs), read))
 
     for i, layer in enumerate(model.anatomy.parts.layers):
         hooks.before(layer.block, keep(i))
@@ -323,7 +323,7 @@ def base_of(
     unembedding = model.anatomy.parts.unembedding
     hooks.before(unembedding, select)
     if ids is not None:
-        hooks.around(unembedding, _some_logits(model.hf.get_submodule(unembedding), ids))
+        hooks.around(unembedding, some_logits(model.hf.get_submodule(unembedding), ids))
     cache = DynamicCache()
     inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if cached else {}
     if not cached and model.anatomy.causal:

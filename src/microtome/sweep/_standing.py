@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from microtome.edit import Edit, SiteEdit
+from microtome.edit import Add, Apply, Edit, Mean, SiteEdit
 from microtome.errors import EditError, error
 from microtome.run import Batch, LoadedModel
+from microtome.sweep._pass import source_rows
 
 
 def standing_of(active: Sequence[Edit], *, edges: bool) -> tuple[SiteEdit, ...]:
     """The edits of `editing` that hold in every row of a sweep.
 
     Raises:
-        EditError: a sweep cannot hold one of them, or they meet edges.
+        EditError: a sweep cannot hold one of them, or edges cannot.
     """
     found = tuple(edit for edit in active if isinstance(edit, SiteEdit))
     wrong = next((edit for edit in active if not isinstance(edit, SiteEdit)), None)
@@ -27,13 +28,54 @@ def standing_of(active: Sequence[Edit], *, edges: bool) -> tuple[SiteEdit, ...]:
             allowed="edits of sites",
             do="run the cells one by one with model.run",
         )
-    if found and edges:
-        raise error(
-            EditError,
-            "a sweep of edges cannot run inside `editing`: an edge is the difference of two unedited runs",
-            got=", ".join(map(repr, found)),
-            do="leave the `editing` block",
-        )
+    if edges:
+        _refuse_with_edges(found)
+    return found
+
+
+def _refuse_with_edges(standing: Sequence[SiteEdit]) -> None:
+    """Refuse edits under which a branch cannot be run by itself.
+
+    Raises:
+        EditError: one changes what a norm divides by, or takes from a run of several prompts.
+    """
+    for edit in standing:
+        name = edit.address.name
+        why = "it changes what a norm divides by" if name.endswith(".scale") else ""
+        why = "heads write what it changes" if name in ("attn_out", "attn.result") else why
+        why = "it takes from a run of several rows" if (source_rows(edit) or 1) > 1 else why
+        if why:
+            what = f"edges cannot be swept inside `editing` of {edit!r}: {why}"
+            raise error(EditError, what, do="leave this edit out")
+
+
+STREAMS = ("resid_pre", "resid_mid", "resid_post")
+
+
+def standing_in_circuits(active: Sequence[Edit]) -> tuple[SiteEdit, ...]:
+    """The edits of `editing` that hold in every row of circuits: those inside of branches, and vectors on the stream.
+
+    Raises:
+        EditError: one cannot be held, as it makes the stream something else than a sum, or rows depend on each other.
+    """
+    found = standing_of(active, edges=True)
+    for edit in found:
+        why = ""
+        if edit.rows is not None:
+            why = "it names rows"
+        elif isinstance(edit, Apply) or (isinstance(edit, Mean) and edit.mean is None):
+            why = "what it does in one row may depend on others"
+        elif edit.address.name in STREAMS and not isinstance(edit, Add):
+            why = "it changes the sum that the stream is"
+        elif edit.address.layers is None and edit.address.name != "embed":
+            why = "it acts behind the layers"
+        if why:
+            raise error(
+                EditError,
+                f"circuits cannot be run inside `editing` of {edit!r}: {why}",
+                allowed="edits inside of branches, and vectors added to the stream",
+                do="leave this edit out",
+            )
     return found
 
 

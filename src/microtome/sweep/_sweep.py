@@ -192,7 +192,9 @@ class Sweep:
         """
         refuse_other_edits(lock_of(self._model.hf).active_edits, self._active)
         if any(isinstance(cell, Edge) for cell in self._cells):
-            self._ready = self._prepare(_without_edges(self._model, self._batch, self._cells, self._prompts))
+            self._ready = self._prepare(
+                _without_edges(self._model, self._batch, self._cells, self._prompts, self._standing)
+            )
         return _run(self._model, self._ready, len(self._cells), progress, self._start)
 
 
@@ -203,7 +205,11 @@ def _stand_in(model: LoadedModel, edge: Edge) -> Zero:
 
 
 def _without_edges(
-    model: LoadedModel, batch: Batch, cells: Sequence[Cell | Edge], prompts: Sequence[int] | None
+    model: LoadedModel,
+    batch: Batch,
+    cells: Sequence[Cell | Edge],
+    prompts: Sequence[int] | None,
+    standing: Sequence[SiteEdit],
 ) -> list[Cell]:
     """The cells, edges made into ordinary ones."""
     found = [cell for cell in cells if not isinstance(cell, Edge)]
@@ -219,7 +225,7 @@ def _without_edges(
         numbers = sorted(set(which))
         tokens = torch.stack([batch.rows[i] for i in numbers])
         edges = [cell for cell in (cells[place] for place in places) if isinstance(cell, Edge)]
-        made |= dict(zip(places, Edges(model, tokens, numbers).cells(edges, which), strict=True))
+        made |= dict(zip(places, Edges(model, tokens, numbers, standing).cells(edges, which), strict=True))
     return [made[place] if isinstance(cell, Edge) else cell for place, cell in enumerate(cells)]
 
 

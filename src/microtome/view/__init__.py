@@ -15,6 +15,7 @@ from microtome.view._forms import Form as Form
 from microtome.view._forms import Forms as Forms
 from microtome.view._forms import forms as forms
 from microtome.view._frame import frame_table as frame_table
+from microtome.view._graph import EdgeGraph as EdgeGraph
 from microtome.view._group_pages import write_labels as write_labels
 from microtome.view._heat_map import HeatMap as HeatMap
 from microtome.view._neurons import NeuronMap as NeuronMap

@@ -8,6 +8,7 @@
     (site), (component), (group)                 one row per name, one column per variable _tables.py
     (group, ...) with two axes after group       their form, once a group, of the first six
     ()                                           facts                                     _tables.py
+    `graph` over (sender, receiver)              nodes by layer and head, with their edges _graph.py
     `parts` that sum to `sum_of`                 bars, largest first, with their sum       _parts.py
 
 What has other axes is drawn nowhere and listed by its name.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from microtome.shown import shown
 from microtome.view._dataset import axis_kind, in_header, is_numeric, labels, own_variables, without_batch
+from microtome.view._graph import edge_graph
 from microtome.view._heat_map import HeatMap, by_layer, heat_map, limits_of
 from microtome.view._neurons import NeuronMap, neuron_map
 from microtome.view._parts import parts_list
@@ -47,7 +49,7 @@ class Form(Protocol):
 
     @property
     def kind(self) -> str:
-        """Which form it is: "map", "series", "neurons", "tokens", "table", "facts" or "parts"."""
+        """Which form it is: "map", "series", "neurons", "tokens", "table", "facts", "graph" or "parts"."""
         ...
 
     @property
@@ -108,6 +110,8 @@ def forms(data: xr.Dataset) -> Forms:
         axes = [axis_kind(str(dim)) for dim in data[name].dims]
         if not axes:
             facts.append(name)
+        elif name == data.attrs.get("graph"):
+            found.append(edge_graph(data, name))
         elif len(axes) == 1 and axes[0] and axes[0] not in ORDERED and is_numeric(data, name):
             named.setdefault(str(data[name].dims[0]), []).append(name)
         elif data[name].dims[0] == "group" and len(axes) > 2 and (by_group := _by_group(data, name, axes[1:])):

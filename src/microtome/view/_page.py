@@ -34,9 +34,12 @@ from microtome.view._page_values import rounded
 if TYPE_CHECKING:
     import xarray as xr
 
-SCRIPTS, STYLES = ("dom.js", "save.js", "chart.js", "sections.js", "page.js"), ("atlas.css", "page.css")
+SCRIPTS, STYLES = (
+    ("dom.js", "save.js", "chart.js", "graph.js", "sections.js", "page.js"),
+    ("atlas.css", "page.css", "graph.css"),
+)
 
-SHOWN = ("method", "reading", "metric", "clean_ids", "corrupt_ids", "sites", "parts", "sum_of")
+SHOWN = ("method", "reading", "metric", "clean_ids", "corrupt_ids", "sites", "parts", "sum_of", "graph")
 """Attributes that the page says elsewhere."""
 
 

@@ -144,7 +144,7 @@
   const facts = ({ facts: all }) =>
     h("section", {}, h("dl", { class: "facts" }, all.map(([name, value]) => [h("dt", {}, name), h("dd", {}, atlas.prose(value))])));
 
-  const SECTIONS = { neurons, tokens, parts, table, facts };
+  const SECTIONS = { neurons, tokens, parts, table, facts, graph: atlas.graph };
 
   /** All sections of one page; lines stand side by side. */
   function sections(page) {
@@ -152,7 +152,7 @@
     const lines = all.filter(({ kind }) => kind === "series").map(series);
     const of = (...kinds) => all.filter(({ kind }) => kinds.includes(kind)).map((part) => SECTIONS[part.kind](part, page));
     return {
-      first: of("parts", "tokens"),
+      first: of("parts", "graph", "tokens"),
       lines: lines.length ? h("section", {}, h("h2", {}, "Lines"), h("div", { class: "charts" }, lines)) : null,
       neurons: of("neurons"),
       beside: of("facts", "table"),

@@ -1,0 +1,124 @@
+"""Pairs of prompts on which circuits are run, in groups of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from microtome.context import current
+from microtome.explain import Pairs
+from microtome.metric import Divergence, Metric, TokenSubsetMetric
+from microtome.model import Model
+from microtome.sweep import Circuits, written
+
+ABLATIONS = ("resample", "mean", "zero")
+ROOM = 3 * 2**28
+"""Bytes that the writes of the prompts of one group may take."""
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """A metric of many prompts, read of some by their numbers among all."""
+
+    metric: Metric
+    numbers: tuple[int, ...]
+
+    def columns(self, prompt: int, length: int) -> list[int]:
+        """The columns of one of them."""
+        return self.metric.columns(self.numbers[prompt], length)
+
+    def read(self, logits: Tensor, prompts: Tensor) -> Tensor:
+        """Values of rows that belong to some of them."""
+        return self.metric.read(logits, torch.tensor(self.numbers, device=prompts.device)[prompts])
+
+
+class _NumberedTokens(_Numbered):
+    """The same of a metric that reads few tokens."""
+
+    def token_subset(self) -> tuple[tuple[int, ...], Metric]:
+        """The tokens, and the metric over them."""
+        assert isinstance(self.metric, TokenSubsetMetric)
+        ids, over = self.metric.token_subset()
+        return ids, _Numbered(over, self.numbers)
+
+
+class Bench:
+    """Pairs on engines.
+
+    Attributes:
+        groups: the numbers of the pairs of each engine, and the engine.
+    """
+
+    def __init__(self, model: Model, pairs: Pairs, metric: Metric | None = None, ablation: str = "resample") -> None:
+        """Run all prompts; `ablation` says what edges that are out give."""
+        self.model, self.pairs, self.ablation = model, pairs, ablation
+        metric = pairs.metric if metric is None else metric
+        lengths: dict[int, list[int]] = {}
+        for i, length in enumerate(pairs.lengths):
+            lengths.setdefault(length, []).append(i)
+        a, self.groups = model.anatomy, list[tuple[list[int], Circuits]]()
+        mean = _mean(model, pairs) if ablation == "mean" else None
+        for length, numbers in sorted(lengths.items()):
+            step = max(1, ROOM // (12 * length * a.d_model * (1 + a.n_layers * (a.n_heads + 1))))
+            for first in range(0, len(numbers), step):
+                mine = numbers[first : first + step]
+                clean, corrupt = (
+                    torch.stack([pairs.tokens[i][side] for i in mine]).to(model.device) for side in (0, 1)
+                )
+                other = corrupt if ablation == "resample" else torch.zeros(1, 1, 1, 1) if mean is None else mean
+                kind = _NumberedTokens if isinstance(metric, TokenSubsetMetric) else _Numbered
+                self.groups.append((mine, Circuits(model, clean, other, kind(metric, tuple(mine)))))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def edges(self) -> Bool[Tensor, "sender receiver"]:
+        """All edges."""
+        return self.groups[0][1].edges
+
+    @property
+    def clean(self) -> Float[Tensor, " pair"]:
+        """The metric with all edges."""
+        return self._together([engine.clean.values.reshape(1, -1) for _, engine in self.groups])[0]
+
+    def measure(
+        self, kept: Bool[Tensor, "circuit sender receiver"], stage: str = "running circuits"
+    ) -> Float[Tensor, "circuit pair"]:
+        """The metric of circuits on every pair."""
+        report, done, total = current().counting(stage), 0, len(kept) * len(self.pairs)
+        found: list[Tensor] = []
+        for numbers, engine in self.groups:
+            before = done
+
+            def told(now: int, _: int, before: int = before) -> None:
+                report(before + now, total)
+
+            found.append(engine.measure(kept, progress=told))
+            done += len(numbers) * len(kept)
+        return self._together(found)
+
+    def _together(self, found: Sequence[Tensor]) -> Tensor:
+        """[circuit, pair] in the order of the pairs."""
+        order = torch.tensor([i for numbers, _ in self.groups for i in numbers])
+        return torch.cat([x.double().cpu() for x in found], dim=1)[:, order.argsort()]
+
+
+def divergence(model: Model, pairs: Pairs) -> Metric:
+    """KL from what the model says of the clean prompts, at the last position."""
+    return Divergence.of(model.run([pair[0].tolist() for pair in pairs.tokens]))
+
+
+def _mean(model: Model, pairs: Pairs) -> Float[Tensor, "1 sender 1 d_model"]:
+    """What every sender writes in the clean prompts, in the mean over them and their positions."""
+    sums, count = torch.zeros(()), 0
+    for pair in pairs.tokens:
+        run = model.run(pair[:1], capture=["embed", "*.attn.z", "*.mlp_out"], logits=False)
+        with torch.no_grad():
+            sums = sums + written(model, run)[0].sum(1, keepdim=True)
+        count += pair.shape[1]
+    return (sums / count).unsqueeze(0)

@@ -1,0 +1,337 @@
+"""A circuit: edges of a model's graph, with their scores and where they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from microtome.errors import ArgumentError, DataError, error
+from microtome.explain import Graph, graph
+from microtome.files import atomic
+from microtome.model import Model
+from microtome.shown import shown
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+MARK = "circuit"
+DRAWS = 2_000
+"""Random circuits of which the overlap is taken."""
+
+
+@shown
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Edges of a model's graph, with scores and provenance.
+
+    Attributes:
+        senders: by name, as `mt.explain.graph` has them; parts of the embedding may stand in the place of `embed`.
+        receivers: by name.
+        edges: [sender, receiver] whether the model has this edge.
+        kept: [sender, receiver] the edges of the circuit.
+        scores: [sender, receiver] what it was chosen by, NaN where there is no edge or no score.
+        attrs: where it comes from: model, fingerprint, method, task, seed.
+
+    >>> circuit = mt.circuits.find(model, task, method="acdc", tau=0.02)
+    >>> circuit.n_edges, circuit.nodes, circuit.overlap(other)
+    """
+
+    senders: tuple[str, ...]
+    receivers: tuple[str, ...]
+    edges: Bool[Tensor, "sender receiver"]
+    kept: Bool[Tensor, "sender receiver"]
+    scores: Float[Tensor, "sender receiver"]
+    attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        shape = (len(self.senders), len(self.receivers))
+        for name in ("edges", "kept", "scores"):
+            if tuple(getattr(self, name).shape) != shape:
+                raise error(DataError, f"{name} of a circuit must be [sender, receiver]",
+                            got=str(list(getattr(self, name).shape)), allowed=str(list(shape)),
+                            do="give one for every pair")  # fmt: skip
+        if bool((self.kept & ~self.edges).any()):
+            u, v = (self.kept & ~self.edges).nonzero()[0].tolist()
+            raise error(DataError, f"{self.senders[u]} -> {self.receivers[v]} is no edge of the model",
+                        do="keep only what comes before the receiver")  # fmt: skip
+
+    def _facts(self) -> dict[str, str]:
+        """How large it is, and of what."""
+        told = {name: str(self.attrs[name]) for name in ("model", "method", "task", "metric") if name in self.attrs}
+        return {"edges": f"{self.n_edges:,} of {int(self.edges.sum()):,}", "nodes": str(len(self.nodes))} | told
+
+    @property
+    def n_edges(self) -> int:
+        """How many edges it has."""
+        return int(self.kept.sum())
+
+    @property
+    def share(self) -> float:
+        """The share of the model's edges that it has."""
+        return self.n_edges / int(self.edges.sum())
+
+    @property
+    def listed(self) -> list[tuple[str, str, float]]:
+        """Its edges as (sender, receiver, score), those of the largest scores first."""
+        places = self.kept.nonzero().tolist()
+        found = [(self.senders[u], self.receivers[v], float(self.scores[u, v])) for u, v in places]
+        return sorted(found, key=lambda edge: -abs(edge[2]) if edge[2] == edge[2] else 0.0)
+
+    @property
+    def nodes(self) -> list[str]:
+        """The senders and receivers of its edges, a head or MLP once, as senders; the logits are `final`."""
+        u, v = self.kept.any(1), self.kept.any(0)
+        found = {self.senders[i] for i in u.nonzero().flatten().tolist()}
+        found |= {node_of(self.receivers[i]) for i in v.nonzero().flatten().tolist()}
+        return [name for name in [*self.senders, "final"] if name in found]
+
+    def require(self, model: Model) -> None:
+        """Refuse a model that it is not a circuit of.
+
+        Raises:
+            DataError: its fingerprint is another, or its graph has other nodes.
+        """
+        own = self.attrs.get("fingerprint")
+        if own is not None and own != model.fingerprint:
+            raise error(
+                DataError, "this circuit is one of another model", got=f"{self.attrs.get('model')} ({own})",
+                allowed=f"{model.anatomy.name} ({model.fingerprint})", do="open that model, or find the circuit again",
+            )  # fmt: skip
+        parts = graph(model)
+        if self.receivers != parts.receivers or self.senders[-len(parts.senders) + 1 :] != parts.senders[1:]:
+            raise error(DataError, "this circuit is one of another graph", got=f"{len(self.receivers)} receivers",
+                        allowed=str(len(parts.receivers)), do="find the circuit again")  # fmt: skip
+
+    def _same(self, other: Circuit) -> None:
+        if self.senders != other.senders or self.receivers != other.receivers:
+            raise error(
+                DataError,
+                "these circuits are of different graphs",
+                got=f"{len(self.senders)} and {len(other.senders)} senders",
+                do="compare circuits of one graph",
+            )
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """The edges of either."""
+        return self._with(other, self.kept | other.kept, "or")
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """The edges of both."""
+        return self._with(other, self.kept & other.kept, "and")
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """The edges of the first alone."""
+        return self._with(other, self.kept & ~other.kept, "without")
+
+    def _with(self, other: Circuit, kept: Tensor, how: str) -> Circuit:
+        self._same(other)
+        names = [str(c.attrs.get("task", c.attrs.get("method", "circuit"))) for c in (self, other)]
+        attrs = {k: v for k, v in self.attrs.items() if k in ("model", "fingerprint")}
+        scores = torch.where(self.scores.isnan(), other.scores, self.scores)
+        return replace(self, kept=kept, scores=scores, attrs=attrs | {"method": f"{names[0]} {how} {names[1]}"})
+
+    def pruned(self) -> Circuit:
+        """Without edges that no way leads to from the embedding, and those that lead nowhere.
+
+        A head or MLP that reads nothing of this circuit writes what it writes in the other run, whether its edges are
+        kept or not; so where edges are replaced by another run's values, this changes nothing.
+        """
+        kept = prune(self.kept, self.senders, self.receivers)
+        return replace(self, kept=kept)
+
+    def overlap(self, other: Circuit, *, draws: int = DRAWS, seed: int = 0) -> xr.Dataset:
+        """How many edges and nodes two circuits share, beside as many that are drawn at random.
+
+        Formula:  p is the share of draws whose overlap is at least the found one, (1 + #) / (1 + draws). Edges are
+                  drawn again in each receiver's layer and kind (q, k, v, mlp.in, final) and each sender's kind
+                  (embedding, head, MLP), so that two circuits which both prefer late MLPs do not overlap by that
+                  alone; a stratum's overlap is hypergeometric.
+                  `hypergeometric` is the p-value of edges drawn from all alike.
+        Check:    two equal circuits, and independent ones; tests/laws/test_circuits.py.
+
+        Args:
+            other: a circuit of the same graph.
+            draws: random overlaps.
+            seed: of the draws.
+
+        Returns:
+            A dataset over `unit` ("edges", "nodes"): `shared`, `first`, `second`, `jaccard`, `expected`, `p`,
+            `hypergeometric`.
+
+        Raises:
+            DataError: the circuits are of different graphs.
+        """
+        import xarray as xr
+
+        self._same(other)
+        rng = np.random.default_rng(seed)
+        strata = strata_of(self.senders, self.receivers)[self.edges.numpy()]
+        rows = [_overlap(self.kept[self.edges], other.kept[self.edges], strata, draws, rng)]
+        names = [*self.senders, "final"]
+        sets = [torch.tensor([name in set(c.nodes) for name in names]) for c in (self, other)]
+        kinds = np.array([_kind(name) for name in names])
+        rows.append(_overlap(sets[0], sets[1], np.unique(kinds, return_inverse=True)[1], draws, rng))
+        values = {name: ("unit", [row[name] for row in rows]) for name in rows[0]}
+        attrs = {
+            "title": "overlap of two circuits",
+            "draws": draws,
+            "seed": seed,
+            "null": "as many edges of each receiver's layer and kind and sender's kind, drawn at random",
+        }
+        return xr.Dataset(values, coords={"unit": ["edges", "nodes"]}, attrs=attrs)
+
+    def dataset(self) -> xr.Dataset:
+        """Its edges and nodes as a result that `mt.view` draws.
+
+        Returns:
+            `score` and `kept` over (sender, receiver); `reads` and `writes` over (layer, head), how many edges of the
+            circuit end and begin at each head; `mlp_reads` and `mlp_writes` over (layer).
+        """
+        import xarray as xr
+
+        into = dict.fromkeys(self.senders, 0)
+        for v, n in enumerate(self.kept.sum(0).tolist()):
+            into[node_of(self.receivers[v])] = into.get(node_of(self.receivers[v]), 0) + n
+        out = dict(zip(self.senders, self.kept.sum(1).tolist(), strict=True))
+        heads = [name for name in self.senders if "attn.z" in name]
+        layers = [name for name in self.senders if name.endswith("mlp_out")]
+        shape = (len(layers), -1)
+        about = {"unit": "edges"}
+        values: dict[str, Any] = {
+            "score": (("sender", "receiver"), self.scores.masked_fill(~self.kept, torch.nan).numpy(),
+                      {"meaning": "what each edge of the circuit was chosen by"}),
+            "kept": (("sender", "receiver"), self.kept.numpy(), {"drawn": False, "meaning": "whether it is in"}),
+        }  # fmt: skip
+        for name, counts in (("reads", into), ("writes", out)):
+            values[name] = (("layer", "head"), np.array([counts[h] for h in heads]).reshape(shape), about)
+            values[f"mlp_{name}"] = ("layer", np.array([counts[m] for m in layers]), about)
+        coords = {"sender": list(self.senders), "receiver": list(self.receivers), "layer": range(len(layers))}
+        attrs = {"title": "circuit", "edges": self.n_edges, "of": int(self.edges.sum())} | dict(self.attrs)
+        return xr.Dataset(values, coords=coords, attrs=attrs)
+
+    def save(self, path: str | Path) -> Path:
+        """Write it to one safetensors file.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        names = {"senders": list(self.senders), "receivers": list(self.receivers), "attrs": dict(self.attrs)}
+        tensors = {"edges": self.edges, "kept": self.kept, "scores": self.scores}
+        with atomic(path, "a circuit to") as partial:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial,
+                      metadata={MARK: json.dumps(names)})  # fmt: skip
+        return Path(path)
+
+
+def load(path: str | Path, model: Model | None = None) -> Circuit:
+    """Read a circuit that `Circuit.save` wrote.
+
+    Args:
+        path: of the file.
+        model: that it must be a circuit of, if given.
+
+    Raises:
+        DataError: the file is missing, damaged or holds no circuit; or it is one of another model.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            names = json.loads((file.metadata() or {})[MARK])
+            tensors = {name: file.get_tensor(name) for name in ("edges", "kept", "scores")}
+        made = Circuit(tuple(names["senders"]), tuple(names["receivers"]), **tensors, attrs=names["attrs"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as problem:
+        raise error(DataError, f"cannot read a circuit from {path}", got=str(problem), do="save it again") from problem
+    if model is not None:
+        made.require(model)
+    return made
+
+
+def node_of(receiver: str) -> str:
+    """The node that a receiver belongs to, by the name under which it sends: "3.attn.z[2]" for "3.attn.q[2]"."""
+    layer, _, rest = receiver.partition(".")
+    if rest == "mlp.in":
+        return f"{layer}.mlp_out"
+    return f"{layer}.attn.z{rest[len('attn.q') :]}" if rest else receiver
+
+
+def prune(
+    kept: Bool[Tensor, "sender receiver"], senders: Sequence[str], receivers: Sequence[str]
+) -> Bool[Tensor, "sender receiver"]:
+    """The edges that lie on a way from the embedding to the logits."""
+    kept = kept.clone()
+    places = {name: i for i, name in enumerate(senders)}
+    owner = torch.tensor([places.get(node_of(name), -1) for name in receivers])
+    first = torch.tensor([name.partition(".")[2] == "" for name in senders])
+    while True:
+        reads, writes = torch.zeros(len(senders), dtype=torch.bool), kept.any(1)
+        reads[owner[kept.any(0) & (owner >= 0)]] = True
+        stays = kept & (first | reads).unsqueeze(1) & (writes[owner] | (owner < 0)).unsqueeze(0)
+        if bool((stays == kept).all()):
+            return kept
+        kept = stays
+
+
+def of_mask(
+    model: Model,
+    kept: Bool[Tensor, "sender receiver"],
+    scores: Float[Tensor, "sender receiver"] | None = None,
+    parts: Sequence[str] = ("embed",),
+    **attrs: Any,
+) -> Circuit:
+    """A circuit of a model from a mask.
+
+    Args:
+        model: whose graph it is.
+        kept: [sender, receiver] in the order of `mt.explain.graph`.
+        scores: of every edge.
+        parts: the names of the embedding's parts, where it has several.
+        attrs: what else it records.
+    """
+    listed: Graph = graph(model)
+    edges = torch.cat([listed.mask[:1].expand(len(parts), -1), listed.mask[1:]])
+    if kept.shape != edges.shape:
+        raise error(ArgumentError, "a mask of edges must be [sender, receiver]", got=str(list(kept.shape)),
+                    allowed=str(list(edges.shape)), do="give one for every pair of mt.explain.graph")  # fmt: skip
+    scores = torch.full(edges.shape, torch.nan, dtype=torch.float64) if scores is None else scores.double().cpu()
+    about = {"model": model.anatomy.name, "fingerprint": model.fingerprint} | attrs
+    senders = (*parts, *listed.senders[1:])
+    scores = scores.masked_fill(~edges, torch.nan)
+    return Circuit(senders, listed.receivers, edges, kept.cpu() & edges, scores, about)
+
+
+def _kind(name: str) -> str:
+    return "head" if "attn." in name else "mlp" if ".mlp" in name else name
+
+
+def strata_of(senders: Sequence[str], receivers: Sequence[str]) -> np.ndarray:
+    """[sender, receiver] the number of each pair's stratum."""
+    sending = np.unique([_kind(name) for name in senders], return_inverse=True)[1]
+    reading = np.unique([name.partition("[")[0] for name in receivers], return_inverse=True)[1]
+    return sending[:, None] + (sending.max() + 1) * reading[None]
+
+
+def _overlap(a: Tensor, b: Tensor, strata: np.ndarray, draws: int, rng: np.random.Generator) -> dict[str, float]:
+    """Overlap of two sets [n], and that of sets drawn stratum by stratum."""
+    from scipy.stats import hypergeom
+
+    n, x, y = len(a), int(a.sum()), int(b.sum())
+    shared, either = int((a & b).sum()), int((a | b).sum())
+    sizes = np.bincount(strata)
+    first, second = (np.bincount(strata, weights=s.numpy().astype(float)).astype(int) for s in (a, b))
+    some = (first > 0) & (second > 0)
+    drawn = rng.hypergeometric(first[some], (sizes - first)[some], second[some], (draws, int(some.sum()))).sum(1)
+    return {
+        "shared": shared, "first": x, "second": y, "jaccard": shared / either if either else float("nan"),
+        "expected": float((first * second / np.maximum(sizes, 1)).sum()),
+        "p": float((1 + (drawn >= shared).sum()) / (1 + draws)),
+        "hypergeometric": float(hypergeom.sf(shared - 1, n, x, y)),
+    }  # fmt: skip

@@ -1,0 +1,108 @@
+"""A circuit as an answer to a question: found, its best edges measured exactly, and judged, with a page."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+
+from microtome.circuits._bench import Bench
+from microtome.circuits._circuit import Circuit
+from microtome.circuits._find import COSTS, METHODS, find
+from microtome.circuits._judge import MIB, SHARES, Ablation, curve
+from microtome.explain import AnswerOfClean, Clean, Corrupt, FoilOfCorrupt, ReadMetric, pairs_of
+from microtome.method import Argument, Column, Found, Source, question
+from microtome.model import Model
+
+CONMY = Source(
+    "Conmy et al.", "Towards Automated Circuit Discovery for Mechanistic Interpretability", 2023, "2304.14997",
+    departs="many edges of a receiver are tried at once; the result is that of trying them one by one",
+)  # fmt: skip
+HANNA = Source(
+    "Hanna, Pezzelle, Belinkov",
+    "Have Faith in Faithfulness: Going Beyond Circuit Overlap When Finding Model Mechanisms", 2024, "2403.17806",
+    departs="edges into shared keys and values are separated by query head",
+)  # fmt: skip
+EDGE = ("sender", "receiver")
+
+
+@question(
+    "circuit",
+    command="circuit",
+    title="circuit",
+    question="Which edges of the model carry the answer, and how much of it do they carry alone?",
+    columns=(
+        Column("score", "logits", "what the edge was chosen by: for acdc what its removal cost, else its mean effect",
+               "none: random circuits of as many edges stand beside it", dims=EDGE),
+        Column("kept", "1", "whether the edge is in the circuit", "none: it follows from the score", (0, 1), EDGE),
+        Column("faithfulness", "1", "share of the gap between the clean and the other run that the circuit keeps",
+               "faithfulness_control", dims=("share",)),
+        Column("faithfulness_control", "1", "the same of a random circuit of as many edges", dims=("share",)),
+        Column("cpr", "1", "area under faithfulness over the share of edges", "cpr_control", dims=()),
+        Column("cpr_control", "1", "the same of random circuits", dims=()),
+        Column("cmd", "1", "area between faithfulness and 1", "cmd_control", (0, None), dims=()),
+        Column("cmd_control", "1", "the same of random circuits", range=(0, None), dims=()),
+    ),
+    source=(CONMY, HANNA, MIB),
+    cost="that of the method, about two forwards a pair and share, twice, and one a pair and edge measured exactly",
+    check="tests/laws/test_circuits.py, tests/laws/test_acdc.py, tests/laws/test_circuit_faithfulness.py",
+    call='mt.circuits.circuit(model, "The capital of France is", "The capital of Italy is", answer=" Paris", '
+    'foil=" Rome")',
+    reading="Each edge is read by one input of one head, by one MLP, or by the logits; a score below 0 means that the "
+    "answer loses where this edge gives the other run's values.",
+    needs=("sum", "attention and MLP", "*.attn.q", "*.attn.k", "*.attn.v", "*.attn.z"),
+)  # fmt: skip
+def circuit(
+    model: Model,
+    clean: Clean,
+    corrupt: Corrupt = None,
+    *,
+    answer: AnswerOfClean = None,
+    foil: FoilOfCorrupt = None,
+    metric: ReadMetric = None,
+    method: Annotated[str, Argument("how edges are chosen", choices=METHODS)] = "eap",
+    edges: Annotated[float, Argument("how many, or a share below 1", least=0)] = 0.005,
+    tau: Annotated[float, Argument("of acdc: what an edge must cost to stay")] = 0.03,
+    cost: Annotated[str, Argument("of acdc: KL from the clean run, or what the metric loses", choices=COSTS)] = "kl",
+    ablation: Ablation = "resample",
+    verify: Annotated[int, Argument("how many of its edges to measure exactly", "edges", least=0)] = 50,
+) -> Found:
+    """Find a circuit, measure its best edges exactly, and judge it beside random ones.
+
+    `mt.circuits.find` gives the same circuit as a value that can be saved and compared.
+
+    Raises:
+        PromptError: the pairs do not align, or there is nothing to read.
+        SiteError: the stream of the model is not a sum over its parts.
+        ArgumentError: there are not as many edges.
+        DataError: the two runs do not differ.
+    """
+    given: dict[str, Any] = {"answer": answer, "foil": foil, "metric": metric}
+    found = find(model, clean, corrupt, method=method, edges=edges, tau=tau, cost=cost, ablation=ablation, **given)
+    pairs = pairs_of(model, clean, corrupt, **given)
+    bench = Bench(model, pairs, None, ablation)
+    judged = curve(bench, found, SHARES)
+    score = found.scores.masked_fill(~found.kept, torch.nan)
+    values = judged["values"] | {"score": (EDGE, score), "kept": (EDGE, found.kept)}
+    if verify and method != "exact":
+        values["score_exact"] = (EDGE, exactly(bench, found, verify))
+    coords = judged["coords"] | {"sender": list(found.senders), "receiver": list(found.receivers)}
+    attrs = judged["attrs"] | {k: v for k, v in found.attrs.items() if k not in ("model", "fingerprint", "seed")}
+    attrs |= {"graph": "score", "circuit_edges": found.n_edges, "nodes": len(found.nodes)}
+    unit = "nats" if method == "acdc" and cost == "kl" else pairs.unit
+    return Found(
+        values, each=judged["each"], coords=coords, attrs=attrs, units={"score": unit, "score_exact": pairs.unit}
+    )
+
+
+def exactly(bench: Bench, found: Circuit, most: int) -> torch.Tensor:
+    """[sender, receiver] The mean change of the metric when one edge alone is out, of the best edges; NaN elsewhere."""
+    size = found.scores.abs().nan_to_num(0.0).masked_fill(~found.kept, -1.0)
+    best = size.flatten().argsort(descending=True, stable=True)[: min(most, found.n_edges)]
+    places = torch.stack([best // size.shape[1], best % size.shape[1]], dim=1)
+    masks = found.edges.repeat(len(places), 1, 1)
+    masks[torch.arange(len(places)), places[:, 0], places[:, 1]] = False
+    effects = (bench.measure(masks, "measuring edges") - bench.clean).mean(1)
+    exact = torch.full(size.shape, torch.nan, dtype=torch.float64)
+    exact[places[:, 0], places[:, 1]] = effects
+    return exact

@@ -1,0 +1,164 @@
+"""Circuits as values: sets of edges, chosen by scores, compared, pruned, saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import xarray as xr
+from tests import families
+from tests.laws.test_edges import ids
+
+import microtome as mt
+from microtome import circuits
+from microtome.circuits import Circuit
+
+MODEL = mt.open(families.build("llama-gqa"), prove=False)
+GRAPH = mt.explain.graph(MODEL)
+
+
+def drawn(seed: int, share: float = 0.1) -> Circuit:
+    scores = torch.rand(GRAPH.mask.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return circuits.from_scores(MODEL, scores, share, prune=False, task=f"task {seed}")
+
+
+def test_the_largest_scores_are_chosen() -> None:
+    scores = torch.randn(GRAPH.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = circuits.from_scores(MODEL, scores, 50, prune=False)
+    size = scores.abs().masked_fill(~GRAPH.mask, -1)
+    least = size.flatten().sort(descending=True).values[49]
+    assert bool((found.kept == (size >= least)).all())
+    assert found.n_edges == 50
+    assert found.listed[0][2] == pytest.approx(float(scores[GRAPH.mask][scores[GRAPH.mask].abs().argmax()]))
+    assert circuits.from_scores(MODEL, scores, 0.1, prune=False).n_edges == round(0.1 * GRAPH.n_edges)
+    data = xr.Dataset(
+        {"score": (("receiver", "sender"), scores.T.numpy())},
+        coords={"sender": list(GRAPH.senders), "receiver": list(GRAPH.receivers)},
+    )
+    assert bool((circuits.from_scores(MODEL, data, 50, prune=False).kept == found.kept).all())
+
+
+def greedy(size: torch.Tensor, n: int) -> set[tuple[int, int]]:
+    """Brute force: each time the largest edge into what is in."""
+    inside, chosen = {"final"}, set[tuple[int, int]]()
+    node = [mt.circuits.node_of(name) for name in GRAPH.receivers]
+    for _ in range(n):
+        open_ = [(float(size[u, v]), u, v) for u, v in GRAPH.mask.nonzero().tolist() if node[v] in inside]
+        _, u, v = max(edge for edge in open_ if edge[1:] not in chosen)
+        chosen.add((u, v))
+        inside.add(GRAPH.senders[u])
+    return chosen
+
+
+def test_greedy_goes_back_from_the_logits() -> None:
+    scores = torch.randn(GRAPH.mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = circuits.from_scores(MODEL, scores, 25, rule="greedy", prune=False)
+    assert {tuple(e) for e in found.kept.nonzero().tolist()} == greedy(scores.abs(), 25)
+
+
+def test_what_leads_nowhere_is_left_out_and_changes_nothing() -> None:
+    whole = drawn(3, 0.2)
+    pruned = whole.pruned()
+    assert 0 < pruned.n_edges < whole.n_edges
+    names = set(pruned.nodes)
+    for u, v in pruned.kept.nonzero().tolist():
+        sender, node = pruned.senders[u], mt.circuits.node_of(pruned.receivers[v])
+        assert sender == "embed" or any(mt.circuits.node_of(r) == sender for _, r, _ in pruned.listed)
+        assert node == "final" or any(s == node for s, _, _ in pruned.listed)
+        assert {sender, node} <= names
+    engine = mt.sweep.Circuits(MODEL, ids(0), ids(1), mt.metric.LogitDifference(11, foil=13))
+    values = engine.measure(torch.stack([whole.kept, pruned.kept]))
+    assert float((values[0] - values[1]).abs().max()) < 1e-5
+
+
+def test_unions_and_intersections() -> None:
+    a, b = drawn(0), drawn(1)
+    assert bool(((a | b).kept == (a.kept | b.kept)).all())
+    assert bool(((a & b).kept == (a.kept & b.kept)).all())
+    assert bool(((a - b).kept == (a.kept & ~b.kept)).all())
+    assert (a | b).attrs["method"] == "task 0 or task 1"
+
+
+def test_the_overlap_of_two_circuits_and_its_null() -> None:
+    a = drawn(0)
+    same = a.overlap(a).sel(unit="edges")
+    assert float(same["jaccard"]) == 1.0
+    assert float(same["p"]) == pytest.approx(1 / 2001)
+    assert float(same["hypergeometric"]) < 1e-20
+    ps = [float(a.overlap(drawn(seed), seed=seed)["p"].sel(unit="edges")) for seed in range(1, 41)]
+    assert 0.3 < sum(ps) / len(ps) < 0.75  # of independent circuits they are spread evenly
+    # Two circuits that only share a taste for late MLPs: edges drawn from all alike take that for agreement.
+    late = torch.tensor(
+        [[(".mlp_out" in s and r == "final") or r.startswith("2.mlp") for r in GRAPH.receivers] for s in GRAPH.senders]
+    )
+    p, plain = [], []
+    for seed in range(20):
+        pair = []
+        for k in (0, 100):
+            g = torch.Generator().manual_seed(seed + k)
+            scores = torch.rand(GRAPH.mask.shape, generator=g, dtype=torch.float64) + 0.6 * late
+            pair.append(circuits.from_scores(MODEL, scores, 0.05, prune=False))
+        found = pair[0].overlap(pair[1]).sel(unit="edges")
+        p.append(float(found["p"]))
+        plain.append(float(found["hypergeometric"]))
+    assert sum(x < 0.05 for x in plain) > 10 > 3 * sum(x < 0.05 for x in p)
+
+
+def test_it_is_saved_and_read_again(tmp_path: Path) -> None:
+    a = drawn(0)
+    path = a.save(tmp_path / "circuit.safetensors")
+    b = circuits.load(path, MODEL)
+    assert (b.senders, b.receivers, dict(b.attrs)) == (a.senders, a.receivers, dict(a.attrs))
+    assert bool((b.kept == a.kept).all())
+    assert torch.equal(b.scores.nan_to_num(-1), a.scores.nan_to_num(-1))
+    data = a.dataset()
+    assert int(data["writes"].sum() + data["mlp_writes"].sum()) + int(a.kept[0].sum()) == a.n_edges
+    assert int(data["reads"].sum() + data["mlp_reads"].sum()) + int(a.kept[:, -1].sum()) == a.n_edges
+    assert "score" in str(mt.view.View(data))
+
+
+def test_a_circuit_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = drawn(0).save(tmp_path / "circuit.safetensors")
+    other = mt.open(families.build("llama-mha"), prove=False)
+    with pytest.raises(mt.errors.DataError, match="this circuit is one of another model; got"):
+        circuits.load(path, other)
+    with pytest.raises(mt.errors.DataError, match="is one of another model"):
+        circuits.faithfulness(other, drawn(0), ids(0)[0].tolist(), ids(1)[0].tolist(), answer=11)
+    (tmp_path / "no.safetensors").write_bytes(b"nothing")
+    with pytest.raises(mt.errors.DataError, match="cannot read a circuit from"):
+        circuits.load(tmp_path / "no.safetensors")
+    big = mt.open(families.build("gpt2"), prove=False)
+    with pytest.raises(mt.errors.MicrotomeError):
+        circuits.from_scores(big, torch.zeros(3, 3), 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"method": "guess"}, "method must be one of acdc, eap"),
+        ({"cost": "loss"}, "cost must be one of kl, metric"),
+        ({"ablation": "noise"}, "ablation must be one of resample"),
+        ({"method": "eap", "edges": 0}, "edges must be a number of edges"),
+        ({"method": "eap", "edges": 10**9}, "edges must be a number of edges"),
+    ],
+)
+def test_options_that_are_none_are_refused(change: dict[str, object], text: str) -> None:
+    with pytest.raises(mt.errors.ArgumentError, match=text):
+        circuits.find(MODEL, ids(0)[0].tolist(), ids(1)[0].tolist(), answer=11, foil=13, **change)  # type: ignore
+
+
+@pytest.mark.parametrize("method", ["eap", "exact", "greedy", "acdc"])
+def test_circuits_are_found(method: str) -> None:
+    clean, corrupt = [[*ids(s)[0].tolist()] for s in (0, 2)], [[*ids(s)[0].tolist()] for s in (1, 3)]
+    found = circuits.find(MODEL, clean, corrupt, method=method, answer=[11, 12], foil=[13, 14], edges=0.2, tau=1e-3)
+    assert 0 < found.n_edges < GRAPH.n_edges
+    assert found.attrs["pairs"] == 2
+    assert found.attrs["fingerprint"] == MODEL.fingerprint
+    if method == "exact":
+        each = [
+            mt.explain.edge_effects(MODEL, c, k, answer=a, foil=f, direction="noise")["effect"].values
+            for c, k, a, f in zip(clean, corrupt, (11, 12), (13, 14), strict=True)
+        ]
+        mean = torch.from_numpy((each[0] + each[1]) / 2)
+        assert float((mean - found.scores).abs().nan_to_num(0).max()) < 1e-5
