@@ -16,6 +16,8 @@ GIVEN: dict[str, Any] = {
     "prompt": CLEAN, "clean": CLEAN, "corrupt": CORRUPT, "prompts": [CLEAN, CORRUPT, CLEAN[::-1]], "answer": ANSWER,
     "foil": FOIL, "subject": (4, 6), "keys": (4, 6), "samples": 2, "controls": 4, "top": 3, "verify": 2,
     "tokens": 60, "pairs": 2,
+    "data": [{"text": [7 + 5 * i, 20 + i, 33, 41 + i % 5, 52 + 3 * i % 7], "label": "ab"[i % 2]} for i in range(12)],
+    "folds": 3,
 }  # fmt: skip
 """Arguments by name; a new method is tried with these and its own defaults."""
 OTHERS = ("circuit_recovery",)  # of compiled programs

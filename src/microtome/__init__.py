@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from microtome import measurements as measurements
     from microtome import metric as metric
     from microtome import planted as planted
+    from microtome import probes as probes
     from microtome import stream as stream
     from microtome import sweep as sweep
     from microtome import tasks as tasks
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 _ROOMS = (
     "anatomy", "atlas", "change", "circuits", "edit", "errors", "explain", "measurements", "metric", "planted",
-    "stream", "sweep", "tasks", "training", "view",
+    "probes", "stream", "sweep", "tasks", "training", "view",
 )  # fmt: skip
 _HOME = {
     "Model": "model:Model", "Run": "run:Run", "Settings": "context:Settings", "Task": "tasks:Task",

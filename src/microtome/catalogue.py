@@ -20,7 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from microtome.errors import nearest
 
-ROOMS = ("measurements", "explain", "change", "circuits")
+ROOMS = ("measurements", "explain", "probes", "change", "circuits")
 """Rooms whose modules declare methods."""
 
 ENTRY_POINTS = "microtome.methods"
@@ -57,7 +57,8 @@ KNOWN_AS: dict[str, str] = {
     "separability": "selectivity", "delimiters": "attention_targets", "registers_and_sinks": "registers",
     "sink": "sinks", "massive_activations": "massive", "lape": "group_neurons", "language_neurons": "group_neurons",
     "entropy_neurons": "confidence_neurons", "perplexity": "loss", "cka": "layer_similarity", "dead": "neuron_events",
-    "anisotropy": "geometry", "shortgpt": "ablation_loss",
+    "anisotropy": "geometry", "shortgpt": "ablation_loss", "probes": "probe", "probing": "probe", "tcav": "probe",
+    "cav": "probe", "mdl": "probe",
 }  # fmt: skip
 """Names under which papers and other tools know what a method measures; a name that is wrong is answered by them."""
 

@@ -23,6 +23,7 @@ from microtome.method import Argument, Column, Found, Measure, Source, declared,
 from microtome.method._arguments import parameters_of
 
 Cli = Callable[..., Any]
+LABELLED = Path(__file__).with_name("labelled.csv")
 PAIR = ("the cat sat on the", "the dog sat on the", "--answer", "mat", "--foil", "barn")
 ASKED = {
     "attribute": (*PAIR, "--verify", "2"),
@@ -36,7 +37,9 @@ ASKED = {
     "lens": (PAIR[0],),
     "nodes": PAIR,
     "patch": PAIR,
+    "probe": (LABELLED, "--folds", "3", "--answer", "mat", "--foil", "barn"),
     "trace": (PAIR[0], "--subject", "cat", "--samples", "2"),
+    "weak-to-strong": (LABELLED,),
 }
 """By command of a question: arguments that it runs with on the tiny model."""
 

@@ -39,6 +39,8 @@ GIVEN: dict[str, Any] = {
     "sites": ["mlp_out", "attn.z[head]"], "tokens": 60, "pairs": 4, "span": (1, 3),
     "heads": "1.attn.z[0]", "without": "1.attn.z[0]", "sentences": [(0, 2), (2, 4)],
     "texts": [PROMPT, OTHER, PROMPT[::-1]],
+    "data": [{"text": [7 + 5 * i, 20 + i, 33, 41 + i % 5, 52 + 3 * i % 7], "label": "ab"[i % 2]} for i in range(12)],
+    "folds": 3,
 }  # fmt: skip
 """Arguments by name, for every method that has them; a new method is tried with these and its own defaults."""
 

@@ -37,7 +37,7 @@ FLOORS = (
     ("stream", "tasks", "planted", "training"),
     ("view",),
     ("method",),
-    ("measurements", "explain", "features", "change", "circuits"),
+    ("measurements", "explain", "features", "probes", "change", "circuits"),
     ("claims",),
     ("atlas",),
     ("",),  # the public face: microtome/__init__.py

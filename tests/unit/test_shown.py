@@ -136,6 +136,9 @@ def made() -> list[Any]:
     batches = stream.TokenBatches(stream.Corpus.of(IMAGE, LARGE), Numbers(), rows=64, tokens=50_000)
     it = planted.program(min(planted.PROGRAMS))
     last = LLAMA.run(IDS, capture="final", logits=False)
+    named = {f"{IMAGE}{i}": [[5 + i, 7, 9 + j] for j in range(4)] for i in range(20)}
+    labelled = [(ids, name) for name, rows in named.items() for ids in rows]
+    probe = mt.probes.fit(LLAMA, labelled, kind="mass-mean", folds=2, untrained=False)
     committed = mt.measurements.commit(last)
     return [
         *read_from_disk(),
@@ -164,7 +167,7 @@ def made() -> list[Any]:
         sweep.Edge("embed", "1.attn.q[0]", source=run), it, planted.PROGRAMS[min(planted.PROGRAMS)],
         planted.corruptions(it, 50, 0), mt.methods(), mt.methods()["induction"], *mt.methods()["induction"].columns,
         *mt.methods()["induction"].source, *mt.methods()["patch"].arguments.values(), mt.Settings(progress=print),
-        batches, batches[0], Result.of(found), forms(found), *drawn, committed,
+        batches, batches[0], Result.of(found), forms(found), *drawn, committed, probe,
         mt.measurements.verify_commit(committed, last), mt.fit([torch.zeros(2, requires_grad=True)], trained, [0], 0),
         mt.measurements.Sentence(("The", "cat", "sat"), ((0, 1, "det"), (1, 2, "nsubj"))),
         *(part for one in drawn for part in getattr(one, "parts", ())),

@@ -65,10 +65,12 @@ from microtome.stream._read import SUFFIXES as SUFFIXES
 from microtome.stream._read import corpus_of as corpus_of
 from microtome.stream._read import read_dataset as read_dataset
 from microtome.stream._read import read_text as read_text
+from microtome.stream._read import table as table
 from microtome.stream._read import unreadable as unreadable
 from microtome.stream._registers import registers as registers
 from microtome.stream._strongest import Strongest as Strongest
 from microtome.stream._strongest import StrongestResult as StrongestResult
+from microtome.stream._tables import Table as Table
 from microtome.stream._together import load_accumulators as load_accumulators
 from microtome.stream._together import save_accumulators as save_accumulators
 from microtome.stream._topk import DrawnExamples as DrawnExamples

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from microtome.errors import DataError, error
-from microtome.files import TEXTS, text_place
+from microtome.files import TEXTS, text_place, whole_file
 from microtome.stream._corpus import Corpus, joined
 from microtome.stream._tables import JsonLines, ParquetTable, Separated, Table, decoded, whole_text
 
@@ -80,6 +80,16 @@ def _documents(path: Path, field: str, paragraphs: bool) -> tuple[str, ...] | Ta
     if not paragraphs:
         return (text,)
     return tuple(part.strip("\n") for part in re.split(r"\n(?:[ \t]*\n)+", text) if part.strip())
+
+
+def table(path: str | os.PathLike[str], field: str = "text") -> Table:
+    """The rows of a `.jsonl`, `.parquet`, `.csv` or `.tsv` file, column by column.
+
+    Raises:
+        DataError: it is missing, or of another type. What is in it is checked as it is read.
+    """
+    file = whole_file(path, tuple(TABLES), "as a table")
+    return TABLES[file.suffix.lower()](file, field)
 
 
 @dataclass(frozen=True)

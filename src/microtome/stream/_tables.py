@@ -39,6 +39,10 @@ class Table(ABC):
             yield sys.intern(str(value))
 
     @abstractmethod
+    def names(self) -> list[str]:
+        """The columns, or the keys of the first row."""
+
+    @abstractmethod
     def column(self, name: str, what: str) -> Iterator[tuple[str, object]]:
         """Where each value of a column stands, and the value; `what` it is, "text" or "group", for errors."""
 
@@ -55,15 +59,29 @@ class JsonLines(Table):
                 if text.strip():
                     yield f'{where}, field "{name}"', self._value(text, where, name, what)
 
-    def _value(self, line: str, where: str, name: str, what: str) -> object:
-        """The value of a key in one line."""
+    def names(self) -> list[str]:
+        """The keys of the first row."""
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                where = f'"{self.path}" line {number}'
+                text = decoded(line, where)
+                if text.strip():
+                    return list(self._record(text, where))
+        return []
+
+    def _record(self, line: str, where: str) -> dict[str, object]:
+        """The object of one line."""
         try:
             record: Any = json.loads(line)
         except ValueError as cause:
             raise error(DataError, f"{where} is not JSON ({cause})", allowed="one JSON object per line") from cause
         if not isinstance(record, dict):
             raise error(DataError, f"{where} is not a JSON object", got=type(record).__name__)
-        fields = cast("dict[str, object]", record)
+        return cast("dict[str, object]", record)
+
+    def _value(self, line: str, where: str, name: str, what: str) -> object:
+        """The value of a key in one line."""
+        fields = self._record(line, where)
         if name not in fields:
             raise _no_field(f'{where} has no field "{name}"', name, list(fields), what)
         return fields[name]
@@ -71,6 +89,15 @@ class JsonLines(Table):
 
 class ParquetTable(Table):
     """The texts of one column of a Parquet file, a batch of rows at a time."""
+
+    def names(self) -> list[str]:
+        """The columns."""
+        pa: Any = importlib.import_module("pyarrow")
+        pq: Any = importlib.import_module("pyarrow.parquet")
+        try:
+            return list(pq.read_schema(self.path).names)
+        except (pa.ArrowException, OSError) as cause:
+            raise error(DataError, f'"{self.path}" cannot be read as Parquet ({cause})') from cause
 
     def column(self, name: str, what: str) -> Iterator[tuple[str, object]]:
         """The values of a column."""
@@ -93,13 +120,16 @@ class ParquetTable(Table):
 class Separated(Table):
     """The texts of one column of a `.csv` or `.tsv` file, whose first line names the columns."""
 
+    def names(self) -> list[str]:
+        """The columns."""
+        with self.path.open("rb") as file:
+            return next(self._rows(file), [])
+
     def column(self, name: str, what: str) -> Iterator[tuple[str, object]]:
         """The values of a column."""
         csv.field_size_limit(_LONGEST)
         with self.path.open("rb") as file:
-            rows = csv.reader(
-                self._lines(file), delimiter="\t" if self.path.suffix.lower() == ".tsv" else ",", strict=True
-            )
+            rows = self._rows(file)
             try:
                 names = next(rows, [])
                 if name not in names:
@@ -115,6 +145,10 @@ class Separated(Table):
             except csv.Error as cause:
                 raise error(DataError, f'"{self.path}" line {rows.line_num} cannot be read ({cause})') from cause
 
+    def _rows(self, file: Any) -> Any:
+        mark = "\t" if self.path.suffix.lower() == ".tsv" else ","
+        return csv.reader(self._lines(file), delimiter=mark, strict=True)
+
     def _lines(self, file: Any) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
             yield decoded(line, f'"{self.path}" line {number}')
@@ -123,7 +157,7 @@ class Separated(Table):
 def _no_field(what: str, field: str, there: list[str], kind: str) -> DataError:
     """The error for a missing field or column: names the ones there are."""
     near = nearest(field, there)
-    names = "`field`" if kind == "text" else "`group`"
+    names = "`field`" if kind == "text" else f"`{kind}`"
     return error(DataError, what + (f".{near}" if near else ""), got=", ".join(there) or "none",
                  do=f"pass the one with the {kind} as {names}")  # fmt: skip
 
