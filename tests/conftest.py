@@ -20,7 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The command line is left out: its annotations are Typer's, and Typer checks them.
 ROOMS = (
     "errors", "axes", "catalogue", "cluster", "context", "files", "anatomy", "edit", "run", "metric", "sweep", "model",
-    "method", "stream", "tasks", "planted", "measurements", "explain", "circuits", "probes", "view", "atlas",
+    "method", "stream", "tasks", "planted", "training", "measurements", "explain", "circuits", "probes", "subspaces",
+    "view", "atlas",
 )  # fmt: skip
 annotations.install([f"microtome.{room}" for room in ROOMS])
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from microtome import planted as planted
     from microtome import probes as probes
     from microtome import stream as stream
+    from microtome import subspaces as subspaces
     from microtome import sweep as sweep
     from microtome import tasks as tasks
     from microtome import training as training
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _ROOMS = (
     "anatomy", "atlas", "change", "circuits", "edit", "errors", "explain", "measurements", "metric", "planted",
-    "probes", "stream", "sweep", "tasks", "training", "view",
+    "probes", "stream", "subspaces", "sweep", "tasks", "training", "view",
 )  # fmt: skip
 _HOME = {
     "Model": "model:Model", "Run": "run:Run", "Settings": "context:Settings", "Task": "tasks:Task",

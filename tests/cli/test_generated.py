@@ -30,6 +30,7 @@ ASKED = {
     "compare-neurons": (PAIR[0], "--without", "1.attn.z[0]", "--answer", "mat", "--top", "2"),
     "context": ("the cat sat on. the dog ran to. the cat", "--answer", "mat", "--tokens", "2"),
     "contributions": (PAIR[0],),
+    "das": (str(Path(__file__).parent / "pairs.csv"), "--rank", "2", "--steps", "2", "--site", "1.mlp.post"),
     "edges": PAIR,
     "effects": (PAIR[0], "--answer", "mat", "--foil", "barn"),
     "flow": (PAIR[0], "--verify", "2"),

@@ -37,7 +37,7 @@ FLOORS = (
     ("stream", "tasks", "planted", "training"),
     ("view",),
     ("method",),
-    ("measurements", "explain", "features", "probes", "change", "circuits"),
+    ("measurements", "explain", "features", "probes", "change", "circuits", "subspaces"),
     ("claims",),
     ("atlas",),
     ("",),  # the public face: microtome/__init__.py
@@ -326,7 +326,7 @@ def test_a_circle_is_found() -> None:
     assert not circles(pair[:1])
 
 
-COLLECTIONS = ("measurements", "explain", "change", "circuits")
+COLLECTIONS = ("measurements", "explain", "change", "circuits", "subspaces")
 """Rooms of methods, which grow with what is published; what keeps them small is that their files know few others."""
 
 

@@ -19,7 +19,7 @@ import xarray as xr
 from tests import effects, families
 
 import microtome as mt
-from microtome import edit, explain, method, metric, planted, stream, sweep, tasks, view
+from microtome import edit, explain, method, metric, planted, stream, subspaces, sweep, tasks, view
 from microtome.method import Result
 from microtome.run.hook import trace
 from microtome.shown import MOST, brief, facts, line
@@ -135,6 +135,7 @@ def made() -> list[Any]:
     drawn = [form for data in every for form in forms(data).shown]
     batches = stream.TokenBatches(stream.Corpus.of(IMAGE, LARGE), Numbers(), rows=64, tokens=50_000)
     it = planted.program(min(planted.PROGRAMS))
+    swap = subspaces.Swap(tuple(range(900)), tuple(range(900)), 3, 4, 5, "cause", 6, IMAGE, IMAGE, IMAGE)
     last = LLAMA.run(IDS, capture="final", logits=False)
     named = {f"{IMAGE}{i}": [[5 + i, 7, 9 + j] for j in range(4)] for i in range(20)}
     labelled = [(ids, name) for name, rows in named.items() for ids in rows]
@@ -170,6 +171,11 @@ def made() -> list[Any]:
         batches, batches[0], Result.of(found), forms(found), *drawn, committed, probe,
         mt.measurements.verify_commit(committed, last), mt.fit([torch.zeros(2, requires_grad=True)], trained, [0], 0),
         mt.measurements.Sentence(("The", "cat", "sat"), ((0, 1, "det"), (1, 2, "nsubj"))),
+        subspaces.Subspace.of(LLAMA, "1.resid_post", matrix, IMAGE, **{f"n{i}": IMAGE for i in range(90)}), swap,
+        subspaces.Swaps((swap,) * 900, {f"n{i}": IMAGE for i in range(90)}),
+        tasks.Asked(IMAGE, IMAGE, LARGE[0], tuple(range(900)), 3, (1, 2), 1),
+        tasks.Ravel(IMAGE, {t: {"a": t} for t in LARGE}, {"a": tuple(LARGE)}, dict.fromkeys(LARGE, "train"), {}),
+        tasks.Fact(IMAGE, LARGE[0], (LARGE[1],) * 90, IMAGE),
         *(part for one in drawn for part in getattr(one, "parts", ())),
     ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from microtome.explain._examples import over_prompts as over_prompts
 from microtome.explain._flow import flow as flow
 from microtome.explain._graph import Graph as Graph
 from microtome.explain._graph import graph as graph
+from microtome.explain._grid import patching_grid as patching_grid
 from microtome.explain._head_rank import head_rank as head_rank
 from microtome.explain._head_sources import head_sources as head_sources
 from microtome.explain._knockout import attention_knockout as attention_knockout
@@ -29,6 +30,7 @@ from microtome.explain._patching import patch as patch
 from microtome.explain._prior import prior_and_context as prior_and_context
 from microtome.explain._recovery import auc as auc
 from microtome.explain._recovery import circuit_recovery as circuit_recovery
+from microtome.explain._scenarios import scenario_traces as scenario_traces
 from microtome.explain._spans import span_of as span_of
 from microtome.explain._token_lens import token_lens as token_lens
 from microtome.explain._tracing import causal_trace as causal_trace

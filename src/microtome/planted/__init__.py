@@ -1,5 +1,6 @@
 """Models whose insides are known, to test every method against."""
 
+from microtome.planted._attributes import attributes as attributes
 from microtome.planted._backup import backup_head as backup_head
 from microtome.planted._corruptions import Corruptions as Corruptions
 from microtome.planted._corruptions import corruptions as corruptions
@@ -10,6 +11,7 @@ from microtome.planted._folder import Planted as Planted
 from microtome.planted._folder import arrays_of as arrays_of
 from microtome.planted._folder import load as load
 from microtome.planted._folder import save as save
+from microtome.planted._illusion import illusion as illusion
 from microtome.planted._induction import induction as induction
 from microtome.planted._network import PlantedConfig as PlantedConfig
 from microtome.planted._network import PlantedForCausalLM as PlantedForCausalLM

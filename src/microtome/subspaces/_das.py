@@ -1,0 +1,211 @@
+"""Whether a part of a site holds one attribute and no other: Cause and Isolate, for several ways to find it.
+
+Formula:  x' = base + (source - base) Qᵀ Q at the place of the base prompt, from the place of the source prompt.
+          cause      share of swaps about the attribute after which the model says the source's value
+          isolate    share of swaps about other attributes after which it still says the base's own
+          disentangle = (cause + isolate) / 2
+          All over entities that took no part in finding the subspace; an example is an entity, its swaps averaged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from microtome.context import current
+from microtome.errors import ArgumentError, error
+from microtome.files import PAIRS
+from microtome.method import Argument, Column, Found, Source, question
+from microtome.model import Model
+from microtome.subspaces._exchange import Exchange
+from microtome.subspaces._find import METHODS, Plan, found_in, prepared
+from microtome.subspaces._score import ENDS, PLAIN, SCORES, has_reader, placebo, scores, twin
+from microtome.subspaces._subspace import width_of
+from microtome.subspaces._swaps import Swaps, of_asked, require_both, require_rank
+from microtome.tasks import Ravel, Task, ravel, read, shares
+
+Data = Ravel | Task | str | os.PathLike[str]
+DEFAULT_METHODS = ("neurons", "pca", "random", "das", "mdas")
+CONTROLS = ("placebo", "twin")
+NO_TWIN = ("isolate", "isolate_lo", "isolate_hi", "disentangle", "disentangle_lo", "disentangle_hi")
+"""Of the twin: it has no own answers that could stay."""
+ROWS = "none: the rows random, whole, placebo and twin of the same table"
+
+
+def data_from_text(text: str) -> Path:
+    """What a command takes as data: the path of RAVEL's archive or folder, or of a file of pairs."""
+    return Path(text)
+
+
+@dataclass(frozen=True)
+class Told:
+    """The swaps of one attribute, to find a subspace with and to judge it by.
+
+    Attributes:
+        name: of the attribute.
+        train, test: the two.
+    """
+
+    name: str
+    train: Swaps
+    test: Swaps
+
+
+@question(
+    "das",
+    command="das",
+    title="subspaces by interchange",
+    question="Which part of a site holds one attribute and no other, and which way to find it does best?",
+    columns=(
+        Column("cause", "share", "of held-out swaps about the attribute that give the source's value", ROWS, (0, 1),
+               dims=("attribute", "method")),
+        Column("isolate", "share", "of held-out swaps about other attributes that leave the base's value", ROWS,
+               (0, 1), dims=("attribute", "method")),
+        Column("disentangle", "share", "mean of cause and isolate", ROWS, (0, 1), dims=("attribute", "method")),
+        Column("rank", "dimensions", "of the subspace that was found", "none: a size", dims=("attribute", "method")),
+        Column("row_share", "share", "of the subspace that lies in the row space of the site's reader; mlp.post only",
+               "none: 1 of a random subspace is rank of the reader / width", (0, 1), dims=("attribute", "method")),
+        Column("cause_row", "share", "cause of the subspace's part in the reader's row space alone; mlp.post only",
+               "cause_null", (0, 1), dims=("attribute", "method")),
+        Column("cause_null", "share", "cause of its part in the null space alone, which nothing reads",
+               dims=("attribute", "method"), range=(0, 1)),
+        Column("known", "share", "of the questions about the attribute, or of the pairs, that the model answers",
+               "none: a share of what was asked", (0, 1), dims=("attribute",)),
+    ),
+    source=(
+        Source("Huang et al.", "RAVEL: Evaluating Interpretability Methods on Disentangling Language Model "
+               "Representations", 2024, "2402.17700", "Cause, Isolate, Disentangle; MDAS",
+               departs="the first token is read; an example is an entity; sources answer the base's own prompt"),
+        Source("Geiger et al.", "Finding Alignments Between Interpretable Causal Variables and Distributed Neural "
+               "Representations", 2023, "2303.02536", "DAS", departs="the rotation is the Q of a QR decomposition"),
+        Source("Wu et al.", "Interpretability at Scale: Identifying Causal Mechanisms in Alpaca", 2023, "2305.08809",
+               "boundless DAS", departs="temperature in shares of the width; our learning rate"),
+    ),
+    cost="a forward of every question; a learned method: steps x rows forwards and backwards from the site's layer on",
+    check="tests/planted/test_subspaces.py, tests/laws/test_subspaces.py",
+    call='mt.subspaces.das(model, "ravel/data.tgz", attributes=["Country"], site="14.resid_post")',
+    reading="cause above the row `random` and isolate near 1 mean that the subspace holds this attribute and no other; "
+    "`placebo` learned labels that mean nothing, and `twin` has shuffled weights: what they reach, no finding exceeds.",
+    needs="next token",
+)  # fmt: skip
+def das(
+    model: Model,
+    data: Annotated[
+        Data,
+        Argument(
+            "data.tgz or folder of RAVEL, a task, or a .csv or .jsonl file of pairs",
+            positional=True,
+            from_text=data_from_text,
+        ),
+    ],
+    *,
+    site: Annotated[str | None, Argument('the site, such as "12.resid_post"; the middle layer\'s by default')] = None,
+    rank: Annotated[int, Argument("of the subspaces", "dimensions", least=1)] = 16,
+    methods: Annotated[Sequence[str], Argument("how to find them", choices=METHODS)] = DEFAULT_METHODS,
+    controls: Annotated[Sequence[str], Argument("what else to measure beside them", choices=CONTROLS)] = (),
+    attributes: Annotated[
+        Sequence[str] | None, Argument("of RAVEL: which attributes are swapped; all by default", from_text=str)
+    ] = None,
+    others: Annotated[
+        Sequence[str] | None,
+        Argument("of RAVEL: attributes that should stay; by default the same, or all", from_text=str),
+    ] = None,
+    kind: Annotated[str, Argument("of RAVEL: kind of entities", from_text=str)] = "city",
+    entities: Annotated[int, Argument("of RAVEL: how many are asked", "entities", least=2)] = 600,
+    templates: Annotated[int, Argument("of RAVEL: prompts per attribute", "prompts", least=1)] = 2,
+    at: Annotated[str, Argument("of pairs: span whose last token is the place", from_text=str)] = "end",
+    each: Annotated[int, Argument("swaps of either kind per entity", "swaps", least=1)] = 4,
+    isolate: Annotated[float, Argument("weight of what should stay, of mdas", least=0)] = 1.0,
+    steps: Annotated[int, Argument("of a training", "steps", least=0)] = 200,
+    lr: Annotated[float | None, Argument("learning rate; that of the method by default", least=0)] = None,
+    batch: Annotated[int, Argument("swaps per step", "swaps", least=1)] = 16,
+    sparsity: Annotated[float, Argument("weight of the mean of the mask, of boundless and mask", least=0)] = 0.01,
+) -> Found:
+    """Find the subspace of a site that holds an attribute, in several ways, and judge them by held-out interchanges.
+
+    Of RAVEL, only entities that the model answers take part; those of its training split find the subspace, the others
+    judge it. Of pairs, the first half finds it and the second judges it, and nothing is isolated.
+
+    Raises:
+        PromptError: the model answers too few of the prompts; says the share.
+        SiteError: the site is not one place of one layer.
+        ArgumentError: the rank is larger than the site, or there is no such attribute.
+        DataError: the data cannot be read.
+        FitError: a mask did not decide.
+    """
+    site = f"{model.anatomy.n_layers // 2}.resid_post" if site is None else site
+    require_rank(rank, width_of(model, site), site)
+    plan = Plan(rank, isolate, steps, 0.0, batch, sparsity, current().seed)
+    told, known = _told(model, data, kind, attributes, others, entities, templates, each, at)
+    judged = [_judged(model, site, one, methods, controls, plan, lr) for one in told]
+    dims = ("attribute", "method")
+    table = {
+        name: (dims, torch.tensor([[own[name] for own in rows] for rows, _ in judged], dtype=torch.float64))
+        for name in (*(part + end for part in SCORES for end in ENDS), *(PLAIN if has_reader(site) else PLAIN[:1]))
+    }
+    shares_known = [known.get(one.name, share) for one, (_, share) in zip(told, judged, strict=True)]
+    return Found(
+        table | {"known": (dims[:1], torch.tensor(shares_known, dtype=torch.float64))},
+        coords={"attribute": [one.name for one in told], "method": [*methods, *controls]},
+        attrs={"site": site, "train_swaps": [len(one.train) for one in told],
+               "test_swaps": [len(one.test) for one in told], "test_entities": [len(one.test.entities) for one in told],
+               "control": "placebo: labels drawn by chance; twin: DAS in the model with shuffled weights"},
+    )  # fmt: skip
+
+
+def _told(
+    model: Model, data: Any, kind: str, attributes: Any, others: Any, entities: int, templates: int, each: int, at: str
+) -> tuple[list[Told], dict[str, float]]:
+    """By attribute, the swaps of both halves; and the share of questions that the model answers."""
+    if isinstance(data, str | os.PathLike):
+        path = Path(data)
+        data = read(path, model) if path.suffix.lower() in PAIRS else ravel(path, kind)
+    if isinstance(data, Task):
+        swaps = Swaps.of_pairs(data, at)
+        half = len(data) // 2 * 2
+        if half < 2:
+            raise error(ArgumentError, "pairs must be divided in two halves", got=f"{len(data)} pair", do="give more")
+        return [Told(data.name, swaps[:half], swaps[half:])], {}
+    if not isinstance(data, Ravel):
+        do = "give the path of data.tgz, a Task, or a file of pairs"
+        raise error(ArgumentError, "no subspace can be found in this", got=type(data).__name__, do=do)
+    chosen = data.require(attributes or ())
+    every = tuple(dict.fromkeys((*chosen, *data.require(others or (chosen if len(chosen) > 1 else ())))))
+    seed = current().seed
+    asked = data.ask(model, every, entities=entities, templates=templates, seed=seed)
+    known = {name: share for name, (share, _, _) in shares(asked).items()}
+    there = dict.fromkeys(q.entity for q in asked)
+    halves = [[name for name in there if (data.split[name] == "train") == train] for train in (True, False)]
+    told: list[Told] = []
+    for name in chosen:
+        both = [of_asked(asked, name, own, each=each, seed=seed) for own in halves]
+        for own, what in zip(both, ("training", "held-out"), strict=True):
+            require_both(own, name, what, sum(q.known for q in asked) / len(asked))
+        told.append(Told(name, *both))
+    return told, known
+
+
+def _judged(
+    model: Model, site: str, one: Told, methods: Sequence[str], controls: Sequence[str], plan: Plan, lr: float | None
+) -> tuple[list[dict[str, float]], float]:
+    """What each method and control reaches with one attribute, and the share of its base prompts that are answered."""
+    (train, share), (test, _) = prepared(model, one.train, site), prepared(model, one.test, site)
+
+    def judged(ways: tuple[Exchange, Exchange], method: str, stage: str) -> dict[str, float]:
+        found = found_in(ways[0], method, plan, share, given_lr=lr)
+        return scores(ways[1], found, f"judging {stage}, {one.name}")
+
+    rows = [judged((train, test), name, name) for name in methods]
+    if "placebo" in controls:
+        false = placebo(train, plan.seed), placebo(test, plan.seed)
+        rows.append(judged(false, "mdas" if "mdas" in methods else "das", "placebo"))
+    if "twin" in controls:
+        other = twin(model, plan.seed)
+        pair = Exchange(other, site, train.swaps), Exchange(other, site, test.swaps)
+        rows.append(judged(pair, "das", "twin") | dict.fromkeys(NO_TWIN, torch.nan))
+    return rows, share

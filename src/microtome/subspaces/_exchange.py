@@ -1,0 +1,217 @@
+"""Interchange interventions run: the base prompts with a vector of the site replaced, exact and differentiable.
+
+Only what comes after the site is computed: the stream that enters its layer is kept for every base prompt, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from microtome.anatomy import parse
+from microtome.context import current
+from microtome.edit import Apply, Edit
+from microtome.errors import EditError, PromptError, SiteError, error
+from microtome.model import Model
+from microtome.subspaces._subspace import site_of
+from microtome.subspaces._swaps import Swap
+
+T = TypeVar("T")
+
+AT_ONCE = 2048
+"""Tokens, pads included, per forward."""
+CLOSE = 1e-3
+"""How far apart the logits of a whole run and of one from the site's layer on may lie, in standard deviations."""
+
+
+class Exchange:
+    """Swaps at one site of one model, ready to be run.
+
+    Attributes:
+        swaps: the interchanges.
+        base, source: [swap, d] what the site holds at their two places.
+        said: the token by which the model continues each base prompt without a swap.
+        known: whether that is the base's own answer; of a pair, whether the model prefers that to the label.
+    """
+
+    def __init__(self, model: Model, site: str, swaps: Sequence[Swap]) -> None:
+        if not swaps:
+            raise error(PromptError, "there is nothing to swap", do="give at least one swap")
+        self.model, self.swaps, self._site = model, tuple(swaps), site_of(model, site)
+        self.address = str(parse(site))
+        self._dims = len(self._site.spec.dims)
+        last = model.anatomy.n_layers - 1
+        layer = self._site.layer
+        self._direct = self._site.name == "resid_pre" or (self._site.name == "resid_post" and layer != last)
+        self._start = None if layer is None else layer + int(self._site.name == "resid_post" and layer != last)
+        self._final = f"{last}.resid_post"
+        self._readable = _readable(model) and (layer is not None or self._site.name == "embed")
+        rows = {s.base: 0 for s in self.swaps} | {s.source: 0 for s in self.swaps}
+        self._rows = {tokens: i for i, tokens in enumerate(rows)}
+        self._streams: list[Tensor] = []
+        self.base, self.source, self.said, self.known = self._look(list(rows))
+
+    def __len__(self) -> int:
+        return len(self.swaps)
+
+    @property
+    def width(self) -> int:
+        """Of the site's vectors."""
+        return self.base.shape[1]
+
+    @property
+    def labels(self) -> Int[Tensor, " swap"]:
+        """The token that each should give."""
+        return torch.tensor([s.label for s in self.swaps], device=self.model.device)
+
+    def with_swaps(self, swaps: Sequence[Swap]) -> Exchange:
+        """The same prompts and places with other labels; nothing is run again."""
+        made = object.__new__(Exchange)
+        made.__dict__ |= self.__dict__ | {"swaps": tuple(swaps)}
+        return made
+
+    def _look(self, rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, list[int], list[bool]]:
+        """What the site holds at the places of all swaps, and what the model says; keeps the streams it starts from."""
+        bases: dict[tuple[int, ...], list[int]] = {}
+        for number, swap in enumerate(self.swaps):
+            bases.setdefault(swap.base, []).append(number)
+        streams: dict[tuple[int, ...], Tensor] = {}
+        held: dict[tuple[int, ...], Tensor] = {}
+        said, known = [-1] * len(self.swaps), [False] * len(self.swaps)
+        enters = None if self._start is None else f"{self._start}.resid_pre"
+        wanted = [self.address, *([] if enters is None or enters == self.address else [enters])]
+        done = 0
+        for some in _parts(sorted(rows, key=len), AT_ONCE, len):
+            with_logits = any(tokens in bases for tokens in some)
+            run = self.model.run([list(tokens) for tokens in some], capture=wanted, logits=with_logits)
+            x = run[self.address]
+            for i, (tokens, (first, n)) in enumerate(zip(some, run.batch.spans, strict=True)):
+                held[tokens] = x[i, first : first + n].reshape(n, -1).clone()
+                for number in bases.get(tokens, ()):
+                    swap, z = self.swaps[number], run.logits[i, first + n - 1]
+                    said[number] = int(z.argmax())
+                    known[number] = bool(z[swap.own] > z[swap.label]) if swap.pair else said[number] == swap.own
+                if tokens in bases and enters is not None:
+                    streams[tokens] = run[enters][i, first : first + n].clone()
+            done += len(some)
+            current().report("running prompts", done, len(rows))
+        if self._start is not None:
+            self._streams = [streams[s.base] for s in self.swaps]
+            self._check()
+        base, source = ([held[tokens][at] for tokens, at in places] for places in (
+            [(s.base, s.base_at) for s in self.swaps], [(s.source, s.source_at) for s in self.swaps],
+        ))  # fmt: skip
+        return torch.stack(base), torch.stack(source), said, known
+
+    def _check(self) -> None:
+        """Start in the middle only where that gives what a whole run gives; else run whole."""
+        few = list(range(min(2, len(self.swaps))))
+        whole = self.model.run([list(self.swaps[i].base) for i in few])
+        wanted = torch.stack([whole.logits[i, a + n - 1] for i, (a, n) in zip(few, whole.batch.spans, strict=True)])
+        try:
+            found = self.logits(few)
+            near = (found - wanted).abs().max() <= CLOSE * wanted.float().std()
+        except (EditError, SiteError):
+            near = False
+        if not bool(near):
+            self._start, self._streams, self._direct, self._readable = None, [], False, False
+
+    def logits(
+        self, which: Sequence[int], new: Float[Tensor, "n d"] | None = None, *, grad: bool = False
+    ) -> Float[Tensor, "n vocab"]:
+        """The logits after the base prompts of some swaps, where the site holds new vectors at their places.
+
+        Args:
+            which: the numbers of the swaps.
+            new: a vector for each; none leaves the runs as they are.
+            grad: whether gradients reach `new`.
+        """
+        swaps = [self.swaps[i] for i in which]
+        batch = self.model.to_batch([list(s.base) for s in swaps])
+        columns = torch.tensor([a + s.base_at for s, (a, _) in zip(swaps, batch.spans, strict=True)])
+        columns = columns.to(self.model.device)
+
+        def put(x: Tensor) -> Tensor:
+            if new is None:
+                return x
+            index = (torch.arange(len(x), device=x.device), columns)
+            return x.index_put(index, new.to(x.dtype).reshape(len(x), *x.shape[2:]))
+
+        options: dict[str, Any] = {}
+        edits: list[Edit] = []
+        if self._start is not None:
+            width = batch.tokens.shape[1]
+            enters = torch.stack(
+                [_padded(self._streams[i], a, width) for i, (a, _) in zip(which, batch.spans, strict=True)]
+            )
+            options = {"start_at": self._start, "given": put(enters) if self._direct else enters}
+        if not (self._direct and self._start is not None) and new is not None:
+            edits = [Apply(self.address, put)]
+        last = torch.tensor([a + n - 1 for a, n in batch.spans], device=self.model.device)
+        rows = torch.arange(len(swaps), device=self.model.device)
+        if self._readable and self._final != self.address:
+            run = self.model.run(batch, self._final, edits, logits=False, grad=grad, **options)
+            return self.model.unembed(run[self._final][rows, last])
+        return self.model.run(batch, (), edits, grad=grad, **options).logits[rows, last]
+
+    def gaps(
+        self, part: Callable[[Tensor], Tensor], *, stage: str = "swapping"
+    ) -> tuple[Int[Tensor, " swap"], Float[Tensor, " swap"]]:
+        """What the model says with part(source - base) added to the base's vector, and logit(label) - logit(own)."""
+        said = torch.zeros(len(self), dtype=torch.long)
+        gaps = torch.zeros(len(self), dtype=torch.float64)
+        own = torch.tensor([s.own for s in self.swaps], device=self.model.device)
+        order = sorted(range(len(self)), key=lambda i: len(self.swaps[i].base))
+        done = 0
+        for some in _parts(order, AT_ONCE, lambda i: len(self.swaps[i].base)):
+            with torch.no_grad():
+                base = self.base[some]
+                logits = self.logits(some, base + part(self.source[some] - base)).double()
+            said[some] = logits.argmax(-1).cpu()
+            both = (logits.gather(-1, ids[some].unsqueeze(-1)).squeeze(-1) for ids in (self.labels, own))
+            label, rest = both
+            gaps[some] = (label - rest).cpu()
+            done += len(some)
+            current().report(stage, done, len(self))
+        return said, gaps
+
+    def hits(self, part: Callable[[Tensor], Tensor], *, stage: str = "swapping") -> Float[Tensor, " swap"]:
+        """[swap] 1 where the model then says the label, of a pair prefers it to the base's own answer; else 0."""
+        said, gaps = self.gaps(part, stage=stage)
+        return self.reached(said, gaps)
+
+    def reached(self, said: Int[Tensor, " swap"], gaps: Float[Tensor, " swap"]) -> Float[Tensor, " swap"]:
+        """[swap] 1 where a label is reached, by what `gaps` gives."""
+        pair = torch.tensor([s.pair for s in self.swaps])
+        return torch.where(pair, gaps > 0, said == self.labels.cpu()).double()
+
+
+def _readable(model: Model) -> bool:
+    try:
+        model.require_readable()
+    except SiteError:
+        return False
+    return True
+
+
+def _padded(x: Tensor, first: int, width: int) -> Tensor:
+    """A stream [pos, d] in a row of `width` columns that begins at a column; zeros, which nothing sees, elsewhere."""
+    row = x.new_zeros(width, x.shape[1])
+    row[first : first + len(x)] = x
+    return row
+
+
+def _parts(items: Sequence[T], most: int, length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items, sorted by length, in parts of at most so many tokens."""
+    part: list[T] = []
+    for item in items:
+        if part and (len(part) + 1) * length(item) > most:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part

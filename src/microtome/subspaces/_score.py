@@ -1,0 +1,97 @@
+"""Cause and Isolate of a subspace by held-out interchanges, and the controls that they stand beside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from microtome.model import Model
+from microtome.model import open as open_model
+from microtome.stream import mean_interval
+from microtome.subspaces._exchange import Exchange
+from microtome.subspaces._reader import divided, has_reader, reader, row_share
+from microtome.subspaces._subspace import Subspace
+from microtome.subspaces._swaps import Swaps, Wants
+
+SCORES = ("cause", "isolate", "disentangle")
+ENDS = ("", "_lo", "_hi")
+PLAIN = ("rank", "row_share", "cause_row", "cause_null")
+
+
+def projection(basis: Float[Tensor, "rank d"]) -> Callable[[Tensor], Tensor]:
+    """The function that gives the part of vectors in the span of an orthonormal basis."""
+
+    def part(x: Tensor) -> Tensor:
+        q = basis.to(device=x.device, dtype=x.dtype)
+        return (x @ q.T) @ q
+
+    return part
+
+
+def scores(test: Exchange, subspace: Subspace, stage: str = "judging") -> dict[str, float]:
+    """Cause, isolate and disentangle with the ends of their intervals over entities, rank, and what is read of it.
+
+    NaN where no swap wants the one or the other.
+    """
+    hits = test.hits(projection(subspace.basis), stage=stage)
+    cause, isolate = (by_entity(test, hits, wants) for wants in ("cause", "isolate"))
+    both = [name for name in cause if name in isolate]
+    each = {
+        "cause": _stacked(cause, list(cause)), "isolate": _stacked(isolate, list(isolate)),
+        "disentangle": (_stacked(cause, both) + _stacked(isolate, both)) / 2,
+    }  # fmt: skip
+    found: dict[str, float] = {}
+    for name, values in each.items():
+        ends = mean_interval(values) if len(values) else (torch.nan,) * 3
+        found |= {f"{name}{end}": float(x) for end, x in zip(ENDS, ends, strict=True)}
+    found |= {"rank": float(subspace.rank)} | dict.fromkeys(PLAIN[1:], torch.nan)
+    if has_reader(subspace.site) and subspace.rank:
+        found |= _read(test, subspace, stage)
+    return found
+
+
+def _stacked(of: dict[str, float], names: list[str]) -> Tensor:
+    return torch.tensor([of[name] for name in names], dtype=torch.float64)
+
+
+def _read(test: Exchange, subspace: Subspace, stage: str) -> dict[str, float]:
+    """What of a subspace is read, and the cause of the two parts alone: the check against the illusion."""
+    rows = reader(test.model, subspace.site)
+    found = {"row_share": row_share(subspace, rows)}
+    for name, basis in divided(subspace, rows).items():
+        hits = test.hits(projection(basis), stage=f"{stage}, {name} part")
+        cause = by_entity(test, hits, "cause")
+        found[f"cause_{name}"] = sum(cause.values()) / len(cause) if cause else torch.nan
+    return found
+
+
+def by_entity(ready: Exchange, hits: Float[Tensor, " swap"], wants: Wants) -> dict[str, float]:
+    """By entity, the mean over its swaps that want the one or the other."""
+    held: dict[str, list[float]] = {}
+    for swap, hit in zip(ready.swaps, hits.tolist(), strict=True):
+        if swap.wants == wants:
+            held.setdefault(swap.entity, []).append(hit)
+    return {name: sum(own) / len(own) for name, own in held.items()}
+
+
+def placebo(ready: Exchange, seed: int) -> Exchange:
+    """The same swaps with labels that mean nothing."""
+    return ready.with_swaps(Swaps(ready.swaps).placebo(seed).swaps)
+
+
+def twin(model: Model, seed: int) -> Model:
+    """The same model with the entries of every matrix shuffled: sizes and distributions stay, what it learned goes."""
+    hf = copy.deepcopy(model.hf)
+    rng = torch.Generator().manual_seed(seed)
+    seen: set[int] = set()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.dim() > 1 and parameter.data_ptr() not in seen:
+                seen.add(parameter.data_ptr())
+                order = torch.randperm(parameter.numel(), generator=rng).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))
+    return open_model(hf, tokenizer=model.tokenizer)

@@ -1,0 +1,103 @@
+"""RAVEL is read as published, and what is asked of a model is what it says to one prompt at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from tests import families, tokenizers
+
+import microtome as mt
+from microtome import subspaces, tasks
+from microtome.errors import ArgumentError, DataError, PromptError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def spoken() -> mt.Model:
+    """A tiny model with a tokenizer of words."""
+    hf, tokenizer = families.build("llama-gqa"), tokenizers.build("bpe-bos")
+    hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return mt.open(hf, tokenizer=tokenizer, prove=False)
+
+
+def archive(folder: Path) -> Path:
+    """A small file of the published form."""
+    names = [f"thing{i}" for i in range(20)]
+    tables = {
+        "entity_attributes": {n: {"Color": ["red", "blue"][i % 2], "Size": ["big", "small,tiny"][i // 2 % 2]}
+                              for i, n in enumerate(names)},
+        "attribute_to_prompts": {"Color": ["The color of %s is", "%s is"], "Size": ["The size of %s is", "%s %s"]},
+        "entity_to_split": {n: "train" if i < 12 else "test" for i, n in enumerate(names)},
+        "prompt_to_split": {"%s is": "train"},
+    }  # fmt: skip
+    inner = folder / "data"
+    inner.mkdir()
+    for part, table in tables.items():
+        (inner / f"ravel_city_{part}.json").write_text(json.dumps(table), encoding="utf-8")
+    with tarfile.open(folder / "data.tgz", "w:gz") as held:
+        held.add(inner, "data")
+    return folder / "data.tgz"
+
+
+def test_archive_and_folder_are_the_same_and_nothing_is_unpacked(tmp_path: Path) -> None:
+    path = archive(tmp_path)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    one, other = tasks.ravel(path), tasks.ravel(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    assert one == other
+    assert len(one) == 20
+    assert one.templates["Size"] == ("The size of %s is",)  # one place for the entity
+    assert one.split["thing0"] == "train"
+
+
+def test_what_is_no_ravel_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        tasks.ravel(tmp_path / "none.tgz")
+    with pytest.raises(DataError, match='no entities of the kind "verb"'):
+        tasks.ravel(archive(tmp_path), "verb")
+    (tmp_path / "bad.tgz").write_bytes(b"not an archive")
+    with pytest.raises(DataError, match="as RAVEL"):
+        tasks.ravel(tmp_path / "bad.tgz")
+    with pytest.raises(ArgumentError, match='no attribute "Colour".* "Color"'):
+        tasks.ravel(tmp_path / "data.tgz").require(["Colour"])
+
+
+def test_questions_are_what_the_model_says_to_one_prompt_at_a_time(tmp_path: Path) -> None:
+    model = spoken()
+    data = tasks.ravel(archive(tmp_path))
+    asked = data.ask(model, entities=8, templates=2, tried=2, trial=2)
+    assert {q.attribute for q in asked} == {"Color", "Size"}
+    for q in asked:
+        run = model.run(q.template.replace("%s", q.entity))
+        assert tuple(run.tokens[0].tolist()) == q.tokens
+        assert int(run.logits[0, -1].argmax()) == q.said
+        assert model.to_text(q.tokens[: q.at + 1]).endswith(q.entity)
+    share, low, high = tasks.shares(asked)["Color"]
+    assert 0 <= low <= share <= high <= 1
+
+
+def test_a_model_that_answers_too_few_is_refused_with_the_share(tmp_path: Path) -> None:
+    model = spoken()
+    with pytest.raises(PromptError, match=r"too few training entities whose Color .* it answers \d"):
+        subspaces.das(model, archive(tmp_path), entities=8, steps=0)
+
+
+def _published() -> Path:
+    for place in (os.environ.get("MICROTOME_DATA"), ROOT.parent / "shared" / "data"):
+        if place and (Path(place) / "ravel" / "data.tgz").exists():
+            return Path(place) / "ravel" / "data.tgz"
+    pytest.skip("the published data are not here: set MICROTOME_DATA")
+
+
+def test_the_published_numbers_of_entities() -> None:
+    path = _published()
+    counts = {"city": 3552, "nobel_prize_winner": 928, "verb": 986, "physical_object": 563, "occupation": 799}
+    for kind, n in counts.items():
+        assert len(tasks.ravel(path, kind)) == n
+    city = tasks.ravel(path)
+    assert set(city.attributes) == {"Country", "Continent", "Latitude", "Longitude", "Language", "Timezone"}
+    assert {city.split[name] for name in city.values} == {"train", "val", "test"}
