@@ -22,6 +22,8 @@ from microtome.model import Model
 from microtome.shown import in_notebooks
 
 TOLERANCE = 1e-6
+SHOWN = 12
+"""Attributes that are shown."""
 
 
 @in_notebooks
@@ -94,7 +96,8 @@ class Subspace:
 
     def _facts(self) -> dict[str, str]:
         said = {"site": self.site, "rank": f"{self.rank} of {self.width}", "method": self.method, "model": self.model}
-        return said | {name: str(value) for name, value in self.attrs.items() if isinstance(value, int | float | str)}
+        plain = {name: str(value) for name, value in self.attrs.items() if isinstance(value, int | float | str)}
+        return said | dict(list(plain.items())[:SHOWN])
 
     def __repr__(self) -> str:
         return f"Subspace({self.method}: {self.rank} of {self.width} dimensions of {self.site}, {self.model})"

@@ -14,6 +14,8 @@ from microtome.shown import in_notebooks, shown
 from microtome.tasks import Asked, Task
 
 Wants = Literal["cause", "isolate"]
+SHOWN = 12
+"""Attributes that are shown."""
 LEAST = 8
 """Entities below which nothing can be said of any that were held out."""
 
@@ -80,7 +82,8 @@ class Swaps:
 
     def _facts(self) -> dict[str, str]:
         counts = {wants: str(len(self.of(wants))) for wants in ("cause", "isolate")}
-        return counts | {"entities": str(len(self.entities))} | {name: str(value) for name, value in self.attrs.items()}
+        more = {name: str(value) for name, value in list(self.attrs.items())[:SHOWN]}
+        return counts | {"entities": str(len(self.entities))} | more
 
     @property
     def entities(self) -> tuple[str, ...]:
