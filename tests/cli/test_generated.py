@@ -27,6 +27,7 @@ LABELLED = Path(__file__).with_name("labelled.csv")
 PAIR = ("the cat sat on the", "the dog sat on the", "--answer", "mat", "--foil", "barn")
 ASKED = {
     "attribute": (*PAIR, "--verify", "2"),
+    "circuit": (*PAIR, "--edges", "0.3", "--verify", "2"),
     "compare-neurons": (PAIR[0], "--without", "1.attn.z[0]", "--answer", "mat", "--top", "2"),
     "context": ("the cat sat on. the dog ran to. the cat", "--answer", "mat", "--tokens", "2"),
     "contributions": (PAIR[0],),

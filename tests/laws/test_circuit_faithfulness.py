@@ -36,7 +36,7 @@ def difference(logits: torch.Tensor) -> np.ndarray:
 def test_faithfulness_is_the_share_of_the_gap() -> None:
     circuit = circuits.from_scores(MODEL, scores(), 1.0 - 1e-9, prune=False)
     found = circuits.faithfulness(MODEL, circuit, CLEAN, CORRUPT, shares=(1, 20, 100), **GIVEN)
-    assert list(found["share"].values) == ["1 %", "20 %", "100 %"]
+    assert list(found["share"].values) == ["1%", "20%", "100%"]
     assert float(found["faithfulness"][-1]) == pytest.approx(1.0, abs=1e-5)
     assert float(found["faithfulness_control"][-1]) == pytest.approx(1.0, abs=1e-5)
     plain = PlainCircuit(ungrouped(HF), (GRAPH.senders, GRAPH.receivers))

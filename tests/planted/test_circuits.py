@@ -11,15 +11,15 @@ from microtome.circuits._planted import engines_of
 
 NAMES = list(planted.PROGRAMS)
 QUICK = ("previous_token", "detect_ab", "last_token")
-RARE = {"detect_ab": 24, "maximum_so_far": 24}
-"""Programs that answer the same to almost everything take more inputs to show all of their edges."""
+INPUTS = 24
+"""Some programs answer the same to almost everything: they take many inputs to show all of their edges."""
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_acdc_finds_the_circuit(name: str) -> None:
     it = planted.program(name)
     with mt.settings(seed=3):
-        data = circuits.acdc_recovery(it, pairs=RARE.get(name, 8), taus=(1e-4,))
+        data = circuits.acdc_recovery(it, pairs=INPUTS, taus=(1e-4,))
     assert float(data["f1"].max()) == 1.0
 
 

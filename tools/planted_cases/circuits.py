@@ -9,8 +9,8 @@ import microtome as mt
 from microtome import circuits, planted
 
 Case = dict[str, str]
-RARE = ("detect_ab", "maximum_so_far")
-"""Programs that answer the same to almost everything take more inputs to show all of their edges."""
+INPUTS = 24
+"""Some programs answer the same to almost everything: they take many inputs to show all of their edges."""
 QUICK = ("previous_token", "detect_ab", "last_token", "first_occurrence", "rank")
 TAU = 1e-4
 
@@ -19,7 +19,7 @@ def recovered(name: str) -> tuple[int, int, int, int]:
     """Planted edges of a program that ACDC finds, how many there are, and the same of the edges that are not."""
     it = planted.program(name)
     with mt.settings(seed=3):
-        data = circuits.acdc_recovery(it, pairs=24 if name in RARE else 8, taus=(TAU,))
+        data = circuits.acdc_recovery(it, pairs=INPUTS, taus=(TAU,))
     planted_edges, kept = int(data["true"].sum()), int(data["edges"][0])
     hits = round(float(data["recall"][0]) * planted_edges)
     return hits, planted_edges, kept - hits, len(planted.edges(it.model)) - planted_edges

@@ -40,7 +40,7 @@ IOI = Source("Wang et al.", "Interpretability in the Wild: a Circuit for Indirec
 
 Ablation = Annotated[str, Argument("what edges that are out give", choices=ABLATIONS)]
 OfCircuit = Annotated[
-    Any, Argument("a circuit, its file, or scores of all edges", positional=True, from_text=str)
+    Any, Argument("a circuit, the file of one, or scores of all edges", positional=True, from_text=str)
 ]  # fmt: skip
 
 
@@ -100,7 +100,6 @@ def _area(values: Float[Tensor, "*of share"], shares: Sequence[float]) -> Tensor
 
 @question(
     "faithfulness",
-    command="faithfulness",
     title="faithfulness of circuits",
     question="How much of an answer do the highest-scored edges carry alone, by how many they are?",
     columns=(
@@ -115,8 +114,8 @@ def _area(values: Float[Tensor, "*of share"], shares: Sequence[float]) -> Tensor
     source=MIB,
     cost="about two forwards a pair and share, twice: for the circuit and the random one",
     check="tests/laws/test_circuit_faithfulness.py, tests/planted/test_circuits.py",
-    call='mt.circuits.faithfulness(model, circuit, "The capital of France is", "The capital of Italy is", '
-    'answer=" Paris", foil=" Rome")',
+    call='mt.circuits.faithfulness(model, "circuit.safetensors", "The capital of France is", '
+    '"The capital of Italy is", answer=" Paris", foil=" Rome")',
     reading="1 is the whole model, 0 the model with every edge replaced; above 1, edges outside work against the "
     "answer.",
     needs=("sum", "attention and MLP", "*.attn.q", "*.attn.k", "*.attn.v", "*.attn.z"),
@@ -171,12 +170,11 @@ def curve(bench: Bench, circuit: Circuit, shares: Sequence[float]) -> dict[str, 
         "random": "scores shuffled among edges of one receiver's layer and kind and one sender's kind",
         **{k: v for k, v in bench.pairs.attrs().items() if k != "pairs"},
     }
-    return {"values": single, "each": found, "coords": {"share": [f"{s:g} %" for s in shares]}, "attrs": attrs}
+    return {"values": single, "each": found, "coords": {"share": [f"{s:g}%" for s in shares]}, "attrs": attrs}
 
 
 @question(
     "completeness",
-    command="completeness",
     title="completeness and minimality of a circuit",
     question="Does the circuit hold all that matters, and does it need each of its nodes?",
     columns=(
@@ -192,8 +190,8 @@ def curve(bench: Bench, circuit: Circuit, shares: Sequence[float]) -> dict[str, 
     source=IOI,
     cost="about two forwards a pair, set and circuit, and a pair and node",
     check="tests/laws/test_circuit_faithfulness.py",
-    call='mt.circuits.completeness(model, circuit, "The capital of France is", "The capital of Italy is", '
-    'answer=" Paris", foil=" Rome")',
+    call='mt.circuits.completeness(model, "circuit.safetensors", "The capital of France is", '
+    '"The capital of Italy is", answer=" Paris", foil=" Rome")',
     reading="All are shares of the gap between the clean run and the other: a complete circuit has 0 for every set; "
     "a minimal one has no node near 0.",
     needs=("sum", "attention and MLP", "*.attn.q", "*.attn.k", "*.attn.v", "*.attn.z"),

@@ -32,9 +32,8 @@ EDGE = ("sender", "receiver")
     title="circuit",
     question="Which edges of the model carry the answer, and how much of it do they carry alone?",
     columns=(
-        Column("score", "logits", "what the edge was chosen by: for acdc what its removal cost, else its mean effect",
+        Column("score", "logits", "of the circuit's edges: for acdc what its removal cost, else the mean effect",
                "none: random circuits of as many edges stand beside it", dims=EDGE),
-        Column("kept", "1", "whether the edge is in the circuit", "none: it follows from the score", (0, 1), EDGE),
         Column("faithfulness", "1", "share of the gap between the clean and the other run that the circuit keeps",
                "faithfulness_control", dims=("share",)),
         Column("faithfulness_control", "1", "the same of a random circuit of as many edges", dims=("share",)),
@@ -66,6 +65,7 @@ def circuit(
     cost: Annotated[str, Argument("of acdc: KL from the clean run, or what the metric loses", choices=COSTS)] = "kl",
     ablation: Ablation = "resample",
     verify: Annotated[int, Argument("how many of its edges to measure exactly", "edges", least=0)] = 50,
+    save: Annotated[str | None, Argument("write the circuit to this safetensors file", from_text=str)] = None,
 ) -> Found:
     """Find a circuit, measure its best edges exactly, and judge it beside random ones.
 
@@ -76,19 +76,29 @@ def circuit(
         SiteError: the stream of the model is not a sum over its parts.
         ArgumentError: there are not as many edges.
         DataError: the two runs do not differ.
+        OutputError: the circuit cannot be written.
     """
     given: dict[str, Any] = {"answer": answer, "foil": foil, "metric": metric}
     found = find(model, clean, corrupt, method=method, edges=edges, tau=tau, cost=cost, ablation=ablation, **given)
+    if save is not None:
+        found.save(save)
     pairs = pairs_of(model, clean, corrupt, **given)
     bench = Bench(model, pairs, None, ablation)
     judged = curve(bench, found, SHARES)
     score = found.scores.masked_fill(~found.kept, torch.nan)
-    values = judged["values"] | {"score": (EDGE, score), "kept": (EDGE, found.kept)}
+    values = judged["values"] | {"score": (EDGE, score)}
     if verify and method != "exact":
         values["score_exact"] = (EDGE, exactly(bench, found, verify))
     coords = judged["coords"] | {"sender": list(found.senders), "receiver": list(found.receivers)}
-    attrs = judged["attrs"] | {k: v for k, v in found.attrs.items() if k not in ("model", "fingerprint", "seed")}
-    attrs |= {"graph": "score", "circuit_edges": found.n_edges, "nodes": len(found.nodes)}
+    attrs = judged["attrs"] | {
+        k: v for k, v in found.attrs.items() if k not in ("model", "fingerprint", "seed", "method")
+    }
+    attrs |= {
+        "graph": "score",
+        "chosen_by": found.attrs["method"],
+        "circuit_edges": found.n_edges,
+        "nodes": len(found.nodes),
+    }
     unit = "nats" if method == "acdc" and cost == "kl" else pairs.unit
     return Found(
         values, each=judged["each"], coords=coords, attrs=attrs, units={"score": unit, "score_exact": pairs.unit}

@@ -48,9 +48,11 @@
         ...chosen.map((edge) => {
           const [[x1, y1], [x2, y2]] = [at[edge[0]], at[edge[1]]];
           const share = 0.15 + (0.85 * Math.abs(edge[3])) / most;
-          const place = { class: edge[3] < 0 ? "edge cold" : "edge hot", x1, y1, x2, y2, "stroke-opacity": share.toFixed(3) };
+          const bow = x1 === x2 ? 14 + 0.12 * Math.abs(y2 - y1) : 0; // edges of one column stand beside each other
+          const d = `M${x1} ${y1}Q${(x1 + x2) / 2 + bow} ${(y1 + y2) / 2} ${x2} ${y2}`;
+          const place = { class: edge[3] < 0 ? "edge cold" : "edge hot", d, "stroke-opacity": share.toFixed(3) };
           const told = `${named(edge)}: ${number(edge[3])} ${part.unit}${edge[4] === null ? "" : `, exact ${number(edge[4])}`}`;
-          return s("line", place, s("title", {}, told));
+          return s("path", place, s("title", {}, told));
         }),
       );
       dots.replaceChildren(
@@ -94,7 +96,7 @@
     }
     const picture = s(
       "svg",
-      { class: "circuit", width: LEFT + columns * WIDE + 20, height: 2 * TOP + (high - low) * TALL, role: "group", "aria-label": part.title },
+      { class: "circuit", width: LEFT + columns * WIDE + 70, height: 2 * TOP + (high - low) * TALL, role: "group", "aria-label": part.title },
       layers,
       lines,
       dots,
