@@ -309,7 +309,7 @@ def test_a_circuit_is_followed_by_a_click_and_cut_by_a_slider(tab: Tab, tmp_path
         "−3.50",
     ]
     tab.eval("document.querySelector('.circuit .node[aria-label=\"1.mlp_out\"]').dispatchEvent(new Event('click'))")
-    assert tab.eval(lines) == 3, "embed and the head write to it, and embed to nothing the head reads"
+    assert tab.eval(lines) == 2, "the embedding and the head write to it"
     told = tab.eval("document.querySelector('.graph .note').innerText")
     assert told.startswith("the 6 strongest of 6 edges")
     slider = "document.querySelector('.graph input')"

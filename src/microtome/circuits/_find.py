@@ -89,8 +89,8 @@ def find(
         return of_mask(model, found.kept, found.costs, **about)
     values = scores if scores is not None else mean_scores(model, pairs, "exact" if method == "exact" else "eap")
     rule = "greedy" if method == "greedy" else "top"
-    name = method if scores is None else f"given scores, {rule}"
-    return from_scores(model, values, edges, rule=rule, **about | {"method": f"{name}, {edges:g} edges"})
+    about["method"] = f"{method if scores is None else f'given scores, {rule}'}, {edges:g} edges"
+    return from_scores(model, values, edges, rule=rule, **about)
 
 
 def _check(method: str, cost: str, ablation: str) -> None:
