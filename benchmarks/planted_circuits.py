@@ -34,7 +34,8 @@ def main() -> None:
             tokens = mt.explain.circuit_recovery(it, pairs=options.pairs, corrupt=("tokens",))
         row: dict[str, Any] = {
             "edges": int(both["score"].notnull().sum()), "true": int(both["true"].sum()),
-            "auc": float(both["auc"]), "auc_tokens_only": float(tokens["auc"]), "auc_eap": float(both["auc_eap"]),
+            "auc": float(both["auc"]), "auc_tokens_only": float(tokens["auc"]),
+            "auc_eap": float(both["auc_estimated"][0]),
         }  # fmt: skip
         rows[name] = row
         figures = f"{row['auc']:6.3f} {row['auc_tokens_only']:7.3f} {row['auc_eap']:6.3f}"

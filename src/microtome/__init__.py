@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from microtome import atlas as atlas
     from microtome import change as change
     from microtome import circuits as circuits
+    from microtome import claims as claims
     from microtome import edit as edit
     from microtome import errors as errors
     from microtome import explain as explain
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
     from microtome.training import fit as fit
 
 _ROOMS = (
-    "anatomy", "atlas", "change", "circuits", "edit", "errors", "explain", "measurements", "metric", "planted",
-    "probes", "stream", "subspaces", "sweep", "tasks", "training", "view",
+    "anatomy", "atlas", "change", "circuits", "claims", "edit", "errors", "explain", "measurements", "metric",
+    "planted", "probes", "stream", "subspaces", "sweep", "tasks", "training", "view",
 )  # fmt: skip
 _HOME = {
     "Model": "model:Model", "Run": "run:Run", "Settings": "context:Settings", "Task": "tasks:Task",

@@ -20,7 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from microtome.errors import nearest
 
-ROOMS = ("measurements", "explain", "probes", "change", "circuits", "subspaces")
+ROOMS = ("measurements", "explain", "probes", "change", "circuits", "subspaces", "claims")
 """Rooms whose modules declare methods."""
 
 ENTRY_POINTS = "microtome.methods"

@@ -39,6 +39,7 @@ FLOORS = (
     ("method",),
     ("measurements", "explain", "features", "probes", "change", "circuits", "subspaces"),
     ("claims",),
+    ("claims",),
     ("atlas",),
     ("",),  # the public face: microtome/__init__.py
     ("cli",),

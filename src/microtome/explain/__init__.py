@@ -28,6 +28,7 @@ from microtome.explain._pairs import ReadMetric as ReadMetric
 from microtome.explain._pairs import pairs_of as pairs_of
 from microtome.explain._patching import patch as patch
 from microtome.explain._prior import prior_and_context as prior_and_context
+from microtome.explain._recovery import POINTS as POINTS
 from microtome.explain._recovery import auc as auc
 from microtome.explain._recovery import circuit_recovery as circuit_recovery
 from microtome.explain._scenarios import scenario_traces as scenario_traces

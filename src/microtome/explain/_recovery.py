@@ -3,9 +3,11 @@
 Formula:  an edge's score is the largest |change of any output| over pairs and over both corruptions, other tokens and
           shuffled positions; AUC is the share of (edge of the circuit, edge outside) of which the first has the higher
           score, a tie counting half.
-          The estimate beside it: |(what the sender writes in the corrupt run - in the clean one) . R|, R the gradient
+          The estimates beside it: |(what the sender writes in the corrupt run - in the clean one) . R|, R the gradient
           at the receiver's input of m = d . outputs, d the unit vector along which the corruption moves the outputs;
-          the largest over the same pairs and corruptions.
+          the largest over the same pairs and corruptions. R is the mean of the gradients at some points of the way from
+          the clean embedding (0) to the corrupt one (1): eap at 0, clean-corrupted at 0 and 1, eap-ig at 5 of them from
+          the corrupt one on; eap-relp is eap with the backward rules of RelP.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.context import current
+from microtome.edit import Set
 from microtome.errors import DataError, ModelUnsupported, error
+from microtome.explain._attribution import RELP
 from microtome.explain._edges import WRITTEN
 from microtome.explain._first_order import at_receivers, captures, contract
 from microtome.explain._graph import graph
@@ -38,6 +42,11 @@ from microtome.planted import (
 from microtome.sweep import Edge
 
 Corruption = Literal["tokens", "positions"]
+Estimate = Literal["eap", "eap-relp", "clean-corrupted", "eap-ig"]
+POINTS: dict[str, tuple[float, ...]] = {
+    "eap": (0.0,), "eap-relp": (0.0,), "clean-corrupted": (0.0, 1.0), "eap-ig": (1.0, 0.8, 0.6, 0.4, 0.2),
+}  # fmt: skip
+"""Where each estimate takes its gradient: shares of the way from the clean embedding to the corrupt one."""
 
 CHANCE = "none: 0.5 is chance"
 TRUTH = "none: compare `true`, which says which edges are in the circuit"
@@ -50,10 +59,11 @@ EDGE = ("sender", "receiver")
     question="How well do edge scores separate a known circuit from the rest of the model?",
     columns=(
         Column("score", "outputs", "largest change of any output caused by this edge alone", TRUTH, (0, None), EDGE),
-        Column("eap", "outputs", "the same, estimated from gradients", TRUTH, (0, None), EDGE),
+        Column("estimated", "outputs", "the same, estimated from gradients", TRUTH, (0, None), ("estimate", *EDGE)),
         Column("true", "1", "whether the edge is in the circuit", "none: the truth", (0, 1), EDGE),
         Column("auc", "AUC", "how well exact scores separate the circuit from the rest", CHANCE, (0, 1), ()),
-        Column("auc_eap", "AUC", "how well estimated scores separate the circuit from the rest", CHANCE, (0, 1), ()),
+        Column("auc_estimated", "AUC", "how well estimated scores separate the circuit from the rest", CHANCE, (0, 1),
+               ("estimate",)),
     ),
     source=(
         Source(
@@ -74,6 +84,7 @@ def circuit_recovery(
     *,
     pairs: Annotated[int, Argument("how many random inputs to corrupt", "inputs", least=1)] = 16,
     corrupt: Annotated[Sequence[Corruption], Argument("what is changed in the inputs")] = ("tokens", "positions"),
+    estimates: Annotated[Sequence[Estimate], Argument("the estimates that are judged")] = ("eap",),
 ) -> Found:
     """Score every edge of a planted model exactly, and report how well the scores separate its circuit from the rest.
 
@@ -88,7 +99,7 @@ def circuit_recovery(
     parts = graph(it.model)
     names, mask = ["embed", "pos_embed", *parts.senders[1:]], torch.cat([parts.mask[:1], parts.mask])
     score = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.nan)
-    eap, before = score.clone(), writes(it.model, c.clean)
+    guesses, before = score.repeat(len(estimates), 1, 1), writes(it.model, c.clean)
     for kind in corrupt:
         tokens, where = (c.corrupt, None) if kind == "tokens" else (c.clean, c.positions)
         after = writes(it.model, tokens, where)
@@ -96,15 +107,15 @@ def circuit_recovery(
         changes = torch.stack([written[name].detach() for name in names], dim=1)
         exact, goal = _measured(it, c, tokens, where, changes, mask)
         score[mask] = torch.maximum(score[mask], exact)
-        eap[mask] = torch.maximum(eap[mask], estimated(it.model, c.clean, changes, goal)[mask])
+        for guess, name in zip(guesses, estimates, strict=True):
+            guess[mask] = torch.maximum(guess[mask], estimated(it.model, c.clean, changes, goal, name)[mask])
     true = torch.zeros_like(mask)
     for sender, receiver, slot in it.truth["edges"]:
         true[names.index(sender_of(sender)), parts.receivers.index(receiver_of(receiver, slot))] = True
-    found = {f"auc{end}": auc(x[mask & true], x[mask & ~true]) for end, x in (("", score), ("_eap", eap))}
-    coords = {"sender": names, "receiver": list(parts.receivers)}
-    return Found(
-        {"score": score, "eap": eap, "true": true} | found, coords=coords, attrs={"corrupt": ", ".join(corrupt)}
-    )
+    aucs = [auc(x[mask & true], x[mask & ~true]) for x in (score, *guesses)]
+    values = {"score": score, "estimated": guesses, "true": true, "auc": aucs[0], "auc_estimated": aucs[1:]}
+    coords = {"sender": names, "receiver": list(parts.receivers), "estimate": list(estimates)}
+    return Found(values, coords=coords, attrs={"corrupt": ", ".join(corrupt)})
 
 
 def _require_circuit(it: Planted) -> None:
@@ -148,21 +159,27 @@ def estimated(
     clean: Int[Tensor, "prompt pos"],
     changes: Float[Tensor, "prompt sender pos d_model"],
     goal: Float[Tensor, "prompt output vocab"],
+    method: Estimate = "eap",
 ) -> Float[Tensor, "sender receiver"]:
     """The largest |first-order change| of the outputs, over prompts, along the way to the goal's.
 
-    The gradient is taken in `clean`, `changes` is what each sender writes more in the corrupt run, and `goal` its
-    outputs at all positions but the first.
+    `changes` is what each sender writes more in the corrupt run, the two embeddings first, and `goal` its outputs at
+    all positions but the first.
     """
     found: list[Tensor] = []
+    rules = [RELP] if method == "eap-relp" else []
     for tokens, change, end in zip(clean, changes, goal, strict=True):
-        start = model.run(tokens.unsqueeze(0), capture=captures(model), grad=True)
-        outputs = start.logits[0, 1:].double()
-        way = (end.double() - outputs).detach()
-        # A corruption that changes no output gives no direction, and so no score.
-        metric = (outputs * way).sum() / way.norm().clamp(min=1e-6)
-        slopes = at_receivers(model, start, start.grad(metric))
-        found.append(contract(change.unsqueeze(1), slopes)[0].abs().cpu())
+        row = tokens.unsqueeze(0)
+        plain = model.run(row, capture="embed")
+        way = (end.double() - plain.logits[0, 1:].double()).detach()
+        scores: list[Tensor] = []
+        for share in POINTS[method]:
+            moved = Set("embed", value=plain["embed"] + share * change[:2].sum(0))
+            start = model.run(row, capture=captures(model), edits=[*([moved] if share else []), *rules], grad=True)
+            # A corruption that changes no output gives no direction, and so no score.
+            metric = (start.logits[0, 1:].double() * way).sum() / way.norm().clamp(min=1e-6)
+            scores.append(contract(change.unsqueeze(1), at_receivers(model, start, start.grad(metric)))[0])
+        found.append(torch.stack(scores).mean(0).abs().cpu())
     return torch.stack(found).amax(0)
 
 

@@ -112,7 +112,7 @@ def _beyond(pair: str, of: tuple[str, str]) -> tuple[Column, Column]:
     check="tests/laws/test_neuron_classes.py",
     needs=NEEDS,
 )  # fmt: skip
-def io_classes(seen: Seen, aligned: Threshold = THRESHOLD) -> dict[str, Float[Tensor, "..."]]:
+def io_classes(seen: Seen, aligned: Threshold = THRESHOLD) -> dict[str, Float[Tensor, " ..."]]:
     """The share of every class in a layer, and of neurons with unusual angles, beside those of mismatched vectors."""
     w = neuron_directions(seen.model, seen.layer or 0)
     shift = {"w_in": 0, "w_out": 1, "w_gate": 2}

@@ -1,0 +1,81 @@
+"""The laws of the referee: what is exact is perfect, what is random is chance, and each pair counts once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests import families
+from tests.linear import linear
+
+import microtome as mt
+from microtome.claims import referee
+from microtome.claims._contest import contest, operations, top
+from microtome.errors import ArgumentError
+
+RANDOM = np.random.default_rng(0)
+
+
+def test_a_contest_is_won_by_the_effects_themselves() -> None:
+    effects = RANDOM.standard_normal(500)
+    won = contest(-3 * effects, effects, 50)
+    assert (won.rank_correlation, won.recall, won.random) == (pytest.approx(1.0), 1.0, 0.1)
+    lost = contest(1 / effects, effects, 50)
+    assert lost.rank_correlation == pytest.approx(-1.0)
+    assert lost.recall == 0.0
+    chance = [contest(RANDOM.standard_normal(500), effects, 50) for _ in range(200)]
+    assert np.mean([one.recall for one in chance]) == pytest.approx(0.1, abs=0.01)
+    assert np.mean([one.rank_correlation for one in chance]) == pytest.approx(0.0, abs=0.01)
+
+
+def test_what_was_not_measured_is_no_cell() -> None:
+    effects = np.array([9.0, np.nan, 1.0, 5.0, np.nan])
+    found = contest(np.array([8.0, 100.0, 2.0, np.nan, np.nan]), effects, 1)
+    assert (found.recall, found.random) == (1.0, 0.5)
+    nothing = contest(np.full(3, np.nan), np.ones(3), 2)
+    assert np.isnan([nothing.rank_correlation, nothing.recall, nothing.random]).all()
+    assert top(np.array([1.0, 3.0, 3.0]), 2).tolist() == [1, 2]
+
+
+def test_operations_are_counted_forward_and_backward() -> None:
+    a, b = torch.randn(3, 5), torch.randn(5, 7, requires_grad=True)
+    assert operations(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert operations(lambda: (a @ b).sum().backward()) == 2 * 2 * 3 * 5 * 7
+
+
+def test_in_a_linear_network_every_estimate_is_exact() -> None:
+    """But AtP*, whose dropped gradients are no first-order estimate of the whole."""
+    found = referee(linear(), of=("induction",), pairs=2, top=10, programs=0, estimates=("atp", "ig", "eap", "eap-ig"))
+    assert found["estimate"].values.tolist() == ["atp", "ig", "eap", "eap-ig"]
+    assert np.allclose(found["rank_correlation_each"], 1, atol=1e-3)
+    assert np.allclose(found["recall"], 1)
+    assert (found["recall_random"] < 0.6).all()
+    assert np.allclose(found["by_task"].sel(task="induction"), found["rank_correlation"])
+    cost = dict(zip(found["estimate"].values, found["cost"].values, strict=True))
+    assert 2 < cost["atp"] < cost["eap"] < cost["eap-ig"]
+    assert (found["seconds"] > 0).all()
+    assert "auc" not in found or bool(found["auc"].isnull().all())
+
+
+def test_programs_are_scored_and_ties_are_seen() -> None:
+    model = mt.open(families.build("llama-gqa"))
+    found = referee(model, of=("induction",), pairs=1, top=5, programs=2, inputs=6, estimates=("relp", "eap", "eap-ig"))
+    names = found["program"].values.tolist()
+    assert names == list(mt.planted.PROGRAMS)[:2]
+    exact = found["by_program"].sel(estimate="exact")
+    assert np.allclose(exact, 1)
+    assert float(found["perfect"].sel(estimate="exact")) == 1
+    assert bool(found["by_program"].sel(estimate="relp").isnull().all())
+    for name in names:
+        alone = mt.explain.circuit_recovery(mt.planted.program(name), pairs=6, estimates=("eap-ig",))
+        assert float(found["by_program"].sel(estimate="eap-ig", program=name)) == float(alone["auc_estimated"][0])
+    assert float(found["auc"].sel(estimate="eap")) == pytest.approx(
+        float(found["by_program"].sel(estimate="eap").mean())
+    )
+
+
+def test_an_estimate_that_does_not_exist() -> None:
+    with pytest.raises(
+        ArgumentError, match=r'there is no estimate "eap-gi"; allowed: atp, relp.*Did you mean "eap-ig"'
+    ):
+        referee(linear(), estimates=("eap-gi",))
