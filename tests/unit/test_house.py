@@ -354,7 +354,7 @@ def test_methods_know_few_others() -> None:
 def test_the_face_is_small() -> None:
     import microtome
 
-    assert len(microtome.__all__) <= 28
+    assert len(microtome.__all__) <= 30  # ten names and a room for each kind of work
     assert all(hasattr(microtome, name) for name in microtome.__all__)
 
 
