@@ -289,6 +289,31 @@ def test_tokens_stand_in_cells_from_the_last_layer_down(tab: Tab, tmp_path: Path
     assert tab.eval("document.querySelector('.word-map tbody td:last-child').title") == "·<i>Paris 0.966\n↵ 1.00"
 
 
+def test_a_slider_shows_one_layer_as_a_line_and_the_pointer_reads_a_cell(tab: Tab, tmp_path: Path) -> None:
+    tab.open(write_page(tmp_path / "a.html", effects.words()))
+    layer, told = (f"document.querySelector('{of}').innerText" for of in (".layer-line output", ".told"))
+    said = "[...document.querySelectorAll('.running .said')].map((w) => w.innerText)"
+    first = "[...r.cells].slice(1).map((c) => c.querySelector('.word').innerText)"
+    rows = tab.eval(f"[...document.querySelectorAll('.word-map tbody tr')].map((r) => {first})")
+    assert (tab.eval(layer), tab.eval(said)) == ("layer 1", rows[0]), "it begins at the last layer"
+    slider, table, cell = ".layer-line input", ".word-map", '.word-map td[data-row="1"][data-column="2"]'
+
+    def send(place: str, event: str) -> None:
+        tab.eval(f"document.querySelector('{place}').dispatchEvent({event})")
+
+    tab.eval(f"document.querySelector('{slider}').value = '0'")
+    send(slider, "new Event('input')")
+    assert (tab.eval(layer), tab.eval(said)) == ("embed", rows[2])
+    assert tab.eval("document.querySelector('.word-map tr.on th').innerText") == "embed"
+    send(cell, "new Event('pointerover', {bubbles: true})")
+    assert tab.eval(layer) == "layer 0"
+    assert tab.eval(told).startswith("layer 0, position 2, ")
+    assert rows[1][2] in tab.eval(told)
+    send(table, "new KeyboardEvent('keydown', {key: 'ArrowUp', bubbles: true})")
+    assert tab.eval(layer) == "layer 1"
+    assert tab.complaints == []
+
+
 def test_parts_end_in_their_sum(tab: Tab, tmp_path: Path) -> None:
     tab.open(write_page(tmp_path / "a.html", effects.parts()))
     words = tab.eval("document.querySelector('.parts').innerText")

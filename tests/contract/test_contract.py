@@ -41,6 +41,9 @@ GIVEN: dict[str, Any] = {
     "texts": [PROMPT, OTHER, PROMPT[::-1]],
     "data": [{"text": [7 + 5 * i, 20 + i, 33, 41 + i % 5, 52 + 3 * i % 7], "label": "ab"[i % 2]} for i in range(12)],
     "folds": 3,
+    "context": OTHER, "query": PROMPT, "tests": 8,
+    "numbers": list(range(5, 25)), "task": [([i], [100 - i % 4]) for i in range(5, 50)],
+    "tasks": {name: [([i + 9 * k], [(i * k) % 90 + 5]) for i in range(5, 50)] for k, name in enumerate("abcd", 1)},
 }  # fmt: skip
 """Arguments by name, for every method that has them; a new method is tried with these and its own defaults."""
 
@@ -84,6 +87,11 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
     names = {p.name for p in parameters(name)}
     if "corrupt" in names and "clean" in names:
         found["corrupt"] = list(OTHER)
+    if name in ("function_vector", "false_demonstrations"):
+        found["heads"] = 3
+    if name == "helix":  # which needs more numbers than other questions need prompts
+        found |= {"prompts": [[7, 20 + i, 33] for i in range(24)], "numbers": list(range(24)), "position": 1}
+        found |= {"periods": [2.0, 5.0], "layers": [0, 2]}
     if "scores" in names:
         found["scores"] = mt.explain.attribute(model(kind), PROMPT, OTHER, answer=11, foil=23, verify=0)
         found = {"scores": found["scores"], "top": 3}
@@ -290,9 +298,9 @@ def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> Non
 
 
 NO_HEAD = {
-    "compare_neurons", "component_effects", "confidence_neurons", "context", "contributions", "flow", "head_functions",
-    "head_sources", "lens_groups", "logit_lens", "mlp_roles", "ov_copying", "prior_and_context", "promoted_tokens",
-    "read_tokens", "token_lens",
+    "compare_neurons", "component_effects", "confidence_neurons", "context", "contributions", "false_demonstrations",
+    "flow", "fourier", "head_functions", "head_sources", "lens", "lens_groups", "logit_lens", "mlp_roles", "ov_copying",
+    "prior_and_context", "promoted_tokens", "read_tokens", "row_lens", "token_lens",
 }  # fmt: skip
 NO_EDGES = {"edge_effects", "node_effects"}
 NO_LOSS = {
@@ -300,14 +308,16 @@ NO_LOSS = {
     "massive_effect", "memorised",
 }  # fmt: skip
 NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.of == "neuron"}
-NO_NEURONS |= {"compare_neurons", "io_classes", "sparsity"}
+NO_DENSE = {"compare_neurons", "context_update", "row_lens"}
+NO_NEURONS |= NO_DENSE | {"io_classes", "sparsity"}
+NO_NEXT = {"context_update", "cross_task", "function_vector", "helix"}
 NO_VALUES = {"head_functions", "ov_copying"}
 REFUSED = {
     "opt-proj": NO_HEAD,
-    "opt-postnorm": NO_HEAD | NO_EDGES,
-    **dict.fromkeys(families.MASKED, NO_HEAD | NO_EDGES | NO_LOSS),
+    "opt-postnorm": NO_HEAD | NO_EDGES | {"context_update"},
+    **dict.fromkeys(families.MASKED, NO_HEAD | NO_EDGES | NO_LOSS | NO_NEXT),
     **dict.fromkeys(("mixtral", "gpt_oss"), NO_NEURONS),
-    **dict.fromkeys(("deepseek_v3-qlora", "deepseek_v3-noqlora"), NO_VALUES | {"compare_neurons"}),
+    **dict.fromkeys(("deepseek_v3-qlora", "deepseek_v3-noqlora"), NO_VALUES | NO_DENSE),
 }
 """What cannot be asked: logits that are no sum over parts, a stream that is none, a loss, neurons of experts, values
 without weights of their own."""
@@ -339,10 +349,12 @@ def test_every_method_runs_on_every_family_that_opens(kind: str) -> None:
 
 NOUGHT = {
     "gap", "circuit_recovery.score", "memorised", "dead", "ngram_order", "zeros", "sink_tokens", "sink_births",
-    "unselectable", "unselectable_equal", "polysemy", "polysemy_shuffled",
+    "unselectable", "unselectable_equal", "polysemy", "polysemy_shuffled", "error", "kl", "outlier", "accuracy",
+    "random_accuracy", "state_accuracy", "with_vector", "with_random", "with_state", "zero_shot", "few_shot",
+    "shuffled_shot", "gap_without", "gap_random",
 }  # fmt: skip
-"""Columns that are zero on every tiny model: what exact sums leave, by their law; what random weights have not; and
-keys inside the hull of others, of which a dozen in ten dimensions has none."""
+"""Columns that are zero on every tiny model: what exact sums leave, by their law; what random weights have not, or
+cannot do; and keys inside the hull of others, of which a dozen in ten dimensions has none."""
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -305,6 +305,15 @@ def test_tokens_are_coloured_by_their_shade_and_hold_a_line_a_rank() -> None:
     assert "@0" not in narrow
 
 
+def test_tokens_of_heads_stand_under_their_numbers() -> None:
+    data = effects.words().isel(pos=slice(0, 3)).rename(pos="head").drop_vars("token").assign_coords(head=[0, 1, 2])
+    (form,) = forms(data).of(TokenMap)
+    assert (form.across, form.places) == ("head", ("0", "1", "2"))
+    assert "head 0" in shown(data)
+    assert "@" not in shown(data)
+    assert page_values(data)["sections"][0]["across"] == "head"
+
+
 def html_titles(data: xr.Dataset) -> str:
     return " | ".join(re.findall(r'title="([^"]*)"', html(data))).replace("&lt;", "<").replace("&gt;", ">")
 

@@ -13,6 +13,7 @@ from microtome.planted._folder import load as load
 from microtome.planted._folder import save as save
 from microtome.planted._illusion import illusion as illusion
 from microtome.planted._induction import induction as induction
+from microtome.planted._modular import modular as modular
 from microtome.planted._network import PlantedConfig as PlantedConfig
 from microtome.planted._network import PlantedForCausalLM as PlantedForCausalLM
 from microtome.planted._neurons import neurons as neurons

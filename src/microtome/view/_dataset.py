@@ -25,6 +25,7 @@ AXES = (
     "layer", "head", "kv_head", "pos", "span", "neuron", "group", "sender", "receiver", "node", "component", "site",
     "feature", "answer", "share", "set", "attribute", "method", "variable", "part", "setting", "label", "estimate",
     "task", "program",
+    "frequency",
 )  # fmt: skip
 """The axes that are drawn; an axis may say which of two it is: `q_pos`, `k_pos`, `group_2`, `other_group`."""
 

@@ -4,7 +4,7 @@
     (group, group), (node, node)                 heat map, rows to columns                 _heat_map.py
     (layer), (pos), (head)                       line with its interval and control        _series.py
     (layer, neuron)                              strongest neurons, distribution by layer  _neurons.py
-    text over (layer, pos)                       tokens in cells, coloured by `shade`      _token_map.py
+    text over (layer, pos), (layer, head)        tokens in cells, coloured by `shade`      _token_map.py
     (site), (component), (group)                 one row per name, one column per variable _tables.py
     (group, ...) with two axes after group       their form, once a group, of the first six
     ()                                           facts                                     _tables.py
@@ -144,7 +144,7 @@ def _form(data: xr.Dataset, name: str, axes: Sequence[str]) -> HeatMap | NeuronM
     """The form of a variable with axes; none where there is none."""
     if not is_numeric(data, name):
         dims = sorted(str(dim) for dim in data[name].dims if dim != "rank")
-        return token_map(data, name) if dims == ["layer", "pos"] else None
+        return token_map(data, name) if dims in (["layer", "pos"], ["head", "layer"]) else None
     if not all(axes) or len(axes) > 2 or 0 in data[name].shape:
         return None
     if len(axes) == 1:

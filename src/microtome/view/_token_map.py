@@ -1,4 +1,4 @@
-"""Text over (layer, pos), such as the top tokens of a lens: tokens in cells, coloured by the variable named `shade`.
+"""Text over (layer, pos) or (layer, head), such as the top tokens of a lens: tokens in cells, coloured by `shade`.
 
 Layers stand from the last one down. Where the variable has an axis `rank`, a cell holds one line per rank.
 """
@@ -34,15 +34,16 @@ MOST_FIGURE_CELLS, MOST_PAGE_CELLS = 900, 20_000
 @shown
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """Tokens by layer and position.
+    """Tokens by layer, and position or head.
 
     Attributes:
         name, title, meaning: of the variable.
-        layers, places: the name of each layer and position.
-        words: [layer, pos, rank].
+        layers, places: the name of each layer, and of each position or head.
+        words: [layer, place, rank].
         shades: like `words`, from 0 to 1; none where no variable colours them.
         values: what the shades stand for, like `words`; none where there are none.
         shade: the heading of the variable that colours them.
+        across: "pos" or "head".
     """
 
     name: str
@@ -54,6 +55,7 @@ class TokenMap:
     shades: np.ndarray | None
     values: np.ndarray | None
     shade: str
+    across: str = "pos"
     kind: Literal["tokens"] = "tokens"
 
     @property
@@ -61,13 +63,17 @@ class TokenMap:
         """The variable."""
         return (self.name,)
 
+    def _head(self, canvas: Canvas, place: int) -> str:
+        """What stands above a column: the token there, or the head's number."""
+        return canvas.token(place) if self.across == "pos" else f"{self.across} {self.places[place]}"
+
     def _numbered(self) -> int:
         return 0 if self.values is None else NUMBER
 
     def terminal(self, canvas: Canvas) -> list[RenderableType]:
         """One row per layer; the last positions that fit are shown, and how many are left out is written below."""
         number = self._numbered()
-        heads = [canvas.token(i) for i in range(len(self.places))]
+        heads = [self._head(canvas, i) for i in range(len(self.places))]
         sizes: dict[int, int] = {}
         room = canvas.width - max(len("layer"), *map(len, self.layers))
         for pos in reversed(range(len(self.places))):
@@ -81,12 +87,14 @@ class TokenMap:
         chosen = sorted(sizes)
         for pos in chosen:
             cells = sizes[pos] + number
-            head = Text.assemble((fitted(heads[pos], cells) + "\n", "bold"), (f"@{self.places[pos]}", "dim"))
+            at = (f"\n@{self.places[pos]}", "dim") if self.across == "pos" else ""
+            head = Text.assemble((fitted(heads[pos], cells), "bold"), at)
             table.add_column(head, no_wrap=True, width=cells)
         for layer in reversed(range(len(self.layers))):
             table.add_row(self.layers[layer], *(self._cell(layer, pos, sizes[pos]) for pos in chosen))
         left = len(self.places) - len(chosen)
-        caption = f"{left} earlier {'position' if left == 1 else 'positions'} left out: choose some to see them"
+        noun = "position" if self.across == "pos" else self.across
+        caption = f"{left} earlier {noun if left == 1 else noun + 's'} left out: choose some to see them"
         return [table, *([Text(caption, "dim")] if left else []), Text()]
 
     def _cell(self, layer: int, pos: int, size: int) -> Text:
@@ -105,7 +113,7 @@ class TokenMap:
         shown = list(range(len(self.layers) - 1, -1, -every))
         plain = "border:0;padding:0 5px 0 0;background:none;color:inherit;opacity:0.62;font-weight:400"
         heads = "".join(
-            f'<th style="{plain};text-align:left">{_svg.escaped(shortened(canvas.token(i), WIDEST))}</th>'
+            f'<th style="{plain};text-align:left">{_svg.escaped(shortened(self._head(canvas, i), WIDEST))}</th>'
             for i in range(len(self.places))
         )
         rows = "".join(
@@ -157,7 +165,7 @@ class TokenMap:
 
         return {
             "kind": self.kind, "name": self.name, "title": self.title, "meaning": self.meaning, "shade": self.shade,
-            "layers": [self.layers[i] for i in shown], "places": self.places, "every": every,
+            "across": self.across, "layers": [self.layers[i] for i in shown], "places": self.places, "every": every,
             "cells": [[cell(layer, pos) for pos in range(len(self.places))] for layer in shown],
         }  # fmt: skip
 
@@ -168,9 +176,10 @@ def _short(value: float) -> str:
 
 
 def token_map(data: xr.Dataset, name: str) -> TokenMap:
-    """The tokens of a text variable over (layer, pos), or (layer, pos, rank)."""
+    """The tokens of a text variable over (layer, pos) or (layer, head), with or without rank."""
     ranked = "rank" in data[name].dims
-    order = ("layer", "pos", *(["rank"] if ranked else []))
+    across = "pos" if "pos" in data[name].dims else "head"
+    order = ("layer", across, *(["rank"] if ranked else []))
 
     def cells(of: np.ndarray) -> np.ndarray:
         return of if ranked else of[..., None]
@@ -183,7 +192,7 @@ def token_map(data: xr.Dataset, name: str) -> TokenMap:
     heading = title(data, shade) if there else ""
     return TokenMap(
         name, printable(title(data, name)), str(data[name].attrs.get("meaning", "")), labels(data, "layer"),
-        labels(data, "pos"), cells(words), shades, values, heading,
+        labels(data, across), cells(words), shades, values, heading, across,
     )  # fmt: skip
 
 

@@ -72,32 +72,79 @@
     );
   }
 
+  /** Tokens by layer and place: a grid, a slider that shows one layer as a running line, and what is in a cell. */
   function tokens(part, page) {
-    const { layers, places, cells, shade, every } = part;
-    const tip = (cell) => cell.map(([word, value]) => `${alone(word)}${shade ? ` ${number(value)}` : ""}`).join("\n");
-    const chip = ([word, , share]) => {
-      const line = h("span", { class: "word" }, alone(word));
-      line.style.setProperty("--share", `${Math.round(75 * share)}%`);
-      return line;
+    const { layers, places, cells, shade, every, across } = part;
+    const last = layers.length - 1; // the rows stand from the last layer down
+    const line = ([word, value]) => `${alone(word)}${shade ? ` ${number(value)}` : ""}`;
+    const chip = ([word, , share], kind = "word") => {
+      const text = h("span", { class: kind }, alone(word));
+      text.style.setProperty("--share", `${Math.round(75 * share)}%`);
+      return text;
     };
-    const body = cells.map((row, i) =>
-      h("tr", {}, h("th", { scope: "row" }, layers[i]), row.map((cell) => h("td", { title: tip(cell) }, cell.map(chip)))),
-    );
-    const name = (i) => page.words(i).map(alone).join("/");
+    const ofPrompt = across === "pos";
+    const name = (j) => (ofPrompt ? page.words(j).map(alone).join("/") : `head ${places[j]}`);
+    const layer = (i) => (/^-?\d+$/.test(layers[i]) ? `layer ${layers[i]}` : layers[i]);
+    const grid = cells.map((row, i) => row.map((cell, j) => h("td", { title: cell.map(line).join("\n"), "data-row": i, "data-column": j }, cell.map((word) => chip(word)))));
+    const heads = layers.map((label) => h("th", { scope: "row" }, label));
+    const body = grid.map((row, i) => h("tr", {}, heads[i], row));
     const notes = [shade && `coloured by ${shade}`, every > 1 && `every ${every}th layer`].filter(Boolean).join("; ");
+    const at = { row: 0, column: places.length - 1 };
+    const label = h("output", {});
+    const running = h("div", { class: "running" });
+    const told = h("p", { class: "told", role: "status", "aria-live": "polite" });
+    const slider = h("input", { type: "range", min: 0, max: last, step: 1, "aria-label": "layer", input: () => go(last - Number(slider.value), at.column) });
+
+    /** Show one layer as a line, and what its lens says at one place. */
+    function go(row, column) {
+      for (const marked of [body[at.row], grid[at.row][at.column]]) marked.classList.remove("on");
+      Object.assign(at, { row, column });
+      for (const marked of [body[row], grid[row][column]]) marked.classList.add("on");
+      slider.value = String(last - row);
+      slider.setAttribute("aria-valuetext", layer(row));
+      label.textContent = layer(row);
+      running.replaceChildren(
+        ...cells[row].map((cell, j) =>
+          h("button", { type: "button", class: j === column ? "place on" : "place", "data-column": j }, h("span", { class: "asked" }, name(j)), chip(cell[0], "said")),
+        ),
+      );
+      const where = ofPrompt ? `position ${places[column]}, ${name(column)}` : name(column);
+      told.replaceChildren(h("b", {}, `${layer(row)}, ${where}: `), cells[row][column].map(line).join(", "));
+    }
+
+    const near = (event) => event.target.closest("[data-column]");
+    const pointed = (event) => {
+      const found = near(event);
+      if (found) go(found.dataset.row === undefined ? at.row : Number(found.dataset.row), Number(found.dataset.column));
+    };
+    const overLine = (event) => {
+      const found = near(event);
+      if (found && Number(found.dataset.column) !== at.column) go(at.row, Number(found.dataset.column));
+    };
+    running.addEventListener("pointerover", overLine);
+    running.addEventListener("focusin", overLine);
+    const press = (event) => {
+      const by = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+      if (!by || event.ctrlKey || event.metaKey || event.altKey) return;
+      event.preventDefault();
+      go(Math.max(0, Math.min(last, at.row + by[0])), Math.max(0, Math.min(places.length - 1, at.column + by[1])));
+    };
+    const columns = places.map((place, j) => h("th", { scope: "col" }, name(j), ofPrompt && [" ", h("span", { class: "where" }, `@${place}`)]));
+    const table = h(
+      "table",
+      { class: "word-map", tabindex: 0, "aria-label": `${part.title}: arrow keys read the cells`, pointerover: pointed, click: pointed, keydown: press },
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "layer"), columns)),
+      h("tbody", {}, body),
+    );
+    go(0, places.length - 1);
     return h(
       "section",
       { class: "tokens" },
       heading(part),
       notes && h("p", { class: "note" }, notes),
-      scroll(
-        h(
-          "table",
-          { class: "word-map" },
-          h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "layer"), places.map((place, i) => h("th", { scope: "col" }, name(i), " ", h("span", { class: "where" }, `@${place}`))))),
-          h("tbody", {}, body),
-        ),
-      ),
+      last > 0 && h("div", { class: "layer-line" }, h("label", {}, "Layer ", slider, " ", label), running),
+      told,
+      scroll(table),
     );
   }
 

@@ -1,0 +1,126 @@
+"""Numbers as waves: the spectrum that was written into a model is found, and its bands are what it needs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import microtome as mt
+from microtome.explain._helix import helix_basis
+from microtome.explain._waves import spectrum, waves
+from microtome.planted import Planted
+
+
+@pytest.fixture(scope="module")
+def it() -> Planted:
+    return mt.planted.modular(0)
+
+
+def sums(it: Planted, every: int = 1) -> tuple[list[list[int]], list[int]]:
+    p, equals = it.truth["p"], it.truth["equals"]
+    pairs = list(itertools.product(range(p), repeat=2))[::every]
+    return [[a, b, equals] for a, b in pairs], [(a + b) % p for a, b in pairs]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_sum_is_right(seed: int) -> None:
+    made = mt.planted.modular(seed)
+    prompts, answers = sums(made)
+    assert {check.status for check in made.model.proof} == {"holds"}
+    assert made.model.run(prompts).logits[:, -1].argmax(-1).tolist() == answers
+
+
+def test_the_spectrum_shares_sum_to_one_and_a_wave_is_one_frequency() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for n in (9, 10):
+        x = torch.randn(3, n, generator=draw)
+        torch.testing.assert_close(spectrum(x).sum(-1), torch.ones(3, dtype=torch.float64))
+        for k in range(1, n // 2 + 1):
+            wave = torch.cos(2 * math.pi * k * torch.arange(n) / n + 0.3)
+            assert float(spectrum(wave)[k - 1]) == pytest.approx(1.0)
+        basis = waves(n, range(1, n // 2 + 1))
+        assert torch.linalg.matrix_rank(basis) == n - 1, "all but the mean"
+
+
+def test_the_frequencies_written_in_are_found_and_no_others(it: Planted) -> None:
+    prompts, answers = sums(it, 7)
+    data = mt.explain.fourier(it.model, prompts, range(it.truth["p"]), answers=answers)
+    outliers = data["frequency"].values[data["outlier"].values > 0].tolist()
+    assert outliers == it.truth["frequencies"]
+    last = data["power"].sel(layer=1)
+    assert float(last.sel(frequency=outliers).sum()) > 0.999
+    assert float(data["mlp_power"].sel(layer=1, frequency=outliers).sum()) > 0.999
+    assert float(data["shuffled_power"].sel(layer=1, frequency=outliers).sum()) < 0.5
+    assert float(data["accuracy"]) == 1.0
+    lost = {
+        (s, b): float(data["lost"].sel(site=s, band_group=b))
+        for s in ("attn_out", "mlp_out")
+        for b in ("low", "high", "outliers")
+    }
+    assert lost["mlp_out", "outliers"] > 0.9
+    assert max(lost["mlp_out", band] for band in ("low", "high")) < 0.2, "any one wave is largest at the sum"
+    assert all(lost["attn_out", band] == 0.0 for band in ("low", "high", "outliers")), "attention writes no logits here"
+
+
+def test_a_filter_takes_its_band_from_the_logits_and_nothing_else(it: Planted) -> None:
+    """On the stream of the last layer, where nothing reads on: the other frequencies keep their shares."""
+    from microtome.explain._fourier import directions_of
+
+    p, wanted = it.truth["p"], it.truth["frequencies"]
+    directions = directions_of(it.model, range(p))
+    basis = (waves(p, wanted[:1]) @ directions).float()
+    prompts, _ = sums(it, 50)
+    plain, cut = (
+        it.model.run(prompts, edits=e).logits[:, -1, :p] for e in ([], [mt.edit.Project("1.mlp_out@-1", basis)])
+    )
+    before, after = (torch.fft.rfft(x.double()).abs() for x in (plain, cut))
+    assert float((after[:, wanted[0]] / before[:, wanted[0]].clamp(min=1e-9)).max()) < 1e-3
+    ratio = after[:, wanted[1]] / before[:, wanted[1]]
+    assert float(ratio.std()) < 0.05
+    assert float(ratio.mean()) > 0.9
+
+
+def test_the_helix_of_the_frequencies_fits_and_stands_in_for_the_states(it: Planted) -> None:
+    p, equals = it.truth["p"], it.truth["equals"]
+    periods = [p / k for k in it.truth["frequencies"]]
+    prompts = [[a, 4, equals] for a in range(p)]
+    data = mt.explain.helix(it.model, prompts, range(p), position=0, periods=periods, layers=[0], folds=23)
+    assert float(data["helix_r2"][0]) > 0.98
+    assert float(data["shuffled_r2"][0]) < 0.5
+    assert float(data["helix_kept"][0]) == 1.0
+    assert float(data["mean_kept"][0]) < 0.3
+    wrong = mt.explain.helix(it.model, prompts, range(p), position=0, periods=[p / 3, p / 7, p / 11], layers=[0])
+    assert float(wrong["helix_r2"][0]) < 0.5, "other frequencies are not there"
+
+
+def test_a_basis_of_a_helix_is_its_waves_and_the_number() -> None:
+    a = torch.arange(100, 112, dtype=torch.float64)
+    basis = helix_basis(a, [10.0])
+    np.testing.assert_allclose(basis[:, 1], a / 111)
+    np.testing.assert_allclose(basis[:, 2] ** 2 + basis[:, 3] ** 2, 1.0)
+    assert torch.allclose(basis[0, 2:], basis[10, 2:])
+
+
+def test_what_cannot_be_is_refused_in_a_line(it: Planted) -> None:
+    prompts, answers = sums(it, 100)
+    wrong = [
+        (mt.errors.ArgumentError, "4 different tokens or more; got 3",
+         lambda: mt.explain.fourier(it.model, prompts, [1, 2, 3])),
+        (mt.errors.PromptError, "token id 99 is not in", lambda: mt.explain.fourier(it.model, prompts, [1, 2, 3, 99])),
+        (mt.errors.ArgumentError, "one answer for each prompt; got 1",
+         lambda: mt.explain.fourier(it.model, prompts, range(23), answers=answers[:1])),
+        (mt.errors.ArgumentError, "an answer is none of the numbers; got 23; allowed: 0 to 22",
+         lambda: mt.explain.fourier(it.model, prompts, range(23), answers=[23, *answers[1:]])),
+        (mt.errors.ArgumentError, "too few numbers for this helix",
+         lambda: mt.explain.helix(it.model, prompts, range(len(prompts)))),
+        (mt.errors.ArgumentError, "no such layers; got",
+         lambda: mt.explain.helix(it.model, [[a, 0] for a in range(23)], range(23), layers=[7])),
+    ]  # fmt: skip
+    for kind, text, call in wrong:
+        with pytest.raises(kind, match=text) as refused:
+            call()
+        assert "\n" not in str(refused.value)
