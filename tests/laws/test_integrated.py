@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from tests import families
 from tests.agreement import agreed
 from tests.linear import linear
 
 import microtome as mt
 from microtome.explain import _integrated as integrated
+from microtome.explain._quadrature import integrate
 
 CLEAN, CORRUPT = [7, 20, 33, 41, 52, 28], [7, 20, 64, 41, 52, 28]
 SITES = ["resid_pre", "mlp_out", "attn.z[head]", "attn.pattern[head]"]
@@ -43,13 +45,14 @@ def test_scores_add_up_to_the_effect_of_the_whole_site(name: str) -> None:
 def test_a_gap_that_is_left_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = families.build("llama-gqa")
     for layer in hf.model.layers:
-        layer.self_attn.q_proj.weight.data *= 3
+        layer.self_attn.q_proj.weight.data *= 8
     model = mt.open(hf, prove=False)
-    whole = scored(model, steps=1)
+    sites = ["resid_pre"]
+    whole = scored(model, sites=sites)
     assert float(whole["ig_gap"].max()) <= 0.01
-    assert int(whole["ig_steps"].max()) > 1
+    assert int(whole["ig_steps"].max()) > 5
     monkeypatch.setattr(integrated, "MOST_STEPS", 1)
-    data = scored(model, steps=1)
+    data = scored(model, steps=1, sites=sites)
     assert float(data["ig_gap"].max()) > 0.02
     assert int(data["ig_steps"].max()) == 1
 
@@ -61,6 +64,24 @@ def test_it_is_the_gradient_where_the_model_is_linear() -> None:
     for site in SITES[:3]:
         agreed(data[site] / width, plain[site] / width, 1e-5, most=0.5)
     assert int(data["ig_steps"].max()) == 1
+
+
+def test_points_gather_where_the_metric_turns() -> None:
+    """A step of width 1e-4: m(t) = tanh((t - 0.37) / 1e-4), one part of slope m', another of none."""
+
+    def read(at: Any) -> torch.Tensor:
+        return torch.tanh((torch.tensor(at, dtype=torch.float64) - 0.37) / 1e-4)
+
+    def scores(at: Any, weights: Any) -> torch.Tensor:
+        slope = 1e4 * (1 - read(at).square())
+        return torch.stack([(slope * torch.tensor(weights, dtype=torch.float64)).sum(), torch.zeros(()).double()])
+
+    found = integrate(read, scores, points=4, most=400, tolerance=0.01)
+    assert found.gap <= 0.01
+    assert found.points < 200
+    assert found.scores.tolist() == pytest.approx([2.0, 0.0], abs=0.01)
+    spaced = integrate(read, scores, points=200, most=200, tolerance=0.01)
+    assert spaced.gap > 0.5
 
 
 def test_heads_of_a_pattern_are_scored_as_units() -> None:

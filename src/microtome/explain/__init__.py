@@ -11,6 +11,7 @@ from microtome.explain._edges import edge_effects as edge_effects
 from microtome.explain._edges import node_effects as node_effects
 from microtome.explain._effects import component_effects as component_effects
 from microtome.explain._examples import over_prompts as over_prompts
+from microtome.explain._excite import excite as excite
 from microtome.explain._false_demonstrations import false_demonstrations as false_demonstrations
 from microtome.explain._fit_lens import fit_lens as fit_lens
 from microtome.explain._flow import flow as flow
@@ -23,11 +24,14 @@ from microtome.explain._head_rank import head_rank as head_rank
 from microtome.explain._head_sources import head_sources as head_sources
 from microtome.explain._helix import helix as helix
 from microtome.explain._knockout import attention_knockout as attention_knockout
+from microtome.explain._legrad import legrad as legrad
 from microtome.explain._lens import lens as lens
 from microtome.explain._lens import logit_lens as logit_lens
 from microtome.explain._lens_value import Lens as Lens
+from microtome.explain._linear_map import linear_map as linear_map
 from microtome.explain._memorised import memorised as memorised
 from microtome.explain._mlp_roles import mlp_roles as mlp_roles
+from microtome.explain._on_off import on_off as on_off
 from microtome.explain._pairs import AnswerOfClean as AnswerOfClean
 from microtome.explain._pairs import Clean as Clean
 from microtome.explain._pairs import Corrupt as Corrupt
@@ -42,7 +46,9 @@ from microtome.explain._recovery import auc as auc
 from microtome.explain._recovery import circuit_recovery as circuit_recovery
 from microtome.explain._row_lens import row_lens as row_lens
 from microtome.explain._scenarios import scenario_traces as scenario_traces
+from microtome.explain._sharing import sharing as sharing
 from microtome.explain._spans import span_of as span_of
+from microtome.explain._token_gradients import integrated_gradients as integrated_gradients
 from microtome.explain._token_lens import token_lens as token_lens
 from microtome.explain._tracing import causal_trace as causal_trace
 from microtome.explain._transfer import transfer as transfer

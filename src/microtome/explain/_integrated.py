@@ -1,10 +1,10 @@
 """Integrated gradients of nodes: the gradient along the straight way of one site of one layer from start to goal.
 
 Formula:  score(n) = (n_goal - n_start) . sum_k w_k dm/dn at the point n_start + t_k (n_goal - n_start), where all of
-          the site in that layer goes this way together and everything before it is as in the start run; t_k, w_k are
-          the points and weights of Gauss and Legendre on [0, 1].
+          the site in that layer goes this way together and everything before it is as in the start run; for t_k and
+          w_k see `_quadrature`.
           gap = |m(site of the layer from the goal) - m(start) - sum of its scores| / |m(goal) - m(start)|: without a
-          limit on the points it is 0. Points are doubled until it is at most `TOLERANCE` or they are `MOST_STEPS`.
+          limit on the points it is 0. Points are added until it is at most `TOLERANCE` or they are `MOST_STEPS`.
 Cost:     a forward and a backward of the layers from the node's own on for each point, of every layer and site.
 Check:    the scores of a site add up to the exact effect of patching all of it; tests/laws/test_integrated.py.
 """
@@ -14,17 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from microtome.anatomy import Site, at_least_float32
 from microtome.context import current
-from microtome.edit import Edit, Freeze, Patch, Set, canonical
+from microtome.edit import Edit, Freeze, Set, canonical
 from microtome.explain._first_order import Gradients, first_order
 from microtome.explain._layout import Layout, every_position, layout, named_sites
 from microtome.explain._pairs import Pairs
+from microtome.explain._quadrature import integrate
 from microtome.model import Model
 from microtome.run import Run
 
@@ -52,12 +52,6 @@ class Integrated:
     steps: dict[str, Float[Tensor, " layer"]]
 
 
-def gauss(steps: int) -> tuple[list[float], list[float]]:
-    """Points in [0, 1] and their weights, which add up to 1; exact for polynomials of degree 2 steps - 1."""
-    at, weight = np.polynomial.legendre.leggauss(steps)
-    return ((at + 1) / 2).tolist(), (weight / 2).tolist()
-
-
 def integrated_scores(
     model: Model, one: Pairs, direction: str, rules: Freeze | None, sites: Sequence[str], steps: int
 ) -> Integrated:
@@ -79,13 +73,9 @@ def integrated_scores(
         gaps, taken = (torch.full((model.anatomy.n_layers,), torch.nan, dtype=torch.float64) for _ in range(2))
         for layer in part.layers:
             way = _Way(model, one, direction, rules, part, layer, start, goal)
-            effect, now = way.effect(float(ends[0, 0])), steps
-            own = way.scores(now)
-            while abs(effect - float(own.sum())) > TOLERANCE * whole and 2 * now <= MOST_STEPS:
-                now *= 2
-                own = way.scores(now)
-            gaps[layer], taken[layer] = abs(effect - float(own.sum())) / whole if whole else torch.nan, now
-            cells.append(own)
+            own = integrate(way.read, way.scores, points=steps, most=MOST_STEPS, tolerance=TOLERANCE * whole)
+            gaps[layer], taken[layer] = own.gap / whole if whole else torch.nan, own.points
+            cells.append(own.scores.unsqueeze(0))
             done += 1
             current().report("integrating gradients", done, everything)
         found.scores[site] = part.spread(torch.cat(cells, dim=1)).cpu()
@@ -106,33 +96,35 @@ class _Way:
         self.given = start[f"{layer}.resid_pre"]
         self.here, self.there = (at_least_float32(run[self.site]) for run in (start, goal))
 
-    def effect(self, start: float) -> float:
-        """What patching all of the site in this layer does to the metric, exactly."""
-        run = self.model.run(
-            [self.prompt], edits=[Patch(self.site, source=self.goal)], start_at=self.layer, given=self.given
-        )
+    def read(self, at: Sequence[float]) -> Float[Tensor, " point"]:
+        """The metric at some points."""
+        edits, rows, given = self._at(at)
         with torch.no_grad():
-            return float(self.one.read(run)[0].double()) - start
+            run = self.model.run([self.prompt] * len(at), edits=edits, start_at=self.layer, given=given)
+            return rows.read(run).double().cpu()
 
-    def scores(self, steps: int) -> Float[Tensor, "1 cell"]:
-        """The change times the mean gradient."""
-        at, weights = gauss(steps)
+    def scores(self, at: Sequence[float], weights: Sequence[float]) -> Float[Tensor, " cell"]:
+        """The change times the weighted sum of the gradients at some points."""
         total = torch.zeros_like(self.here, dtype=torch.float64)
-        for first in range(0, steps, TOGETHER):
+        for first in range(0, len(at), TOGETHER):
             some = slice(first, first + TOGETHER)
             total += self._weighted(at[some], weights[some])
-        return first_order(self.there - self.here, total, self.part)
+        return first_order(self.there - self.here, total, self.part)[0]
+
+    def _at(self, at: Sequence[float]) -> tuple[list[Edit], Pairs, Tensor]:
+        """The edits that put some points of the way in place, of as many rows; the rows; and the stream before."""
+        shape = (-1, *[1] * (self.here.dim() - 1))
+        share = torch.tensor(at, dtype=self.here.dtype, device=self.here.device).reshape(shape)
+        value = (self.here + share * (self.there - self.here)).to(self.given.dtype)
+        return [_set(self.site, value), *self.rules], self.one.take([0] * len(at)), self.given.expand(len(at), -1, -1)
 
     def _weighted(self, at: Sequence[float], weights: Sequence[float]) -> Float[Tensor, " one *of"]:
         """The sum of the gradients at some points, each times its weight."""
-        n, shape = len(at), (-1, *[1] * (self.here.dim() - 1))
-        share = torch.tensor(at, dtype=self.here.dtype, device=self.here.device).reshape(shape)
-        value = (self.here + share * (self.there - self.here)).to(self.given.dtype)
-        edits: list[Edit] = [_set(self.site, value), *self.rules]
-        rows = self.one.take([0] * n)
-        given = self.given.expand(n, -1, -1)
-        found = Gradients(self.model, rows, [self.prompt] * n, [self.site], edits, start_at=self.layer, given=given)
-        weight = torch.tensor(weights, dtype=torch.float64, device=value.device).reshape(shape)
+        edits, rows, given = self._at(at)
+        prompts = [self.prompt] * len(at)
+        found = Gradients(self.model, rows, prompts, [self.site], edits, start_at=self.layer, given=given)
+        shape = (-1, *[1] * (self.here.dim() - 1))
+        weight = torch.tensor(weights, dtype=torch.float64, device=self.given.device).reshape(shape)
         return (found.at[self.site].double() * weight).sum(0, keepdim=True)
 
 
