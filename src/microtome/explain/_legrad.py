@@ -19,11 +19,8 @@ from torch import Tensor
 from microtome.anatomy import Site
 from microtome.edit import KnockOut
 from microtome.errors import PromptError, error
-from microtome.explain._answers import answers_and_foils, own_answer
-from microtome.explain._spans import one_row
-from microtome.explain._verify import rank_correlation
+from microtome.explain._one_prompt import asked, beside, reading
 from microtome.method import AnswerToken, Argument, Column, Found, PromptText, Source, question, run_sweep
-from microtome.metric import LogitDifference, LogProbability
 from microtome.model import Model
 from microtome.run import Run
 
@@ -70,14 +67,9 @@ def legrad(
         PromptError: there are several prompts, the answer is not one token, or the foil is the answer.
         SiteError: the stream cannot be read as logits.
     """
-    tokens = one_row(model.to_tokens(prompt))
+    tokens, read, attrs = asked(model, prompt, answer, foil)
     if len(tokens) < 2:
         raise error(PromptError, "one token has no others to attend to", do="give a longer prompt")
-    token, attrs = own_answer(model, tokens, answer)
-    read = [token]
-    if foil is not None:
-        _, foils = answers_and_foils(model, token, foil, [tokens])
-        read += foils or []
     there = [i for i in range(model.anatomy.n_layers) if Site("attn.pattern", i) in model.anatomy.hook_points]
     capture = [f"{i}.{name}" for i in there for name in ("attn.pattern", "resid_post")]
     run = model.run(tokens.unsqueeze(0), capture=capture, grad=True)
@@ -87,16 +79,13 @@ def legrad(
         slope = pattern_slope(model, run, layer, read)
         relevance[layer] = slope.clamp(min=0).mean((0, 1)).cpu()
         attention += run[f"{layer}.attn.pattern"].detach()[0, :, -1].double().mean(0).cpu() / len(there)
-    metric = LogitDifference(token, foil=read[1]) if len(read) > 1 else LogProbability(token)
+    metric, unit = reading(read)
     cells = [KnockOut(f"{','.join(map(str, there))}.attn.scores@-1", keys=str(p)) for p in range(len(tokens))]
     swept = run_sweep(model, tokens.unsqueeze(0), cells, metric, stage="cutting attention")
     cut, total = -swept.effects.double(), relevance.sum(0)
     values: dict[str, Any] = {"relevance": total, "attention": attention, "by_layer": relevance, "cut": cut}
     for end, own in (("", total), ("_attention", attention)):
-        values[f"rank_correlation{end}"] = rank_correlation(own.numpy(), cut.numpy())
-    unit = "logits" if len(read) > 1 else "nats"
-    attrs |= {"metric": "logit difference" if len(read) > 1 else "log-probability of the answer"}
-    attrs |= {} if len(read) == 1 else {"foil": model.to_words(read[1:])[0]}
+        values[f"rank_correlation{end}"] = beside(own, cut)
     return Found(
         values, coords={"token": ("pos", model.to_words(tokens)), "layer": list(range(model.anatomy.n_layers))},
         attrs=attrs, units={"cut": unit},

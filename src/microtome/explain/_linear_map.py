@@ -24,9 +24,7 @@ from torch import Tensor
 from microtome.context import current
 from microtome.edit import Freeze, Zero
 from microtome.errors import SiteError, error
-from microtome.explain._answers import own_answer
-from microtome.explain._spans import one_row
-from microtome.explain._verify import rank_correlation
+from microtome.explain._one_prompt import asked, beside
 from microtome.method import AnswerToken, Argument, Column, Found, PromptText, Source, question, run_sweep
 from microtome.metric import FunctionMetric
 from microtome.model import Model
@@ -104,10 +102,11 @@ def linear_map(
         SiteError: the model has no such layer or position, or its output is not read from the stream.
         EditError: some part of the model cannot be held.
     """
-    tokens = one_row(model.to_tokens(prompt))
-    site, where = _places(model, layer, position, len(tokens))
-    tokens = tokens[: where + 1]
-    token, attrs = own_answer(model, tokens, answer)
+    n = model.anatomy.n_layers
+    if layer >= n:
+        raise error(SiteError, f"no layer {layer}", allowed=f"0 to {n - 1}", do="name a layer of the model")
+    tokens, (token,), attrs = asked(model, prompt, answer, position=position)
+    site = f"{layer}.resid_pre"
     words = model.to_words(tokens)
     run = model.run(tokens.unsqueeze(0), capture=[site, "final"], edits=[HELD], grad=True)
     x, y = run[site].detach()[0].double(), run["final"].detach()[0, -1].double()
@@ -126,26 +125,12 @@ def linear_map(
     }  # fmt: skip
     gradient = (plainly[0] * x).sum(-1)
     for name, own in (("", values["logit"]), ("_plain", gradient)):
-        values[f"rank_correlation{name}"] = rank_correlation(own.cpu().numpy(), deletion.numpy())
+        values[f"rank_correlation{name}"] = beside(own, deletion)
     named, components = _directions(model, maps, y, words, top)
     return Found(
         values | named, coords={"token": ("pos", words), "component": components},
-        attrs=attrs | {"layer": layer, "position": where, "metric": "logit of the answer"},
+        attrs=attrs | {"layer": layer, "position": len(tokens) - 1, "metric": "logit of the answer"},
     )  # fmt: skip
-
-
-def _places(model: Model, layer: int, position: int, length: int) -> tuple[str, int]:
-    """The site that the maps read, and the position whose output they give.
-
-    Raises:
-        SiteError: there is no such layer or position.
-    """
-    n = model.anatomy.n_layers
-    if layer >= n:
-        raise error(SiteError, f"no layer {layer}", allowed=f"0 to {n - 1}", do="name a layer of the model")
-    if not -length <= position < length:
-        raise error(SiteError, f"no position {position}", allowed=f"{-length} to {length - 1}", do="name a token")
-    return f"{layer}.resid_pre", position % length
 
 
 def jacobian(run: Run, site: str) -> Float[Tensor, "pos out d_model"]:

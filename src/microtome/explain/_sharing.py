@@ -23,12 +23,8 @@ from torch import Tensor
 
 from microtome.anatomy import Site, at_least_float32
 from microtome.edit import Zero
-from microtome.explain._answers import own_answer
-from microtome.explain._contributions import refuse_unless_sum
-from microtome.explain._spans import one_row
-from microtome.explain._verify import rank_correlation
+from microtome.explain._one_prompt import asked, beside, reading
 from microtome.method import AnswerToken, Argument, Column, Found, PromptText, Source, question, run_sweep
-from microtome.metric import LogProbability
 from microtome.model import Model
 from microtome.run import Run
 
@@ -72,10 +68,7 @@ def sharing(
         PromptError: there are several prompts, or the answer is not one token.
         SiteError: the stream is not a sum, or heads are not.
     """
-    refuse_unless_sum(model)
-    tokens = one_row(model.to_tokens(prompt))
-    tokens = tokens[: range(len(tokens))[position] + 1]
-    token, attrs = own_answer(model, tokens, answer)
+    tokens, read, attrs = asked(model, prompt, answer, position=position)
     names = ("attn_out", "mlp_out", "attn.pattern", "attn.v", "attn.z", "resid_post")
     run = model.run(tokens.unsqueeze(0), capture=[f"*.{name}" for name in names])
     n, length = model.anatomy.n_layers, len(tokens)
@@ -89,13 +82,13 @@ def sharing(
         rollout = (0.5 * torch.eye(length, dtype=torch.float64) + 0.5 * mean).T @ rollout
         by_layer[layer] = share
     cells = [Zero(f"embed@{p}") for p in range(length)]
-    swept = run_sweep(model, tokens.unsqueeze(0), cells, LogProbability(token), stage="deleting tokens")
+    swept = run_sweep(model, tokens.unsqueeze(0), cells, reading(read)[0], stage="deleting tokens")
     deletion = -swept.effects.double()
     values: dict[str, Any] = {"share": share, "attention": rollout, "by_layer": by_layer, "deletion": deletion}
     for end, own in (("", share), ("_attention", rollout)):
-        values[f"rank_correlation{end}"] = rank_correlation(own.numpy(), deletion.numpy())
+        values[f"rank_correlation{end}"] = beside(own, deletion)
     coords = {"token": ("pos", model.to_words(tokens)), "layer": list(range(n))}
-    return Found(values, coords=coords, attrs=attrs | {"metric": "log-probability of the answer"})
+    return Found(values, coords=coords, attrs=attrs)
 
 
 def ways(model: Model, run: Run, layer: int) -> Float[Tensor, "pos source"]:

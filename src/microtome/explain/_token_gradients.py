@@ -24,11 +24,8 @@ from torch import Tensor
 from microtome.context import current
 from microtome.edit import Set
 from microtome.errors import PromptError, error
-from microtome.explain._answers import answer_metric, metric_in_words, own_answer
-from microtome.explain._pairs import SMALLEST_GAP
+from microtome.explain._one_prompt import SMALLEST_GAP, asked, beside, reading
 from microtome.explain._quadrature import integrate
-from microtome.explain._spans import one_row
-from microtome.explain._verify import rank_correlation
 from microtome.method import AnswerToken, Argument, Column, Found, PromptText, Source, question, run_sweep
 from microtome.metric import Metric
 from microtome.model import Model
@@ -91,9 +88,8 @@ def integrated_gradients(
         PromptError: there are several prompts, the answer or the baseline is not one token of the vocabulary, the foil
             is the answer, or the baseline is answered like the prompt.
     """
-    tokens = one_row(model.to_tokens(prompt))
-    token, attrs = own_answer(model, tokens, answer)
-    metric = answer_metric(model, token, foil, [tokens])
+    tokens, read, attrs = asked(model, prompt, answer, foil)
+    metric, unit = reading(read)
     here = model.run(tokens.unsqueeze(0), capture="embed", logits=False)["embed"]
     there = _baseline(model, tokens, baseline, here)
     way = _Way(model, tokens, metric, there, here)
@@ -114,10 +110,9 @@ def integrated_gradients(
     values["points"] = found.points
     for end, own in (("", score), ("_gradient", gradient)):
         values[f"gap{end}"] = abs(whole - float(own.sum())) / abs(whole)
-        values[f"rank_correlation{end}"] = rank_correlation(own.numpy(), deletion.numpy())
-    said, unit = metric_in_words(metric)
+        values[f"rank_correlation{end}"] = beside(own, deletion)
     named = baseline in (ZERO, MEAN)
-    attrs |= {"metric": said, "baseline": baseline if named else model.to_words([model.to_id(baseline)])[0]}
+    attrs |= {"baseline": baseline if named else model.to_words([model.to_id(baseline)])[0]}
     return Found(
         values, coords={"token": ("pos", model.to_words(tokens))}, attrs=attrs,
         units=dict.fromkeys(("score", "gradient", "deletion", "whole"), unit),
