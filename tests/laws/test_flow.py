@@ -75,8 +75,13 @@ def literal_tokens(it: mt.Model, prompt: list[int]) -> Tensor:
 
 def test_tokens_are_those_of_plain_loops() -> None:
     it = model()
-    data = mt.explain.flow(it, PROMPT, verify=0)
-    assert np.allclose(data["tokens"], literal_tokens(it, PROMPT)[:, -1], atol=1e-5)
+    data = mt.explain.flow(it, PROMPT, answer=11, verify=0)
+    rolled = literal_tokens(it, PROMPT)
+    assert np.allclose(data["tokens"], rolled[:, -1], atol=1e-5)
+    # What a layer reads at a position is of the tokens that have reached it before that layer.
+    before = torch.cat([torch.eye(len(PROMPT)).double()[None], rolled[:-1]])
+    read = mt.explain.contributions(it, PROMPT, answer=11, detail=("source",))["attn_source"].values[0].sum(1)
+    assert np.allclose(data["token_logit"], np.einsum("lk,lkp->lp", read, before), atol=1e-4)
 
 
 @torch.no_grad()

@@ -57,6 +57,14 @@ def test_an_mlp_that_copies_a_head_is_found_and_no_other() -> None:
     assert float(data["r2"][2]) > 0.999 > float(data["r2_shuffled"][2]) + 0.5
 
 
+def test_a_head_that_hardly_varies_has_no_coefficient() -> None:
+    it = mt.open(families.build("llama-gqa"), prove=False)
+    with it.editing(mt.edit.Mean("1.attn.z[2]@-1", mean=torch.ones(10))):
+        data = mt.explain.mlp_roles(it, PROMPTS)
+    assert np.isnan(data["coefficient"].values[1]).tolist() == [False, False, True, False]
+    assert np.isfinite(data["r2"]).all()
+
+
 def test_too_few_prompts_are_refused() -> None:
     it = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises(mt.errors.PromptError, match="roles are fitted over prompts; got 2; allowed: 3 or more"):

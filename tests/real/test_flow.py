@@ -18,14 +18,15 @@ def test_a_fact_flows_from_its_subject(model: mt.Model) -> None:
     data = mt.explain.flow(model, "The capital of France is", answer=" Paris", foil=" Rome")
     assert abs(float(data["gap"])) < 1e-3
     assert abs(data["tokens"].sum("pos") - 1).max() < 1e-6
-    by_token = data["token_logit"].sum("layer").values
-    assert by_token.argmax() == data["token"].values.tolist().index(" France")
+    assert str(data["component"].values[0]) == "23.attn.z[4] @3 France > @4 is"
+    assert float(data["route_exact"].min()) == float(data["route_exact"][0]) < -3
+    assert float(data["rank_correlation"]) > 0.6
 
 
 def test_the_sentence_that_says_it_is_found(model: mt.Model) -> None:
-    text = "Mary lives in Paris. John lives in Rome. Anna lives in Madrid. Where does John live? John lives in"
+    text = "Mary lives in Paris. John lives in Rome. Anna lives in Madrid. Peter lives in Berlin. Peter lives in"
     data = mt.explain.context(model, text, tokens=1)
-    assert data.attrs["answer"] == " Rome"
-    assert data.attrs["sentence"] == "1 John lives in Rome."
+    assert data.attrs["answer"] == " Berlin"
+    assert data.attrs["sentence"] == "3 Peter lives in Berlin."
     assert data.attrs["loss_agrees"] == 1
     assert float(data["gated"]) < float(data["gated_random"])

@@ -93,7 +93,7 @@ def compare_neurons(
     tuned: Annotated[Model | None, Argument("a tuned copy of the model to compare with instead", command=False)] = None,
     answer: AnswerOfClean = None,
     top: Annotated[int, Argument("how many neurons make the chain", "neurons", least=1)] = 20,
-    screen: Annotated[int, Argument("neurons a layer that are scored exactly", "neurons", least=1)] = 256,
+    screen: Annotated[int, Argument("neurons a layer that are scored exactly", "neurons", least=1)] = 128,
     controls: Annotated[int, Argument("how many random sets to ablate", "sets", least=1)] = 5,
     text: Annotated[Prompt | None, Argument("plain text to measure the loss on", from_text=prompt_from_text)] = None,
 ) -> Found:  # fmt: skip
@@ -129,8 +129,12 @@ def compare_neurons(
     with torch.no_grad():
         for i in range(first, n):
             chosen = _screened(model, tuned or model, i, whole, cut, screen)
-            for name, of, states in (("score", model, whole), ("score_without", tuned or model, cut)):
-                scores[name][:, i, chosen.cpu()] = _exact(of, i, chosen, states)
+            if tuned is None:
+                both = _exact(model, i, chosen, whole + cut).split(len(rows))
+            else:
+                both = _exact(model, i, chosen, whole), _exact(tuned, i, chosen, cut)
+            for name, found in zip(scores, both, strict=True):
+                scores[name][:, i, chosen.cpu()] = found
             current().report("scoring neurons", i + 1 - first, n - first)
     change = scores["score"] - scores["score_without"]
     chain = _best(change.mean(0), top)

@@ -6,7 +6,8 @@ Formula:  over prompts n, at the position read: mlp_out_n = sum_h c_h r_nh + b +
           c = (sum_n X_n X_n')^-1 sum_n X_n y_n, b = mean y - sum_h c_h mean r_h.
           r2 = 1 - sum |y - fit|^2 / sum |y - mean y|^2 over prompts that the fit, and the mean, have not seen (folds);
           its control fits and judges with each head's writes taken from other prompts at random.
-          `coefficient` is the mean of the jackknife's pseudo-values n c - (n - 1) c(without e), one an example.
+          A head whose writes vary over prompts less than a thousandth as much as the MLP's output, in squares, is left
+          out: NaN. `coefficient` is the mean of the jackknife's pseudo-values n c - (n - 1) c(without e), of examples.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from microtome.run import Prompt, prompt_from_text
 
 LEAST = 3
 """Prompts below which there is nothing to fit."""
+VARIED = 1e-3
+"""Variance of a head's writes, as a share of that of the MLP's output, below which no coefficient of it is known."""
 
 
 @question(
@@ -85,10 +88,15 @@ def mlp_roles(
             z = torch.stack([run[f"{i}.attn.z{at}"][0, 0] for run in runs]).to(w.dtype)
             x = torch.einsum("nhd,hdm->nhm", z, w).double().cpu()
             y = torch.stack([run[f"{i}.mlp_out{at}"][0, 0] for run in runs]).double().cpu()
-            mixed = torch.stack([x[torch.randperm(len(x), generator=generator), h] for h in range(x.shape[1])], dim=1)
+            varied = (x - x.mean(0)).pow(2).sum((0, 2)) >= VARIED * (y - y.mean(0)).pow(2).sum()
+            coefficient = x.new_full(x.shape[:2], torch.nan)
+            x = x[:, varied]
+            orders = [torch.randperm(len(x), generator=generator) for _ in range(x.shape[1])]
+            mixed = torch.stack([x[order, h] for h, order in enumerate(orders)], dim=1) if orders else x
             fit, task = solved(x, y)
+            coefficient[:, varied] = _pseudo(x, y, fit)
             values = {
-                "coefficient": _pseudo(x, y, fit), "r2": held_out(x, y, fold), "r2_shuffled": held_out(mixed, y, fold),
+                "coefficient": coefficient, "r2": held_out(x, y, fold), "r2_shuffled": held_out(mixed, y, fold),
                 "task": task.norm() / y.pow(2).sum(1).mean().sqrt(),
             }  # fmt: skip
             for name, value in values.items():
@@ -111,6 +119,8 @@ def solved(
     x: Float[Tensor, "prompt head d_model"], y: Float[Tensor, "prompt d_model"]
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, " d_model"]]:
     """One number a head and the vector besides, by least squares over all numbers of all prompts."""
+    if not x.shape[1]:
+        return y.new_zeros(0), y.mean(0)
     a, b = x - x.mean(0), y - y.mean(0)
     gram, target = torch.einsum("nhm,ngm->hg", a, a), torch.einsum("nhm,nm->h", a, b)
     c = torch.linalg.lstsq(gram, target.unsqueeze(1), driver="gelsd").solution[:, 0]
