@@ -5,12 +5,15 @@ python benchmarks/edges.py [--model MODEL] [--task indirect_object] [--pairs 32]
 scores    all edges, on average over pairs, by EAP and by EAP-IG of 5 steps
 exact     the best 1,000 edges of EAP-IG measured in every pair, with 200 random others: rank correlation and recall,
           of both methods on the same edges
+
+Beside the time on the clock stands that of the processor, as other work may share the machine (`load`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -41,7 +44,7 @@ def main() -> None:
     length = max(len(pair.clean_tokens) for pair in task)
     found: dict[str, Any] = {
         "provenance": model.provenance, "machine": platform.machine(), "threads": torch.get_num_threads(),
-        "task": options.task, "pairs": options.pairs, "steps": options.steps, "tokens": length,
+        "load": os.getloadavg()[0], "task": options.task, "pairs": options.pairs, "steps": options.steps, "tokens": length,
     }  # fmt: skip
     scores: dict[str, Any] = {}
     for method in ("eap", "eap-ig"):
