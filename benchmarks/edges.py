@@ -44,7 +44,8 @@ def main() -> None:
     length = max(len(pair.clean_tokens) for pair in task)
     found: dict[str, Any] = {
         "provenance": model.provenance, "machine": platform.machine(), "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0], "task": options.task, "pairs": options.pairs, "steps": options.steps, "tokens": length,
+        "load": os.getloadavg()[0], "task": options.task, "pairs": options.pairs, "steps": options.steps,
+        "tokens": length,
     }  # fmt: skip
     scores: dict[str, Any] = {}
     for method in ("eap", "eap-ig"):
