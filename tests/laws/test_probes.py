@@ -15,7 +15,7 @@ from microtome.probes._concept import normal, random_normals, rank_p
 from microtome.probes._encoding import agreement, delayed, noise_ceiling, ridge, turned
 from microtome.probes._folds import folds_of, groups_of, shuffled
 from microtome.probes._ideal import ideal_points, nearer
-from microtome.probes._mdl import STRENGTHS, code_length, portions
+from microtome.probes._mdl import SHARED, STRENGTHS, code_length, portions
 from microtome.probes._mix import mixed, similarities
 from microtome.probes._problem import with_ends
 from microtome.probes._readers import KNOTS, REACH, linear, mass_mean, sparse, spline, strongest
@@ -114,7 +114,8 @@ def coded(x: Tensor, y: np.ndarray, seed: int = 0) -> float:
 def test_labels_at_random_take_the_uniform_code() -> None:
     for seed in range(3):
         bits = coded(drawn(300, 40, seed), halves(300, seed))
-        assert 0.97 * 300 <= bits <= 300 + math.log2(1 + len(STRENGTHS)) + 1e-9
+        most = math.log2(1 + len(STRENGTHS)) - 10 * math.log2(1 - SHARED + SHARED / (1 + len(STRENGTHS)))
+        assert 0.97 * 300 <= bits <= 300 + most + 1e-9
 
 
 def test_labels_that_are_there_take_less_and_more_examples_a_smaller_share() -> None:
@@ -203,13 +204,13 @@ def test_ridge_finds_a_map_in_its_own_units() -> None:
 def test_a_concept_like_any_other_is_seldom_called_one() -> None:
     """p <= 0.1 at most as often as it says, where the concept is examples like the others."""
     slopes, found = drawn(1, 12, 99)[0], []
-    for seed in range(60):
+    for seed in range(40):
         x = drawn(48, 12, seed)
         y, groups = np.arange(48) % 2, np.arange(48)
         random = x[torch.from_numpy(y == 0)]
-        others = random_normals(random, groups[y == 0], 19, 10.0, seed) @ slopes
+        others = random_normals(random, groups[y == 0], 9, 10.0, seed) @ slopes
         found.append(rank_p(float(normal(x, y, 10.0) @ slopes), others))
-    assert np.mean(np.array(found) <= 0.1) <= 0.2
+    assert np.mean(np.array(found) <= 0.1) <= 0.22
     assert 0.3 < np.mean(found) < 0.75
 
 

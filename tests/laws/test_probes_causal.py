@@ -81,7 +81,7 @@ def test_a_direction_that_nothing_reads_does_nothing() -> None:
 def test_without_an_answer_the_prediction_is_read() -> None:
     scores = mt.probes.probe(model(), rows(), site="*.resid_post@-1", causal=True, folds=3, untrained=False)
     assert scores.attrs["metric"] == "KL divergence from the unedited prediction"
-    assert scores["adding"].attrs["unit"] == "nats"
+    assert {scores[f"adding{end}"].attrs["unit"] for end in ("", "_lo", "_diff", "_diff_lo")} == {"nats"}
     assert (scores["adding"] >= -1e-6).all()
     assert float(scores["adding"].max()) > 1e-4
 
@@ -207,3 +207,10 @@ def test_what_the_branches_write_sums_to_the_logit(family: str, site: str) -> No
         # The last thing that is written before it: its gradient is what it writes.
         last = mt.probes.parts(before, own, text, 0)
         assert float(last["attn_gradient"][0]) == pytest.approx(float(last["attn"][0]), abs=1e-5)
+
+
+def test_states_that_are_not_finite_are_refused_by_layer_and_row() -> None:
+    hf = families.build("llama-gqa")
+    hf.get_submodule("model.layers.1.mlp.down_proj").weight.data[0, 0] = float("nan")
+    with pytest.raises(mt.errors.DataError, match="what 1.resid_post holds of row 0 is not finite"):
+        mt.probes.probe(mt.open(hf, prove=False), rows(), untrained=False)

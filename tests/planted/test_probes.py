@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.scripts import script
 
 import microtome as mt
 from microtome.planted import Planted, steering
@@ -127,3 +128,9 @@ def test_a_small_network_reads_it_too_and_its_probe_is_kept_whole(tmp_path: Any)
         assert again.predict(planted().model, texts, 0) == [NAMES[i % 2] for i in range(8)]
         with pytest.raises(mt.errors.ArgumentError, match=f"a probe of the kind {kind} has no one direction"):
             found.direction(0)
+
+
+@pytest.mark.slow
+def test_the_case_of_the_table_finds_all_and_nothing_else() -> None:
+    found = script("tools/planted_cases/probes.py").tone_of_a_text()
+    assert (found["found"], found["false"]) == ("8 of 8", "0 of 8")

@@ -79,9 +79,11 @@ def causal_use(
     effects = effects if answer is None else effects * signs.reshape(-1, 1, 1, 1)
     values: dict[str, Any] = {}
     for k, way in enumerate(WAYS):
-        for c, end in enumerate(("", "_random")):
-            dims, each = problem.grid({site: effects[:, s, c, k] for s, site in enumerate(directions)})
-            values |= with_ends(way + end, each, dims)
+        both = [problem.grid({site: effects[:, s, c, k] for s, site in enumerate(directions)}) for c in range(2)]
+        (dims, own), (_, random) = both
+        values |= with_ends(way, own, dims) | with_ends(f"{way}_random", random, dims)
+        ends = with_ends("x", own - random, dims)
+        values |= {f"{way}_diff_{end}": ends[f"x_{end}"] for end in ("lo", "hi")}
     return values, told
 
 

@@ -187,7 +187,7 @@ def probe(
     if causal:
         effects, attrs["metric"] = _causal(it, kind, found, number, answer, foil)
         unit = "nats" if foil is None else "logits"
-        units = {name: unit for name in effects if not name.endswith(("_lo", "_hi"))}
+        units = dict.fromkeys(effects, unit)
         values |= effects
     if save is not None or keep is not None:
         _keep(_probe(it, kind, found, pool, number, _scores(it, values, attrs)), save, keep)

@@ -168,7 +168,8 @@ class Problem:
         attrs: dict[str, Any] = {"sites": names, "data": self.examples.name, "rows": len(self.rows)}
         attrs |= {"groups": len(self.folds.sizes), "folds": len(self.folds)}
         kind = "named" if self.folds.named else "rows that are the same up to where they are probed"
-        attrs |= {"grouped_by": kind}
+        wider = f"those of scores held out are {self.folds.spread:.2f} times as wide as of independent ones"
+        attrs |= {"grouped_by": kind, "held_out": wider}
         return attrs | ({"classes": ", ".join(self.classes)} if self.classes else {})
 
 

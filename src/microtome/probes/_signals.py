@@ -24,7 +24,7 @@ from microtome.model import Model
 from microtome.probes._encoding import agreement, delayed, noise_ceiling, ridge, turned
 from microtome.probes._problem import Outcome, Problem
 from microtome.probes._readers import Reader, logistic
-from microtome.probes._states import Placed
+from microtome.probes._states import Placed, batches
 
 
 def encoding(problem: Problem, delays: Sequence[int]) -> Outcome:
@@ -118,10 +118,12 @@ def _ranked_counts(problem: Problem) -> Tensor:
 
 def likelihoods(model: Model, at: Placed) -> Tensor:
     """[row] the sum of the log-probabilities of each row's tokens after its first, in nats."""
-    found: list[float] = []
-    for i, ids in enumerate(at.rows):
-        logits = model.run([list(ids)]).logits[0, :-1].double()
-        target = torch.tensor(ids[1:], device=logits.device).unsqueeze(1)
-        found.append(float(logits.log_softmax(-1).gather(1, target).sum()))
-        current().report("reading likelihoods", i + 1, len(at.rows))
-    return torch.tensor(found, dtype=torch.float64)
+    found, done = torch.zeros(len(at.rows), dtype=torch.float64), 0
+    for rows in batches(model, at.rows):
+        run = model.run([list(at.rows[i]) for i in rows])
+        for row, i in enumerate(rows):
+            ids = torch.tensor(at.rows[i][1:], device=run.logits.device).unsqueeze(1)
+            log_p = run.logits[row, : len(ids)].float().log_softmax(-1)
+            found[i] = log_p.gather(1, ids).double().sum().cpu()
+        current().report("reading likelihoods", done := done + len(rows), len(at.rows))
+    return found

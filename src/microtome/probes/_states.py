@@ -127,7 +127,7 @@ def states_of(model: Model, at: Placed, address: Address, stage: str = "reading 
     ends = {site: f"{name}@-1" if last else str(name) for site, name in names.items()}
     kept: dict[Site, Tensor] = {}
     done = 0
-    for rows in _batches(model, at.rows):
+    for rows in batches(model, at.rows):
         run = model.run([list(at.rows[i]) for i in rows], capture=list(ends.values()), logits=False)
         for site, name in ends.items():
             x = run[name].detach().float().cpu()
@@ -143,7 +143,7 @@ def states_of(model: Model, at: Placed, address: Address, stage: str = "reading 
     return kept
 
 
-def _batches(model: Model, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def batches(model: Model, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Numbers of rows that run at once, of much the same length; of one length where pads would change them."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     pads = "right" in model.anatomy.padding and model.anatomy.rotary_switch is None
