@@ -156,6 +156,11 @@ def test_options_that_do_nothing_or_do_not_fit_are_refused(name: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_rows_that_differ_where_they_are_probed_may_be_of_different_groups() -> None:
+    rows = [row | {"group": f"{row['group']} {row['label']}"} for row in ROWS]  # those of a word differ in their end
+    assert mt.probes.probe(model(), rows, folds=2, untrained=False, kind="mass-mean").attrs["groups"] == len(ROWS)
+
+
 def test_a_span_is_probed_at_its_last_token_or_over_all_of_them() -> None:
     rows = [{"text": f"the {w} and {w} of it", "label": "ab"[i % 2], "span": f"and {w}"}
             for i, w in enumerate(("apple", "music", "water", "paper"))]  # fmt: skip
