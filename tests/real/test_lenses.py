@@ -30,11 +30,11 @@ def test_the_context_is_a_change_of_weights(model: mt.Model) -> None:
     assert data.attrs["answer"] == " France"
 
 
-def test_a_function_vector_names_capitals_without_a_demonstration(model: mt.Model) -> None:
+def test_the_state_that_demonstrations_leave_names_capitals_without_one(model: mt.Model) -> None:
     place = DATA / "icl" / "abstractive__country-capital.json"
     if not place.exists():
         pytest.skip(f"no {place}")
     pairs = [(item["input"], item["output"]) for item in json.loads(place.read_text(encoding="utf-8"))]
     data = mt.explain.function_vector(model, pairs, tests=32, samples=8, controls=2)
-    assert float(data["with_vector"]) > float(data["zero_shot"]) + 0.1
-    assert float(data["with_vector_diff_lo"]) > 0
+    assert float(data["with_state"]) > float(data["zero_shot"]) + 0.1
+    assert float(data["with_state_diff_lo"]) > 0

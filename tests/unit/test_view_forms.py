@@ -307,6 +307,7 @@ def test_tokens_are_coloured_by_their_shade_and_hold_a_line_a_rank() -> None:
 
 def test_tokens_of_heads_stand_under_their_numbers() -> None:
     data = effects.words().isel(pos=slice(0, 3)).rename(pos="head").drop_vars("token").assign_coords(head=[0, 1, 2])
+    data = data.assign_coords(prompt=("pos", ["a", "b"]))  # an axis that the tokens do not have
     (form,) = forms(data).of(TokenMap)
     assert (form.across, form.places) == ("head", ("0", "1", "2"))
     assert "head 0" in shown(data)

@@ -187,7 +187,7 @@ def token_map(data: xr.Dataset, name: str) -> TokenMap:
     words = np.asarray(data[name].transpose(*order).values, dtype=object)
     shade = str(data[name].attrs.get("shade", ""))
     there = shade in data and set(data[shade].dims) == set(order) and is_numeric(data, shade)
-    values = cells(numbers(data.transpose(*order, missing_dims="ignore"), shade)) if there else None
+    values = cells(numbers(data.transpose(*order, ..., missing_dims="ignore"), shade)) if there else None
     shades = None if values is None else _shares(values, data[shade].attrs.get("range"))
     heading = title(data, shade) if there else ""
     return TokenMap(
