@@ -42,6 +42,9 @@ def test_the_spectrum_shares_sum_to_one_and_a_wave_is_one_frequency() -> None:
         for k in range(1, n // 2 + 1):
             wave = torch.cos(2 * math.pi * k * torch.arange(n) / n + 0.3)
             assert float(spectrum(wave)[k - 1]) == pytest.approx(1.0)
+        if n % 2 == 0:  # a cosine has half the variance of what changes its sign at every number
+            both = torch.cos(2 * math.pi * torch.arange(n) / n) + (-1.0) ** torch.arange(n)
+            np.testing.assert_allclose(spectrum(both)[[0, -1]], [1 / 3, 2 / 3], rtol=1e-6)
         basis = waves(n, range(1, n // 2 + 1))
         assert torch.linalg.matrix_rank(basis) == n - 1, "all but the mean"
 
