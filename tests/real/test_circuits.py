@@ -56,7 +56,7 @@ def test_all_edges_are_the_clean_run_and_none_the_other(model: mt.Model) -> None
 def test_acdc_on_a_part_of_the_graph_is_the_literal_algorithm(model: mt.Model) -> None:
     engine, graph = engine_of(model), mt.explain.graph(model)
     n, tau = engine.numbering, 2e-4
-    receivers = [n.receivers - 1, n.mlp_in(29), n.inputs(29).start + 20]
+    receivers = [n.receivers - 1, n.inputs(1).start + 20, n.mlp_in(0)]
     found = circuits.acdc([engine], tau, receivers=receivers)
     plain = PlainCircuit(ungrouped(model.hf), (graph.senders, graph.receivers))
     plain(model.to_tokens(CORRUPT), set(), {})

@@ -5,6 +5,7 @@ from microtome.circuits._circuit import Circuit as Circuit
 from microtome.circuits._circuit import load as load
 from microtome.circuits._circuit import node_of as node_of
 from microtome.circuits._circuit import of_mask as of_mask
+from microtome.circuits._codes import code_scores as code_scores
 from microtome.circuits._find import find as find
 from microtome.circuits._find import mean_scores as mean_scores
 from microtome.circuits._judge import completeness as completeness
