@@ -89,6 +89,10 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
         found["corrupt"] = list(OTHER)
     if name in ("function_vector", "false_demonstrations"):
         found["heads"] = 3
+    if name == "on_off":
+        found["text"] = rows(1)
+    if name == "excite":
+        found |= {"unit": "1.mlp.post[2]", "steps": 2, "starts": 2}
     if name == "helix":  # which needs more numbers than other questions need prompts
         found |= {"prompts": [[7, 20 + i, 33] for i in range(24)], "numbers": list(range(24)), "position": 1}
         found |= {"periods": [2.0, 5.0], "layers": [0, 2]}
@@ -299,21 +303,24 @@ def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> Non
 
 NO_HEAD = {
     "compare_neurons", "component_effects", "confidence_neurons", "context", "contributions", "false_demonstrations",
-    "flow", "fourier", "head_functions", "head_sources", "lens", "lens_groups", "logit_lens", "mlp_roles", "ov_copying",
+    "flow", "fourier", "head_functions", "head_sources", "legrad", "lens", "lens_groups", "linear_map", "logit_lens",
+    "mlp_roles", "ov_copying",
     "prior_and_context", "promoted_tokens", "read_tokens", "row_lens", "token_lens",
 }  # fmt: skip
-NO_EDGES = {"edge_effects", "node_effects"}
+NO_EDGES = {"edge_effects", "node_effects", "sharing"}
 NO_LOSS = {
     "ablation_loss", "group_gradient", "head_ablation", "head_importance", "head_rank", "in_context", "loss",
     "massive_effect", "memorised",
 }  # fmt: skip
 NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.of == "neuron"}
-NO_DENSE = {"compare_neurons", "context_update", "row_lens"}
-NO_NEURONS |= NO_DENSE | {"io_classes", "sparsity"}
-NO_NEXT = {"context_update", "cross_task", "function_vector", "helix"}
+NO_DENSE = {"compare_neurons", "context_update", "excite", "linear_map", "row_lens"}
+NO_NEURONS |= NO_DENSE | {"io_classes", "on_off", "sparsity"}
+NO_NEXT = {"context_update", "cross_task", "excite", "function_vector", "helix"}
 NO_VALUES = {"head_functions", "ov_copying"}
 REFUSED = {
-    "opt-proj": NO_HEAD,
+    "opt-proj": NO_HEAD | {"excite"},
+    "bloom": {"excite"},
+    "qwen3_moe": {"linear_map"},
     "opt-postnorm": NO_HEAD | NO_EDGES | {"context_update"},
     **dict.fromkeys(families.MASKED, NO_HEAD | NO_EDGES | NO_LOSS | NO_NEXT),
     **dict.fromkeys(("mixtral", "gpt_oss"), NO_NEURONS),

@@ -11,7 +11,7 @@ from tests import families
 from tests.linear import linear
 
 import microtome as mt
-from microtome.explain._linear_map import HELD, jacobian
+from microtome.explain._linear_map import HELD, Output, jacobian
 
 PROMPT = [7, 20, 33, 41, 52, 28]
 
@@ -49,11 +49,12 @@ def test_what_is_left_is_what_biases_add(name: str) -> None:
         assert float(data["share"].sum()) + float(data["constant"]) == pytest.approx(1.0, abs=1e-6)
         assert float(data["error"]) > 1e-3
         return
-    base = model.run([PROMPT], capture=["final", "final.scale", "embed", *(f"*.{site}" for site in held)])
+    last = f"{model.anatomy.n_layers - 1}.resid_post"
+    base = model.run([PROMPT], capture=[last, "final.scale", "embed", *(f"*.{site}" for site in held)])
     edits: list[mt.edit.Edit] = [mt.edit.Patch(f"*.{site}", source=base) for site in held]
     edits += [mt.edit.Patch("final.scale", source=base), mt.edit.Zero("embed")]
-    constant = model.run([PROMPT], capture="final", edits=edits)["final"][0, -1].double()
-    y = base["final"][0, -1].double()
+    constant = model.run([PROMPT], capture=last, edits=edits)[last][0, -1].double()
+    y = base[last][0, -1].double()  # both are divided by the same number
     data = mt.explain.linear_map(model, PROMPT)
     assert float(data["constant"]) == pytest.approx(float(constant @ y / (y @ y)), abs=1e-5)
     assert abs(float(data["constant"])) > 1e-4
@@ -61,13 +62,15 @@ def test_what_is_left_is_what_biases_add(name: str) -> None:
 
 def test_the_map_of_a_linear_network_is_its_matrix() -> None:
     net = linear()
-    run = net.run([PROMPT], capture=["0.resid_pre", "final"], edits=[HELD], grad=True)
-    maps = jacobian(run, "0.resid_pre")
+    last = f"{net.anatomy.n_layers - 1}.resid_post"
+    run = net.run([PROMPT], capture=["0.resid_pre", last], edits=[HELD], grad=True)
+    out = Output(net, run[last].detach()[0, -1])
+    maps = jacobian(run, "0.resid_pre", out)
     rng = torch.Generator().manual_seed(2)
     step = torch.randn(1, len(PROMPT), maps.shape[-1], generator=rng, dtype=torch.float64)
     base = run["0.resid_pre"].detach()
-    moved = net.run([PROMPT], capture="final", edits=[mt.edit.Set("embed", value=base + step)])
-    expected = (moved["final"] - run["final"].detach())[0, -1]
+    moved = net.run([PROMPT], capture=last, edits=[mt.edit.Set("embed", value=base + step)])
+    expected = Output(net, moved[last].detach()[0, -1]).y - out.y
     found = torch.einsum("tij,tj->i", maps, step[0])
     # Held norms divide in float32, as those of transformers do.
     torch.testing.assert_close(found, expected.double(), rtol=0, atol=2e-5 * float(expected.abs().max()))
@@ -92,10 +95,11 @@ def test_a_direction_says_what_it_reads_and_writes() -> None:
     from microtome.explain._linear_map import _directions
 
     model = without_biases("llama-gqa")
-    u = torch.nn.functional.normalize(model.W_U[:, 17].detach().double(), dim=0)
     v = torch.nn.functional.normalize(model.W_E[29].detach().double(), dim=0)
-    maps = 5.0 * torch.einsum("i,j->ij", u, v).unsqueeze(0)
-    values, names = _directions(model, maps, u, ["word"], 1)
+    out = Output(model, model.run([PROMPT], capture="2.resid_post")["2.resid_post"].detach()[0, -1])
+    u = torch.nn.functional.normalize(out.unembed[:, 17], dim=0)
+    out.y, maps = u, 5.0 * torch.einsum("i,j->ij", u, v).unsqueeze(0)
+    values, names = _directions(model, out, maps, ["word"], 1)
     assert values["writes"][0].split()[0] == repr(model.to_words([17])[0])
     assert values["reads"][0].split()[0] == repr(model.to_words([29])[0])
     assert values["singular"][0] == pytest.approx(5.0)

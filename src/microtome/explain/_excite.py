@@ -188,6 +188,11 @@ class _Embedding:
         rows = ids.unsqueeze(1).expand(-1, length)
         given = model.run(rows, capture="embed", logits=False)["embed"].double()
         table = model.W_E.detach()
+        if table.shape[1] != given.shape[-1]:
+            raise error(
+                SiteError, f"embeddings of {model.anatomy.name} do not enter its first layer as they are",
+                got=f"{table.shape[1]} wide, in a stream of {given.shape[-1]}", do="use another model",
+            )  # fmt: skip
         own = table[ids].double()
         between, wanted = own[1:] - own[:1], given[1:, 0] - given[:1, 0]
         scale = float((between * wanted).sum() / between.pow(2).sum())

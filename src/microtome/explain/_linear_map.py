@@ -1,9 +1,10 @@
 """A prediction as a sum of linear maps of its tokens: what is left of the model when its non-linear parts are held.
 
 Formula:  with the divisors of norms, the attention patterns and act(gate) held at their values in this run,
-          y = sum_t J_t x_t + c, where y is what the unembedding reads at one position, x_t is the stream of token t
-          that enters the first layer (or another), J_t [d_model, d_model] = dy/dx_t, and c is what biases add: 0
-          without any. J_t = sum_k s_k u_k v_k^T (SVD): u_k is read through the unembedding, v_k through the embedding.
+          y = sum_t J_t x_t + c, where y is the last stream at one position, centred and divided as the final norm does
+          and without its gain, x_t is the stream of token t that enters the first layer (or another), J_t [d_model,
+          d_model] = dy/dx_t, and c is what biases add: 0 without any. J_t = sum_k s_k u_k v_k^T (SVD): u_k is read
+          through the unembedding, v_k through the embedding.
           share_t = (J_t x_t) . y / |y|^2, and that of c; they sum to 1 (the sharing ratio: a part's share is its
           projection on the sum).
           effective rank = exp of the entropy of s / sum(s).
@@ -45,12 +46,12 @@ HELD = Freeze(norms=True, patterns=True, activations=True)
     question="Which token contributed what to a prediction, as a sum of linear maps of the tokens' embeddings?",
     columns=(
         Column("share", "share", "part of what the unembedding reads that came from this token: its projection on the "
-               "sum, as a share", "share_plain", dims=("pos",)),
-        Column("share_plain", "share", "the same with the plain gradient instead of held parts, which does not add up",
+               "sum, as a share", "none: with that of biases they sum to 1", dims=("pos",)),
+        Column("logit", "logits", "contribution of this token to the logit of the answer", "gradient", dims=("pos",)),
+        Column("gradient", "logits", "the plain gradient of that logit times the token's stream, which does not add up",
                dims=("pos",)),
-        Column("logit", "logits", "contribution of this token to the logit of the answer", "deletion", dims=("pos",)),
         Column("deletion", "logits", "how much the logit of the answer falls when what this token brings is zeroed, "
-               "exactly", dims=("pos",)),
+               "exactly", "none: the truth that contributions stand beside", dims=("pos",)),
         Column("effective_rank", "directions", "effective rank of the token's map", "effective_rank_random",
                (1, None), dims=("pos",)),
         Column("effective_rank_random", "directions", "that of a random matrix of the same size", range=(1, None),
@@ -108,35 +109,61 @@ def linear_map(
     tokens, (token,), attrs = asked(model, prompt, answer, position=position)
     site = f"{layer}.resid_pre"
     words = model.to_words(tokens)
-    run = model.run(tokens.unsqueeze(0), capture=[site, "final"], edits=[HELD], grad=True)
-    x, y = run[site].detach()[0].double(), run["final"].detach()[0, -1].double()
-    maps = jacobian(run, site)
+    last = f"{n - 1}.resid_post"
+    run = model.run(tokens.unsqueeze(0), capture=[site, last], edits=[HELD], grad=True)
+    out = Output(model, run[last].detach()[0, -1])
+    x, y = run[site].detach()[0].double(), out.y
+    maps = jacobian(run, site, out)
     parts = torch.einsum("tij,tj->ti", maps, x)
-    plain = model.run(tokens.unsqueeze(0), capture=[site, "final"], grad=True)
-    unembed = model.W_U[:, token].detach().double() * model.anatomy.logit_scale
-    slopes = torch.stack([unembed, y])
-    plainly = _drawn_back(plain, site, slopes.to(y.device)).double()
+    plain = model.run(tokens.unsqueeze(0), capture=[site, last], grad=True)
+    unembed = out.unembed[:, token] * model.anatomy.logit_scale
+    gradient = (_drawn_back(plain, site, out.rows(unembed.unsqueeze(0), held=False))[0].double() * x).sum(-1)
     deletion = _deletion(model, tokens, site, token)
     size = float(y.pow(2).sum())
     values: dict[str, Any] = {
-        "share": parts @ y / size, "share_plain": (plainly[1] * x).sum(-1) / size, "logit": parts @ unembed,
+        "share": parts @ y / size, "logit": parts @ unembed, "gradient": gradient,
         "deletion": deletion, "constant": float((y - parts.sum(0)) @ y) / size,
-        "error": float((y - parts.sum(0)).norm() / y.norm()), "error_plain": _error_plain(plain, site, x, y),
+        "error": float((y - parts.sum(0)).norm() / y.norm()), "error_plain": _error_plain(plain, site, x, out),
     }  # fmt: skip
-    gradient = (plainly[0] * x).sum(-1)
     for name, own in (("", values["logit"]), ("_plain", gradient)):
         values[f"rank_correlation{name}"] = beside(own, deletion)
-    named, components = _directions(model, maps, y, words, top)
+    named, components = _directions(model, out, maps, words, top)
     return Found(
         values | named, coords={"token": ("pos", words), "component": components},
         attrs=attrs | {"layer": layer, "position": len(tokens) - 1, "metric": "logit of the answer"},
     )  # fmt: skip
 
 
-def jacobian(run: Run, site: str) -> Float[Tensor, "pos out d_model"]:
-    """[pos, out, d_model] The derivative of what the unembedding reads at the last position by a stream."""
-    width = run["final"].shape[-1]
-    rows = torch.eye(width, dtype=run["final"].dtype, device=run["final"].device)
+class Output:
+    """What is explained, y: the last stream at one position, as the final norm divides it and without its gain.
+
+    Attributes:
+        y: [d_model] in float64.
+        unembed: [d_model, vocab] what reads it: the gain times the unembedding.
+    """
+
+    def __init__(self, model: Model, stream: Float[Tensor, " d_model"]) -> None:
+        self.norm = model.require_readable()
+        self.scale = self.norm.scale(stream).double()
+        self.y = self.norm.centre(stream.double()) / self.scale
+        gain = self.norm.gain
+        weights = model.W_U.detach().double()
+        self.unembed = weights * (gain.detach().double().unsqueeze(1) if isinstance(gain, Tensor) else gain)
+
+    def rows(self, directions: Float[Tensor, "n d_model"], *, held: bool) -> Float[Tensor, "n d_model"]:
+        """Directions of y as gradients at the last stream, with its divisor held or not."""
+        found = self.norm.centre(directions) / self.scale
+        if held or self.norm.norm.identity:
+            return found
+        # The divisor is the root of the mean square, so that a step along y changes nothing but rounding.
+        along = (directions @ self.y).unsqueeze(1) * self.y / len(self.y)
+        return found - self.norm.centre(along) / self.scale
+
+
+def jacobian(run: Run, site: str, out: Output) -> Float[Tensor, "pos out d_model"]:
+    """[pos, out, d_model] The derivative of the output at the last position by a stream."""
+    width = len(out.y)
+    rows = out.rows(torch.eye(width, dtype=torch.float64, device=out.y.device), held=True)
     found: list[Tensor] = []
     for first in range(0, width, TOGETHER):
         found.append(_drawn_back(run, site, rows[first : first + TOGETHER]).double())
@@ -144,20 +171,22 @@ def jacobian(run: Run, site: str) -> Float[Tensor, "pos out d_model"]:
     return torch.cat(found).transpose(0, 1)
 
 
-def _drawn_back(run: Run, site: str, rows: Float[Tensor, "n out"]) -> Float[Tensor, "n pos d_model"]:
-    """Directions of what the unembedding reads at the last position, drawn back to a stream."""
-    final = run["final"]
-    given = torch.zeros(len(rows), *final.shape, dtype=final.dtype, device=final.device)
-    given[:, 0, -1] = rows.to(final.dtype)
-    return run.vjp(given, "final", site)[:, 0]
+def _drawn_back(run: Run, site: str, rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n pos d_model"]:
+    """Gradients at the last position of the last stream, drawn back to an earlier one."""
+    last = f"{run.anatomy.n_layers - 1}.resid_post"
+    stream = run[last]
+    given = torch.zeros(len(rows), *stream.shape, dtype=stream.dtype, device=stream.device)
+    given[:, 0, -1] = rows.to(stream.dtype)
+    return run.vjp(given, last, site)[:, 0]
 
 
-def _error_plain(run: Run, site: str, x: Tensor, y: Tensor) -> float:
+def _error_plain(run: Run, site: str, x: Tensor, out: Output) -> float:
     """How far the ordinary Jacobian times the stream is from the output, over coordinates drawn at random."""
-    drawn = torch.randperm(len(y), generator=torch.Generator().manual_seed(current().seed))[:PROBED]
-    rows = torch.eye(len(y), dtype=y.dtype, device=y.device)[drawn]
-    given = (_drawn_back(run, site, rows).double() * x).sum((1, 2))
-    return float((y[drawn] - given).norm() / y[drawn].norm())
+    drawn = torch.randperm(len(out.y), generator=torch.Generator().manual_seed(current().seed))[:PROBED]
+    eye = torch.eye(len(out.y), dtype=torch.float64, device=out.y.device)[drawn.to(out.y.device)]
+    given = (_drawn_back(run, site, out.rows(eye, held=False)).double() * x).sum((1, 2))
+    own = out.y[drawn.to(out.y.device)]
+    return float((own - given).norm() / own.norm())
 
 
 def _deletion(model: Model, tokens: Tensor, site: str, token: int) -> Float[Tensor, " pos"]:
@@ -169,10 +198,10 @@ def _deletion(model: Model, tokens: Tensor, site: str, token: int) -> Float[Tens
 
 
 def _directions(
-    model: Model, maps: Float[Tensor, "pos out d_model"], y: Tensor, words: list[str], top: int
+    model: Model, out: Output, maps: Float[Tensor, "pos out d_model"], words: list[str], top: int
 ) -> tuple[dict[str, Any], list[str]]:
     """The largest directions of every token's map in words, largest first, and the effective rank of each map."""
-    unembed, embed = model.W_U.detach(), model.W_E.detach()
+    y, embed = out.y, model.W_E.detach()
     left, sizes, right = torch.linalg.svd(maps)
     random = torch.randn(maps.shape[1:], generator=torch.Generator().manual_seed(current().seed), dtype=torch.float64)
     rows: list[tuple[float, str, str, str]] = []
@@ -180,7 +209,7 @@ def _directions(
         for k in range(min(top, sizes.shape[1])):
             u, v = left[t, :, k], right[t, k]
             sign = 1.0 if float(u @ y) >= 0 else -1.0  # of both: the one that adds to this prediction
-            writes = _words(model, (sign * u).to(unembed.dtype) @ unembed)
+            writes = _words(model, sign * u @ out.unembed)
             fits = v.shape[0] == embed.shape[1]
             reads = _words(model, embed @ (sign * v).to(embed.dtype)) if fits else ""
             rows.append((float(sizes[t, k]), writes, reads, f"{words[t]} ({t}), {k + 1}"))
