@@ -48,7 +48,9 @@ def test_every_attribute_is_known_and_lies_where_it_was_planted(rotated: bool) -
     judged = Exchange(made.model, made.truth["site"], test.swaps)
     right = scores(judged, cases.true_subspace(made, "0"))
     wrong = scores(judged, cases.true_subspace(made, "2"))
-    assert right["cause"] == right["isolate"] == 1.0
+    assert right["cause"] == right["isolate"] == right["disentangle"] == 1.0
+    assert wrong["disentangle"] == pytest.approx((wrong["cause"] + wrong["isolate"]) / 2)
+    assert wrong["disentangle_lo"] < wrong["disentangle"] < wrong["disentangle_hi"]
     assert wrong["cause"] == 0.0
     assert wrong["isolate"] < 0.7  # it takes the other attribute along
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from microtome.model import Model
 from microtome.model import open as open_model
-from microtome.stream import mean_interval
+from microtome.stream import difference_interval, mean_interval
 from microtome.subspaces._exchange import Exchange
 from microtome.subspaces._reader import divided, has_reader, reader, row_share
 from microtome.subspaces._subspace import Subspace
@@ -19,6 +19,7 @@ from microtome.subspaces._swaps import Swaps, Wants
 
 SCORES = ("cause", "isolate", "disentangle")
 ENDS = ("", "_lo", "_hi")
+NOTHING = (torch.nan,) * 3
 PLAIN = ("rank", "row_share", "cause_row", "cause_null")
 
 
@@ -39,23 +40,26 @@ def scores(test: Exchange, subspace: Subspace, stage: str = "judging") -> dict[s
     """
     hits = test.hits(projection(subspace.basis), stage=stage)
     cause, isolate = (by_entity(test, hits, wants) for wants in ("cause", "isolate"))
-    both = [name for name in cause if name in isolate]
-    each = {
-        "cause": _stacked(cause, list(cause)), "isolate": _stacked(isolate, list(isolate)),
-        "disentangle": (_stacked(cause, both) + _stacked(isolate, both)) / 2,
-    }  # fmt: skip
-    found: dict[str, float] = {}
-    for name, values in each.items():
-        ends = mean_interval(values) if len(values) else (torch.nan,) * 3
-        found |= {f"{name}{end}": float(x) for end, x in zip(ENDS, ends, strict=True)}
+    names = list(dict.fromkeys([*cause, *isolate]))
+    sums = [torch.tensor([own.get(name, 0.0) for name in names], dtype=torch.float64) for own in (cause, isolate)]
+    counts = [torch.tensor([float(name in own) for name in names], dtype=torch.float64) for own in (cause, isolate)]
+    ends = {name: _mean(list(own.values())) for name, own in (("cause", cause), ("isolate", isolate))}
+    ends["disentangle"] = NOTHING
+    if cause and isolate:  # entities may have the one or the other alone: the mean of two means, jackknifed together
+        both = difference_interval(sums[0] / 2, -sums[1] / 2, weights=counts[0], control_weights=counts[1])
+        ends["disentangle"] = tuple(float(x) for x in both)
+    found = {f"{name}{end}": x for name, own in ends.items() for end, x in zip(ENDS, own, strict=True)}
     found |= {"rank": float(subspace.rank)} | dict.fromkeys(PLAIN[1:], torch.nan)
     if has_reader(subspace.site) and subspace.rank:
         found |= _read(test, subspace, stage)
     return found
 
 
-def _stacked(of: dict[str, float], names: list[str]) -> Tensor:
-    return torch.tensor([of[name] for name in names], dtype=torch.float64)
+def _mean(values: list[float]) -> tuple[float, ...]:
+    """The mean and the ends of its interval; NaN where there is nothing."""
+    if not values:
+        return NOTHING
+    return tuple(float(x) for x in mean_interval(torch.tensor(values, dtype=torch.float64)))
 
 
 def _read(test: Exchange, subspace: Subspace, stage: str) -> dict[str, float]:
