@@ -37,11 +37,6 @@ NO_TWIN = ("isolate", "isolate_lo", "isolate_hi", "disentangle", "disentangle_lo
 ROWS = "none: the rows random, whole, placebo and twin of the same table"
 
 
-def data_from_text(text: str) -> Path:
-    """What a command takes as data: the path of RAVEL's archive or folder, or of a file of pairs."""
-    return Path(text)
-
-
 @dataclass(frozen=True)
 class Told:
     """The swaps of one attribute, to find a subspace with and to judge it by.
@@ -100,7 +95,7 @@ def das(
         Argument(
             "data.tgz or folder of RAVEL, a task, or a .csv or .jsonl file of pairs",
             positional=True,
-            from_text=data_from_text,
+            from_text=str,
         ),
     ],
     *,
