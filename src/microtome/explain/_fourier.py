@@ -119,6 +119,7 @@ def fourier(
     return Found(values, each=each, coords=coords, attrs=attrs)
 
 
+@torch.no_grad()
 def directions_of(model: Model, ids: Sequence[int]) -> Float[Tensor, "number d_model"]:
     """By number, what is multiplied with the stream over the final scale to give its logit, its bias left out."""
     norm = model.require_readable()

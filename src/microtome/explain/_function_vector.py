@@ -158,6 +158,7 @@ def _effects(
     return swept.whole().effects.double().reshape(len(prompts), layers, heads)
 
 
+@torch.no_grad()
 def _vector(model: Model, z: Float[Tensor, "layer head d_head"], chosen: Sequence[int]) -> Float[Tensor, " d_model"]:
     """What some heads, numbered through all layers, write of these means together."""
     heads = z.shape[1]

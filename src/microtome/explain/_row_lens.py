@@ -103,6 +103,7 @@ def row_lens(
     return Found(columns, coords={"component": names}, attrs={"rows": rows})
 
 
+@torch.no_grad()
 def _peaks(model: Model, layer: int, rows: str, order: Tensor) -> tuple[Tensor, Tensor, Float[Tensor, " neuron"]]:
     """By neuron of a layer: the peak, its token, and the peak of the row with its entries in another order."""
     weights = model.layers[layer]
