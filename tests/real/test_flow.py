@@ -24,7 +24,10 @@ def test_a_fact_flows_from_its_subject(model: mt.Model) -> None:
 
 
 def test_the_sentence_that_says_it_is_found(model: mt.Model) -> None:
-    text = "Mary lives in Paris. John lives in Rome. Anna lives in Madrid. Peter lives in Berlin. Peter lives in"
+    text = (
+        "Mary lives in Paris. John lives in Rome. Anna lives in Madrid. Peter lives in Berlin. Where does John live? "
+        "John lives in"
+    )  # it answers with the city that came last, and the sentence that says that is found
     data = mt.explain.context(model, text, tokens=1)
     assert data.attrs["answer"] == " Berlin"
     assert data.attrs["sentence"] == "3 Peter lives in Berlin."
