@@ -132,7 +132,11 @@ def _one_unit(model: Model, unit: str) -> Address:
         SiteError: it is something else, or the model has no such unit.
     """
     address = parse(unit)
-    sites = model.anatomy.sites(address)
+    try:
+        sites = model.anatomy.sites(address)
+    except SiteError as problem:
+        what, do = f"{model.anatomy.name} has no unit {unit} to excite", "name a unit that it has"
+        raise error(SiteError, what, got=problem.told.rstrip("."), do=do) from None
     three = len(address.spec.dims) == 3 and address.spec.dims[1] == "pos"
     plain = isinstance(address.positions, str) or not address.positions.is_all
     if len(sites) != 1 or not address.units.is_one or not three or plain:
