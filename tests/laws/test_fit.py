@@ -81,7 +81,8 @@ def test_resumed_equals_uninterrupted(rule: Any, cut: int, how: Any, tmp_path: P
     assert again.metrics.identical(whole.metrics)
     assert again.step == STEPS
     torch.manual_seed(7)  # another state of the generators outside changes nothing
-    once_more = mt.fit(problem()[0], loss, batch, STEPS, checkpoint=place, every=4, **rule)
+    tensors, batch, loss = problem()
+    once_more = mt.fit(tensors, loss, batch, STEPS, checkpoint=place, every=4, **rule)
     assert torch.equal(once_more.values["w"], want["w"]), "a finished one is given back"
 
 
@@ -337,8 +338,6 @@ def test_what_cannot_be_trained() -> None:
         mt.fit([torch.zeros(3, requires_grad=True) * 2], loss, batch)
     with pytest.raises(ArgumentError, match="batches that can be asked for again; got none"):
         mt.fit(tensors, loss, [])
-    with pytest.raises(ArgumentError, match="batches that can be asked for again; got generator"):
-        mt.fit(tensors, loss, (x for x in [1]))  # pyright: ignore[reportArgumentType]
     with pytest.raises(FitError, match="the loss depends on none of the parameters; got w, b"):
         mt.fit(tensors, lambda x: torch.ones(1, requires_grad=True).sum(), [1])
     with pytest.raises(FitError, match="the loss depends on none of the parameters"):
@@ -366,3 +365,73 @@ def test_what_is_stopped_inside_an_update_is_not_kept(tmp_path: Path) -> None:
     resumed = mt.fit(tensors, loss, batch, 9, checkpoint=place)
     tensors, batch, loss = problem()
     assert mt.fit(tensors, loss, batch, 9).metrics.identical(resumed.metrics)
+
+
+def test_an_update_that_leaves_no_number_ends_it(tmp_path: Path) -> None:
+    """A finite loss may have a gradient that is none; the checkpoint keeps the last good state."""
+    x, place = torch.tensor([4.0]), tmp_path / "s"
+
+    def loss(step: int) -> Tensor:
+        return x.sum() if step < 3 else (x - x.detach()).abs().sqrt().sum()
+
+    with pytest.raises(FitError, match='"x" is not finite after step 3') as caught:
+        mt.fit({"x": x}, loss, lambda step: step, 9, optimizer="sgd", momentum=0.0, lr=1.0, checkpoint=place, every=1)
+    assert torch.equal(x, torch.tensor([4.0]))
+    assert torch.equal(caught.value.fitted.values["x"], torch.tensor([1.0]))
+    assert Fitted.load(place).step == 3
+    assert torch.equal(Fitted.load(place).values["x"], torch.tensor([1.0]))
+
+
+def test_buffers_are_resumed_and_put_back(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+    def trained(module: nn.Module, cut: int | None = None, **more: Any) -> Fitted:
+        def batch(step: int) -> Tensor:
+            if step == cut:
+                raise Stopped
+            return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+
+        return mt.fit(module, lambda x: (module(x) - x[:, :3] - 2).square().mean(), batch, 6, **more)
+
+    whole, cut, place = made(), made(), tmp_path / "s"
+    trained(whole)
+    before = {key: x.clone() for key, x in cut.state_dict().items()}
+    with pytest.raises(Stopped):
+        trained(cut, 3, checkpoint=place)
+    assert all(torch.equal(x, before[key]) for key, x in cut.state_dict().items())
+    trained(cut, checkpoint=place)
+    assert all(torch.equal(x, cut.state_dict()[key]) for key, x in whole.state_dict().items())
+    assert not torch.equal(whole.state_dict()["1.running_mean"], before["1.running_mean"])
+
+
+def test_whoever_looks_may_draw() -> None:
+    tensors, batch, loss = problem()
+    plain = mt.fit(tensors, loss, batch, 4).metrics
+    tensors, batch, loss = problem()
+    assert mt.fit(tensors, loss, batch, 4, observe=lambda step, found: bool(torch.rand(3).sum() < 0)).metrics.identical(
+        plain
+    )
+
+
+def test_another_loss_is_another_training(tmp_path: Path) -> None:
+    place = tmp_path / "s"
+
+    def trained(goal: float) -> float:
+        x = torch.zeros(1)
+        mt.fit({"x": x}, lambda _: (x - goal).square().sum(), [0], 50, lr=0.1, checkpoint=place)
+        return float(x)
+
+    assert trained(1.0) == trained(1.0) > 0.9
+    with pytest.raises(DataError, match="another training; got a first loss of 1; allowed: 25, that of this loss"):
+        trained(-5.0)
+
+
+def test_an_error_says_how_far_its_values_are() -> None:
+    w = torch.ones(1)
+    with pytest.raises(FitError) as caught:
+        mt.fit([w], lambda step: w.sum() * (1 if step < 3 else math.nan), lambda step: step, 9, optimizer="sgd", lr=0.1)
+    assert caught.value.fitted.step == 2
+    assert caught.value.fitted.metrics.sizes["step"] == 3

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,7 +81,7 @@ def fit(
             of the last step whose loss was finite.
         ArgumentError: an argument is outside what is allowed, or there is nothing to train.
         DataError: the checkpoint is damaged, or is that of another training.
-    Whatever is raised, Ctrl-C included, leaves the tensors as they were before; what was done is in the checkpoint.
+    Whatever is raised, Ctrl-C too, leaves tensors and buffers as they were before; the checkpoint has what was done.
 
     >>> def loss(prompt):
     ...     run = model.run(prompt, edits=[Add("12.resid_post@-1", vector)], grad=True)
@@ -92,6 +92,7 @@ def fit(
     _check_counts(steps, every, model, edits)
     loop = _Loop(_named(parameters), loss, _of_step(batches), steps, rule, after, observe, name, every)
     loop.place = None if checkpoint is None else Path(checkpoint)
+    loop.buffers = dict(parameters.named_buffers()) if isinstance(parameters, nn.Module) else {}
     return _trained(loop, seed_of(current().seed if seed is None else seed), model, edits)
 
 
@@ -112,16 +113,17 @@ def _trained(loop: _Loop, seed: int, model: Model | None, edits: Sequence[Edit])
     """Run a training; after any exception its tensors hold what they held before."""
     held = loop.held
     start = {key: x.detach().clone() for key, x in held.items()}
+    moved = {key: x.detach().clone() for key, x in loop.buffers.items()}
     loop.attrs, loop.good = _attributes(loop.rule, loop.steps, seed, model, edits, start), start
     try:
         with _trainable(held), _seeded(seed), _editing(model, edits), drawn():
             loop.run()
     except BaseException as problem:
         if isinstance(problem, FitError):
-            problem.fitted = loop.fitted(loop.good)
+            problem.fitted = replace(loop.fitted(loop.good), step=max(0, loop.step - 1))
         with torch.no_grad():
-            for key, x in held.items():
-                x.copy_(start[key])
+            for key, x in (*held.items(), *loop.buffers.items()):
+                x.copy_((start if x is held.get(key) else moved)[key])
         raise
     return loop.fitted({key: x.detach() for key, x in held.items()})
 
@@ -147,6 +149,7 @@ class _Loop:
     ended: bool = False
     whole: bool = True
     noise: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def run(self) -> None:
         """All steps, from the checkpoint on if there is one."""
@@ -194,13 +197,29 @@ class _Loop:
         if self.after is not None:
             with torch.no_grad():
                 self.after()
+        self._require_finite()
         for key in first.keys() | self.rows.keys():
             column = self.rows.setdefault(key, [math.nan] * self.step)
             column.append(first.get(key, math.nan))
         self.step += 1
         self.noise, self.whole = _noise(), True
-        if self.observe is not None and self.observe(self.step - 1, first):
-            self.ended = True
+        if self.observe is not None:
+            with torch.random.fork_rng(_devices()):  # whatever it draws, the next step draws as without it
+                self.ended = bool(self.observe(self.step - 1, first))
+
+    def _require_finite(self) -> None:
+        """Refuse an update that left no numbers: a finite loss may have a gradient that is none.
+
+        Raises:
+            FitError: it did.
+        """
+        for name, x in self.held.items():
+            if not bool(x.detach().isfinite().all()):
+                raise error(
+                    FitError, f'"{name}" is not finite after step {self.step}',
+                    do="lower the learning rate or clip gradients, and keep the loss away from where it has no slope; "
+                    "the values before are in `fitted` of this error",
+                )  # fmt: skip
 
     def _require(self, value: Any) -> None:
         """Refuse a loss that cannot be followed.
@@ -224,6 +243,27 @@ class _Loop:
         do = "let the loss use the tensors that were given, and runs with grad=True"
         return error(FitError, "the loss depends on none of the parameters", got=names, do=do)
 
+    def _require_same_loss(self, losses: Sequence[float]) -> None:
+        """Refuse a checkpoint whose first loss is not that of this loss and this batch, from the same start.
+
+        Raises:
+            DataError: it is another.
+        """
+        if not losses:
+            return
+        before = {key: x.detach().clone() for key, x in self.buffers.items()}
+        with torch.enable_grad():
+            found = self.loss(self.batch(0))
+        own = float((found[0] if isinstance(found, tuple) else found).detach())
+        for key, x in self.buffers.items():
+            x.copy_(before[key])
+        if not math.isclose(own, losses[0], rel_tol=1e-3, abs_tol=1e-6):
+            raise error(
+                DataError, f"{self.place} is the checkpoint of another training",
+                got=f"a first loss of {losses[0]:.6g}",
+                allowed=f"{own:.6g}, that of this loss and these batches", do="name another file, or delete this one",
+            )  # fmt: skip
+
     def fitted(self, values: Mapping[str, Tensor]) -> Fitted:
         """What the training gave, with these values."""
         return Fitted(dict(values), table(self.rows), self.step, self.attrs)
@@ -234,6 +274,7 @@ class _Loop:
             return
         tensors = {f"value.{key}": x for key, x in self.held.items()}
         tensors |= {f"noise.{key}": x for key, x in self.noise.items()}
+        tensors |= {f"buffer.{key}": x for key, x in self.buffers.items()}
         state = flattened(optimizer.state_dict(), tensors, "state")
         rest = {"step": self.step, "attrs": self.attrs, "metrics": self.rows, "state": state, "ended": self.ended}
         write(self.place, tensors, rest)
@@ -255,9 +296,11 @@ class _Loop:
                 got=", ".join(f"{k} {its.get(k)}" for k in other),
                 allowed=", ".join(f"{k} {mine[k]}" for k in other), do="name another file, or delete this one",
             )  # fmt: skip
+        self._require_same_loss(rest["metrics"].get("loss", []))
         with torch.no_grad():
-            for key, x in self.held.items():
-                x.copy_(tensors[f"value.{key}"])
+            for kind, held in (("value", self.held), ("buffer", self.buffers)):
+                for key, x in held.items():
+                    x.copy_(tensors[f"{kind}.{key}"])
         if rest["state"] is not None:
             optimizer.load_state_dict(restored(rest["state"], tensors))
         self.step, self.rows = rest["step"], {k: list(x) for k, x in rest["metrics"].items()}
