@@ -24,6 +24,7 @@ from microtome.method._arguments import parameters_of
 
 Cli = Callable[..., Any]
 LABELLED = Path(__file__).with_name("labelled.csv")
+SHOTS = Path(__file__).with_name("shots.json")
 PAIR = ("the cat sat on the", "the dog sat on the", "--answer", "mat", "--foil", "barn")
 ASKED = {
     "attribute": (*PAIR, "--verify", "2"),
@@ -36,6 +37,7 @@ ASKED = {
     "effects": (PAIR[0], "--answer", "mat", "--foil", "barn"),
     "flow": (PAIR[0], "--verify", "2"),
     "excite": ("0.mlp.post[3]", "--steps", "2", "--starts", "2"),
+    "icl": (SHOTS, "--shots", "2", "--heads", "2", "--samples", "2", "--tests", "2", "--template", "{input} {output} "),
     "integrate": (PAIR[0], "--points", "2"),
     "knockout": (PAIR[0], "--keys", "cat"),
     "legrad": (PAIR[0],),
@@ -43,7 +45,9 @@ ASKED = {
     "linear": (PAIR[0],),
     "nodes": PAIR,
     "patch": PAIR,
+    "referee": ("--of", "induction", "--pairs", "1", "--programs", "0", "--estimate", "atp", "--estimate", "eap"),
     "probe": (LABELLED, "--folds", "3", "--answer", "mat", "--foil", "barn"),
+    "rows": (PAIR[0], "--neurons", "2", "--controls", "2"),
     "trace": (PAIR[0], "--subject", "cat", "--samples", "2"),
     "weak-to-strong": (LABELLED,),
 }

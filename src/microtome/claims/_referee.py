@@ -32,7 +32,7 @@ from microtome.tasks import Task
 NODES = ("atp", "relp", "atp*", "ig")
 EDGES = ("eap", "eap-relp", "clean-corrupted", "eap-ig")
 METHODS = ("exact", *NODES, *EDGES)
-SITES = ("attn.z", "mlp_out")
+SITES = ("attn.q[head]", "attn.k[head]", "attn.z[head]", "mlp_out")
 TASKS = ("indirect_object", "greater_than", "subject_verb_agreement", "induction")
 EXACT = "none: what it is compared with is exact"
 CHANCE = "none: 0.5 is chance"
@@ -69,6 +69,7 @@ ESTIMATE = ("estimate",)
     cost="a pair: exact patching of all nodes, each estimate, and 2 * top exact edges for each estimate of edges; a "
     "program: exact effects of all its edges",
     check="tests/laws/test_referee.py",
+    needs=("sum", "attention and MLP", "*.attn.q", "*.attn.k", "*.attn.v", "*.attn.z"),
     call="mt.claims.referee(model)",
     reading="Sizes are compared, not signs. Estimates of nodes are judged on all nodes, those of edges on the edges "
     "that any of them ranks highest and as many random others.",
@@ -92,7 +93,7 @@ def referee(
         ArgumentError: there is no such estimate.
         PromptError: there is no such task, or it does not fit the tokenizer.
     """
-    _require_known(estimates)
+    _require_known(estimates, of)
     built = [tasks.build(name, model, pairs, seed=current().seed, fewer=True) for name in of]
     every = [replace(task, pairs=(pair,)) for task in built for pair in task.pairs]
     board = _Board(tuple(m for m in METHODS if m in estimates or (m == "exact" and programs)), len(every))
@@ -108,13 +109,16 @@ def referee(
     return board.found([task.name for task in built for _ in task.pairs], [task.name for task in built], names)
 
 
-def _require_known(estimates: Sequence[str]) -> None:
-    """Refuse a name that no estimate has.
+def _require_known(estimates: Sequence[str], of: Sequence[str]) -> None:
+    """Refuse a name that no estimate has, and empty lists.
 
     Raises:
-        ArgumentError: it is one.
+        ArgumentError: it is one of these.
     """
     known = [*NODES, *EDGES]
+    if not estimates or not of:
+        got = "no estimate" if of else "no task"
+        raise error(ArgumentError, "there is nothing to judge", got=got, allowed=", ".join(known if of else TASKS))
     for name in estimates:
         if name not in known:
             do = f"choose from these.{nearest(name, known)}"
@@ -154,15 +158,17 @@ class _Board:
         """All columns; `names` are the tasks of the pairs."""
         rows = [[row.get(method, np.nan) for method in self.methods] for row in self.aucs]
         aucs = torch.tensor(rows, dtype=torch.float64).reshape(len(programs), len(self.methods))
-        values: dict[str, Any] = dict(zip(("auc", "auc_lo", "auc_hi"), mean_interval(aucs), strict=True))
-        values["perfect"] = (aucs == 1).double().where(aucs.isfinite(), torch.nan).mean(0)
-        values["by_program"] = aucs.T
+        values: dict[str, Any] = {}
+        if programs:
+            values |= zip(("auc", "auc_lo", "auc_hi"), mean_interval(aucs), strict=True)
+            values["perfect"] = (aucs == 1).double().where(aucs.isfinite(), torch.nan).mean(0)
+            values["by_program"] = aucs.T
         correlation = self.values["rank_correlation"]
         by_task = [torch.tensor([name == task for name in names]) for task in of]
         values["by_task"] = torch.stack([correlation[mine].mean(0) for mine in by_task], 1)
         values |= {name: self.values[name].nanmean(0) for name in ("recall_random", "cost", "seconds")}
         each = {name: self.values[name] for name in ("rank_correlation", "recall")}
-        coords = {"estimate": list(self.methods), "task": list(of), "program": list(programs)}
+        coords = {"estimate": list(self.methods), "task": list(of)} | ({"program": list(programs)} if programs else {})
         return Found(values, each=each, coords=coords)
 
 
@@ -198,5 +204,4 @@ def _estimated(model: Model, one: Task, board: _Board, pair: int, method: str, f
 
 def _flat(data: xr.Dataset) -> Float[ndarray, " cell"]:
     """The values of all sites, one after the other."""
-    names = [str(name) for name in data.data_vars if str(name).partition("[")[0] in SITES]
-    return np.concatenate([data[name].values.reshape(-1) for name in sorted(names)])
+    return np.concatenate([data[name].values.reshape(-1) for name in SITES if name in data])
