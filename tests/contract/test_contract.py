@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,9 +22,12 @@ from microtome.method import Change, Measure, Parameter, Question, RepeatedToken
 from microtome.method._result import column_of
 from microtome.method.runner import measure
 from microtome.stream import OF_MEANS, TokenBatch
+from microtome.tasks import Pair, Task
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = mt.methods()
+TEXTS = ("scenario_traces",)
+"""What asks in texts, which the tokenizer here has none of: tests/real and the tests of the method itself try it."""
+METHODS = {name: method for name, method in mt.methods().items() if name not in TEXTS}
 KINDS = ("llama-gqa", "gpt2", "bloom", "gpt_neox-parallel", "falcon-mqa", "mistral", "gpt_bigcode-mqa")
 """A tiny model of each kind: grouped heads, one key per head, attention of its own, parallel, shared keys, a window, a
 trunk that gives what it returns the shape of the tokens."""
@@ -86,6 +90,47 @@ def parameters(name: str) -> tuple[Parameter, ...]:
     return (*made.parameters, *made.look_parameters) if isinstance(made, Measure) else made.parameters
 
 
+@cache
+def said(kind: str) -> dict[int, int]:
+    """What a tiny model says behind each of some prompts, by the word in which they differ."""
+    words = range(20, 44)
+    logits = untold(kind).run([[7, word, 33, 41] for word in words]).logits
+    assert logits is not None
+    return dict(zip(words, logits[:, -1].argmax(-1).tolist(), strict=True))
+
+
+def answered(kind: str) -> Task:
+    """Pairs that a tiny model answers: what it says of its own."""
+    own = said(kind)
+    pairs = [(a, b) for a, b in itertools.pairwise(own) if own[a] != own[b]]
+    made = tuple(
+        Pair("", "", (7, a, 33, 41), (7, b, 33, 41), str(own[a]), str(own[b]), (own[a],), (own[b],), {"end": (3, 4)})
+        for a, b in pairs
+    )
+    return Task("own", "its own answers", made, {"seed": 0})
+
+
+def own_of(name: str, kind: str) -> dict[str, Any]:
+    """Arguments that only some methods have: a circuit of the model, or a program that says what it says."""
+    if name in ("faithfulness", "completeness"):
+        circuit = mt.circuits.find(model(kind), PROMPT, OTHER, method="eap", answer=11, foil=23, edges=0.3)
+        return {"circuit": circuit, "corrupt": list(OTHER)}
+    if name in ("interchange", "token_interchange"):
+        own = said(kind)
+        write = (
+            (lambda given, *_: [7, given["word"], 33, 41])
+            if name == "interchange"
+            else (lambda given, held: [7, held["word"], 33, 41])
+        )
+        given = {"program": lambda word, let: own[let("word", word)], "inputs": [{"word": w} for w in own]}
+        return given | {"write": write, "answer": int, "at": {"word": "1.resid_post@1"}, "swaps": 12}
+    if name == "das":
+        return {"data": answered(kind), "methods": ["das", "random"], "rank": 2, "steps": 2, "controls": []}
+    if name == "split_direction":
+        return {"swaps": answered(kind), "site": "1.mlp.post", "steps": 2, "rank": 1}
+    return {}
+
+
 def arguments(name: str, kind: str) -> dict[str, Any]:
     """Arguments with which a method can be tried on a tiny model."""
     found = {p.name: copy.deepcopy(GIVEN[p.name]) for p in parameters(name) if p.name in GIVEN}
@@ -96,6 +141,7 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
         found["heads"] = 3
     if name == "on_off":
         found["text"] = rows(1)
+    found |= own_of(name, kind)
     if name == "referee":
         found = {"of": ["induction"], "pairs": 1, "top": 3, "programs": 0, "estimates": ["atp", "eap"]}
         names = set(found)
