@@ -38,6 +38,8 @@ def main() -> None:
     for name, row in rows.items():
         shown = "  ".join(f"{v} {row[v]}" for v in ("rank_correlation", "recall", "cost", "auc", "perfect"))
         print(f"{name:16} {shown}")
+    for name in names:
+        rows[name]["seconds"] = found.attrs.get(f"seconds_{name}")
     report = {
         "model": found.attrs["model"], "fingerprint": found.attrs["fingerprint"], "seed": found.attrs["seed"],
         "pairs": given.pairs, "inputs": given.inputs, "tasks": found["task"].values.tolist(),

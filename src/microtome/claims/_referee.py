@@ -52,7 +52,6 @@ ESTIMATE = ("estimate",)
         Column("recall_random", "share", "the same of estimates in a random order", range=(0, 1), dims=ESTIMATE),
         Column("cost", "forwards", "operations for one pair, in those of one forward",
                "none: a count", (0, None), ESTIMATE),
-        Column("seconds", "s", "seconds for one pair", "none: a duration", (0, None), ESTIMATE),
         Column("auc", "AUC", "how well scores of edges separate the circuit of a program from the rest, mean over "
                "programs", CHANCE, (0, 1), ESTIMATE),
         Column("perfect", "share", "share of programs whose circuit is separated without an error", "none: compare auc",
@@ -166,10 +165,12 @@ class _Board:
         correlation = self.values["rank_correlation"]
         by_task = [torch.tensor([name == task for name in names]) for task in of]
         values["by_task"] = torch.stack([correlation[mine].mean(0) for mine in by_task], 1)
-        values |= {name: self.values[name].nanmean(0) for name in ("recall_random", "cost", "seconds")}
+        values |= {name: self.values[name].nanmean(0) for name in ("recall_random", "cost")}
         each = {name: self.values[name] for name in ("rank_correlation", "recall")}
         coords = {"estimate": list(self.methods), "task": list(of)} | ({"program": list(programs)} if programs else {})
-        return Found(values, each=each, coords=coords)
+        seconds = self.values["seconds"].nanmean(0).tolist()  # no column: they differ from run to run
+        told = {f"seconds_{m}": round(s, 3) for m, s in zip(self.methods, seconds, strict=True) if s == s}
+        return Found(values, each=each, coords=coords, attrs=told)
 
 
 def _judge(model: Model, one: Task, board: _Board, pair: int, top: int) -> None:
