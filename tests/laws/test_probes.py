@@ -18,7 +18,7 @@ from microtome.probes._ideal import ideal_points, nearer
 from microtome.probes._mdl import SHARED, STRENGTHS, code_length, portions
 from microtome.probes._mix import mixed, similarities
 from microtome.probes._problem import with_ends
-from microtome.probes._readers import KNOTS, REACH, linear, mass_mean, sparse, spline, strongest
+from microtome.probes._readers import KNOTS, REACH, linear, mass_mean, pattern, sparse, spline, strongest
 from microtome.probes._signals import preferred
 
 
@@ -198,7 +198,25 @@ def test_ridge_finds_a_map_in_its_own_units() -> None:
     assert bias == pytest.approx(5, abs=0.05)
 
 
+@pytest.mark.parametrize("sizes", [[20, 1, 2, 3, 8], [12, 1], [9, 8, 2], [1] * 6, [2, 2], [4, 4]])
+def test_a_turned_signal_keeps_no_row_where_it_was(sizes: list[int]) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    y = torch.arange(len(groups), dtype=torch.float64)
+    for seed in range(5):
+        found = turned(y, groups, seed)
+        assert sorted(found.tolist()) == y.tolist()
+        assert not bool((found == y).any())
+
+
 # ------------------------------------------------------------------------------------------- concepts and preferences
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
+def test_the_direction_of_preferences_is_the_mean_difference_in_any_noise(noise: float) -> None:
+    way = torch.nn.functional.normalize(drawn(1, 8, 3)[0], dim=0)
+    gaps = 3 * way + noise * drawn(400, 8)
+    found = pattern(preferred(gaps, 1.0).tensors["weight"], gaps, 1, centred=False)
+    assert float(torch.nn.functional.normalize(found, dim=0) @ way) > 0.95
 
 
 def test_a_concept_like_any_other_is_seldom_called_one() -> None:

@@ -13,12 +13,12 @@ from tests import families
 import microtome as mt
 from microtome.edit import Add
 from microtome.probes import Probe
-from microtome.probes._causal import Direction, causal_use
+from microtome.probes._causal import WAYS, Direction, causal_use, random_directions
 from microtome.probes._problem import problem
 
 GIVEN: dict[str, Any] = {
     "kind": "linear", "field": "text", "label": "label", "group": None, "pool": "last", "folds": 2, "shift": (),
-    "seed": 0, "twin": False,
+    "seed": 0, "untrained": False,
 }  # fmt: skip
 
 
@@ -76,6 +76,45 @@ def test_a_direction_that_nothing_reads_does_nothing() -> None:
     # So small a step that the norm does not see it either.
     found, _ = causal_use(it, {at: Direction(axis, 1e-2)}, it.inside == 0, 11, 23)
     assert abs(float(found["adding"][1])) < 0.05 * abs(float(found["adding_random"][1])) + 1e-4
+
+
+def test_labels_at_random_seldom_pass_as_used() -> None:
+    """Of one direction for all rows the mean effect is ranked among others that all rows share."""
+    draws, passed = 12, dict.fromkeys(WAYS, 0)
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        texts = [rng.integers(5, families.VOCAB, 4 + i % 3).tolist() for i in range(24)]
+        data = [{"text": ids, "label": "ab"[i % 2]} for i, ids in enumerate(texts)]
+        it = problem(model(), data, site="1.resid_post@-1", **GIVEN | {"seed": seed})
+        ((at, x),) = it.states.items()
+        own = torch.from_numpy(it.inside == 1)
+        gap = x[own].mean(0) - x[~own].mean(0)
+        found, _ = causal_use(it, {at: Direction(gap / gap.norm(), float(gap.norm()))}, own.numpy(), 11, 23)
+        for way in WAYS:
+            passed[way] += float(found[f"{way}_p_value"][1]) < 0.05
+    assert max(passed.values()) <= 3, passed
+
+
+def test_random_directions_are_as_long_and_tell_the_classes_apart_no_more_than_rows_of_one_class() -> None:
+    it = problem(model(), rows(8, label=lambda i, ids: "ab"[i % 2]), site="1.resid_post@-1", **GIVEN)
+    ((at, x),) = it.states.items()
+    x[:, 3] += 50 * torch.from_numpy(it.inside)  # what only the classes differ in
+    found = random_directions(it, at)
+    assert torch.allclose(found.norm(dim=1), torch.ones(20, dtype=torch.float64))
+    assert float(found[:, 3].abs().max()) < 0.9
+    size = 2.0
+    vector = torch.nn.functional.normalize(torch.ones(x.shape[1], dtype=torch.float64), dim=0)
+    got, _ = causal_use(it, {at: Direction(vector, size)}, it.inside == 0, 11, 23)
+    chosen, means = [(i, bool(side)) for i, side in enumerate(it.inside == 0)], [0.0] * 20
+    for i, own in chosen:
+        ids = list(it.parts[0].rows[i])
+        base = model().run([ids]).logits[0, -1]
+        for k, way in enumerate(found):
+            edit = Add("1.resid_post@-1", ((-size if own else size) * way).float())
+            out = model().run([ids], edits=edit).logits[0, -1]
+            change = float((out[11] - out[23]) - (base[11] - base[23]))
+            means[k] += (-change if own else change) / len(chosen)
+    assert float(got["adding_random"][1]) == pytest.approx(np.abs(means).mean(), abs=1e-5)
 
 
 def test_without_an_answer_the_prediction_is_read() -> None:
@@ -150,6 +189,16 @@ def test_preferences_are_ranked_and_beside_the_likelihood() -> None:
     ahead = np.mean([float(p[40] > p[41]) for p in base])
     assert float(found.scores["likelihood"]) == pytest.approx(ahead)
     assert found.direction(2).shape == (families.D_MODEL,)
+
+
+def test_the_direction_of_preferences_is_what_chosen_texts_have_more_of() -> None:
+    data = [{"chosen": [*row["text"], 40], "rejected": [*row["text"], 41]} for row in rows(32)]
+    found = mt.probes.fit(model(), data, kind="preference", site="0.resid_pre@-1", untrained=False)
+    table = model().hf.get_input_embeddings().weight.detach().double()
+    gap = torch.nn.functional.normalize(table[40] - table[41], dim=0)
+    assert float(found.direction(0) @ gap) > 0.999
+    step = float(found.tensors["0.resid_pre@-1/step"][1])
+    assert step == pytest.approx(float((table[40] - table[41]).norm()), rel=1e-4)
 
 
 def test_a_signal_is_fitted_to_states() -> None:

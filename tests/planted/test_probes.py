@@ -73,9 +73,12 @@ def test_it_is_used_and_a_random_direction_is_not() -> None:
     scores = linear().scores.sel(site="resid_post@-1", layer=0)
     for way in ("adding", "ablating", "patching"):
         assert float(scores[f"{way}_lo"]) > 3 * abs(float(scores[f"{way}_random"])), way
+        assert float(scores[f"{way}_p_value"]) == pytest.approx(1 / 21), way
+        assert float(scores[f"{way}_diff_lo"]) > 0, way
     # From one tone to the other is twice as far as from it to neither.
-    assert float(scores["patching"]) == pytest.approx(2 * float(scores["ablating"]), rel=0.1)
+    assert float(scores["patching"]) == pytest.approx(2 * float(scores["ablating"]), rel=0.15)
     before = linear().scores.sel(site="resid_pre@-1", layer=0)
+    assert min(float(before[f"{way}_p_value"]) for way in ("adding", "ablating", "patching")) > 0.1
     assert abs(float(before["adding"])) < 0.05, "nothing is there to move"
 
 

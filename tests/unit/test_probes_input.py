@@ -172,7 +172,7 @@ def test_a_span_is_probed_at_its_last_token_or_over_all_of_them() -> None:
     from microtome.probes._problem import problem
 
     options: dict[str, Any] = {"kind": "linear", "field": "text", "label": "label", "group": None, "folds": 2,
-                               "shift": (), "seed": 0, "twin": False, "site": "1.resid_post"}  # fmt: skip
+                               "shift": (), "seed": 0, "untrained": False, "site": "1.resid_post"}  # fmt: skip
     (last,) = problem(model(), rows, pool="last", **options).states.values()
     (whole,) = problem(model(), rows, pool="mean", **options).states.values()
     assert np.allclose(last[0], run[end - 1], atol=1e-5)
@@ -187,7 +187,7 @@ def test_pairs_that_share_a_text_are_one_group() -> None:
     assert read_pairs(data)[0].texts[2] == "a one"
     it = problem(
         model(), data, site="*.resid_post@-1", kind="preference", field="text", label="label", group=None, pool="last",
-        folds=3, shift=(), seed=0, twin=False,
+        folds=3, shift=(), seed=0, untrained=False,
     )  # fmt: skip
     groups = it.folds.groups
     assert groups[0] == groups[2] != groups[1] == groups[3] != groups[4]

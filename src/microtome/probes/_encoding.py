@@ -80,12 +80,17 @@ def noise_ceiling(signals: Float[Tensor, "row repeat"]) -> float:
 def turned(y: Float[Tensor, " row"], groups: np.ndarray, seed: int) -> Float[Tensor, " row"]:
     """The signal out of step with what it was recorded at: turned round by a random part of each group.
 
-    Where groups are rows, it is shuffled.
+    Groups of fewer than 4 rows, which cannot be turned far, are shuffled together so that no row keeps its own; where
+    they are fewer than 4 rows in all, with those of the shortest group that could be turned.
     """
     rng, found = np.random.default_rng((seed, 4)), y.clone()
-    members = [np.flatnonzero(groups == group) for group in range(int(groups.max()) + 1)]
-    if max(map(len, members)) < 4:
-        return y[torch.from_numpy(rng.permutation(len(y)))]
+    members = sorted((np.flatnonzero(groups == group) for group in range(int(groups.max()) + 1)), key=len)
+    short: list[np.ndarray] = []
+    while members and (len(members[0]) < 4 or 0 < sum(map(len, short)) < 4):
+        short.append(members.pop(0))
+    if short:
+        rows = rng.permutation(np.concatenate(short))
+        found[rows] = y[np.roll(rows, 1)]
     for rows in members:
         step = int(rng.integers(len(rows) // 4, max(len(rows) - len(rows) // 4, len(rows) // 4 + 1)))
         found[rows] = y[np.roll(rows, step)]

@@ -42,12 +42,15 @@ def _share(name: str, meaning: str, control: str, dims: tuple[str, ...] = L) -> 
     return Column(name, "share", meaning, control, S, dims=dims)
 
 
-def _effects(name: str, meaning: str) -> tuple[Column, Column]:
+def _effects(name: str, meaning: str) -> tuple[Column, Column, Column]:
     control = f"{name}_random"
     return (
         Column(name, "logits", f"change of the answer towards the other class when states are {meaning}", control,
                dims=L),
-        Column(control, "logits", "the same along a random direction of equal length", dims=L),
+        Column(control, "logits", "mean size of the same along 20 random directions, as far along each",
+               "none: a control", dims=L, interval=False),
+        Column(f"{name}_p_value", "probability", f"two-sided p-value of {name} among the random directions",
+               "none: a p-value", S, dims=L, interval=False),
     )  # fmt: skip
 
 
@@ -175,7 +178,8 @@ def probe(
     refuse_idle(kind, vars(options) | {"shift": shift, "causal": causal})
     it = problem(
         model, data, site=site, kind=kind, field=field, label=label, group=group,
-        pool="mean" if pool == "mean" else "last", folds=folds, shift=tuple(shift), seed=current().seed, twin=untrained,
+        pool="mean" if pool == "mean" else "last", folds=folds, shift=tuple(shift), seed=current().seed,
+        untrained=untrained,
     )  # fmt: skip
     number = target_of(it, target) if it.classes else 0
     found = probed(it, kind, options)
@@ -187,7 +191,7 @@ def probe(
     if causal:
         effects, attrs["metric"] = _causal(it, kind, found, number, answer, foil)
         unit = "nats" if foil is None else "logits"
-        units = dict.fromkeys(effects, unit)
+        units = {name: unit for name in effects if not name.endswith("_p_value")}
         values |= effects
     if save is not None or keep is not None:
         _keep(_probe(it, kind, found, pool, number, _scores(it, values, attrs)), save, keep)
@@ -238,7 +242,7 @@ def _direction(it: Problem, kind: str, site: Any, reader: Reader, number: int) -
     if kind in ("mass-mean", "concept"):
         found = ahead_of_others(weight, number)
     else:
-        found = pattern(weight, x[torch.from_numpy(it.rows)], number)
+        found = pattern(weight, x[torch.from_numpy(it.rows)], number, centred=kind != "preference")
     if "units" in reader.tensors:
         found = torch.zeros_like(found).index_copy(0, reader.tensors["units"], found[reader.tensors["units"]])
     return found / found.norm().clamp(min=1e-30)

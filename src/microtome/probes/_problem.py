@@ -17,7 +17,7 @@ from microtome.model import Model
 from microtome.probes._examples import Examples, read_examples, read_pairs
 from microtome.probes._folds import Folds, folds_of, groups_of, numbered, require_classes, shuffled
 from microtome.probes._readers import Reader
-from microtome.probes._states import Placed, Pool, addresses, flat, placed, states_of, untrained
+from microtome.probes._states import Placed, Pool, addresses, flat, placed, states_of, untrained_of
 from microtome.probes._surface import surface
 from microtome.stream import mean_interval
 
@@ -55,7 +55,7 @@ class Problem:
         classes: their names.
         signals: [row, repeat] of all rows, of a signal.
         seed: of shuffles, folds and small networks.
-        twin: whether a model with untrained weights is probed too.
+        untrained: whether a model with untrained weights is probed too.
         beside: whether the states of both texts of a preference are kept, beside each other.
         shapes: the axes of the states of each site, as an edit needs them.
     """
@@ -71,7 +71,7 @@ class Problem:
     classes: tuple[str, ...]
     signals: Tensor | None
     seed: int
-    twin: bool
+    untrained: bool
     beside: bool = False
     shapes: dict[Site, tuple[int, ...]] = field(default_factory=dict[Site, tuple[int, ...]])
 
@@ -85,7 +85,7 @@ class Problem:
     @cached_property
     def blank(self) -> dict[Site, Tensor] | None:
         """The same of a model with untrained weights; None where it was not asked for."""
-        return self._of(untrained(self.model))[0] if self.twin else None
+        return self._of(untrained_of(self.model))[0] if self.untrained else None
 
     def _of(self, model: Model) -> tuple[dict[Site, Tensor], dict[Site, tuple[int, ...]]]:
         held: dict[Site, Tensor] = {}
@@ -186,7 +186,7 @@ def problem(
     folds: int,
     shift: Sequence[str],
     seed: int,
-    twin: bool,
+    untrained: bool,
 ) -> Problem:
     """Read what is to be probed for, and refuse what no probe can be fitted and tested on.
 
@@ -218,7 +218,7 @@ def problem(
     if classes:
         require_classes(numbers[rows], classes, inner, made)
     return Problem(
-        model, examples, sites, parts, rows, outside, made, numbers, classes, signals, seed, twin, kind == "ideal"
+        model, examples, sites, parts, rows, outside, made, numbers, classes, signals, seed, untrained, kind == "ideal"
     )
 
 

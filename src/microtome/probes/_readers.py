@@ -70,17 +70,18 @@ def ahead_of_others(weight: Float[Tensor, "class width"], number: int) -> Float[
 
 
 def pattern(
-    weight: Float[Tensor, "class width"], x: Float[Tensor, "row width"], number: int
+    weight: Float[Tensor, "class width"], x: Float[Tensor, "row width"], number: int, *, centred: bool = True
 ) -> Float[Tensor, " width"]:
     """Along what states lie that give a class its logit: their covariance with it.
 
     The weights of a regression point where they tell most, which may be along what hardly varies; states of the class
-    do not lie there, and an edit along the weights would leave what the model has seen.
+    do not lie there, and an edit along the weights would leave what the model has seen. Of differences of two texts
+    nothing is taken off: their mean is what chosen texts have more of.
 
     Source:   Haufe et al., "On the Interpretation of Weight Vectors of Linear Models in Multivariate Neuroimaging",
               2014. Departs: none.
     """
-    inner = x - x.mean(0)
+    inner = x - x.mean(0) if centred else x
     return inner.T @ (inner @ ahead_of_others(weight, number)) / len(x)
 
 

@@ -53,7 +53,8 @@ def encoding(problem: Problem, delays: Sequence[int]) -> Outcome:
     if problem.signals.shape[1] > 1:
         dims, sums = each["r"]
         values["ceiling"] = noise_ceiling(problem.signals)
-        values["share_of_ceiling"] = (dims, sums.sum(0) / len(signal) / max(values["ceiling"], 1e-12))
+        ceiling = values["ceiling"] or float("nan")  # of a ceiling of 0 there is no share
+        values["share_of_ceiling"] = (dims, sums.sum(0) / len(signal) / ceiling)
     return Outcome(values, each, fitted, {"delays": ", ".join(map(str, delays))})
 
 

@@ -157,7 +157,7 @@ def batches(model: Model, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     yield batch
 
 
-def untrained(model: Model) -> Model:
+def untrained_of(model: Model) -> Model:
     """A model of the same form with the weights that its family begins training with, by the seed of the settings.
 
     Raises:
@@ -172,10 +172,8 @@ def untrained(model: Model) -> Model:
             hf: Any = type(model.hf)(config)
         except Exception as problem:
             got = f"{type(problem).__name__}: {' '.join(str(problem).split())[:80]}"
-            what = f"no untrained twin of {model.anatomy.name} can be made"
-            raise error(
-                ModelUnsupported, what, got=got, do="leave the control out: controls without untrained"
-            ) from problem
+            what = f"{model.anatomy.name} cannot be made with untrained weights"
+            raise error(ModelUnsupported, what, got=got, do="leave the control out: untrained=False") from problem
     hf = hf.to(device=model.device, dtype=model.dtype).eval().requires_grad_(False)
     return Model(hf, model.tokenizer, model.anatomy)
 

@@ -69,7 +69,7 @@ def weak_to_strong(
         ArgumentError: `weak` is not one site, or `site` is several.
     """
     given: Any = {"kind": "linear", "field": field, "label": label, "group": group, "pool": "last", "folds": 3}
-    given |= {"shift": (), "seed": current().seed, "twin": False}
+    given |= {"shift": (), "seed": current().seed, "untrained": False}
     it, poor = (problem(model, data, site=where, **given) for where in (site, weak))
     if len(poor.states) != 1 or len(it.sites) != 1:
         what = "the weak probe is of one layer, and those that learn of one site"
