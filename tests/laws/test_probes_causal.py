@@ -212,12 +212,28 @@ def test_a_signal_is_fitted_to_states() -> None:
     assert abs(float(scores["r_turned"][1])) < 0.4
 
 
+def told_by_the_last(n: int = 48) -> list[dict[str, Any]]:
+    """Prompts of random tokens; the label is that of the last of them, one of six."""
+    rng = np.random.default_rng(0)
+    return [{"text": [*rng.integers(5, 60, 4).tolist(), 10 + i % 6], "label": "ab"[i % 6 > 2]} for i in range(n)]
+
+
 def test_labels_of_a_weak_probe_that_is_always_right_are_as_good_as_true_ones() -> None:
-    data = rows(60, label=lambda i, ids: "ab"[ids[-1] > 50])
-    scores = mt.probes.weak_to_strong(model(), data, weak="0.resid_pre@-1", l2=1e-3)
-    assert 0.5 < float(scores["weak"]) <= 1
-    taught = mt.probes.weak_to_strong(model(), data, weak="0.resid_pre@-1", site="0.resid_pre@-1", l2=1e-3)
-    assert abs(float(taught["ceiling"][0]) - float(taught["weak"])) < 0.2
+    scores = mt.probes.weak_to_strong(model(), told_by_the_last(), weak="0.resid_pre@-1", l2=1e-3)
+    assert float(scores["weak"]) == 1
+    assert np.array_equal(scores["weak_to_strong"], scores["ceiling"])
+
+
+def test_labels_of_a_weak_probe_that_knows_nothing_teach_less_than_true_ones() -> None:
+    scores = mt.probes.weak_to_strong(model(), told_by_the_last(), weak="0.resid_pre@0", site="0.resid_pre@-1", l2=1e-3)
+    weak, taught, ceiling = (float(scores[name].squeeze()) for name in ("weak", "weak_to_strong", "ceiling"))
+    assert ceiling == 1
+    assert weak < 0.75
+    assert taught < 0.85
+    assert float(scores["recovered"].squeeze()) == pytest.approx((taught - weak) / (ceiling - weak))
+
+
+def test_weak_to_strong_refuses_groups_that_leak() -> None:
     same = [{"text": [5, 6, 7, 8 + i // 2 % 3 * 20], "label": "ab"[i % 2], "group": i} for i in range(4)]
     with pytest.raises(mt.errors.DataError, match="groups leak"):
         mt.probes.weak_to_strong(model(), same)

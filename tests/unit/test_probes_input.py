@@ -130,6 +130,16 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "no site": ({"site": "9.resid_post@-1"}, mt.errors.SiteError, "9.resid_post"),
     "generated": ({"site": "*.resid_post@generated"}, mt.errors.SiteError, "names tokens of a generation"),
+    "a target of a signal": (
+        {"kind": "ridge", "target": "x"}, mt.errors.ArgumentError, "target is no option of probes of the kind ridge",
+    ),
+    "inputs of another kind": (
+        {"inputs": np.array(["a", "b"])}, mt.errors.ArgumentError, "inputs is no option of probes of the kind linear",
+    ),
+    "one text as inputs": (
+        {"kind": "concept", "answer": 3, "folds": 2, "inputs": "a text"}, mt.errors.DataError,
+        "inputs are no list of texts; got str",
+    ),
     "k of another kind": ({"k": 3}, mt.errors.ArgumentError, "k is no option of probes of the kind linear"),
     "k beyond the width": ({"kind": "sparse", "k": 999, "folds": 2}, mt.errors.ArgumentError, "k must be an integer"),
     "delays of another kind": ({"delays": (1,)}, mt.errors.ArgumentError, "delays is no option of probes"),
@@ -178,6 +188,31 @@ def test_a_span_is_probed_at_its_last_token_or_over_all_of_them() -> None:
     assert np.allclose(last[0], run[end - 1], atol=1e-5)
     assert np.allclose(whole[0], run[first:end].mean(0), atol=1e-5)
     assert not np.allclose(found.direction(1), mean.direction(1))
+
+
+def test_where_rows_say_where_they_are_probed_texts_must_too(tmp_path: Path) -> None:
+    rows = [{"text": f"the {w} and {w} of it", "label": "ab"[i % 2], "position": 1 + i % 3}
+            for i, w in enumerate(("apple", "music", "water", "paper", "house", "river"))]  # fmt: skip
+    found = mt.probes.fit(model(), rows, folds=2, untrained=False, kind="mass-mean")
+    found.save(tmp_path / "probe.safetensors")
+    again = mt.probes.Probe.load(tmp_path / "probe.safetensors", model())
+    texts, where = [row["text"] for row in rows], [row["position"] for row in rows]
+    run = model().run([texts[2]], capture="1.resid_post")["1.resid_post"][0].double()
+    for probe in (found, again):
+        for use in (
+            lambda p: p.predict(model(), texts, 1), lambda p: p.logits(model(), texts, 1), lambda p: p.edit(1),
+            lambda p: mt.probes.parts(p, model(), texts[0], 1),
+        ):  # fmt: skip
+            with pytest.raises(mt.errors.ArgumentError, match="was fitted where each row said"):
+                use(probe)
+        logits = probe.logits(model(), texts, 1, positions=where)
+        assert np.allclose(logits[2], probe.reader(1).logits(run[[where[2]]])[0], atol=1e-4)
+        assert set(probe.predict(model(), texts, 1, positions=where)) <= {"a", "b"}
+        assert probe.edit(1, positions="-1").site.endswith("@-1")
+        own = mt.probes.parts(probe, model(), texts[2], 1, position=where[2])
+        assert float(own["logit"]) == pytest.approx(float(probe.normal(1) @ run[where[2]]), rel=1e-3, abs=1e-4)
+    with pytest.raises(mt.errors.ArgumentError, match="one place for each text; got 1 for 6 texts"):
+        found.predict(model(), texts, 1, positions=[1])
 
 
 def test_pairs_that_share_a_text_are_one_group() -> None:

@@ -15,8 +15,8 @@ Check:    tests/laws/test_probes.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,9 +87,10 @@ def concepts(
     """Scores of the concept and of random vectors, input by input.
 
     Raises:
-        DataError: there are too few random examples to split them.
+        DataError: there are too few random examples to split them; or `inputs` are no texts.
     """
     model, address = problem.model, problem.sites[0]
+    texts = None if inputs is None else _texts(inputs)
     y = (problem.inside == target).astype(np.int64)
     rows = problem.rows
     random, groups = rows[y == 0], problem.folds.groups[y == 0]
@@ -97,11 +98,11 @@ def concepts(
         what = "too few random examples to split them in halves"
         raise error(DataError, what, got=f"{len(np.unique(groups))} groups", allowed=f"{LEAST} or more", do="give more")
     at = problem.parts[0]
-    if inputs is None:
+    if texts is None:
         chosen = rows[y == 1].tolist()
         runs, columns = [at.rows[i] for i in chosen], [at.columns[i] for i in chosen]
     else:
-        read = read_examples([{"text": text, "label": "input"} for text in inputs])
+        read = read_examples([{"text": text, "label": "input"} for text in texts])
         own = placed(model, read, address, "last")
         runs, columns = list(own.rows), list(own.columns)
     names = {site: whole(problem, site) for site in problem.states}
@@ -126,6 +127,18 @@ def concepts(
         values |= with_ends(name, grid, dims)
     values["sensitivity_random"], values["concept_p_value"] = problem.grid(others), problem.grid(p)
     return Outcome(values, readers=readers, attrs={"inputs": len(runs), "splits": splits})
+
+
+def _texts(inputs: Any) -> list[Any]:
+    """Texts, or token ids, of any library.
+
+    Raises:
+        DataError: they are none.
+    """
+    given: Any = inputs.tolist() if hasattr(inputs, "tolist") else inputs
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise error(DataError, "inputs are no list of texts", got=type(inputs).__name__, do='give such as ["A text"]')
+    return list(cast("Iterable[Any]", given))
 
 
 def rises(x: Tensor) -> Tensor:

@@ -174,8 +174,8 @@ def probe(
         ArgumentError: an option is none of the kind, or outside what is allowed.
     """
     causal = causal or (answer is not None and kind != "concept")
-    options = Options(l2, k, hidden, delays or None, inputs, splits, prototypes, answer, foil, target)
-    refuse_idle(kind, vars(options) | {"shift": shift, "causal": causal})
+    options = Options(l2, k, hidden, tuple(delays) or None, inputs, splits, prototypes, answer, foil, target)
+    refuse_idle(kind, vars(options) | {"shift": tuple(shift), "causal": causal})
     it = problem(
         model, data, site=site, kind=kind, field=field, label=label, group=group,
         pool="mean" if pool == "mean" else "last", folds=folds, shift=tuple(shift), seed=current().seed,
@@ -288,7 +288,8 @@ def _probe(it: Problem, kind: str, found: Outcome, pool: str, number: int, score
             steps = [_step(it, kind, site, way, None if sides is None else sides[i]) for i, way in enumerate(ways)]
             tensors[f"{name}/direction"] = torch.stack(ways)
             tensors[f"{name}/step"] = torch.tensor(steps, dtype=torch.float64)
-    return Probe(kind, tuple(shapes), classes, tensors, shapes, pool, scores)
+    by_row = any(place is not None for place in it.examples.places)
+    return Probe(kind, tuple(shapes), classes, tensors, shapes, pool, scores, by_row)
 
 
 def _scores(it: Problem, values: dict[str, Any], attrs: dict[str, Any]) -> xr.Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from microtome.errors import ArgumentError, error
 from microtome.probes._classes import Fitter, classes, code_lengths, fitter_of, mixture, similarity
@@ -15,6 +15,7 @@ from microtome.probes._signals import encoding, preference
 
 OWN: Mapping[str, tuple[str, ...]] = {
     "k": ("sparse",), "hidden": ("mlp", "kan", "similarity"), "delays": ("ridge",),
+    "target": ("linear", "sparse", "mass-mean", "concept", "mdl", "similarity"),
     "inputs": ("concept",), "splits": ("concept",),
     "shift": ("linear", "sparse", "mass-mean", "mlp", "kan"),
     "prototypes": ("ideal",), "causal": ("linear", "sparse", "mass-mean", "concept", "mdl"),
@@ -51,7 +52,7 @@ def refuse_idle(kind: str, given: Mapping[str, Any]) -> None:
         ArgumentError: names the option, and the kinds that have it.
     """
     for name, kinds in OWN.items():
-        if given.get(name) not in (None, (), False) and kind not in kinds:
+        if not _idle(given.get(name)) and kind not in kinds:
             allowed = ", ".join(kinds)
             what = f"{name} is no option of probes of the kind {kind}"
             raise error(ArgumentError, what, allowed=f"kinds {allowed}", do=f"leave {name} out, or name one of these")
@@ -64,6 +65,10 @@ def refuse_idle(kind: str, given: Mapping[str, Any]) -> None:
         raise error(ArgumentError, what, allowed=f"kinds {', '.join(OWN['causal'])}", do="leave it out")
     if any(delay < 0 for delay in given.get("delays") or ()):
         raise error(ArgumentError, "delays must be 0 or more rows", got=str(given["delays"]), do="name the past")
+
+
+def _idle(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, Sequence) and len(cast("Sequence[Any]", value)) == 0)
 
 
 def target_of(problem: Problem, name: str | None) -> int:

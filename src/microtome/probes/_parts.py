@@ -19,7 +19,9 @@ STREAM = ("resid_pre", "resid_mid", "resid_post")
 BRANCHES = ("attn_out", "mixer_out", "mlp_out")
 
 
-def parts(probe: Probe, model: Model, text: Any, layer: int, label: str | None = None) -> xr.Dataset:
+def parts(
+    probe: Probe, model: Model, text: Any, layer: int, label: str | None = None, *, position: int | str | None = None
+) -> xr.Dataset:
     """Which attentions and MLPs give a probe its logit on one text.
 
     Formula:  z = w . x, x the stream where it is probed, w the class's weight minus the mean of the others'.
@@ -37,13 +39,15 @@ def parts(probe: Probe, model: Model, text: Any, layer: int, label: str | None =
         text: a text, or token ids.
         layer: whose probe.
         label: towards which class; see `Probe.direction`.
+        position: a position or a span of the text; by default that of the address.
 
     Returns:
         Dataset over (layer): `attn`, `mlp` (and `mixer`) direct, `attn_gradient`, `mlp_gradient`; `embed`, `rest`,
         `logit`, in the units of the logit, without its offset.
 
     Raises:
-        ArgumentError: the probe is not linear, or not of the stream.
+        ArgumentError: the probe is not linear, or not of the stream; rows named where they were probed, and
+            `position` does not.
         DataError: it is of another model.
     """
     sites = [name for name in probe.sites if parse(name).name in STREAM]
@@ -53,7 +57,11 @@ def parts(probe: Probe, model: Model, text: Any, layer: int, label: str | None =
     name = probe.at(layer, parse(sites[0]).name)
     probe.require(model, name)
     vector = probe.normal(layer, label, site=parse(sites[0]).name)  # refuses what is not linear
-    row = Examples("text", (text if isinstance(text, str) else tuple(text),), (), places=(None,), where=("the text",))
+    if position is None:
+        probe.require_place("name a position or a span of the text: position=")
+    row = Examples(
+        "text", (text if isinstance(text, str) else tuple(text),), (), places=(position,), where=("the text",)
+    )
     at = placed(model, row, parse(name), "mean" if probe.pool == "mean" else "last")
     whole = name.partition("@")[0]
     branches = [f"{i}.{b}" for i in range(layer + 1) for b in BRANCHES if Site(b, i) in model.anatomy.hook_points]

@@ -46,6 +46,7 @@ class Probe:
         shapes: by site, the axes of a state; its width is their product.
         pool: which of several positions count.
         scores: the result that it was fitted with: scores, controls, intervals, provenance.
+        by_row: whether rows named where they were probed, so that there is no one position to read or edit.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Probe:
     shapes: Mapping[str, tuple[int, ...]]
     pool: str
     scores: xr.Dataset
+    by_row: bool = False
 
     def __repr__(self) -> str:
         of = f" of {', '.join(self.classes[:4])}{', ...' if len(self.classes) > 4 else ''}" if self.classes else ""
@@ -147,9 +149,12 @@ class Probe:
         Raises:
             ArgumentError: see `direction`.
             EditError: the direction is over several heads, and cannot be projected out of each.
+            ArgumentError: rows named where they were probed, and `positions` is not given.
         """
         name, vector = self.at(layer, site), self.direction(layer, label, site=site)
         shape = self.shapes[name]
+        if positions is None:
+            self.require_place('such as positions="-1", or "*" for all')
         place = name if positions is None else name.partition("@")[0] + ("" if positions == "*" else f"@{positions}")
         if not ablate:
             step = float(self.tensors[f"{name}/step"][self._number(label)])
@@ -170,20 +175,49 @@ class Probe:
             raise error(ArgumentError, f'no class "{label}"', allowed=", ".join(self.classes) or "none", do="name one")
         return self.classes.index(label)
 
+    def require_place(self, do: str) -> None:
+        """Refuse to take the address's position for those that rows named.
+
+        Raises:
+            ArgumentError: rows named where they were probed.
+        """
+        if self.by_row:
+            raise error(ArgumentError, "the probe was fitted where each row said: say where to use it", do=do)
+
     def logits(
-        self, model: Model, texts: Sequence[Any], layer: int | None = None, *, site: str | None = None
+        self,
+        model: Model,
+        texts: Sequence[Any],
+        layer: int | None = None,
+        *,
+        site: str | None = None,
+        positions: Sequence[int | str] | None = None,
     ) -> Float[Tensor, "row class"]:
         """What it says of texts, in nats of a class against others for logistic regressions.
 
+        Args:
+            model: that it was fitted to.
+            texts: each a text, or token ids.
+            layer: whose probe.
+            site: which, of probes at several sites.
+            positions: of each text a position or a span, as rows name them; by default those of the address.
+
         Raises:
-            DataError: it was fitted to another model.
-            ArgumentError: see `at`; or the site of this model has another width.
+            DataError: it was fitted to another model; or a text has no such position.
+            ArgumentError: see `at`; the site of this model has another width; rows named where they were probed, and
+                `positions` does not, or not one for each text.
         """
         name = self.at(layer, site)
         self.require(model, name)
+        if positions is None:
+            self.require_place("name a position or a span for each text: positions=[...]")
+        elif len(positions) != len(texts) or isinstance(positions, str):
+            got = f"{positions!r}" if isinstance(positions, str) else f"{len(positions)} for {len(texts)} texts"
+            raise error(ArgumentError, "positions must name one place for each text", got=got, do="such as [-1, 3]")
+        places = (None,) * len(texts) if positions is None else tuple(positions)
         where = tuple(f"text {i}" for i in range(len(texts)))
         given = tuple(text if isinstance(text, str) else tuple(text) for text in texts)
-        read = Examples("texts", given, (), places=(None,) * len(given), where=where)
+        read = Examples("texts", given, (), places=places, where=where)
         address = parse(name)
         at = placed(model, read, address, "mean" if self.pool == "mean" else "last")
         (x,) = flat(states_of(model, at, address)).values()
@@ -200,16 +234,25 @@ class Probe:
         return reader.logits(x)
 
     def predict(
-        self, model: Model, texts: Sequence[Any], layer: int | None = None, *, site: str | None = None
+        self,
+        model: Model,
+        texts: Sequence[Any],
+        layer: int | None = None,
+        *,
+        site: str | None = None,
+        positions: Sequence[int | str] | None = None,
     ) -> list[str]:
-        """The class that it names for each text.
+        """The class that it names for each text; see `logits` for the arguments.
 
         Raises:
             ArgumentError, DataError: see `logits`; or it is of no classes.
         """
         if not self.classes:
             raise error(ArgumentError, f"a probe of the kind {self.kind} names no class", do="use logits")
-        return [self.classes[i] for i in self.logits(model, texts, layer, site=site).argmax(-1).tolist()]
+        return [
+            self.classes[i]
+            for i in self.logits(model, texts, layer, site=site, positions=positions).argmax(-1).tolist()
+        ]
 
     def require(self, model: Model, name: str | None = None) -> None:
         """Refuse a model that it was not fitted to, or a site of another width.
@@ -244,7 +287,7 @@ class Probe:
         """
         about = {
             "format": FORMAT, "kind": self.kind, "sites": self.sites, "classes": self.classes, "pool": self.pool,
-            "shapes": self.shapes, "scores": _plain(self.scores.to_dict()),
+            "shapes": self.shapes, "by_row": self.by_row, "scores": _plain(self.scores.to_dict()),
         }  # fmt: skip
         with atomic(path, "the probe to") as partial:
             save_file(unshared(self.tensors), partial, metadata={"probe": json.dumps(about)})
@@ -268,8 +311,9 @@ class Probe:
             shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
             scores = Result.of(xr.Dataset.from_dict(about["scores"]))
             made = cls(
-                about["kind"], tuple(about["sites"]), tuple(about["classes"]), tensors, shapes, about["pool"], scores
-            )
+                about["kind"], tuple(about["sites"]), tuple(about["classes"]), tensors, shapes, about["pool"], scores,
+                bool(about.get("by_row", False)),
+            )  # fmt: skip
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as problem:
             got = f"no {problem}" if isinstance(problem, KeyError) else str(problem)
             raise error(DataError, f"cannot read a probe from {Path(path)}", got=got, do="save it again") from problem
