@@ -83,7 +83,8 @@ def defaults() -> dict[int, list[str]]:
     found: dict[int, list[str]] = {LEAST: ["the least with an interval"]}
 
     def add(n: int, what: str) -> None:
-        found.setdefault(n, []).append(what)
+        if n >= LEAST:  # of fewer there is no interval
+            found.setdefault(n, []).append(what)
 
     for name, method in mt.methods("measure").items():
         made: Any = declared(name)
