@@ -385,7 +385,12 @@ NO_DENSE = {"compare_neurons", "context_update", "excite", "linear_map", "row_le
 NO_NEURONS |= NO_DENSE | {"io_classes", "on_off", "sparsity"}
 NO_NEXT = {"context_update", "cross_task", "excite", "function_vector", "helix"}
 NO_VALUES = {"head_functions", "ov_copying"}
+PARALLEL = (
+    "gpt_neox-parallel", "gptj", "falcon-mqa", "falcon-gqa", "falcon-onenorm", "phi", "phi-qknorm",
+    "stablelm-parallel", "cohere", "cohere-qknorm", "codegen",
+)  # fmt: skip
 REFUSED = {
+    **{key: {"mlp_roles"} for key in PARALLEL},
     "opt-proj": NO_HEAD | {"excite"},
     "bloom": {"excite"},
     "qwen3_moe": {"linear_map"},
@@ -395,7 +400,7 @@ REFUSED = {
     **dict.fromkeys(("deepseek_v3-qlora", "deepseek_v3-noqlora"), NO_VALUES | NO_DENSE),
 }
 """What cannot be asked: logits that are no sum over parts, a stream that is none, a loss, neurons of experts, values
-without weights of their own."""
+without weights of their own, MLPs that do not read the heads of their layer."""
 
 
 @pytest.mark.parametrize(

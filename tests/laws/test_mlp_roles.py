@@ -27,7 +27,7 @@ def test_planted_roles_and_their_task_vector_are_found() -> None:
     assert float(held_out(x.flip(0), y, fold)) < 0.2
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox-parallel"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2"])
 def test_coefficients_are_least_squares_over_what_heads_and_mlps_write(name: str) -> None:
     it = mt.open(families.build(name), prove=False)
     data = mt.explain.mlp_roles(it, PROMPTS)
@@ -69,3 +69,11 @@ def test_too_few_prompts_are_refused() -> None:
     it = mt.open(families.build("llama-gqa"), prove=False)
     with pytest.raises(mt.errors.PromptError, match="roles are fitted over prompts; got 2; allowed: 3 or more"):
         mt.explain.mlp_roles(it, PROMPTS[:2])
+
+
+@pytest.mark.parametrize("name", ["gptj", "gpt_neox-parallel"])
+def test_mlps_that_do_not_read_the_heads_are_refused(name: str) -> None:
+    it = mt.open(families.build(name), prove=False)
+    match = "the MLP does not read what the heads of its layer write; got parallel blocks in layer 0"
+    with pytest.raises(mt.errors.ModelUnsupported, match=match):
+        mt.explain.mlp_roles(it, PROMPTS)

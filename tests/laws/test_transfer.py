@@ -35,6 +35,9 @@ def test_equal_results_share_all_and_shuffled_ones_what_chance_gives() -> None:
     [
         (result(np.ones((10, 10))), "direct", 'a result has no "direct"; got total'),
         (result(np.ones((2, 10))), "total", "not of the same places of one model"),
+        (result(np.ones((10, 10))).rename(head="neuron"), "total", "not of the same places of one model"),
+        (result(np.ones((10, 10))).transpose(), "total", "not of the same places of one model"),
+        (result(np.ones((10, 10))).assign_coords(layer=range(2, 12)), "total", "not of the same places of one model"),
         (result(np.ones((10, 10)), "b"), "total", "not of the same places of one model"),
         (result(np.full((10, 10), np.nan)), "total", "too few places to compare; got 0"),
     ],

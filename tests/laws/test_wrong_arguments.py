@@ -24,6 +24,10 @@ zero = mt.edit.Zero("0.mlp_out")
 program = planted.program("reverse")
 
 
+def named(a, let):
+    return let("b", a)
+
+
 def swept(*cells, metric=mt.metric.Probability(11)):
     return model.sweep(ids, cells, metric)
 
@@ -104,6 +108,28 @@ for call in (
     lambda: mt.explain.contributions(model, ids, answer=[1.5]),
     lambda: mt.explain.contributions(model, ids, answer=True),
     lambda: mt.sweep.Edge("embed", "final", source="x"),
+    lambda: mt.subspaces.find(model, [1, 2], "0.resid_post", 2),
+    lambda: mt.subspaces.split_direction(model, [1, 2], "0.mlp.post"),
+    lambda: mt.subspaces.interchange(model, named, [[1], [2]], write=named, at={}),
+    lambda: mt.subspaces.interchange(model, named, [{"a": 1}, {"a": 2}], write=lambda given: given["b"], at={}),
+    lambda: mt.explain.helix(model, [ids] * 8, range(8), periods=(0,)),
+    lambda: mt.explain.helix(model, [ids] * 8, range(8), periods=()),
+    lambda: mt.explain.helix(model, [ids] * 8, ["one"] * 8),
+    lambda: mt.explain.helix(model, [ids] * 8, [float("nan")] * 8),
+    lambda: mt.explain.helix(model, [ids] * 8, [0.5] * 8),
+    lambda: mt.explain.fourier(model, [ids] * 2, range(5, 10), answers=[float("nan"), 1]),
+    lambda: mt.explain.fourier(model, [ids] * 2, range(5, 10), answers="12"),
+    lambda: mt.explain.fourier(model, [ids] * 2, [float("nan"), 5, 6, 7]),
+    lambda: mt.explain.fourier(model, [ids] * 2, 5),
+    lambda: mt.explain.function_vector(model, [1, 2]),
+    lambda: mt.explain.function_vector(model, ["ab", "cd"]),
+    lambda: mt.explain.function_vector(model, 5),
+    lambda: mt.explain.cross_task(model, [[([1], [2])]] * 3),
+    lambda: mt.explain.token_lens(model, ids, span=0, answers=7.5),
+    lambda: mt.explain.patching_grid(model, ids, [5, 6, 8], answer=11, foil=12, windows=()),
+    lambda: mt.explain.patching_grid(model, ids, [5, 6, 8], answer=11, foil=12, windows=("a",)),
+    lambda: mt.explain.patching_grid(model, ids, [5, 6, 8], answer=11, foil=12, windows=(0,)),
+    lambda: mt.explain.patching_grid(model, ids, [5, 6, 8], answer=11, foil=12, windows=3),
 ):
     try:
         call()
@@ -187,6 +213,28 @@ SAID = [
     "PromptError: cannot read a token; got 1.5; allowed: a text or an id",
     "PromptError: cannot read a token; got True",
     "EditError: the edge embed -> final cannot use this source; got str; allowed: a run, or a mapping",
+    "ArgumentError: interchanges are given as Swaps; got list",
+    "ArgumentError: interchanges are given as Swaps; got list",
+    "ArgumentError: an input names its values; got list [1]",
+    "ArgumentError: write fails on {'a': 1}; got KeyError: 'b'",
+    "ArgumentError: these are no periods of a helix; got (0,); allowed: numbers above 0",
+    "ArgumentError: these are no periods of a helix; got ()",
+    "ArgumentError: numbers must be integers; got 'one'",
+    "ArgumentError: numbers must be integers; got nan",
+    "ArgumentError: numbers must be integers; got 0.5",
+    "ArgumentError: answers must be integers; got nan",
+    "ArgumentError: answers must be integers; got '12'",
+    "PromptError: cannot read a token; got nan",
+    "ArgumentError: these are no axis of numbers; got int",
+    "DataError: a task is made of pairs of texts, or of token ids; got 1 as number 0",
+    "DataError: a task is made of pairs of texts, or of token ids; got 'ab' as number 0",
+    "DataError: a task is a list of pairs; got int",
+    "ArgumentError: tasks are given by name; got list",
+    "PromptError: cannot read a token; got 7.5",
+    "ArgumentError: windows are numbers of layers; got (); allowed: integers of 1 or more",
+    "ArgumentError: windows are numbers of layers; got ('a',)",
+    "ArgumentError: windows are numbers of layers; got (0,)",
+    "ArgumentError: windows are numbers of layers; got 3",
 ]
 
 

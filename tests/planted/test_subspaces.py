@@ -202,6 +202,13 @@ def test_a_program_that_does_not_fit_is_refused(it: planted.Planted) -> None:
         subspaces.interchange(it.model, program_of(it), inputs(it), **given)
     with pytest.raises(ArgumentError, match="the program fails on"):
         subspaces.interchange(it.model, lambda let: 1, inputs(it), **options)
+    for name in ("write", "answer"):
+
+        def fails(given: Any) -> Any:
+            raise KeyError("other")
+
+        with pytest.raises(ArgumentError, match=f"{name} fails on .*; got KeyError: 'other'"):
+            subspaces.interchange(it.model, program_of(it), inputs(it), **{**options, name: fails})
     count = iter(range(10**6))
     with pytest.raises(ArgumentError, match="inputs and variables alone"):
         subspaces.interchange(it.model, lambda let, **given: next(count), inputs(it), **options)
@@ -237,6 +244,11 @@ def test_bad_input(it: planted.Planted, swaps: tuple[Swaps, Swaps]) -> None:
         subspaces.find(it.model, train, "0.attn.z", 2)
     with pytest.raises(SiteError, match="no vector at a position"):
         subspaces.find(it.model, train, "0.attn.pattern", 2)
+    behind = Swaps(tuple(replace(s, base_at=len(s.base)) for s in train))
+    with pytest.raises(
+        PromptError, match=r"swap 0 has a place outside its prompt; got position \d+; allowed: 0 to \d+"
+    ):
+        subspaces.find(it.model, behind, "0.resid_post", 2)
     with pytest.raises(ArgumentError, match="no such way to find a subspace"):
         subspaces.find(it.model, train, "0.resid_post", 2, method="magic")
     false = Swaps(tuple(replace(s, own=0) for s in train))

@@ -127,3 +127,17 @@ def test_what_cannot_be_is_refused_in_a_line(it: Planted) -> None:
         with pytest.raises(kind, match=text) as refused:
             call()
         assert "\n" not in str(refused.value)
+
+
+def test_a_helix_has_the_rank_that_is_there() -> None:
+    """The sine of a period of 2 is 0 at every integer, so that what stands beside the helix has one dimension less."""
+    from microtome.explain._helix import _fits, _rank
+
+    a = torch.arange(40, dtype=torch.float64)
+    assert [_rank(a, periods) for periods in ((2.0,), (2.0, 5.0), (5.0, 10.0), (1.0,))] == [2, 4, 5, 1]
+    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = _fits(x, a, (2.0, 5.0), 12, 5)
+    shifted = _fits(x, a + 2**20, (2.0, 5.0), 12, 5)  # sines of large multiples of pi are not 0 to the last digit
+    torch.testing.assert_close(made["helix"], shifted["helix"], rtol=0, atol=1e-3)
+    fold = (made["mean"] == made["mean"][0]).all(1)  # the numbers of one part, which one fit to the others predicts
+    assert int(torch.linalg.matrix_rank((made["components"] - made["mean"])[fold])) == 4

@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests import families, tokenizers
@@ -101,3 +102,46 @@ def test_the_published_numbers_of_entities() -> None:
     city = tasks.ravel(path)
     assert set(city.attributes) == {"Country", "Continent", "Latitude", "Longitude", "Language", "Timezone"}
     assert {city.split[name] for name in city.values} == {"train", "val", "test"}
+
+
+def pairs(folder: Path, words: list[str], asked: int = 8) -> Path:
+    """A file of pairs with these words as answers, in turn."""
+    both = [
+        (words[i % len(words)], words[(i + 1 + i // len(words) % (len(words) - 1)) % len(words)]) for i in range(asked)
+    ]
+    rows = [f"the cat {a} on {i} the,the cat {b} on {i} the, {a}, {b}" for i, (a, b) in enumerate(both)]
+    path = folder / "pairs.csv"
+    path.write_text("\n".join(["clean,corrupt,answer,foil", *rows]))
+    return path
+
+
+def test_pairs_have_no_isolation_and_a_placebo_of_other_answers(tmp_path: Path) -> None:
+    path = pairs(tmp_path, ["cat", "dog", "car", "big"])
+    given: dict[str, Any] = {"site": "1.resid_post", "rank": 2, "steps": 2}
+    data = subspaces.das(spoken(), path, **given)
+    assert data["found_by"].values.tolist() == ["neurons", "pca", "random", "das", "placebo"]
+    assert data["cause"].dims == ("attribute", "found_by")
+    assert data.sel(found_by="das")["cause"].shape == (1,)  # `method` is an option of sel itself
+    assert [one.partition(":")[0] for one in data.attrs["control"].split("; ")] == ["random", "placebo"]
+    with pytest.raises(ArgumentError, match="mdas is das where no swap wants isolation; got das, mdas"):
+        subspaces.das(spoken(), path, methods=["das", "mdas"], **given)
+    with pytest.raises(ArgumentError, match="ways are named once each"):
+        subspaces.das(spoken(), path, methods=["pca", "pca"], **given)
+
+
+def test_a_placebo_of_two_answers_is_left_out_or_refused(tmp_path: Path) -> None:
+    path = pairs(tmp_path, ["cat", "dog"])
+    given: dict[str, Any] = {"site": "1.resid_post", "rank": 2, "steps": 0}
+    assert "placebo" not in subspaces.das(spoken(), path, **given)["found_by"].values
+    with pytest.raises(PromptError, match="these swaps have no placebo; got 2 different labels; allowed: 3 or more"):
+        subspaces.das(spoken(), path, controls=["placebo", "twin"], **given)
+
+
+def test_a_placebo_never_asks_for_what_the_base_says_already(tmp_path: Path) -> None:
+    model = spoken()
+    swaps = subspaces.Swaps.of_pairs(tasks.read(pairs(tmp_path, ["cat", "dog", "car", "big"], 24), model))
+    labels = {s.label for s in swaps}
+    false = [swaps.placebo(seed) for seed in range(20)]
+    assert all(s.label in labels and s.label != s.own for own in false for s in own)
+    kept = [s.label == t.label for own in false for s, t in zip(own, swaps, strict=True)]
+    assert sum(kept) / len(kept) == pytest.approx(1 / 3, abs=0.1)  # by chance alone, of the three others

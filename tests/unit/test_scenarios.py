@@ -93,5 +93,13 @@ def test_facts_that_cannot_be_asked_are_refused(model: mt.Model) -> None:
 def test_the_package_has_facts() -> None:
     own = Fact.own("capital")
     assert own[0].prompt.startswith("The capital of")
-    assert len(own[0].paraphrases()) == 8
+    assert len(own[0].paraphrases()) == 7
     assert len(Fact.own()) > len(own)
+
+
+def test_the_prompt_that_is_judged_is_none_of_its_paraphrases(monkeypatch: pytest.MonkeyPatch, model: mt.Model) -> None:
+    fact = Fact("France", "one", (TEMPLATE,))
+    assert len(fact.paraphrases()) == 3
+    assert fact.prompt not in fact.paraphrases()
+    say(monkeypatch, model, {"known that": " two", "As every": " two", "France": " one"})
+    assert float(tasks.scenarios(model, [fact])["consistent"].item()) == pytest.approx(1 / 3)

@@ -22,7 +22,7 @@ from microtome.anatomy import Site
 from microtome.context import current
 from microtome.edit import Edit, Project
 from microtome.errors import ArgumentError, error
-from microtome.explain._waves import Answers, Prompts, rows_of, spectrum, tokens_of_numbers, waves
+from microtome.explain._waves import Answers, Prompts, integers, rows_of, spectrum, tokens_of_numbers, waves
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 
@@ -168,7 +168,7 @@ def _answers(answers: Sequence[int], prompts: int, numbers: int) -> Tensor:
     Raises:
         ArgumentError: not one for each prompt, or one lies outside.
     """
-    listed = [int(x) for x in answers]
+    listed = integers(answers, "answers")
     if len(listed) != prompts:
         raise error(ArgumentError, "there must be one answer for each prompt", got=len(listed), allowed=str(prompts))
     outside = [x for x in listed if not 0 <= x < numbers]

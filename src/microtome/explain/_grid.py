@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.edit import Patch
-from microtome.errors import PromptError, SiteError, error
+from microtome.errors import ArgumentError, PromptError, SiteError, error
 from microtome.explain._corruption import embedding_std, noised
 from microtome.explain._pairs import SMALLEST_GAP, AnswerOfClean, Clean, Corrupt, FoilOfCorrupt, Pairs, pairs_of
 from microtome.explain._spans import windows_of
@@ -75,7 +75,9 @@ def patching_grid(
     Raises:
         PromptError: a pair does not align, answers and foils are missing, or lengths differ.
         SiteError: no layer has the part, or a setting leaves no gap.
+        ArgumentError: a window is no number of layers, or there is none.
     """
+    _require_windows(windows)
     pairs = pairs_of(model, clean, corrupt, answer=answer, foil=foil)
     if not pairs.foil_ids:
         raise error(PromptError, "the logit difference needs a foil for every answer", do="give answer= and foil=")
@@ -106,6 +108,18 @@ def patching_grid(
         {name: x[0] for name, x in each.items()} if one else {}, each={} if one else each,
         coords=coords | ({"token": ("pos", words)} if one else {}), attrs=attrs,
     )  # fmt: skip
+
+
+def _require_windows(windows: Any) -> None:
+    """Refuse windows that are none.
+
+    Raises:
+        ArgumentError: they are no integers of 1 or more, or there are none.
+    """
+    listed = list(windows) if isinstance(windows, Sequence) and not isinstance(windows, str) else [None]
+    if not listed or any(not isinstance(w, int) or isinstance(w, bool) or w < 1 for w in listed):
+        allowed = "integers of 1 or more, such as (1, 5)"
+        raise error(ArgumentError, "windows are numbers of layers", got=repr(windows), allowed=allowed, do="give some")
 
 
 def _effects(

@@ -2,7 +2,8 @@
 
 Formula:  x_a, the state of number a after a layer, projected on the first `components` principal components of all; a
           linear fit of it on B(a) = [1, a, cos 2 pi a / T, sin 2 pi a / T for each period T], so of rank 1 + 2 |T|
-          beside the mean. Everything is fitted without the numbers that it is judged on (`folds` parts in turn):
+          beside the mean, less what is 0 or told by the others at these numbers (the sine of T = 2 at integers).
+          Everything is fitted without the numbers that it is judged on (`folds` parts in turn):
               r2 = 1 - sum_a |x_a - fit(a)|^2 / sum_a |x_a - mean of the others|^2.
           The fitted state is put in the place of the own one, in the run of a's prompt, and what is read is whether
           the model's first choice stays the same (`kept`).
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from microtome.context import current
 from microtome.edit import Set
 from microtome.errors import ArgumentError, PromptError, error
-from microtome.explain._waves import Prompts, rows_of
+from microtome.explain._waves import Prompts, integers, rows_of
 from microtome.method import Argument, Column, Found, Source, question, run_sweep
 from microtome.metric import Rank
 from microtome.model import Model
@@ -83,11 +84,13 @@ def helix(
     """Fit a helix to the states of numbers, and put its points in their place.
 
     Raises:
-        ArgumentError: not one number for each prompt, or too few for the rank of the fit; a layer that is none.
+        ArgumentError: not one integer for each prompt, or too few for the rank of the fit; a layer or period that is
+            none.
         PromptError: a prompt does not reach the position.
     """  # fmt: skip
-    rows, given = rows_of(model, prompts), [int(a) for a in numbers]
-    rank = 1 + 2 * len(periods)
+    rows, given = rows_of(model, prompts), integers(numbers, "numbers")
+    _require_periods(periods)
+    rank = _rank(torch.tensor(given, dtype=torch.float64), periods)
     if len(given) != len(rows) or len(set(given)) < 2 * (rank + 1):
         got = f"{len(rows)} prompts, {len(set(given))} different numbers of {len(given)}"
         allowed = f"one number a prompt, {2 * (rank + 1)} different ones or more"
@@ -128,6 +131,26 @@ def helix_basis(a: Float[Tensor, " number"], periods: Sequence[float]) -> Float[
     return torch.stack([torch.ones_like(a), a / a.abs().max().clamp(min=1), *waves], dim=1)
 
 
+def _require_periods(periods: Any) -> None:
+    """Refuse periods that are none.
+
+    Raises:
+        ArgumentError: they are no numbers above 0, or there are none.
+    """
+    listed = list(periods) if isinstance(periods, Sequence) and not isinstance(periods, str) else [None]
+    if not listed or any(not isinstance(t, int | float) or not 0 < t < math.inf for t in listed):
+        allowed = "numbers above 0, such as (2, 10)"
+        raise error(
+            ArgumentError, "these are no periods of a helix", got=repr(periods), allowed=allowed, do="give some"
+        )
+
+
+def _rank(a: Float[Tensor, " number"], periods: Sequence[float]) -> int:
+    """The dimensions of a helix of these numbers beside the mean: of integers, the sine of T = 2 is 0."""
+    basis = helix_basis(a, periods)[:, 1:]
+    return int(torch.linalg.matrix_rank(basis - basis.mean(0), rtol=1e-9)) if len(a) else 0
+
+
 def _fits(
     x: Float[Tensor, "number d_model"], a: Tensor, periods: Sequence[float], components: int, folds: int
 ) -> dict[str, Float[Tensor, "number d_model"]]:
@@ -136,7 +159,7 @@ def _fits(
     generator = torch.Generator().manual_seed(current().seed)
     part = (torch.randperm(len(values), generator=generator) % folds)[member]
     other = values[torch.randperm(len(values), generator=generator)][member]
-    rank = 1 + 2 * len(periods)
+    rank = _rank(values, periods)
     scaled = 2 * (a - a.min()) / (a.max() - a.min()) - 1
     chebyshev = torch.from_numpy(np.polynomial.chebyshev.chebvander(scaled.numpy(), rank))
     bases = {"helix": helix_basis(a, periods), "polynomial": chebyshev, "shuffled": helix_basis(other, periods)}
@@ -149,7 +172,7 @@ def _fits(
         scores = (x[train] - mean) @ directions.T
         for kind, basis in bases.items():
             basis = basis.to(x.device)
-            weights = torch.linalg.pinv(basis[train]) @ scores
+            weights = torch.linalg.pinv(basis[train], rtol=1e-9) @ scores  # a wave that is 0 is 0 to rounding
             found[kind][test] = mean + basis[test] @ weights @ directions
         few = directions[:rank]
         found["components"][test] = mean + (x[test] - mean) @ few.T @ few

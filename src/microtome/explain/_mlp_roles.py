@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from microtome.anatomy import at_least_float32
+from microtome.anatomy import Site, at_least_float32
 from microtome.context import current
-from microtome.errors import PromptError, error
+from microtome.errors import ModelUnsupported, PromptError, error
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 from microtome.run import Prompt, prompt_from_text
@@ -71,11 +71,16 @@ def mlp_roles(
     Raises:
         PromptError: there are fewer than 3 prompts, or one of them lacks the position.
         SiteError: the logits are not a sum over parts.
+        ModelUnsupported: blocks are parallel, so that their MLPs do not read their heads.
     """
     rows = model.to_batch(prompts).rows
     if len(rows) < LEAST:
         raise error(PromptError, "roles are fitted over prompts", got=f"{len(rows)}", allowed=f"{LEAST} or more",
                     do="give more of them")  # fmt: skip
+    parallel = [i for i in range(model.anatomy.n_layers) if Site("resid_mid", i) not in model.anatomy.hook_points]
+    if parallel:
+        what, got = "the MLP does not read what the heads of its layer write", f"parallel blocks in layer {parallel[0]}"
+        raise error(ModelUnsupported, what, got=got, do="take a model whose MLPs come after attention")
     norm, n, at = model.require_readable(), model.anatomy.n_layers, f"@{position}"
     runs = [model.run(row[None], [f"*.attn.z{at}", f"*.mlp_out{at}"], logits=False) for row in rows]
     generator = torch.Generator().manual_seed(current().seed)

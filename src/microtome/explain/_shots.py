@@ -47,9 +47,12 @@ def pairs_in(task: Any) -> list[tuple[Piece, Piece]]:
         except (OSError, ValueError) as problem:
             raise error(DataError, f"cannot read a task from {task}", got=str(problem), do="check it") from problem
     found: list[tuple[Piece, Piece]] = []
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        got, do = type(given).__name__, "give a list of (input, output), or a file of these"
+        raise error(DataError, "a task is a list of pairs", got=got, do=do)
     for number, item in enumerate(given):
         held: Any = item
-        pair = (held.get("input"), held.get("output")) if isinstance(held, Mapping) else tuple(held)
+        pair = (held.get("input"), held.get("output")) if isinstance(held, Mapping) else _both(held)
         texts = all(isinstance(x, str) and x for x in pair)
         ids = all(isinstance(x, Sequence) and not isinstance(x, str) and len(x) for x in pair)
         if len(pair) != 2 or not (texts or ids):
@@ -57,6 +60,11 @@ def pairs_in(task: Any) -> list[tuple[Piece, Piece]]:
             raise error(DataError, "a task is made of pairs of texts, or of token ids", got=got, do=do)
         found.append(cast("tuple[Piece, Piece]", pair))
     return found
+
+
+def _both(item: Any) -> tuple[Any, ...]:
+    """The two parts of a pair; none of what has no parts."""
+    return tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else ()
 
 
 @dataclass(frozen=True)

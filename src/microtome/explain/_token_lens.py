@@ -68,8 +68,10 @@ def token_lens(
     *,
     span: Annotated[Span, Argument("the tokens that are read: a text in the prompt, or positions",
                                    from_text=span_from_text)],
-    answers: Annotated[Sequence[str | int] | None, Argument("tokens whose logits are read; by default the model's own "
-                                                            "first five", command=False)] = None,
+    answers: Annotated[
+        str | int | Sequence[str | int] | None,
+        Argument("tokens whose logits are read; by default the model's own first five", command=False),
+    ] = None,
     position: Annotated[int, Argument("position to explain, counted from the end of the prompt if negative")] = -1,
     top: Annotated[int, Argument("how many tokens to name as promoted and suppressed", "tokens", least=1)] = 5,
 ) -> Found:  # fmt: skip
@@ -91,7 +93,8 @@ def token_lens(
     run = model.run(tokens[None], capture=[*SEEN, *wanted, f"final.scale@{q}"])
     cut = model.run(tokens[None], capture=wanted[1:], edits=KnockOut(f"*.attn.scores@{q}", keys=keys), logits=False)
     own = run.logits[0, q].topk(min(5, run.logits.shape[-1])).indices.tolist()
-    ids = own if answers is None else [model.to_id(a) for a in answers]
+    listed: Any = [answers] if isinstance(answers, str) or not isinstance(answers, Sequence) else answers
+    ids = own if answers is None else [model.to_id(a) for a in listed]
     with torch.no_grad():
         values = _layers(model, run, cut, q, slice(first, end), ids, top)
     words = model.to_words(tokens)

@@ -42,8 +42,8 @@ def transfer(first: xr.Dataset, second: xr.Dataset, name: str, *, top: int = 20)
         if name not in data:
             raise error(DataError, f'a result has no "{name}"', got=", ".join(map(str, data.data_vars)), do="name one")
     models = [data.attrs.get("fingerprint") for data in (first, second)]
-    if first[name].shape != second[name].shape or models[0] != models[1]:
-        got = f"{list(first[name].shape)} and {list(second[name].shape)}"
+    if not _same_places(first[name], second[name]) or models[0] != models[1]:
+        got = f"{dict(first[name].sizes)} and {dict(second[name].sizes)}"
         raise error(DataError, "the results are not of the same places of one model", got=got, do="ask both alike")
     a, b = (np.abs(np.asarray(data[name].values, dtype=np.float64)).ravel() for data in (first, second))
     there = np.flatnonzero(np.isfinite(a) & np.isfinite(b))
@@ -60,3 +60,14 @@ def transfer(first: xr.Dataset, second: xr.Dataset, name: str, *, top: int = 20)
     }  # fmt: skip
     said = {"method": "transfer of components", "variable": name, "top": top, "places": size}
     return xr.Dataset({key: ((), x, {"unit": unit}) for key, (x, unit) in values.items()}, attrs=said)
+
+
+def _same_places(first: xr.DataArray, second: xr.DataArray) -> bool:
+    """Whether two variables have the same axes in one order, of the same size, with the same names along each."""
+    if dict(first.sizes) != dict(second.sizes) or first.dims != second.dims:
+        return False
+    return all(
+        (dim in first.coords) == (dim in second.coords)
+        and (dim not in first.coords or np.array_equal(first[dim].values, second[dim].values))
+        for dim in first.dims
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -40,13 +40,35 @@ def waves(n: int, frequencies: Sequence[int]) -> Float[Tensor, "wave number"]:
     return torch.stack([row for row in rows if float(row.abs().max()) > 1e-9])
 
 
-def tokens_of_numbers(model: Model, numbers: Sequence[Any]) -> list[int]:
+def integers(given: Any, what: str) -> list[int]:
+    """Integers as they were given, also as floats or numbers of NumPy that are integers.
+
+    Raises:
+        ArgumentError: one is none.
+    """
+    found: list[int] = []
+    for one in given if isinstance(given, Iterable) and not isinstance(given, str) else [given]:
+        number: Any = one
+        try:
+            found.append(int(number))
+        except (TypeError, ValueError, OverflowError):
+            found.append(0)
+            number = None
+        if isinstance(one, str) or number != found[-1]:
+            raise error(ArgumentError, f"{what} must be integers", got=repr(one), do="give one for each prompt")
+    return found
+
+
+def tokens_of_numbers(model: Model, numbers: Any) -> list[int]:
     """The tokens of an axis of numbers.
 
     Raises:
         ArgumentError: there are too few, or two are one.
         PromptError: one is several tokens.
     """
+    if not isinstance(numbers, Iterable):
+        got, do = type(numbers).__name__, "give the tokens of the numbers in their order"
+        raise error(ArgumentError, "these are no axis of numbers", got=got, do=do)
     ids = [model.to_id(number) for number in numbers]
     if len(ids) < 4 or len(set(ids)) < len(ids):
         got = f"{len(ids)}, {len(set(ids))} of them different"

@@ -26,15 +26,22 @@ from microtome.subspaces._exchange import Exchange
 from microtome.subspaces._find import METHODS, Plan, found_in, prepared
 from microtome.subspaces._score import ENDS, PLAIN, SCORES, has_reader, placebo, scores, twin
 from microtome.subspaces._subspace import width_of
-from microtome.subspaces._swaps import Swaps, of_asked, require_both, require_rank
+from microtome.subspaces._swaps import FOR_PLACEBO, Swaps, of_asked, require_both, require_rank
 from microtome.tasks import Ravel, Task, ravel, read, shares
 
 Data = Ravel | Task | str | os.PathLike[str]
 DEFAULT_METHODS = ("neurons", "pca", "random", "das", "mdas")
 CONTROLS = ("placebo", "twin")
+DEFAULT_CONTROLS = ("placebo",)
+SAID = {
+    "random": "random: a subspace drawn by chance",
+    "placebo": "placebo: learned from labels drawn by chance, judged by such labels",
+    "twin": "twin: DAS in the model with shuffled weights",
+}
+"""What the rows that found nothing are."""
 NO_TWIN = ("isolate", "isolate_lo", "isolate_hi", "disentangle", "disentangle_lo", "disentangle_hi")
 """Of the twin: it has no own answers that could stay."""
-ROWS = "none: the rows random, whole, placebo and twin of the same table"
+ROWS = "none: the rows random and placebo, which by default stand in the same table"
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,17 @@ class Told:
     question="Which part of a site holds one attribute and no other, and which way to find it does best?",
     columns=(
         Column("cause", "share", "of held-out swaps about the attribute that give the source's value", ROWS, (0, 1),
-               dims=("attribute", "method")),
+               dims=("attribute", "found_by")),
         Column("isolate", "share", "of held-out swaps about other attributes that leave the base's value", ROWS,
-               (0, 1), dims=("attribute", "method")),
-        Column("disentangle", "share", "mean of cause and isolate", ROWS, (0, 1), dims=("attribute", "method")),
-        Column("rank", "dimensions", "of the subspace that was found", "none: a size", dims=("attribute", "method")),
+               (0, 1), dims=("attribute", "found_by")),
+        Column("disentangle", "share", "mean of cause and isolate", ROWS, (0, 1), dims=("attribute", "found_by")),
+        Column("rank", "dimensions", "of the subspace that was found", "none: a size", dims=("attribute", "found_by")),
         Column("row_share", "share", "of the subspace that lies in the row space of the site's reader; mlp.post only",
-               "none: 1 of a random subspace is rank of the reader / width", (0, 1), dims=("attribute", "method")),
+               "none: 1 of a random subspace is rank of the reader / width", (0, 1), dims=("attribute", "found_by")),
         Column("cause_row", "share", "cause of the subspace's part in the reader's row space alone; mlp.post only",
-               "cause_null", (0, 1), dims=("attribute", "method")),
+               "cause_null", (0, 1), dims=("attribute", "found_by")),
         Column("cause_null", "share", "cause of its part in the null space alone, which nothing reads",
-               dims=("attribute", "method"), range=(0, 1)),
+               dims=("attribute", "found_by"), range=(0, 1)),
         Column("known", "share", "of the questions about the attribute, or of the pairs, that the model answers",
                "none: a share of what was asked", (0, 1), dims=("attribute",)),
     ),
@@ -84,8 +91,8 @@ class Told:
     cost="a forward of every question; a learned method: steps x rows forwards and backwards from the site's layer on",
     check="tests/planted/test_subspaces.py, tests/laws/test_subspaces.py",
     call='mt.subspaces.das(model, "ravel/data.tgz", attributes=["Country"], site="14.resid_post")',
-    reading="cause above the row `random` and isolate near 1 mean that the subspace holds this attribute and no other; "
-    "`placebo` learned labels that mean nothing, and `twin` has shuffled weights: what they reach, no finding exceeds.",
+    reading="cause above the rows of controls and isolate near 1 mean that the subspace holds this attribute and no "
+    "other; what does not exceed the controls is no finding.",
     needs="next token",
 )  # fmt: skip
 def das(
@@ -102,7 +109,9 @@ def das(
     site: Annotated[str | None, Argument('the site, such as "12.resid_post"; the middle layer\'s by default')] = None,
     rank: Annotated[int, Argument("of the subspaces", "dimensions", least=1)] = 16,
     methods: Annotated[Sequence[str], Argument("how to find them", choices=METHODS)] = DEFAULT_METHODS,
-    controls: Annotated[Sequence[str], Argument("what else to measure beside them", choices=CONTROLS)] = (),
+    controls: Annotated[
+        Sequence[str], Argument("what else to measure beside them", choices=CONTROLS)
+    ] = DEFAULT_CONTROLS,
     attributes: Annotated[
         Sequence[str] | None, Argument("of RAVEL: which attributes are swapped; all by default", from_text=str)
     ] = None,
@@ -124,12 +133,14 @@ def das(
     """Find the subspace of a site that holds an attribute, in several ways, and judge them by held-out interchanges.
 
     Of RAVEL, only entities that the model answers take part; those of its training split find the subspace, the others
-    judge it. Of pairs, the first half finds it and the second judges it, and nothing is isolated.
+    judge it. Of pairs, the first half finds it and the second judges it, and nothing is isolated: mdas would be das
+    again and is left out, and so is a placebo where there are no three answers to draw labels from.
 
     Raises:
         PromptError: the model answers too few of the prompts; says the share.
         SiteError: the site is not one place of one layer.
-        ArgumentError: the rank is larger than the site, or there is no such attribute.
+        ArgumentError: the rank is larger than the site, there is no such attribute, mdas is asked for where nothing
+            is isolated, or a way is named twice.
         DataError: the data cannot be read.
         FitError: a mask did not decide.
     """
@@ -137,8 +148,9 @@ def das(
     require_rank(rank, width_of(model, site), site)
     plan = Plan(rank, isolate, steps, 0.0, batch, sparsity, current().seed)
     told, known = _told(model, data, kind, attributes, others, entities, templates, each, at)
+    methods, controls = _ways(told, tuple(methods), tuple(controls))
     judged = [_judged(model, site, one, methods, controls, plan, lr) for one in told]
-    dims = ("attribute", "method")
+    dims = ("attribute", "found_by")
     table = {
         name: (dims, torch.tensor([[own[name] for own in rows] for rows, _ in judged], dtype=torch.float64))
         for name in (*(part + end for part in SCORES for end in ENDS), *(PLAIN if has_reader(site) else PLAIN[:1]))
@@ -146,10 +158,10 @@ def das(
     shares_known = [known.get(one.name, share) for one, (_, share) in zip(told, judged, strict=True)]
     return Found(
         table | {"known": (dims[:1], torch.tensor(shares_known, dtype=torch.float64))},
-        coords={"attribute": [one.name for one in told], "method": [*methods, *controls]},
+        coords={"attribute": [one.name for one in told], "found_by": [*methods, *controls]},
         attrs={"site": site, "train_swaps": [len(one.train) for one in told],
                "test_swaps": [len(one.test) for one in told], "test_entities": [len(one.test.entities) for one in told],
-               "control": "placebo: labels drawn by chance; twin: DAS in the model with shuffled weights"},
+               "control": "; ".join(SAID[name] for name in (*methods, *controls) if name in SAID) or "none"},
     )  # fmt: skip
 
 
@@ -185,6 +197,29 @@ def _told(
     return told, known
 
 
+def _ways(told: Sequence[Told], methods: tuple[str, ...], controls: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """The methods and controls that say something of these swaps.
+
+    Raises:
+        ArgumentError: mdas is asked for beside das where no swap wants isolation, or a way is named twice.
+        PromptError: a placebo is asked for where there are too few labels.
+    """
+    named = (*methods, *controls)
+    if not methods or len(set(named)) < len(named):
+        raise error(ArgumentError, "ways are named once each", got=", ".join(named) or "none", do="name others")
+    if "mdas" in methods and not any(len(one.train.of("isolate")) for one in told):
+        if methods != DEFAULT_METHODS:
+            do = 'take "das"'
+            raise error(ArgumentError, "mdas is das where no swap wants isolation", got=", ".join(methods), do=do)
+        methods = tuple(name for name in methods if name != "mdas")
+    if "placebo" in controls:
+        few = next((part for one in told for part in (one.train, one.test) if len(part.labels) < FOR_PLACEBO), None)
+        if few is not None and controls != DEFAULT_CONTROLS:
+            few.placebo()  # says why there is none
+        controls = controls if few is None else ()
+    return methods, controls
+
+
 def _judged(
     model: Model, site: str, one: Told, methods: Sequence[str], controls: Sequence[str], plan: Plan, lr: float | None
 ) -> tuple[list[dict[str, float]], float]:
@@ -197,7 +232,7 @@ def _judged(
 
     rows = [judged((train, test), name, name) for name in methods]
     if "placebo" in controls:
-        false = placebo(train, plan.seed), placebo(test, plan.seed)
+        false = placebo(train, plan.seed, one.train.labels), placebo(test, plan.seed, one.test.labels)
         rows.append(judged(false, "mdas" if "mdas" in methods else "das", "placebo"))
     if "twin" in controls:
         other = twin(model, plan.seed)

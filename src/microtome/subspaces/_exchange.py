@@ -41,6 +41,12 @@ class Exchange:
     def __init__(self, model: Model, site: str, swaps: Sequence[Swap]) -> None:
         if not swaps:
             raise error(PromptError, "there is nothing to swap", do="give at least one swap")
+        for number, s in enumerate(swaps):
+            for tokens, place in ((s.base, s.base_at), (s.source, s.source_at)):
+                if not 0 <= place < len(tokens):
+                    got, allowed = f"position {place}", f"0 to {len(tokens) - 1}"
+                    what = f"swap {number} has a place outside its prompt"
+                    raise error(PromptError, what, got=got, allowed=allowed, do="count tokens")
         self.model, self.swaps, self._site = model, tuple(swaps), site_of(model, site)
         self.address = str(parse(site))
         self._dims = len(self._site.spec.dims)

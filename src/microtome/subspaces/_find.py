@@ -26,7 +26,7 @@ from microtome.subspaces._exchange import Exchange
 from microtome.subspaces._learned import Plan, boundless, neuron_mask, rotation
 from microtome.subspaces._reader import has_reader, reader, row_share
 from microtome.subspaces._subspace import Subspace
-from microtome.subspaces._swaps import Swaps, require_known, require_rank
+from microtome.subspaces._swaps import Swaps, require_known, require_rank, require_swaps
 
 METHODS = ("das", "mdas", "boundless", "mask", "pca", "probe", "neurons", "random", "whole")
 LEARNED = {"das": rotation, "mdas": rotation, "boundless": boundless, "mask": neuron_mask}
@@ -82,7 +82,7 @@ def find(
     Raises:
         PromptError: the model answers none of the base prompts as the swaps say, or none wants a cause.
         SiteError: the site is not one place of one layer.
-        ArgumentError: the rank is larger than the site, or there is no such method.
+        ArgumentError: the rank is larger than the site, there is no such method, or they are no `Swaps`.
         FitError: a mask did not decide, or the loss is no number.
     """
     ready, known = prepared(model, swaps, site)
@@ -97,7 +97,9 @@ def prepared(model: Model, swaps: Swaps, site: str) -> tuple[Exchange, float]:
 
     Raises:
         PromptError: it answers none of the base prompts, or no swap wants a cause.
+        ArgumentError: they are no `Swaps`.
     """
+    require_swaps(swaps)
     model.require_next_token()
     ready = Exchange(model, site, swaps.swaps)
     kept, share = require_known(swaps, ready.known, model.anatomy.name)

@@ -89,10 +89,15 @@ def _ran(program: Program, inputs: Inputs) -> list[_Ran]:
     """The runs of a program on all inputs.
 
     Raises:
-        ArgumentError: there are fewer than two, or it gives another answer when its variables are as they were.
+        ArgumentError: there are fewer than two, one is no mapping, or it gives another answer when its
+            variables are as they were.
     """
     if len(inputs) < 2:
         raise error(ArgumentError, "a swap needs two inputs", got=len(inputs), do="give more inputs")
+    odd = next((given for given in inputs if not isinstance(given, Mapping)), None)
+    if odd is not None:
+        do = 'write such as {"a": 1, "b": 2}'
+        raise error(ArgumentError, "an input names its values", got=f"{type(odd).__name__} {odd!r}", do=do)
     found = [_run(program, given, {}) for given in inputs]
     for given, ran in zip(inputs, found, strict=True):
         if _run(program, given, ran.variables).output != ran.output:
@@ -108,13 +113,35 @@ def _token(model: Model, answer: Callable[[Any], str | int], value: Any) -> int:
 
     Raises:
         PromptError: it is not one token.
+        ArgumentError: the function that makes it fails.
     """
-    given = answer(value)
+    given = _called(answer, "answer", value)
     return int(given) if isinstance(given, int) else model.to_id(given)
 
 
-def _prompt(model: Model, given: Any) -> tuple[int, ...]:
+def _prompt(model: Model, write: Callable[..., Any], *of: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens of the prompt that `write` makes.
+
+    Raises:
+        ArgumentError: it fails.
+    """
+    given = _called(write, "write", *of)
     return tuple(model.to_batch(given).rows[0].tolist())
+
+
+def _called(function: Callable[..., Any], name: str, *of: Any) -> Any:
+    """What a function of the user gives.
+
+    Raises:
+        ArgumentError: it fails.
+    """
+    try:
+        return function(*of)
+    except MicrotomeError:
+        raise
+    except Exception as problem:
+        got, shown = f"{type(problem).__name__}: {problem}", ", ".join(str(x) for x in of)
+        raise error(ArgumentError, f"{name} fails on {shown}", got=got, do=f"give another {name}=") from problem
 
 
 def _require_agreement(model: Model, agree: Sequence[bool], least: float) -> float:
@@ -179,7 +206,7 @@ def interchange(
         SiteError: a place is not one site of one layer.
     """
     ran = _ran(program, inputs)
-    prompts = [_prompt(model, write(given)) for given in inputs]
+    prompts = [_prompt(model, write, given) for given in inputs]
     own = [_token(model, answer, one.output) for one in ran]
     said = _said(model, prompts)
     share = _require_agreement(model, [a == b for a, b in zip(said, own, strict=True)], least)
@@ -356,7 +383,7 @@ def token_interchange(
     for k, name in enumerate(names):
         own = [_token(model, answer, _next(one, names, k)) for one in ran]
         firsts = [{n: one.variables[n] for n in names[: k + 1]} for one in ran]
-        said = _said(model, [_prompt(model, write(g, f)) for g, f in zip(inputs, firsts, strict=True)])
+        said = _said(model, [_prompt(model, write, g, f) for g, f in zip(inputs, firsts, strict=True)])
         shares.append(_require_agreement(model, [a == b for a, b in zip(said, own, strict=True)], least))
         good = [i for i in range(len(inputs)) if said[i] == own[i]]
         texts: list[tuple[int, ...]] = []
@@ -366,7 +393,7 @@ def token_interchange(
             value = ran[j].variables[name]
             changed = _token(model, answer, _next(_run(program, inputs[i], {name: value}), names, k))
             if changed != own[i]:
-                texts.append(_prompt(model, write(inputs[i], {**firsts[i], name: value})))
+                texts.append(_prompt(model, write, inputs[i], {**firsts[i], name: value}))
                 wanted.append(changed)
                 bases.append(i)
         then = _said(model, texts) if texts else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -82,9 +82,9 @@ def by_entity(ready: Exchange, hits: Float[Tensor, " swap"], wants: Wants) -> di
     return {name: sum(own) / len(own) for name, own in held.items()}
 
 
-def placebo(ready: Exchange, seed: int) -> Exchange:
-    """The same swaps with labels that mean nothing."""
-    return ready.with_swaps(Swaps(ready.swaps).placebo(seed).swaps)
+def placebo(ready: Exchange, seed: int, labels: Sequence[int] | None = None) -> Exchange:
+    """The same swaps with labels that mean nothing, of some or of their own."""
+    return ready.with_swaps(Swaps(ready.swaps).placebo(seed, labels).swaps)
 
 
 def twin(model: Model, seed: int) -> Model:

@@ -25,7 +25,7 @@ from microtome.subspaces._find import Exchange, Plan, found_in, prepared, random
 from microtome.subspaces._reader import divided, reader
 from microtome.subspaces._score import ENDS, by_entity, projection
 from microtome.subspaces._subspace import Subspace
-from microtome.subspaces._swaps import Swaps
+from microtome.subspaces._swaps import Swaps, require_swaps
 from microtome.tasks import Task
 
 PARTS = ("whole", "row", "null", "component", "random")
@@ -75,11 +75,11 @@ def split_direction(
 
     Raises:
         SiteError: several matrices, or none, read the site.
-        ArgumentError: the direction is not as wide as the site, is 0, or is of another model.
+        ArgumentError: the direction is not as wide as the site, is 0, or is of another model, or these are no swaps.
         PromptError: the model answers none of the prompts.
     """
     rows = reader(model, site)
-    told = Swaps.of_pairs(swaps, at) if isinstance(swaps, Task) else swaps
+    told = Swaps.of_pairs(swaps, at) if isinstance(swaps, Task) else require_swaps(swaps)
     half = len(told) // 2 if direction is None else 0
     ready, known = prepared(model, told[half:], site)
     subspace = _given(model, site, direction)

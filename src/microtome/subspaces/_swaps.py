@@ -16,6 +16,8 @@ from microtome.tasks import Asked, Task
 Wants = Literal["cause", "isolate"]
 SHOWN = 12
 """Attributes that are shown."""
+FOR_PLACEBO = 3
+"""Labels below which the other than the base's own is the source's."""
 LEAST = 8
 """Entities below which nothing can be said of any that were held out."""
 
@@ -94,19 +96,35 @@ class Swaps:
         """Those that want one of the two."""
         return replace(self, swaps=tuple(swap for swap in self.swaps if swap.wants == wants))
 
-    def placebo(self, seed: int = 0) -> Swaps:
+    def placebo(self, seed: int = 0, labels: Sequence[int] | None = None) -> Swaps:
         """The same with an attribute that no model was ever told: each source gets one of the labels, by chance alone.
 
-        Bases keep what they should keep. Two sources of one name get one label, whoever is swapped with them.
+        Each name of a source has an order of labels of its own; a swap takes the first that is not the base's own
+        answer, since a swap to that one could never be seen. Bases keep what they should keep.
+
+        Args:
+            seed: of the draws.
+            labels: what is drawn from; by default `labels`.
+
+        Raises:
+            PromptError: there are fewer than three labels, so that what is not the base's own would be the source's.
         """
-        labels = sorted({swap.label for swap in self.of("cause")})
+        labels = self.labels if labels is None else labels
+        if len(labels) < FOR_PLACEBO:
+            got, allowed = f"{len(labels)} different labels", f"{FOR_PLACEBO} or more"
+            raise error(PromptError, "these swaps have no placebo", got=got, allowed=allowed, do="give more answers")
 
         def drawn(swap: Swap) -> int:
             rng = np.random.default_rng([seed, zlib.crc32(swap.given.encode())])
-            return labels[int(rng.integers(len(labels)))]
+            return next(labels[i] for i in rng.permutation(len(labels)) if labels[i] != swap.own)
 
         changed = (replace(s, label=drawn(s)) if s.wants == "cause" else s for s in self.swaps)
         return replace(self, swaps=tuple(changed), attrs={**self.attrs, "placebo": True})
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The tokens that swaps which want a cause should give, each once."""
+        return tuple(sorted({swap.label for swap in self.of("cause")}))
 
     @classmethod
     def of_pairs(cls, task: Task, at: str | int = "end") -> Swaps:
@@ -204,6 +222,18 @@ def require_both(swaps: Swaps, attribute: str, what: str, share: float) -> None:
             got=f"{cause} that can be changed, {isolate} that can stay; it answers {share:.1%} of all questions",
             allowed=f"{LEAST} of each", do="ask more entities, other attributes, or a larger model",
         )  # fmt: skip
+
+
+def require_swaps(given: object) -> Swaps:
+    """What was given, if it is interchanges.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    if isinstance(given, Swaps):
+        return given
+    do = "give Swaps(tuple of Swap), or make them with Swaps.of_pairs(task)"
+    raise error(ArgumentError, "interchanges are given as Swaps", got=type(given).__name__, do=do)
 
 
 def require_known(swaps: Swaps, known: Sequence[bool], what: str) -> tuple[Swaps, float]:

@@ -3,7 +3,7 @@
 Formula:  said(p) = the likeliest token after the prompt p. Of a fact (subject, answer, templates), with p the first
           template filled:
           wrong       said(p) is not the first token of the answer
-          guess       else, fewer than `agree` of the paraphrases (templates x prefixes) are answered like p
+          guess       else, fewer than `agree` of the paraphrases (templates x prefixes, without p) are answered like p
           heuristic   else, a cue alone gives the answer: `prompt`, the same is said without the subject (a filler in
                       its place, most of them); `name`, with one word of a subject of several; `overlap`, answer and
                       subject share their beginning, or one names the other
@@ -67,8 +67,9 @@ class Fact:
         return self.templates[0].replace(SLOT, self.subject)
 
     def paraphrases(self) -> list[str]:
-        """All templates, filled, behind all prefixes."""
-        return [p + t.replace(SLOT, self.subject) for t in self.templates for p in PREFIXES]
+        """All templates, filled, behind all prefixes, but the prompt that is judged."""
+        every = [p + t.replace(SLOT, self.subject) for t in self.templates for p in PREFIXES]
+        return [text for text in every if text != self.prompt]
 
     def without(self) -> list[str]:
         """The first template with fillers in the subject's place."""

@@ -23,7 +23,7 @@ BESIDE = ("_lo", "_hi", "_p", "_each", "_exact", "_source", "_diff")
 
 AXES = (
     "layer", "head", "kv_head", "pos", "span", "neuron", "group", "sender", "receiver", "node", "component", "site",
-    "feature", "answer", "share", "set", "attribute", "method", "variable", "part", "setting", "label", "estimate",
+    "feature", "answer", "share", "set", "attribute", "found_by", "variable", "part", "setting", "label", "estimate",
     "task", "program",
     "frequency",
 )  # fmt: skip
