@@ -162,6 +162,8 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
     if name == "helix":  # which needs more numbers than other questions need prompts
         found |= {"prompts": [[7, 20 + i, 33] for i in range(24)], "numbers": list(range(24)), "position": 1}
         found |= {"periods": [2.0, 5.0], "layers": [0, 2]}
+    if name == "circuit":
+        found["edges"] = 0.3  # of some 260: the default is a share of many thousands
     if "scores" in names:
         found["scores"] = mt.explain.attribute(model(kind), PROMPT, OTHER, answer=11, foil=23, verify=0)
         found = {"scores": found["scores"], "top": 3}
@@ -375,7 +377,7 @@ NO_HEAD = {
     "mlp_roles", "ov_copying",
     "prior_and_context", "promoted_tokens", "read_tokens", "row_lens", "token_lens",
 }  # fmt: skip
-NO_EDGES = {"edge_effects", "node_effects", "referee", "sharing"}
+NO_EDGES = {"circuit", "completeness", "edge_effects", "faithfulness", "node_effects", "referee", "sharing"}
 NO_LOSS = {
     "ablation_loss", "group_gradient", "head_ablation", "head_importance", "head_rank", "in_context", "loss",
     "massive_effect", "memorised",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests import families
@@ -87,3 +89,36 @@ def test_the_metric_as_cost_and_some_receivers_alone() -> None:
     values = torch.cat([e.measure(found.kept) for e in engines])
     assert found.cost == pytest.approx(-float(values.double().mean()), abs=1e-5)
     assert bool((found.kept[:, tried] < engines[0].edges[:, tried]).any())
+
+
+def test_a_budget_makes_fewer_rows_at_once_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    engine = Circuits(model, two(0), two(1), mt.metric.LogitDifference(11, foil=13))
+    most, run = list[int](), Circuits.run
+
+    def counted(self: Circuits, prompts: torch.Tensor, *given: Any) -> Any:
+        most.append(len(prompts))
+        return run(self, prompts, *given)
+
+    monkeypatch.setattr(Circuits, "run", counted)
+    found = [circuits.acdc([engine], 1e-3, sign=-1.0)]
+    wide, budget = max(most), 3 * 2 * engine.bytes_of_row(engine.numbering.senders)
+    most.clear()
+    with mt.settings(budget=budget):
+        found.append(circuits.acdc([engine], 1e-3, sign=-1.0))
+        assert engine.room() == budget
+    assert torch.equal(found[0].kept, found[1].kept)
+    assert max(most) * engine.bytes_of_row(1) < budget
+    assert max(most) < wide
+    most.clear()
+    with mt.settings(budget=1):
+        engine.measure(torch.stack([engine.edges] * 3))
+    assert max(most) == 1
+
+
+def test_no_threshold_is_refused() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    engine = Circuits(model, two(0), two(1), mt.metric.LogitDifference(11, foil=13))
+    assert engine.measure(engine.edges[None][:0]).shape == (0, 2)
+    with pytest.raises(mt.errors.ArgumentError, match="tau must be a number"):
+        circuits.acdc([engine], float("nan"))

@@ -22,10 +22,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from microtome.errors import ArgumentError, error
 from microtome.sweep import Circuits
 
 FIRST, MOST = 8, 96
-"""How many edges are tried at once at first, and at most."""
+"""How many edges are tried at once at first, and at most; fewer where memory does not allow for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,14 @@ class _Search:
         self.states = [engine.clean for engine in engines]
         self.kept = engines[0].edges.clone()
         self.cost = sign * sum(float(s.values.double().sum()) for s in self.states) / self.pairs
-        self.most = max(1, MOST // max(len(engine.tokens) for engine in engines))
         self.run = self.counted = 0
+
+    def most(self, receiver: int) -> int:
+        """How many edges into a receiver may be tried at once: a row holds what it reads and what behind it changes."""
+        n = self.engines[0].numbering
+        behind = n.senders - n.before(receiver) + 1
+        rows = min(min(MOST, e.room() // e.bytes_of_row(behind)) // len(e.tokens) for e in self.engines)
+        return max(1, rows)
 
     def needed(self, receiver: int) -> bool:
         """Whether a way leads from a receiver to the logits."""
@@ -113,7 +120,12 @@ def acdc(
 
     Returns:
         The edges that stay, and what each cost.
+
+    Raises:
+        ArgumentError: tau is NaN.
     """
+    if tau != tau:
+        raise error(ArgumentError, "tau must be a number", got=str(tau), do="say what an edge must cost to stay")
     search, n = _Search(engines, sign), engines[0].numbering
     costs = torch.full(search.kept.shape, torch.nan, dtype=torch.float64)
     order = list(reversed(range(n.receivers))) if receivers is None else list(receivers)
@@ -128,7 +140,7 @@ def acdc(
             continue
         at = 0
         while at < len(senders):
-            chunk = senders[at : at + min(size, search.most)]
+            chunk = senders[at : at + min(size, search.most(receiver))]
             gone, steps = search.try_all(chunk, receiver, tau)
             costs[chunk[: len(steps)], receiver] = steps
             at += len(steps)

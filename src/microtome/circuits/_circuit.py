@@ -137,17 +137,21 @@ class Circuit:
         self._same(other)
         names = [str(c.attrs.get("task", c.attrs.get("method", "circuit"))) for c in (self, other)]
         attrs = {k: v for k, v in self.attrs.items() if k in ("model", "fingerprint")}
-        scores = torch.where(self.scores.isnan(), other.scores, self.scores)
+        by = sorted({str(c.attrs["ablation"]) for c in (self, other) if "ablation" in c.attrs})
+        attrs |= {"ablation": " and ".join(by)} if by else {}
+        scores = torch.where(self.scores.isnan() | (other.kept & ~self.kept), other.scores, self.scores)
         return replace(self, kept=kept, scores=scores, attrs=attrs | {"method": f"{names[0]} {how} {names[1]}"})
 
     def pruned(self) -> Circuit:
-        """Without edges that no way leads to from the embedding, and those that lead nowhere.
+        """Without edges that lead nowhere, and, where edges are resampled, those that no way leads to.
 
         A head or MLP that reads nothing of this circuit writes what it writes in the other run, whether its edges are
-        kept or not; so where edges are replaced by another run's values, this changes nothing.
+        kept or not; so where edges are replaced by another run's values ("resample"), this changes nothing. Where they
+        give a mean or zero, such a node still writes something else than what replaces it: its edges stay, and only
+        those go that lead nowhere, as its attribute `ablation` says.
         """
-        kept = prune(self.kept, self.senders, self.receivers)
-        return replace(self, kept=kept)
+        unread = self.attrs.get("ablation", "resample") == "resample"
+        return replace(self, kept=prune(self.kept, self.senders, self.receivers, unread=unread))
 
     def overlap(self, other: Circuit, *, draws: int = DRAWS, seed: int = 0) -> xr.Dataset:
         """How many edges and nodes two circuits share, beside as many that are drawn at random.
@@ -224,8 +228,16 @@ class Circuit:
 
         Raises:
             OutputError: the file cannot be written.
+            DataError: what it records is no plain value.
         """
         names = {"senders": list(self.senders), "receivers": list(self.receivers), "attrs": dict(self.attrs)}
+        for name, value in self.attrs.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as problem:
+                raise error(DataError, f'this circuit records "{name}", which no file can hold',
+                            got=type(value).__name__, allowed="text, numbers and lists of them",
+                            do="record a plain value") from problem  # fmt: skip
         tensors = {"edges": self.edges, "kept": self.kept, "scores": self.scores}
         with atomic(path, "a circuit to") as partial:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial,
@@ -264,9 +276,9 @@ def node_of(receiver: str) -> str:
 
 
 def prune(
-    kept: Bool[Tensor, "sender receiver"], senders: Sequence[str], receivers: Sequence[str]
+    kept: Bool[Tensor, "sender receiver"], senders: Sequence[str], receivers: Sequence[str], *, unread: bool = True
 ) -> Bool[Tensor, "sender receiver"]:
-    """The edges that lie on a way from the embedding to the logits."""
+    """The edges that lead on to the logits; without `unread`, also from nodes that no way leads to."""
     kept = kept.clone()
     places = {name: i for i, name in enumerate(senders)}
     owner = torch.tensor([places.get(node_of(name), -1) for name in receivers])
@@ -274,7 +286,8 @@ def prune(
     while True:
         reads, writes = torch.zeros(len(senders), dtype=torch.bool), kept.any(1)
         reads[owner[kept.any(0) & (owner >= 0)]] = True
-        stays = kept & (first | reads).unsqueeze(1) & (writes[owner] | (owner < 0)).unsqueeze(0)
+        stays = kept & (writes[owner] | (owner < 0)).unsqueeze(0)
+        stays &= (first | reads).unsqueeze(1) | (not unread)
         if bool((stays == kept).all()):
             return kept
         kept = stays

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import torch
 
-from microtome.circuits._bench import Bench
+from microtome.circuits._bench import Bench, divergence
 from microtome.circuits._circuit import Circuit
-from microtome.circuits._find import COSTS, METHODS, find
-from microtome.circuits._judge import MIB, SHARES, Ablation, curve
+from microtome.circuits._find import COSTS, METHODS, effects_of, find
+from microtome.circuits._judge import DRAWS, MIB, SHARES, Ablation, Draws, curve
 from microtome.explain import AnswerOfClean, Clean, Corrupt, FoilOfCorrupt, ReadMetric, pairs_of
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
@@ -24,6 +24,16 @@ HANNA = Source(
     departs="edges into shared keys and values are separated by query head",
 )  # fmt: skip
 EDGE = ("sender", "receiver")
+READING = (
+    "Each edge is read by one input of one head, by one MLP, or by the logits. Its score is how the metric changes "
+    "where this edge gives the other run's values: below 0, the answer needs it."
+)
+READING_OF_ACDC = (
+    "Each edge is read by one input of one head, by one MLP, or by the logits. Its score is what taking it out of the "
+    "circuit cost when it was tried, {cost}: above 0, the answer needs it; score_exact is the same for the edge alone "
+    "taken out of the whole model."
+)
+COST = {"kl": "in KL from the clean run", "metric": "in what the metric loses"}
 
 
 @question(
@@ -36,19 +46,21 @@ EDGE = ("sender", "receiver")
                "none: random circuits of as many edges stand beside it", dims=EDGE),
         Column("faithfulness", "1", "share of the gap between the clean and the other run that the circuit keeps",
                "faithfulness_control", dims=("share",)),
-        Column("faithfulness_control", "1", "the same of a random circuit of as many edges", dims=("share",)),
+        Column("faithfulness_control", "1", "the mean of random circuits of as many edges", dims=("share",)),
+        Column("spread", "1", "standard deviation of the same over random circuits",
+               "none: how far one of them may be from their mean", (0, None), ("share",)),
         Column("cpr", "1", "area under faithfulness over the share of edges", "cpr_control", dims=()),
         Column("cpr_control", "1", "the same of random circuits", dims=()),
         Column("cmd", "1", "area between faithfulness and 1", "cmd_control", (0, None), dims=()),
-        Column("cmd_control", "1", "the same of random circuits", range=(0, None), dims=()),
+        Column("cmd_control", "1", "the mean of random circuits, each by itself", range=(0, None), dims=()),
     ),
     source=(CONMY, HANNA, MIB),
-    cost="that of the method, about two forwards a pair and share, twice, and one a pair and edge measured exactly",
+    cost="that of the method, about two forwards a pair and share, for the circuit and each random one, and one a "
+    "pair and edge measured exactly",
     check="tests/laws/test_circuits.py, tests/laws/test_acdc.py, tests/laws/test_circuit_faithfulness.py",
     call='mt.circuits.circuit(model, "The capital of France is", "The capital of Italy is", answer=" Paris", '
     'foil=" Rome")',
-    reading="Each edge is read by one input of one head, by one MLP, or by the logits; a score below 0 means that the "
-    "answer loses where this edge gives the other run's values.",
+    reading=READING,
     needs=("sum", "attention and MLP", "*.attn.q", "*.attn.k", "*.attn.v", "*.attn.z"),
 )  # fmt: skip
 def circuit(
@@ -65,6 +77,7 @@ def circuit(
     cost: Annotated[str, Argument("of acdc: KL from the clean run, or what the metric loses", choices=COSTS)] = "kl",
     ablation: Ablation = "resample",
     verify: Annotated[int, Argument("how many of its edges to measure exactly", "edges", least=0)] = 50,
+    draws: Draws = DRAWS,
     save: Annotated[str | None, Argument("write the circuit to this safetensors file", from_text=str)] = None,
 ) -> Found:
     """Find a circuit, measure its best edges exactly, and judge it beside random ones.
@@ -74,7 +87,7 @@ def circuit(
     Raises:
         PromptError: the pairs do not align, or there is nothing to read.
         SiteError: the stream of the model is not a sum over its parts.
-        ArgumentError: there are not as many edges.
+        ArgumentError: there are not as many edges, none is left, or estimates are asked for another ablation.
         DataError: the two runs do not differ.
         OutputError: the circuit cannot be written.
     """
@@ -82,13 +95,14 @@ def circuit(
     found = find(model, clean, corrupt, method=method, edges=edges, tau=tau, cost=cost, ablation=ablation, **given)
     if save is not None:
         found.save(save)
-    pairs = pairs_of(model, clean, corrupt, **given)
+    kl, pairs = method == "acdc" and cost == "kl", pairs_of(model, clean, corrupt, **given)
     bench = Bench(model, pairs, None, ablation)
-    judged = curve(bench, found, SHARES)
+    judged = curve(bench, found, SHARES, draws)
     score = found.scores.masked_fill(~found.kept, torch.nan)
     values = judged["values"] | {"score": (EDGE, score)}
     if verify and method != "exact":
-        values["score_exact"] = (EDGE, exactly(bench, found, verify))
+        other = Bench(model, pairs, divergence(model, pairs), ablation) if kl else bench
+        values["score_exact"] = (EDGE, exactly(other, found, verify) * (-1.0 if method == "acdc" and not kl else 1.0))
     coords = judged["coords"] | {"sender": list(found.senders), "receiver": list(found.receivers)}
     attrs = judged["attrs"] | {
         k: v for k, v in found.attrs.items() if k not in ("model", "fingerprint", "seed", "method")
@@ -99,20 +113,15 @@ def circuit(
         "circuit_edges": found.n_edges,
         "nodes": len(found.nodes),
     }
-    unit = "nats" if method == "acdc" and cost == "kl" else pairs.unit
-    return Found(
-        values, each=judged["each"], coords=coords, attrs=attrs, units={"score": unit, "score_exact": pairs.unit}
-    )
+    if method == "acdc":
+        attrs["reading"] = READING_OF_ACDC.format(cost=COST[cost])
+    unit = "nats" if kl else pairs.unit
+    units, weights = {"score": unit, "score_exact": unit}, judged["weights"]
+    return Found(values, each=judged["each"], weights=weights, coords=coords, attrs=attrs, units=units)
 
 
 def exactly(bench: Bench, found: Circuit, most: int) -> torch.Tensor:
     """[sender, receiver] The mean change of the metric when one edge alone is out, of the best edges; NaN elsewhere."""
     size = found.scores.abs().nan_to_num(0.0).masked_fill(~found.kept, -1.0)
     best = size.flatten().argsort(descending=True, stable=True)[: min(most, found.n_edges)]
-    places = torch.stack([best // size.shape[1], best % size.shape[1]], dim=1)
-    masks = found.edges.repeat(len(places), 1, 1)
-    masks[torch.arange(len(places)), places[:, 0], places[:, 1]] = False
-    effects = (bench.measure(masks, "measuring edges") - bench.clean).mean(1)
-    exact = torch.full(size.shape, torch.nan, dtype=torch.float64)
-    exact[places[:, 0], places[:, 1]] = effects
-    return exact
+    return effects_of(bench, torch.stack([best // size.shape[1], best % size.shape[1]], dim=1))

@@ -3,7 +3,8 @@
 Formula:  top     the n edges of the largest |score|;
           greedy  from the logits back: of all edges into nodes that are in, the one of the largest |score| comes in,
                   and its sender with it, n times;
-          then edges that no way leads to from the embedding, or that lead nowhere, go.
+          then edges that lead nowhere go, and, where edges are resampled, those that no way leads to from the
+          embedding.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from microtome.circuits._circuit import Circuit, node_of, of_mask
 from microtome.errors import ArgumentError, DataError, error
+from microtome.explain import graph
 from microtome.model import Model
 
 RULES = ("top", "greedy")
@@ -43,41 +45,58 @@ def from_scores(
     Args:
         model: whose edges they are.
         scores: [sender, receiver] in the order of `mt.explain.graph`; or a dataset or array with these axes, such as
-            `mt.explain.edge_effects` gives. Only their size counts. NaN is no edge.
+            `mt.explain.edge_effects` gives, whose labels may be in any order. Only their size counts. NaN is no edge.
         edges: how many; a share of all where it is below 1.
         rule: "top" or "greedy", see the head of this file.
-        prune: leave out what lies on no way from the embedding to the logits; fewer edges may be left then.
-        attrs: what the circuit records.
+        prune: leave out what changes nothing, see `Circuit.pruned`; fewer edges may be left then.
+        attrs: what the circuit records; of `ablation` what "mean" and "zero" leave in.
 
     Returns:
         A `Circuit`.
 
     Raises:
         DataError: the scores are not of this graph.
-        ArgumentError: the rule is unknown, or there are not as many edges.
+        ArgumentError: the rule is unknown, there are not as many edges, or none of them leads to the logits.
     """
     if rule not in RULES:
         raise error(ArgumentError, "rule must be top or greedy", got=repr(rule), do="choose one")
     values, parts = _values(model, scores)
-    empty = of_mask(model, torch.zeros(values.shape, dtype=torch.bool), values, parts)
+    empty = of_mask(model, torch.zeros(values.shape, dtype=torch.bool), values, parts, **attrs)
     number = number_of(edges, int(empty.edges.sum()))
     size = values.abs().masked_fill(~empty.edges, -1.0).nan_to_num(-1.0)
     chosen = _top(size, number) if rule == "top" else _greedy(size, number, empty.senders, empty.receivers)
     kept = chosen & empty.edges & (size >= 0)
     about = {"method": f"{rule} {number}", **({} if prune else {"pruned": False}), **attrs}
     found = of_mask(model, kept, values, parts, **about)
-    return found.pruned() if prune else found
+    return required(found.pruned(), f"the {number:,} of the largest scores lead nowhere") if prune else found
 
 
-def number_of(edges: int | float, of: int) -> int:
+def required(found: Circuit, why: str) -> Circuit:
+    """The circuit, if it has edges.
+
+    Raises:
+        ArgumentError: it has none.
+    """
+    if not found.n_edges:
+        raise error(ArgumentError, "no edge is left in the circuit", got=why, allowed="at least one edge",
+                    do="choose more edges, or a lower tau for acdc")  # fmt: skip
+    return found
+
+
+def number_of(edges: Any, of: int) -> int:
     """How many edges are meant: a number, or a share below 1; at least one.
 
     Raises:
         ArgumentError: it is no such number.
     """
-    if isinstance(edges, bool) or not edges > 0 or edges > of:
-        raise error(ArgumentError, "edges must be a number of edges, or a share of them", got=repr(edges),
-                    allowed=f"1 to {of:,}, or a share below 1", do="choose another number")  # fmt: skip
+    number = isinstance(edges, int | float) and not isinstance(edges, bool) and 0 < edges <= of
+    either = isinstance(edges, float) and float(edges) == 1.0  # all of them, or one
+    if not number or either or (edges > 1 and edges != int(edges)):
+        raise error(
+            ArgumentError, "edges must be a number of edges, or a share of them",
+            got="1.0, which may be one or all" if either else repr(edges), allowed=f"1 to {of:,}, or a share below 1",
+            do=f"give {of} for all, or the integer 1 for one" if either else "choose another number",
+        )  # fmt: skip
     return max(1, round(edges * of)) if edges < 1 else int(edges)
 
 
@@ -94,11 +113,33 @@ def _values(model: Model, scores: Any) -> tuple[Tensor, Sequence[str]]:
         scores = scores[name]
     parts: Sequence[str] = ("embed",)
     if isinstance(scores, xr.DataArray):
-        scores = scores.transpose("sender", "receiver")
-        named = [str(x) for x in scores["sender"].values]
-        parts = [name for name in named if "." not in name] or ["embed"]
-        scores = torch.from_numpy(scores.values.copy())
+        if set(scores.dims) != {"sender", "receiver"}:
+            raise error(DataError, "these are no scores of edges", got=str(list(scores.dims)),
+                        allowed="an array over (sender, receiver)", do="give what edge_effects gives")  # fmt: skip
+        scores, parts = _in_order(model, scores.transpose("sender", "receiver"))
     return torch.as_tensor(scores).double().cpu(), parts
+
+
+def _in_order(model: Model, scores: xr.DataArray) -> tuple[Tensor, Sequence[str]]:
+    """Scores in the order of the graph, by their labels where they have some, and the parts of the embedding.
+
+    Raises:
+        DataError: the labels are not the names of the graph.
+    """
+    listed, parts = graph(model), ["embed"]
+    for axis in ("sender", "receiver"):
+        if axis not in scores.coords:
+            continue
+        named = [str(x) for x in scores[axis].values]
+        if axis == "sender":
+            parts = [name for name in named if "." not in name] or parts
+        wanted = [*parts, *listed.senders[1:]] if axis == "sender" else list(listed.receivers)
+        if sorted(named) != sorted(wanted):
+            odd = [*sorted(set(named) - set(wanted)), *sorted(set(wanted) - set(named)), "a name twice"][0]
+            raise error(DataError, f"the {axis}s of these scores are not those of the model", got=odd,
+                        allowed=f"the {len(wanted)} names of mt.explain.graph", do="score this model")  # fmt: skip
+        scores = scores.isel({axis: [named.index(name) for name in wanted]})
+    return torch.from_numpy(scores.values.copy()), parts
 
 
 def _top(size: Float[Tensor, "sender receiver"], n: int) -> Bool[Tensor, "sender receiver"]:

@@ -7,6 +7,7 @@ from microtome.explain._context import context as context
 from microtome.explain._context_update import context_update as context_update
 from microtome.explain._contributions import contributions as contributions
 from microtome.explain._cross_task import cross_task as cross_task
+from microtome.explain._edge_scores import edge_scores as edge_scores
 from microtome.explain._edges import edge_effects as edge_effects
 from microtome.explain._edges import node_effects as node_effects
 from microtome.explain._effects import component_effects as component_effects

@@ -25,9 +25,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from microtome.anatomy import at_least_float32
+from microtome.context import current
 from microtome.errors import EditError, error
 from microtome.metric import Metric, TokenSubsetMetric, in_ids
-from microtome.run import LoadedModel, Run, run_forward
+from microtome.run import LoadedModel, Run, free_memory, run_forward
 from microtome.run.hook import lock_of
 from microtome.shown import shown
 from microtome.sweep._branches import Branches, Layer, reads_own_weights
@@ -39,6 +40,8 @@ Edges = Bool[Tensor, "sender receiver"]
 Writes = Float[Tensor, "prompt sender pos d_model"]
 ROWS = 64
 """The most rows that are run at once."""
+ROOM = 2**30
+"""Bytes that they may hold at most where the settings name no budget."""
 
 
 def written(model: LoadedModel, run: Run) -> Writes:
@@ -216,8 +219,13 @@ class Circuits:
         """[prompt, sender, pos, d_model] What every sender writes in the clean run."""
         return self._own
 
-    def _bytes(self, active: int) -> int:
-        """What a row holds."""
+    def room(self) -> int:
+        """Bytes that rows which are run at once may hold: the budget of the settings, or half of what is free."""
+        budget = current().budget
+        return min(ROOM, free_memory(self.model.device) // 2) if budget is None else budget
+
+    def bytes_of_row(self, active: int) -> int:
+        """What a row holds in which so many senders change."""
         a, length = self.model.anatomy, int(self.tokens.shape[1])
         return 4 * length * (a.d_model * (active + 8 * a.n_heads) + 3 * a.d_mlp + 3 * a.n_heads * length)
 
@@ -228,7 +236,7 @@ class Circuits:
         *,
         start: CircuitState | None = None,
         progress: Callable[[int, int], None] | None = None,
-        budget: int = 2**30,
+        budget: int | None = None,
     ) -> Shaped[Tensor, " row *of"]:
         """The metric of every row: one circuit on one prompt.
 
@@ -238,7 +246,7 @@ class Circuits:
                 circuit.
             start: a circuit that has been run, from which rows differ little.
             progress: called with (done, all) rows.
-            budget: bytes that the rows which are run at once may hold.
+            budget: bytes that the rows which are run at once may hold; by default as `room` says.
 
         Returns:
             [row, ...]; without `prompts` [circuit, prompt, ...], or [prompt, ...] of a single one.
@@ -250,7 +258,8 @@ class Circuits:
         if prompts is None:
             prompts = torch.arange(n, device=kept.device).repeat(len(kept))
             which = which.repeat_interleave(n)
-        step = max(1, min(ROWS, budget // self._bytes(self.numbering.senders)))
+        budget = self.room() if budget is None else budget
+        step = max(1, min(ROWS, budget // self.bytes_of_row(self.numbering.senders)))
         step = min(step, n) if whole and n >= ROWS // 4 else step  # rows of one circuit share its mask
         found: list[Tensor] = []
         for first in range(0, len(prompts), step):
@@ -259,7 +268,7 @@ class Circuits:
             found.append(self.run(mine, masks, start).values)
             if progress is not None:
                 progress(min(first + step, len(prompts)), len(prompts))
-        values = torch.cat(found)
+        values = torch.cat(found) if found else self.clean.values[:0]
         values = values.unflatten(0, (len(kept), n)) if whole else values
         return values[0] if one and whole else values
 
