@@ -78,7 +78,7 @@ def corruption(model: mt.Model, facts: int = 16, samples: int = 1) -> dict[str, 
     maps: dict[str, list[float]] = {}
     places: dict[str, list[float]] = {}
     n = model.anatomy.n_layers
-    for pair in list(task)[:facts]:
+    for number, pair in enumerate(list(task)[:facts]):
         first, end = pair.spans["subject"]
         common: dict[str, Any] = {"subject": (first, end), "answer": pair.answer_ids[0], "kinds": ["mlp", "attn"]}
         found = []
@@ -93,7 +93,7 @@ def corruption(model: mt.Model, facts: int = 16, samples: int = 1) -> dict[str, 
             a, b, c = (x[kind].values[:, first:] for x in (*found, other))
             maps.setdefault(f"{kind}: noise, noise again", []).append(ranked(a, b))
             maps.setdefault(f"{kind}: noise, another subject", []).append(0.5 * (ranked(a, c) + ranked(b, c)))
-            drawn = np.random.default_rng(0).permutation(c.ravel()).reshape(c.shape)
+            drawn = np.random.default_rng(number).permutation(c.ravel()).reshape(c.shape)
             maps.setdefault(f"{kind}: noise, shuffled (control)", []).append(ranked(a, drawn))
         for name, x in (("noise", found[0]), ("another subject", other)):
             mlp, attn = (x[kind].values / float(x["clean"] - x["corrupt"]) for kind in ("mlp", "attn"))
@@ -136,7 +136,7 @@ def estimates(model: mt.Model, pairs: int = 6) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for name in ("indirect_object", "fact", "subject_verb_agreement"):
         task = mt.tasks.build(name, model, 14, seed=5, fewer=True).known_by(model)
-        for pair in list(task)[:pairs]:
+        for number, pair in enumerate(list(task)[:pairs]):
             given: dict[str, Any] = {"answer": pair.answer_ids[0], "foil": pair.foil_ids[0], "sites": list(SITES)}
             both = [list(pair.clean_tokens), list(pair.corrupt_tokens)]
             with mt.settings(progress=False):
@@ -151,7 +151,7 @@ def estimates(model: mt.Model, pairs: int = 6) -> dict[str, Any]:
                     found.setdefault(f"{method} {site}: correlation", []).append(
                         float(pearsonr(x[there], truth[there]).statistic)
                     )
-                drawn = np.random.default_rng(0).permutation(truth[there])
+                drawn = np.random.default_rng(number).permutation(truth[there])
                 found.setdefault(f"shuffled {site}: rank correlation (control)", []).append(ranked(drawn, truth[there]))
     numbers = all_told({name: of(x) for name, x in found.items()})
     tests = all_told({

@@ -104,3 +104,10 @@ def test_the_loss_on_plain_text_is_that_of_the_neurons_off_everywhere() -> None:
 def test_what_cannot_be_compared_is_refused(given: dict[str, object], problem: type[Exception], match: str) -> None:
     with pytest.raises(problem, match=match):
         mt.explain.compare_neurons(model(), PROMPTS, **({"answer": 11} | given))  # type: ignore[arg-type]
+
+
+def test_only_a_copy_is_a_tuned_model() -> None:
+    with pytest.raises(
+        mt.errors.DataError, match="the tuned model is no copy of this one; got model_type gpt2; allowed: llama"
+    ):
+        mt.explain.compare_neurons(model(), PROMPTS, tuned=model("gpt2"), answer=11, top=1, controls=1)

@@ -56,13 +56,11 @@ def test_an_effect_is_that_of_one_run_with_the_heads_mean_in_place() -> None:
         ]
         return [t for a, b in shown for t in (*a, *b)] + pairs[number][0]
 
-    means = torch.stack([model.run([prompt(i, False)], "1.attn.z@-1")["1.attn.z@-1"][0, 0, 3] for i in range(2)]).mean(
-        0
-    )
+    means = [model.run([prompt(1 - i, False)], "1.attn.z@-1")["1.attn.z@-1"][0, 0, 3] for i in range(2)]  # of the other
     effects = []
     for i in range(2):
         answer = pairs[i][1][0]
-        runs = [model.run([prompt(i, True)], edits=e) for e in ([], [mt.edit.Set("1.attn.z[3]@-1", means)])]
+        runs = [model.run([prompt(i, True)], edits=e) for e in ([], [mt.edit.Set("1.attn.z[3]@-1", means[i])])]
         before, after = (run.logits[0, -1].softmax(-1)[answer] for run in runs)
         effects.append(float(after - before))
     assert float(data["effect"].sel(layer=1, head=3)) == pytest.approx(np.mean(effects), abs=1e-6)

@@ -118,3 +118,18 @@ def test_a_direction_says_what_it_reads_and_writes() -> None:
 def test_what_cannot_be_mapped(given: dict[str, Any], text: str) -> None:
     with pytest.raises(mt.errors.MicrotomeError, match=text):
         mt.explain.linear_map(without_biases("llama-gqa"), PROMPT, **given)
+
+
+def test_under_a_final_cap_contributions_and_deletions_are_those_before_it() -> None:
+    model = without_biases("gemma2")
+    cap = model.anatomy.logit_softcap
+    assert cap is not None
+    data = mt.explain.linear_map(model, PROMPT, answer=11, top=1)
+
+    def before(edits: list[mt.edit.Edit]) -> float:
+        return cap * float(torch.atanh(model.run([PROMPT], edits=edits).logits[0, -1, 11].double() / cap))
+
+    assert float(data["logit"].sum()) == pytest.approx(before([]), rel=1e-4, abs=1e-4)
+    expected = before([]) - before([mt.edit.Zero("0.resid_pre@2")])
+    assert float(data["deletion"][2]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert data.attrs["metric"] == "logit of the answer, before the cap"

@@ -1,4 +1,4 @@
-"""On the default model: a few thousand tokens make a lens that reads every layer better than the plain one."""
+"""On the default model: what a context and demonstrations leave in the weights and in the stream."""
 
 from __future__ import annotations
 

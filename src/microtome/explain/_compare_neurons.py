@@ -105,7 +105,7 @@ def compare_neurons(
         ArgumentError: neither heads nor a tuned model are given, or both.
         SiteError: a name is not that of a head, or neurons are not seen.
         PromptError: there is no answer, or it does not fit.
-        DataError: the tuned model is not one of the same shape.
+        DataError: the tuned model is not one of the same family, shape and vocabulary.
     """
     refuse_hidden_neurons(model)
     if (without is None) == (tuned is None):
@@ -113,13 +113,8 @@ def compare_neurons(
         raise error(ArgumentError, "give the heads to switch off, or a tuned model", got=got, do="give one of them")
     rows, ids = _asked(model, prompts, answer)
     heads = [] if without is None else heads_of(model, without)
-    if tuned is not None and (tuned.anatomy.n_layers, tuned.anatomy.d_mlp) != (
-        model.anatomy.n_layers,
-        model.anatomy.d_mlp,
-    ):
-        raise error(
-            DataError, "the tuned model has another shape", got=tuned.anatomy.name, do="give a copy of the model"
-        )
+    if tuned is not None:
+        _require_copy(model, tuned)
     off = [Zero(f"{i}.attn.z[{h}]@-1") for i, h in heads]
     first, n = min((i for i, _ in heads), default=0), model.anatomy.n_layers
     whole = [_state(model, row, answer, [], first) for row, answer in zip(rows, ids, strict=True)]
@@ -150,6 +145,22 @@ def compare_neurons(
         coords=coords,
         attrs=attrs,
     )
+
+
+def _require_copy(model: Model, tuned: Model) -> None:
+    """Refuse a tuned model of another family, shape or vocabulary.
+
+    Raises:
+        DataError: it is one.
+    """
+    for what in ("model_type", "n_layers", "d_model", "d_mlp", "d_vocab"):
+        own, other = (getattr(m.anatomy, what) for m in (model, tuned))
+        if own != other:
+            got, do = f"{what} {other}", "give a tuned copy of the model"
+            raise error(DataError, "the tuned model is no copy of this one", got=got, allowed=str(own), do=do)
+    known = [None if m.tokenizer is None else m.tokenizer.get_vocab() for m in (model, tuned)]
+    if None not in known and known[0] != known[1]:
+        raise error(DataError, "the tuned model has another vocabulary", got=tuned.anatomy.name, do="give a tuned copy")
 
 
 Neuron = tuple[int, int]

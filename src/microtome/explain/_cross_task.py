@@ -76,8 +76,9 @@ def cross_task(
         DataError: a file cannot be read, or a task has too few pairs.
         ArgumentError: there are fewer than three tasks, or they have no names.
     """
-    if not isinstance(tasks, Mapping):
-        got, do = type(tasks).__name__, 'name them, such as {"capitals": "country-capital.json", ...}'
+    given: Any = tasks
+    if not isinstance(given, Mapping):
+        got, do = type(given).__name__, 'name them, such as {"capitals": "country-capital.json", ...}'
         raise error(ArgumentError, "tasks are given by name", got=got, do=do)
     if len(tasks) < 3:
         raise error(ArgumentError, "too few tasks to compare", got=len(tasks), allowed="3 or more", do="give more")

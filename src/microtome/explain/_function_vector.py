@@ -1,8 +1,9 @@
 """Task activations: what a few demonstrations put into the stream, and whether it does the task without them.
 
 Formula:  z_lh = mean over few-shot prompts of a head's mix of values at the last token; its effect is the mean, over
-          prompts whose demonstrations have shuffled answers, of p(answer) with z_lh in the head's place at the last
-          token minus p(answer) without, exactly, for every head. The function vector is v = sum over the `heads` best
+          the same questions behind demonstrations with shuffled answers, of p(answer) with the mean of the other
+          questions (all but its own) in the head's place at the last token minus p(answer) without, exactly, for every
+          head. The function vector is v = sum over the `heads` best
           of z_lh W_O_h; it is added to the stream after a layer at the last token of a prompt without demonstrations.
           The task's state beside it: the mean over few-shot prompts of the stream after a layer, put in its place.
           Accuracy: share of held-out inputs of which the first token of the answer is the model's first choice.
@@ -101,15 +102,16 @@ def function_vector(
     """  # fmt: skip
     deck = Deck.of(model, task, template, shots, samples + tests + CHOICE)
     a = model.anatomy
-    if 2 * heads > (every := a.n_layers * a.n_heads):
-        what, allowed = "too many heads to draw as many others", f"{every // 2} or fewer"
+    if 2 * heads > a.n_layers * a.n_heads:
+        what, allowed = "too many heads to draw as many others", f"{a.n_layers * a.n_heads // 2} or fewer"
         raise error(ArgumentError, what, got=heads, allowed=allowed, do="choose fewer")
     sampled = range(samples)
     chosen_on, tested = range(samples, samples + CHOICE), range(samples + CHOICE, samples + CHOICE + tests)
     runs = [model.run(deck.prompt(i), ["*.attn.z@-1", "*.resid_post@-1"], logits=False) for i in sampled]
-    z = torch.stack([run["*.attn.z@-1"][:, 0, 0] for run in runs]).mean(0)  # [layer, head, d_head]
+    every = torch.stack([run["*.attn.z@-1"][:, 0, 0] for run in runs])  # [prompt, layer, head, d_head]
+    z = every.mean(0)
     state = torch.stack([run["*.resid_post@-1"][:, 0, 0] for run in runs]).mean(0)  # [layer, d_model]
-    effects = _effects(model, deck, list(sampled), z, shots=behind == "shuffled")
+    effects = _effects(model, deck, list(sampled), (samples * z - every) / (samples - 1), shots=behind == "shuffled")
     order = effects.mean(0).flatten().argsort(descending=True).tolist()
     best, others = order[:heads], order[heads:]
     generator = torch.Generator().manual_seed(current().seed)
@@ -146,15 +148,16 @@ def _summary(effects: Float[Tensor, "item layer head"]) -> dict[str, Tensor]:
 
 
 def _effects(
-    model: Model, deck: Deck, items: Sequence[int], z: Float[Tensor, "layer head d_head"], *, shots: bool
+    model: Model, deck: Deck, items: Sequence[int], z: Float[Tensor, "item layer head d_head"], *, shots: bool
 ) -> Tensor:
-    """[item, layer, head] rise of the answer's probability with a head's mean in its place, where it is not known."""
+    """[item, layer, head] rise of the answer's probability with a head's mean over others in its place."""
     prompts = [deck.prompt(i, shots=shots, shuffled=True) for i in items]
-    layers, heads = z.shape[:2]
-    cells = [Set(f"{i}.attn.z[{h}]@-1", z[i, h]) for i in range(layers) for h in range(heads)]
-    numbers = [n for n in range(len(prompts)) for _ in cells]
+    layers, heads = z.shape[1:3]
+    places = [(i, h) for i in range(layers) for h in range(heads)]
+    cells = [Set(f"{i}.attn.z[{h}]@-1", own[i, h]) for own in z for i, h in places]
+    numbers = [n for n in range(len(prompts)) for _ in places]
     metric = Probability([deck.answer(i) for i in items])
-    swept = run_sweep(model, prompts, cells * len(prompts), metric, prompts=numbers, stage="effects of heads")
+    swept = run_sweep(model, prompts, cells, metric, prompts=numbers, stage="effects of heads")
     return swept.whole().effects.double().reshape(len(prompts), layers, heads)
 
 

@@ -47,10 +47,11 @@ HELD = Freeze(norms=True, patterns=True, activations=True)
     columns=(
         Column("share", "share", "part of what the unembedding reads that came from this token: its projection on the "
                "sum, as a share", "none: with that of biases they sum to 1", dims=("pos",)),
-        Column("logit", "logits", "contribution of this token to the logit of the answer", "gradient", dims=("pos",)),
+        Column("logit", "logits", "contribution of this token to the logit of the answer, before a final cap if there "
+               "is one", "gradient", dims=("pos",)),
         Column("gradient", "logits", "the plain gradient of that logit times the token's stream, which does not add up",
                dims=("pos",)),
-        Column("deletion", "logits", "how much the logit of the answer falls when what this token brings is zeroed, "
+        Column("deletion", "logits", "how much the same logit falls when what this token brings is zeroed, "
                "exactly", "none: the truth that contributions stand beside", dims=("pos",)),
         Column("effective_rank", "directions", "effective rank of the token's map", "effective_rank_random",
                (1, None), dims=("pos",)),
@@ -128,9 +129,10 @@ def linear_map(
     for name, own in (("", values["logit"]), ("_plain", gradient)):
         values[f"rank_correlation{name}"] = beside(own, deletion)
     named, components = _directions(model, out, maps, words, top)
+    before = "" if model.anatomy.logit_softcap is None else ", before the cap"
     return Found(
         values | named, coords={"token": ("pos", words), "component": components},
-        attrs=attrs | {"layer": layer, "position": len(tokens) - 1, "metric": "logit of the answer"},
+        attrs=attrs | {"layer": layer, "position": len(tokens) - 1, "metric": f"logit of the answer{before}"},
     )  # fmt: skip
 
 
@@ -190,9 +192,19 @@ def _error_plain(run: Run, site: str, x: Tensor, out: Output) -> float:
 
 
 def _deletion(model: Model, tokens: Tensor, site: str, token: int) -> Float[Tensor, " pos"]:
-    """How much the logit of the answer falls when the stream of a token is zeroed, for each token."""
+    """How much the logit of the answer, before a final cap, falls when the stream of a token is zeroed, for each."""
     cells = [Zero(f"{site}@{p}") for p in range(len(tokens))]
-    logit = FunctionMetric(lambda logits, _: logits[:, 0, token], positions=(-1,))
+    cap = model.anatomy.logit_softcap
+
+    def before_cap(logits: Tensor, _: Any) -> Tensor:
+        """The logit as the unembedding gives it: with a cap c, c artanh(logit / c)."""
+        own = logits[:, 0, token]
+        if cap is None:
+            return own
+        inside = (own.double() / cap).clamp(-1 + 1e-12, 1 - 1e-12)
+        return (cap * torch.atanh(inside)).to(own.dtype)
+
+    logit = FunctionMetric(before_cap, positions=(-1,))
     swept = run_sweep(model, tokens.unsqueeze(0), cells, logit, stage="deleting tokens")
     return -swept.effects.double()
 

@@ -2,8 +2,9 @@
 
 Formula:  a text is a prefix and a continuation. matched = share of the continuation that the model gives greedily
           before its first other token; memorised where that is all of it.
-          gradient(part) = Euclidean norm of dL/dW over all weights of a layer's attention, or of its MLP,
-          L = mean -log p(token) over the continuation.
+          gradient(part) = Euclidean norm of dL/dW over all weights of a layer's attention, or of its MLP, as a share of
+          the sum of these norms over both branches of all layers of the same text, L = mean -log p(token) over the
+          continuation: where the gradient of a text lies, whatever its loss. (Norms themselves grow with the loss.)
           rare_attention(head) = Pearson's correlation, over the tokens of the prefix but the first, of the attention
           that the positions which predict the continuation give to a token on average, and of its rarity -log f; f as
           given, or the model's own prediction averaged over all positions of all texts. Control: rarities shuffled.
@@ -27,6 +28,7 @@ from microtome.errors import ModelUnsupported, PromptError, error
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 from microtome.run import Prompt, prompt_from_text
+from microtome.stream import mean_interval
 
 BRANCHES = ("attn", "mlp")
 ROWS = 8
@@ -35,11 +37,11 @@ FACT = "none: what the columns by layer and head are compared by"
 
 
 def _gradient(name: str, what: str) -> tuple[Column, Column]:
-    meaning = f"norm of the gradient of the loss on the continuation, in the weights of {what}, of texts that are"
+    meaning = f"share of the norms of a text's gradient that lies in the weights of {what}, of texts that are"
     return (
-        Column(f"{name}_gradient", "nats per weight", f"{meaning} memorised; of all where all or none are",
-               f"{name}_gradient_other", (0, None), ("layer",), title=f"gradient in {what}"),
-        Column(f"{name}_gradient_other", "nats per weight", f"{meaning} not", range=(0, None), dims=("layer",)),
+        Column(f"{name}_gradient", "share", f"{meaning} memorised; of all where all or none are",
+               f"{name}_gradient_other", (0, 1), ("layer",), title=f"where the gradient lies: {what}"),
+        Column(f"{name}_gradient_other", "share", f"{meaning} not", range=(0, 1), dims=("layer",)),
     )  # fmt: skip
 
 
@@ -65,14 +67,15 @@ def _gradient(name: str, what: str) -> tuple[Column, Column]:
     ),
     source=Source(
         "Stoehr et al.", "Localizing Paragraph Memorization in Language Models", 2024, "2403.19851",
-        departs="norms of gradients, not largest entries; rarity by the model's own average prediction by default",
+        departs="shares of norms of gradients, not largest entries; rarity by the model's predictions by default",
     ),
     cost="one forward and one backward per text, one forward per token of its continuation, and one per prefix token",
     check="tests/laws/test_memorised.py",
     call='mt.explain.memorised(model, ["We hold these truths to be self-evident, that all men are created equal", '
     '"The cat of my neighbour was seen on a bus to the lake, with a hat and a small grey book"])',
     reading="A text counts as memorised if the model continues its prefix with it word for word. Where little follows, "
-    "that token of the prefix is the key to the rest.",
+    "that token of the prefix is the key to the rest. Gradients say where the "
+    "weights of a text are, against those of other texts, and not how large they are.",
     needs=("attn.pattern", "next token"),
 )  # fmt: skip
 def memorised(
@@ -226,11 +229,18 @@ def _slopes(
 
 
 def _by_group(slopes: Float[Tensor, "text branch layer"], known: Bool[Tensor, " text"]) -> dict[str, Tensor]:
-    """Mean gradients of memorised texts and of others; of all where these are not told apart."""
-    if bool(known.all()) or not bool(known.any()):
-        return {f"{name}_gradient": slopes[:, k].mean(0) for k, name in enumerate(BRANCHES)}
-    found = {f"{name}_gradient": slopes[known, k].mean(0) for k, name in enumerate(BRANCHES)}
-    return found | {f"{name}_gradient_other": slopes[~known, k].mean(0) for k, name in enumerate(BRANCHES)}
+    """Where the gradients of memorised texts and of others lie, with intervals; of all where these are not told apart.
+
+    Of fewer than 8 texts an interval is NaN.
+    """
+    shares = slopes / slopes.nansum((1, 2), keepdim=True).clamp(min=torch.finfo(slopes.dtype).tiny)
+    alike = bool(known.all()) or not bool(known.any())
+    groups = {"": shares} if alike else {"": shares[known], "_other": shares[~known]}
+    found: dict[str, Tensor] = {}
+    for end, own in groups.items():
+        for edge, x in zip(("", "_lo", "_hi"), mean_interval(own), strict=True):
+            found |= {f"{name}_gradient{end}{edge}": x[k] for k, name in enumerate(BRANCHES)}
+    return found
 
 
 def _follows(model: Model, row: Int[Tensor, " pos"], cut: int, generator: torch.Generator) -> Float[Tensor, " prefix"]:

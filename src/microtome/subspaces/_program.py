@@ -94,7 +94,8 @@ def _ran(program: Program, inputs: Inputs) -> list[_Ran]:
     """
     if len(inputs) < 2:
         raise error(ArgumentError, "a swap needs two inputs", got=len(inputs), do="give more inputs")
-    odd = next((given for given in inputs if not isinstance(given, Mapping)), None)
+    listed: Sequence[Any] = inputs
+    odd = next((given for given in listed if not isinstance(given, Mapping)), None)
     if odd is not None:
         do = 'write such as {"a": 1, "b": 2}'
         raise error(ArgumentError, "an input names its values", got=f"{type(odd).__name__} {odd!r}", do=do)
