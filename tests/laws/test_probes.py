@@ -17,7 +17,7 @@ from microtome.probes._folds import folds_of, groups_of, shuffled
 from microtome.probes._ideal import ideal_points, nearer
 from microtome.probes._mdl import SHARED, STRENGTHS, code_length, portions
 from microtome.probes._mix import mixed, similarities
-from microtome.probes._problem import with_ends
+from microtome.probes._problem import with_shares
 from microtome.probes._readers import KNOTS, REACH, linear, mass_mean, pattern, sparse, spline, strongest
 from microtome.probes._signals import preferred
 
@@ -280,7 +280,7 @@ def interval(x: Tensor, y: np.ndarray, groups: np.ndarray, seed: int) -> tuple[f
     for fit, test in folds.split():
         named = linear(10.0)(x[fit], y[fit], 2).logits(x[test]).argmax(-1)
         hits[test] = (named == torch.from_numpy(y[test])).double()
-    found = with_ends("x", folds.summed(hits), (), folds.sizes, folds.spread)
+    found = with_shares("x", folds.summed(hits), (), folds.sizes, folds.spread)
     mean, low, high = (float(found[f"x{end}"][1]) for end in ("", "_lo", "_hi"))
     return mean, low, high
 
@@ -300,6 +300,35 @@ def covered(level: float, draws: int) -> float:
         truth.append(found[-1][0])
     mean = float(np.mean(truth))
     return float(np.mean([low <= mean <= high for _, low, high in found]))
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_the_interval_of_a_share_near_1_stays_below_it_and_has_a_width(wrong: int) -> None:
+    hits, sizes = torch.full((10,), 4.0, dtype=torch.float64), torch.full((10,), 4.0, dtype=torch.float64)
+    hits[0] -= wrong
+    found = with_shares("x", hits, (), sizes, 1.34)
+    mean, low, high = (float(found[f"x{end}"][1]) for end in ("", "_lo", "_hi"))
+    assert mean == 1 - wrong / 40
+    assert 0.4 < low < 0.9
+    assert mean < high <= 1 if wrong else high == 1
+    few = with_shares("x", hits[:7], (), sizes[:7])
+    assert math.isnan(float(few["x_lo"][1]))
+
+
+def test_a_control_task_is_at_chance_where_its_folds_are_even_in_its_labels() -> None:
+    """Labels dealt in halves and folds that are not even in them leave more of the other class to fit: below chance."""
+    n, found, uneven = 24, list[float](), list[float]()
+    for seed in range(60):
+        y = shuffled(np.arange(n) % 2, [str(i) for i in range(n)], seed)
+        x = torch.zeros(n, 1, dtype=torch.float64)  # nothing is known but how many there are
+        for labels, into in ((y, found), (np.arange(n) % 2, uneven)):
+            folds = folds_of(np.arange(n), labels, 5, seed, named=False)
+            hits = [
+                float((linear(10.0)(x[fit], y[fit], 2).logits(x[test]).argmax(-1).numpy() == y[test]).sum())
+                for fit, test in folds.split()
+            ]
+            into.append(sum(hits) / n)
+    assert np.mean(found) > np.mean(uneven) + 0.05
 
 
 def test_labels_at_random_are_at_chance_and_the_interval_says_so() -> None:

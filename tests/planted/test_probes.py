@@ -56,8 +56,19 @@ def test_it_is_told_from_where_it_is_written_on() -> None:
     assert after.values.tolist() == [1.0, 1.0]
     assert np.isnan(before[1]), "the site was asked for in layer 0 alone"
     assert float(scores["control_task"].sel(site="resid_post@-1").max()) < 0.8
-    assert float(scores["selectivity"].sel(site="resid_post@-1")[0]) > 0.2
+    assert (scores["accuracy_lo"].sel(site="resid_post@-1") > scores["control_task_hi"].sel(site="resid_post@-1")).all()
+    assert scores["selectivity"].isnull().all(), "no text repeats over folds: the control task could be no more"
+    assert "no type repeats over folds" in scores.attrs["control_types"]
     assert float(scores["majority"]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_where_types_repeat_the_control_task_learns_them_and_there_is_a_selectivity() -> None:
+    rows = [row | {"type": str(row["text"][-1])} for row in moods()]
+    scores = mt.probes.probe(planted().model, rows, site="0.resid_post@-1", untrained=False)
+    assert float(scores.attrs["control_types"].split()[0]) > 0.8
+    assert float(scores["control_task"][0]) > 0.6
+    assert float(scores["selectivity"][0]) == pytest.approx(float(scores["accuracy"][0] - scores["control_task"][0]))
+    assert -1 <= float(scores["selectivity_lo"][0]) <= float(scores["selectivity_hi"][0]) <= 1
 
 
 @pytest.mark.parametrize(("kind", "least"), [("mass-mean", 0.98), ("linear", 0.98), ("sparse", 0.5)])

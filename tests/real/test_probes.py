@@ -29,7 +29,7 @@ def test_a_tone_is_told_and_used() -> None:
     scores = found.scores
     after = scores.sel(site="resid_post@-1", layer=[15, 24])
     assert (after["accuracy"] > 0.9).all()
-    assert (after["selectivity_lo"] > 0).all()
+    assert (after["accuracy_lo"] > scores["majority_hi"]).all()
     assert float(scores["accuracy"].sel(site="resid_pre@-1", layer=0)) <= 0.6, "the last token is the same in all"
     assert (after["adding_lo"] > 3 * np.abs(after["adding_random"])).all()
     assert (after["ablating_lo"] > 0).all()

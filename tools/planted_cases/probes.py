@@ -48,9 +48,9 @@ def tone_of_a_text() -> Case:
             answer=truth["good"][0], foil=truth["bad"][0],
         )  # fmt: skip
         after, before = (scores.sel(site=f"{name}@-1") for name in ("resid_post", "resid_pre"))
-        found += (after["selectivity_lo"] > 0).values.tolist()
+        found += (after["accuracy_lo"] > scores["majority_hi"]).values.tolist()
         found += (after["adding_lo"] > 3 * abs(after["adding_random"])).values.tolist()
-        false += [float(before["selectivity_lo"][0]) > 0, float(before["adding_lo"][0]) > 0.1]
+        false += [float(before["accuracy_lo"][0]) > float(scores["majority_hi"]), float(before["adding_lo"][0]) > 0.1]
         rng = np.random.default_rng(seed)
         other = {row["group"]: rng.choice(["a", "b"]) for row in prompts(truth)}
         rows = [row | {"label": other[row["group"]]} for row in prompts(truth)]

@@ -21,7 +21,8 @@ from microtome.context import current
 from microtome.errors import ArgumentError, error
 from microtome.probes._mdl import code_length, portions
 from microtome.probes._mix import mixed, similarities
-from microtome.probes._problem import Outcome, Problem, with_ends
+from microtome.probes._problem import Folds as Folds
+from microtome.probes._problem import Outcome, Problem, with_ends, with_shares
 from microtome.probes._readers import Fitter as Fitter
 from microtome.probes._readers import Reader, linear, mass_mean, small_network, sparse
 from microtome.probes._surface import majority_predictions, surface_predictions
@@ -47,14 +48,19 @@ def fitter_of(problem: Problem, kind: str, l2: float, k: int, hidden: int) -> Fi
 
 
 def held_out(
-    states: Mapping[Site, Tensor], problem: Problem, labels: np.ndarray, fitter: Fitter, stage: str
+    states: Mapping[Site, Tensor],
+    problem: Problem,
+    labels: np.ndarray,
+    fitter: Fitter,
+    stage: str,
+    folds: Folds | None = None,
 ) -> dict[Site, Tensor]:
     """[row] by site and layer, 1 where the probe of the other folds names the label."""
     found: dict[Site, Tensor] = {}
     rows, n = torch.from_numpy(problem.rows), len(problem.classes)
     for done, (site, x) in enumerate(states.items()):
         x, hits = x[rows], torch.zeros(len(rows), dtype=torch.float64)
-        for fit, test in problem.folds.split():
+        for fit, test in (folds or problem.folds).split():
             named = fitter(x[fit], labels[fit], n).logits(x[test]).argmax(-1)
             hits[test] = (named == torch.from_numpy(labels[test])).double()
         found[site] = hits
@@ -66,12 +72,13 @@ def classes(problem: Problem, fitter: Fitter) -> Outcome:
     """Accuracy on rows held out, by site and layer, and that of the controls."""
     states, labels = problem.states, problem.inside
     hits = held_out(states, problem, labels, fitter, "probing")
-    control = held_out(states, problem, problem.control, fitter, "probing the control task")
+    control = held_out(states, problem, problem.control, fitter, "probing the control task", problem.control_folds)
+    known = 1.0 if problem.types_seen else float("nan")  # above chance it could not be: nothing to be above
     each = {"accuracy": problem.each(hits), "control_task": problem.each(control)}
-    each["selectivity"] = problem.each({site: x - control[site] for site, x in hits.items()})
+    each["selectivity"] = problem.each({site: known * (x - control[site]) for site, x in hits.items()})
     if problem.blank is not None:
         each["untrained"] = problem.each(held_out(problem.blank, problem, labels, fitter, "probing an untrained model"))
-    made = Outcome(each=each | surfaces(problem), readers=readers(problem, fitter))
+    made = Outcome(each=each | surfaces(problem), readers=readers(problem, fitter), attrs=problem.told_of_control)
     units = {site: reader.tensors["units"] for site, reader in made.readers.items() if "units" in reader.tensors}
     if units:
         dims, grid = problem.grid(units)
@@ -98,22 +105,21 @@ def readers(problem: Problem, fitter: Fitter) -> dict[Site, Reader]:
 
 
 def shifted(problem: Problem, fitted: Mapping[Site, Reader]) -> dict[str, Any]:
-    """Accuracy on the rows of a shift, and that of the last layer, row by row."""
+    """Accuracy on the rows of a shift, and that of the last layer, over its groups."""
     rows = torch.from_numpy(problem.outside)
     y = torch.from_numpy(problem.labels[problem.outside])
     hits = {site: (fitted[site].logits(x[rows]).argmax(-1) == y).double() for site, x in problem.states.items()}
-    dims, each = problem.grid(hits)
+    names = problem.examples.groups or ()
+    groups = np.unique([names[i] for i in problem.outside.tolist()], return_inverse=True)[1]
+    there = Folds(groups, np.zeros_like(groups), named=True)
+    dims, each = problem.grid({site: there.summed(x) for site, x in hits.items()})
     last = each[..., -1:]
+    gaps = with_ends("x", each - last, dims, there.sizes)
     return (
-        with_ends("shifted", each, dims)
-        | with_ends("shifted_last", last[..., 0], dims[:-1])
-        | {f"shifted_diff_{end}": x for end, x in _ends(each - last, dims).items()}
+        with_shares("shifted", each, dims, there.sizes)
+        | with_shares("shifted_last", last[..., 0], dims[:-1], there.sizes)
+        | {f"shifted_diff_{end}": (dims, gaps[f"x_{end}"][1].clamp(-1, 1)) for end in ("lo", "hi")}
     )
-
-
-def _ends(each: Tensor, dims: tuple[str, ...]) -> dict[str, Any]:
-    found = with_ends("x", each, dims)
-    return {"lo": found["x_lo"], "hi": found["x_hi"]}
 
 
 def code_lengths(problem: Problem, l2: float) -> Outcome:
@@ -134,7 +140,7 @@ def code_lengths(problem: Problem, l2: float) -> Outcome:
     values["bits_uniform"] = uniform
     values["compression"] = (values["bits"][0], uniform / values["bits"][1])
     told = {"portions": ", ".join(map(str, ends))}
-    return Outcome(values, readers=readers(problem, linear(l2)), attrs=told)
+    return Outcome(values, readers=readers(problem, linear(l2)), attrs=told | problem.told_of_control)
 
 
 def mixture(problem: Problem, l2: float) -> Outcome:
@@ -184,11 +190,13 @@ def similarity(problem: Problem, fitter: Fitter, target: int) -> Outcome:
     """
     x, groups, n = layers_of(problem), problem.folds.groups, len(problem.classes)
     each: dict[str, Any] = {}
-    for name, y in (("together", problem.inside), ("together_control", problem.control)):
+    for name, y, folds in (
+        ("together", problem.inside, problem.folds), ("together_control", problem.control, problem.control_folds),
+    ):  # fmt: skip
         hits = torch.zeros(len(y), dtype=torch.float64)
-        for fit, test in problem.folds.split():
+        for fit, test in folds.split():
             seen = similarities(x, groups, fit[y[fit] == target])
             named = fitter(seen[fit], y[fit], n).logits(seen[test]).argmax(-1)
             hits[test] = (named == torch.from_numpy(y[test])).double()
         each[name] = ((), problem.folds.summed(hits))
-    return Outcome(each=each | surfaces(problem))
+    return Outcome(each=each | surfaces(problem), attrs=problem.told_of_control)

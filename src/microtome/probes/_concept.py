@@ -28,7 +28,7 @@ from microtome.context import current
 from microtome.errors import DataError, error
 from microtome.model import Model
 from microtome.probes._examples import read_examples
-from microtome.probes._problem import Outcome, Problem, whole, with_ends
+from microtome.probes._problem import Outcome, Problem, whole, with_ends, with_shares
 from microtome.probes._readers import Reader, linear
 from microtome.probes._states import placed
 
@@ -124,7 +124,7 @@ def concepts(
     values: dict[str, Any] = {}
     for name, found in each.items():
         dims, grid = problem.grid(found)
-        values |= with_ends(name, grid, dims)
+        values |= (with_shares if name == "score" else with_ends)(name, grid, dims)
     values["sensitivity_random"], values["concept_p_value"] = problem.grid(others), problem.grid(p)
     return Outcome(values, readers=readers, attrs={"inputs": len(runs), "splits": splits})
 

@@ -15,11 +15,21 @@ from microtome.anatomy import ALL, Address, Site
 from microtome.errors import ArgumentError, DataError, error
 from microtome.model import Model
 from microtome.probes._examples import Examples, read_examples, read_pairs
-from microtome.probes._folds import Folds, folds_of, groups_of, numbered, require_classes, shuffled
+from microtome.probes._folds import Folds as Folds
+from microtome.probes._folds import folds_of, groups_of, numbered, require_classes, shuffled
 from microtome.probes._readers import Reader
 from microtome.probes._states import Placed, Pool, addresses, flat, placed, states_of, untrained_of
 from microtome.probes._surface import surface
-from microtome.stream import mean_interval
+from microtome.stream import mean_interval, share_interval
+
+LEAST = 8
+"""Groups below which a share has no interval."""
+SIGNED = ("selectivity", "r", "r_turned", "r_untrained")
+"""Scores from -1 to 1, which are no shares."""
+OF_SCORES = (
+    "95 % over groups: of shares that of Agresti and Coull with an effective number of rows (Korn and Graubard, 1998), "
+    "else Student's t corrected for skewness (Hall, 1992); none below 8 groups"
+)
 
 
 @dataclass
@@ -105,6 +115,29 @@ class Problem:
         """[row] the labels of the control task, of the rows that are cross-validated."""
         return shuffled(self.inside, [self._type(i) for i in self.rows.tolist()], self.seed)
 
+    @cached_property
+    def control_folds(self) -> Folds:
+        """Folds that are even in the labels of the control task: where they are not, it falls below chance."""
+        return folds_of(self.folds.groups, self.control, len(self.folds), self.seed, named=self.folds.named)
+
+    @cached_property
+    def types_seen(self) -> float:
+        """Share of the rows held out whose type was fitted on: the control task can be above chance on these alone."""
+        types = [self._type(i) for i in self.rows.tolist()]
+        seen = 0
+        for fit, test in self.control_folds.split():
+            there = {types[i] for i in fit.tolist()}
+            seen += sum(types[i] in there for i in test.tolist())
+        return seen / len(types)
+
+    @property
+    def told_of_control(self) -> dict[str, Any]:
+        """What the result says of the control task."""
+        told = f"{self.types_seen:.2f} of the rows held out have a type that was fitted on"
+        if self.types_seen == 0:
+            told = "no type repeats over folds: the control task is chance whatever the states hold; name types"
+        return {"control_types": told}
+
     def _type(self, row: int) -> Any:
         """What the control task gives one label: the type that is named, else the token of a place, else the row."""
         if self.examples.types is not None:
@@ -145,7 +178,11 @@ class Problem:
         """Columns with their intervals, of scores held out as sums over groups."""
         found: dict[str, Any] = {}
         for name, (dims, x) in each.items():
-            found |= with_ends(name, x, dims, self.folds.sizes, self.folds.spread)
+            ends = with_ends if name in SIGNED else with_shares
+            found |= ends(name, x, dims, self.folds.sizes, self.folds.spread)
+        for name in set(SIGNED) & set(found):
+            for end in ("_lo", "_hi"):
+                found[name + end] = (found[name + end][0], found[name + end][1].clamp(-1, 1))
         return found
 
     @property
@@ -169,7 +206,7 @@ class Problem:
         attrs |= {"groups": len(self.folds.sizes), "folds": len(self.folds)}
         kind = "named" if self.folds.named else "rows that are the same up to where they are probed"
         wider = f"those of scores held out are {self.folds.spread:.2f} times as wide as of independent ones"
-        attrs |= {"grouped_by": kind, "held_out": wider}
+        attrs |= {"grouped_by": kind, "held_out": wider, "interval": OF_SCORES}
         return attrs | ({"classes": ", ".join(self.classes)} if self.classes else {})
 
 
@@ -283,3 +320,32 @@ def with_ends(
     mean, low, high = mean_interval(each, weights=weights)
     low, high = (mean + spread * (end - mean) for end in (low, high))
     return {f"{name}{end}": (dims, x) for end, x in (("", mean), ("_lo", low), ("_hi", high))}
+
+
+def with_shares(
+    name: str, each: Tensor, dims: tuple[str, ...], weights: Tensor | None = None, spread: float = 1.0
+) -> dict[str, Any]:
+    """A column with its interval, of shares: sums of hits [group, ...] over as many rows as the weights say.
+
+    Formula:  that of `share_interval` with n = p (1 - p) / (spread^2 var p) (z / t)^2 rows, var p over groups, t the
+              quantile of as many groups; n / spread^2 before (z / t)^2 is at least the number of groups as they weigh,
+              which it is where all rows are alike, and at most that of rows.
+    Source:   Korn and Graubard, "Confidence Intervals for Proportions with Small Expected Number of Positive Counts
+              Estimated from Survey Data", 1998. Departs: Agresti and Coull's interval; the bounds.
+    """
+    from scipy.special import ndtri, stdtrit
+
+    counts = torch.ones(len(each), dtype=torch.float64) if weights is None else weights.double()
+    rows, groups, shape = float(counts.sum()), len(each), each.shape[1:]
+    sums = each.double().reshape(groups, -1)
+    mean = sums.sum(0) / rows
+    ends = torch.full((2, sums.shape[1]), torch.nan, dtype=torch.float64)
+    if groups >= LEAST:
+        variance = (sums - counts.unsqueeze(1) * mean).square().sum(0) * groups / (groups - 1) / rows**2
+        least, most = (x / spread**2 for x in (rows**2 / float(counts.square().sum()), rows))
+        narrower = float((ndtri(0.975) / stdtrit(groups - 1, 0.975)) ** 2)
+        for i, (p, v) in enumerate(zip(mean.tolist(), variance.tolist(), strict=True)):
+            n = narrower * (min(max(p * (1 - p) / (v * spread**2), least), most) if v > 1e-15 else least)
+            ends[:, i] = torch.tensor(share_interval(p * n, n) if p == p else (p, p), dtype=torch.float64)
+    parts = {"": mean, "_lo": ends[0], "_hi": ends[1]}
+    return {f"{name}{end}": (dims, x.reshape(shape)) for end, x in parts.items()}

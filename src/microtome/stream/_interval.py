@@ -149,7 +149,7 @@ def slope_interval(x: Tensor, y: Tensor, *, level: float = 0.95) -> tuple[Tensor
     return slope.reshape(shape), (slope - half).reshape(shape), (slope + half).reshape(shape)
 
 
-def share_interval(hits: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+def share_interval(hits: float, n: float, *, level: float = 0.95) -> tuple[float, float]:
     """Ends of the interval of a share of successes. It has a width where all succeed, or none.
 
     Formula:  p +- z sqrt(p (1 - p) / m), cut to 0..1, with m = n + z^2, p = (hits + z^2 / 2) / m, z the quantile
@@ -162,7 +162,7 @@ def share_interval(hits: int, n: int, *, level: float = 0.95) -> tuple[float, fl
 
     Args:
         hits: how many succeeded.
-        n: of how many.
+        n: of how many; both may be effective numbers.
         level: coverage of the interval.
     """
     z = _normal_quantile(level)
