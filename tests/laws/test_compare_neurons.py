@@ -44,10 +44,10 @@ def test_scores_are_those_of_plain_runs(name: str) -> None:
     data = mt.explain.compare_neurons(it, PROMPTS, without=HEAD, answer=11, top=3, controls=1)
     off = [mt.edit.Zero(f"{HEAD}@-1")]
     assert np.isnan(data["score"][0]).all()  # layers before the head depend on nothing of it
-    for layer, neuron, prompt in ((1, 0, 0), (2, 7, 1), (2, 30, 2)):
+    for layer, neuron, prompt in ((1, 0, 1), (2, 7, 1), (2, 30, 2)):
         for column, edits in (("score", []), ("score_without", off)):
             expected = literal(it, PROMPTS[prompt], layer, neuron, 11, edits)
-            assert float(data[f"{column}_each"][prompt, layer, neuron]) == pytest.approx(expected, abs=2e-5)
+            assert float(data[f"{column}_each"][prompt - 1, layer, neuron]) == pytest.approx(expected, abs=2e-5)
     change = (data["score_each"] - data["score_without_each"]).mean("example").values
     assert np.allclose(data["change"], change, atol=1e-12, equal_nan=True)
 
@@ -60,10 +60,15 @@ def test_the_screen_keeps_the_best_and_the_chain_is_ablated() -> None:
     assert int(np.isfinite(some["change"]).sum()) == 24
     layers = [int(str(name)[0]) for name in every["component"].values]
     assert layers == sorted(layers)
-    best = np.sort(every["change"].values[1:].flatten())[::-1][:3]
-    assert sorted(every["ranked"].values)[::-1] == pytest.approx(list(best), abs=1e-12)
+    chosen = mt.explain.compare_neurons(it, PROMPTS[:1], without=HEAD, answer=11, top=3, controls=2, screen=56)
+    best = np.sort(chosen["change"].values[1:].flatten())[::-1][:3]
+    assert sorted(chosen["ranked"].values)[::-1] == pytest.approx(list(best), abs=1e-12)
+    assert chosen["component"].values.tolist() == every["component"].values.tolist()  # the first prompt chooses alone
+    assert "no p-value" in chosen.attrs["chosen_on"]
+    assert np.isnan(chosen["loss_p"]) if "loss_p" in chosen else True
+    assert every.attrs["chosen_on"] == 1
     edits = [mt.edit.Zero(f"{name}@-1") for name in every["component"].values]
-    for i, prompt in enumerate(PROMPTS):
+    for i, prompt in enumerate(PROMPTS[1:]):  # the others measure
         a, b, alone = (it.run([prompt], edits=e).logits[0, -1].log_softmax(-1)[11] for e in ((), edits, edits[1]))
         assert float(every["loss_each"][i]) == pytest.approx(float(a - b), abs=1e-5)
         assert float(every["alone_each"][i, 1]) == pytest.approx(float(a - alone), abs=1e-5)
@@ -78,7 +83,7 @@ def test_a_tuned_copy_is_compared_as_it_is() -> None:
     change = data["change"].values
     assert np.nanmax(abs(np.delete(change[2], 5))) < 1e-6
     assert np.nanmax(abs(change[:2])) < 1e-6
-    score = np.mean([literal(it, prompt, 2, 5, 11, []) for prompt in PROMPTS])
+    score = np.mean([literal(it, prompt, 2, 5, 11, []) for prompt in PROMPTS[1:]])
     assert change[2, 5] == pytest.approx(score, abs=1e-5)
 
 

@@ -4,7 +4,8 @@ Formula:  score(n) = log p(answer | x + w_n) - log p(answer | x), p = softmax(un
           MLP of neuron n reads at the last position, and w_n = a_n w_out,n what the neuron adds there;
           change(n) = score(n) in the whole model - score(n) without the heads (their mix of values set to zero there),
           or - score(n) in a tuned copy of the model.
-          The neurons of the largest mean change are the chain, by layer. They are ablated together (w_n = 0 at the last
+          The neurons of the largest mean change over the first half of the prompts are the chain, by layer; all else is
+          measured on the second half. They are ablated together (w_n = 0 at the last
           position): loss = log p(answer) - log p(answer | ablated), beside as many random neurons of the same layers.
           Exact scores are those of the `screen` neurons a layer with the largest |k_n d_n . g - k'_n d_n . g'|, an
           estimate of the change, summed over prompts, with w_n = k_n d_n, g the gradient of log p(answer | x), and '
@@ -52,7 +53,7 @@ AS_IS = "none: the baseline of the losses"
                dims=NEURON, drawn=False),
         Column("score_without", "nats", "the same without the heads", dims=NEURON, drawn=False),
         Column("ranked", "nats", "the change of each neuron of the chain, on average over prompts",
-               "none: they were chosen by it", dims=RANKED, title="the chain"),
+               "none: they were chosen by it, on other prompts if there are any", dims=RANKED, title="the chain"),
         Column("alone", "nats", "log-probability of the answer that is lost when this neuron alone adds nothing",
                "alone_random", dims=RANKED),
         Column("alone_random", "nats", "the same for a random neuron of its layer", dims=RANKED),
@@ -99,7 +100,8 @@ def compare_neurons(
 ) -> Found:  # fmt: skip
     """Rank neurons by how much what they add to an answer depends on some heads, and ablate the best.
 
-    Neurons that are not scored, and those of layers before the heads, have NaN.
+    The first half of the prompts chooses the chain, the others measure everything that is told; a single prompt does
+    both. Neurons that are not scored, and those of layers before the heads, have NaN.
 
     Raises:
         ArgumentError: neither heads nor a tuned model are given, or both.
@@ -119,11 +121,13 @@ def compare_neurons(
     first, n = min((i for i, _ in heads), default=0), model.anatomy.n_layers
     whole = [_state(model, row, answer, [], first) for row, answer in zip(rows, ids, strict=True)]
     cut = [_state(tuned or model, row, answer, off, first) for row, answer in zip(rows, ids, strict=True)]
+    chooses = max(1, len(rows) // 2)  # the others measure; a single prompt has to do both
+    kept = slice(chooses % len(rows), None)
     shape = (len(rows), n, model.anatomy.d_mlp)
     scores = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in ("score", "score_without")}
     with torch.no_grad():
         for i in range(first, n):
-            chosen = _screened(model, tuned or model, i, whole, cut, screen)
+            chosen = _screened(model, tuned or model, i, whole[:chooses], cut[:chooses], screen)
             if tuned is None:
                 both = _exact(model, i, chosen, whole + cut).split(len(rows))
             else:
@@ -132,18 +136,19 @@ def compare_neurons(
                 scores[name][:, i, chosen.cpu()] = found
             current().report("scoring neurons", i + 1 - first, n - first)
     change = scores["score"] - scores["score_without"]
-    chain = _best(change.mean(0), top)
+    chain = _best(change[:chooses].mean(0), top)
     base = torch.tensor([state.log_p for state in whole], dtype=torch.float64)
     lost = base - torch.tensor([state.log_p for state in cut], dtype=torch.float64)
-    each, drawn = _ablated(model, rows, ids, chain, controls)
+    each, drawn = _ablated(model, rows[kept], ids[kept], chain, controls)
     values = {} if text is None else _on_text(model, text, chain, drawn)
-    mean = change.mean(0)
+    mean = change[kept].mean(0)
     coords, attrs = _labels(model, chain, heads, len(rows), first)
     return Found(
         values | {"ranked": [float(mean[i, j]) for i, j in chain]},
-        each=scores | {"change": change, "without": lost} | each,
+        each={name: x[kept] for name, x in (scores | {"change": change, "without": lost}).items()} | each,
         coords=coords,
-        attrs=attrs,
+        attrs=attrs
+        | {"chosen_on": chooses if kept.start else "the prompt that is measured, so that no p-value is known"},
     )
 
 
