@@ -9,7 +9,7 @@ import torch
 from microtome.circuits._bench import Bench, divergence
 from microtome.circuits._circuit import Circuit
 from microtome.circuits._find import COSTS, METHODS, effects_of, find
-from microtome.circuits._judge import DRAWS, MIB, SHARES, Ablation, Draws, curve
+from microtome.circuits._judge import MIB, SHARES, Ablation, Draws, curve
 from microtome.explain import AnswerOfClean, Clean, Corrupt, FoilOfCorrupt, ReadMetric, pairs_of
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
@@ -77,7 +77,7 @@ def circuit(
     cost: Annotated[str, Argument("of acdc: KL from the clean run, or what the metric loses", choices=COSTS)] = "kl",
     ablation: Ablation = "resample",
     verify: Annotated[int, Argument("how many of its edges to measure exactly", "edges", least=0)] = 50,
-    draws: Draws = DRAWS,
+    draws: Draws = 3,
     save: Annotated[str | None, Argument("write the circuit to this safetensors file", from_text=str)] = None,
 ) -> Found:
     """Find a circuit, measure its best edges exactly, and judge it beside random ones.
