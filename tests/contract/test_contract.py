@@ -137,7 +137,7 @@ def own_of(name: str, kind: str) -> dict[str, Any]:
         given = {"program": lambda word, let: own[let("word", word)], "inputs": [{"word": w} for w in own]}
         return given | {"write": write, "answer": int, "at": {"word": "1.resid_post@1"}, "swaps": 12}
     if name == "das":
-        return {"data": answered(kind), "methods": ["das", "random"], "rank": 2, "steps": 2, "controls": []}
+        return {"data": answered(kind), "methods": ["das", "random"], "rank": 2, "steps": 2, "controls": ["placebo"]}
     if name == "split_direction":
         return {"swaps": answered(kind), "site": "1.mlp.post", "steps": 2, "rank": 1}
     return {}
@@ -195,7 +195,7 @@ def run(name: str, kind: str, *, seed: int = 0, given: Mapping[str, Any] | None 
 
 
 def kinds(name: str) -> tuple[str, ...]:
-    own = {"circuit_recovery": KINDS[:1], **dict.fromkeys(OF_EXPERTS, ("mixtral", "gpt_oss"))}
+    own = {"circuit_recovery": KINDS[:1], "mlp_roles": KINDS[:3], **dict.fromkeys(OF_EXPERTS, ("mixtral", "gpt_oss"))}
     return own.get(name, KINDS)
 
 

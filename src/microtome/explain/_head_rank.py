@@ -166,8 +166,10 @@ def _basis(model: Model, rows: Sequence[Tensor], part: str, layer: int, unit: in
     runs = [model.run(row[None], capture=site, logits=False)[site] for row, site in zip(rows, sites, strict=True)]
     x = torch.cat([run.flatten(0, -2) for run in runs]).double()
     mean = x.mean(0)
-    v = torch.linalg.svd(x - mean, full_matrices=True).Vh.T
-    return mean, v
+    size, v = torch.linalg.svd(x - mean, full_matrices=False)[1:]
+    v = v[size > 1e-6 * size.max().clamp(min=1e-300)].T  # what no prompt moves along is completed in a fixed order
+    whole = torch.cat([v, torch.eye(x.shape[-1], dtype=v.dtype, device=v.device)], 1)
+    return mean, torch.linalg.qr(whole).Q
 
 
 def _random(v: Float[Tensor, "d_head _"], generator: torch.Generator) -> Float[Tensor, "d_head _"]:

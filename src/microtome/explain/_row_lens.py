@@ -109,8 +109,8 @@ def _peaks(model: Model, layer: int, rows: str, order: Tensor) -> tuple[Tensor, 
     weights = model.layers[layer]
     norm = weights.mlp_norm
     matrix = at_least_float32(getattr(weights, rows)).T if rows != "W_out" else at_least_float32(weights.W_out)
-    gain = model.require_readable().gain if rows == "W_out" else 1.0 if norm is None else norm.gain
-    unembed = at_least_float32(model.W_U)
+    gain = 1.0 if rows == "W_out" or norm is None else norm.gain
+    unembed = at_least_float32(model.W_U) * torch.as_tensor(model.require_readable().gain).reshape(-1, 1)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for chunk in (matrix * gain).split(CHUNK):
         z = chunk @ unembed
