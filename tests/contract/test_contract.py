@@ -383,9 +383,19 @@ NO_LOSS = {
     "massive_effect", "memorised",
 }  # fmt: skip
 NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.of == "neuron"}
-NO_DENSE = {"compare_neurons", "context_update", "excite", "linear_map", "row_lens"}
+NO_DENSE = {"compare_neurons", "context_update", "excite", "linear_map", "row_lens", "split_direction"}
 NO_NEURONS |= NO_DENSE | {"io_classes", "on_off", "sparsity"}
-NO_NEXT = {"context_update", "cross_task", "excite", "function_vector", "helix"}
+NO_NEXT = {
+    "context_update",
+    "cross_task",
+    "das",
+    "excite",
+    "function_vector",
+    "helix",
+    "interchange",
+    "split_direction",
+    "token_interchange",
+}
 NO_VALUES = {"head_functions", "ov_copying"}
 PARALLEL = (
     "gpt_neox-parallel", "gptj", "falcon-mqa", "falcon-gqa", "falcon-onenorm", "phi", "phi-qknorm",
@@ -403,6 +413,10 @@ REFUSED = {
 }
 """What cannot be asked: logits that are no sum over parts, a stream that is none, a loss, neurons of experts, values
 without weights of their own, MLPs that do not read the heads of their layer."""
+
+
+UNTOLD = {"das": ("isolate", "disentangle"), "completeness": ("minimal_control",), "probe": ("selectivity",)}
+"""Columns of which nothing is known here: pairs isolate nothing, no node may lie outside, and no label repeats."""
 
 
 @pytest.mark.parametrize(
@@ -423,7 +437,7 @@ def test_every_method_runs_on_every_family_that_opens(kind: str) -> None:
         if isinstance(made, xr.Dataset):  # intervals of few examples may have no ends
             own = {column.name for column in METHODS[name].columns}
             empty = {key for key, x in numbers(made).items() if key in own and not np.isfinite(x).any()}
-            assert not empty, name
+            assert empty <= set(UNTOLD.get(name, ())), name
     lacks = set() if "mlp.experts.post" in {site.name for site in model(kind).anatomy.hook_points} else set(OF_EXPERTS)
     assert refused.keys() == REFUSED.get(kind, set()) | lacks
     assert all("To do: " in text and "\n" not in text for text in refused.values())
