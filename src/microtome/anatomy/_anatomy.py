@@ -167,7 +167,8 @@ class Anatomy:
         if absent and (explicit or not present):
             near = sorted({s.name for s in self.hook_points if s.layer == absent[0].layer}, key=list(SITES).index)
             reason = self.missing.get(absent[0], "it does not apply to this model")
-            raise SiteError(f"no site {absent[0]} in {self.name}: {reason}. Its sites there: {', '.join(near)}.")
+            raise error(SiteError, f"no site {absent[0]} in {self.name}: {reason}. Its sites there: {', '.join(near)}",
+                        do="name one of these")  # fmt: skip
         if address.units.is_all:
             return present
         size = min(self.units(site) for site in present)
