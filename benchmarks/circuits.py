@@ -103,7 +103,7 @@ def curve(model: mt.Model, n: int, scored: int) -> dict[str, Any]:
 def main() -> None:
     """Run one of both, and print what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("acdc", "curve"))
+    parser.add_argument("what", nargs="?", default="acdc", choices=("acdc", "curve"))
     parser.add_argument("--model")
     parser.add_argument("--tau", type=float, default=0.03)
     parser.add_argument("--pairs", type=int)

@@ -123,7 +123,10 @@ def _correlations(similar: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, np
 
     def of(table: np.ndarray) -> float:
         same = np.ptp(table[apart]) == 0 or np.ptp(gain[apart]) == 0  # then there is no order to compare
-        return math.nan if same else float(spearmanr(table[apart], gain[apart])[0])
+        if same:
+            return math.nan
+        found: Any = spearmanr(table[apart], gain[apart])
+        return float(found.statistic)
 
     own = np.array([of(layer) for layer in similar])
     other = np.array([[of(layer[np.ix_(order, order)]) for order in orders] for layer in similar])
