@@ -127,7 +127,7 @@ class Separated(Table):
 
     def column(self, name: str, what: str) -> Iterator[tuple[str, object]]:
         """The values of a column."""
-        csv.field_size_limit(_LONGEST)
+        usual = csv.field_size_limit(_LONGEST)  # of the whole process
         with self.path.open("rb") as file:
             rows = self._rows(file)
             try:
@@ -144,6 +144,8 @@ class Separated(Table):
                         yield f'{where}, column "{name}"', values[at]
             except csv.Error as cause:
                 raise error(DataError, f'"{self.path}" line {rows.line_num} cannot be read ({cause})') from cause
+            finally:
+                csv.field_size_limit(usual)
 
     def _rows(self, file: Any) -> Any:
         mark = "\t" if self.path.suffix.lower() == ".tsv" else ","
