@@ -226,6 +226,29 @@ def mediators(model: mt.Model, tasks: dict[str, list[dict[str, str]]], shots: in
     return total / (each * len(tasks))
 
 
+def sets_of(induct: Tensor, mediate: Tensor, top: int) -> tuple[dict[str, list[Head]], set[Head]]:
+    """The best heads of either kind without those of both, and random others of their layers; and those of both."""
+    width = induct.shape[1]
+
+    def best(scores: Tensor, count: int) -> list[Head]:
+        return [divmod(int(i), width) for i in scores.flatten().argsort(descending=True)[:count]]
+
+    wide = [best(x, 2 * top) for x in (induct, mediate)]
+    both = set(wide[0]) & set(wide[1])
+    sets = {
+        name: [h for h in some if h not in both][:top] for name, some in zip(("induction", "task"), wide, strict=True)
+    }
+    rng = np.random.default_rng(0)
+    shunned = {h for some in sets.values() for h in some} | both
+    for name, some in list(sets.items()):
+        picked: list[Head] = []
+        for layer, _ in some:
+            free = [(layer, h) for h in range(width) if (layer, h) not in shunned and (layer, h) not in picked]
+            picked += [free[rng.integers(len(free))]] if free else []
+        sets[f"random, layers of {name}"] = picked
+    return sets, both
+
+
 def heads(model: mt.Model, data: Path, shots: int = 8, top: int = 14, each: int = 6) -> dict[str, Any]:
     """Whether few-shot learning needs induction heads or heads that carry the task."""
     print(f"heads: one of both carries few-shot learning if ablating its {top} heads (5 %) costs more of the answer's")
@@ -244,24 +267,7 @@ def heads(model: mt.Model, data: Path, shots: int = 8, top: int = 14, each: int 
     chosen_on, judged_on = {n: able[n] for n in names[::2]}, {n: able[n] for n in names[1::2]}
     mediate = mediators(model, chosen_on, shots, each)
     induct = torch.from_numpy(mt.measure(model, "induction")["induction"].values).double()
-    width = model.anatomy.n_heads
-
-    def best(scores: Tensor, count: int) -> list[Head]:
-        return [divmod(int(i), width) for i in scores.flatten().argsort(descending=True)[:count]]
-
-    wide = [best(x, 2 * top) for x in (induct, mediate)]
-    both = set(wide[0]) & set(wide[1])
-    sets = {
-        name: [h for h in some if h not in both][:top] for name, some in zip(("induction", "task"), wide, strict=True)
-    }
-    rng = np.random.default_rng(0)
-    shunned = {h for some in sets.values() for h in some} | both
-    for name, some in list(sets.items()):
-        picked: list[Head] = []
-        for layer, _ in some:
-            free = [(layer, h) for h in range(width) if (layer, h) not in shunned and (layer, h) not in picked]
-            picked += [free[rng.integers(len(free))]] if free else []
-        sets[f"random, layers of {name}"] = picked
+    sets, both = sets_of(induct, mediate, top)
     losses: dict[str, list[float]] = {name: [] for name in sets}
     drops: dict[str, list[float]] = {name: [] for name in sets}
     for seed, rows in enumerate(judged_on.values()):
