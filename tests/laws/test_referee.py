@@ -10,7 +10,8 @@ from tests.linear import linear
 
 import microtome as mt
 from microtome.claims import referee
-from microtome.claims._contest import contest, operations, top
+from microtome.claims._contest import Outcome, contest, operations, top
+from microtome.claims._referee import _Board
 from microtome.errors import ArgumentError
 
 RANDOM = np.random.default_rng(0)
@@ -83,3 +84,13 @@ def test_an_estimate_that_does_not_exist() -> None:
         referee(linear(), of=())
     with pytest.raises(ArgumentError, match="there is nothing to judge; got no estimate; allowed: atp, relp"):
         referee(linear(), estimates=())
+
+
+def test_a_task_is_judged_by_its_own_pairs() -> None:
+    board = _Board(("atp",), 3)
+    for pair, value in enumerate((0.1, 0.3, 0.9)):
+        board.put_outcome(pair, "atp", Outcome(value, 0.5, 0.1))
+        board.put("cost", pair, "atp", 3.0)
+        board.put("seconds", pair, "atp", 1.0)
+    found = board.found(["a", "a", "b"], ["a", "b"], [])
+    assert found.values["by_task"].tolist() == [[pytest.approx(0.2), pytest.approx(0.9)]]

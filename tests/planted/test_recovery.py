@@ -11,6 +11,8 @@ import torch
 import microtome as mt
 from microtome import planted
 from microtome.explain import auc
+from microtome.explain._first_order import at_receivers, captures, contract
+from microtome.explain._recovery import estimated
 
 NAMES = list(planted.PROGRAMS)
 
@@ -105,3 +107,27 @@ def test_auc_counts_pairs() -> None:
     high, low = torch.tensor([3.0, 1.0]), torch.tensor([0.0, 1.0])
     assert auc(high, low) == (1 + 1 + 1 + 0.5) / 4
     assert auc(low, high) == 1 - auc(high, low)
+
+
+@pytest.mark.parametrize("name", ["sort", "balanced"])
+def test_the_way_of_an_estimate_ends_at_the_corrupt_run(name: str) -> None:
+    """The gradient at the corrupt embedding is that of the corrupt prompt: the mean of both is `clean-corrupted`."""
+    it = planted.program(name)
+    c = planted.corruptions(it, 1, 1)
+    before, after = planted.writes(it.model, c.clean), planted.writes(it.model, c.corrupt)
+    change = torch.stack([after[node] - x for node, x in before.items()], dim=1)
+    goal = it.model.run(c.corrupt).logits[:, 1:]
+    way = (goal - it.model.run(c.clean).logits[:, 1:])[0].double()
+    slopes = []
+    for tokens in (c.clean, c.corrupt):
+        start = it.model.run(tokens, capture=captures(it.model), grad=True)
+        metric = (start.logits[0, 1:].double() * way.detach()).sum() / way.norm().clamp(min=1e-6)
+        slopes.append(contract(change[0].unsqueeze(1), at_receivers(it.model, start, start.grad(metric)))[0].detach())
+    change = change.detach()
+    found = {method: estimated(it.model, c.clean, change, goal, method) for method in ("eap", "clean-corrupted")}
+    wanted = (slopes[0] + slopes[1]).abs() / 2
+    scale = float(wanted.abs().max())
+    assert scale > 1e-2
+    assert float((found["clean-corrupted"] - wanted).abs().max()) < 1e-4 * scale
+    assert float((found["eap"] - slopes[0].abs()).abs().max()) < 1e-4 * scale
+    assert float((found["clean-corrupted"] - found["eap"]).abs().max()) > 1e-2 * scale
