@@ -58,7 +58,7 @@ def fit(
         steps: how many updates.
         optimizer: "adamw", "sgd" (Nesterov), "lbfgs" (one batch, no noise) or "muon" (matrices).
         lr: the learning rate that the schedule starts from.
-        schedule: "constant", or falling to 0 at the last step, "linear" or "cosine".
+        schedule: "constant", or falling to 0 after the last step, "linear" or "cosine".
         warmup: steps in which the rate rises.
         clip: the largest norm of the gradient of all parameters together.
         weight_decay: decoupled for AdamW and Muon.

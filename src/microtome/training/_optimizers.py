@@ -23,7 +23,7 @@ class Rule:
     Attributes:
         optimizer: "adamw"; "sgd" with Nesterov momentum; "lbfgs", for a loss without noise; "muon", for matrices.
         lr: the learning rate that the schedule starts from.
-        schedule: "constant", or falling to 0 at the last step, "linear" or "cosine".
+        schedule: "constant", or falling to 0 after the last step, "linear" or "cosine".
         warmup: steps in which the rate rises linearly from 0.
         clip: the largest norm of the gradient of all parameters together; longer ones are shortened to it.
         weight_decay: decoupled for AdamW and Muon, added to the gradient for SGD.
