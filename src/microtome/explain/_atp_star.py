@@ -5,7 +5,7 @@ Formula:  QK fix. A node of queries or keys is scored by what it makes of the pa
           all queries (or all keys) of a cell:  sum_ts (A'_ts - A_ts) G_ts,  A' = softmax(scores + Delta);
           key s alone: for each query t one score changes, p' = p e^Delta / (1 - p + p e^Delta) for p = A_ts, and the
           other weights of that query become A_tj (1 - p') / (1 - p): no pattern is formed again.
-          GradDrop. score = sign . (sum over l of |score_l|) / (L - 1), of the stream / L, score_l with gradients that do
+          GradDrop. score = sign . (sum over l of |score_l|) / (L - 1), of the stream / L; score_l by gradients that do
           not go through what layer l adds; the l of the node's own layer is left out, as its score is 0. The sign is
           that of the undropped score, and of sum_l score_l where that is 0.
 Cost:     two forwards, one backward, and for every layer one backward of the layers before it.
