@@ -37,7 +37,7 @@ def prompts(truth: dict[str, Any], n: int = 80) -> list[dict[str, Any]]:
 
 
 def tone_of_a_text() -> Case:
-    """A tone is told where it is written, and used there; before it is not, nor is a label that nothing holds."""
+    """A tone is decoded where it is written, and used there; before it is not, nor is a label that nothing holds."""
     found: list[bool] = []
     false: list[bool] = []
     for seed in range(2):
@@ -56,7 +56,7 @@ def tone_of_a_text() -> Case:
         rows = [row | {"label": other[row["group"]]} for row in prompts(truth)]
         none = mt.probes.probe(made.model, rows, untrained=False)
         false += (none["accuracy_lo"] > none["majority_hi"]).values.tolist()
-    return _case("the tone of a text, in two models: where it is told, and that it is used", found, false)
+    return _case("the tone of a text, in two models: where it can be decoded, and that it is used", found, false)
 
 
 CASES: tuple[Callable[[], Case], ...] = (tone_of_a_text,)

@@ -1,4 +1,4 @@
-"""Probes: what a model's states tell of a property, layer by layer, beside controls; and whether the model uses it."""
+"""Probes: properties decoded from a model's states, layer by layer, beside controls; and whether the model uses them."""
 
 from microtome.probes._fit import fit as fit
 from microtome.probes._fit import probe as probe

@@ -1,4 +1,4 @@
-"""Probes: what a model's states tell of a property, layer by layer, and whether the model uses it."""
+"""Probes: whether a property can be decoded from a model's states, layer by layer, and whether the model uses it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ TABLE = Argument("a .csv, .tsv, .jsonl or .parquet file with columns text and la
     "probe",
     command="probe",
     title="probe",
-    question="What can be told from a model's states of a property of its input, in which layer, and is it used?",
+    question="Can a property of the input be decoded from a model's states, in which layer, and is it used?",
     columns=COLUMNS,
     source=(
         Source("Alain and Bengio", "Understanding intermediate layers using linear classifier probes", 2016,
@@ -132,8 +132,8 @@ TABLE = Argument("a .csv, .tsv, .jsonl or .parquet file with columns text and la
     cost="two forwards of every example, of the model and of an untrained one, and L x folds x 3 regressions",
     check="tests/laws/test_probes.py, tests/laws/test_probes_causal.py, tests/planted/test_probes.py",
     call='mt.probes.probe(model, "data.csv")',
-    reading="A layer tells of the labels what its accuracy has above the control task, the untrained model and the "
-    "surface; that it tells is no proof that the model uses it, which is what adding, ablating and patching show.",
+    reading="Labels are decoded where accuracy exceeds the control task, the untrained model and the surface; that is no "
+    "proof that the model uses them, which is what adding, ablating and patching show.",
 )  # fmt: skip
 def probe(
     model: Model,

@@ -4,7 +4,7 @@ Formula:  rows of one group are in one fold; classes are as even over folds as g
           A score is the mean over rows; its interval is over groups, of which each has the sum of its rows' scores
           (`microtome.stream.mean_interval` with the numbers of rows as weights; of shares `_problem.with_shares`), and
           sqrt(1 + (K - 1)/K) times as wide, with K folds: two rows of different folds each help to fit the probe that
-          tests the other, and where little is told they are right or wrong together, so that variances of the mean add
+          tests the other, and at chance they are right or wrong together, so that variances of the mean add
           up to that of pairs again.
 Check:    the interval holds the accuracy of such probes in at least 93 % of draws, at chance and above it;
           tests/laws/test_probes.py. Without the factor it was 84 to 97 %.

@@ -1,4 +1,4 @@
-"""What needs no model to be told: the majority class, and words and letters counted."""
+"""What is decoded without a model: the majority class, and words and letters counted."""
 
 from __future__ import annotations
 

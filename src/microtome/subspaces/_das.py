@@ -45,7 +45,7 @@ ROWS = "none: the rows random and placebo, which by default stand in the same ta
 
 
 @dataclass(frozen=True)
-class Told:
+class AttributeSwaps:
     """The swaps of one attribute, to find a subspace with and to judge it by.
 
     Attributes:
@@ -167,7 +167,7 @@ def das(
 
 def _told(
     model: Model, data: Any, kind: str, attributes: Any, others: Any, entities: int, templates: int, each: int, at: str
-) -> tuple[list[Told], dict[str, float]]:
+) -> tuple[list[AttributeSwaps], dict[str, float]]:
     """By attribute, the swaps of both halves; and the share of questions that the model answers."""
     if isinstance(data, str | os.PathLike):
         path = Path(data)
@@ -177,7 +177,7 @@ def _told(
         half = len(data) // 2 * 2
         if half < 2:
             raise error(ArgumentError, "pairs must be divided in two halves", got=f"{len(data)} pair", do="give more")
-        return [Told(data.name, swaps[:half], swaps[half:])], {}
+        return [AttributeSwaps(data.name, swaps[:half], swaps[half:])], {}
     if not isinstance(data, Ravel):
         do = "give the path of data.tgz, a Task, or a file of pairs"
         raise error(ArgumentError, "no subspace can be found in this", got=type(data).__name__, do=do)
@@ -188,16 +188,18 @@ def _told(
     known = {name: share for name, (share, _, _) in shares(asked).items()}
     there = dict.fromkeys(q.entity for q in asked)
     halves = [[name for name in there if (data.split[name] == "train") == train] for train in (True, False)]
-    told: list[Told] = []
+    told: list[AttributeSwaps] = []
     for name in chosen:
         both = [of_asked(asked, name, own, each=each, seed=seed) for own in halves]
         for own, what in zip(both, ("training", "held-out"), strict=True):
             require_both(own, name, what, sum(q.known for q in asked) / len(asked))
-        told.append(Told(name, *both))
+        told.append(AttributeSwaps(name, *both))
     return told, known
 
 
-def _ways(told: Sequence[Told], methods: tuple[str, ...], controls: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def _ways(
+    told: Sequence[AttributeSwaps], methods: tuple[str, ...], controls: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
     """The methods and controls that say something of these swaps.
 
     Raises:
@@ -221,7 +223,13 @@ def _ways(told: Sequence[Told], methods: tuple[str, ...], controls: tuple[str, .
 
 
 def _judged(
-    model: Model, site: str, one: Told, methods: Sequence[str], controls: Sequence[str], plan: Plan, lr: float | None
+    model: Model,
+    site: str,
+    one: AttributeSwaps,
+    methods: Sequence[str],
+    controls: Sequence[str],
+    plan: Plan,
+    lr: float | None,
 ) -> tuple[list[dict[str, float]], float]:
     """What each method and control reaches with one attribute, and the share of its base prompts that are answered."""
     (train, share), (test, _) = prepared(model, one.train, site), prepared(model, one.test, site)

@@ -1,6 +1,6 @@
 """Claims that papers contradict each other on, measured on the default model with intervals and controls.
 
-    python benchmarks/settled.py [--only corruption estimates heads] [--model MODEL] [--data FOLDER] [--out F]
+    python benchmarks/contested.py [--only corruption estimates heads] [--model MODEL] [--data FOLDER] [--out F]
 
     corruption  does the way in which a subject is corrupted change where tracing finds a fact?
                 yes: Zhang and Nanda, 2023 (arXiv 2309.16042); taken for granted not to: Meng et al., 2022 (2202.05262)
@@ -118,7 +118,7 @@ def corruption(model: mt.Model, facts: int = 16, samples: int = 1) -> dict[str, 
         "the corruption changes the map of MLPs": bool(changed["low"] > 0 and changed["p"] < 0.05),
         "earlier MLPs at the subject stand out with either": all(x["low"] > 0 and x["p"] < 0.05 for x in kept),
     }
-    return {"numbers": numbers, "tests": tests, "facts": len(maps["mlp: noise, noise again"]), "settled": said}
+    return {"numbers": numbers, "tests": tests, "facts": len(maps["mlp: noise, noise again"]), "verdicts": said}
 
 
 # ------------------------------------------------------------------------------------------------------------ estimates
@@ -165,7 +165,7 @@ def estimates(model: mt.Model, pairs: int = 6) -> dict[str, Any]:
         "attribution patching fails on MLPs": numbers["atp mlp_out: correlation"]["high"] < 0.3,
         "RelP is better on MLPs": tests["relp minus atp, mlp_out, correlation"]["low"] > 0,
     }
-    return {"numbers": numbers, "tests": tests, "settled": said}
+    return {"numbers": numbers, "tests": tests, "verdicts": said}
 
 
 # ---------------------------------------------------------------------------------------------------------------- heads
@@ -304,7 +304,7 @@ def heads(model: mt.Model, data: Path, shots: int = 8, top: int = 14, each: int 
     named = {name: [f"{i}.attn.z[{h}]" for i, h in some] for name, some in sets.items()}
     print(f"  in both sets of {2 * top}: {len(both)}; tasks judged: {', '.join(judged_on)}")
     return {"numbers": numbers, "tests": tests, "heads": named, "in_both": len(both), "chosen_on": list(chosen_on),
-            "judged_on": list(judged_on), "settled": said}  # fmt: skip
+            "judged_on": list(judged_on), "verdicts": said}  # fmt: skip
 
 
 def copied(model: mt.Model, sets: dict[str, list[Head]], rows: int = 16, length: int = 40) -> dict[str, list[float]]:
@@ -331,12 +331,12 @@ def copied(model: mt.Model, sets: dict[str, list[Head]], rows: int = 16, length:
 
 
 def main() -> None:
-    """Settle what is asked for, print it, and write it down."""
+    """Measure what is asked for, print it, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=["corruption", "estimates", "heads"])
     parser.add_argument("--model")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder that holds icl/")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "settled.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "contested.json")
     options = parser.parse_args()
     model = mt.open(options.model) if options.model else mt.open()
     claims: dict[str, Callable[[], dict[str, Any]]] = {
@@ -350,7 +350,7 @@ def main() -> None:
         started = time.perf_counter()
         with torch.no_grad() if name == "heads" else torch.enable_grad():
             found = measure()
-        for sentence, holds in found["settled"].items():
+        for sentence, holds in found["verdicts"].items():
             print(f"  {'yes' if holds else 'no '}  {sentence}")
         print(f"  {time.perf_counter() - started:.0f} s\n")
         written[name] = found | {"model": model.provenance}
