@@ -1,4 +1,4 @@
-"""Probes: properties decoded from a model's states, layer by layer, beside controls; and whether the model uses them."""
+"""Probes: properties decoded from a model's states, layer by layer, beside controls; whether the model uses them."""
 
 from microtome.probes._fit import fit as fit
 from microtome.probes._fit import probe as probe

@@ -132,8 +132,8 @@ TABLE = Argument("a .csv, .tsv, .jsonl or .parquet file with columns text and la
     cost="two forwards of every example, of the model and of an untrained one, and L x folds x 3 regressions",
     check="tests/laws/test_probes.py, tests/laws/test_probes_causal.py, tests/planted/test_probes.py",
     call='mt.probes.probe(model, "data.csv")',
-    reading="Labels are decoded where accuracy exceeds the control task, the untrained model and the surface; that is no "
-    "proof that the model uses them, which is what adding, ablating and patching show.",
+    reading="Labels are decoded where accuracy exceeds the control task, the untrained model and the surface; that is "
+    "no proof that the model uses them, which is what adding, ablating and patching show.",
 )  # fmt: skip
 def probe(
     model: Model,
