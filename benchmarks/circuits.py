@@ -1,13 +1,13 @@
 """Circuits on the default model: ACDC beside the literal algorithm, and a faithfulness curve of 32 pairs.
 
     python benchmarks/circuits.py acdc [--tau 0.03] [--pairs 1] [--layers 30]
-    python benchmarks/circuits.py curve [--pairs 32] [--scored 32]
+    python benchmarks/circuits.py curve [--pairs 32] [--scored 32] [--draws 3]
 
 acdc: the literal algorithm takes one plain forward of the pairs an edge; the forward is timed in the same process, in
 the middle of 20, before and after, and the ratio is edges times that over the time of ACDC, both in CPU seconds. With
 --layers only the receivers of the last ones, and the logits, are tried.
 curve: scores by EAP in the mean over the pairs, or over the first --scored of them, then faithfulness at ten shares of
-edges beside a random circuit.
+edges beside --draws random circuits.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def acdc(model: mt.Model, tau: float, n: int, layers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def curve(model: mt.Model, n: int, scored: int) -> dict[str, Any]:
+def curve(model: mt.Model, n: int, scored: int, draws: int) -> dict[str, Any]:
     """A faithfulness curve."""
     pairs = pairs_of(model, n)
     started = time.process_time()
@@ -92,12 +92,12 @@ def curve(model: mt.Model, n: int, scored: int) -> dict[str, Any]:
     circuit = circuits.from_scores(model, scores, 1.0 - 1e-12, prune=False)
     clean, corrupt = ([pair[side].tolist() for pair in pairs.tokens] for side in (0, 1))
     found = circuits.faithfulness(
-        model, circuit, clean, corrupt, answer=list(pairs.answer_ids), foil=list(pairs.foil_ids)
+        model, circuit, clean, corrupt, answer=list(pairs.answer_ids), foil=list(pairs.foil_ids), draws=draws
     )
     values = {name: np.round(found[name].values, 3).tolist() for name in ("faithfulness", "faithfulness_control")}
     single = {name: round(float(found[name]), 4) for name in ("cpr", "cpr_control", "cmd", "cmd_control")}
     taken = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - started, "scoring_cpu": spent}
-    return taken | {"pairs": n, "scored": scored} | values | single
+    return taken | {"pairs": n, "scored": scored, "draws": draws} | values | single
 
 
 def main() -> None:
@@ -109,13 +109,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--scored", type=int, help="of how many pairs the scores are the mean")
+    parser.add_argument("--draws", type=int, default=3, help="random circuits at each share")
     given = parser.parse_args()
     model = mt.open() if given.model is None else mt.open(given.model)
     with mt.settings(progress=False):
         if given.what == "acdc":
             found = acdc(model, given.tau, given.pairs or 1, given.layers or model.anatomy.n_layers)
         else:
-            found = curve(model, given.pairs or 32, given.scored or given.pairs or 32)
+            found = curve(model, given.pairs or 32, given.scored or given.pairs or 32, given.draws)
     print(json.dumps(found))
 
 
