@@ -149,7 +149,7 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
     names = {p.name for p in parameters(name)}
     if "corrupt" in names and "clean" in names:
         found["corrupt"] = list(OTHER)
-    if name in ("function_vector", "false_demonstrations"):
+    if name in ("function_vector", "false_demonstrations", "task_vectors"):
         found["heads"] = 3
     if name == "on_off":
         found["text"] = rows(1)
@@ -162,6 +162,9 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
     if name == "helix":  # which needs more numbers than other questions need prompts
         found |= {"prompts": [[7, 20 + i, 33] for i in range(24)], "numbers": list(range(24)), "position": 1}
         found |= {"periods": [2.0, 5.0], "layers": [0, 2]}
+    if name == "fourier_neurons":  # whose prompts have every number at some place
+        found["prompts"] = [[7, number, 33] for number in found["numbers"]]
+        found |= {"answers": [0] * 20, "shares": [0.5], "controls": 2}
     if name == "circuit":
         found["edges"] = 0.3  # of some 260: the default is a share of many thousands
     if "scores" in names:

@@ -10,7 +10,7 @@ import torch
 from tests import families
 
 import microtome as mt
-from microtome.explain._excite import _Embedding
+from microtome.explain._excite import EVEN, _Embedding, mean_of
 
 
 def detector(token: int) -> mt.Model:
@@ -55,6 +55,52 @@ def test_what_is_said_is_what_the_unit_does() -> None:
     assert float(data["loss"][0]) == pytest.approx(-float(losses.mean()), abs=1e-5)
     again = mt.explain.excite(model, "0.mlp.post[3]", text=text, **given)
     assert list(again["text"].values) == list(data["text"].values)
+
+
+def test_from_its_facets_both_tokens_of_a_neuron_of_two_are_found() -> None:
+    it = mt.planted.neurons(0)
+    (number,) = it.truth["neurons"]["facets"]
+    unit, tokens = f"1.mlp.post[{number}]", set(it.truth["facets"])
+    text = torch.randint(1, it.model.anatomy.d_vocab, (600, 12), generator=torch.Generator().manual_seed(0))
+    text[:, 0] = it.truth["bos"]
+    facets = mt.measurements.neuron_facets(it.model, [(1, number)], text)
+    assert float(facets["facets"][0]) == 2
+    contexts = facets["context"].values[0]
+    assert {int(row[-1]) for row in contexts if row[-1] >= 0} == tokens
+    given: dict[str, Any] = {"length": 4, "steps": 40, "fluency": 0.0}
+    data = mt.explain.excite(it.model, unit, starts=1, facets=facets, **given)
+    words = {it.model.to_words([t])[0] for t in tokens}
+    ends = dict(zip(data["facet"].values.tolist(), (str(t).split()[-1] for t in data["text"].values), strict=True))
+    assert set(ends) == {0, 1}
+    assert set(ends.values()) == words
+    for facet, word in ends.items():
+        row = contexts[list(facets["facet"].values[0]).index(facet)]
+        assert it.model.to_words([int(row[-1])])[0] == word, "each start ends in the token of its own facet"
+    for start in range(2):
+        member = facets["facet"].values[0] == int(data["facet"][start])
+        runs = [it.model.run([[int(t) for t in row if t >= 0]], capture=unit)[unit] for row in contexts[member]]
+        assert float(data["facet_most"][start]) == pytest.approx(float(max(x.max() for x in runs)), abs=1e-5)
+    assert (data["reached"] > 0.5 * data["facet_most"]).all()
+
+
+def test_the_mean_of_a_facet_is_the_share_of_its_contexts_at_each_place() -> None:
+    mean = mean_of([[4, 1], [1], [3, 2, 1]], 3, 6).exp()
+    torch.testing.assert_close(mean.sum(-1), torch.ones(3))
+    even = EVEN / 6
+    whole, half = even + 1 - EVEN, even + (1 - EVEN) / 2
+    for place, token, share in ((2, 1, whole), (1, 4, half), (1, 2, half), (0, 3, whole), (2, 0, even)):
+        assert float(mean[place, token]) == pytest.approx(share)
+
+
+def test_facets_of_another_neuron_are_refused() -> None:
+    it = mt.planted.neurons(0)
+    (number,) = it.truth["neurons"]["facets"]
+    text = torch.randint(1, it.model.anatomy.d_vocab, (100, 12), generator=torch.Generator().manual_seed(0))
+    facets = mt.measurements.neuron_facets(it.model, [(1, number)], text)
+    with pytest.raises(mt.errors.ArgumentError, match=r"these are no facets of 0\.mlp\.post\[1\]; got 1\.mlp\.post"):
+        mt.explain.excite(it.model, "0.mlp.post[1]", facets=facets)
+    with pytest.raises(mt.errors.ArgumentError, match="these are no facets of neurons; got Dataset"):
+        mt.explain.excite(it.model, f"1.mlp.post[{number}]", facets=facets.drop_vars("context"))
 
 
 def test_fluent_texts_have_a_lower_loss() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import microtome as mt
 from microtome.explain._helix import helix_basis
-from microtome.explain._waves import spectrum, waves
+from microtome.explain._waves import in_order, spectrum, sums_in, waves, written
 from microtome.planted import Planted
 
 
@@ -141,3 +141,16 @@ def test_a_helix_has_the_rank_that_is_there() -> None:
     torch.testing.assert_close(made["helix"], shifted["helix"], rtol=0, atol=1e-3)
     fold = (made["mean"] == made["mean"][0]).all(1)  # the numbers of one part, which one fit to the others predicts
     assert int(torch.linalg.matrix_rank((made["components"] - made["mean"])[fold])) == 4
+
+
+def test_a_text_with_choices_is_its_prompts() -> None:
+    assert written("{0-2} + {5,ab} =") == ["0 + 5 =", "0 + ab =", "1 + 5 =", "1 + ab =", "2 + 5 =", "2 + ab ="]
+    assert written("{abc}!") == ["a!", "b!", "c!"]
+    assert written(["a", "b"]) == ["a", "b"]
+    assert in_order("98-101") == ["98", "99", "100", "101"]
+    assert sums_in(["12 + 3 = ", "4"]) == [15, 4]
+    for wrong in ("no braces", "{5-2} =", "{}"):
+        with pytest.raises(mt.errors.ArgumentError, match="a text of prompts needs choices"):
+            written(wrong)
+    with pytest.raises(mt.errors.ArgumentError, match="there is no sum of numbers in a prompt; got 'a'"):
+        sums_in(["1", "a"])

@@ -16,7 +16,11 @@ from microtome.explain._excite import excite as excite
 from microtome.explain._false_demonstrations import false_demonstrations as false_demonstrations
 from microtome.explain._fit_lens import fit_lens as fit_lens
 from microtome.explain._flow import flow as flow
+from microtome.explain._forward_tuning import StoredContext as StoredContext
+from microtome.explain._forward_tuning import forward_tuning as forward_tuning
+from microtome.explain._forward_tuning import tuned_context as tuned_context
 from microtome.explain._fourier import fourier as fourier
+from microtome.explain._fourier_neurons import fourier_neurons as fourier_neurons
 from microtome.explain._function_vector import function_vector as function_vector
 from microtome.explain._graph import Graph as Graph
 from microtome.explain._graph import graph as graph
@@ -49,6 +53,7 @@ from microtome.explain._row_lens import row_lens as row_lens
 from microtome.explain._scenarios import scenario_traces as scenario_traces
 from microtome.explain._sharing import sharing as sharing
 from microtome.explain._spans import span_of as span_of
+from microtome.explain._task_vectors import task_vectors as task_vectors
 from microtome.explain._token_gradients import integrated_gradients as integrated_gradients
 from microtome.explain._token_lens import token_lens as token_lens
 from microtome.explain._tracing import causal_trace as causal_trace

@@ -38,6 +38,7 @@ SIZE = "none: a size; see the errors beside it"
 
 @question(
     "context_update",
+    command="context-update",
     title="context as a change of weights",
     question="Which change of the weights of each MLP would do what the context does?",
     columns=(

@@ -6,23 +6,30 @@ Formula:  p_t = softmax(theta_t / tau), a distribution over tokens at each of T 
           over random tokens, L = - mean over t > 1 of sum_v p_t(v) log q(v | p_1 .. p_{t-1}) the model's own loss of
           the soft text. tau falls from 1 to 0.1 geometrically, so that distributions become tokens.
           Then the likeliest tokens are taken, and the unit is read on them, as on any text.
-Control:  as many random texts as there are starts, times `RANDOM`; and the best place of a text, if one is given.
+          theta starts at random; or, by facets, at log((1 - eps) m_t + eps / V) plus the same noise, m_t the share of
+          the contexts of a facet that have a token at t places from the peak: the mean of the facet.
+Control:  as many random texts as there are starts, times `RANDOM`; the best place of a text, if one is given; and of
+          a start from a facet the best of its contexts.
 Cost:     `steps` forwards and backwards of `starts` rows of T tokens.
 Check:    the token of a planted detector is found; tests/laws/test_excite.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Annotated, Any
 
+import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.anatomy import Address, at_least_float32, parse
 from microtome.context import current
 from microtome.edit import Set
-from microtome.errors import SiteError, error
+from microtome.errors import ArgumentError, SiteError, error
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 from microtome.run import Prompt, prompt_from_text
@@ -33,6 +40,8 @@ RANDOM = 32
 COLD = 0.1
 """The last temperature; the first is 1."""
 ROWS = 16
+EVEN = 0.5
+"""The share of all tokens alike in what starts from a facet."""
 
 
 @question(
@@ -51,6 +60,9 @@ ROWS = 16
                dims=("start",)),
         Column("loss_random", "nats", "that of random texts", range=(0, None), dims=()),
         Column("text", "token", "the text that was found", "none: words", dims=("start",)),
+        Column("facet", "1", "the facet that the text was started from", "none: a name", dims=("start",)),
+        Column("facet_most", "activation", "the largest value of the unit in the contexts of that facet",
+               "none: compare `reached`", dims=("start",)),
         Column("corpus_most", "activation", "the largest value of the unit in the text that was given",
                "none: compare `reached`", dims=()),
         Column("corpus_text", "token", "the words before that place", "none: words", dims=()),
@@ -62,6 +74,9 @@ ROWS = 16
             "1605.09304", departs="for text: distributions over tokens, and the model's own loss in place of a "
             "generator",
         ),
+        Source("Nguyen, Yosinski, Clune", "Multifaceted Feature Visualization: Uncovering the Different Types of "
+               "Features Learned By Each Neuron in Deep Neural Networks", 2016, "1602.03616",
+               departs="starts are mean tokens of the contexts of a facet, not mean images"),
         Source("Nguyen, Yosinski, Clune", "Understanding Neural Networks via Feature Visualization: A survey", 2019,
                "1904.08939", departs="one of the priors it lists, for text"),
     ),
@@ -85,20 +100,30 @@ def excite(
     text: Annotated[
         Prompt | None, Argument("a text to compare with, or several", from_text=prompt_from_text)
     ] = None,
+    facets: Annotated[
+        xr.Dataset | None,
+        Argument("facets of the neuron to start from, as `neuron_facets` finds them; `starts` each", command=False),
+    ] = None,
 ) -> Found:  # fmt: skip
     """Find texts that excite a unit, by gradient, and compare them with random texts and with a text of your own.
 
     Raises:
         SiteError: the address is not one unit of one layer, or embeddings are not a sum over tokens.
+        ArgumentError: the facets are not those of this neuron, or are none.
         FitError: the unit is not finite.
     """
     address = _one_unit(model, unit)
     rng = torch.Generator().manual_seed(current().seed)
+    own = [] if facets is None else facets_of(facets, address)
+    starts *= max(len(own), 1)
     rows = torch.randint(model.anatomy.d_vocab, (RANDOM * starts, length), generator=rng).to(model.device)
     random, random_loss = _read(model, address, rows)
     sigma = float(random.std().clamp(min=1e-6))
     embed = _Embedding.of(model, length)
-    theta = torch.randn(starts, length, model.anatomy.d_vocab, generator=rng).to(model.device)
+    theta = torch.randn(starts, length, model.anatomy.d_vocab, generator=rng)
+    for k, contexts in enumerate(own):
+        theta[k :: len(own)] += mean_of(contexts, length, model.anatomy.d_vocab)
+    theta = theta.to(model.device)
     soft = torch.zeros(starts, dtype=torch.float64)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,21 +131,28 @@ def excite(
         edit = Set("embed", value=embed(p))
         run = model.run(rows[:starts], capture=str(address), edits=[edit], grad=True)
         value = at_least_float32(run[str(address)])[:, -1].reshape(starts)
-        own = -(p[:, 1:] * at_least_float32(run.logits[:, :-1]).log_softmax(-1)).sum(-1).mean(1)
+        loss_of_text = -(p[:, 1:] * at_least_float32(run.logits[:, :-1]).log_softmax(-1)).sum(-1).mean(1)
         soft.copy_(value.detach().double())
-        return (fluency * own - value / sigma).sum(), {"unit": value.detach().mean(), "text_loss": own.detach().mean()}
+        return (fluency * loss_of_text - value / sigma).sum(), {
+            "unit": value.detach().mean(), "text_loss": loss_of_text.detach().mean(),
+        }  # fmt: skip
 
     fitted = fit({"theta": theta}, loss, lambda step: step, steps, lr=lr, model=model, name="raising the unit")
     found = theta.argmax(-1)
-    reached, own = _read(model, address, found)
+    reached, losses = _read(model, address, found)
     order = reached.argsort(descending=True)
     values: dict[str, Any] = {
-        "reached": reached[order], "loss": own[order], "soft": soft[order.cpu()], "random": float(random.mean()),
+        "reached": reached[order], "loss": losses[order], "soft": soft[order.cpu()], "random": float(random.mean()),
         "random_most": float(random.max()), "loss_random": float(random_loss.mean()),
         "text": [model.to_text(found[i]) for i in order.tolist()] if model.tokenizer is not None else
         [" ".join(model.to_words(found[i])) for i in order.tolist()],
     }  # fmt: skip
     values |= {} if text is None else _of_corpus(model, address, text, length)
+    if own:
+        best = [_of_corpus(model, address, [c], length)["corpus_most"] for contexts in own for c in contexts]
+        most = [max(part) for part in _in_turn(best, list(map(len, own)))]
+        facet = (order % len(own)).tolist()
+        values |= {"facet": facet, "facet_most": [most[f] for f in facet]}
     attrs = {"unit": str(address), "steps": fitted.step, "sigma": sigma, "fluency": fluency}
     return Found(values, coords={"start": list(range(starts))}, attrs=attrs)
 
@@ -145,6 +177,45 @@ def _one_unit(model: Model, unit: str) -> Address:
             do="name a layer and one unit, without positions",
         )  # fmt: skip
     return address
+
+
+def facets_of(facets: Any, address: Address) -> list[list[list[int]]]:
+    """By facet of a neuron, its contexts: tokens up to the peak.
+
+    Raises:
+        ArgumentError: these are no facets, or not of this neuron, or it has none.
+    """
+    do = "give mt.measurements.neuron_facets(model, [(layer, neuron)])"
+    if not isinstance(facets, xr.Dataset) or not {"facet", "context"} <= set(facets.data_vars):
+        raise error(ArgumentError, "these are no facets of neurons", got=type(facets).__name__, do=do)
+    pairs = list(zip(facets["layer"].values.tolist(), facets["neuron"].values.tolist(), strict=True))
+    wanted = next((at for at, (i, n) in enumerate(pairs) if str(address) == f"{i}.mlp.post[{n}]"), None)
+    if wanted is None:
+        got = ", ".join(f"{i}.mlp.post[{n}]" for i, n in pairs[:5])
+        raise error(ArgumentError, f"these are no facets of {address}", got=got, do=do)
+    number, rows = facets["facet"].values[wanted], facets["context"].values[wanted]
+    members = [np.flatnonzero(number == f) for f in range(number.max() + 1)]
+    found = [[[int(t) for t in rows[r] if t >= 0] for r in member] for member in members]
+    if not found:
+        raise error(ArgumentError, f"{address} peaks in no context", got="no facet", do="read more text")
+    return found
+
+
+def mean_of(contexts: Sequence[Sequence[int]], length: int, vocab: int) -> Float[Tensor, "pos vocab"]:
+    """Log of the share of the contexts that have each token at each place before their end, mixed with all alike."""
+    counts = torch.zeros(length, vocab)
+    for context in contexts:
+        for back, token in enumerate(reversed(context[-length:])):
+            counts[length - 1 - back, token] += 1.0
+    many = counts.sum(-1, keepdim=True)
+    share = torch.where(many > 0, counts / many.clamp(min=1.0), torch.full_like(counts, 1.0 / vocab))
+    return ((1 - EVEN) * share + EVEN / vocab).log()
+
+
+def _in_turn(values: Sequence[float], sizes: Sequence[int]) -> list[list[float]]:
+    """Values in parts of these sizes."""
+    ends = list(accumulate(sizes))
+    return [list(values[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
 
 
 def _read(model: Model, address: Address, rows: Int[Tensor, "row pos"]) -> tuple[Tensor, Tensor]:

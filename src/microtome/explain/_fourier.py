@@ -22,9 +22,21 @@ from microtome.anatomy import Site
 from microtome.context import current
 from microtome.edit import Edit, Project
 from microtome.errors import ArgumentError, error
-from microtome.explain._waves import Answers, Prompts, integers, rows_of, spectrum, tokens_of_numbers, waves
+from microtome.explain._waves import (
+    SUM,
+    Answers,
+    Prompts,
+    integers,
+    rows_of,
+    spectrum,
+    sums_in,
+    tokens_of_numbers,
+    waves,
+    written,
+)
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
+from microtome.run import Prompt
 
 SPECTRUM = ("layer", "frequency")
 BRANCHES = ("attn_out", "mlp_out")
@@ -33,6 +45,7 @@ TURNED = "the same with the numbers in a random order"
 
 @question(
     "fourier",
+    command="fourier",
     title="numbers as waves",
     question="Which frequencies along the numbers are the logits made of, and which of them are used?",
     columns=(
@@ -61,7 +74,7 @@ TURNED = "the same with the numbers in a random order"
     ),
     cost="one forward of each prompt, and 4 + 4 controls more where there are answers",
     check="tests/planted/test_waves.py",
-    call='mt.explain.fourier(model, [f"{a} + {b} = " for a in range(5) for b in range(5)], "0123456789")',
+    call='mt.explain.fourier(model, "{0-4} + {0-4} = ", "0-9", answers="sum")',
     reading="power is the share of one frequency along the numbers; lost is what accuracy a branch loses without a "
     "band, beside a band of the numbers in random order.",
     needs=("next token", "lens", "*.attn_out", "*.mlp_out"),
@@ -69,7 +82,10 @@ TURNED = "the same with the numbers in a random order"
 def fourier(
     model: Model,
     prompts: Prompts,
-    numbers: Annotated[Sequence[str | int], Argument("the tokens of the numbers, in their order", command=False)],
+    numbers: Annotated[
+        Sequence[str | int] | str,
+        Argument('tokens of the numbers in their order, as "0-9" or "mon,tue,wed,thu"', positional=True),
+    ],
     *,
     answers: Answers = None,
     controls: Annotated[int, Argument("random orders of the numbers", "orders", least=1)] = 5,
@@ -79,7 +95,7 @@ def fourier(
     The bands are "low", the frequencies up to N / 4, "high", the others, and "outliers".
 
     Raises:
-        ArgumentError: too few numbers, or an answer that is none of them.
+        ArgumentError: too few numbers, an answer that is none of them, or a text of prompts without ranges.
         PromptError: a number is several tokens, or there are too few prompts.
         SiteError: the stream cannot be read as logits.
     """  # fmt: skip
@@ -108,7 +124,7 @@ def fourier(
     found = [k for k, out in zip(frequencies, outlier.tolist(), strict=True) if out]
     coords: dict[str, Any] = {"layer": list(range(layers)), "frequency": frequencies}
     if answers is not None:
-        wanted = _answers(answers, len(rows), n)
+        wanted = answers_of(answers, prompts, len(rows), n)
         each["accuracy"] = (torch.stack(right).cpu() == wanted).double()
         bands = {"low": [k for k in frequencies if 4 * k <= n], "high": [k for k in frequencies if 4 * k > n]}
         bands |= {"outliers": found} if found else {}
@@ -162,15 +178,15 @@ def _lost(
     return first, second
 
 
-def _answers(answers: Sequence[int], prompts: int, numbers: int) -> Tensor:
-    """The place of each prompt's answer among the numbers.
+def answers_of(answers: Any, prompts: Sequence[Prompt] | str, count: int, numbers: int) -> Tensor:
+    """The place of each prompt's answer among the numbers; of "sum", what the numbers of its text add up to.
 
     Raises:
-        ArgumentError: not one for each prompt, or one lies outside.
+        ArgumentError: not one for each prompt, one lies outside, or a prompt has no numbers.
     """
-    listed = integers(answers, "answers")
-    if len(listed) != prompts:
-        raise error(ArgumentError, "there must be one answer for each prompt", got=len(listed), allowed=str(prompts))
+    listed = sums_in(written(prompts)) if isinstance(answers, str) and answers == SUM else integers(answers, "answers")
+    if len(listed) != count:
+        raise error(ArgumentError, "there must be one answer for each prompt", got=len(listed), allowed=str(count))
     outside = [x for x in listed if not 0 <= x < numbers]
     if outside:
         do = "give its place among the numbers"

@@ -111,12 +111,16 @@ def function_vector(
     every = torch.stack([run["*.attn.z@-1"][:, 0, 0] for run in runs])  # [prompt, layer, head, d_head]
     z = every.mean(0)
     state = torch.stack([run["*.resid_post@-1"][:, 0, 0] for run in runs]).mean(0)  # [layer, d_model]
-    effects = _effects(model, deck, list(sampled), (samples * z - every) / (samples - 1), shots=behind == "shuffled")
+    effects = effects_of_heads(
+        model, deck, list(sampled), (samples * z - every) / (samples - 1), shots=behind == "shuffled"
+    )
     order = effects.mean(0).flatten().argsort(descending=True).tolist()
     best, others = order[:heads], order[heads:]
     generator = torch.Generator().manual_seed(current().seed)
     drawn = [torch.randperm(len(others), generator=generator)[:heads].tolist() for _ in range(controls)]
-    vector, *randoms = (_vector(model, z, some) for some in (best, *([others[i] for i in set_of] for set_of in drawn)))
+    vector, *randoms = (
+        written_by(model, z, some) for some in (best, *([others[i] for i in set_of] for set_of in drawn))
+    )
     layers = range(a.n_layers)
 
     def adding(v: Tensor) -> list[SiteEdit]:
@@ -147,7 +151,7 @@ def _summary(effects: Float[Tensor, "item layer head"]) -> dict[str, Tensor]:
     return {"effect": mean, "effect_lo": low, "effect_hi": high, "effect_p": sign_flip(effects, seed=current().seed)}
 
 
-def _effects(
+def effects_of_heads(
     model: Model, deck: Deck, items: Sequence[int], z: Float[Tensor, "item layer head d_head"], *, shots: bool
 ) -> Tensor:
     """[item, layer, head] rise of the answer's probability with a head's mean over others in its place."""
@@ -162,7 +166,7 @@ def _effects(
 
 
 @torch.no_grad()
-def _vector(model: Model, z: Float[Tensor, "layer head d_head"], chosen: Sequence[int]) -> Float[Tensor, " d_model"]:
+def written_by(model: Model, z: Float[Tensor, "layer head d_head"], chosen: Sequence[int]) -> Float[Tensor, " d_model"]:
     """What some heads, numbered through all layers, write of these means together."""
     heads = z.shape[1]
     writes = [z[i // heads, i % heads] @ model.layers[i // heads].W_O[i % heads] for i in chosen]

@@ -33,6 +33,7 @@ KINDS = {"mlp": "mlp_out", "attn": "attn_out", "resid": "resid_post"}
 
 @question(
     "patching_grid",
+    command="patching-grid",
     title="patching under every setting",
     question="Do corruption, metric and window decide what activation patching finds?",
     columns=(
@@ -64,7 +65,7 @@ def patching_grid(
     kind: Annotated[str, Argument("which parts are restored", choices=tuple(KINDS))] = "mlp",
     corruptions: Annotated[Sequence[str], Argument("how the prompt is corrupted", choices=CORRUPTIONS)] = CORRUPTIONS,
     metrics: Annotated[Sequence[str], Argument("what is read", choices=METRICS)] = METRICS,
-    windows: Annotated[Sequence[int], Argument("layers restored at once", "layers", command=False)] = (1, 5),
+    windows: Annotated[Sequence[int], Argument("layers restored at once", "layers")] = (1, 5),
     noise: Annotated[float, Argument("size of the noise", "standard deviations of the embeddings", least=0)] = 3.0,
     samples: Annotated[int, Argument("how many draws of the noise to average over", "draws", least=1)] = 3,
 ) -> Found:

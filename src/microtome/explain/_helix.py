@@ -26,7 +26,7 @@ from torch import Tensor
 from microtome.context import current
 from microtome.edit import Set
 from microtome.errors import ArgumentError, PromptError, error
-from microtome.explain._waves import Prompts, integers, rows_of
+from microtome.explain._waves import RANGE, Prompts, in_order, integers, rows_of
 from microtome.method import Argument, Column, Found, Source, question, run_sweep
 from microtome.metric import Rank
 from microtome.model import Model
@@ -38,6 +38,7 @@ FITS = ("helix", "polynomial", "shuffled", "components")
 
 @question(
     "helix",
+    command="helix",
     title="numbers as helices",
     question="Are the states of numbers points of a helix, and does the model take those points for the numbers?",
     columns=(
@@ -65,7 +66,7 @@ FITS = ("helix", "polynomial", "shuffled", "components")
     ),
     cost="one forward of each prompt, and a sweep of 5 cells for each layer and prompt",
     check="tests/planted/test_waves.py",
-    call='mt.explain.helix(model, [f"{a} + 5 =" for a in range(100, 200)], range(100, 200), position=2)',
+    call='mt.explain.helix(model, "{100-199} + 5 =", "100-199", position=2)',
     reading="r2 says how well a curve predicts the states of numbers that it was not fitted to; kept, how often the "
     "model says the same with the predicted state in place of its own.",
     needs=("next token", "*.resid_post"),
@@ -73,11 +74,14 @@ FITS = ("helix", "polynomial", "shuffled", "components")
 def helix(
     model: Model,
     prompts: Prompts,
-    numbers: Annotated[Sequence[int], Argument("for each prompt, the number whose state is read", command=False)],
+    numbers: Annotated[
+        Sequence[int] | str,
+        Argument('for each prompt, the number whose state is read, or their range, such as "100-199"', positional=True),
+    ],
     *,
     position: Annotated[int, Argument("where the state is read, counted from the end if negative", "positions")] = -1,
-    periods: Annotated[Sequence[float], Argument("periods of the helix", command=False)] = PERIODS,
-    layers: Annotated[Sequence[int] | None, Argument("layers to read; all by default", command=False)] = None,
+    periods: Annotated[Sequence[float], Argument("periods of the helix")] = PERIODS,
+    layers: Annotated[Sequence[int] | None, Argument("layers to read; all by default")] = None,
     components: Annotated[int, Argument("principal components that are kept first", "components", least=1)] = 100,
     folds: Annotated[int, Argument("parts that are left out in turn", "parts", least=2)] = 10,
 ) -> Found:
@@ -88,7 +92,13 @@ def helix(
             none.
         PromptError: a prompt does not reach the position.
     """  # fmt: skip
-    rows, given = rows_of(model, prompts), integers(numbers, "numbers")
+    rows, given = (
+        rows_of(model, prompts),
+        integers(
+            list(map(int, in_order(numbers))) if isinstance(numbers, str) and RANGE.fullmatch(numbers) else numbers,
+            "numbers",
+        ),
+    )
     _require_periods(periods)
     rank = _rank(torch.tensor(given, dtype=torch.float64), periods)
     if len(given) != len(rows) or len(set(given)) < 2 * (rank + 1):

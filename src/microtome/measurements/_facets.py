@@ -66,7 +66,8 @@ def neuron_facets(
     Returns:
         A dataset with axes `unit` (with the coordinates `layer` and `neuron`) and `rank`: `facets`, `silhouette`,
         `silhouette_random` [unit]; `contexts` [unit], how many; `facet` [unit, rank], the cluster of each context
-        from 0 on, -1 where there is none; `example_index` and `token` [unit, rank] of its peak, -1 likewise. With
+        from 0 on, -1 where there is none; `example_index` and `token` [unit, rank] of its peak, and `context` [unit,
+        rank, pos], the tokens of its row up to the peak, at the end of the axis; -1 likewise. With
         fewer than 8 contexts a neuron has NaN facets; a silhouette is NaN where no clusters are large enough.
 
     Raises:
@@ -77,7 +78,7 @@ def neuron_facets(
     read = Text(text, tokens=tokens, length=length, rows=rows).batches(model)
     peaks = _peaks(model, read, neurons, by_layer, top)
     drawn = _drawn(read, top)
-    states, words = _states(model, read, by_layer, peaks, drawn)
+    states, words, before = _states(model, read, by_layer, peaks, drawn)
     random = {layer: _clusters(states[layer, None], most)[1] for layer in by_layer}
     made = [_clusters(states[layer, number], most) for number, (layer, _) in enumerate(neurons)]
 
@@ -89,9 +90,9 @@ def neuron_facets(
         "facets": [one[0] for one in made], "silhouette": [one[1] for one in made],
         "silhouette_random": [random[layer] for layer, _ in neurons], "contexts": [len(one[2]) for one in made],
         "facet": filled([one[2] for one in made]), "token": filled([words[n] for n in every]),
-        "example_index": filled([peaks[n] for n in every]),
+        "example_index": filled([peaks[n] for n in every]), "context": _padded([before[n] for n in every], top),
     }  # fmt: skip
-    variables = {n: (("unit", "rank")[: np.ndim(x)], np.asarray(x), MEANT[n]) for n, x in values.items()}
+    variables = {n: (("unit", "rank", "pos")[: np.ndim(x)], np.asarray(x), MEANT[n]) for n, x in values.items()}
     places = {"layer": ("unit", [i for i, _ in neurons]), "neuron": ("unit", [n for _, n in neurons])}
     told = {"method": "neuron_facets", "text": read.source, "seed": current().seed}
     return xr.Dataset(variables, coords=places).assign_attrs(dict(model.provenance) | told)
@@ -105,6 +106,7 @@ MEANT: Mapping[str, Mapping[str, str]] = {
     "facet": {"unit": "1", "meaning": "cluster of each context"},
     "token": {"unit": "token", "meaning": "token at the peak"},
     "example_index": {"unit": "index", "meaning": "index in the text of the token at the peak"},
+    "context": {"unit": "token", "meaning": "tokens up to the peak"},
 }
 
 
@@ -161,16 +163,20 @@ def _drawn(read: Batches, count: int) -> list[int]:
 
 def _states(
     model: Model, read: Batches, by_layer: Mapping[int, list[int]], peaks: Mapping[int, list[int]], drawn: list[int]
-) -> tuple[dict[tuple[int, int | None], npt.NDArray[np.float64]], dict[int, list[int]]]:
-    """By layer and neuron (None: what was drawn), the inputs of its MLP where it peaks; and the tokens there."""
+) -> tuple[dict[tuple[int, int | None], npt.NDArray[np.float64]], dict[int, list[int]], dict[int, list[list[int]]]]:
+    """By layer and neuron (None: what was drawn), the inputs of its MLP where it peaks; by neuron, the tokens there.
+
+    And those up to there, of the same row.
+    """
     wanted: dict[tuple[int, int | None], list[int]] = {(layer, None): drawn for layer in by_layer}
     wanted |= {(layer, number): peaks[number] for layer, some in by_layer.items() for number in some}
     states: dict[tuple[int, int | None], dict[int, Tensor]] = {key: {} for key in wanted}
-    words: dict[int, int] = {}
+    words: dict[int, list[int]] = {}
     for batch in read.parts:
         index = batch.start[:, None] + torch.arange(batch.tokens.shape[1])
         inside = {int(i): (row, pos) for row, line in enumerate(index.tolist()) for pos, i in enumerate(line)}
-        words |= {i: int(batch.tokens[at]) for i, at in inside.items()}
+        peaked = {i for places in peaks.values() for i in places} & inside.keys()
+        words |= {i: batch.tokens[inside[i][0], : inside[i][1] + 1].tolist() for i in peaked}
 
         def see(site: Site, x: Tensor, inside: Any = inside) -> None:
             for (layer, number), places in wanted.items():
@@ -182,7 +188,18 @@ def _states(
         key: torch.stack([states[key][i] for i in places]).numpy() if places else np.zeros((0, 1))
         for key, places in wanted.items()
     }
-    return stacked, {number: [words[i] for i in places] for number, places in peaks.items()}
+    before = {number: [words[i] for i in places] for number, places in peaks.items()}
+    return stacked, {number: [row[-1] for row in rows] for number, rows in before.items()}, before
+
+
+def _padded(some: Sequence[Sequence[Sequence[int]]], top: int) -> npt.NDArray[np.int64]:
+    """[neuron, rank, pos] the tokens of contexts, at the end of the axis; -1 where there are none."""
+    longest = max((len(row) for rows in some for row in rows), default=1)
+    found = np.full((len(some), top, longest), -1, dtype=np.int64)
+    for n, rows in enumerate(some):
+        for rank, row in enumerate(rows):
+            found[n, rank, longest - len(row) :] = row
+    return found
 
 
 def _clusters(x: npt.NDArray[np.float64], most: int) -> tuple[float, float, list[int]]:

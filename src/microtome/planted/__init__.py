@@ -2,6 +2,7 @@
 
 from microtome.planted._attributes import attributes as attributes
 from microtome.planted._backup import backup_head as backup_head
+from microtome.planted._corrupted import corrupted_sums as corrupted_sums
 from microtome.planted._corruptions import Corruptions as Corruptions
 from microtome.planted._corruptions import corruptions as corruptions
 from microtome.planted._corruptions import placed as placed

@@ -2,3 +2,4 @@
 
 from microtome.training._fit import fit as fit
 from microtome.training._fitted import Fitted as Fitted
+from microtome.training._tune import tune as tune
