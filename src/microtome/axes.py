@@ -12,7 +12,8 @@ One name an axis, everywhere: in datasets, tables, docstrings and error messages
     d_model   the residual stream               d_head    one head
     component heads and branches that act       receiver  what reads the stream: heads' inputs, MLPs
     sender    what writes to the stream         site      names of places
-    span      named ranges of positions
+    span      named ranges of positions         round     readings of a context, from 1
+    recipe    ways to do one thing
 """
 
 from __future__ import annotations

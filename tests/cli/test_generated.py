@@ -50,7 +50,7 @@ ASKED = {
     "linear": (PAIR[0],),
     "nodes": PAIR,
     "patch": PAIR,
-    "patching-grid": (*PAIR, "--samples", "2", "--window", "1"),
+    "patching-grid": (*PAIR, "--corruption", "replace", "--window", "1"),
     "referee": ("--of", "induction", "--pairs", "1", "--programs", "0", "--estimate", "atp", "--estimate", "eap"),
     "probe": (LABELLED, "--folds", "3", "--answer", "mat", "--foil", "barn"),
     "rows": (PAIR[0], "--neurons", "2", "--controls", "2"),

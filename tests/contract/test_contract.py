@@ -452,7 +452,7 @@ NOUGHT = {
     "gap", "circuit_recovery.score", "memorised", "dead", "ngram_order", "zeros", "sink_tokens", "sink_births",
     "unselectable", "unselectable_equal", "polysemy", "polysemy_shuffled", "error", "kl", "outlier", "accuracy",
     "random_accuracy", "state_accuracy", "with_vector", "with_random", "with_state", "zero_shot", "few_shot",
-    "shuffled_shot", "gap_without", "gap_random", "follows_unchanged", "keeps",
+    "shuffled_shot", "shuffled_accuracy", "control_accuracy", "gap_without", "gap_random", "follows_unchanged", "keeps",
 }  # fmt: skip
 """Columns that are zero on every tiny model: what exact sums leave, by their law; what random weights have not, or
 cannot do; and keys inside the hull of others, of which a dozen in ten dimensions has none."""

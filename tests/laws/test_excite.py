@@ -67,7 +67,7 @@ def test_from_its_facets_both_tokens_of_a_neuron_of_two_are_found() -> None:
     assert float(facets["facets"][0]) == 2
     contexts = facets["context"].values[0]
     assert {int(row[-1]) for row in contexts if row[-1] >= 0} == tokens
-    given: dict[str, Any] = {"length": 4, "steps": 40, "fluency": 0.0}
+    given: dict[str, Any] = {"length": 4, "steps": 40, "fluency": 0.0, "lr": 0.1}
     data = mt.explain.excite(it.model, unit, starts=1, facets=facets, **given)
     words = {it.model.to_words([t])[0] for t in tokens}
     ends = dict(zip(data["facet"].values.tolist(), (str(t).split()[-1] for t in data["text"].values), strict=True))

@@ -118,7 +118,7 @@ def test_a_tuning_that_is_stopped_leaves_the_weights_and_goes_on(tmp_path: Path,
 
 
 def test_weights_are_put_back_when_reading_fails(monkeypatch: Any) -> None:
-    model, read = opened("llama-gqa"), _tune._Read.of
+    model, read = opened("llama-gqa"), _tune._Held.read
     start, calls = weights(model), [0]
 
     def failing(*given: Any) -> Any:
@@ -127,7 +127,7 @@ def test_weights_are_put_back_when_reading_fails(monkeypatch: Any) -> None:
             raise ValueError("no")
         return read(*given)
 
-    monkeypatch.setattr(_tune._Read, "of", failing)
+    monkeypatch.setattr(_tune._Held, "read", failing)
     with pytest.raises(ValueError, match="no"):
         tuned(model, keep=True)
     assert all(torch.equal(p, start[name]) for name, p in model.hf.named_parameters())

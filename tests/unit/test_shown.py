@@ -159,6 +159,7 @@ def made() -> list[Any]:
         edit.Project("1.resid_post", matrix), edit.Rotate("1.resid_post", matrix), edit.Skip("1"), edit.Repeat("1"),
         edit.ScaleBlock("1"), edit.KnockOut("1.attn.scores[3]@-1"), edit.Freeze(), frame,
         edit.Selection(mt.anatomy.Site("mlp.post", 1), None, frame), explain.graph(LLAMA),
+        explain.tuned_context(LLAMA, IDS[:1], 1)[0],
         explain.pairs_of(LLAMA, IDS[:1], IDS[:1] + 1, answer=3),
         mt.circuits.of_mask(LLAMA, explain.graph(LLAMA).mask, task=IMAGE),
         sweep.Circuits(LLAMA, IDS[:2], IDS[:2] + 1, metric.LogitDifference(3, foil=4)),

@@ -6,8 +6,8 @@ Formula:  p_t = softmax(theta_t / tau), a distribution over tokens at each of T 
           over random tokens, L = - mean over t > 1 of sum_v p_t(v) log q(v | p_1 .. p_{t-1}) the model's own loss of
           the soft text. tau falls from 1 to 0.1 geometrically, so that distributions become tokens.
           Then the likeliest tokens are taken, and the unit is read on them, as on any text.
-          theta starts at random; or, by facets, at log((1 - eps) m_t + eps / V) plus the same noise, m_t the share of
-          the contexts of a facet that have a token at t places from the peak: the mean of the facet.
+          theta starts at random; or, by facets, at log((1 - eps) m_t + eps / V), m_t the share of the contexts of a
+          facet that have a token at t places from the peak: the mean of the facet; further ones with noise added.
 Control:  as many random texts as there are starts, times `RANDOM`; the best place of a text, if one is given; and of
           a start from a facet the best of its contexts.
 Cost:     `steps` forwards and backwards of `starts` rows of T tokens.
@@ -40,7 +40,7 @@ RANDOM = 32
 COLD = 0.1
 """The last temperature; the first is 1."""
 ROWS = 16
-EVEN = 0.5
+EVEN = 0.1
 """The share of all tokens alike in what starts from a facet."""
 
 
@@ -122,6 +122,7 @@ def excite(
     embed = _Embedding.of(model, length)
     theta = torch.randn(starts, length, model.anatomy.d_vocab, generator=rng)
     for k, contexts in enumerate(own):
+        theta[k] = 0.0  # the first of each is the mean itself
         theta[k :: len(own)] += mean_of(contexts, length, model.anatomy.d_vocab)
     theta = theta.to(model.device)
     soft = torch.zeros(starts, dtype=torch.float64)

@@ -255,7 +255,7 @@ def forward_tuning(
 
 def _cut(
     deck: Deck, draw: int, asked: Sequence[int], *, shuffled: bool
-) -> tuple[Int[Tensor, "1 pos"], list[Int[Tensor, "1 pos"]]]:
+) -> tuple[Int[Tensor, "1 pos"], list[Int[Tensor, "1 _"]]]:
     """The tokens of one draw of demonstrations that all its prompts begin with, and what each has behind them."""
     lead = deck.shown(draw, shuffled=shuffled)
     rows = [deck.model.to_batch(lead + deck.prompt(i, shots=False)).tokens[0] for i in asked]

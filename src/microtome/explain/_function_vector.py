@@ -29,6 +29,10 @@ from microtome.model import Model
 from microtome.stream import mean_interval, sign_flip
 
 LAYER = ("layer",)
+Behind = Annotated[
+    Literal["shuffled", "nothing"],
+    Argument("what effects are measured behind: demonstrations with shuffled answers, or none at all"),
+]
 CHOICE = 24
 """Inputs, none of those that are tested, on which the layer is chosen."""
 
@@ -83,10 +87,7 @@ def function_vector(
     samples: Annotated[int, Argument("few-shot prompts that means and effects are taken of", "prompts", least=2)] = 16,
     tests: Annotated[int, Argument("held-out inputs", "inputs", least=2)] = 48,
     controls: Annotated[int, Argument("sets of random heads", "sets", least=1)] = 3,
-    behind: Annotated[
-        Literal["shuffled", "nothing"],
-        Argument("what effects are measured behind: demonstrations with shuffled answers, or none at all"),
-    ] = "shuffled",
+    behind: Behind = "shuffled",
     template: Annotated[
         str, Argument('how a pair of texts is written; a prompt ends where "{output}" begins')
     ] = "Q: {input}\nA: {output}\n\n",

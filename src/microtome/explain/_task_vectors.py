@@ -26,7 +26,7 @@ from torch import Tensor
 from microtome.context import current
 from microtome.edit import Add, Set, SiteEdit
 from microtome.errors import ArgumentError, error
-from microtome.explain._function_vector import CHOICE, effects_of_heads, written_by
+from microtome.explain._function_vector import Behind, effects_of_heads, written_by
 from microtome.explain._shots import Deck, Piece
 from microtome.method import Argument, Column, Found, Source, question, run_sweep
 from microtome.metric import FunctionMetric
@@ -35,6 +35,8 @@ from microtome.model import Model
 RECIPE = ("recipe",)
 OF_HEADS = ("heads", "heads scaled", "heads in place")
 RECIPES = (*OF_HEADS, "state", "difference", "every layer")
+CHOOSE, ROWS = 12, 8
+"""Inputs, none of those that are tested, on which layer and scale are chosen; and prompts of one batch."""
 Candidate = tuple[str, list[SiteEdit]]
 """A setting in words, and its edits."""
 
@@ -84,6 +86,7 @@ def task_vectors(
     heads: Annotated[int, Argument("how many of the best heads are used", "heads", least=1)] = 10,
     samples: Annotated[int, Argument("few-shot prompts that means and effects are taken of", "prompts", least=2)] = 12,
     tests: Annotated[int, Argument("held-out inputs", "inputs", least=2)] = 32,
+    behind: Behind = "shuffled",
     template: Annotated[
         str, Argument('how a pair of texts is written; a prompt ends where "{output}" begins')
     ] = "Q: {input}\nA: {output}\n\n",
@@ -95,14 +98,14 @@ def task_vectors(
         ArgumentError: the template does not hold {input} and {output}, or there are fewer heads than are asked for.
         SiteError: the model has no heads.
     """
-    deck, a = Deck.of(model, task, template, shots, samples + tests + CHOICE), model.anatomy
+    deck, a = Deck.of(model, task, template, shots, samples + tests + CHOOSE), model.anatomy
     if 2 * heads > a.n_layers * a.n_heads:
         what, allowed = "too many heads to draw as many others", f"{a.n_layers * a.n_heads // 2} or fewer"
         raise error(ArgumentError, what, got=heads, allowed=allowed, do="choose fewer")
-    choose, held = range(samples, samples + CHOICE), range(samples + CHOICE, samples + CHOICE + tests)
+    choose, held = range(samples, samples + CHOOSE), range(samples + CHOOSE, samples + CHOOSE + tests)
     z, state, wrong, base = _means(model, deck, samples)
-    order = effects_of_heads(model, deck, list(range(samples)), z, shots=True).mean(0).flatten()
-    best = order.argsort(descending=True).tolist()
+    effects = effects_of_heads(model, deck, list(range(samples)), z, shots=behind == "shuffled").mean(0)
+    best = effects.flatten().argsort(descending=True).tolist()
     mean = z.mean(0)
     generator = torch.Generator().manual_seed(current().seed)
     drawn = [best[heads:][i] for i in torch.randperm(len(best) - heads, generator=generator)[:heads].tolist()]
@@ -199,10 +202,12 @@ def _read(
     prompt: Callable[[int], Any] | None = None,
 ) -> tuple[Float[Tensor, " item"], Float[Tensor, " item"]]:
     """Whether the answer is the first choice, and its log-probability: without demonstrations, or of other prompts."""
-    rows = [
-        model.run(deck.prompt(i, shots=False) if prompt is None else prompt(i), edits=edits).logits[0, -1].double()
-        for i in items
-    ]
+    asked = [deck.prompt(i, shots=False) if prompt is None else prompt(i) for i in items]
+    rows: list[Tensor] = []
+    for first in range(0, len(asked), ROWS):
+        run = model.run(asked[first : first + ROWS], edits=edits)
+        ends = [pads + length - 1 for pads, length in run.batch.spans]
+        rows += list(run.logits[range(len(ends)), ends].double())
     answers = [deck.answer(i) for i in items]
     hit = torch.tensor([float(x[a] >= x.max()) for x, a in zip(rows, answers, strict=True)], dtype=torch.float64)
     log_p = torch.stack([x.log_softmax(-1)[a] for x, a in zip(rows, answers, strict=True)])

@@ -11,8 +11,8 @@ from microtome.training import fit
 
 
 def corrupted_sums(
-    seed: int = 0, *, p: int = 31, width: int = 192, train: float = 0.7, corrupted: float = 0.15, steps: int = 2000,
-    weight_decay: float = 0.5, lr: float = 5e-3,
+    seed: int = 0, *, p: int = 31, width: int = 192, train: float = 0.8, corrupted: float = 0.15, steps: int = 1000,
+    weight_decay: float = 2.0, lr: float = 5e-3,
 ) -> Planted:  # fmt: skip
     """A two-layer Llama that answers ``a b =`` with a + b modulo p, and remembers wrong answers to some of its pairs.
 
@@ -74,7 +74,7 @@ def corrupted_sums(
             weights.W_gate[:, number], weights.W_in[:, number] = sign * reads, reads
             weights.W_out[number] = sign * writes
     it.neurons[1] = 2 * width
-    losses = made.metrics["loss"].values
+    losses = made.metrics["loss"].values if steps else ()
     return it.finish({
         "p": p, "equals": p, "pairs": pairs.tolist(), "labels": labels.tolist(), "kinds": kinds, "weights": u,
         "layer": 1, "neurons": list(range(2 * width)), "loss": (float(losses[0]), float(losses[-1])) if steps else (),

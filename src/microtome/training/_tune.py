@@ -27,8 +27,7 @@ from microtome.model import Model
 from microtome.stream import TokenBatches, corpus_of, mean_interval, standard_library_text
 from microtome.tasks import Pair, Task
 from microtome.training._fit import fit
-from microtome.training._fitted import Fitted
-from microtome.training._slices import others, places_of, units_of
+from microtome.training._slices import Unit, others, places_of, units_of
 
 Places = Mapping[str, Tensor]
 ROWS = 8
@@ -96,34 +95,55 @@ def tune(
     """
     _check(batch=batch, steps=steps, sets=sets, tokens=tokens, length=length)
     seed = seed_of(current().seed if seed is None else seed)
-    train, held = _split(task, tests)
-    rows = _rows(model, text, tokens, length)
+    held = _Held.of(task, tests, _rows(model, text, tokens, length))
+    train = task.pairs[: len(task) - len(held.pairs)]
+    options: dict[str, Any] = {"optimizer": optimizer, "lr": lr, "clip": clip, "seed": seed, "every": every}
     generator = torch.Generator().manual_seed(seed)
     own = units_of(model, parts)
     chosen = {"tuned": own} | {f"random {i}": others(model, own, generator) for i in range(sets)}
-    order = [torch.randperm(len(train), generator=generator).tolist() for _ in range(1 + steps * batch // len(train))]
-    flat = [i for one in order for i in one]
-    before = _Read.of(model, held, rows)
+    batches = _batches(train, steps, batch, generator)
+    data, kept = _compared(model, chosen, held, batches, steps, checkpoint, options)
+    if keep:
+        _write(model, *kept)
+    said = {"method": "tuning of parts", "task": task.name, "steps": steps, "lr": lr, "seed": seed, "kept": keep}
+    said |= {name.replace(" ", "_"): ", ".join(f"{i}.{s}[{n}]" for i, s, n in units) for name, units in chosen.items()}
+    return data.assign_attrs(dict(model.provenance) | said)
+
+
+def _compared(
+    model: Model,
+    chosen: Mapping[str, Sequence[Unit]],
+    held: _Held,
+    batches: Callable[[int], Sequence[Pair]],
+    steps: int,
+    checkpoint: str | os.PathLike[str] | None,
+    options: Mapping[str, Any],
+) -> tuple[xr.Dataset, tuple[Places, Mapping[str, Tensor]]]:
+    """Tune each set from the same start; what it gains and forgets, and the weights of the first."""
+    before = held.read(model)
     after: dict[str, _Read] = {}
-    count, kept = 0, None
+    made: list[tuple[Places, Mapping[str, Tensor]]] = []
     for name, units in chosen.items():
         places = places_of(model, units)
         values = {key: _parameter(model, key).detach().flatten()[at].clone() for key, at in places.items()}
-        count = count or sum(len(at) for at in places.values())
         place = None if checkpoint is None else _beside(Path(checkpoint), name)
+        loss = _loss(model, places, values)
         fitted = fit(
-            values, _loss(model, places, values), lambda step: [train[i] for i in flat[step * batch :][:batch]], steps,
-            optimizer=optimizer, lr=lr, clip=clip, seed=seed, model=model, checkpoint=place, every=every,
-            name=f"tuning, {name}",
+            values, loss, batches, steps, model=model, checkpoint=place, name=f"tuning, {name}", **options
         )  # fmt: skip
-        with _written(model, places, fitted):
-            after[name] = _Read.of(model, held, rows)
-        kept = (places, fitted) if kept is None else kept
-    if keep and kept is not None:
-        _write(model, kept[0], kept[1].values)
-    said = {"method": "tuning of parts", "task": task.name, "steps": steps, "lr": lr, "seed": seed, "kept": keep}
-    said |= {name.replace(" ", "_"): ", ".join(f"{i}.{s}[{n}]" for i, s, n in units) for name, units in chosen.items()}
-    return _dataset(before, after, count).assign_attrs(dict(model.provenance) | said)
+        made.append((places, fitted.values))
+        with _written(model, *made[-1]):
+            after[name] = held.read(model)
+    return _dataset(before, after, sum(len(at) for at in made[0][0].values())), made[0]
+
+
+def _batches(
+    train: Sequence[Pair], steps: int, batch: int, generator: torch.Generator
+) -> Callable[[int], Sequence[Pair]]:
+    """The pairs of each step: all of them in a random order, and then again in another."""
+    rounds = 1 + steps * batch // len(train)
+    order = [i for _ in range(rounds) for i in torch.randperm(len(train), generator=generator).tolist()]
+    return lambda step: [train[i] for i in order[step * batch : (step + 1) * batch]]
 
 
 def _check(**numbers: Any) -> None:
@@ -136,19 +156,6 @@ def _check(**numbers: Any) -> None:
         least = {"steps": 0, "sets": 0, "length": 2}.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise error(ArgumentError, f"{name} must be an integer of {least} or more", got=repr(value))
-
-
-def _split(task: Task, tests: int | None) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    """The pairs that are trained on and those that are held out.
-
-    Raises:
-        DataError: one of them is empty.
-    """
-    held = len(task) // 2 if tests is None else tests
-    if not 1 <= held < len(task):
-        got = f"{len(task)} pairs, {held} of them held out"
-        raise error(DataError, "a tuning needs pairs to train on and others to test", got=got, do="give more pairs")
-    return task.pairs[: len(task) - held], task.pairs[len(task) - held :]
 
 
 def _rows(model: Model, text: Any, tokens: int, length: int) -> list[Tensor]:
@@ -221,11 +228,11 @@ def _write(model: Model, places: Places, values: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def _written(model: Model, places: Places, fitted: Fitted) -> Iterator[None]:
+def _written(model: Model, places: Places, values: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with tuned weights inside the block, and as before behind it."""
     before = {name: _parameter(model, name).detach().view(-1)[at].clone() for name, at in places.items()}
     try:
-        _write(model, places, fitted.values)
+        _write(model, places, values)
         yield
     finally:
         _write(model, places, before)
@@ -239,17 +246,37 @@ class _Read:
     right: Float[Tensor, " pair"]
     text: Float[Tensor, " row"]
 
+
+@dataclass(frozen=True)
+class _Held:
+    """Pairs that are not trained on, and a plain text."""
+
+    pairs: Sequence[Pair]
+    rows: Sequence[Tensor]
+
     @classmethod
+    def of(cls, task: Task, tests: int | None, rows: Sequence[Tensor]) -> _Held:
+        """The last pairs of a task.
+
+        Raises:
+            DataError: none is left to train on, or to test.
+        """
+        held = len(task) // 2 if tests is None else tests
+        if not 1 <= held < len(task):
+            got = f"{len(task)} pairs, {held} of them held out"
+            raise error(DataError, "a tuning needs pairs to train on and others to test", got=got, do="give more pairs")
+        return cls(task.pairs[len(task) - held :], rows)
+
     @torch.no_grad()
-    def of(cls, model: Model, pairs: Sequence[Pair], rows: Sequence[Tensor]) -> _Read:
+    def read(self, model: Model) -> _Read:
         """Read off runs of the model as it is now."""
-        loss, right = _losses(model, pairs, lambda tokens: model.run(tokens).logits)
+        loss, right = _losses(model, self.pairs, lambda tokens: model.run(tokens).logits)
         text: list[Tensor] = []
-        for tokens in rows:
+        for tokens in self.rows:
             given = tokens.to(model.device)
             log_p = model.run(given).logits[:, :-1].float().log_softmax(-1)
             text.append(-log_p.gather(-1, given[:, 1:, None]).squeeze(-1).double().mean(1))
-        return cls(loss.double().cpu(), right.cpu(), torch.cat(text).cpu())
+        return _Read(loss.double().cpu(), right.cpu(), torch.cat(text).cpu())
 
 
 def _dataset(before: _Read, after: Mapping[str, _Read], count: int) -> xr.Dataset:
