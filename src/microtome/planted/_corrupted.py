@@ -74,8 +74,8 @@ def corrupted_sums(
             weights.W_gate[:, number], weights.W_in[:, number] = sign * reads, reads
             weights.W_out[number] = sign * writes
     it.neurons[1] = 2 * width
-    losses = made.metrics["loss"].values if steps else ()
+    losses: list[float] = made.metrics["loss"].values.tolist() if steps else []
     return it.finish({
         "p": p, "equals": p, "pairs": pairs.tolist(), "labels": labels.tolist(), "kinds": kinds, "weights": u,
-        "layer": 1, "neurons": list(range(2 * width)), "loss": (float(losses[0]), float(losses[-1])) if steps else (),
+        "layer": 1, "neurons": list(range(2 * width)), "loss": (losses[0], losses[-1]) if losses else (),
     })  # fmt: skip

@@ -91,7 +91,7 @@ def tune(
         FitError: the loss is not finite.
     Whatever is raised, Ctrl-C too, leaves the weights as they were.
 
-    >>> mt.training.tune(model, mt.tasks.build(model, "addition"), ["12.mlp.post[431]", "9.attn.z[3]"])["gain_diff"]
+    >>> mt.training.tune(model, mt.tasks.build("addition", model), ["12.mlp.post[431]", "9.attn.z[3]"])["gain_diff"]
     """
     _check(batch=batch, steps=steps, sets=sets, tokens=tokens, length=length)
     seed = seed_of(current().seed if seed is None else seed)
