@@ -81,6 +81,7 @@ def test_from_its_facets_both_tokens_of_a_neuron_of_two_are_found() -> None:
         runs = [it.model.run([[int(t) for t in row if t >= 0]], capture=unit)[unit] for row in contexts[member]]
         assert float(data["facet_most"][start]) == pytest.approx(float(max(x.max() for x in runs)), abs=1e-5)
     assert (data["reached"] > 0.5 * data["facet_most"]).all()
+    assert (mt.explain.excite(it.model, unit, starts=2, **given)["reached"] < 0.1).all(), "random starts find neither"
 
 
 def test_the_mean_of_a_facet_is_the_share_of_its_contexts_at_each_place() -> None:
