@@ -80,8 +80,9 @@ def fit_lens(
         every: steps between two checkpoints.
 
     Returns:
-        A `Lens`; its `kl` has the mean divergence in nats on held-out text, of this and of the logit lens, and the
-        `gain` with its 95 % interval over rows; of heads also `kl_other_head`, with the map of the layer's next head.
+        A `Lens`; its `kl` has the mean divergence in nats on held-out text, `kl` of this and `kl_logit_lens` of the
+        logit lens, and what it gains, `gain`, each with its 95 % interval over rows, `_lo` and `_hi`; of heads also
+        `kl_other_head`, with the map of the layer's next head.
 
     Raises:
         SiteError: the stream cannot be read as logits, or there are no heads.
@@ -178,10 +179,14 @@ def held_out_divergence(model: Model, lens: Lens, batches: Sequence[TokenBatch])
             for name in names:
                 found[name].append(torch.stack(values[name], dim=1).cpu())
     each = {name: torch.cat(x) for name, x in found.items()}  # [row, part]
-    gain, low, high = mean_interval(each["kl_logit_lens"] - each["kl"])
+    each["gain"] = each["kl_logit_lens"] - each["kl"]
     shape = (len(lens.layers), heads) if lens.kind == "heads" else (len(lens.layers),)
     dims = ("layer", "head")[: len(shape)]
-    table = {name: x.mean(0) for name, x in each.items()} | {"gain": gain, "gain_lo": low, "gain_hi": high}
+    table = {
+        name + end: x
+        for name, own in each.items()
+        for end, x in zip(("", "_lo", "_hi"), mean_interval(own), strict=True)
+    }
     data = {name: (dims, x.reshape(shape).numpy(), {"unit": "nats"}) for name, x in table.items()}
     return xr.Dataset(data, coords={"layer": list(lens.layers)}, attrs={"rows": len(each["kl"])})
 
