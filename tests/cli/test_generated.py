@@ -27,7 +27,9 @@ LABELLED = Path(__file__).with_name("labelled.csv")
 SHOTS = Path(__file__).with_name("shots.json")
 PAIR = ("the cat sat on the", "the dog sat on the", "--answer", "mat", "--foil", "barn")
 ASKED = {
+    "attribution-check": (PAIR[0], "--estimate", "gradient", "--estimate", "legrad", "--null", "cat"),
     "attribute": (*PAIR, "--verify", "2"),
+    "causal-basis": ("--layer", "1", "--directions", "2", "--size", "32", "--length", "8", "--steps", "1"),
     "circuit": (*PAIR, "--edges", "0.3", "--verify", "2"),
     "compare-neurons": (PAIR[0], "--without", "1.attn.z[0]", "--answer", "mat", "--top", "2"),
     "context": ("the cat sat on. the dog ran to. the cat", "--answer", "mat", "--tokens", "2"),
@@ -36,6 +38,7 @@ ASKED = {
     "das": (str(Path(__file__).parent / "pairs.csv"), "--rank", "2", "--steps", "2", "--site", "1.mlp.post"),
     "edges": PAIR,
     "effects": (PAIR[0], "--answer", "mat", "--foil", "barn"),
+    "exits": (PAIR[0], "--token", "mat", "--size", "64", "--length", "16"),
     "flow": (PAIR[0], "--verify", "2"),
     "forward-tuning": (SHOTS, "--shots", "2", "--rounds", "2", "--tests", "2", "--template", "{input} {output} "),
     "fourier": ("the {cat,dog,mat,sat} ran", "cat,dog,mat,sat", "--controls", "2"),

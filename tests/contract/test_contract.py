@@ -153,6 +153,15 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
         found["heads"] = 3
     if name == "on_off":
         found["text"] = rows(1)
+    if name in ("causal_basis", "exits"):
+        found |= {"text": rows(), "size": 48, "length": 12, "directions": 2, "controls": 2, "steps": 1}
+    if name == "exits":
+        found |= {"tokens": [11, 23], "without": [PROMPT[1:], OTHER[1:], PROMPT[:1]]}
+    if name in ("attribution_check", "diff_roar"):
+        found |= {"estimates": ["gradient", "random"], "null": (1, 3), "every": 1}
+    if name == "diff_roar":
+        own = int(model(kind).run(rows(12)[-1:]).logits[0, -1].argmax())
+        found |= {"prompts": rows(12).tolist(), "answers": [own] * 12, "steps": 12, "rows": 4, "lr": 0.02}
     found |= own_of(name, kind)
     if name == "referee":
         found = {"of": ["induction"], "pairs": 1, "top": 3, "programs": 0, "estimates": ["atp", "eap"]}

@@ -42,8 +42,8 @@ def test_a_lens_that_is_not_fitted_is_the_logit_lens_and_the_last_layer_the_outp
     plain, own = mt.explain.logit_lens(model, ids(), top=3), model.run(ids()).logits.log_softmax(-1)
     asked = {
         "logit": mt.explain.lens(model, ids(), top=3),
-        "tuned": mt.explain.lens(model, ids(), kind="tuned", fitted=blank(model), top=3),
-        "bias": mt.explain.lens(model, ids(), kind="tuned", fitted=blank(model, "bias"), top=3),
+        "tuned": mt.explain.lens(model, ids(), kind="tuned", lens=blank(model), top=3),
+        "bias": mt.explain.lens(model, ids(), kind="tuned", lens=blank(model, "bias"), top=3),
     }
     for data in asked.values():
         for column in ("token", "probability", "answer_rank", "entropy"):
@@ -73,7 +73,7 @@ def test_a_branch_and_a_head_are_read_by_themselves() -> None:
 
 def test_a_lens_of_the_token_after_next_is_compared_with_what_the_model_says_there() -> None:
     model = opened()
-    data = mt.explain.lens(model, [PROMPT], kind="ahead", fitted=blank(model, ahead=2))
+    data = mt.explain.lens(model, [PROMPT], kind="ahead", lens=blank(model, ahead=2))
     own = model.run([PROMPT]).logits.log_softmax(-1)[0, 1:]
     read = model.unembed(model.run([PROMPT], "1.resid_post")["1.resid_post"]).log_softmax(-1)[0, :-1]
     np.testing.assert_allclose(data["kl"].sel(layer=1)[0], (own.exp() * (own - read)).sum(-1), atol=1e-5)
@@ -146,7 +146,7 @@ def test_a_head_reads_better_through_its_own_map_than_through_anothers() -> None
     assert lens.kl["kl"].dims == ("layer", "head")
     assert (lens.kl["gain"].values > 0).all()
     assert float((lens.kl["kl_other_head"] - lens.kl["kl"]).mean()) > 0
-    data = mt.explain.lens(model, PROMPT, kind="heads", fitted=lens)
+    data = mt.explain.lens(model, PROMPT, kind="heads", lens=lens)
     assert data.sizes["layer"] == 1
     assert float(abs(data["kl"] - data["logit_lens_kl"]).max()) > 1e-3
 
@@ -184,10 +184,10 @@ def test_a_lens_is_what_was_saved_and_of_its_model_alone(tmp_path: Path) -> None
     assert read.kl.equals(lens.kl)
     assert (read.kind, read.ahead, read.layers) == (lens.kind, lens.ahead, lens.layers)
     assert read.attrs == lens.attrs
-    one, two = (mt.explain.lens(model, PROMPT, kind="tuned", fitted=of) for of in (lens, str(place)))
+    one, two = (mt.explain.lens(model, PROMPT, kind="tuned", lens=of) for of in (lens, str(place)))
     assert one["kl"].equals(two["kl"])
     other = opened("gpt2")
-    for refused in (lambda: Lens.load(place, other), lambda: mt.explain.lens(other, PROMPT, kind="tuned", fitted=lens)):
+    for refused in (lambda: Lens.load(place, other), lambda: mt.explain.lens(other, PROMPT, kind="tuned", lens=lens)):
         with pytest.raises(mt.errors.DataError, match=r"the lens is of another model; got .*; allowed: .* To do: open"):
             refused()
     (tmp_path / "bad").write_bytes(place.read_bytes()[:-9])
@@ -200,13 +200,13 @@ WRONG: list[tuple[type[Exception], str, Callable[[mt.Model], Any]]] = [
     (mt.errors.ArgumentError, "a lens of the kind tuned must be fitted first",
      lambda m: mt.explain.lens(m, PROMPT, kind="tuned")),
     (mt.errors.ArgumentError, r"of another kind; got tuned; allowed: ahead",
-     lambda m: mt.explain.lens(m, PROMPT, kind="ahead", fitted=blank(m))),
+     lambda m: mt.explain.lens(m, PROMPT, kind="ahead", lens=blank(m))),
     (mt.errors.ArgumentError, "a lens of the kind heads has its own site",
      lambda m: mt.explain.lens(m, PROMPT, kind="heads", of="mlp_out")),
     (mt.errors.ArgumentError, "no such position in this prompt; got 9; allowed: -6 to 5",
      lambda m: mt.explain.lens(m, PROMPT, kind="heads", position=9)),
     (mt.errors.PromptError, "the lens reads 2 tokens ahead; got 1 tokens",
-     lambda m: mt.explain.lens(m, [7], kind="ahead", fitted=blank(m, ahead=2))),
+     lambda m: mt.explain.lens(m, [7], kind="ahead", lens=blank(m, ahead=2))),
     (mt.errors.PromptError, "prompts of one length", lambda m: mt.explain.lens(m, [[5, 6], [5, 6, 7]])),
     (mt.errors.ArgumentError, "no kind of lens 'square'", lambda m: quickly(m, kind="square")),
     (mt.errors.ArgumentError, "no map is fitted to these layers of .*; got 2; allowed: -1, 0, 1",

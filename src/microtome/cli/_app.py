@@ -27,7 +27,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from microtome.cli import _atlas, _cache, _check, _commit, _compare, _harvest, _model, _run, _sql, _tasks
+from microtome.cli import (
+    _atlas,
+    _cache,
+    _check,
+    _commit,
+    _compare,
+    _fit_lens,
+    _harvest,
+    _model,
+    _run,
+    _sql,
+    _tasks,
+)
 from microtome.cli._examples import shown
 from microtome.cli._hints import in_words_of
 from microtome.cli._methods import MeasureGroup, MethodGroup
@@ -72,7 +84,7 @@ def options(
     _model.notes.quiet = quiet
 
 
-COMMANDS = (_check, _atlas, _sql, _compare, _harvest, _run, _commit, _tasks, _cache)
+COMMANDS = (_check, _atlas, _sql, _compare, _harvest, _fit_lens, _run, _commit, _tasks, _cache)
 for command in COMMANDS:
     command.register(app)
 app.add_typer(

@@ -2,17 +2,22 @@
 
 from microtome.explain._attribution import RELP as RELP
 from microtome.explain._attribution import attribute as attribute
+from microtome.explain._attribution_check import attribution_check as attribution_check
+from microtome.explain._attribution_check import randomised as randomised
+from microtome.explain._causal_basis import causal_basis as causal_basis
 from microtome.explain._compare_neurons import compare_neurons as compare_neurons
 from microtome.explain._context import context as context
 from microtome.explain._context_update import context_update as context_update
 from microtome.explain._contributions import contributions as contributions
 from microtome.explain._cross_task import cross_task as cross_task
+from microtome.explain._diff_roar import diff_roar as diff_roar
 from microtome.explain._edge_scores import edge_scores as edge_scores
 from microtome.explain._edges import edge_effects as edge_effects
 from microtome.explain._edges import node_effects as node_effects
 from microtome.explain._effects import component_effects as component_effects
 from microtome.explain._examples import over_prompts as over_prompts
 from microtome.explain._excite import excite as excite
+from microtome.explain._exits import exits as exits
 from microtome.explain._false_demonstrations import false_demonstrations as false_demonstrations
 from microtome.explain._fit_lens import fit_lens as fit_lens
 from microtome.explain._flow import flow as flow

@@ -22,6 +22,7 @@ from torch import Tensor
 from microtome.anatomy import Site
 from microtome.context import current
 from microtome.errors import ArgumentError, DataError, error
+from microtome.explain._lens_reads import head_writes
 from microtome.explain._lens_value import Lens, LensKind, no_maps
 from microtome.method import Text
 from microtome.model import Model
@@ -80,9 +81,8 @@ def fit_lens(
         every: steps between two checkpoints.
 
     Returns:
-        A `Lens`; its `kl` has the mean divergence in nats on held-out text, `kl` of this and `kl_logit_lens` of the
-        logit lens, and what it gains, `gain`, each with its 95 % interval over rows, `_lo` and `_hi`; of heads also
-        `kl_other_head`, with the map of the layer's next head.
+        A `Lens`; its `kl` has means over held-out text in nats with 95 % intervals over rows, `_lo` and `_hi`: `kl`,
+        `kl_logit_lens`, the `gain`, and of heads `kl_other_head`, through the map of the layer's next head.
 
     Raises:
         SiteError: the stream cannot be read as logits, or there are no heads.
@@ -211,7 +211,7 @@ def _streams(model: Model, lens: Lens, batch: TokenBatch) -> Any:
 
     def read(layer: int, head: int | None) -> Tensor:
         x = run[names[layer]][:, before]
-        return (x if head is None else x[:, :, head]).flatten(0, 1)
+        return (x if head is None else head_writes(model, layer, x)[:, :, head]).flatten(0, 1)
 
     return read, log_p
 

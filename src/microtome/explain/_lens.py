@@ -1,10 +1,12 @@
-"""Lenses: what the model would predict if it ended after each layer, or if only one branch or head had spoken.
+"""Lenses: what the model would predict if it ended after each layer, or from one branch, head or neuron alone.
 
 Formula:  logits_l = unembed(final_norm(m_l(x_l))), where x_l is resid_post_l, l = 0 .. L - 1, so that those of the last
           layer are the model's own, and l = -1 is the stream before the first layer, the embedding; or x_l is what a
-          branch or a head of layer l writes, by itself.
+          branch or a head of layer l writes, or a row of its MLP's weights, by itself: see `_lens_reads.py`.
           m_l is the identity (logit lens), or a map that was fitted: see `_fit_lens.py`.
           kl = KL(p_final || p_lens), at the token that is read ahead.
+          answer_logit: with the final norm's divisor held at that of the run, so that those of the embedding, of all
+          branches and of the biases sum to the model's logit, and those of heads to that of their branch.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from microtome.anatomy import Site
 from microtome.errors import ArgumentError, PromptError, error
 from microtome.explain._fit_lens import after_layer
+from microtome.explain._lens_reads import HEADS, ROWS, Part, Reading, chosen_rows, head_writes, part_of
 from microtome.explain._lens_value import Lens
 from microtome.method import Argument, Column, Found, PromptText, Source, question
 from microtome.model import Model
@@ -31,8 +33,7 @@ READING = (
     "first layer, and the last layer's row is the model's output."
 )
 Top = Annotated[int, Argument("tokens per position", "tokens", least=1)]
-OF = {"resid_post": "the stream after each layer", "resid_mid": "the stream between the branches of each layer",
-      "attn_out": "what attention writes", "mlp_out": "what the MLP writes"}  # fmt: skip
+STREAM = Part("resid_post")
 
 
 def _number(name: str, unit: str, meaning: str, *extra: str) -> Column:
@@ -71,20 +72,23 @@ def logit_lens(model: Model, prompt: PromptText, *, top: Top = 1) -> Found:
         PromptError: the prompts have several lengths.
         SiteError: the stream cannot be read as logits.
     """
-    return _of_stream(model, _batch(model, prompt), "resid_post", None, top)
+    return _of_stream(model, _batch(model, prompt), STREAM, None, top)
 
 
 @question(
     "lens",
     command="lens",
     title="lens",
-    question="What would the model predict from the stream after each layer, or from one branch or head alone?",
+    question="What would the model predict from the stream after each layer, or from one branch, head or neuron alone?",
     columns=(
         *COLUMNS,
         Column("kl", "nats", "divergence of the model's own prediction from that of the lens", "logit_lens_kl",
                (0, None), PLACED, title="divergence from the model's own output"),
         Column("logit_lens_kl", "nats", "the same of the logit lens, of what the lens reads", range=(0, None),
                dims=PLACED),
+        Column("answer_logit", "logits", "logit of the model's own answer before any cap, with the final norm's "
+               "divisor held at that of the run; the biases of norm and unembedding count to a whole stream alone",
+               "none: the parts of the stream sum to the whole", dims=PLACED, drawn=False),
     ),
     source=(
         NOSTALGEBRAIST,
@@ -102,7 +106,7 @@ def logit_lens(model: Model, prompt: PromptText, *, top: Top = 1) -> Found:
         ),
     ),
     cost="one forward, and L + 1 unembeddings of every position (of heads: of one position, H L)",
-    check="tests/laws/test_lenses.py, tests/laws/test_explain.py",
+    check="tests/laws/test_lenses.py, tests/laws/test_lens_reads.py, tests/laws/test_explain.py",
     call='mt.explain.lens(model, "The capital of France is")',
     reading="Each cell is the token predicted from what the lens reads at a layer; of the stream, embed is what enters "
     "the first layer, and the last layer's row is the model's output.",
@@ -120,28 +124,41 @@ def lens(
         ),
     ] = "logit",
     of: Annotated[
-        Literal["resid_post", "resid_mid", "attn_out", "mlp_out"], Argument("what the plain lens reads")
+        str,
+        Argument(
+            "what the plain lens reads: resid_post, resid_mid, attn_out, mlp_out, mixer_out; attn.z, each head at one "
+            "position, or attn.z[3], one head at all; or rows of weights, such as W_in[431] or W_out[0-9]"
+        ),
     ] = "resid_post",
-    fitted: Annotated[Lens | str | None, Argument("a lens of `fit_lens`, or the file of one")] = None,
-    position: Annotated[int, Argument("where heads are read, counted from the end if negative", "positions")] = -1,
+    lens: Annotated[Lens | str | None, Argument("a lens of `fit_lens`, or the file of one", from_text=str)] = None,
+    scale: Annotated[
+        Literal["own", "run"], Argument("the divisor of the final norm: that of each vector, or that of the run")
+    ] = "own",
+    position: Annotated[
+        int, Argument("where heads are read and rows are compared, from the end if negative", "positions")
+    ] = -1,
     top: Top = 1,
 ) -> Found:
-    """Read the stream, branches or heads of every layer as logits, through a fitted lens if there is one.
+    """Read the stream, branches, heads or neurons of every layer as logits, through a fitted lens if there is one.
 
-    Of heads, every variable has the axes (layer, head) in place of (layer, pos). A lens that was fitted to predict the
-    k-th token ahead is compared with what the model says k - 1 positions on, and the last k - 1 positions are left out.
+    Of heads, every variable has the axes (layer, head) in place of (layer, pos), of rows (layer, neuron). A lens that
+    was fitted to predict the k-th token ahead is compared with what the model says k - 1 positions on, and the last
+    k - 1 positions are left out.
 
     Raises:
         PromptError: the prompts have several lengths, or are too short for what is read ahead.
-        SiteError: the stream cannot be read as logits, or the model has no such site.
-        ArgumentError: the lens that was given is not of this kind, or there is none where one is needed.
+        SiteError: the stream cannot be read as logits, or the model has no such site or matrix.
+        ArgumentError: a lens reads no such part; the lens that was given is not of this kind, or there is none where
+            one is needed.
         DataError: it is of another model, or its file cannot be read.
     """  # fmt: skip
-    batch = _batch(model, prompt)
-    held = _lens_of(model, kind, of, fitted)
-    if kind == "heads":
-        return _of_heads(model, batch, held, position, top)
-    return _of_stream(model, batch, of, held, top, compared=True)
+    batch, part = _batch(model, prompt), part_of(model, of)
+    held = _lens_of(model, kind, part, lens)
+    if kind == "heads" or part == Part(HEADS):
+        return _of_units(model, batch, Part(HEADS), held, position, top, scale == "run")
+    if part.name in ROWS:
+        return _of_units(model, batch, part, held, position, top, scale == "run")
+    return _of_stream(model, batch, part, held, top, compared=True, fixed=scale == "run")
 
 
 def _batch(model: Model, prompt: Any) -> Batch:
@@ -152,22 +169,22 @@ def _batch(model: Model, prompt: Any) -> Batch:
     return batch
 
 
-def _lens_of(model: Model, kind: str, of: str, fitted: Any) -> Lens | None:
+def _lens_of(model: Model, kind: str, part: Part, given: Any) -> Lens | None:
     """The fitted lens of a call, if it has one.
 
     Raises:
         ArgumentError: there is none and must be one, or one of another kind than is asked for.
     """
-    if of != "resid_post" and kind != "logit":
+    if part != STREAM and kind != "logit" and (kind, part) != ("heads", Part(HEADS)):
         do = "leave out of="
-        raise error(ArgumentError, f"a lens of the kind {kind} has its own site", got=f"of={of!r}", do=do)
-    if fitted is None:
+        raise error(ArgumentError, f"a lens of the kind {kind} has its own site", got=f"of={part.name!r}", do=do)
+    if given is None:
         if kind in ("tuned", "ahead"):
             more = ", ahead=2" if kind == "ahead" else ""
-            do = f"give fitted=mt.explain.fit_lens(model, text{more}), or its file"
+            do = f"give lens=mt.explain.fit_lens(model, text{more}), or its file"
             raise error(ArgumentError, f"a lens of the kind {kind} must be fitted first", do=do)
         return None
-    held = fitted.require(model) if isinstance(fitted, Lens) else Lens.load(fitted, model)
+    held = given.require(model) if isinstance(given, Lens) else Lens.load(given, model)
     its = "heads" if held.kind == "heads" else "ahead" if held.ahead > 1 else "tuned"
     if its != kind:
         raise error(
@@ -176,70 +193,88 @@ def _lens_of(model: Model, kind: str, of: str, fitted: Any) -> Lens | None:
     return held
 
 
-def _of_stream(model: Model, batch: Batch, of: str, held: Lens | None, top: int, *, compared: bool = False) -> Found:
-    """The lens over (layer, batch, pos), of the stream or of a branch."""
+def _of_stream(
+    model: Model, batch: Batch, part: Part, held: Lens | None, top: int, *, compared: bool = False, fixed: bool = False
+) -> Found:
+    """The lens over (layer, batch, pos), of the stream, of a branch, or of one head."""
     n, late = model.anatomy.n_layers, 0 if held is None else held.ahead - 1
     length = batch.tokens.shape[1]
     if late >= length:
         got = f"{length} tokens"
         raise error(PromptError, f"the lens reads {late + 1} tokens ahead", got=got, allowed=f"over {late} tokens")
-    if of == "resid_post":
+    if part == STREAM:
         names = {i: after_layer(i, n) for i in range(-1, n)}
     else:
-        names = {i: f"{i}.{of}" for i in range(n) if Site(of, i) in model.anatomy.hook_points}
+        site = "attn.result" if part.name == HEADS else part.name
+        names = {i: f"{i}.{site}" for i in part.layers(model)}
     if held is not None:
         names = {i: name for i, name in names.items() if i in held.layers or (i == n - 1 and held.ahead == 1)}
-    run = model.run(batch.tokens, capture=list(names.values()))
-    own = run.logits[:, late:]
-    place = slice(0, length - late)
+    run = model.run(batch.tokens, capture=[*names.values(), after_layer(n - 1, n)])
+    own, place = run.logits[:, late:], slice(0, length - late)
+    divisor = model.require_readable().scale(run[after_layer(n - 1, n)])[:, late:].detach()
+    reading = Reading(model, divisor, fixed, part.whole)
 
     def read(layer: int) -> tuple[Tensor, Tensor]:
         x = run[names[layer]][:, place]
+        if part.name == HEADS:
+            x = head_writes(model, layer, x)[:, :, part.units[0]]
         if held is None:
             return x, x
         return x, held.apply(layer, x) if layer in held.layers else x.clone()
 
-    found = _rows(model, read, list(names), own, top, compared=compared)
+    found = _rows(model, read, list(names), own, top, reading if compared else Reading(model, divisor, False, True),
+                  compared=compared)  # fmt: skip
     words = [row[: length - late] for row in run.words]
     answer = [model.to_words(row) for row in own.argmax(-1)]
     coords = {
         "layer": ("layer", list(names), {"before": "embed"}), "pos": list(range(length - late)),
         "prompt": (("batch", "pos"), words), "answer": (("batch", "pos"), answer),
     }  # fmt: skip
-    attrs = {"layers": "after each layer; -1 is the embedding"} if of == "resid_post" else {"layers": OF[of]}
+    attrs = {"layers": "after each layer; -1 is the embedding" if part == STREAM else part.meaning}
     return Found(found, coords=coords, attrs=attrs | _said(held))
 
 
-def _of_heads(model: Model, batch: Batch, held: Lens | None, position: int, top: int) -> Found:
-    """The lens over (layer, head), at one position of one prompt."""
+def _of_units(
+    model: Model, batch: Batch, part: Part, held: Lens | None, position: int, top: int, fixed: bool
+) -> Found:  # fmt: skip
+    """The lens over (layer, head) or (layer, neuron), at one position of one prompt."""
+    of_heads, length = part.name == HEADS, batch.tokens.shape[1]
+    kind = "heads" if of_heads else "rows"
     if len(batch.tokens) > 1:
-        raise error(PromptError, "the lens of heads reads one prompt", got=f"{len(batch.tokens)}", do="ask one by one")
-    length = batch.tokens.shape[1]
+        raise error(
+            PromptError, f"the lens of {kind} reads one prompt", got=f"{len(batch.tokens)}", do="ask one by one"
+        )
     if not -length <= position < length:
         allowed = f"-{length} to {length - 1}"
         raise error(
             ArgumentError, "no such position in this prompt", got=position, allowed=allowed, do="choose another"
         )
-    layers = [i for i in range(model.anatomy.n_layers) if Site("attn.result", i) in model.anatomy.hook_points]
-    layers = layers if held is None else [i for i in layers if i in held.layers]
-    run: Run = model.run(batch.tokens, capture=[f"{i}.attn.result@{position}" for i in layers])
-    own = run.logits[:, position].unsqueeze(1)
+    n = model.anatomy.n_layers
+    layers = [i for i in part.layers(model) if held is None or i in held.layers]
+    names = [f"{i}.attn.result@{position}" for i in layers] if of_heads else []
+    last = f"{n - 1}.resid_post@{position}"
+    run: Run = model.run(batch.tokens, capture=[*names, last])
+    units = list(range(model.anatomy.n_heads)) if of_heads else list(part.units)
+    own = run.logits[:, position].unsqueeze(1).expand(-1, len(units), -1)
+    divisor = model.require_readable().scale(run[last]).detach().expand(-1, len(units))
 
     def read(layer: int) -> tuple[Tensor, Tensor]:
-        x = run[f"{layer}.attn.result@{position}"][0, 0]  # [head, d_model]
+        if of_heads:
+            x = head_writes(model, layer, run[f"{layer}.attn.result@{position}"][:, 0])  # [1, head, d_model]
+        else:
+            x = chosen_rows(model, layer, part).unsqueeze(0)
         if held is None:
-            x = x.unsqueeze(0)
             return x, x
-        y = torch.stack([held.apply(layer, one, h) for h, one in enumerate(x)])
-        return x.unsqueeze(0), y.unsqueeze(0)
+        return x, torch.stack([held.apply(layer, one, h) for h, one in enumerate(x[0])]).unsqueeze(0)
 
-    heads = model.anatomy.n_heads
-    found = _rows(model, read, layers, own.expand(-1, heads, -1), top, compared=True)
-    axes = {name: ("layer", "head", *(("rank",) if name in ("word", "token", "probability") else ())) for name in found}
-    values = {name: (axes[name], _first(x)) for name, x in found.items()}
-    word = model.to_words(own[0].argmax(-1))[0]
-    attrs = {"layers": "what each head writes, by itself", "at": position, "answer": word} | _said(held)
-    coords = {"layer": layers, "head": list(range(heads)), "prompt": ("pos", run.words[0])}
+    reading = Reading(model, divisor, fixed, False)
+    found = _rows(model, read, layers, own, top, reading, compared=True)
+    axis = "head" if of_heads else "neuron"
+    ranked = ("word", "token", "probability")
+    values = {name: (("layer", axis, *(("rank",) if name in ranked else ())), _first(x)) for name, x in found.items()}
+    word = model.to_words(own[0, :1].argmax(-1))[0]
+    attrs = {"layers": part.meaning, "at": position, "answer": word} | _said(held)
+    coords = {"layer": layers, axis: units, "prompt": ("pos", run.words[0])}
     return Found(values, coords=coords, attrs=attrs)
 
 
@@ -261,6 +296,7 @@ def _rows(
     layers: list[int],
     own: Tensor,
     top: int,
+    reading: Reading,
     *,
     compared: bool,
 ) -> dict[str, Any]:
@@ -272,7 +308,9 @@ def _rows(
         layers: in their order.
         own: the logits that they are compared with.
         top: tokens a cell.
-        compared: whether to add the divergence from those; where the two vectors differ, that of the first too.
+        reading: how vectors become logits.
+        compared: whether to add the answer's logit with the divisor held, and the divergence from the model's own;
+            where the two vectors differ, that of the first too.
     """
     rows: dict[str, list[Tensor]] = {}
     answer = own.argmax(-1, keepdim=True)
@@ -280,7 +318,7 @@ def _rows(
         said = own.float().log_softmax(-1) if compared else own
         for layer in layers:
             plain, x = read(layer)
-            log_p = model.unembed(x).float().log_softmax(-1)
+            log_p = reading.logits(x).float().log_softmax(-1)
             best, chance = log_p.topk(min(top, log_p.shape[-1]), dim=-1), log_p.gather(-1, answer)
             found = {
                 "token": best.indices, "probability": best.values.exp(), "answer_probability": chance.exp().squeeze(-1),
@@ -288,8 +326,9 @@ def _rows(
             }  # fmt: skip
             if compared:
                 found["kl"] = _kl(said, log_p)
+                found["answer_logit"] = reading.of_tokens(x, answer.squeeze(-1))
             if compared and x is not plain:
-                found["logit_lens_kl"] = _kl(said, model.unembed(plain).float().log_softmax(-1))
+                found["logit_lens_kl"] = _kl(said, reading.logits(plain).float().log_softmax(-1))
             for name, value in found.items():
                 rows.setdefault(name, []).append(value)
     values: dict[str, Any] = {name: torch.stack(x).cpu() for name, x in rows.items()}

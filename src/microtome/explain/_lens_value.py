@@ -47,7 +47,7 @@ class Lens:
 
     >>> lens = mt.explain.fit_lens(model, "wiki.txt", tokens=200_000)
     >>> lens.save("lens.safetensors")
-    >>> mt.explain.lens(model, "The capital of France is", kind="tuned", fitted="lens.safetensors")
+    >>> mt.explain.lens(model, "The capital of France is", kind="tuned", lens="lens.safetensors")
     """
 
     kind: LensKind

@@ -19,6 +19,7 @@ from microtome.anatomy import at_least_float32
 from microtome.context import current
 from microtome.edit import Set
 from microtome.errors import PromptError, error
+from microtome.explain._lens_reads import rows_of
 from microtome.method import Argument, Column, Found, PromptText, Source, question, run_sweep
 from microtome.metric import FunctionMetric
 from microtome.model import Model
@@ -106,13 +107,9 @@ def row_lens(
 @torch.no_grad()
 def _peaks(model: Model, layer: int, rows: str, order: Tensor) -> tuple[Tensor, Tensor, Float[Tensor, " neuron"]]:
     """By neuron of a layer: the peak, its token, and the peak of the row with its entries in another order."""
-    weights = model.layers[layer]
-    norm = weights.mlp_norm
-    matrix = at_least_float32(getattr(weights, rows)).T if rows != "W_out" else at_least_float32(weights.W_out)
-    gain = 1.0 if rows == "W_out" or norm is None else norm.gain
     unembed = at_least_float32(model.W_U) * torch.as_tensor(model.require_readable().gain).reshape(-1, 1)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for chunk in (matrix * gain).split(CHUNK):
+    for chunk in rows_of(model, layer, rows).split(CHUNK):
         z = chunk @ unembed
         top = z.max(-1)
         other = chunk[:, order.to(chunk.device)] @ unembed

@@ -24,6 +24,8 @@ from microtome.planted._programs import Program as Program
 from microtome.planted._programs import decode as decode
 from microtome.planted._programs import program as program
 from microtome.planted._sink import sink as sink
+from microtome.planted._spans import span_rows as span_rows
+from microtome.planted._spans import spans as spans
 from microtome.planted._steering import steering as steering
 from microtome.planted._superposition import superposition as superposition
 from microtome.planted._trained import TRAINED as TRAINED

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from microtome.anatomy import ALL, Address, Site
 from microtome.errors import ArgumentError, DataError, error
-from microtome.model import Model
+from microtome.model import Model, untrained_of
 from microtome.probes._examples import Examples, read_examples, read_pairs
 from microtome.probes._folds import Folds as Folds
 from microtome.probes._folds import folds_of, groups_of, numbered, require_classes, shuffled
 from microtome.probes._readers import Reader
-from microtome.probes._states import Placed, Pool, addresses, flat, placed, states_of, untrained_of
+from microtome.probes._states import Placed, Pool, addresses, flat, placed, states_of
 from microtome.probes._surface import surface
 from microtome.stream import mean_interval, share_interval
 

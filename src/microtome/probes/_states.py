@@ -7,7 +7,6 @@ example, and must not stand on both sides of a fold.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from microtome.anatomy import ALL, Address, Site, parse_list
 from microtome.context import current
-from microtome.errors import DataError, ModelUnsupported, SiteError, error
+from microtome.errors import DataError, SiteError, error
 from microtome.explain import span_of
 from microtome.model import Model
 from microtome.probes._examples import Examples
@@ -155,27 +154,6 @@ def batches(model: Model, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
             batch = []
         batch.append(i)
     yield batch
-
-
-def untrained_of(model: Model) -> Model:
-    """A model of the same form with the weights that its family begins training with, by the seed of the settings.
-
-    Raises:
-        ModelUnsupported: its class cannot be made from its configuration.
-    """
-    config: Any = copy.deepcopy(model.hf.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(current().seed)
-        try:
-            hf: Any = type(model.hf)(config)
-        except Exception as problem:
-            got = f"{type(problem).__name__}: {' '.join(str(problem).split())[:80]}"
-            what = f"{model.anatomy.name} cannot be made with untrained weights"
-            raise error(ModelUnsupported, what, got=got, do="leave the control out: untrained=False") from problem
-    hf = hf.to(device=model.device, dtype=model.dtype).eval().requires_grad_(False)
-    return Model(hf, model.tokenizer, model.anatomy)
 
 
 def flat(states: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
