@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import microtome as mt
 from microtome.explain import Lens
@@ -29,7 +30,7 @@ def report(stage: str, done: int, everything: int) -> None:
         print(f"{time.strftime('%H:%M:%S')} {stage} {done} of {everything}", flush=True)
 
 
-def summary(lens: Lens) -> dict[str, object]:
+def summary(lens: Lens) -> dict[str, Any]:
     """What is written of a lens: how it was fitted, and its divergences by place."""
     kept = ("model", "fingerprint", "text", "tokens", "share", "scale", "optimizer", "lr", "steps", "seed")
     places = {

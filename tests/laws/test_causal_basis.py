@@ -87,7 +87,7 @@ def test_of_the_last_stream_the_model_is_the_lens_and_a_planted_plane_is_found()
 
 def test_the_influence_of_a_direction_is_that_of_plain_softmaxes() -> None:
     model = opened()
-    data = asked(model, layer=0, directions=1, text=ids(8), size=48)
+    data = asked(model, layer=0, directions=1, text=ids(8), size=48, skip=0)
     rows = ids(8)
     h = model.run(rows, "1.resid_pre")["1.resid_pre"].detach()
     v, mean = torch.tensor(data["vector"].values[0], dtype=torch.float32), h[:4].flatten(0, 1).mean(0)
@@ -116,6 +116,7 @@ def test_what_cannot_be_is_refused_in_a_line() -> None:
     some = mt.explain.fit_lens(model, ids(20, 8), tokens=64, layers=[0], held_out=64, length=8, rows=4)
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (mt.errors.ArgumentError, "no such layer; got 3; allowed: -1 to 2", {"layer": 3}),
+        (mt.errors.ArgumentError, "too short to leave out so many positions; got 11; allowed: under 11", {"skip": 11}),
         (mt.errors.ArgumentError, "the stream has fewer directions; got 41", {"directions": 41}),
         (mt.errors.ArgumentError, "a lens of the stream and of the next token is needed; got heads", {"lens": heads}),
         (mt.errors.ArgumentError, "the lens has no map for layer 1; allowed: 0", {"lens": some, "layer": 1}),

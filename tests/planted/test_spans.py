@@ -39,7 +39,7 @@ def test_attribution_leaks_less_to_the_null_span_than_an_even_map() -> None:
     share = data["null_share"]
     for name in ("gradient_input", "ig", "relp"):
         assert float(data["null_share_hi"].sel(estimate=name)) < float(data["null_even"]), name
-    assert abs(float(share.sel(estimate="embedding")) - float(data["null_even"])) < 0.05
+    assert float(share.sel(estimate="embedding")) > 0.9 * float(data["null_even"])
     assert float(data["kept"].sel(estimate="ig", layer=0)) < 0.7
 
 

@@ -92,6 +92,10 @@ def causal_basis(
     directions: Annotated[int, Argument("how many to find", "directions", least=1)] = 4,
     size: Annotated[int, Argument("tokens to find them on, and as many to measure on", "tokens", least=2)] = 256,
     steps: Annotated[int, Argument("steps of L-BFGS for each", "steps", least=1)] = 2,
+    skip: Annotated[
+        int,
+        Argument("first positions of a row to leave out, where a few entries outweigh all others", "tokens", least=0),
+    ] = 1,
     length: Annotated[int, Argument("tokens per row", "tokens", least=2)] = 32,
     controls: Annotated[int, Argument("random directions", "directions", least=1)] = 8,
 ) -> Found:
@@ -112,7 +116,10 @@ def causal_basis(
         what = "the stream has fewer directions"
         raise error(ArgumentError, what, got=most, allowed=f"1 to {width}", do="ask for fewer")
     held = lens if isinstance(lens, Lens) or lens is None else Lens.load(lens)
-    view = View.of(model, None if held is None else held.require(model), where)
+    view = View.of(model, None if held is None else held.require(model), where, skip)
+    if skip >= length - 1:
+        what, allowed = "rows are too short to leave out so many positions", f"under {length - 1}"
+        raise error(ArgumentError, what, got=skip, allowed=allowed, do="give a larger length")
     parts = list(Text(text, tokens=2 * size + length, length=length, rows=ROWS).batches(model).parts)
     if len(parts) < 2:
         parts = [part for batch in parts for part in _split(batch)]
@@ -146,9 +153,10 @@ class View:
     model: Model
     lens: Lens | None
     layer: int
+    skip: int = 0
 
     @classmethod
-    def of(cls, model: Model, lens: Lens | None, layer: int) -> View:
+    def of(cls, model: Model, lens: Lens | None, layer: int, skip: int = 0) -> View:
         """It, with a lens that has a map for the layer; the last layer's stream has none to have.
 
         Raises:
@@ -160,8 +168,8 @@ class View:
             raise error(ArgumentError, "a lens of the stream and of the next token is needed", got=got, do="fit one")
         if lens is not None and layer < model.anatomy.n_layers - 1:
             lens.place(layer)
-            return cls(model, lens, layer)
-        return cls(model, None, layer)
+            return cls(model, lens, layer, skip)
+        return cls(model, None, layer, skip)
 
     @property
     def site(self) -> str:
@@ -169,10 +177,14 @@ class View:
         return after_layer(self.layer, self.model.anatomy.n_layers)
 
     def stream(self, batch: TokenBatch) -> Float[Tensor, "row pos d_model"]:
-        """What it holds on a batch, without what leads every row."""
+        """What it holds on a batch, without the first positions of every row."""
         with torch.no_grad():
             run = self.model.run(batch.tokens.to(self.model.device), capture=self.site, logits=False)
-        return run[self.site][:, batch.lead :].detach()
+        return run[self.site][:, self.first(batch) :].detach()
+
+    def first(self, batch: TokenBatch) -> int:
+        """The first position that counts."""
+        return batch.lead + self.skip
 
     def read(self, h: Float[Tensor, "*at d_model"]) -> Float[Tensor, "*at d_model"]:
         """What the unembedding is to read in place of it."""
@@ -274,7 +286,12 @@ def _measured(
         flat, count = x.flatten(0, 1), len(x)
         log_p = view.log_p(flat)
         with torch.no_grad():
-            own = view.model.run(batch.tokens.to(view.model.device)).logits[:, batch.lead :].float().log_softmax(-1)
+            own = (
+                view.model.run(batch.tokens.to(view.model.device))
+                .logits[:, view.first(batch) :]
+                .float()
+                .log_softmax(-1)
+            )
             for name, basis in sets.items():
                 many = directions if name == "" else controls
                 alone = [view.influence(flat, log_p, mean, basis[i : i + 1]) for i in range(many)]
@@ -291,10 +308,14 @@ def _in_model(
     view: View, batch: TokenBatch, own: Float[Tensor, "row pos vocab"], mean: Tensor, v: Tensor
 ) -> Float[Tensor, " row"]:
     """By row, the divergence of the model's prediction with a direction of its stream set to the mean."""
-    edit = Apply(view.site, function=lambda x: torch.cat([x[:, : batch.lead], ablated(
-        x[:, batch.lead :], mean.to(x), v.unsqueeze(0).to(x))], dim=1))  # fmt: skip
+    begin = view.first(batch)
+
+    def change(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :begin], ablated(x[:, begin:], mean.to(x), v.unsqueeze(0).to(x))], dim=1)
+
+    edit = Apply(view.site, function=change)
     run = view.model.run(batch.tokens.to(view.model.device), edits=[edit])
-    log_q = run.logits[:, batch.lead :].float().log_softmax(-1)
+    log_q = run.logits[:, view.first(batch) :].float().log_softmax(-1)
     return (own.exp() * (own - log_q)).sum(-1).double().mean(1).cpu()
 
 

@@ -165,10 +165,11 @@ def _on_text(
         with torch.no_grad():
             run = model.run(rows, capture=[view.site for view in views], logits=False)
         target, by_layer = rows[:, lead + 1 :].unsqueeze(-1), list[Tensor]()
-        for view in views:
+        for number, view in enumerate(views, 1):
             log_p = view.log_p(run[view.site][:, lead:-1])
             by_layer.append(-log_p.gather(-1, target).squeeze(-1).double().mean(1))
-        total += log_p.exp().double().sum((0, 1))  # of the last exit
+            if number == len(views):
+                total += log_p.exp().double().sum((0, 1))
         count += target.numel()
         found.append(torch.stack(by_layer, -1).cpu())
     return torch.cat(found), (total / count).cpu()
