@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import pytest
 import torch
 
 import microtome as mt
@@ -43,14 +44,16 @@ def test_attribution_leaks_less_to_the_null_span_than_an_even_map() -> None:
     assert float(data["kept"].sel(estimate="ig", layer=0)) < 0.7
 
 
-def test_the_answer_is_learned_from_the_first_tokens_and_not_from_the_last() -> None:
+@pytest.mark.slow
+def test_the_answer_is_learned_from_what_a_gradient_ranks_first() -> None:
+    """More than from random tokens; the tokens ranked last still tell it, since what is blanked depends on it."""
     it = trained()
     tokens, answers = planted.span_rows(512, 79)
     data = mt.explain.diff_roar(
-        it.model, tokens, answers=answers.tolist(), estimates=["gradient_input", "random"], keep=0.25, steps=250
+        it.model, tokens, answers=answers.tolist(), estimates=["gradient_input"], keep=0.25, steps=150
     )
-    by = {name: data["top_diff"].sel(estimate=name) for name in ("gradient_input", "random")}
-    assert float(by["gradient_input"]) > 0.3
-    assert abs(float(by["random"])) < 0.25
-    assert float(data["random_top_diff_lo"]) < 0.2
+    assert float(data["top"][0]) > float(data["random_top"]) + 0.2
+    assert float(data["top"][0]) > 0.7
+    assert abs(float(data["random_top_diff"])) < 0.25
+    assert float(data["whole"]) > 0.9
     assert float(data["own"]) > 0.95
