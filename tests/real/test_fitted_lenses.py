@@ -13,7 +13,7 @@ import microtome as mt
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 DATA = Path(os.environ.get("MICROTOME_DATA", Path(__file__).parents[3] / "shared" / "data"))
-FEW: dict[str, Any] = {"tokens": 16_384, "share": 0.05, "held_out": 1_024, "optimizer": "adamw"}
+FEW: dict[str, Any] = {"tokens": 8_192, "share": 0.05, "held_out": 1_024, "optimizer": "adamw"}
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,13 @@ def test_a_capital_is_said_by_late_exits_alone(model: mt.Model) -> None:
     assert float(data["rank"].sel(layer=29)) < 5
 
 
-def test_false_demonstrations_mislead_from_some_layer_on(model: mt.Model) -> None:
+def test_false_demonstrations_do_not_decidedly_mislead_a_small_model(model: mt.Model) -> None:
     place = DATA / "icl" / "abstractive__sentiment.json"
     if not place.exists():
         pytest.skip(f"no {place}")
     pairs = [(item["input"], item["output"]) for item in json.loads(place.read_text(encoding="utf-8"))]
-    data = mt.explain.false_demonstrations(model, pairs, shots=8, tests=40)
-    gap = float(data["gap"])
-    assert gap > 0
+    data = mt.explain.false_demonstrations(model, pairs, shots=6, tests=24, controls=2)
+    assert data["true_accuracy"].sizes["layer"] == 30
+    assert float(data["gap_lo"]) < 0 < float(data["gap_hi"]), "24 questions do not decide it"
+    assert data.attrs["parts_at"] == "nowhere"
+    assert abs(float(data["gap_without"]) - float(data["gap_random"])) < 0.25
