@@ -386,6 +386,7 @@ def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> Non
 
 
 NO_HEAD = {
+    "causal_basis", "exits",
     "compare_neurons", "component_effects", "confidence_neurons", "context", "contributions", "false_demonstrations",
     "flow", "fourier", "head_functions", "head_sources", "legrad", "lens", "lens_groups", "linear_map", "logit_lens",
     "mlp_roles", "ov_copying",
@@ -400,9 +401,11 @@ NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.o
 NO_DENSE = {"compare_neurons", "context_update", "excite", "linear_map", "row_lens", "split_direction"}
 NO_NEURONS |= NO_DENSE | {"io_classes", "on_off", "sparsity"}
 NO_NEXT = {
+    "attribution_check",
     "context_update",
     "cross_task",
     "das",
+    "diff_roar",
     "excite",
     "function_vector",
     "helix",
