@@ -40,7 +40,7 @@ def test_the_best_heads_scaled_put_verbs_into_the_past_and_random_heads_do_not(m
 def test_one_round_is_what_demonstrations_do(model: mt.Model) -> None:
     data = mt.explain.forward_tuning(model, task("present-past"), rounds=2, draws=1, tests=8)
     assert float(data["accuracy"].sel(round=1)) > 0.7 > float(data["zero_shot"])
-    assert float(data["moved"].sel(round=2)) > 0.001
+    assert float(data["moved"].sel(round=2)) > 0.0005
 
 
 def test_heads_of_sums_are_partly_those_of_later_years(model: mt.Model) -> None:

@@ -31,7 +31,7 @@ from microtome.shown import shown
 from microtome.stream import bos_id
 
 ROUND = ("round",)
-RATE, MOMENTUM = 0.1, 0.9
+RATE, MOMENTUM = 0.01, 0.9
 TURNED = "the same of demonstrations with shuffled answers"
 
 
