@@ -21,6 +21,7 @@ LONG = {
     "tasks.md",
     "attribution.md",
     "measures.md",
+    "waves.md",
     "edits.md",
 }  # their sweeps and texts take from half a minute on
 ELSEWHERE = {"design.md", "status.md", "index.md", "peers.md"}  # pages without blocks that could run
