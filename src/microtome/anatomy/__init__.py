@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from microtome.anatomy._kernels import hiding_kernel as hiding_kernel
     from microtome.anatomy._load import default_folder as default_folder
     from microtome.anatomy._load import load as load
+    from microtome.anatomy._load import without_bars as without_bars
     from microtome.anatomy._mixture import Experts as Experts
     from microtome.anatomy._neurons import activation_of as activation_of
     from microtome.anatomy._place import DEFAULT_NAME as DEFAULT_NAME

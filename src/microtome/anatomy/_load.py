@@ -59,7 +59,7 @@ def load(
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if name is None:
-        with _quiet():
+        with without_bars():
             folder = default_folder()
         name = folder or DEFAULT_HUB_ID
     place = place_of(name, revision)
@@ -70,13 +70,13 @@ def load(
     source, short = place.source, place.short
     options |= {"gguf_file": place.gguf} if place.gguf is not None else {}
     options |= {"revision": revision} if revision is not None else {}
-    with _quiet():
+    with without_bars():
         model = _load_model(source, short, options, dtype or torch.float32)
         return model, tokenizer or _load_tokenizer(source, short, options), short
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Hold back the progress bars of `transformers`: loading takes seconds, and stdout belongs to the caller."""
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging

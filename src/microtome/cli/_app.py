@@ -33,6 +33,7 @@ from microtome.cli import (
     _check,
     _commit,
     _compare,
+    _export,
     _fit_lens,
     _harvest,
     _model,
@@ -84,7 +85,7 @@ def options(
     _model.notes.quiet = quiet
 
 
-COMMANDS = (_check, _atlas, _sql, _compare, _harvest, _fit_lens, _run, _commit, _tasks, _cache)
+COMMANDS = (_check, _atlas, _sql, _compare, _harvest, _fit_lens, _run, _commit, _export, _tasks, _cache)
 for command in COMMANDS:
     command.register(app)
 app.add_typer(
