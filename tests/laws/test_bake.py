@@ -29,32 +29,33 @@ def edits_of(model: mt.Model) -> list[mt.edit.Edit]:
     ]  # fmt: skip
 
 
+def has_place(model: mt.Model, edit: mt.edit.Edit) -> bool:
+    """Whether there is a bias, where an edit needs one."""
+    if not isinstance(edit, mt.edit.Add | mt.edit.Set | mt.edit.Mean):
+        return True
+    layer = model.layers[0]
+    return (layer.b_O if "attn" in edit.site or "mid" in edit.site else layer.b_out) is not None
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_baked_edit_is_the_edit(name: str) -> None:
     model = opened(name)
-    try:
-        wide = (
-            model
-            if model.layers[0].b_out is not None and model.layers[0].b_O is not None
-            else mt.change.with_biases(model)
-        )
-    except SiteError:
-        wide = model
+    wide = mt.change.with_biases(model) if name == "llama-gqa" else model
     before, checked = bits(wide), 0
     assert (wide.run(ROWS).logits - model.run(ROWS).logits).abs().max() < 1e-5
     for edit in edits_of(wide):
-        try:
-            change = mt.change.bake(wide, edit)
-        except SiteError as problem:
-            assert "has no" in str(problem), edit
+        if not has_place(wide, edit):
+            with pytest.raises(SiteError, match="has no"):
+                mt.change.bake(wide, edit)
             continue
+        change = mt.change.bake(wide, edit)
         checked += 1
         expected = wide.run(ROWS, edits=[edit]).logits
         with change.applied(wide):
             assert (wide.run(ROWS).logits - expected).abs().max() < 2e-4, edit
         assert (wide.run(ROWS).logits - expected).abs().max() > 1e-3, edit
     assert same(wide, before)
-    assert checked >= 8
+    assert checked >= 7
 
 
 def test_edits_in_order_are_one_change() -> None:

@@ -62,6 +62,22 @@ def test_a_neuron_without_its_row_is_a_neuron_that_is_zero(name: str) -> None:
         assert (model.run(ROWS).logits - zeroed).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("address", "site"),
+    [
+        ("1.W_in[3,9]", "1.mlp.post[3,9]"),
+        ("1.W_V[1]", "1.attn.v[1]"),
+        ("0.W_Q[2]", "0.attn.q[2]"),
+        ("0.W_O[3]", "0.attn.z[3]"),
+    ],
+)
+def test_units_are_those_of_the_sites(address: str, site: str) -> None:
+    model = opened()
+    expected = model.run(ROWS, edits=[mt.edit.Zero(site)]).logits
+    with mt.change.of(model, {address: -mt.change.weight_at(model, address).read()}).applied(model):
+        assert (model.run(ROWS).logits - expected).abs().max() < 1e-5
+
+
 def test_low_rank_and_values_give_what_a_sum_gives() -> None:
     model = opened()
     left, right = drawn(model, "1.W_in")[:, :2], drawn(model, "1.W_in", 1)[:2]
@@ -87,14 +103,21 @@ def test_undo_restores_every_bit_after_random_sequences(name: str) -> None:
         assert same(model, before)
 
 
+def fail_inside(
+    change: mt.change.Change, model: mt.Model, before: dict[str, torch.Tensor], kind: type[BaseException]
+) -> None:
+    with change.applied(model):
+        assert not same(model, before)
+        raise kind
+
+
 def test_a_model_is_restored_after_an_exception_and_after_ctrl_c() -> None:
     model = opened()
     before, change = bits(model), None
     for kind in (ValueError, KeyboardInterrupt):
         change = mt.change.of(model, {"1.W_out": drawn(model, "1.W_out")})
-        with pytest.raises(kind), change.applied(model):
-            assert not same(model, before)
-            raise kind
+        with pytest.raises(kind):
+            fail_inside(change, model, before, kind)
         assert same(model, before)
 
 

@@ -110,8 +110,9 @@ class Change:
             EditError: the other is for another model than this one gives.
         """
         if other.before != self.after:
-            raise error(EditError, "the changes do not follow on each other", got=f"a change for {other.before}",
-                        allowed=f"one for {self.after}, which the first gives", do="make it with the first applied")  # fmt: skip
+            got, allowed = f"a change for {other.before}", f"one for {self.after}, which the first gives"
+            what, do = "the changes do not follow on each other", "make it with the first applied"
+            raise error(EditError, what, got=got, allowed=allowed, do=do)
         return Change((*self.steps, *other.steps), self.model)
 
     def apply(self, model: Model) -> None:

@@ -163,5 +163,5 @@ def _compare(model: Model, folder: Path, tokens: torch.Tensor, expected: torch.T
     gap = float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-6))
     allowed = max(TOLERANCE, 8 * torch.finfo(model.dtype).eps)
     if not gap <= allowed:
-        raise error(ProofError, "the checkpoint does not give the logits of the changed model", got=f"{gap:.2g} of them",
-                    allowed=f"{allowed:.2g}", do="report it with the name of the model")  # fmt: skip
+        what, do = "the checkpoint does not give the logits of the changed model", "report it with the model's name"
+        raise error(ProofError, what, got=f"{gap:.2g} of the largest", allowed=f"{allowed:.2g}", do=do)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,13 +50,13 @@ def export(
     read = [_read(file) for file in files]
     changes = [one for one in read if not isinstance(one, list)]
     edits = [edit for one in read if isinstance(one, list) for edit in one]
-    if any(isinstance(a, list) and not isinstance(b, list) for a, b in zip(read, read[1:], strict=False)):
+    if any(isinstance(a, list) and not isinstance(b, list) for a, b in pairwise(read)):
         raise error(ArgumentError, "changes come before edits, which act on what they give", do="give edits last")
     opened = opening.open()
     with working("writing the checkpoint"):
         mt.change.export(opened, output, changes, edits, force=force)
     steps = [step for change in changes for step in change.steps]
-    facts = {
+    facts: dict[str, Any] = {
         "place": str(output), "model": opened.anatomy.name, "changes": [s.reason or s.method for s in steps],
         "edits": [repr(edit) for edit in edits], "bytes": sum(p.stat().st_size for p in output.iterdir()),
     }  # fmt: skip
