@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from microtome import tasks as tasks
     from microtome import training as training
     from microtome import view as view
+    from microtome.change import assess as assess
     from microtome.context import Settings as Settings
     from microtome.context import settings as settings
     from microtome.method import compare as compare
@@ -51,7 +52,7 @@ _ROOMS = (
 )  # fmt: skip
 _HOME = {
     "Model": "model:Model", "Run": "run:Run", "Settings": "context:Settings", "Task": "tasks:Task",
-    "compare": "method:compare", "fit": "training:fit",
+    "assess": "change:assess", "compare": "method:compare", "fit": "training:fit",
     "measure": "method.runner:measure", "measures": "method.runner:measures",
     "methods": "method:methods", "open": "model:open", "settings": "context:settings",
 }  # fmt: skip

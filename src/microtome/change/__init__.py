@@ -1,6 +1,7 @@
 """Changes of a model: edits made from text, to run under, to save and to take back."""
 
 from microtome.change._ablation import mean_ablation as mean_ablation
+from microtome.change._assess import assess as assess
 from microtome.change._bake import bake as bake
 from microtome.change._change import Change as Change
 from microtome.change._change import Step as Step
