@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from inspect import Parameter as Slot
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Annotated, Any, Literal, get_args
 
 import pytest
@@ -26,8 +27,11 @@ Cli = Callable[..., Any]
 LABELLED = Path(__file__).with_name("labelled.csv")
 SHOTS = Path(__file__).with_name("shots.json")
 PAIR = ("the cat sat on the", "the dog sat on the", "--answer", "mat", "--foil", "barn")
+EDITS = Path(mkdtemp()) / "edits.safetensors"
+mt.edit.save_edits(EDITS, [mt.edit.Scale("1.mlp_out", factor=0.5)])
 ASKED = {
     "attribution-check": (PAIR[0], "--estimate", "gradient", "--estimate", "legrad", "--null", "cat"),
+    "assess": (EDITS, "--of", "induction", "--pairs", "2", "--prompts", "1", "--new", "8", "--tokens", "64"),
     "attribute": (*PAIR, "--verify", "2"),
     "causal-basis": ("--layer", "1", "--directions", "2", "--size", "32", "--length", "8", "--steps", "1"),
     "circuit": (*PAIR, "--edges", "0.3", "--verify", "2"),

@@ -138,6 +138,10 @@ def own_of(name: str, kind: str) -> dict[str, Any]:
         return given | {"write": write, "answer": int, "at": {"word": "1.resid_post@1"}, "swaps": 12}
     if name == "das":
         return {"data": answered(kind), "methods": ["das", "random"], "rank": 2, "steps": 2, "controls": ["placebo"]}
+    if name == "assess":
+        vector = torch.randn(model(kind).anatomy.d_model, generator=torch.Generator().manual_seed(2))
+        given = {"after": mt.edit.Add("1.mlp_out", value=vector), "text": rows(), "tokens": 96, "length": 12}
+        return given | {"of": ["induction"], "pairs": 8, "sequences": 8, "prompts": 8, "new": 8}
     if name == "split_direction":
         return {"swaps": answered(kind), "site": "1.mlp.post", "steps": 2, "rank": 1}
     return {}
@@ -184,7 +188,7 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
 
 def subject(name: str, kind: str) -> Any:
     """What a method is tried on: a tiny model, or for those that take a planted one, that."""
-    if name == "referee":  # whose tasks are of random ids where there is no tokenizer
+    if name in ("assess", "referee"):  # whose tasks are of random ids where there is no tokenizer
         return untold(kind)
     return mt.planted.program("successors") if name == "circuit_recovery" else model(kind)
 
@@ -402,6 +406,7 @@ NO_DENSE = {"compare_neurons", "context_update", "excite", "linear_map", "row_le
 NO_NEURONS |= NO_DENSE | {"io_classes", "on_off", "sparsity"}
 NO_NEXT = {
     "attribution_check",
+    "assess",
     "context_update",
     "cross_task",
     "das",

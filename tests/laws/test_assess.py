@@ -91,9 +91,11 @@ def test_another_model_of_the_same_shape_has_a_random_control() -> None:
 def test_groups_keep_their_own_losses(model: mt.Model) -> None:
     text = {"one": TEXT[:6], "two": TEXT[6:]}
     change = mt.change.of(model, {"1.W_out": drawn(model, "1.W_out", size=0.5)})
-    data = assess(model, change, **SMALL | {"text": text})
+    given: dict[str, Any] = {**SMALL, "text": text}
+    data = assess(model, change, **given)
     for name, rows in text.items():
-        alone = assess(model, change, **SMALL | {"text": rows})
+        given["text"] = rows
+        alone = assess(model, change, **given)
         for state in ("before", "after"):
             own = float(data["group_loss"].sel(group=name, state=state))
             assert own == pytest.approx(float(alone["loss"].sel(state=state)), abs=1e-5)
@@ -118,6 +120,6 @@ def test_what_is_refused(model: mt.Model) -> None:
 
 
 def _other() -> mt.Model:
-    config = copy.deepcopy(families.build("llama-gqa").config)
+    config: Any = copy.deepcopy(families.build("llama-gqa").config)
     config.vocab_size = 90
     return mt.open(transformers.LlamaForCausalLM(config).eval(), prove=False)

@@ -141,8 +141,9 @@ def made() -> list[Any]:
     labelled = [(ids, name) for name, rows in named.items() for ids in rows]
     probe = mt.probes.fit(LLAMA, labelled, kind="mass-mean", folds=2, untrained=False)
     committed = mt.measurements.commit(last)
+    change = mt.change.of(LLAMA, {f"{i}.W_out": mt.change.LowRank(WIDE[:56, :1], WIDE[:1, :40]) for i in range(3)})
     return [
-        *read_from_disk(),
+        *read_from_disk(), change, *change.steps, change.steps[0].deltas["0.W_out"], mt.change.Values(WIDE),
         LLAMA, LLAMA.anatomy, LLAMA.layers[1], LLAMA.layers[1].attn_norm,
         mt.anatomy.Weights(LLAMA.hf, LLAMA.anatomy), LLAMA.proof[0], run,
         run.batch, LLAMA.plan(IDS, capture="*.mlp.post"), swept, swept.plan, swept.run(), pair,

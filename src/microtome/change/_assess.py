@@ -76,8 +76,6 @@ def _both(name: str, unit: str, meaning: str, limits: tuple[float | None, float 
         *_both("repeated", "share", "4-grams of greedy continuations that came before in them", (0, 1)),
         *_both("distinct", "share", "different 2-grams of greedy continuations", (0, 1)),
         *_both("entropy", "bits", "weighted entropy of 2-grams and 3-grams of greedy continuations", (0, None)),
-        Column("prefill_speed", "tokens/s", "of a prompt that is read, here", RANDOM, (0, None), STATE),
-        Column("decode_speed", "tokens/s", "of a prompt that is continued, here", RANDOM, (0, None), STATE),
         Column("bytes", "bytes", "of all parameters", RANDOM, (0, None), STATE),
         Column("parameters", "1", "how many", RANDOM, (0, None), STATE),
         Column("nonzero", "share", "parameters that are not zero", RANDOM, (0, 1), STATE),
@@ -93,15 +91,15 @@ def _both(name: str, unit: str, meaning: str, limits: tuple[float | None, float 
     check="tests/laws/test_assess.py",
     call='mt.assess(model, "edit.safetensors")',
     reading="A change is worth what it does more than the random one does; a model beside itself changes nothing. "
-    "Speeds are of this machine and vary by some percent.",
+    "Seconds, on this machine, are attributes: they differ from run to run.",
 )  # fmt: skip
 def assess(
     model: Model,
     after: Annotated[Any, Argument("a change, edits (.safetensors), or another model", positional=True)],
     *,
     text: Annotated[Any, Argument("text to read: a file, or what `mt.measure` takes", from_text=Path)] = None,
-    tokens: Annotated[int, Argument("tokens of the text", "tokens", least=64)] = 8_192,
-    length: Annotated[int, Argument("tokens of a row", "tokens", least=16)] = 256,
+    tokens: Annotated[int, Argument("tokens of the text", "tokens", least=16)] = 8_192,
+    length: Annotated[int, Argument("tokens of a row", "tokens", least=8)] = 256,
     of: Annotated[Sequence[str], Argument("tasks whose pairs are scored")] = TASKS,
     pairs: Annotated[int, Argument("pairs of each task", "pairs", least=1)] = 32,
     sequences: Annotated[int, Argument("sequences of repeated tokens", "sequences", least=1)] = 16,
@@ -114,10 +112,12 @@ def assess(
     not fit the tokenizer are left out, and named in the attributes.
 
     Raises:
+        ModelUnsupported: the model does not predict the next token.
         ArgumentError: what comes after is no change, edits or model of the same tokens.
         EditError: a change for another model.
         DataError: there is too little text.
     """
+    model.require_next_token()
     states, control = states_of(model, after, current().seed)
     batches = Text(text, tokens=tokens, length=length).batches(model)
     rows, groups = _rows(batches.parts, batches.groups)
@@ -166,11 +166,6 @@ class _Plan:
     prompts: Tokens
     new: int
 
-    @property
-    def kept(self) -> int:
-        """Rows whose log-probabilities are held."""
-        return len(self.rows)
-
 
 @dataclass
 class _Board:
@@ -180,6 +175,7 @@ class _Board:
     each: dict[str, dict[str, Float[Tensor, " example"]]] = field(default_factory=dict[str, Any])
     text: dict[str, TextScores] = field(default_factory=dict[str, TextScores])
     single: dict[str, dict[str, float]] = field(default_factory=dict[str, Any])
+    speeds: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
     def take(self, state: str, model: Model) -> None:
         """Score one state."""
@@ -198,8 +194,8 @@ class _Board:
         self.each[state], self.text[state] = own, text
         size, count, nonzero = sizes(model)
         self.single[state] = {"bytes": size, "parameters": count, "nonzero": nonzero}
-        timed = speeds(model) if state != "random" else (torch.nan, torch.nan)
-        self.single[state] |= dict(zip(("prefill_speed", "decode_speed"), timed, strict=True))
+        if state != "random":
+            self.speeds[state] = speeds(model)
 
     def found(self, attrs: dict[str, Any]) -> Found:
         """All columns."""
@@ -215,6 +211,9 @@ class _Board:
         for name in self.single["before"]:
             found = [self.single.get(state, {}).get(name, torch.nan) for state in ("before", *CHANGES)]
             values[name] = torch.tensor(found, dtype=torch.float64)
+        for state, (read, written) in self.speeds.items():
+            attrs |= {f"seconds_of_1000_tokens_read_{state}": round(1000 / read, 3)}
+            attrs |= {f"seconds_of_1000_tokens_written_{state}": round(1000 / written, 3)}
         coords = {"state": ["before", *CHANGES], "changed": list(CHANGES), "task": list(self.plan.tasks)}
         return Found(values, coords=coords | {"group": self.plan.groups}, attrs=attrs)
 

@@ -24,8 +24,7 @@ BESIDE = ("_lo", "_hi", "_p", "_each", "_exact", "_source", "_diff")
 AXES = (
     "layer", "head", "kv_head", "pos", "span", "neuron", "group", "sender", "receiver", "node", "component", "site",
     "feature", "answer", "share", "set", "attribute", "found_by", "variable", "part", "setting", "label", "estimate",
-    "task", "program",
-    "frequency", "round", "recipe",
+    "task", "program", "frequency", "round", "recipe", "state", "changed",
 )  # fmt: skip
 """The axes that are drawn; an axis may say which of two it is: `q_pos`, `k_pos`, `group_2`, `other_group`."""
 
