@@ -178,6 +178,8 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
     if name == "fourier_neurons":  # whose prompts have every number at some place
         found["prompts"] = [[7, number, 33] for number in found["numbers"]]
         found |= {"answers": [0] * 20, "shares": [0.5], "controls": 2}
+    if name == "weight_mask":  # which at its default steps learns longer than it must here
+        found |= {"text": rows(12), "sites": ["1.mlp_out"], "steps": 12, "sparsity": 0.01, "draws": 1}
     if name == "circuit":
         found["edges"] = 0.3  # of some 260: the default is a share of many thousands
     if "scores" in names:

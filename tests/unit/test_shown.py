@@ -163,6 +163,7 @@ def made() -> list[Any]:
         explain.tuned_context(LLAMA, IDS[:1], 1)[0],
         explain.pairs_of(LLAMA, IDS[:1], IDS[:1] + 1, answer=3),
         mt.circuits.of_mask(LLAMA, explain.graph(LLAMA).mask, task=IMAGE),
+        mt.circuits.Sparsification(20.0),
         sweep.Circuits(LLAMA, IDS[:2], IDS[:2] + 1, metric.LogitDifference(3, foil=4)),
         explain.Lens("bias", 1, tuple(range(-1, 900)), {"bias": WIDE}, found, {"model": IMAGE, "text": LARGE[0]}),
         metric.LogitDifference(list(range(900)), foil=list(range(1, 901))), metric.LogProbability(3),

@@ -233,6 +233,14 @@ class LayerWeights:
             return module, Split(n, 2, parts.d_head, 0, 1)
         return module, Split(1, n, width, 0, n)
 
+    def parameters(self, branch: str) -> dict[str, nn.Parameter]:
+        """The parameters of attention ("attn") or of the MLP ("mlp"), by path; none where there is no such branch."""
+        parts = self._parts
+        loose = (parts.gate, parts.up, parts.gate_up, parts.down)  # of an MLP that is no module of its own
+        paths = (parts.attn,) if branch == "attn" else loose if parts.mlp is None else (parts.mlp,)
+        modules = {path: self._model.get_submodule(path) for path in paths if path is not None}
+        return {f"{path}.{name}": p for path, module in modules.items() for name, p in module.named_parameters()}
+
     def projection(self, name: str) -> tuple[str, Split]:
         """The module that gives "q", "k" or "v", by its path, and where they lie in what it gives.
 

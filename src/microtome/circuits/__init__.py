@@ -13,3 +13,5 @@ from microtome.circuits._judge import faithfulness as faithfulness
 from microtome.circuits._planted import acdc_recovery as acdc_recovery
 from microtome.circuits._question import circuit as circuit
 from microtome.circuits._scores import from_scores as from_scores
+from microtome.circuits._sparsify import Sparsification as Sparsification
+from microtome.circuits._weight_mask import weight_mask as weight_mask

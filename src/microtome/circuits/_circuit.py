@@ -321,6 +321,18 @@ def of_mask(
     return Circuit(senders, listed.receivers, edges, kept.cpu() & edges, scores, about)
 
 
+def required(found: Circuit, why: str) -> Circuit:
+    """The circuit, if it has edges.
+
+    Raises:
+        ArgumentError: it has none.
+    """
+    if not found.n_edges:
+        raise error(ArgumentError, "no edge is left in the circuit", got=why, allowed="at least one edge",
+                    do="choose more edges, a lower tau for acdc, or less sparsity for mask")  # fmt: skip
+    return found
+
+
 def _kind(name: str) -> str:
     return "head" if "attn." in name else "mlp" if ".mlp" in name else name
 

@@ -1,17 +1,18 @@
-"""Finding a circuit: by exact effects, by their estimate, by ACDC, or greedily."""
+"""Finding a circuit: by exact effects, by their estimate, by ACDC, greedily, or by a learned mask."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from microtome.circuits._acdc import acdc
-from microtome.circuits._bench import ABLATIONS, Bench, divergence
-from microtome.circuits._circuit import Circuit, of_mask
-from microtome.circuits._scores import from_scores, required
+from microtome.circuits._bench import JUDGED, OPTIMAL, Bench, divergence
+from microtome.circuits._circuit import Circuit, of_mask, required
+from microtome.circuits._mask import MASK_STEPS, Sparsification, by_mask
+from microtome.circuits._scores import from_scores
 from microtome.context import current
 from microtome.errors import ArgumentError, error
 from microtome.explain import Pairs, edge_effects, edge_scores, pairs_of
@@ -19,8 +20,10 @@ from microtome.metric import Metric
 from microtome.model import Model
 
 ESTIMATES = ("eap", "eap-ig", "clean-corrupted")
-METHODS = ("acdc", *ESTIMATES, "exact", "greedy")
+METHODS = ("acdc", *ESTIMATES, "exact", "greedy", "mask")
 COSTS = ("kl", "metric")
+SPARSITY = 20.0
+"""Nats that all edges cost together."""
 TOGETHER = 64
 """Circuits without one edge whose masks are held at once."""
 
@@ -39,17 +42,18 @@ def find(
     edges: int | float = 0.01,
     scores: Any = None,
     ablation: str = "resample",
-    steps: int = 5,
+    steps: int | None = None,
+    sparsity: float = SPARSITY,
+    mask: Sparsification | None = None,
 ) -> Circuit:
     """Find the circuit that carries an answer.
 
     Source:   acdc: Conmy et al., 2023 (arXiv 2304.14997); eap: Syed, Rager, Conmy, 2023 (arXiv 2310.10348); eap-ig,
-              clean-corrupted and greedy: Hanna, Pezzelle, Belinkov, 2024 (arXiv 2403.17806).
-    Departs:  edges into shared keys and values are separated by query head. The order of ACDC: see `_acdc.py`.
-    Cost:     acdc: see `_acdc.py`; eap and greedy: two forwards and one backward a pair, clean-corrupted two
-              backwards and eap-ig `steps`; exact: a cell an edge and pair, or a circuit each where `ablation` is not
-              "resample".
-    Check:    tests/laws/test_acdc.py, tests/laws/test_circuits.py, tests/planted/test_circuits.py.
+              clean-corrupted and greedy: Hanna, Pezzelle, Belinkov, 2024 (arXiv 2403.17806); mask: see `_mask.py`.
+    Departs:  edges into shared keys and values are separated by query head.
+    Cost:     acdc, mask: see `_acdc.py` and `_mask.py`; eap and greedy: two forwards and one backward a pair,
+              clean-corrupted two backwards and eap-ig `steps`; exact: a cell an edge and pair, or a circuit each.
+    Check:    tests/laws/test_acdc.py, tests/laws/test_circuits.py, tests/laws/test_masks.py.
 
     Args:
         model: the model.
@@ -57,18 +61,20 @@ def find(
         corrupt: one per clean prompt, of the same number of tokens.
         method: "acdc"; or the edges of the largest mean score over pairs, from all: "eap", "eap-ig" or
             "clean-corrupted" (estimated, see `mt.explain.attribute`) or "exact" (measured); "greedy" takes those of
-            "eap" from the logits back. `scores` are used instead where they are given.
+            "eap" from the logits back. `scores` are used instead where they are given. "mask": a learned gate each.
         answer: one token, or one a pair, as `mt.explain.patch` takes it.
         foil: that of the corrupt prompts.
         metric: what is read instead.
         tau: of acdc: what an edge must cost to stay.
-        cost: of acdc: "kl", from the clean distribution at the last position, in nats; or "metric", how much the
-            metric falls.
+        cost: of acdc and mask: "kl", from the clean distribution at the last position, in nats; or "metric", how much
+            the metric falls.
         edges: of the others: how many, or a share below 1.
         scores: [sender, receiver] of another method, as `from_scores` takes them.
-        ablation: what edges that are out give: "resample" (of the corrupt run; estimates are of this alone), "mean" (of
-            the clean ones) or "zero".
-        steps: of eap-ig: points between the prompts.
+        ablation: what edges that are out give: "resample" (of the corrupt run), "mean" (of the clean ones), "zero" or
+            "optimal" (a mask learns these; eap is at the mean). eap-ig and clean-corrupted rank by resampling always.
+        steps: of eap-ig: points between the prompts, 5 by default; of mask: of the training at most, 300.
+        sparsity: of mask: what all edges cost together, in units of `cost`.
+        mask: of mask: how it is learned, in place of `Sparsification(sparsity, steps)`.
 
     Returns:
         A `Circuit`; what changes nothing is left out of it (`Circuit.pruned`), unless it is acdc's.
@@ -76,21 +82,23 @@ def find(
     Raises:
         PromptError: the pairs do not align, or there is nothing to read.
         SiteError: the stream of the model is not a sum over its parts.
-        ArgumentError: an option is none of those, estimates are asked for another ablation, or no edge is left.
+        ArgumentError: an option is none of those, each edge would need constants of its own, or no edge is left.
+        FitError: the mask did not decide.
 
     >>> mt.circuits.find(model, mt.tasks.build("ioi", model, n=8), tau=0.02)
     """
-    _check(method, cost, ablation)
-    if scores is None and method not in ("acdc", "exact"):
-        require_resampling(method, ablation)
+    _check(method, cost, ablation, scores is not None)
     pairs = pairs_of(model, clean, corrupt, answer=answer, foil=foil, metric=metric)
     about: dict[str, Any] = {"task": _task(clean), "pairs": len(pairs), "ablation": ablation, "seed": current().seed}
     about |= pairs.attrs()
     if method == "acdc":
         return _by_acdc(model, pairs, tau, cost, about)
+    if method == "mask":
+        return by_mask(model, pairs, mask or Sparsification(sparsity, steps or MASK_STEPS), cost, about)
     chosen = "eap" if method == "greedy" else method
-    values = scores if scores is not None else mean_scores(model, pairs, chosen, ablation, steps)
+    values = scores if scores is not None else mean_scores(model, pairs, chosen, ablation, steps or 5)
     rule = "greedy" if method == "greedy" else "top"
+    about |= {} if scores is not None else ranked_by(chosen, ablation)
     about["method"] = f"{method if scores is None else f'given scores, {rule}'}, {edges:g} edges"
     return from_scores(model, values, edges, rule=rule, **about)
 
@@ -103,27 +111,41 @@ def _by_acdc(model: Model, pairs: Pairs, tau: float, cost: str, about: dict[str,
     return required(of_mask(model, found.kept, found.costs, **about), f"each costs less than {tau:g}")
 
 
-def _check(method: str, cost: str, ablation: str) -> None:
+def _check(method: str, cost: str, ablation: str, scored: bool) -> None:
     """Refuse options that are none.
 
     Raises:
         ArgumentError: with those that are allowed.
     """
-    for name, value, allowed in (("method", method, METHODS), ("cost", cost, COSTS), ("ablation", ablation, ABLATIONS)):
+    for name, value, allowed in (("method", method, METHODS), ("cost", cost, COSTS), ("ablation", ablation, JUDGED)):
         if value not in allowed:
             raise error(ArgumentError, f"{name} must be one of {', '.join(allowed)}", got=repr(value), do="choose one")
+    if method == "acdc" or not scored:
+        require_constants(method, ablation)
+    if method == "mask" and ablation == "zero":
+        raise error(ArgumentError, "a mask cannot be learned against zero: norms undo a small share of every input, so "
+                    "that gates near 0 keep the whole model", got='ablation="zero"',
+                    allowed="resample, mean, optimal", do="choose one of these")  # fmt: skip
 
 
-def require_resampling(method: str, ablation: str) -> None:
-    """Refuse estimates of what they do not estimate.
+def require_constants(method: str, ablation: str) -> None:
+    """Refuse optimal constants where they would be fitted anew for every edge.
 
     Raises:
-        ArgumentError: edges that are out give no other run's values.
+        ArgumentError: they would be.
     """
-    if ablation != "resample":
-        raise error(ArgumentError, f"{method} estimates what an edge does with the corrupt run's values",
-                    got=f'ablation="{ablation}"', allowed="resample",
-                    do="choose exact or acdc, which measure every ablation")  # fmt: skip
+    if ablation == OPTIMAL and method in ("acdc", "exact"):
+        raise error(ArgumentError, f"{method} would fit optimal constants anew for every edge", got='"optimal"',
+                    allowed="resample, mean, zero", do="choose mask, which learns them along, or eap")  # fmt: skip
+
+
+def ranked_by(method: str, ablation: str) -> dict[str, str]:
+    """What an estimate says edges that are out give, if it is not what they do give."""
+    if method == "exact" or ablation == "resample":
+        return {}
+    if method == "eap":
+        return {"ranked_by": "mean"} if ablation == OPTIMAL else {}
+    return {"ranked_by": "resample"}
 
 
 def mean_scores(
@@ -135,14 +157,16 @@ def mean_scores(
         model: the model.
         pairs: as `mt.explain.pairs_of` gives them.
         method: "exact", measured; or an estimate: "eap", "eap-ig" or "clean-corrupted".
-        ablation: what an edge that is out gives, see `find`.
+        ablation: what an edge that is out gives, see `find`; the last two estimate resampling whatever it is.
         steps: of eap-ig: points between the prompts.
 
     Raises:
-        ArgumentError: an estimate is asked for another ablation than "resample".
+        ArgumentError: optimal constants would be fitted for every edge.
     """
+    require_constants(method, ablation)
+    if method == "eap" and ablation != "resample":
+        return Bench(model, pairs, None, "mean" if ablation == OPTIMAL else ablation).first_order()
     if method != "exact":
-        require_resampling(method, ablation)
         return edge_scores(model, pairs, "noise", method=method, steps=steps, rules=None).scores.mean(0)
     if ablation != "resample":
         bench = Bench(model, pairs, None, ablation)
@@ -155,6 +179,11 @@ def mean_scores(
         total = total + torch.from_numpy(found.values.copy()).double()
         report(i + 1, len(pairs))
     return total / len(pairs)
+
+
+def rival(model: Model, pairs: Pairs, edges: int) -> Bool[Tensor, "sender receiver"]:
+    """As many edges of the largest scores by EAP-IG, what a circuit of that size stands beside."""
+    return from_scores(model, mean_scores(model, pairs, "eap-ig"), edges, prune=False).kept
 
 
 def effects_of(bench: Bench, places: Int[Tensor, "edge 2"]) -> Float[Tensor, "sender receiver"]:

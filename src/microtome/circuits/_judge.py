@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from microtome.circuits._bench import ABLATIONS, Bench
+from microtome.circuits._bench import ABLATIONS, JUDGED, Bench
 from microtome.circuits._circuit import Circuit, load, node_of, strata_of
 from microtome.circuits._scores import from_scores
 from microtome.context import current
@@ -48,6 +48,10 @@ DRAWS = 10
 
 Draws = Annotated[int, Argument("random circuits of as many edges", "circuits", least=1)]
 Ablation = Annotated[str, Argument("what edges that are out give", choices=ABLATIONS)]
+Judged = Annotated[
+    str,
+    Argument("what edges that are out give; optimal fits constants to each circuit, on other pairs", choices=JUDGED),
+]
 OfCircuit = Annotated[
     Any, Argument("a circuit, the file of one, or scores of all edges", positional=True, from_text=str)
 ]  # fmt: skip
@@ -167,7 +171,7 @@ def faithfulness(
     foil: FoilOfCorrupt = None,
     metric: ReadMetric = None,
     shares: Annotated[Sequence[float], Argument("shares of edges", "%", command=False)] = SHARES,
-    ablation: Ablation = "resample",
+    ablation: Judged = "resample",
     draws: Draws = DRAWS,
 ) -> Found:
     """Keep the edges of the largest scores, as many as each share says, and measure how much of the answer is left.
@@ -184,21 +188,29 @@ def faithfulness(
     return Found(**curve(bench, chosen, shares, draws))
 
 
-def curve(bench: Bench, circuit: Circuit, shares: Sequence[float], draws: int = DRAWS) -> dict[str, Any]:
-    """What `faithfulness` finds, as the arguments of `Found`."""
+def curve(
+    bench: Bench, circuit: Circuit, shares: Sequence[float], draws: int = DRAWS, rival: Tensor | None = None
+) -> dict[str, Any]:
+    """What `faithfulness` finds, as the arguments of `Found`; with a rival also the circuit itself beside that one."""
     generator = torch.Generator().manual_seed(current().seed)
     masks = _at_shares(circuit, ranked(circuit), shares)
     less = sum(not bool((m == circuit.edges).all()) for m in masks)  # all edges are no random circuit
     random = [_at_shares(circuit, shuffled(circuit, generator), shares)[:less] for _ in range(draws)]
-    values = bench.measure(torch.cat([torch.zeros_like(masks[:1]), masks, *random]), "running circuits")
+    itself: list[Tensor] = []
+    if rival is not None:
+        share = [100 * circuit.share]
+        of_size = [_at_shares(circuit, shuffled(circuit, generator), share)[0] for _ in range(draws)]
+        itself = [torch.stack([circuit.kept, rival, *of_size])]
+    values = bench.measure(torch.cat([torch.zeros_like(masks[:1]), masks, *random, *itself]), "running circuits")
     clean, other, n = bench.clean, values[0], len(shares)
     gap, about = _gap(clean, other)
     each = (values[1:] - other) / gap  # [circuit, pair]
-    own, drawn = each[:n], each[n:].view(draws, less, -1)
+    own, drawn, last = each[:n], each[n : n + draws * less].view(draws, less, -1), each[n + draws * less :]
     drawn = torch.cat([drawn, own[less:].expand(draws, -1, -1)], dim=1)  # [draw, share, pair]
     means = drawn.mean(2)
     found = {"faithfulness": own.T, "faithfulness_control": drawn.mean(0).T}
     found |= {"cpr": _area(own.T, shares), "cpr_control": _area(drawn.mean(0).T, shares)}
+    found |= {} if rival is None else {"kept": last[0], "kept_eap_ig": last[1], "kept_control": last[2:].mean(0)}
     single = {
         "cmd": float(_area((1 - own.mean(1)).abs(), shares)),
         "cmd_control": float(_area((1 - means).abs(), shares).mean()),

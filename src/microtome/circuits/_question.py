@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import torch
 
-from microtome.circuits._bench import Bench, divergence
+from microtome.circuits._bench import OPTIMAL, Bench, divergence
 from microtome.circuits._circuit import Circuit
-from microtome.circuits._find import COSTS, METHODS, effects_of, find
-from microtome.circuits._judge import MIB, SHARES, Ablation, Draws, curve
+from microtome.circuits._find import COSTS, METHODS, SPARSITY, effects_of, find, rival
+from microtome.circuits._judge import MIB, SHARES, Draws, Judged, curve
 from microtome.explain import AnswerOfClean, Clean, Corrupt, FoilOfCorrupt, ReadMetric, pairs_of
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
@@ -33,6 +33,11 @@ READING_OF_ACDC = (
     "circuit cost when it was tried, {cost}: above 0, the answer needs it; score_exact is the same for the edge alone "
     "taken out of the whole model."
 )
+READING_OF_MASK = (
+    "Each edge is read by one input of one head, by one MLP, or by the logits. Its score is how far its gate was open "
+    "when the mask ended, at tau 1: above 0.5 it is kept; score_exact is what the edge alone does, taken out of the "
+    "whole model."
+)
 COST = {"kl": "in KL from the clean run", "metric": "in what the metric loses"}
 
 
@@ -42,13 +47,16 @@ COST = {"kl": "in KL from the clean run", "metric": "in what the metric loses"}
     title="circuit",
     question="Which edges of the model carry the answer, and how much of it do they carry alone?",
     columns=(
-        Column("score", "logits", "of the circuit's edges: for acdc what its removal cost, else the mean effect",
+        Column("score", "logits", "of its edges: acdc: what a removal cost, mask: sigmoid(s), others: the mean effect",
                "none: random circuits of as many edges stand beside it", dims=EDGE),
         Column("faithfulness", "1", "share of the gap between the clean and the other run that the circuit keeps",
                "faithfulness_control", dims=("share",)),
         Column("faithfulness_control", "1", "the mean of random circuits of as many edges", dims=("share",)),
         Column("spread", "1", "standard deviation of the same over random circuits",
                "none: how far one of them may be from their mean", (0, None), ("share",)),
+        Column("kept", "1", "share of the gap that the circuit itself keeps", "kept_control", dims=()),
+        Column("kept_control", "1", "the mean of random circuits of as many edges", dims=()),
+        Column("kept_eap_ig", "1", "the same of as many edges by EAP-IG", "kept_control", dims=()),
         Column("cpr", "1", "area under faithfulness over the share of edges", "cpr_control", dims=()),
         Column("cpr_control", "1", "the same of random circuits", dims=()),
         Column("cmd", "1", "area between faithfulness and 1", "cmd_control", (0, None), dims=()),
@@ -74,8 +82,14 @@ def circuit(
     method: Annotated[str, Argument("how edges are chosen", choices=METHODS)] = "eap",
     edges: Annotated[float, Argument("how many, or a share below 1", least=0)] = 0.005,
     tau: Annotated[float, Argument("of acdc: what an edge must cost to stay")] = 0.03,
-    cost: Annotated[str, Argument("of acdc: KL from the clean run, or what the metric loses", choices=COSTS)] = "kl",
-    ablation: Ablation = "resample",
+    cost: Annotated[
+        str, Argument("of acdc and mask: KL from the clean run, or what the metric loses", choices=COSTS)
+    ] = "kl",
+    sparsity: Annotated[float, Argument("of mask: what all edges cost together, in units of cost", least=0)] = SPARSITY,
+    steps: Annotated[
+        int | None, Argument("of eap-ig: points, 5 by default; of mask: steps at most, 300", "steps", least=1)
+    ] = None,
+    ablation: Judged = "resample",
     verify: Annotated[int, Argument("how many of its edges to measure exactly", "edges", least=0)] = 50,
     draws: Draws = 3,
     save: Annotated[str | None, Argument("write the circuit to this safetensors file", from_text=str)] = None,
@@ -87,20 +101,24 @@ def circuit(
     Raises:
         PromptError: the pairs do not align, or there is nothing to read.
         SiteError: the stream of the model is not a sum over its parts.
-        ArgumentError: there are not as many edges, none is left, or estimates are asked for another ablation.
+        ArgumentError: there are not as many edges, none is left, or optimal constants would be fitted for each edge.
+        FitError: the mask did not decide.
         DataError: the two runs do not differ.
         OutputError: the circuit cannot be written.
     """
     given: dict[str, Any] = {"answer": answer, "foil": foil, "metric": metric}
-    found = find(model, clean, corrupt, method=method, edges=edges, tau=tau, cost=cost, ablation=ablation, **given)
+    found = find(
+        model, clean, corrupt, method=method, edges=edges, tau=tau, cost=cost, sparsity=sparsity, steps=steps,
+        ablation=ablation, **given,
+    )  # fmt: skip
     if save is not None:
         found.save(save)
     kl, pairs = method == "acdc" and cost == "kl", pairs_of(model, clean, corrupt, **given)
     bench = Bench(model, pairs, None, ablation)
-    judged = curve(bench, found, SHARES, draws)
+    judged = curve(bench, found, SHARES, draws, rival(model, pairs, found.n_edges))
     score = found.scores.masked_fill(~found.kept, torch.nan)
     values = judged["values"] | {"score": (EDGE, score)}
-    if verify and method != "exact":
+    if verify and method != "exact" and ablation != OPTIMAL:  # each edge would have constants of its own
         other = Bench(model, pairs, divergence(model, pairs), ablation) if kl else bench
         values["score_exact"] = (EDGE, exactly(other, found, verify) * (-1.0 if method == "acdc" and not kl else 1.0))
     coords = judged["coords"] | {"sender": list(found.senders), "receiver": list(found.receivers)}
@@ -113,10 +131,11 @@ def circuit(
         "circuit_edges": found.n_edges,
         "nodes": len(found.nodes),
     }
-    if method == "acdc":
-        attrs["reading"] = READING_OF_ACDC.format(cost=COST[cost])
+    if method in ("acdc", "mask"):
+        attrs["reading"] = READING_OF_ACDC.format(cost=COST[cost]) if method == "acdc" else READING_OF_MASK
     unit = "nats" if kl else pairs.unit
-    units, weights = {"score": unit, "score_exact": unit}, judged["weights"]
+    units = {"score": "1" if method == "mask" else unit, "score_exact": unit}
+    weights = judged["weights"]
     return Found(values, each=judged["each"], weights=weights, coords=coords, attrs=attrs, units=units)
 
 

@@ -18,7 +18,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from microtome.circuits._circuit import Circuit, node_of, of_mask
+from microtome.circuits._circuit import Circuit, node_of, of_mask, required
 from microtome.errors import ArgumentError, DataError, error
 from microtome.explain import graph
 from microtome.model import Model
@@ -69,18 +69,6 @@ def from_scores(
     about = {"method": f"{rule} {number}", **({} if prune else {"pruned": False}), **attrs}
     found = of_mask(model, kept, values, parts, **about)
     return required(found.pruned(), f"the {number:,} of the largest scores lead nowhere") if prune else found
-
-
-def required(found: Circuit, why: str) -> Circuit:
-    """The circuit, if it has edges.
-
-    Raises:
-        ArgumentError: it has none.
-    """
-    if not found.n_edges:
-        raise error(ArgumentError, "no edge is left in the circuit", got=why, allowed="at least one edge",
-                    do="choose more edges, or a lower tau for acdc")  # fmt: skip
-    return found
 
 
 def number_of(edges: Any, of: int) -> int:

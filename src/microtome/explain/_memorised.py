@@ -187,13 +187,9 @@ def _gradients(model: Model) -> Iterator[list[list[list[nn.Parameter]]]]:
         ModelUnsupported: some branch has no weights of floating point.
     """
     found: list[list[list[nn.Parameter]]] = []
-    for layer in model.anatomy.parts.layers:
-        branches: list[list[nn.Parameter]] = []
-        loose = (layer.gate, layer.up, layer.gate_up, layer.down)  # of an MLP that is no module of its own
-        for paths in ((layer.attn,), loose if layer.mlp is None else (layer.mlp,)):
-            held = [p for path in paths if path is not None for p in model.hf.get_submodule(path).parameters()]
-            branches.append([p for p in held if p.is_floating_point()])
-        found.append(branches)
+    for layer in model.layers:
+        branches = [layer.parameters(branch).values() for branch in BRANCHES]
+        found.append([[p for p in held if p.is_floating_point()] for held in branches])
     every = [p for branches in found for held in branches for p in held]
     if not every:
         got = model.stored or "no weights of attention or MLPs"

@@ -10,8 +10,7 @@ Formula:  x' = base + (source - base) P, with P = Q Qᵀ of an orthonormal Q [d,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from microtome.errors import FitError, error
 from microtome.subspaces._exchange import Exchange
-from microtome.training import fit
+from microtome.training import fit, frozen_weights
 
 UNDECIDED = (0.1, 0.9)
 MOST_UNDECIDED = 0.05
@@ -146,19 +145,6 @@ def _decided(mask: Float[Tensor, " d"], attrs: dict[str, Any]) -> Tensor:
     return (mask > 0.5).cpu()
 
 
-@contextmanager
-def _frozen(exchange: Exchange) -> Iterator[None]:
-    """No weight of the model gets a gradient inside the block: a model from memory may want them."""
-    wanting = [p for p in exchange.model.hf.parameters() if p.requires_grad]
-    try:
-        for p in wanting:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in wanting:
-            p.requires_grad_(True)
-
-
 def _fitted(
     exchange: Exchange,
     plan: Plan,
@@ -193,7 +179,7 @@ def _fitted(
             total = total + plan.sparsity * mask.mean()
         return total, parts
 
-    with _frozen(exchange):
+    with frozen_weights(exchange.model):
         fitted = fit(held, loss, batches, steps=plan.steps, lr=plan.lr, seed=plan.seed, name="learning a subspace")
     said: dict[str, Any] = {"steps": plan.steps, "lr": plan.lr, "rows": plan.rows, "isolate_weight": plan.isolate}
     if plan.steps:

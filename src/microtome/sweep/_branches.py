@@ -145,6 +145,8 @@ class Branches:
         end: Callable[[], Float[Tensor, "row pos d_model"]],
         read: Int[Tensor, "row read"],
         ids: Int[Tensor, " id"] | None = None,
+        *,
+        grad: bool = False,
     ) -> Float[Tensor, "row read vocab"]:
         """Logits of the streams that `end` gives behind the last layer.
 
@@ -155,6 +157,7 @@ class Branches:
             end: called behind the last layer.
             read: [row, read] columns whose logits are computed.
             ids: the tokens of the vocabulary that are, all by default.
+            grad: whether they keep their graph.
         """
         model = self.model
         self._width = int(tokens.shape[1])
@@ -175,7 +178,7 @@ class Branches:
         if ids is not None:
             hooks.around(unembedding, some_logits(model.hf.get_submodule(unembedding), ids))
         options: dict[str, Any] = {"use_cache": False} if model.anatomy.causal else {}
-        with torch.no_grad(), hooks, lock_of(model.hf).aside():
+        with torch.set_grad_enabled(grad), hooks, lock_of(model.hf).aside():
             try:
                 return model.hf(input_ids=tokens, **options).logits
             finally:

@@ -18,6 +18,7 @@ Check:    all edges give the clean logits and none those of the other run; equal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +59,12 @@ def written(model: LoadedModel, run: Run) -> Writes:
     """
     found = [at_least_float32(run["embed"]).unsqueeze(1)]
     for i in range(model.anatomy.n_layers):
-        found.append(_of_heads(model, i, at_least_float32(run[f"{i}.attn.z"]).transpose(1, 2)))
+        found.append(of_heads(model, i, at_least_float32(run[f"{i}.attn.z"]).transpose(1, 2)))
         found.append(at_least_float32(run[f"{i}.mlp_out"]).unsqueeze(1))
     return torch.cat(found, dim=1)
 
 
-def _of_heads(
+def of_heads(
     model: LoadedModel, layer: int, z: Float[Tensor, "row head pos d_head"], heads: Tensor | None = None
 ) -> Float[Tensor, "row head pos d_model"]:
     """What heads write, all of the layer or some."""
@@ -171,8 +172,8 @@ class Circuits:
         sites = ["embed", "*.attn.z", "*.mlp_out", *(f"*.{name}" for name in streams)]
         with torch.no_grad():
             run = run_forward(model, clean, [*sites, f"{a.n_layers - 1}.resid_post"], logits=True)
+            own = written(model, run)
         self._streams = {str(address): x for address, x in run.captured.items() if "resid" in str(address)}
-        own = written(model, run)
         if embeddings is not None:
             own = torch.cat([own[:, :1], own.new_zeros(embeddings.shape).to(own)[:, 1:], own[:, 1:]], dim=1)
         self._own = own
@@ -218,6 +219,22 @@ class Circuits:
     def own(self) -> Writes:
         """[prompt, sender, pos, d_model] What every sender writes in the clean run."""
         return self._own
+
+    def stream(self, receiver: int) -> Float[Tensor, "prompt pos d_model"]:
+        """The stream that a receiver reads in the clean run."""
+        n, streams = self.numbering, self._streams
+        if receiver == n.receivers - 1:
+            return at_least_float32(streams[f"{n.n_layers - 1}.resid_post"])
+        layer, place = divmod(receiver, 3 * n.n_heads + 1)
+        mid = place == 3 * n.n_heads and not n.parallel
+        return at_least_float32(streams[f"{layer}.resid_mid" if mid else f"{layer}.resid_pre"])
+
+    def giving(self, other: Float[Tensor, "prompt sender pos d_model"]) -> Circuits:
+        """The same prompts, where edges that are not kept give this: [prompt or 1, sender, pos or 1, d_model]."""
+        found = copy(self)
+        found.other = found._others(other, None)
+        found.away = found.other - found._own
+        return found
 
     def room(self) -> int:
         """Bytes that rows which are run at once may hold: the budget of the settings, or half of what is free."""
@@ -379,7 +396,7 @@ class _Run:
         norm = self.model.layers[i].attn_norm
         x = x if norm is None else norm.module(x)
         z = at_least_float32(layer.heads(x, some.tolist(), own=self.engine.own_weights))  # pyright: ignore
-        self._wrote(mine, some + self.n.heads(i).start, _of_heads(self.model, i, z, some))
+        self._wrote(mine, some + self.n.heads(i).start, of_heads(self.model, i, z, some))
 
     def _wrote(self, mine: Tensor, senders: Tensor, new: Float[Tensor, "some sender pos d_model"]) -> None:
         """Keep what senders write in rows more than in the start, where they were to be computed."""
@@ -396,7 +413,7 @@ class _Run:
         rows, e, start = self.rows, self.engine, self.start
         before, columns = self.n.before(receivers[0]), torch.tensor(receivers, device=mine.device)
         which = rows.prompts[mine]
-        base = self._base(receivers[0])
+        base = e.stream(receivers[0])
         if self.plain:
             x = base[which].unsqueeze(1).expand(-1, len(columns), -1, -1).clone()
         else:
@@ -433,15 +450,6 @@ class _Run:
             gone = self.gone[prompt, :before]
             by = some if len(some) == 1 else some[mine[here]]
             x[here] += torch.matmul(by.to(x.dtype), gone.flatten(1)).view(len(by), *x.shape[1:])
-
-    def _base(self, receiver: int) -> Float[Tensor, "prompt pos d_model"]:
-        """The stream that a receiver reads in the clean run."""
-        n, streams = self.n, self.engine._streams  # pyright: ignore[reportPrivateUsage]
-        if receiver == n.receivers - 1:
-            return at_least_float32(streams[f"{n.n_layers - 1}.resid_post"])
-        layer, place = divmod(receiver, 3 * n.n_heads + 1)
-        mid = place == 3 * n.n_heads and not n.parallel
-        return at_least_float32(streams[f"{layer}.resid_mid" if mid else f"{layer}.resid_pre"])
 
     def _end(self) -> Float[Tensor, "row pos d_model"]:
         """What the logits read."""
