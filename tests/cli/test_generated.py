@@ -76,7 +76,7 @@ ASKED = {
     ),
     "trace": (PAIR[0], "--subject", "cat", "--samples", "2"),
     "weak-to-strong": (LABELLED,),
-    "weight-mask": ("--steps", "12", "--sparsity", "0.01", "--tokens", "300", "--length", "16", "--sites", "1.mlp_out"),
+    "weight-mask": ("--steps", "12", "--sparsity", "0.01", "--tokens", "300", "--length", "16", "--site", "1.mlp_out"),
 }
 """By command of a question: arguments that it runs with on the tiny model."""
 

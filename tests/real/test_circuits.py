@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 import microtome as mt
 from microtome import circuits
+from microtome.circuits._bench import Bench
 from microtome.sweep import Circuits
 
 pytestmark = pytest.mark.real
@@ -50,6 +51,21 @@ def test_all_edges_are_the_clean_run_and_none_the_other(model: mt.Model) -> None
     assert float(state.values[0]) > 0.1
     assert float(engine.measure(engine.edges, start=state)[0]) == pytest.approx(0.0, abs=1e-4)
     assert float(engine.measure(torch.zeros_like(half), start=state)[0]) == pytest.approx(gap, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_gates_of_zero_and_one_are_a_circuit_and_their_slope_is_the_estimate(model: mt.Model) -> None:
+    engine = engine_of(model)
+    scores = torch.rand(engine.edges.shape, generator=torch.Generator().manual_seed(0))
+    kept = engine.edges & (scores < 0.5)
+    with torch.no_grad():
+        own = float(mt.sweep.gated(engine, kept.float())[0])
+    assert own == pytest.approx(float(engine.measure(kept)[0]), rel=2e-3)
+    pairs = mt.explain.pairs_of(model, CLEAN, CORRUPT, answer=" Paris", foil=" Rome")
+    found = Bench(model, pairs).first_order()
+    expected = circuits.mean_scores(model, pairs, "eap")
+    there = ~expected.isnan()
+    assert float((found - expected)[there].abs().max()) < 1e-3 * float(expected[there].abs().max())
 
 
 @pytest.mark.slow

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from microtome.circuits._optimal import optimal
-from microtome.circuits._soft import first_order
+from microtome.circuits._optimal import first_order, optimal
 from microtome.context import current
 from microtome.errors import ArgumentError, error
 from microtome.explain import Pairs
@@ -127,6 +126,7 @@ class Bench:
             for own, rest in (halves, halves[::-1]):
                 given = optimal(self.model, fitting.groups, mask, rest).values
                 row[own] = self.given(mask, given, own)
+        report(len(kept), len(kept))
         return found
 
     def given(

@@ -51,8 +51,8 @@ def find(
     Source:   acdc: Conmy et al., 2023 (arXiv 2304.14997); eap: Syed, Rager, Conmy, 2023 (arXiv 2310.10348); eap-ig,
               clean-corrupted and greedy: Hanna, Pezzelle, Belinkov, 2024 (arXiv 2403.17806); mask: see `_mask.py`.
     Departs:  edges into shared keys and values are separated by query head.
-    Cost:     acdc, mask: see `_acdc.py` and `_mask.py`; eap and greedy: two forwards and one backward a pair,
-              clean-corrupted two backwards and eap-ig `steps`; exact: a cell an edge and pair, or a circuit each.
+    Cost:     acdc, mask: see their files; eap and greedy: two forwards and one backward a pair, clean-corrupted two
+              backwards and eap-ig `steps`; exact: a cell an edge and pair, or a circuit each.
     Check:    tests/laws/test_acdc.py, tests/laws/test_circuits.py, tests/laws/test_masks.py.
 
     Args:
@@ -62,9 +62,7 @@ def find(
         method: "acdc"; or the edges of the largest mean score over pairs, from all: "eap", "eap-ig" or
             "clean-corrupted" (estimated, see `mt.explain.attribute`) or "exact" (measured); "greedy" takes those of
             "eap" from the logits back. `scores` are used instead where they are given. "mask": a learned gate each.
-        answer: one token, or one a pair, as `mt.explain.patch` takes it.
-        foil: that of the corrupt prompts.
-        metric: what is read instead.
+        answer, foil, metric: what is read, as `mt.explain.patch` takes it.
         tau: of acdc: what an edge must cost to stay.
         cost: of acdc and mask: "kl", from the clean distribution at the last position, in nats; or "metric", how much
             the metric falls.
@@ -80,8 +78,7 @@ def find(
         A `Circuit`; what changes nothing is left out of it (`Circuit.pruned`), unless it is acdc's.
 
     Raises:
-        PromptError: the pairs do not align, or there is nothing to read.
-        SiteError: the stream of the model is not a sum over its parts.
+        PromptError, SiteError: the pairs do not align, there is nothing to read, or the stream is no sum.
         ArgumentError: an option is none of those, each edge would need constants of its own, or no edge is left.
         FitError: the mask did not decide.
 

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from microtome.circuits._soft import Engines, soft_mean
+from microtome.circuits._soft import first_order as first_order
 from microtome.model import Model
 from microtome.training import fit, frozen_weights
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microtome.context import current
 from microtome.errors import ArgumentError, FitError, error
 from microtome.model import Model
 from microtome.shown import shown
@@ -138,10 +139,12 @@ def learn(
             observe(step)
         return told["undecided"] <= MOST_UNDECIDED * told["kept"]
 
+    stage = f"learning which {what} are kept"
     held = {**{f"mask.{name}": s for name, s in strength.items()}, **(besides or {})}
     with frozen_weights(model):
         fitted = fit(held, loss, lambda step: step, plan.steps, lr=plan.rate, model=model, observe=decided,
-                     name=f"learning which {what} are kept")  # fmt: skip
+                     name=stage)  # fmt: skip
+    current().report(stage, plan.steps, plan.steps)  # also where it ended before: nothing was stopped
     values = {name: fitted.metrics[name].values for name in ("objective", "kept", "undecided")}
     last = {name: float(x[-1]) for name, x in values.items()}
     if last["undecided"] > MOST_UNDECIDED * last["kept"]:
