@@ -62,10 +62,11 @@ def find(
         method: "acdc"; or the edges of the largest mean score over pairs, from all: "eap", "eap-ig" or
             "clean-corrupted" (estimated, see `mt.explain.attribute`) or "exact" (measured); "greedy" takes those of
             "eap" from the logits back. `scores` are used instead where they are given. "mask": a learned gate each.
-        answer, foil, metric: what is read, as `mt.explain.patch` takes it.
+        answer: one token, or one a pair, as `mt.explain.patch` takes it.
+        foil: that of the corrupt prompts.
+        metric: what is read instead.
         tau: of acdc: what an edge must cost to stay.
-        cost: of acdc and mask: "kl", from the clean distribution at the last position, in nats; or "metric", how much
-            the metric falls.
+        cost: of acdc and mask: "kl" from the clean distribution at the last position, or "metric", how far that falls.
         edges: of the others: how many, or a share below 1.
         scores: [sender, receiver] of another method, as `from_scores` takes them.
         ablation: what edges that are out give: "resample" (of the corrupt run), "mean" (of the clean ones), "zero" or
@@ -79,8 +80,7 @@ def find(
 
     Raises:
         PromptError, SiteError: the pairs do not align, there is nothing to read, or the stream is no sum.
-        ArgumentError: an option is none of those, each edge would need constants of its own, or no edge is left.
-        FitError: the mask did not decide.
+        ArgumentError, FitError: an option is none of those, no edge is left, or the mask did not decide.
 
     >>> mt.circuits.find(model, mt.tasks.build("ioi", model, n=8), tau=0.02)
     """
