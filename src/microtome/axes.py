@@ -13,7 +13,9 @@ One name an axis, everywhere: in datasets, tables, docstrings and error messages
     component heads and branches that act       receiver  what reads the stream: heads' inputs, MLPs
     sender    what writes to the stream         site      names of places
     span      named ranges of positions         round     readings of a context, from 1
-    recipe    ways to do one thing
+    recipe    ways to do one thing              attribute what entities have a value of
+    found_by  ways to find a subspace, and the  variable  named values of a program
+              controls beside them              part      of a direction: read or not, and controls
 """
 
 from __future__ import annotations

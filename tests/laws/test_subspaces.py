@@ -14,7 +14,7 @@ import microtome as mt
 from microtome import subspaces
 from microtome.errors import ArgumentError, DataError
 from microtome.subspaces import Subspace, Swap, Swaps
-from microtome.subspaces._exchange import Exchange
+from microtome.subspaces._exchange import Exchange, Runs
 from microtome.subspaces._score import projection
 
 FAMILIES = ("llama-gqa", "gemma2", "gptj")
@@ -61,6 +61,26 @@ def test_a_swap_is_a_patch_of_its_subspace(name: str) -> None:
             edit = found.patch({str(where): moved}, f"@{swap.base_at}")
             expected = model.run([list(swap.base)], edits=edit).logits[0, -1]
             torch.testing.assert_close(own[i], expected, atol=2e-4, rtol=1e-3)
+
+
+def test_runs_that_are_kept_are_not_run_again_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mt.open(families.build("llama-gqa"))
+    swaps = swaps_of(model)
+    pairs = [replace(s, pair=True) for s in swaps]
+    runs = Runs(model, SITES)
+    kept = {(site, pair): Exchange(model, site, own, runs) for site in SITES for pair, own in enumerate((swaps, pairs))}
+    assert len(runs) == len(rows(model))
+    ran: list[int] = []
+    own_run = mt.Model.run
+    monkeypatch.setattr(mt.Model, "run", lambda self, prompt, *a, **k: ran.append(1) or own_run(self, prompt, *a, **k))
+    runs.run([s.base for s in swaps], [s.base for s in pairs])
+    assert not ran
+    for (site, pair), one in kept.items():
+        alone = Exchange(model, site, pairs if pair else swaps)
+        assert (one.said, one.known) == (alone.said, alone.known)
+        torch.testing.assert_close((one.base, one.source), (alone.base, alone.source), atol=1e-5, rtol=1e-5)
+        which = list(range(len(swaps)))
+        torch.testing.assert_close(one.logits(which, one.source), alone.logits(which, alone.source))
 
 
 def test_gradients_reach_what_is_swapped_in_and_no_weight() -> None:

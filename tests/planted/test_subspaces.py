@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.scripts import script
 
 from microtome import planted, subspaces
-from microtome.errors import ArgumentError, FitError, PromptError, SiteError
+from microtome.errors import ArgumentError, DataError, FitError, PromptError, SiteError
 from microtome.subspaces import Subspace, Swaps
 from microtome.subspaces._exchange import Exchange
 from microtome.subspaces._learned import Plan, boundless, neuron_mask
@@ -264,3 +266,147 @@ def test_a_mask_that_never_decides_is_refused(
     with pytest.raises(FitError, match="did not decide which dimensions it keeps; got 100"):
         learn(ready, Plan(6, steps=0))
     assert boundless(ready, Plan(6, steps=0))[0].shape[0] == ready.width // 2  # a boundary always decides
+
+
+# --------------------------------------------------------------------------------------------------------- dictionaries
+
+
+def directions_of(it: planted.Planted, attribute: str | None, n: int = 120) -> torch.Tensor:
+    """Random unit directions, and in the midst of them those of an attribute if one is named."""
+    rng = torch.Generator().manual_seed(3)
+    width = it.model.anatomy.d_model
+    drawn = torch.randn(n, width, generator=rng)
+    own = it.truth["basis"][attribute] if attribute else drawn[:0]
+    return torch.cat([drawn[: n // 2], own, drawn[n // 2 :]])
+
+
+def test_a_dictionary_that_holds_the_attribute_swaps_it_alone_and_a_random_one_does_not(
+    it: planted.Planted, swaps: tuple[Swaps, Swaps]
+) -> None:
+    train, test = swaps
+    judged = Exchange(it.model, it.truth["site"], test.swaps)
+    found: dict[str, dict[str, float]] = {}
+    for name, held in (("right", directions_of(it, "1")), ("random", directions_of(it, None))):
+        for choose in ("difference", "probe"):
+            given: dict[str, Any] = {"method": "dictionary", "dictionary": held, "choose": choose}
+            part = subspaces.find(it.model, train, it.truth["site"], 6, **given)
+            found[f"{name} {choose}"] = scores(judged, part) | {
+                "own": sum(60 <= f < 66 for f in part.attrs["features"])
+            }
+    right = found["right difference"]
+    assert right["own"] >= 5  # four values span no more
+    assert min(right["cause"], right["isolate"]) > 0.97
+    assert found["right probe"]["own"] >= 3
+    assert found["right probe"]["disentangle"] > 0.85
+    assert max(found[f"random {choose}"]["cause"] for choose in ("difference", "probe")) < 0.5
+
+
+def coder(it: planted.Planted, attribute: str, swaps: Swaps) -> dict[str, torch.Tensor]:
+    """A sparse autoencoder with a feature for each value of an attribute, and random ones."""
+    site, truth = it.truth["site"], it.truth
+    rows = [[truth["bos"], entity] for entity in truth["entities"]]
+    x = it.model.run(rows, capture=site)[site][:, 1].double()
+    known = torch.tensor([row[int(attribute)] for row in truth["known"]])
+    basis = truth["basis"][attribute].double()
+    part = (x - x.mean(0)) @ basis.T
+    means = torch.stack([part[known == value].mean(0) for value in truth["values"][int(attribute)]])
+    solved = torch.linalg.pinv(means)  # [code, value]: one for its own value, none for the others
+    own = solved.T @ basis
+    rng = torch.Generator().manual_seed(4)
+    drawn = torch.randn(40, x.shape[1], generator=rng).double()
+    drawn = drawn / drawn.norm(dim=1, keepdim=True)
+    encoder = torch.cat([drawn, own])
+    directions = torch.cat([drawn, means @ basis])
+    return {"W_enc": encoder.T, "W_dec": directions, "centre": x.mean(0)}
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk", "jumprelu"])
+def test_codes_of_an_encoder_are_swapped_and_its_error_stays(
+    it: planted.Planted, swaps: tuple[Swaps, Swaps], tmp_path: Path, kind: str
+) -> None:
+    train, test = swaps
+    given = coder(it, "1", train)
+    given |= {"topk": {"k": torch.tensor(38)}, "jumprelu": {"threshold": torch.full((44,), 0.2)}}.get(kind, {})
+    save_file({name: x.contiguous() for name, x in given.items()}, tmp_path / "sae.safetensors")
+    site = it.truth["site"]
+    found = subspaces.find(it.model, train, site, 4, method="dictionary", dictionary=tmp_path / "sae.safetensors")
+    assert found.codes is not None
+    assert sorted(found.codes.features) == [40, 41, 42, 43]
+    judged = Exchange(it.model, site, test.swaps)
+    result = scores(judged, found)
+    assert (result["cause"], result["isolate"]) == (1.0, 1.0)
+    base, source = judged.base.double(), judged.source.double()
+    codes = found.codes
+    moved = (codes.codes(source) - codes.codes(base)) @ given["W_dec"][list(codes.features)]
+    torch.testing.assert_close(found.moved(base, source), moved)
+    assert float(found.moved(base, base).abs().max()) == 0.0
+    found.save(tmp_path / "part.safetensors")
+    again = Subspace.load(tmp_path / "part.safetensors", it.model)
+    torch.testing.assert_close(again.moved(base, source), moved)
+    with pytest.raises(ArgumentError, match=r"codes of .* are swapped by no patch"):
+        found.patch({site: base})
+
+
+def test_codes_are_what_their_activation_says() -> None:
+    encoder = torch.eye(3)
+    x = torch.tensor([[3.0, -1.0, 2.0], [0.5, 4.0, 5.0]])
+    given: dict[str, Any] = {"W_dec": torch.eye(3) * 2, "W_enc": encoder}
+
+    def codes(**more: Any) -> list[list[float]]:
+        return subspaces.Dictionary.read(given | more).codes(x).tolist()
+
+    assert codes() == [[3, 0, 2], [0.5, 4, 5]]
+    assert codes(b_enc=torch.tensor([1.0, 2, -3])) == [[4, 1, 0], [1.5, 6, 2]]
+    assert codes(centre=torch.tensor([1.0, 0, 0])) == [[2, 0, 2], [0, 4, 5]]
+    assert codes(threshold=torch.full((3,), 2.5)) == [[3, 0, 0], [0, 4, 5]]
+    assert codes(k=torch.tensor(1)) == [[3, 0, 0], [0, 0, 5]]
+    part = subspaces.Dictionary.read(given | {"k": 1}).only([2, 0])
+    assert part.features == (2, 0)
+    assert part.codes(x).tolist() == [[0, 3], [5, 0]]  # the features that are left out still compete
+    assert part.moved(x[:1], x[1:]).tolist() == [[-6, 0, 10]]
+    plain = subspaces.Dictionary.read(torch.tensor([[0.0, 2.0, 0.0]]))
+    assert plain.codes(x).tolist() == [[-1], [4]]
+
+
+def test_dictionaries_that_do_not_fit_are_refused(
+    it: planted.Planted, swaps: tuple[Swaps, Swaps], tmp_path: Path
+) -> None:
+    train, site = swaps[0], it.truth["site"]
+    width = it.model.anatomy.d_model
+
+    def refused(match: str, kind: type[Exception] = ArgumentError, **more: Any) -> None:
+        options = {"method": "dictionary", "dictionary": torch.eye(width)} | more
+        with pytest.raises(kind, match=match):
+            subspaces.find(it.model, train, site, 2, **options)
+
+    refused('a dictionary and its method go together; got method="dictionary" and no dictionary', dictionary=None)
+    refused('go together; got method="pca" and a dictionary', method="pca")
+    refused("no such way to choose features; got 'best'; allowed: difference, probe", choose="best")
+    refused(f"is not as wide as {site}; got directions of 3; allowed: {width}", dictionary=torch.eye(3))
+    refused("has fewer features than are to be chosen; got 2; allowed: 1 to 1", dictionary=torch.eye(width)[:1])
+    refused("this is no dictionary; got decoder, other; allowed: W_dec, W_enc", dictionary={"decoder": 1, "other": 2})
+    odd = {"W_dec": torch.eye(width), "W_enc": torch.ones(width, 3)}
+    refused(r"do not fit together; got W_enc \[3, \d+\]", dictionary=odd)
+    refused("without an encoder has directions alone", dictionary={"W_dec": torch.eye(width), "k": 2})
+    refused("keeps a number of codes; got k=999", dictionary=odd | {"W_enc": torch.eye(width), "k": 999})
+    refused("W_dec of this dictionary is not finite", dictionary=torch.full((4, width), torch.nan))
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    refused("cannot read a dictionary from", DataError, dictionary=tmp_path / "bad.safetensors")
+    refused("cannot read a dictionary from", DataError, dictionary=str(tmp_path / "none.safetensors"))
+
+
+def test_a_subspace_of_neurons_says_what_of_it_is_read() -> None:
+    made = planted.illusion()
+    swaps, site = cases.illusion_swaps(made), made.truth["site"]
+    direction = made.truth["direction"].reshape(1, -1)
+    found = subspaces.find(made.model, swaps, site, 1, method="dictionary", dictionary=direction)
+    assert found.attrs["row_share"] == pytest.approx(0.5)
+    assert (found.attrs["cause_row"], found.attrs["cause_null"]) == (0.0, 0.0)  # and the whole swaps every answer
+    carrier = torch.eye(made.model.anatomy.d_mlp)[[made.truth["neurons"]["carrier"]]]
+    right = subspaces.find(made.model, swaps, site, 1, method="dictionary", dictionary=carrier)
+    assert right.attrs["cause_row"] == 1.0
+    coded = {"W_dec": carrier, "W_enc": carrier.T}
+    again = subspaces.find(made.model, swaps, site, 1, method="dictionary", dictionary=coded)
+    assert (again.attrs["cause_row"], again.attrs["cause_null"]) == (1.0, 0.0)
+    stream = subspaces.find(made.model, swaps, "0.resid_post", 1, method="random")
+    assert "row_share" not in stream.attrs

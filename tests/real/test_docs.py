@@ -23,6 +23,7 @@ LONG = {
     "measures.md",
     "waves.md",
     "edits.md",
+    "subspaces.md",
 }  # their sweeps and texts take from half a minute on
 ELSEWHERE = {"design.md", "status.md", "index.md", "peers.md"}  # pages without blocks that could run
 PAGES = sorted(p.name for p in DOCS.glob("*.md") if p.name not in ELSEWHERE)

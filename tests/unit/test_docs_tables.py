@@ -74,6 +74,28 @@ def test_the_table_of_circuits() -> None:
     same("planted.md", "circuits", table(*rows))
 
 
+def test_the_tables_of_ravel() -> None:
+    found = json.loads((DOCS.parent / "benchmarks" / "results" / "ravel.json").read_text())
+    assert set(found["attributes"]) <= {a for a, x in found["known"].items() if x["share"] >= 0.2}
+    best = max(found["sites"], key=lambda row: row["best"])
+    assert (found["site"], found["place"]) == (best["site"], best["place"])
+    known = [("attribute", "prompt", "answered")]
+    for name, x in found["known"].items():
+        prompts = ", ".join(f"`{text}`" for text in found["prompts"][name])
+        known.append((name, prompts, f"{x['share']:.1%} [{x['low']:.1%}, {x['high']:.1%}]"))
+    same("subspaces.md", "ravel-known", table(*known))
+    rows = [("attribute", "found by", "rank", "cause", "isolate", "disentangle", "MDAS minus it")]
+    for attribute, judged in found["attributes"].items():
+        for way, x in judged["ways"].items():
+            whole, less = (
+                f"{x[name]:.2f} [{x[name + '_lo']:.2f}, {x[name + '_hi']:.2f}]" if name in x else ""
+                for name in ("disentangle", "mdas_minus_disentangle")
+            )
+            rank = f"{x['rank']:.0f}"
+            rows.append((attribute, f"`{way}`", rank, f"{x['cause']:.2f}", f"{x['isolate']:.2f}", whole, less))
+    same("subspaces.md", "ravel", table(*rows))
+
+
 NOTES = {
     "queries and keys are normalised before use": "q/k norms",
     "latent attention: keys and values have no weights of their own": "latent attention",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests import families, tokenizers
 
 import microtome as mt
@@ -127,6 +129,20 @@ def test_pairs_have_no_isolation_and_a_placebo_of_other_answers(tmp_path: Path) 
         subspaces.das(spoken(), path, methods=["das", "mdas"], **given)
     with pytest.raises(ArgumentError, match="ways are named once each"):
         subspaces.das(spoken(), path, methods=["pca", "pca"], **given)
+
+
+def test_a_dictionary_that_is_given_is_a_way_more(tmp_path: Path) -> None:
+    model, path = spoken(), pairs(tmp_path, ["cat", "dog", "car", "big"])
+    given: dict[str, Any] = {"site": "1.resid_post", "rank": 2, "steps": 0, "methods": ["random"]}
+    directions = torch.eye(model.anatomy.d_model)
+    save_file({"directions": directions}, tmp_path / "features.safetensors")
+    data = subspaces.das(model, path, dictionary=str(tmp_path / "features.safetensors"), **given)
+    assert data["found_by"].values.tolist() == ["random", "dictionary", "placebo"]
+    assert float(data["rank"].sel(found_by="dictionary")[0]) == 2
+    with pytest.raises(ArgumentError, match="a dictionary and its method go together"):
+        subspaces.das(model, path, **given | {"methods": ["dictionary"]})
+    with pytest.raises(ArgumentError, match=r"the dictionary is not as wide as 1.resid_post; got directions of 3"):
+        subspaces.das(model, path, dictionary=directions[:, :3], **given)
 
 
 def test_a_placebo_of_two_answers_is_left_out_or_refused(tmp_path: Path) -> None:

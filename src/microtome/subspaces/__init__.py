@@ -1,6 +1,7 @@
 """Subspaces by interchange: what part of a site holds a variable, and whether a program's variables are there."""
 
 from microtome.subspaces._das import das as das
+from microtome.subspaces._dictionary import Dictionary as Dictionary
 from microtome.subspaces._find import METHODS as METHODS
 from microtome.subspaces._find import find as find
 from microtome.subspaces._program import interchange as interchange

@@ -22,8 +22,8 @@ from microtome.errors import ArgumentError, error
 from microtome.files import PAIRS
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
-from microtome.subspaces._exchange import Exchange
-from microtome.subspaces._find import METHODS, Plan, found_in, prepared
+from microtome.subspaces._exchange import Exchange, Runs
+from microtome.subspaces._find import METHODS, Features, Given, Plan, features_of, found_in, prepared
 from microtome.subspaces._score import ENDS, PLAIN, SCORES, has_reader, placebo, scores, twin
 from microtome.subspaces._subspace import width_of
 from microtome.subspaces._swaps import FOR_PLACEBO, Swaps, of_asked, require_both, require_rank
@@ -33,15 +33,24 @@ Data = Ravel | Task | str | os.PathLike[str]
 DEFAULT_METHODS = ("neurons", "pca", "random", "das", "mdas")
 CONTROLS = ("placebo", "twin")
 DEFAULT_CONTROLS = ("placebo",)
-SAID = {
+MEANS = {
     "random": "random: a subspace drawn by chance",
     "placebo": "placebo: learned from labels drawn by chance, judged by such labels",
     "twin": "twin: DAS in the model with shuffled weights",
 }
-"""What the rows that found nothing are."""
+"""What the ways are that should find nothing, by their names in `found_by`."""
 NO_TWIN = ("isolate", "isolate_lo", "isolate_hi", "disentangle", "disentangle_lo", "disentangle_hi")
 """Of the twin: it has no own answers that could stay."""
-ROWS = "none: the rows random and placebo, which by default stand in the same table"
+BESIDE = "none: no column, but two ways of found_by, random (a random subspace) and placebo (labels by chance)"
+
+DATA = Annotated[
+    Data,
+    Argument("data.tgz or folder of RAVEL, a task, or a .csv or .jsonl file of pairs", positional=True, from_text=str),
+]
+DICTIONARY = Annotated[
+    Given | None,
+    Argument("directions or a sparse autoencoder of the site, a .safetensors file: one more way", from_text=str),
+]
 
 
 @dataclass(frozen=True)
@@ -64,18 +73,19 @@ class AttributeSwaps:
     title="subspaces by interchange",
     question="Which part of a site holds one attribute and no other, and which way to find it does best?",
     columns=(
-        Column("cause", "share", "of held-out swaps about the attribute that give the source's value", ROWS, (0, 1),
+        Column("cause", "share", "of held-out swaps about the attribute that give the source's value", BESIDE, (0, 1),
                dims=("attribute", "found_by")),
-        Column("isolate", "share", "of held-out swaps about other attributes that leave the base's value", ROWS,
+        Column("isolate", "share", "of held-out swaps about other attributes that leave the base's value", BESIDE,
                (0, 1), dims=("attribute", "found_by")),
-        Column("disentangle", "share", "mean of cause and isolate", ROWS, (0, 1), dims=("attribute", "found_by")),
+        Column("disentangle", "share", "mean of cause and isolate", BESIDE, (0, 1), dims=("attribute", "found_by")),
         Column("rank", "dimensions", "of the subspace that was found", "none: a size", dims=("attribute", "found_by")),
-        Column("row_share", "share", "of the subspace that lies in the row space of the site's reader; mlp.post only",
-               "none: 1 of a random subspace is rank of the reader / width", (0, 1), dims=("attribute", "found_by")),
-        Column("cause_row", "share", "cause of the subspace's part in the reader's row space alone; mlp.post only",
-               "cause_null", (0, 1), dims=("attribute", "found_by")),
-        Column("cause_null", "share", "cause of its part in the null space alone, which nothing reads",
-               dims=("attribute", "found_by"), range=(0, 1)),
+        Column("row_share", "share", "of the subspace that the site's reader sees: its squared length in the reader's "
+               "row space; only where one matrix reads the site (neurons, a head)",
+               "none: a random subspace has rank of the reader / width", (0, 1), dims=("attribute", "found_by")),
+        Column("cause_row", "share", "cause of the part of the subspace that the reader sees, alone", "cause_null",
+               (0, 1), dims=("attribute", "found_by")),
+        Column("cause_null", "share", "cause of the part that nothing reads, alone; where only the two together have "
+               "a cause, it is an illusion", dims=("attribute", "found_by"), range=(0, 1)),
         Column("known", "share", "of the questions about the attribute, or of the pairs, that the model answers",
                "none: a share of what was asked", (0, 1), dims=("attribute",)),
     ),
@@ -97,14 +107,7 @@ class AttributeSwaps:
 )  # fmt: skip
 def das(
     model: Model,
-    data: Annotated[
-        Data,
-        Argument(
-            "data.tgz or folder of RAVEL, a task, or a .csv or .jsonl file of pairs",
-            positional=True,
-            from_text=str,
-        ),
-    ],
+    data: DATA,
     *,
     site: Annotated[str | None, Argument('the site, such as "12.resid_post"; the middle layer\'s by default')] = None,
     rank: Annotated[int, Argument("of the subspaces", "dimensions", least=1)] = 16,
@@ -129,6 +132,7 @@ def das(
     lr: Annotated[float | None, Argument("learning rate; that of the method by default", least=0)] = None,
     batch: Annotated[int, Argument("swaps per step", "swaps", least=1)] = 16,
     sparsity: Annotated[float, Argument("weight of the mean of the mask, of boundless and mask", least=0)] = 0.01,
+    dictionary: DICTIONARY = None,
 ) -> Found:
     """Find the subspace of a site that holds an attribute, in several ways, and judge them by held-out interchanges.
 
@@ -140,32 +144,36 @@ def das(
         PromptError: the model answers too few of the prompts; says the share.
         SiteError: the site is not one place of one layer.
         ArgumentError: the rank is larger than the site, there is no such attribute, mdas is asked for where nothing
-            is isolated, or a way is named twice.
-        DataError: the data cannot be read.
+            is isolated, a way is named twice, or the dictionary is missing or of another width.
+        DataError: the data or the dictionary cannot be read.
         FitError: a mask did not decide.
     """
     site = f"{model.anatomy.n_layers // 2}.resid_post" if site is None else site
     require_rank(rank, width_of(model, site), site)
     plan = Plan(rank, isolate, steps, 0.0, batch, sparsity, current().seed)
-    told, known = _told(model, data, kind, attributes, others, entities, templates, each, at)
-    methods, controls = _ways(told, tuple(methods), tuple(controls))
-    judged = [_judged(model, site, one, methods, controls, plan, lr) for one in told]
+    methods = tuple(methods) if dictionary is None or "dictionary" in methods else (*methods, "dictionary")
+    features = features_of(dictionary, "dictionary") if "dictionary" in methods else None
+    swapped, known = _swaps_of(model, data, kind, attributes, others, entities, templates, each, at)
+    methods, controls = _ways(swapped, tuple(methods), tuple(controls))
+    runs = Runs(model, [site])
+    judged = [_judged(model, runs, one, (methods, controls), plan, lr, features) for one in swapped]
     dims = ("attribute", "found_by")
     table = {
         name: (dims, torch.tensor([[own[name] for own in rows] for rows, _ in judged], dtype=torch.float64))
         for name in (*(part + end for part in SCORES for end in ENDS), *(PLAIN if has_reader(site) else PLAIN[:1]))
     }
-    shares_known = [known.get(one.name, share) for one, (_, share) in zip(told, judged, strict=True)]
+    shares_known = [known.get(one.name, share) for one, (_, share) in zip(swapped, judged, strict=True)]
     return Found(
         table | {"known": (dims[:1], torch.tensor(shares_known, dtype=torch.float64))},
-        coords={"attribute": [one.name for one in told], "found_by": [*methods, *controls]},
-        attrs={"site": site, "train_swaps": [len(one.train) for one in told],
-               "test_swaps": [len(one.test) for one in told], "test_entities": [len(one.test.entities) for one in told],
-               "control": "; ".join(SAID[name] for name in (*methods, *controls) if name in SAID) or "none"},
+        coords={"attribute": [one.name for one in swapped], "found_by": [*methods, *controls]},
+        attrs={"site": site, "train_swaps": [len(one.train) for one in swapped],
+               "test_swaps": [len(one.test) for one in swapped],
+               "test_entities": [len(one.test.entities) for one in swapped],
+               "control": "; ".join(MEANS[name] for name in (*methods, *controls) if name in MEANS) or "none"},
     )  # fmt: skip
 
 
-def _told(
+def _swaps_of(
     model: Model, data: Any, kind: str, attributes: Any, others: Any, entities: int, templates: int, each: int, at: str
 ) -> tuple[list[AttributeSwaps], dict[str, float]]:
     """By attribute, the swaps of both halves; and the share of questions that the model answers."""
@@ -188,17 +196,17 @@ def _told(
     known = {name: share for name, (share, _, _) in shares(asked).items()}
     there = dict.fromkeys(q.entity for q in asked)
     halves = [[name for name in there if (data.split[name] == "train") == train] for train in (True, False)]
-    told: list[AttributeSwaps] = []
+    swapped: list[AttributeSwaps] = []
     for name in chosen:
         both = [of_asked(asked, name, own, each=each, seed=seed) for own in halves]
         for own, what in zip(both, ("training", "held-out"), strict=True):
             require_both(own, name, what, sum(q.known for q in asked) / len(asked))
-        told.append(AttributeSwaps(name, *both))
-    return told, known
+        swapped.append(AttributeSwaps(name, *both))
+    return swapped, known
 
 
 def _ways(
-    told: Sequence[AttributeSwaps], methods: tuple[str, ...], controls: tuple[str, ...]
+    swapped: Sequence[AttributeSwaps], methods: tuple[str, ...], controls: tuple[str, ...]
 ) -> tuple[tuple[str, ...], ...]:
     """The methods and controls that say something of these swaps.
 
@@ -209,13 +217,13 @@ def _ways(
     named = (*methods, *controls)
     if not methods or len(set(named)) < len(named):
         raise error(ArgumentError, "ways are named once each", got=", ".join(named) or "none", do="name others")
-    if "mdas" in methods and not any(len(one.train.of("isolate")) for one in told):
+    if "mdas" in methods and not any(len(one.train.of("isolate")) for one in swapped):
         if methods != DEFAULT_METHODS:
             do = 'take "das"'
             raise error(ArgumentError, "mdas is das where no swap wants isolation", got=", ".join(methods), do=do)
         methods = tuple(name for name in methods if name != "mdas")
     if "placebo" in controls:
-        few = next((part for one in told for part in (one.train, one.test) if len(part.labels) < FOR_PLACEBO), None)
+        few = next((part for one in swapped for part in (one.train, one.test) if len(part.labels) < FOR_PLACEBO), None)
         if few is not None and controls != DEFAULT_CONTROLS:
             few.placebo()  # says why there is none
         controls = controls if few is None else ()
@@ -224,19 +232,22 @@ def _ways(
 
 def _judged(
     model: Model,
-    site: str,
+    runs: Runs,
     one: AttributeSwaps,
-    methods: Sequence[str],
-    controls: Sequence[str],
+    ways: tuple[Sequence[str], Sequence[str]],
     plan: Plan,
     lr: float | None,
+    features: Features | None,
 ) -> tuple[list[dict[str, float]], float]:
     """What each method and control reaches with one attribute, and the share of its base prompts that are answered."""
-    (train, share), (test, _) = prepared(model, one.train, site), prepared(model, one.test, site)
+    (site,) = runs.sites
+    (train, share), (test, _) = (prepared(model, own, site, runs) for own in (one.train, one.test))
 
-    def judged(ways: tuple[Exchange, Exchange], method: str, stage: str) -> dict[str, float]:
-        found = found_in(ways[0], method, plan, share, given_lr=lr)
-        return scores(ways[1], found, f"judging {stage}, {one.name}")
+    methods, controls = ways
+
+    def judged(pair: tuple[Exchange, Exchange], method: str, stage: str) -> dict[str, float]:
+        found = found_in(pair[0], method, plan, share, given_lr=lr, features=features)
+        return scores(pair[1], found, f"judging {stage}, {one.name}")
 
     rows = [judged((train, test), name, name) for name in methods]
     if "placebo" in controls:

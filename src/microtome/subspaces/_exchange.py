@@ -5,19 +5,19 @@ Only what comes after the site is computed: the stream that enters its layer is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from microtome.anatomy import parse
+from microtome.anatomy import Site, at_least_float32, parse
 from microtome.context import current
 from microtome.edit import Apply, Edit
 from microtome.errors import EditError, PromptError, SiteError, error
 from microtome.model import Model
-from microtome.subspaces._subspace import site_of
+from microtome.subspaces._subspace import Subspace, site_of
 from microtome.subspaces._swaps import Swap
 
 T = TypeVar("T")
@@ -26,6 +26,68 @@ AT_ONCE = 2048
 """Tokens, pads included, per forward."""
 CLOSE = 1e-3
 """How far apart the logits of a whole run and of one from the site's layer on may lie, in standard deviations."""
+ROUNDINGS = 16
+"""Likewise, in units of the rounding of the model's numbers, where these are coarser."""
+
+
+class Kept(NamedTuple):
+    """What is kept of the run of one prompt.
+
+    Attributes:
+        held: by address, [pos, d] of the site, and the stream that enters the first layer to be run again.
+        said: the likeliest next token.
+        last: the logits behind the prompt, if they were asked for.
+    """
+
+    held: dict[str, Tensor]
+    said: int
+    last: Tensor | None
+
+
+class Runs:
+    """Runs of prompts of one model, kept for any number of exchanges at some sites: no prompt is run twice.
+
+    Cost:     a forward a prompt; of each, a vector of every site and position, and of the stream behind each site.
+    Check:    exchanges with kept runs equal those without; tests/laws/test_subspaces.py.
+
+    Args:
+        model: a causal model.
+        sites: addresses, each one site of one layer.
+    """
+
+    def __init__(self, model: Model, sites: Sequence[str]) -> None:
+        self.model, self._kept = model, dict[tuple[int, ...], Kept]()
+        self._enters = {str(parse(site)): _enters(model, site) for site in sites}
+        self._wanted = list(dict.fromkeys([*self._enters, *filter(None, self._enters.values())]))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Their addresses."""
+        return tuple(self._enters)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def run(self, rows: Iterable[tuple[int, ...]], logits: Collection[tuple[int, ...]] = ()) -> None:
+        """Run those of some prompts that were not run yet, and keep the logits behind some of them."""
+        every = {**dict.fromkeys(rows), **dict.fromkeys(logits)}
+        new = [r for r in every if r not in self._kept or (r in logits and self._kept[r].last is None)]
+        done = 0
+        for some in _parts(sorted(new, key=len), AT_ONCE, len):
+            run = self.model.run([list(tokens) for tokens in some], capture=self._wanted)
+            for i, (tokens, (first, n)) in enumerate(zip(some, run.batch.spans, strict=True)):
+                held = {a: run[a][i, first : first + n].reshape(n, -1).clone() for a in self._wanted}
+                last = run.logits[i, first + n - 1]
+                self._kept[tokens] = Kept(held, int(last.argmax()), last.clone() if tokens in logits else None)
+            done += len(some)
+            current().report("running prompts", done, len(new))
+
+    def __getitem__(self, tokens: tuple[int, ...]) -> Kept:
+        return self._kept[tokens]
+
+    def enters(self, site: str, tokens: tuple[int, ...]) -> Tensor:
+        """The stream [pos, d_model] that enters the first layer to be run again when a site is changed."""
+        return self._kept[tokens].held[self._enters[site]]
 
 
 class Exchange:
@@ -33,12 +95,12 @@ class Exchange:
 
     Attributes:
         swaps: the interchanges.
-        base, source: [swap, d] what the site holds at their two places.
+        base, source: [swap, d] what the site holds at their two places, in float32 or finer.
         said: the token by which the model continues each base prompt without a swap.
         known: whether that is the base's own answer; of a pair, whether the model prefers that to the label.
     """
 
-    def __init__(self, model: Model, site: str, swaps: Sequence[Swap]) -> None:
+    def __init__(self, model: Model, site: str, swaps: Sequence[Swap], runs: Runs | None = None) -> None:
         if not swaps:
             raise error(PromptError, "there is nothing to swap", do="give at least one swap")
         for number, s in enumerate(swaps):
@@ -53,13 +115,12 @@ class Exchange:
         last = model.anatomy.n_layers - 1
         layer = self._site.layer
         self._direct = self._site.name == "resid_pre" or (self._site.name == "resid_post" and layer != last)
-        self._start = None if layer is None else layer + int(self._site.name == "resid_post" and layer != last)
+        self._start = start_of(model, self._site)
         self._final = f"{last}.resid_post"
         self._readable = _readable(model) and (layer is not None or self._site.name == "embed")
-        rows = {s.base: 0 for s in self.swaps} | {s.source: 0 for s in self.swaps}
-        self._rows = {tokens: i for i, tokens in enumerate(rows)}
         self._streams: list[Tensor] = []
-        self.base, self.source, self.said, self.known = self._look(list(rows))
+        self.runs = Runs(model, [self.address]) if runs is None else runs
+        self.base, self.source, self.said, self.known = self._look()
 
     def __len__(self) -> int:
         return len(self.swaps)
@@ -80,38 +141,23 @@ class Exchange:
         made.__dict__ |= self.__dict__ | {"swaps": tuple(swaps)}
         return made
 
-    def _look(self, rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, list[int], list[bool]]:
+    def _look(self) -> tuple[Tensor, Tensor, list[int], list[bool]]:
         """What the site holds at the places of all swaps, and what the model says; keeps the streams it starts from."""
-        bases: dict[tuple[int, ...], list[int]] = {}
-        for number, swap in enumerate(self.swaps):
-            bases.setdefault(swap.base, []).append(number)
-        streams: dict[tuple[int, ...], Tensor] = {}
-        held: dict[tuple[int, ...], Tensor] = {}
-        said, known = [-1] * len(self.swaps), [False] * len(self.swaps)
-        enters = None if self._start is None else f"{self._start}.resid_pre"
-        wanted = [self.address, *([] if enters is None or enters == self.address else [enters])]
-        done = 0
-        for some in _parts(sorted(rows, key=len), AT_ONCE, len):
-            with_logits = any(tokens in bases for tokens in some)
-            run = self.model.run([list(tokens) for tokens in some], capture=wanted, logits=with_logits)
-            x = run[self.address]
-            for i, (tokens, (first, n)) in enumerate(zip(some, run.batch.spans, strict=True)):
-                held[tokens] = x[i, first : first + n].reshape(n, -1).clone()
-                for number in bases.get(tokens, ()):
-                    swap, z = self.swaps[number], run.logits[i, first + n - 1]
-                    said[number] = int(z.argmax())
-                    known[number] = bool(z[swap.own] > z[swap.label]) if swap.pair else said[number] == swap.own
-                if tokens in bases and enters is not None:
-                    streams[tokens] = run[enters][i, first : first + n].clone()
-            done += len(some)
-            current().report("running prompts", done, len(rows))
+        runs, pairs = self.runs, {s.base for s in self.swaps if s.pair}
+        runs.run([tokens for s in self.swaps for tokens in (s.base, s.source)], pairs)
+        said = [runs[s.base].said for s in self.swaps]
+        known = [self._prefers(s) if s.pair else one == s.own for s, one in zip(self.swaps, said, strict=True)]
         if self._start is not None:
-            self._streams = [streams[s.base] for s in self.swaps]
+            self._streams = [runs.enters(self.address, s.base) for s in self.swaps]
             self._check()
-        base, source = ([held[tokens][at] for tokens, at in places] for places in (
-            [(s.base, s.base_at) for s in self.swaps], [(s.source, s.source_at) for s in self.swaps],
-        ))  # fmt: skip
-        return torch.stack(base), torch.stack(source), said, known
+        base = torch.stack([runs[s.base].held[self.address][s.base_at] for s in self.swaps])
+        source = torch.stack([runs[s.source].held[self.address][s.source_at] for s in self.swaps])
+        return at_least_float32(base), at_least_float32(source), said, known
+
+    def _prefers(self, swap: Swap) -> bool:
+        """Whether the model prefers a base's own answer to the label."""
+        last = self.runs[swap.base].last
+        return last is not None and bool(last[swap.own] > last[swap.label])
 
     def _check(self) -> None:
         """Start in the middle only where that gives what a whole run gives; else run whole."""
@@ -120,7 +166,8 @@ class Exchange:
         wanted = torch.stack([whole.logits[i, a + n - 1] for i, (a, n) in zip(few, whole.batch.spans, strict=True)])
         try:
             found = self.logits(few)
-            near = (found - wanted).abs().max() <= CLOSE * wanted.float().std()
+            allowed = max(CLOSE, ROUNDINGS * torch.finfo(self.model.dtype).eps)
+            near = (found - wanted).abs().max() <= allowed * wanted.float().std()
         except (EditError, SiteError):
             near = False
         if not bool(near):
@@ -165,9 +212,9 @@ class Exchange:
         return self.model.run(batch, (), edits, grad=grad, **options).logits[rows, last]
 
     def gaps(
-        self, part: Callable[[Tensor], Tensor], *, stage: str = "swapping"
+        self, part: Subspace | Callable[[Tensor], Tensor], *, stage: str = "swapping"
     ) -> tuple[Int[Tensor, " swap"], Float[Tensor, " swap"]]:
-        """What the model says with part(source - base) added to the base's vector, and logit(label) - logit(own)."""
+        """What the model says with a subspace, or part(source - base), swapped, and logit(label) - logit(own)."""
         said = torch.zeros(len(self), dtype=torch.long)
         gaps = torch.zeros(len(self), dtype=torch.float64)
         own = torch.tensor([s.own for s in self.swaps], device=self.model.device)
@@ -175,8 +222,9 @@ class Exchange:
         done = 0
         for some in _parts(order, AT_ONCE, lambda i: len(self.swaps[i].base)):
             with torch.no_grad():
-                base = self.base[some]
-                logits = self.logits(some, base + part(self.source[some] - base)).double()
+                base, source = self.base[some], self.source[some]
+                moved = part.moved(base, source) if isinstance(part, Subspace) else part(source - base)
+                logits = self.logits(some, base + moved).double()
             said[some] = logits.argmax(-1).cpu()
             both = (logits.gather(-1, ids[some].unsqueeze(-1)).squeeze(-1) for ids in (self.labels, own))
             label, rest = both
@@ -185,7 +233,7 @@ class Exchange:
             current().report(stage, done, len(self))
         return said, gaps
 
-    def hits(self, part: Callable[[Tensor], Tensor], *, stage: str = "swapping") -> Float[Tensor, " swap"]:
+    def hits(self, part: Subspace | Callable[[Tensor], Tensor], *, stage: str = "swapping") -> Float[Tensor, " swap"]:
         """[swap] 1 where the model then says the label, of a pair prefers it to the base's own answer; else 0."""
         said, gaps = self.gaps(part, stage=stage)
         return self.reached(said, gaps)
@@ -194,6 +242,21 @@ class Exchange:
         """[swap] 1 where a label is reached, by what `gaps` gives."""
         pair = torch.tensor([s.pair for s in self.swaps])
         return torch.where(pair, gaps > 0, said == self.labels.cpu()).double()
+
+
+def start_of(model: Model, site: Site) -> int | None:
+    """The first layer to be run again when a site is changed; None where all are."""
+    last = model.anatomy.n_layers - 1
+    return None if site.layer is None else site.layer + int(site.name == "resid_post" and site.layer != last)
+
+
+def _enters(model: Model, site: str) -> str:
+    """The address of the stream that enters the first layer to be run again; empty where all are."""
+    found = site_of(model, site)
+    start = start_of(model, found)
+    if start is None:
+        return ""
+    return f"{start}.resid_pre" if start == found.layer else str(parse(site))
 
 
 def _readable(model: Model) -> bool:

@@ -5,14 +5,17 @@ Formula:  see the head of subspaces/_learned.py for what is learned. Of what is 
           pca      the principal components of X, those with the largest F of an analysis of variance of y first
           probe    the span of the coefficients of a multinomial logistic regression of y on X, largest first
           neurons  the coordinates with the largest F of y
+          dictionary  the features of a dictionary with the largest F of y, or the largest weights of a probe of y; see
+                   the head of subspaces/_dictionary.py
           random   a random rotation;  whole: the whole space
 """
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,16 +25,28 @@ from torch import Tensor
 from microtome.context import current
 from microtome.errors import ArgumentError, PromptError, error
 from microtome.model import Model
-from microtome.subspaces._exchange import Exchange
+from microtome.subspaces._dictionary import Dictionary
+from microtome.subspaces._exchange import Exchange, Runs
 from microtome.subspaces._learned import Plan, boundless, neuron_mask, rotation
-from microtome.subspaces._reader import has_reader, reader, row_share
+from microtome.subspaces._reader import has_reader
+from microtome.subspaces._score import read_parts
 from microtome.subspaces._subspace import Subspace
 from microtome.subspaces._swaps import Swaps, require_known, require_rank, require_swaps
 
-METHODS = ("das", "mdas", "boundless", "mask", "pca", "probe", "neurons", "random", "whole")
+METHODS = ("das", "mdas", "boundless", "mask", "pca", "probe", "neurons", "dictionary", "random", "whole")
+CHOOSE = ("difference", "probe")
 LEARNED = {"das": rotation, "mdas": rotation, "boundless": boundless, "mask": neuron_mask}
 LR = {"das": 0.01, "mdas": 0.01, "boundless": 0.005, "mask": 0.05}
 """Learning rates that are ours: no paper gives one for models of this size."""
+Given = Dictionary | Tensor | Mapping[str, Any] | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Features:
+    """A dictionary, and how its features are chosen."""
+
+    dictionary: Dictionary
+    choose: str = "difference"
 
 
 def find(
@@ -46,6 +61,8 @@ def find(
     lr: float | None = None,
     rows: int = 16,
     sparsity: float = 0.01,
+    dictionary: Given | None = None,
+    choose: str = "difference",
     seed: int | None = None,
 ) -> Subspace:
     """Find the subspace of a site that carries what the swaps want to be changed.
@@ -64,7 +81,8 @@ def find(
         model: a causal model.
         swaps: the interchanges to learn from.
         site: one site of one layer, such as "12.resid_post".
-        rank: of the subspace; not of "boundless" and "mask", which choose it, and of "whole".
+        rank: of the subspace, or the number of features of a dictionary; not of "boundless" and "mask", which choose
+            it, and of "whole".
         method: "das" learns from swaps that want a cause alone, "mdas", "boundless" and "mask" from both kinds.
         isolate: weight of the swaps that should change nothing.
         steps: of the training.
@@ -72,28 +90,56 @@ def find(
         rows: swaps per step.
         sparsity: weight of the mean of the mask, of "boundless" and "mask"; above 0, so that dimensions that do not
             matter are left out.
+        dictionary: of "dictionary": directions [feature, d], a sparse autoencoder, or a file; see `Dictionary.read`.
+        choose: how its features are chosen: by the "difference" of their codes between answers (largest F), or by the
+            weights of a "probe" of the answer.
         seed: of the start and the draws; that of the settings by default.
 
     Returns:
         A `Subspace`. Its attrs say how it was trained, and `known`, the share of base prompts that the model answers as
-        the swaps say; the others are left out. Of neurons and heads they say `row_share`, how much of it is read at
-        all: see `split_direction`.
+        the swaps say; the others are left out. Where one matrix reads the site (neurons, a head) they say too how much
+        of the subspace is read, `row_share`, and how often the swaps that want a cause succeed with its part in that
+        matrix's row space alone, `cause_row`, and with the rest, `cause_null`: see `split_direction`. Of a dictionary
+        with an encoder `codes` are swapped in place of the projection.
 
     Raises:
         PromptError: the model answers none of the base prompts as the swaps say, or none wants a cause.
         SiteError: the site is not one place of one layer.
-        ArgumentError: the rank is larger than the site, there is no such method, or they are no `Swaps`.
+        ArgumentError: the rank is too large, there is no such method, they are no `Swaps`, or a dictionary does not
+            fit.
+        DataError: the file of the dictionary cannot be read.
         FitError: a mask did not decide, or the loss is no number.
     """
+    features = features_of(dictionary, method, choose)
     ready, known = prepared(model, swaps, site)
     plan = Plan(
         rank, isolate, steps, 0.0 if lr is None else lr, rows, sparsity, current().seed if seed is None else seed
     )
-    return found_in(ready, method, plan, known, given_lr=lr)
+    found = found_in(ready, method, plan, known, given_lr=lr, features=features)
+    if not has_reader(found.site) or not found.rank:
+        return found
+    return replace(found, attrs={**found.attrs, **read_parts(ready, found, "dividing")})
 
 
-def prepared(model: Model, swaps: Swaps, site: str) -> tuple[Exchange, float]:
-    """The swaps that the model answers, ready to be run, and their share.
+def features_of(given: Given | None, method: str, choose: str = "difference") -> Features | None:
+    """The dictionary that was given, with how its features are chosen.
+
+    Raises:
+        ArgumentError: it is given to another method or missing, is no dictionary, or there is no such choice.
+        DataError: its file cannot be read.
+    """
+    if (given is None) == (method == "dictionary"):
+        got = f'method="{method}" and {"no dictionary" if given is None else "a dictionary"}'
+        do = 'give method="dictionary" and dictionary='
+        raise error(ArgumentError, "a dictionary and its method go together", got=got, do=do)
+    if choose not in CHOOSE:
+        allowed, do = ", ".join(CHOOSE), "name one of these"
+        raise error(ArgumentError, "no such way to choose features", got=repr(choose), allowed=allowed, do=do)
+    return None if given is None else Features(Dictionary.read(given), choose)
+
+
+def prepared(model: Model, swaps: Swaps, site: str, runs: Runs | None = None) -> tuple[Exchange, float]:
+    """The swaps that the model answers, ready to be run, and their share; with runs of their prompts, if there are.
 
     Raises:
         PromptError: it answers none of the base prompts, or no swap wants a cause.
@@ -101,14 +147,22 @@ def prepared(model: Model, swaps: Swaps, site: str) -> tuple[Exchange, float]:
     """
     require_swaps(swaps)
     model.require_next_token()
-    ready = Exchange(model, site, swaps.swaps)
+    ready = Exchange(model, site, swaps.swaps, runs)
     kept, share = require_known(swaps, ready.known, model.anatomy.name)
     if not len(kept.of("cause")):
         raise error(PromptError, "no swap wants a cause", got=repr(kept), do="give some whose label is the source's")
-    return (ready if share == 1.0 else Exchange(model, site, kept.swaps)), share
+    return (ready if share == 1.0 else Exchange(model, site, kept.swaps, ready.runs)), share
 
 
-def found_in(ready: Exchange, method: str, plan: Plan, known: float, *, given_lr: float | None = None) -> Subspace:
+def found_in(
+    ready: Exchange,
+    method: str,
+    plan: Plan,
+    known: float,
+    *,
+    given_lr: float | None = None,
+    features: Features | None = None,
+) -> Subspace:
     """The subspace that a method finds with swaps that are ready to be run.
 
     Raises:
@@ -120,6 +174,8 @@ def found_in(ready: Exchange, method: str, plan: Plan, known: float, *, given_lr
             ArgumentError, "no such way to find a subspace", got=repr(method), allowed=", ".join(METHODS), do=do
         )
     model, site = ready.model, ready.address
+    if features is not None and method == "dictionary":
+        return _of_features(ready, features, plan, known)
     if method not in ("boundless", "mask", "whole"):
         require_rank(plan.rank, ready.width, site)
     attrs: dict[str, Any] = {"known": known, "swaps": len(ready)}
@@ -132,10 +188,30 @@ def found_in(ready: Exchange, method: str, plan: Plan, known: float, *, given_lr
         basis = CHOSEN[method](ready, plan)
         attrs |= {"seed": plan.seed}
     known_of = model.provenance
-    found = Subspace(site, basis, method, known_of["model"], known_of["fingerprint"], attrs)
-    if not has_reader(site):
-        return found
-    return replace(found, attrs=attrs | {"row_share": row_share(found, reader(model, site))})
+    return Subspace(site, basis, method, known_of["model"], known_of["fingerprint"], attrs)
+
+
+def _of_features(ready: Exchange, features: Features, plan: Plan, known: float) -> Subspace:
+    """The features of a dictionary that tell the answers of the swaps best, with their span.
+
+    Raises:
+        ArgumentError: the dictionary is not as wide as the site, or has fewer features than are to be chosen.
+    """
+    site, whole = ready.address, features.dictionary
+    if whole.directions.shape[1] != ready.width:
+        got, do = f"directions of {whole.directions.shape[1]}", "give one of this site"
+        what = f"the dictionary is not as wide as {site}"
+        raise error(ArgumentError, what, got=got, allowed=str(ready.width), do=do)
+    if plan.rank > len(whole):
+        what, do = "the dictionary has fewer features than are to be chosen", "choose fewer"
+        raise error(ArgumentError, what, got=plan.rank, allowed=f"1 to {len(whole)}", do=do)
+    x, y = _labelled(ready)
+    order = {"difference": _by_f, "probe": _by_weight}[features.choose](whole.codes(torch.from_numpy(x)).numpy(), y)
+    chosen = [int(i) for i in order[: plan.rank]]
+    part = whole.only(chosen)
+    attrs = {"known": known, "swaps": len(ready), "features": chosen, "choose": features.choose, "of": len(whole)}
+    found = Subspace.of(ready.model, site, part.directions, "dictionary", **attrs)
+    return found if part.encoder is None else replace(found, codes=part)
 
 
 def _labelled(ready: Exchange) -> tuple[np.ndarray, np.ndarray]:
@@ -150,12 +226,31 @@ def _by_f(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The columns of x, the one that tells y best first."""
     from sklearn.feature_selection import f_classif
 
-    if len(set(y.tolist())) < 2:
-        raise error(PromptError, "the swaps have one answer alone", do="give swaps of several answers")
+    _require_answers(y)
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
         warnings.simplefilter("ignore")  # a constant column has no F
         f, _ = f_classif(x, y)
     return np.argsort(-np.nan_to_num(f, nan=-1.0, posinf=np.finfo(float).max), kind="stable")
+
+
+def _by_weight(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The columns of x, the one that a probe of y weighs most first; each in units of its spread."""
+    from sklearn.linear_model import LogisticRegression
+
+    _require_answers(y)
+    spread = x.std(0)
+    fitted = LogisticRegression(max_iter=1000).fit((x - x.mean(0)) / np.where(spread > 0, spread, 1.0), y)
+    return np.argsort(-np.linalg.norm(fitted.coef_, axis=0), kind="stable")
+
+
+def _require_answers(y: np.ndarray) -> None:
+    """Refuse swaps of one answer.
+
+    Raises:
+        PromptError: they are.
+    """
+    if len(set(y.tolist())) < 2:
+        raise error(PromptError, "the swaps have one answer alone", do="give swaps of several answers")
 
 
 def _pca(ready: Exchange, plan: Plan) -> Tensor:
@@ -172,8 +267,7 @@ def _probe(ready: Exchange, plan: Plan) -> Tensor:
     from sklearn.linear_model import LogisticRegression
 
     x, y = _labelled(ready)
-    if len(set(y.tolist())) < 2:
-        raise error(PromptError, "the swaps have one answer alone", do="give swaps of several answers")
+    _require_answers(y)
     # One scale for all: with one for each coordinate, those that hardly vary would carry the directions.
     fitted = LogisticRegression(max_iter=1000).fit((x - x.mean(0)) / x.std(0).max(), y)
     _, size, directions = np.linalg.svd(fitted.coef_, full_matrices=False)

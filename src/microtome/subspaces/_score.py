@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -38,7 +39,15 @@ def scores(test: Exchange, subspace: Subspace, stage: str = "judging") -> dict[s
 
     NaN where no swap wants the one or the other.
     """
-    hits = test.hits(projection(subspace.basis), stage=stage)
+    found = over_entities(test, test.hits(subspace, stage=stage))
+    found |= {"rank": float(subspace.rank)} | dict.fromkeys(PLAIN[1:], torch.nan)
+    if has_reader(subspace.site) and subspace.rank:
+        found |= read_parts(test, subspace, stage)
+    return found
+
+
+def over_entities(test: Exchange, hits: Float[Tensor, " swap"]) -> dict[str, float]:
+    """Cause, isolate and disentangle of hits, or of the differences of two ways' hits, with intervals over entities."""
     cause, isolate = (by_entity(test, hits, wants) for wants in ("cause", "isolate"))
     names = list(dict.fromkeys([*cause, *isolate]))
     sums = [torch.tensor([own.get(name, 0.0) for name in names], dtype=torch.float64) for own in (cause, isolate)]
@@ -48,11 +57,7 @@ def scores(test: Exchange, subspace: Subspace, stage: str = "judging") -> dict[s
     if cause and isolate:  # entities may have the one or the other alone: the mean of two means, jackknifed together
         both = difference_interval(sums[0] / 2, -sums[1] / 2, weights=counts[0], control_weights=counts[1])
         ends["disentangle"] = tuple(float(x) for x in both)
-    found = {f"{name}{end}": x for name, own in ends.items() for end, x in zip(ENDS, own, strict=True)}
-    found |= {"rank": float(subspace.rank)} | dict.fromkeys(PLAIN[1:], torch.nan)
-    if has_reader(subspace.site) and subspace.rank:
-        found |= _read(test, subspace, stage)
-    return found
+    return {f"{name}{end}": x for name, own in ends.items() for end, x in zip(ENDS, own, strict=True)}
 
 
 def _mean(values: list[float]) -> tuple[float, ...]:
@@ -62,15 +67,25 @@ def _mean(values: list[float]) -> tuple[float, ...]:
     return tuple(float(x) for x in mean_interval(torch.tensor(values, dtype=torch.float64)))
 
 
-def _read(test: Exchange, subspace: Subspace, stage: str) -> dict[str, float]:
+def read_parts(test: Exchange, subspace: Subspace, stage: str) -> dict[str, float]:
     """What of a subspace is read, and the cause of the two parts alone: the check against the illusion."""
     rows = reader(test.model, subspace.site)
     found = {"row_share": row_share(subspace, rows)}
-    for name, basis in divided(subspace, rows).items():
-        hits = test.hits(projection(basis), stage=f"{stage}, {name} part")
+    for name, part in parts_of(subspace, rows).items():
+        hits = test.hits(part, stage=f"{stage}, {name} part")
         cause = by_entity(test, hits, "cause")
         found[f"cause_{name}"] = sum(cause.values()) / len(cause) if cause else torch.nan
     return found
+
+
+def parts_of(subspace: Subspace, rows: Float[Tensor, "rank d"]) -> dict[str, Subspace]:
+    """The parts of a subspace, or of the directions of its codes, in a row space and outside it."""
+    if subspace.codes is None:
+        return {name: replace(subspace, basis=basis) for name, basis in divided(subspace, rows).items()}
+    directions = subspace.codes.directions
+    inside = (directions @ rows.T) @ rows
+    parts = {"row": inside, "null": directions - inside}
+    return {name: replace(subspace, codes=replace(subspace.codes, directions=x)) for name, x in parts.items()}
 
 
 def by_entity(ready: Exchange, hits: Float[Tensor, " swap"], wants: Wants) -> dict[str, float]:

@@ -20,6 +20,7 @@ from microtome.errors import ArgumentError, DataError, SiteError, error
 from microtome.files import atomic
 from microtome.model import Model
 from microtome.shown import in_notebooks
+from microtome.subspaces._dictionary import Dictionary
 
 TOLERANCE = 1e-6
 SHOWN = 12
@@ -39,6 +40,8 @@ class Subspace:
         model: name of the model that it is of.
         fingerprint: of that model's weights.
         attrs: how it was found, as plain values.
+        codes: features of a dictionary with an encoder, whose codes are swapped in place of the projection on the
+            basis, which is then the span of their directions.
 
     Raises:
         ArgumentError: the basis is not orthonormal to 1e-6.
@@ -50,6 +53,7 @@ class Subspace:
     model: str
     fingerprint: str
     attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    codes: Dictionary | None = None
 
     def __post_init__(self) -> None:
         basis = self.basis.detach().double().cpu()
@@ -107,6 +111,10 @@ class Subspace:
         q = self.basis.to(device=x.device, dtype=x.dtype)
         return (x @ q.T) @ q
 
+    def moved(self, base: Float[Tensor, "*at d"], source: Float[Tensor, "*at d"]) -> Float[Tensor, "*at d"]:
+        """What is added to the base where the source's part replaces its own: (source - base) Qᵀ Q, or of its codes."""
+        return self.part(source - base) if self.codes is None else self.codes.moved(base, source)
+
     def overlap(self, other: Subspace) -> float:
         """The mean squared cosine of the principal angles with another subspace: 1 where one lies in the other.
 
@@ -143,8 +151,11 @@ class Subspace:
             rows: of the batch; all by default.
 
         Raises:
-            ArgumentError: the run is of another model.
+            ArgumentError: the run is of another model, or what is swapped are codes, which are no projection.
         """
+        if self.codes is not None:
+            what, do = f"codes of {self.site} are swapped by no patch", "use moved(base, source), or no encoder"
+            raise error(ArgumentError, what, got=repr(self.codes), allowed="a projection", do=do)
         own = getattr(source, "provenance", {}).get("fingerprint", self.fingerprint)
         if own != self.fingerprint:
             raise error(
@@ -156,14 +167,18 @@ class Subspace:
         return Patch(f"{self.site}{positions}", source=source, basis=basis, rows=rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to one safetensors file, the basis, with the rest as JSON in its metadata.
+        """Write it to one safetensors file: the basis and what reads codes, with the rest as JSON in its metadata.
 
         Raises:
             OutputError: the file cannot be written.
         """
         said = {n: getattr(self, n) for n in ("site", "method", "model", "fingerprint")} | {"attrs": dict(self.attrs)}
+        held = {"basis": self.basis}
+        if self.codes is not None:
+            held |= {f"codes.{name}": x for name, x in self.codes.tensors().items()}
+            said["codes"] = {"k": self.codes.k, "features": self.codes.features}
         with atomic(path, "the subspace to") as partial:
-            save_file(unshared({"basis": self.basis}), partial, metadata={"subspace": json.dumps(said)})
+            save_file(unshared(held), partial, metadata={"subspace": json.dumps(said)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Model | None = None) -> Subspace:
@@ -182,7 +197,13 @@ class Subspace:
                 said = (file.metadata() or {}).get("subspace")
                 if said is None:
                     raise ValueError("a file without a subspace")
-                found = cls(basis=file.get_tensor("basis"), **json.loads(said))
+                plain = json.loads(said)
+                if "codes" in plain:
+                    names = [name for name in list(file.keys()) if name.startswith("codes.")]
+                    tensors = {name.removeprefix("codes."): file.get_tensor(name) for name in names}
+                    features = tuple(plain["codes"]["features"])
+                    plain["codes"] = Dictionary(**tensors, k=plain["codes"]["k"], features=features)
+                found = cls(basis=file.get_tensor("basis"), **plain)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as problem:
             raise error(
                 DataError, f"cannot read a subspace from {path}", got=str(problem), do="save it again"
