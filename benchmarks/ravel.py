@@ -68,10 +68,10 @@ def asked_of(model: mt.Model, data: tasks.Ravel, path: Path | None, options: arg
     return found
 
 
-def limited(names: Sequence[str], most: int, seed: int) -> list[str]:
+def limited(names: list[str], most: int, seed: int) -> list[str]:
     """At most so many names, drawn by the seed."""
     order = np.random.default_rng(seed).permutation(len(names))[: most or None]
-    return [names[i] for i in sorted(order)]
+    return [names[int(i)] for i in sorted(order)]
 
 
 class Bench:
