@@ -53,7 +53,7 @@ OF = ("estimate",)
     ),
     cost="(L / every + 1) maps a prompt and estimate; one more model in memory, and an untrained one",
     check="tests/laws/test_attribution_check.py, tests/planted/test_spans.py",
-    call='mt.explain.attribution_check(model, "The capital of France is", estimates=["gradient", "legrad"])',
+    call='mt.explain.attribution_check(model, "The capital of France is", estimates=["legrad"])',
     reading="kept near 1 at a layer says that the map hardly depends on what layers from there on have learned.",
     needs=("next token",),
 )  # fmt: skip
