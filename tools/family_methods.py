@@ -20,7 +20,7 @@ GIVEN: dict[str, Any] = {
     "folds": 3,
 }  # fmt: skip
 """Arguments by name; a new method is tried with these and its own defaults."""
-OTHERS = ("circuit_recovery",)  # of compiled programs
+OTHERS = ("circuit_recovery", "node_recovery")  # of planted models
 
 
 class Reader:

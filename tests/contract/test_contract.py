@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -168,7 +168,7 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
         found |= {"prompts": rows(12).tolist(), "answers": [own] * 12, "steps": 12, "rows": 4, "lr": 0.02}
     found |= own_of(name, kind)
     if name == "referee":
-        found = {"of": ["induction"], "pairs": 1, "top": 3, "programs": 0, "estimates": ["atp", "eap"]}
+        found = {"of": ["induction"], "pairs": 1, "top": 3, "programs": 0, "trained": 0, "estimates": ["atp", "eap"]}
         names = set(found)
     if name == "excite":
         found |= {"unit": "1.mlp.post[2]", "steps": 2, "starts": 2}
@@ -188,11 +188,18 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k in names}
 
 
+PLANTED: dict[str, Callable[[], mt.planted.Planted]] = {
+    "circuit_recovery": lambda: mt.planted.program("successors"),
+    "node_recovery": lambda: mt.planted.trained("repeats"),
+}
+"""What methods of planted models are tried on."""
+
+
 def subject(name: str, kind: str) -> Any:
     """What a method is tried on: a tiny model, or for those that take a planted one, that."""
     if name in ("assess", "referee"):  # whose tasks are of random ids where there is no tokenizer
         return untold(kind)
-    return mt.planted.program("successors") if name == "circuit_recovery" else model(kind)
+    return PLANTED[name]() if name in PLANTED else model(kind)
 
 
 def run(name: str, kind: str, *, seed: int = 0, given: Mapping[str, Any] | None = None) -> Any:
@@ -213,7 +220,8 @@ def run(name: str, kind: str, *, seed: int = 0, given: Mapping[str, Any] | None 
 
 
 def kinds(name: str) -> tuple[str, ...]:
-    own = {"circuit_recovery": KINDS[:1], "mlp_roles": KINDS[:3], **dict.fromkeys(OF_EXPERTS, ("mixtral", "gpt_oss"))}
+    own = {**dict.fromkeys(PLANTED, KINDS[:1]), "mlp_roles": KINDS[:3]}
+    own |= dict.fromkeys(OF_EXPERTS, ("mixtral", "gpt_oss"))
     return own.get(name, KINDS)
 
 
@@ -451,8 +459,8 @@ def test_every_method_runs_on_every_family_that_opens(kind: str) -> None:
     """Or it is refused by name, and just those that cannot be asked are."""
     refused: dict[str, str] = {}
     for name in METHODS:
-        if name == "circuit_recovery":
-            continue  # of compiled programs
+        if name in PLANTED:
+            continue
         try:
             made = run(name, kind)
         except mt.errors.MicrotomeError as problem:

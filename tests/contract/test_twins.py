@@ -10,9 +10,9 @@ import pytest
 import torch
 import xarray as xr
 from tests import twins
-from tests.contract.test_contract import OF_EXPERTS, RESULTS, arguments, model, numbers, run
+from tests.contract.test_contract import OF_EXPERTS, PLANTED, RESULTS, arguments, model, numbers, run
 
-ON_MODELS = [name for name in RESULTS if name not in ("circuit_recovery", *OF_EXPERTS)]
+ON_MODELS = [name for name in RESULTS if name not in (*PLANTED, *OF_EXPERTS)]
 BRANCHES = {"sites": ["mlp_out", "attn_out"]}
 WAYS: dict[str, tuple[dict[str, Any], ...]] = {
     "attribute": (BRANCHES, {"method": "relp"}, {"method": "eap"}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -40,39 +42,62 @@ def test_what_was_not_measured_is_no_cell() -> None:
 
 def test_operations_are_counted_forward_and_backward() -> None:
     a, b = torch.randn(3, 5), torch.randn(5, 7, requires_grad=True)
-    assert operations(lambda: a @ b) == 2 * 3 * 5 * 7
-    assert operations(lambda: (a @ b).sum().backward()) == 2 * 2 * 3 * 5 * 7
+    assert operations(lambda: a @ b)[1] == 2 * 3 * 5 * 7
+    assert operations(lambda: (a @ b).sum().backward())[1] == 2 * 2 * 3 * 5 * 7
 
 
 def test_in_a_linear_network_every_estimate_is_exact() -> None:
     """But AtP*, whose dropped gradients are no first-order estimate of the whole."""
-    found = referee(linear(), of=("induction",), pairs=2, top=10, programs=0, estimates=("atp", "ig", "eap", "eap-ig"))
-    assert found["estimate"].values.tolist() == ["atp", "ig", "eap", "eap-ig"]
-    assert np.allclose(found["rank_correlation_each"], 1, atol=1e-3)
-    assert np.allclose(found["recall"], 1)
+    exact = ("atp", "ig", "eap", "eap-ig", "eap-ig-activations")
+    asked: dict[str, Any] = {"of": ("induction",), "pairs": 2, "top": 10, "programs": 0, "trained": 0}
+    found = referee(linear(), **asked, estimates=exact)
+    assert found["estimate"].values.tolist() == [*exact, "random"]
+    mine, chance = found.sel(estimate=list(exact)), found.sel(estimate="random")
+    assert np.allclose(mine["rank_correlation_each"], 1, atol=1e-3)
+    assert np.allclose(mine["recall"], 1)
     assert (found["recall_random"] < 0.6).all()
+    assert abs(float(chance["rank_correlation"])) < 0.4
+    assert float(chance["recall"]) < 0.6
+    assert float(chance["cost"]) == 0
     assert np.allclose(found["by_task"].sel(task="induction"), found["rank_correlation"])
     cost = dict(zip(found["estimate"].values, found["cost"].values, strict=True))
-    assert 2 < cost["atp"] < cost["eap"] < cost["eap-ig"]
+    assert 2 < cost["atp"] < cost["eap"] < cost["eap-ig"] < cost["eap-ig-activations"]
     assert found.attrs["seconds_eap-ig"] > 0
     assert "auc" not in found
 
 
+def test_edges_alone_have_their_own_chance() -> None:
+    asked: dict[str, Any] = {"of": ("induction",), "pairs": 2, "top": 10, "programs": 0, "trained": 0}
+    found = referee(linear(), **asked, estimates=("eap",))
+    assert found["estimate"].values.tolist() == ["eap", "random"]
+    assert abs(float(found["rank_correlation"].sel(estimate="random"))) < 0.6
+
+
 def test_programs_are_scored_and_ties_are_seen() -> None:
     model = mt.open(families.build("llama-gqa"))
-    found = referee(model, of=("induction",), pairs=1, top=5, programs=2, inputs=6, estimates=("relp", "eap", "eap-ig"))
+    estimates = ("relp", "eap", "eap-ig")
+    asked: dict[str, Any] = {"of": ("induction",), "pairs": 1, "top": 5, "programs": 2, "trained": 1, "inputs": 6}
+    found = referee(model, **asked, estimates=estimates)
     names = found["program"].values.tolist()
-    assert names == list(mt.planted.PROGRAMS)[:2]
-    exact = found["by_program"].sel(estimate="exact")
-    assert np.allclose(exact, 1)
+    assert names == [*list(mt.planted.PROGRAMS)[:2], f"{mt.planted.TRAINED[0]} (trained)"]
+    compiled = found.sel(program=names[:2])
+    assert np.allclose(compiled["by_program"].sel(estimate="exact"), 1)
+    assert np.allclose(compiled["by_program_nodes"].sel(estimate="exact"), 1)
     assert float(found["perfect"].sel(estimate="exact")) == 1
     assert bool(found["by_program"].sel(estimate="relp").isnull().all())
-    for name in names:
-        alone = mt.explain.circuit_recovery(mt.planted.program(name), pairs=6, estimates=("eap-ig",))
+    assert bool(found["by_program_nodes"].sel(estimate="eap").isnull().all())
+    assert not found["by_program"].sel(estimate="random").isnull().any()
+    assert not found["by_program_nodes"].sel(estimate="random").isnull().any()
+    its = (mt.planted.program(names[0]), mt.planted.program(names[1]), mt.planted.trained(mt.planted.TRAINED[0]))
+    for name, it in zip(names, its, strict=True):
+        alone = mt.explain.circuit_recovery(it, pairs=6, estimates=("eap-ig",))
         assert float(found["by_program"].sel(estimate="eap-ig", program=name)) == float(alone["auc_estimated"][0])
-    assert float(found["auc"].sel(estimate="eap")) == pytest.approx(
-        float(found["by_program"].sel(estimate="eap").mean())
-    )
+        alone = mt.explain.node_recovery(it, pairs=6, estimates=("relp",))
+        assert float(found["by_program_nodes"].sel(estimate="relp", program=name)) == float(alone["auc_estimated"][0])
+    for kind, one in (("", "eap"), ("_nodes", "relp")):
+        every = found[f"by_program{kind}"].sel(estimate=one)
+        assert float(found[f"auc{kind}"].sel(estimate=one)) == pytest.approx(float(every[:2].mean()))
+        assert float(found[f"auc{kind}_trained"].sel(estimate=one)) == pytest.approx(float(every[2]))
 
 
 def test_an_estimate_that_does_not_exist() -> None:
@@ -81,7 +106,7 @@ def test_an_estimate_that_does_not_exist() -> None:
     ):
         referee(linear(), estimates=("eap-gi",))
     with pytest.raises(ArgumentError, match="there is nothing to judge; got no task; allowed: indirect_object"):
-        referee(linear(), of=())
+        referee(linear(), of=(), programs=0, trained=0)
     with pytest.raises(ArgumentError, match="there is nothing to judge; got no estimate; allowed: atp, relp"):
         referee(linear(), estimates=())
 
@@ -92,5 +117,5 @@ def test_a_task_is_judged_by_its_own_pairs() -> None:
         board.put_outcome(pair, "atp", Outcome(value, 0.5, 0.1))
         board.put("cost", pair, "atp", 3.0)
         board.put("seconds", pair, "atp", 1.0)
-    found = board.found(["a", "a", "b"], ["a", "b"], [])
+    found = board.found(["a", "a", "b"], ["a", "b"])
     assert found.values["by_task"].tolist() == [[pytest.approx(0.2), pytest.approx(0.9)]]

@@ -6,6 +6,7 @@ import pytest
 
 import microtome as mt
 from microtome import planted
+from microtome.planted._exchange import Exchange
 
 
 @pytest.mark.parametrize("name", planted.TRAINED)
@@ -15,6 +16,25 @@ def test_exchanging_a_node_does_what_it_does_in_the_program(name: str) -> None:
     assert accuracy["behaviour"] > 0.99
     assert set(accuracy) == {"behaviour", *planted.nodes(it.model)[2:-1]}
     assert min(accuracy.values()) > 0.97, accuracy
+
+
+@pytest.mark.parametrize("name", planted.TRAINED)
+def test_edges_carry_what_they_carry_in_the_program(name: str) -> None:
+    it = planted.trained(name)
+    accuracy = planted.edge_accuracy(it, 64, seed=77)
+    inside = {tuple(edge) for edge in it.truth["edges"]}
+    places = it.truth["places"]
+    assert inside == {(places.get(u, u), places.get(v, v), x) for u, v, x in planted.program(name).truth["edges"]}
+    assert set(accuracy) == set(planted.edges(it.model))
+    assert min(accuracy.values()) > 0.97, accuracy
+    c = planted.corruptions(it, 64, seed=78)
+    made = Exchange.of(it.model, c)
+    base = made.base.logits[:, 1:].argmax(-1)
+    kept: dict[tuple[str, str, str], float] = {}
+    for edge in inside:
+        said = it.model.run(c.clean, edits=[made.edge(edge)]).logits[:, 1:].argmax(-1)
+        kept[edge] = float((said == base).double().mean())
+    assert max(kept.values()) < 0.95, kept
 
 
 @pytest.mark.parametrize("name", planted.TRAINED)

@@ -62,8 +62,8 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
     return found, time.perf_counter() - started
 
 
-def operations(work: Callable[[], object]) -> int:
-    """Floating-point operations of some work, forward and backward, as PyTorch counts them: matrix products."""
+def operations(work: Callable[[], T]) -> tuple[T, int]:
+    """What work gives, and its floating-point operations, forward and backward, as PyTorch counts them: products."""
     with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+        found = work()
+    return found, counter.get_total_flops()

@@ -41,6 +41,7 @@ from microtome.explain._lens_value import Lens as Lens
 from microtome.explain._linear_map import linear_map as linear_map
 from microtome.explain._memorised import memorised as memorised
 from microtome.explain._mlp_roles import mlp_roles as mlp_roles
+from microtome.explain._node_recovery import node_recovery as node_recovery
 from microtome.explain._on_off import on_off as on_off
 from microtome.explain._pairs import AnswerOfClean as AnswerOfClean
 from microtome.explain._pairs import Clean as Clean
@@ -51,7 +52,6 @@ from microtome.explain._pairs import ReadMetric as ReadMetric
 from microtome.explain._pairs import pairs_of as pairs_of
 from microtome.explain._patching import patch as patch
 from microtome.explain._prior import prior_and_context as prior_and_context
-from microtome.explain._recovery import POINTS as POINTS
 from microtome.explain._recovery import auc as auc
 from microtome.explain._recovery import circuit_recovery as circuit_recovery
 from microtome.explain._row_lens import row_lens as row_lens

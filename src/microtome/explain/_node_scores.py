@@ -18,7 +18,7 @@ from microtome.edit import Freeze
 from microtome.errors import PromptError, error
 from microtome.explain._atp_star import star_scores
 from microtome.explain._first_order import node_scores
-from microtome.explain._integrated import integrated_scores
+from microtome.explain._integrated import MOST_STEPS, integrated_scores
 from microtome.explain._layout import BY_UNIT, DEFAULT_SITES, named_sites
 from microtome.explain._layout import Sites as Sites
 from microtome.explain._pairs import Pairs
@@ -62,7 +62,15 @@ def dims_of(site: str) -> tuple[str, str]:
 
 
 def scores_of_nodes(
-    model: Model, pairs: Pairs, direction: str, *, method: str, rules: Freeze | None, sites: Sequence[str], steps: int
+    model: Model,
+    pairs: Pairs,
+    direction: str,
+    *,
+    method: str,
+    rules: Freeze | None,
+    sites: Sequence[str],
+    steps: int,
+    most: int = MOST_STEPS,
 ) -> NodeScores:
     """Scores of every site in every pair.
 
@@ -87,7 +95,7 @@ def scores_of_nodes(
     for some in pairs.batches(1 if method == "ig" else TOGETHER):
         batch = pairs.take(some)
         if method == "ig":
-            found = integrated_scores(model, batch, direction, rules, named, steps)
+            found = integrated_scores(model, batch, direction, rules, named, steps, most)
             ends[some], scores = found.ends, found.scores
             for name, by_site in (("ig_gap", found.gaps), ("ig_steps", found.steps)):
                 more.setdefault(name, []).append(torch.stack(list(by_site.values())))

@@ -3,29 +3,29 @@
 Formula:  an edge's score is the largest |change of any output| over pairs and over both corruptions, other tokens and
           shuffled positions; AUC is the share of (edge of the circuit, edge outside) of which the first has the higher
           score, a tie counting half.
-          The estimates beside it: |(what the sender writes in the corrupt run - in the clean one) . R|, R the gradient
-          at the receiver's input of m = d . outputs, d the unit vector along which the corruption moves the outputs;
-          the largest over the same pairs and corruptions. R is the mean of the gradients at some points of the way from
-          the clean embedding (0) to the corrupt one (1): eap at 0, clean-corrupted at 0 and 1, eap-ig at 5 of them from
-          the corrupt one on; eap-relp is eap with the backward rules of RelP.
+          The estimates beside it: the largest |score| of `attribute` over the same pairs and corruptions, of
+          m = d . outputs, d the unit vector along which the corruption moves the outputs, from the clean run on;
+          eap-relp is eap with the backward rules of RelP, and random draws scores at random.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
+from zlib import crc32
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from microtome.context import current
-from microtome.edit import Set
 from microtome.errors import DataError, ModelUnsupported, error
 from microtome.explain._attribution import RELP
+from microtome.explain._edge_scores import edge_scores
 from microtome.explain._edges import WRITTEN
-from microtome.explain._first_order import at_receivers, captures, contract
 from microtome.explain._graph import graph
+from microtome.explain._pairs import Pairs
 from microtome.method import Argument, Column, Found, Source, question, run_sweep
 from microtome.metric import FunctionMetric
 from microtome.model import Model
@@ -33,7 +33,9 @@ from microtome.planted import (
     Corruptions,
     Planted,
     PlantedForCausalLM,
+    by_place,
     corruptions,
+    place_ids,
     placed,
     receiver_of,
     sender_of,
@@ -42,11 +44,9 @@ from microtome.planted import (
 from microtome.sweep import Edge
 
 Corruption = Literal["tokens", "positions"]
-Estimate = Literal["eap", "eap-relp", "clean-corrupted", "eap-ig"]
-POINTS: dict[str, tuple[float, ...]] = {
-    "eap": (0.0,), "eap-relp": (0.0,), "clean-corrupted": (0.0, 1.0), "eap-ig": (1.0, 0.8, 0.6, 0.4, 0.2),
-}  # fmt: skip
-"""Where each estimate takes its gradient: shares of the way from the clean embedding to the corrupt one."""
+Estimate = Literal["eap", "eap-relp", "clean-corrupted", "eap-ig", "eap-ig-activations", "random"]
+STEPS = 5
+"""Points of the estimates that take gradients along a way."""
 
 CHANCE = "none: 0.5 is chance"
 TRUTH = "none: compare `true`, which says which edges are in the circuit"
@@ -75,7 +75,7 @@ EDGE = ("sender", "receiver")
             departs="uses a metric that needs no answer",
         ),
     ),
-    cost="per corruption, a sweep with one cell per edge and pair, and a forward and a backward per pair",
+    cost="per corruption, a sweep with one cell per edge and pair, and each estimate as `attribute` makes it",
     check="tests/planted/test_recovery.py",
     call='mt.explain.circuit_recovery(mt.planted.program("reverse"))',
 )  # fmt: skip
@@ -94,21 +94,18 @@ def circuit_recovery(
         DataError: the truth names no edges.
         ModelUnsupported: the truth is about another kind of model than a compiled one.
     """
-    _require_circuit(it)
+    require_planted(it, edges=True)
     c = corruptions(it, pairs, current().seed)
     parts = graph(it.model)
     names, mask = ["embed", "pos_embed", *parts.senders[1:]], torch.cat([parts.mask[:1], parts.mask])
     score = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.nan)
-    guesses, before = score.repeat(len(estimates), 1, 1), writes(it.model, c.clean)
+    guesses = score.repeat(len(estimates), 1, 1)
     for kind in corrupt:
         tokens, where = (c.corrupt, None) if kind == "tokens" else (c.clean, c.positions)
-        after = writes(it.model, tokens, where)
-        written = {node if node in names else sender_of(node): after[node] - x for node, x in before.items()}
-        changes = torch.stack([written[name].detach() for name in names], dim=1)
-        exact, goal = _measured(it, c, tokens, where, changes, mask)
-        score[mask] = torch.maximum(score[mask], exact)
+        score[mask] = torch.maximum(score[mask], _measured(it, c, tokens, where, mask))
+        asked = outputs_of(it, c, kind)
         for guess, name in zip(guesses, estimates, strict=True):
-            guess[mask] = torch.maximum(guess[mask], estimated(it.model, c.clean, changes, goal, name)[mask])
+            guess[mask] = torch.maximum(guess[mask], estimated(asked, kind, name)[mask])
     true = torch.zeros_like(mask)
     for sender, receiver, slot in it.truth["edges"]:
         true[names.index(sender_of(sender)), parts.receivers.index(receiver_of(receiver, slot))] = True
@@ -118,10 +115,14 @@ def circuit_recovery(
     return Found(values, coords=coords, attrs={"corrupt": ", ".join(corrupt)})
 
 
-def _require_circuit(it: Planted) -> None:
-    """Refuse what has no circuit of edges to be recovered."""
-    do = "pass what planted.program gave, or a folder of this form whose truth has edges"
-    if not it.truth.get("edges"):
+def require_planted(it: Planted, *, edges: bool = False) -> None:
+    """Refuse what has no edges to be recovered where they are asked for, and a model without shuffled positions.
+
+    Raises:
+        DataError: the truth names no edges; ModelUnsupported: it is not a planted network.
+    """
+    do = "pass what planted.program or planted.trained gave, or a folder of this form whose truth has edges"
+    if edges and not it.truth.get("edges"):
         about = "it names nodes alone" if it.truth.get("nodes") else None
         raise error(DataError, f"the truth of {it.model.anatomy.name} names no edges to recover", got=about, do=do)
     if not isinstance(it.model.hf, PlantedForCausalLM):
@@ -130,11 +131,13 @@ def _require_circuit(it: Planted) -> None:
 
 
 def _measured(
-    it: Planted, c: Corruptions, tokens: Tensor, where: Tensor | None, changes: Tensor, mask: Tensor
-) -> tuple[Float[Tensor, " edge"], Float[Tensor, "prompt pos vocab"]]:
-    """The largest change of an output that each edge alone makes, over prompts; and the corrupt run's outputs."""
+    it: Planted, c: Corruptions, tokens: Tensor, where: Tensor | None, mask: Tensor
+) -> Float[Tensor, " edge"]:
+    """The largest change of an output that each edge alone makes, over prompts."""
     parts, pairs = graph(it.model), len(c.clean)
     names = ["embed", "pos_embed", *parts.senders[1:]]
+    before, after = writes(it.model, c.clean), writes(it.model, tokens, where)
+    changes = torch.stack([(after[name] - before[name]).detach() for name in names[:2]], dim=1)
     base = it.model.run(c.clean).logits[:, 1:].detach()
 
     def change(logits: Tensor, prompts: Tensor) -> Tensor:
@@ -151,36 +154,45 @@ def _measured(
     metric = FunctionMetric(change, positions=tuple(range(1, c.clean.shape[1])))
     prompts = [number for number in range(pairs) for _ in edges]
     swept = run_sweep(it.model, c.clean, cells, metric, prompts=prompts, stage="measuring edges").whole()
-    return swept.values.reshape(pairs, -1).amax(0).double(), source.logits[:, 1:]
+    return swept.values.reshape(pairs, -1).amax(0).double()
 
 
-def estimated(
-    model: Model,
-    clean: Int[Tensor, "prompt pos"],
-    changes: Float[Tensor, "prompt sender pos d_model"],
-    goal: Float[Tensor, "prompt output vocab"],
-    method: Estimate = "eap",
-) -> Float[Tensor, "sender receiver"]:
-    """The largest |first-order change| of the outputs, over prompts, along the way to the goal's.
+def outputs_of(it: Planted, c: Corruptions, kind: str) -> tuple[Model, Pairs]:
+    """A model to which a corruption is a prompt, and pairs of which is read how far outputs move along the way.
 
-    `changes` is what each sender writes more in the corrupt run, the two embeddings first, and `goal` its outputs at
-    all positions but the first.
+    Formula:  m = d . outputs, d the unit vector along which the corruption moves them, over all positions but the
+              first; 0 where it moves none.
     """
-    found: list[Tensor] = []
-    rules = [RELP] if method == "eap-relp" else []
-    for tokens, change, end in zip(clean, changes, goal, strict=True):
-        row = tokens.unsqueeze(0)
-        plain = model.run(row, capture="embed")
-        way = (end.double() - plain.logits[0, 1:].double()).detach()
-        scores: list[Tensor] = []
-        for share in POINTS[method]:
-            moved = Set("embed", value=plain["embed"] + share * change[:2].sum(0))
-            start = model.run(row, capture=captures(model), edits=[*([moved] if share else []), *rules], grad=True)
-            # A corruption that changes no output gives no direction, and so no score.
-            metric = (start.logits[0, 1:].double() * way).sum() / way.norm().clamp(min=1e-6)
-            scores.append(contract(change.unsqueeze(1), at_receivers(model, start, start.grad(metric)))[0])
-        found.append(torch.stack(scores).mean(0).abs().cpu())
-    return torch.stack(found).amax(0)
+    model = by_place(it.model)
+    clean, where = place_ids(it.model, c.clean), c.positions if kind == "positions" else None
+    other = place_ids(it.model, c.clean if kind == "positions" else c.corrupt, where)
+    ends = [model.run(ids).logits[:, 1:].detach().double() for ids in (clean, other)]
+    way = ends[1] - ends[0]
+    way = way / way.flatten(1).norm(dim=1).clamp(min=1e-6).reshape(-1, 1, 1)
+
+    def moved(logits: Tensor, prompts: Tensor) -> Tensor:
+        return (logits.double() * way[prompts]).sum((1, 2))
+
+    metric = FunctionMetric(moved, positions=tuple(range(1, clean.shape[1])))
+    return model, Pairs(tuple(torch.stack([clean, other], dim=1)), metric)
+
+
+def estimated(asked: tuple[Model, Pairs], kind: str, method: str) -> Float[Tensor, "sender receiver"]:
+    """The largest |score| of each edge over the pairs of one corruption; the two embeddings are the first senders."""
+    model, pairs = asked
+    if method == "random":
+        parts = graph(model)
+        return drawn_scores(model, kind, len(parts.senders) + 1, len(parts.receivers))
+    name, rules = ("eap", RELP) if method == "eap-relp" else (method, None)
+    found = edge_scores(model, pairs, "noise", method=name, steps=STEPS, rules=rules).scores.abs().amax(0)
+    still = torch.zeros_like(found[:1])  # the embedding of what a corruption leaves as it is
+    return torch.cat([still, found] if kind == "positions" else [found[:1], still, found[1:]])
+
+
+def drawn_scores(model: Model, kind: str, *shape: int) -> Float[Tensor, "*of"]:
+    """Random scores, of a seed of their own for every model and corruption."""
+    rng = np.random.default_rng([current().seed, crc32(f"{model.fingerprint} {kind}".encode())])
+    return torch.from_numpy(rng.random(shape))
 
 
 def auc(higher: Float[Tensor, " n"], lower: Float[Tensor, " m"]) -> float:

@@ -1,10 +1,13 @@
 """Models whose insides are known, to test every method against."""
 
+from microtome.planted._algorithm import Algorithm as Algorithm
 from microtome.planted._attributes import attributes as attributes
 from microtome.planted._backup import backup_head as backup_head
 from microtome.planted._corrupted import corrupted_sums as corrupted_sums
 from microtome.planted._corruptions import Corruptions as Corruptions
+from microtome.planted._corruptions import by_place as by_place
 from microtome.planted._corruptions import corruptions as corruptions
+from microtome.planted._corruptions import place_ids as place_ids
 from microtome.planted._corruptions import placed as placed
 from microtome.planted._corruptions import writes as writes
 from microtome.planted._facts import fact_memory as fact_memory
@@ -19,6 +22,9 @@ from microtome.planted._network import PlantedConfig as PlantedConfig
 from microtome.planted._network import PlantedForCausalLM as PlantedForCausalLM
 from microtome.planted._neurons import neurons as neurons
 from microtome.planted._neurons import sentences as sentences
+from microtome.planted._paths import Paths as Paths
+from microtome.planted._paths import paths as paths
+from microtome.planted._paths import train_paths as train_paths
 from microtome.planted._programs import PROGRAMS as PROGRAMS
 from microtome.planted._programs import Program as Program
 from microtome.planted._programs import decode as decode
@@ -28,7 +34,9 @@ from microtome.planted._spans import span_rows as span_rows
 from microtome.planted._spans import spans as spans
 from microtome.planted._steering import steering as steering
 from microtome.planted._superposition import superposition as superposition
+from microtome.planted._train import train as train
 from microtome.planted._trained import TRAINED as TRAINED
+from microtome.planted._trained import edge_accuracy as edge_accuracy
 from microtome.planted._trained import interchange_accuracy as interchange_accuracy
 from microtome.planted._trained import trained as trained
 from microtome.planted._truth import EdgeName as EdgeName

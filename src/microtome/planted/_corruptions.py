@@ -6,15 +6,19 @@ it. Shuffled positions do.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from microtome.edit import Set
 from microtome.errors import DataError, error
 from microtome.model import Model
+from microtome.model import open as open_model
 from microtome.planted._folder import Planted
 from microtome.planted._programs import PROGRAMS
 from microtome.planted._truth import head_of, mlp_of, nodes
@@ -93,6 +97,37 @@ def placed(model: Model, tokens: Tensor, positions: Tensor) -> Set:
     """
     trunk = model.hf.model
     return Set("embed", trunk.embed_tokens(tokens) + trunk.embed_positions(positions))
+
+
+def by_place(model: Model) -> Model:
+    """The same planted model, whose token ids also say where a token stands, so that shuffled positions are a prompt.
+
+    Formula:  embedding of id t + p * d_vocab = W_E[t] + W_pos[p]; there is no positional embedding besides.
+    Check:    equal to the model with `placed`; tests/planted/test_recovery.py.
+
+    Returns:
+        A model that shares no weights with the given one; `place_ids` makes its ids.
+    """
+    old: Any = model.hf
+    trunk, config = old.model, deepcopy(old.config)
+    where: Tensor = trunk.embed_positions.weight.detach()
+    both = (trunk.embed_tokens.weight.detach() + where.unsqueeze(1)).flatten(0, 1)
+    config.vocab_size = len(both)
+    with torch.random.fork_rng(devices=[]):
+        made: Any = type(old)(config)
+    weights = dict(old.state_dict())
+    weights |= {"model.embed_tokens.weight": both, "model.embed_positions.weight": torch.zeros_like(where)}
+    made.load_state_dict(weights)
+    made.requires_grad_(False)
+    return open_model(made.to(device=model.device, dtype=model.dtype), prove=False)
+
+
+def place_ids(
+    model: Model, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"] | None = None
+) -> Int[Tensor, "batch pos"]:
+    """Token ids of `by_place` for tokens of the model at their own positions, or at those that are given."""
+    places = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+    return tokens + model.anatomy.d_vocab * places
 
 
 def writes(model: Model, tokens: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
