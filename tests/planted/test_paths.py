@@ -51,3 +51,61 @@ def test_what_trees_cannot_be() -> None:
         planted.paths(3, 0, nodes=4)
     with pytest.raises(mt.errors.ArgumentError, match="n of the trees; got 0; allowed: 1 or more"):
         planted.paths(0, 0)
+
+
+def cuts(it: planted.Planted, p: planted.Paths) -> torch.Tensor:
+    """[layer, edge] what the answer's probability loses where one layer cannot read an edge from the last position.
+
+    Edges: those of the way, from the goal's on, and one that is not on it.
+    """
+    layers, last = it.model.anatomy.n_layers, p.tokens.shape[1] - 1
+    cells: list[mt.edit.KnockOut] = []
+    for own in p.read.tolist():
+        beside = next(k for k in range(last - 1) if k not in own)
+        cells += [
+            mt.edit.KnockOut(f"{i}.attn.scores@{last}", keys=str(k)) for i in range(layers) for k in (*own, beside)
+        ]
+    prompts = [number for number in range(len(p.tokens)) for _ in range(layers * (p.read.shape[1] + 1))]
+    swept = it.model.sweep(p.tokens, cells, mt.metric.Probability(p.answers.tolist()), prompts=prompts).run()
+    return (swept.values.double().reshape(len(p.tokens), layers, -1) - swept.base.double().reshape(-1, 1, 1)).mean(0)
+
+
+def read_off(it: planted.Planted, p: planted.Paths, step: int) -> list[float]:
+    """How well the node so many steps above the goal is decoded at the last position, by layer, on held-out trees."""
+    rows = [
+        {"text": row, "label": str(node)}
+        for row, node in zip(p.tokens.tolist(), p.chain[:, step].tolist(), strict=True)
+    ]
+    probe = mt.probes.fit(it.model, rows, site="*.resid_post@-1", folds=3, untrained=False)
+    return probe.scores["accuracy"].values.tolist()
+
+
+def four_apart(n: int, seed: int, it: planted.Planted) -> planted.Paths:
+    """Trees whose goal is four edges away, and which the network answers."""
+    p = planted.paths(n, seed)
+    right = it.model.run(p.tokens).logits[:, -1].argmax(-1) == p.answers
+    some = (p.distance == 4) & right
+    return planted.Paths(*(x[some] for x in vars(p).values()))
+
+
+def back_and_forth(it: planted.Planted) -> None:
+    """The way is found, but not by one step back a layer: from the goal back, and from the node on, until they meet."""
+    p = four_apart(3000, 77, it)
+    assert len(p.tokens) > 100
+    lost = cuts(it, planted.Paths(*(x[:40] for x in vars(p).values())))
+    assert float(lost[:, 3].min()) < -0.3  # the edge from the node to the answer
+    assert float(lost[:, 4].abs().max()) < 0.05  # an edge beside the way
+    decoded = [read_off(it, p, step) for step in (1, 2, 3)]
+    assert decoded[0][0] > 0.95  # one step back after the first layer
+    assert decoded[1][0] < 0.5  # and not two: no layer makes more than one
+    assert decoded[2][1] > decoded[1][1] + 0.2  # but in the second it is the node's end of the way that is read
+    assert int(lost[1].argmin()) == 3
+
+
+@pytest.mark.slow
+def test_a_network_that_finds_paths_goes_from_both_ends() -> None:
+    it = planted.train_paths(steps=2000, seed=0)
+    assert min(it.truth["accuracy"]) > 0.9
+    back_and_forth(it)
+    blank = planted.train_paths(steps=0, seed=0)
+    assert max(blank.truth["accuracy"]) < 0.3
