@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
@@ -40,37 +40,6 @@ class Answers:
 
     labels: Int[Tensor, "batch pos"]
     there: Bool[Tensor, "batch pos"]
-
-
-@runtime_checkable
-class Taught(Protocol):
-    """What a network can be trained to do."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def vocabulary(self) -> tuple[str, ...]: ...
-
-    @property
-    def outputs(self) -> tuple[Value, ...]: ...
-
-    @property
-    def length(self) -> int: ...
-
-    @property
-    def variables(self) -> tuple[str, ...]: ...
-
-    @property
-    def edges(self) -> tuple[EdgeName, ...]: ...
-
-    def draw(self, n: int, seed: int, length: int) -> Corruptions: ...
-
-    def answers(self, inputs: Corruptions) -> Answers: ...
-
-    def with_variable(self, inputs: Corruptions, name: str) -> Answers: ...
-
-    def with_edge(self, inputs: Corruptions, edge: EdgeName) -> Answers | None: ...
 
 
 class Compiled:
@@ -252,6 +221,10 @@ class Plain:
     def _said(self, rows: Sequence[Sequence[Value]]) -> Answers:
         labels = [[0 if v is None else self.outputs.index(v) for v in row] for row in rows]
         return Answers(torch.tensor(labels), torch.tensor([[v is not None for v in row] for row in rows]))
+
+
+Taught: TypeAlias = Compiled | Plain
+"""What a network can be trained to do."""
 
 
 def taught(given: str | Planted | Algorithm) -> Taught:
