@@ -2,6 +2,7 @@
 
     python tools/train_programs.py            all of them, or those that are named; minutes each on two cores
 
+The third, histogram, is older: only its nodes were trained, in 4000 steps. In 1500 steps its edges are not learned.
 What is printed of each is on inputs that it was not trained on: the share of answers that are as the program says.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from microtome import planted
 
 HERE = Path(__file__).resolve().parents[1] / "src" / "microtome" / "planted" / "trained"
-PROGRAMS = {"repeats": 600, "histogram": 1500, "previous_token": 600}
+PROGRAMS = {"repeats": 600, "previous_token": 600}
 SEED = 0
 
 
