@@ -66,10 +66,13 @@ def test_a_swap_is_a_patch_of_its_subspace(name: str) -> None:
 def test_runs_that_are_kept_are_not_run_again_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mt.open(families.build("llama-gqa"))
     swaps = swaps_of(model)
-    pairs = [replace(s, pair=True) for s in swaps]
+    pairs = [replace(s, pair=True, label=4 + i % 2, own=5 - i % 2) for i, s in enumerate(swaps)]
     runs = Runs(model, SITES)
     kept = {(site, pair): Exchange(model, site, own, runs) for site in SITES for pair, own in enumerate((swaps, pairs))}
     assert len(runs) == len(rows(model))
+    literal = [model.run([list(s.base)]).logits[0, -1] for s in pairs]
+    wanted = [bool(z[s.own] > z[s.label]) for s, z in zip(pairs, literal, strict=True)]
+    assert set(wanted) == {False, True}
     ran: list[int] = []
     own_run = mt.Model.run
     monkeypatch.setattr(mt.Model, "run", lambda self, prompt, *a, **k: ran.append(1) or own_run(self, prompt, *a, **k))
@@ -78,6 +81,8 @@ def test_runs_that_are_kept_are_not_run_again_and_change_nothing(monkeypatch: py
     for (site, pair), one in kept.items():
         alone = Exchange(model, site, pairs if pair else swaps)
         assert (one.said, one.known) == (alone.said, alone.known)
+        assert one.known == wanted or not pair
+        assert one._start is not None or site == "embed"  # a wrong stream would make it run whole
         torch.testing.assert_close((one.base, one.source), (alone.base, alone.source), atol=1e-5, rtol=1e-5)
         which = list(range(len(swaps)))
         torch.testing.assert_close(one.logits(which, one.source), alone.logits(which, alone.source))
