@@ -74,6 +74,7 @@ ASKED = {
     ),
     "probe": (LABELLED, "--folds", "3", "--answer", "mat", "--foil", "barn"),
     "rows": (PAIR[0], "--neurons", "2", "--controls", "2"),
+    "signals": (PAIR[0], "--head", "1.attn.z[0]", "--answer", "mat"),
     "task-vectors": (
         SHOTS,
         "--shots",

@@ -121,8 +121,15 @@ def circuit_of(kind: str) -> str:
 
 def own_of(name: str, kind: str) -> dict[str, Any]:
     """Arguments that only some methods have: a circuit of the model, or a program that says what it says."""
-    if name in ("faithfulness", "completeness"):
+    if name in ("faithfulness", "completeness", "roles"):
         return {"circuit": circuit_of(kind), "corrupt": list(OTHER)}
+    if name == "signals":
+        return {"head": "1.attn.z[2]", "query": -1}
+    if name == "repair":
+        return {"query": -1}
+    if name == "condition_heads":
+        other = {"clean": OTHER, "corrupt": PROMPT, "answer": 12, "foil": 24}
+        return {"other": other, "edges": 0.3, "resamples": 4}
     if name == "patching_grid":  # which needs a probability that changes clearly
         logits = model(kind).run(PROMPT).logits
         assert logits is not None
@@ -404,9 +411,12 @@ NO_HEAD = {
     "compare_neurons", "component_effects", "confidence_neurons", "context", "contributions", "false_demonstrations",
     "flow", "fourier", "head_functions", "head_sources", "legrad", "lens", "lens_groups", "linear_map", "logit_lens",
     "mlp_roles", "ov_copying",
-    "prior_and_context", "promoted_tokens", "read_tokens", "row_lens", "token_lens",
+    "prior_and_context", "promoted_tokens", "read_tokens", "roles", "row_lens", "token_lens",
 }  # fmt: skip
-NO_EDGES = {"circuit", "completeness", "edge_effects", "faithfulness", "node_effects", "referee", "sharing"}
+NO_EDGES = {
+    "circuit", "completeness", "condition_heads", "edge_effects", "faithfulness", "node_effects", "referee", "roles",
+    "sharing", "signals",
+}  # fmt: skip
 NO_LOSS = {
     "ablation_loss", "group_gradient", "head_ablation", "head_importance", "head_rank", "in_context", "loss",
     "massive_effect", "memorised",
@@ -425,6 +435,7 @@ NO_NEXT = {
     "function_vector",
     "helix",
     "interchange",
+    "repair",
     "split_direction",
     "token_interchange",
 }
@@ -437,6 +448,8 @@ REFUSED = {
     **{key: {"mlp_roles"} for key in PARALLEL},
     "opt-proj": NO_HEAD | {"excite"},
     "bloom": {"excite"},
+    "gemma2": {"signals"},
+    "olmo-clip": {"signals"},
     "qwen3_moe": {"linear_map"},
     "opt-postnorm": NO_HEAD | NO_EDGES | {"context_update"},
     **dict.fromkeys(families.MASKED, NO_HEAD | NO_EDGES | NO_LOSS | NO_NEXT),
@@ -448,6 +461,7 @@ without weights of their own, MLPs that do not read the heads of their layer."""
 
 
 UNTOLD = {"das": ("isolate", "disentangle"), "completeness": ("minimal_control",), "probe": ("selectivity",)}
+UNTOLD |= {"condition_heads": ("damage", "damage_random", "selective", "selective_random")}
 """Columns of which nothing is known here: pairs isolate nothing, no node may lie outside, and no label repeats."""
 
 
@@ -480,6 +494,7 @@ NOUGHT = {
     "unselectable", "unselectable_equal", "polysemy", "polysemy_shuffled", "error", "kl", "outlier", "accuracy",
     "random_accuracy", "state_accuracy", "with_vector", "with_random", "with_state", "zero_shot", "few_shot",
     "shuffled_shot", "shuffled_accuracy", "control_accuracy", "gap_without", "gap_random", "follows_unchanged", "keeps",
+    "accuracy_control", "answered", "right_before", "right", "right_random",
 }  # fmt: skip
 """Columns that are zero on every tiny model: what exact sums leave, by their law; what random weights have not, or
 cannot do; and keys inside the hull of others, of which a dozen in ten dimensions has none."""

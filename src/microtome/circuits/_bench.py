@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from microtome.circuits._optimal import first_order, optimal
+from microtome.circuits._traced import signal_scores
 from microtome.context import current
 from microtome.errors import ArgumentError, error
 from microtome.explain import Pairs
@@ -113,6 +114,12 @@ class Bench:
     def first_order(self) -> Float[Tensor, "sender receiver"]:
         """What taking each edge out does to the mean metric, to first order, whatever edges that are out give."""
         return first_order(self.groups)
+
+    def by_signals(self) -> Float[Tensor, "sender receiver"]:
+        """What taking each edge out does to the mean metric, as far as the signals of attention scores say."""
+        none = self.measure(torch.zeros(1, *self.edges.shape, dtype=torch.bool))[0]
+        gap = float((self.clean - none).mean().abs())
+        return signal_scores(self.model, self.pairs, self.groups, gap).scores.mean(0)
 
     def _with_constants(self, kept: Tensor, fitting: Bench, stage: str) -> Float[Tensor, "circuit pair"]:
         """Constants are fitted on either half of the pairs, and measured on the other."""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from microtome.circuits._differences import difference_of_means
 from microtome.errors import ArgumentError, DataError, error
 from microtome.explain import Graph, graph
 from microtome.files import atomic
@@ -194,6 +195,70 @@ class Circuit:
         }
         return xr.Dataset(values, coords={"unit": ["edges", "nodes"]}, attrs=attrs)
 
+    def compare(
+        self, other: Circuit, *, scores: Any = None, paired: bool = False, draws: int = DRAWS, seed: int = 0
+    ) -> xr.Dataset:
+        """What this circuit and another have in common, and where their edges and nodes are worth something else.
+
+        Formula:  the overlap and its null as `overlap`; difference = score here minus score there; where scores of
+                  pairs are given, of their means, with its 95 % interval: Welch's, or of the pairs' differences where
+                  `paired`. The difference of a node is that of the sums over the edges out of it.
+        Source:   Merullo, Eickhoff, Pavlick, "Circuit Component Reuse Across Tasks in Transformer Language Models",
+                  2024 (arXiv 2310.08744). Departs: edges as well as heads; the null draws within strata.
+        Cost:     none of the model.
+        Check:    equal circuits share all and differ by 0; tests/laws/test_circuit_comparison.py.
+
+        Args:
+            other: a circuit of the same graph; its model may have been changed since.
+            scores: [pair, sender, receiver] of this circuit's pairs and of the other's, as two tensors.
+            paired: whether pair i of one is pair i of the other, as before and after a change.
+            draws: random overlaps.
+            seed: of the draws.
+
+        Returns:
+            What `overlap` gives; `member` over `component`: 1 a node of this circuit alone, 2 of the other alone, 3 of
+            both, 0 of neither; `edges` and `edges_other` over it; `difference` over (sender, receiver) and
+            `node_difference` over `component`, each with `_lo` and `_hi` where scores of pairs are given.
+
+        Raises:
+            DataError: the circuits are of different graphs, or the scores do not fit them.
+
+        >>> before.compare(after)["member"]
+        """
+        data = self.overlap(other, draws=draws, seed=seed)
+        names = [*self.senders, "final"]
+        sets = [np.array([name in set(c.nodes) for name in names]) for c in (self, other)]
+        values: dict[str, Any] = {"member": ("component", sets[0] + 2 * sets[1])}
+        for name, c in (("edges", self), ("edges_other", other)):
+            values[name] = ("component", c.touching().numpy())
+        pair = ("sender", "receiver")
+        if scores is None:
+            less = self.scores - other.scores
+            values |= {"difference": (pair, less.numpy()), "node_difference": ("component", _out_of(less).numpy())}
+        else:
+            first, second = (self._of_pairs(s) for s in scores)
+            for name, dims, of in (("difference", pair, lambda x: x), ("node_difference", "component", _out_of)):
+                found = difference_of_means(of(first), of(second), paired=paired)
+                values |= {name + end: (dims, x.numpy()) for end, x in zip(("", "_lo", "_hi"), found, strict=True)}
+        coords = {"component": names, "sender": list(self.senders), "receiver": list(self.receivers)}
+        attrs = data.attrs | {"title": "comparison of two circuits"}
+        return data.assign(values).assign_coords(coords).assign_attrs(attrs)
+
+    def touching(self) -> Int[Tensor, " node"]:
+        """How many of its edges begin or end at each node: the senders, then `final`."""
+        places = {name: i for i, name in enumerate(self.senders)}
+        found = torch.cat([self.kept.sum(1), torch.zeros(1, dtype=torch.int64)])
+        owner = torch.tensor([places.get(node_of(name), -1) for name in self.receivers]) % len(found)
+        return found.index_add(0, owner, self.kept.sum(0))
+
+    def _of_pairs(self, scores: Any) -> Tensor:
+        found = torch.as_tensor(scores).double().cpu()
+        if found.dim() != 3 or found.shape[1:] != self.edges.shape:
+            raise error(DataError, "scores of pairs must be [pair, sender, receiver]", got=str(list(found.shape)),
+                        allowed=f"[pair, {len(self.senders)}, {len(self.receivers)}]",
+                        do="score both on this graph")  # fmt: skip
+        return found
+
     def dataset(self) -> xr.Dataset:
         """Its edges and nodes as a result that `mt.view` draws.
 
@@ -265,6 +330,22 @@ def load(path: str | Path, model: Model | None = None) -> Circuit:
     if model is not None:
         made.require(model)
     return made
+
+
+def compare(first: Circuit | str | Path, second: Circuit | str | Path, **options: Any) -> xr.Dataset:
+    """What two circuits have in common, each a value or the file of one; see `Circuit.compare`, and its options.
+
+    Raises:
+        DataError: a file cannot be read, or the circuits are of different graphs.
+    """
+    a, b = (c if isinstance(c, Circuit) else load(c) for c in (first, second))
+    return a.compare(b, **options)
+
+
+def _out_of(scores: Float[Tensor, "*of sender receiver"]) -> Float[Tensor, "*of node"]:
+    """The sum over the edges out of each sender, and 0 of `final`."""
+    found = scores.nansum(-1)
+    return torch.cat([found, torch.zeros_like(found[..., :1])], dim=-1)
 
 
 def node_of(receiver: str) -> str:

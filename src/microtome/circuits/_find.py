@@ -20,7 +20,7 @@ from microtome.metric import Metric
 from microtome.model import Model
 
 ESTIMATES = ("eap", "eap-ig", "clean-corrupted")
-METHODS = ("acdc", *ESTIMATES, "exact", "greedy", "mask")
+METHODS = ("acdc", *ESTIMATES, "exact", "greedy", "mask", "signal")
 COSTS = ("kl", "metric")
 SPARSITY = 20.0
 """Nats that all edges cost together."""
@@ -61,7 +61,7 @@ def find(
         corrupt: one per clean prompt, of the same number of tokens.
         method: "acdc"; or the edges of the largest mean score over pairs, from all: "eap", "eap-ig" or
             "clean-corrupted" (estimated, see `mt.explain.attribute`) or "exact" (measured); "greedy" takes those of
-            "eap" from the logits back. `scores` are used instead where they are given. "mask": a learned gate each.
+            "eap" from the logits back; "mask": a learned gate each; "signal": `_traced.py`. `scores` are used instead.
         answer: one token, or one a pair, as `mt.explain.patch` takes it.
         foil: that of the corrupt prompts.
         metric: what is read instead.
@@ -140,7 +140,7 @@ def ranked_by(method: str, ablation: str) -> dict[str, str]:
     """What an estimate says edges that are out give, if it is not what they do give."""
     if method == "exact" or ablation == "resample":
         return {}
-    if method == "eap":
+    if method in ("eap", "signal"):
         return {"ranked_by": "mean"} if ablation == OPTIMAL else {}
     return {"ranked_by": "resample"}
 
@@ -163,6 +163,8 @@ def mean_scores(
     require_constants(method, ablation)
     if method == "eap" and ablation != "resample":
         return Bench(model, pairs, None, "mean" if ablation == OPTIMAL else ablation).first_order()
+    if method == "signal":
+        return Bench(model, pairs, None, "mean" if ablation == OPTIMAL else ablation).by_signals()
     if method != "exact":
         return edge_scores(model, pairs, "noise", method=method, steps=steps, rules=None).scores.mean(0)
     if ablation != "resample":

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from microtome.circuits._accuracy import ACCURACY, accuracy_of
 from microtome.circuits._bench import ABLATIONS, JUDGED, Bench
 from microtome.circuits._circuit import Circuit, load, node_of, strata_of
 from microtome.circuits._scores import from_scores
@@ -151,6 +152,7 @@ def _area(values: Float[Tensor, "*of share"], shares: Sequence[float]) -> Tensor
         Column("cpr_control", "1", "the same of random circuits", dims=()),
         Column("cmd", "1", "area between faithfulness and 1", "cmd_control", (0, None), dims=()),
         Column("cmd_control", "1", "the mean of random circuits, each by itself", range=(0, None), dims=()),
+        *ACCURACY,
     ),
     source=MIB,
     cost="about two forwards a pair and share, for the circuit and each random one",
@@ -216,6 +218,8 @@ def curve(
         "cmd_control": float(_area((1 - means).abs(), shares).mean()),
         "spread": means.std(0) if draws > 1 else torch.full((n,), torch.nan, dtype=torch.float64),
     }
+    alone = [_at_shares(circuit, shuffled(circuit, generator), [100 * circuit.share])[0] for _ in range(draws)]
+    single |= accuracy_of(bench, torch.stack([circuit.kept, *alone]))
     attrs = {
         "pairs": len(bench),
         "ablation": bench.ablation,

@@ -9,7 +9,7 @@ import torch
 from microtome.circuits._bench import OPTIMAL, Bench, divergence
 from microtome.circuits._circuit import Circuit
 from microtome.circuits._find import COSTS, METHODS, SPARSITY, effects_of, find, rival
-from microtome.circuits._judge import MIB, SHARES, Draws, Judged, curve
+from microtome.circuits._judge import ACCURACY, MIB, SHARES, Draws, Judged, curve
 from microtome.explain import AnswerOfClean, Clean, Corrupt, FoilOfCorrupt, ReadMetric, pairs_of
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
@@ -61,6 +61,7 @@ COST = {"kl": "in KL from the clean run", "metric": "in what the metric loses"}
         Column("cpr_control", "1", "the same of random circuits", dims=()),
         Column("cmd", "1", "area between faithfulness and 1", "cmd_control", (0, None), dims=()),
         Column("cmd_control", "1", "the mean of random circuits, each by itself", range=(0, None), dims=()),
+        *ACCURACY,
     ),
     source=(CONMY, HANNA, MIB),
     cost="that of the method, about two forwards a pair and share, for the circuit and each random one, and one a "

@@ -31,6 +31,7 @@ from microtome.explain._graph import Graph as Graph
 from microtome.explain._graph import graph as graph
 from microtome.explain._grid import patching_grid as patching_grid
 from microtome.explain._head_rank import head_rank as head_rank
+from microtome.explain._head_rank import heads_of as heads_of
 from microtome.explain._head_sources import head_sources as head_sources
 from microtome.explain._helix import helix as helix
 from microtome.explain._knockout import attention_knockout as attention_knockout
@@ -43,12 +44,15 @@ from microtome.explain._memorised import memorised as memorised
 from microtome.explain._mlp_roles import mlp_roles as mlp_roles
 from microtome.explain._node_recovery import node_recovery as node_recovery
 from microtome.explain._on_off import on_off as on_off
+from microtome.explain._one_prompt import asked as asked
+from microtome.explain._one_prompt import reading as reading
 from microtome.explain._pairs import AnswerOfClean as AnswerOfClean
 from microtome.explain._pairs import Clean as Clean
 from microtome.explain._pairs import Corrupt as Corrupt
 from microtome.explain._pairs import FoilOfCorrupt as FoilOfCorrupt
 from microtome.explain._pairs import Pairs as Pairs
 from microtome.explain._pairs import ReadMetric as ReadMetric
+from microtome.explain._pairs import pairs_given as pairs_given
 from microtome.explain._pairs import pairs_of as pairs_of
 from microtome.explain._patching import patch as patch
 from microtome.explain._prior import prior_and_context as prior_and_context

@@ -223,6 +223,19 @@ def pairs_of(
     return replace(pairs, spans=_spans(model, texts, task, spans), groups=groups)
 
 
+def pairs_given(model: Model, given: Any) -> Pairs:
+    """Other pairs, given as one value: pairs, the arguments of `pairs_of` by name, a task, or the path of a file.
+
+    Raises:
+        PromptError, DataError: as `pairs_of`.
+    """
+    if isinstance(given, Pairs):
+        return given
+    if isinstance(given, Mapping):
+        return pairs_of(model, **cast("Mapping[str, Any]", given))
+    return pairs_of(model, given)
+
+
 def _texts(model: Model, clean: Given, task: Task | None, rows: Sequence[Tensor]) -> Sequence[Encoding | Tensor]:
     """The clean prompts as they were written, where there is a tokenizer to read them."""
     if model.tokenizer is None or (task is not None and not task.text):

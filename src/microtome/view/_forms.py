@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from microtome.view._canvas import Canvas
 
-ORDERED = ("layer", "pos", "head", "kv_head", "span", "neuron")
+ORDERED = ("layer", "pos", "head", "kv_head", "span", "neuron", "share")
 """Axes along which a line can be drawn; the places on the others are names."""
 
 MOST_GROUPS = 6

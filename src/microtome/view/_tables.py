@@ -180,7 +180,8 @@ def _fact(data: xr.Dataset, name: str) -> str:
         text = "yes" if bool(data[name]) else "no"
     else:
         text = unsigned(float(numbers(data, name)))
-    text += _ends(data, name) + f" {unit(data, name)}".rstrip()
+    plain = unit(data, name) == "1"
+    text += _ends(data, name) + ("" if plain else f" {unit(data, name)}".rstrip())
     other, less = control(data, name), beside(data, name, "_diff")
     more = [] if other is None else [f"control {unsigned(float(other))}"]
     more += [] if less is None else [f"difference {unsigned(float(less))}{_ends(data, f'{name}_diff')}"]

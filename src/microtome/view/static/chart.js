@@ -106,14 +106,17 @@
   }
 
   function axes({ levels, layers, axis, x, y, left, right, height }) {
-    const every = Math.ceil(layers.length / 12);
+    const long = layers.some((layer) => String(layer).length > 3);
+    const every = Math.ceil(layers.length / (long ? 6 : 12));
     const below = { class: "tick", y: height - 6, "text-anchor": "middle" };
+    const ends = { 0: { "text-anchor": "start" }, [layers.length - 1]: { "text-anchor": "end" } };
+    const inside = (i) => (long ? ends[i] : null);
     return [
       levels.map((level) => [
         s("line", { class: "grid", x1: left, x2: right, y1: y(level), y2: y(level) }),
         s("text", { class: "tick", x: left - 6, y: y(level) + 4, "text-anchor": "end" }, short(level)),
       ]),
-      layers.map((layer, i) => i % every === 0 && s("text", { ...below, x: x(i) }, String(layer))),
+      layers.map((layer, i) => i % every === 0 && s("text", { ...below, x: x(i), ...inside(i) }, String(layer))),
       s("text", { class: "tick", x: left - 8, y: height - 6, "text-anchor": "end" }, axis),
     ];
   }
