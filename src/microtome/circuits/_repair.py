@@ -9,13 +9,14 @@ Formula:  at one query of each prompt the pattern of a chosen head becomes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from microtome.circuits._new_patterns import masses_of, rows_of
 from microtome.context import current
 from microtome.edit import Edit, Set
 from microtome.errors import ArgumentError, PromptError, error
@@ -27,7 +28,6 @@ from microtome.explain import (
     Pairs,
     ReadMetric,
     heads_of,
-    pairs_given,
     pairs_of,
     span_of,
 )
@@ -103,12 +103,12 @@ def repair(
     named, generator = heads_of(model, heads), torch.Generator().manual_seed(current().seed)
     sets = [[], named, *(_alike(model, named, generator) for _ in range(draws))]
     targets = _targets(model, pairs, keys, query) if like is None else []
-    masses = {} if like is None else _masses(model, pairs, like, named, query)
+    masses = {} if like is None else masses_of(model, pairs, like, named, query)
     report, values, right = current().counting("repairing"), list[Tensor](), list[Tensor]()
     with torch.no_grad():
         for i in range(len(pairs)):
             one, tokens = pairs.take([i]), pairs.tokens[i][:1]
-            rows = _rows(model, one, named, query, targets[i] if targets else None, masses)
+            rows = rows_of(model, one, named, query, targets[i] if targets else None, masses)
             read: list[Tensor] = []
             for chosen in sets:
                 edits = _edits(chosen, rows, range(tokens.shape[1])[query])
@@ -174,63 +174,6 @@ def _placed(model: Model, pairs: Pairs, keys: Any) -> list[tuple[int, int]]:
 def _one(keys: Any) -> bool:
     """Whether it is one place for all pairs."""
     return isinstance(keys, str | int) or (isinstance(keys, tuple) and all(isinstance(p, int) for p in keys))
-
-
-def _masses(model: Model, pairs: Pairs, like: Any, named: Heads, query: int) -> dict[tuple[int, int], dict[str, float]]:
-    """What each head gives to each span that both tasks name, in the other task.
-
-    Raises:
-        PromptError: they name none in common.
-    """
-    others = pairs_given(model, like)
-    shared = [name for name in pairs.spans if name in others.spans]
-    if not shared:
-        raise error(PromptError, "the two tasks name no span in common", got=f"{list(pairs.spans)} and "
-                    f"{list(others.spans)}", do="give keys= instead")  # fmt: skip
-    found = {head: dict.fromkeys(shared, 0.0) for head in named}
-    with torch.no_grad():
-        for n, pair in enumerate(others.tokens):
-            run = model.run(pair[:1], capture=[f"{i}.attn.pattern" for i in {i for i, _ in named}], logits=False)
-            for (i, h), own in found.items():
-                row = run[f"{i}.attn.pattern"][0, h, query].double()
-                for name in shared:
-                    first, end = others.spans[name][n]
-                    own[name] += float(row[first:end].sum()) / len(others)
-    return found
-
-
-def _rows(
-    model: Model, one: Pairs, named: Heads, query: int, target: tuple[int, int] | None,
-    masses: Mapping[tuple[int, int], Mapping[str, float]],
-) -> list[Float[Tensor, " k_pos"]]:  # fmt: skip
-    """The new pattern of each head, in order."""
-    length = one.tokens[0].shape[1]
-    if target is not None:
-        row = torch.zeros(length, dtype=torch.float64)
-        row[target[0] : target[1]] = 1.0 / (target[1] - target[0])
-        return [row] * len(named)
-    run = model.run(one.tokens[0][:1], capture=[f"{i}.attn.pattern" for i in {i for i, _ in named}], logits=False)
-    found: list[Tensor] = []
-    for i, h in named:
-        own = run[f"{i}.attn.pattern"][0, h, query].double().cpu()
-        row, free = torch.zeros_like(own), torch.ones(length, dtype=torch.bool)
-        for name, mass in masses[i, h].items():
-            first, end = one.spans[name][0]
-            inside = torch.zeros_like(free)
-            inside[first:end] = True
-            inside &= free
-            free &= ~inside
-            row += mass * _spread(own, inside)
-        rest = max(0.0, 1.0 - float(row.sum()))
-        found.append(row + rest * _spread(own, free))
-    return found
-
-
-def _spread(own: Float[Tensor, " k_pos"], where: Tensor) -> Float[Tensor, " k_pos"]:
-    """A pattern inside some keys alone, summing to 1; even where it gives them nothing, zero without keys."""
-    inside = own * where
-    inside = inside if float(inside.sum()) > 0 else where.to(own)
-    return inside / inside.sum().clamp(min=1e-300)
 
 
 def _edits(chosen: Heads, rows: Sequence[Tensor], query: int) -> list[Edit]:
