@@ -47,7 +47,7 @@ def test_what_is_wrong_is_one_line(cli: Cli, saved: Path, files: tuple[Path, Pat
     (tmp_path / "nothing.safetensors").write_bytes(b"nothing")
     wrong = [
         ((tmp_path / "missing.safetensors",), "does not exist"),
-        ((tmp_path / "nothing.safetensors",), "holds neither a change nor edits"),
+        ((tmp_path / "nothing.safetensors",), "cannot read a change or edits"),
         ((files[1], files[0]), "changes come before edits"),
     ]
     for given, text in wrong:

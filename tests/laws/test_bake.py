@@ -84,6 +84,7 @@ def test_an_addition_to_the_middle_of_a_layer_is_in_the_bias_of_attention() -> N
         (mt.edit.Zero("1.mlp_out@2"), "some rows or positions"),
         (mt.edit.Zero("1.mlp_out", rows=(0,)), "some rows or positions"),
         (mt.edit.Zero("1.attn.q"), "no weight does"),
+        (mt.edit.Scale("1.mlp_out", factor=1.0), "do nothing"),
         (mt.edit.Mean("1.mlp_out"), "no affine map"),
         (mt.edit.Project("1.resid_post", basis=torch.ones(40)), "several parts write"),
     ],

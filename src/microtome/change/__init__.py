@@ -8,6 +8,7 @@ from microtome.change._change import Step as Step
 from microtome.change._change import applied_to as applied_to
 from microtome.change._change import load as load
 from microtome.change._change import of as of
+from microtome.change._change import read as read
 from microtome.change._delta import LowRank as LowRank
 from microtome.change._delta import Values as Values
 from microtome.change._export import export as export

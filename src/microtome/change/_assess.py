@@ -33,18 +33,18 @@ from microtome.change._scores import (
 )
 from microtome.change._states import states_of
 from microtome.context import current
-from microtome.errors import PromptError
+from microtome.errors import ArgumentError, PromptError, error
 from microtome.method import Argument, Column, Found, Source, Text, question
 from microtome.model import Model
-from microtome.stream import mean_interval
+from microtome.stream import mean_interval, share_difference_interval, share_interval
 from microtome.tasks import Task
 
 TASKS = ("fact", "needle", "subject_verb_agreement", "indirect_object", "addition")
 KEPT = 2**28
 """Bytes that log-probabilities of the model before may take."""
-DRAWS = 200
 PROMPT = 16
 """Tokens of the prompts that are continued."""
+CHANGES = ("after", "random")
 STATE, CHANGED = ("state",), ("changed",)
 RANDOM = "none: compare random"
 
@@ -70,7 +70,9 @@ def _both(name: str, unit: str, meaning: str, limits: tuple[float | None, float 
         Column("agreement", "share", "positions with the same likeliest next token as before", RANDOM, (0, 1), CHANGED),
         *_both("context_gain", "nats", "loss of the first quarter of a row less that of its last quarter"),
         *_both("induction_loss", "nats", "loss on random tokens that have come once before", (0, None)),
-        *_both("calibration", "share", "expected calibration error of next tokens on the text, 15 bins", (0, 1)),
+        *_both("overconfidence", "share", "probability of the likeliest next token less how often it comes", (-1, 1)),
+        Column("calibration", "share", "expected calibration error of next tokens on the text, 15 bins",
+               "none: compare before", (0, 1), STATE, interval=False),
         *_both("accuracy", "share", "pairs of a task whose answer is the likeliest token", (0, 1), ("task",)),
         *_both("preference", "logits", "logit of the answer less that of the foil, by task", more=("task",)),
         *_both("repeated", "share", "4-grams of greedy continuations that came before in them", (0, 1)),
@@ -108,8 +110,9 @@ def assess(
 ) -> Found:  # fmt: skip
     """Score a model before and after a change, and after a random change of equal norm.
 
-    Over (state): before, after, random, NaN where there is no control; over (changed) after and random. Tasks that do
-    not fit the tokenizer are left out, and named in the attributes.
+    Over (state): before, after, random, NaN where there is no control; over (changed) after and random. The text is
+    read in rows of one length, shorter ones are left out; KL is taken at as many evenly spaced positions of each row as
+    256 MiB hold. Tasks that do not fit the tokenizer are left out, and named in the attributes.
 
     Raises:
         ModelUnsupported: the model does not predict the next token.
@@ -120,9 +123,14 @@ def assess(
     model.require_next_token()
     states, control = states_of(model, after, current().seed)
     batches = Text(text, tokens=tokens, length=length).batches(model)
-    rows, groups = _rows(batches.parts, batches.groups)
+    rows, groups = _rows(batches.parts)
     built, misfits = _built(model, of, pairs)
-    plan = _Plan(rows, groups, list(batches.groups), built, sequences, rows[:prompts, :PROMPT], new)
+    chosen = torch.linspace(0, len(rows) - 1, min(prompts, len(rows))).long()
+    start = min(PROMPT, rows.shape[1], model.anatomy.n_ctx - new)
+    if prompts and start < 1:
+        raise error(ArgumentError, "the continuations do not fit the context", got=f"new={new}",
+                    allowed=f"{model.anatomy.n_ctx - 1} tokens or fewer", do="ask for fewer")  # fmt: skip
+    plan = _Plan(rows, groups, list(batches.groups), built, sequences, rows[chosen, :start], new)
     board, report = _Board(plan), current().counting("states")
     for i, state in enumerate(states):
         with state.entered() as one:
@@ -132,7 +140,7 @@ def assess(
     return board.found(attrs)
 
 
-def _rows(parts: Any, groups: Sequence[str]) -> tuple[Tokens, Tensor]:
+def _rows(parts: Any) -> tuple[Tokens, Tensor]:
     """[row, pos] The whole rows of a text, and the group of each."""
     held = [(part.tokens, part.group[:, -1]) for part in parts]
     width = max(tokens.shape[1] for tokens, _ in held)
@@ -180,9 +188,10 @@ class _Board:
     def take(self, state: str, model: Model) -> None:
         """Score one state."""
         plan = self.plan
-        kept = max(1, min(len(plan.rows), KEPT // (4 * model.anatomy.d_vocab * plan.rows.shape[1])))
+        kept = KEPT // (4 * model.anatomy.d_vocab * len(plan.rows))
         text = text_scores(model, plan.rows, kept)
         own = {"loss": text.loss, "context_gain": text.context}
+        own["overconfidence"] = (text.confidence - text.right).mean(1)
         own["induction_loss"] = induction_losses(model, plan.sequences)
         for name, task in plan.tasks.items():
             own[f"accuracy/{name}"], own[f"preference/{name}"] = task_scores(model, task)
@@ -200,41 +209,40 @@ class _Board:
     def found(self, attrs: dict[str, Any]) -> Found:
         """All columns."""
         values: dict[str, Any] = {}
-        for name in ("loss", "context_gain", "induction_loss", "repeated", "distinct", "entropy"):
+        for name in ("loss", "context_gain", "induction_loss", "overconfidence", "repeated", "distinct", "entropy"):
             values |= self._both(name, [name])
         for name in ("accuracy", "preference"):
             values |= self._both(name, [f"{name}/{task}" for task in self.plan.tasks], several=True)
         values |= self._by_group()
-        values |= self._calibrated()
+        values["calibration"] = torch.tensor([
+            calibration(self.text[s]) if s in self.text else torch.nan for s in ("before", *CHANGES)
+        ])  # fmt: skip
         for name in ("kl", "agreement"):
-            values |= _ends(name, torch.stack([self._mean(self.each.get(s, {}).get(name)) for s in CHANGES]))
+            values |= _columns(name, torch.stack([_ends_of(self.each.get(s, {}).get(name)) for s in CHANGES]))
         for name in self.single["before"]:
             found = [self.single.get(state, {}).get(name, torch.nan) for state in ("before", *CHANGES)]
             values[name] = torch.tensor(found, dtype=torch.float64)
         for state, (read, written) in self.speeds.items():
-            attrs |= {f"seconds_of_1000_tokens_read_{state}": round(1000 / read, 3)}
-            attrs |= {f"seconds_of_1000_tokens_written_{state}": round(1000 / written, 3)}
+            attrs |= {f"seconds_of_1000_tokens_read_{state}": float(f"{read:.3g}")}
+            attrs |= {f"seconds_of_1000_tokens_written_{state}": float(f"{written:.3g}")}
         coords = {"state": ["before", *CHANGES], "changed": list(CHANGES), "task": list(self.plan.tasks)}
         return Found(values, coords=coords | {"group": self.plan.groups}, attrs=attrs)
 
-    def _mean(self, each: Tensor | None) -> Float[Tensor, " 3"]:
-        """Mean and ends, NaN where nothing is known."""
-        if each is None or not len(each):
-            return torch.full((3,), torch.nan, dtype=torch.float64)
-        return torch.stack([x.reshape(()) for x in mean_interval(each.double())])
-
     def _both(self, name: str, parts: Sequence[str], *, several: bool = False) -> dict[str, Any]:
         """A score by state, and its change, of one part or of several."""
-        before, by_part = self.each["before"], list[tuple[Tensor, Tensor]]()
+        before, by_part, share = self.each["before"], list[tuple[Tensor, Tensor]](), name == "accuracy"
         for part in parts:
-            own = [self._mean(self.each.get(s, {}).get(part)) for s in ("before", *CHANGES)]
-            less = [self._mean(None if s not in self.each else self.each[s][part] - before[part]) for s in CHANGES]
+            own = [_ends_of(self.each.get(s, {}).get(part), share=share) for s in ("before", *CHANGES)]
+            less = [
+                _ends_of(None if s not in self.each else self.each[s][part] - before[part], difference=share)
+                for s in CHANGES
+            ]
             by_part.append((torch.stack(own), torch.stack(less)))
         if not by_part:
             return {}
         scores, changes = (torch.stack([one[i] for one in by_part], 1) for i in (0, 1))  # [state, part, 3]
         scores, changes = (x if several else x[:, 0] for x in (scores, changes))
-        return _ends(name, scores) | _ends(f"{name}_change", changes)
+        return _columns(name, scores) | _columns(f"{name}_change", changes)
 
     def _by_group(self) -> dict[str, Any]:
         """The loss of each group, and its change."""
@@ -243,25 +251,18 @@ class _Board:
                 one[f"group/{group}"] = one["loss"][self.plan.group == i]
         return self._both("group_loss", [f"group/{group}" for group in self.plan.groups], several=True)
 
-    def _calibrated(self) -> dict[str, Any]:
-        """The calibration error with bootstrap intervals over rows, and its change."""
-        n, generator = len(self.plan.rows), torch.Generator().manual_seed(0)
-        every = [torch.arange(n), *(torch.randint(n, (n,), generator=generator) for _ in range(DRAWS))]
-        found = {s: torch.tensor([calibration(text, rows) for rows in every]).double() for s, text in self.text.items()}
-        nothing = torch.full((DRAWS + 1,), torch.nan, dtype=torch.float64)
-        scores = torch.stack([_percentiles(found.get(s, nothing)) for s in ("before", *CHANGES)])
-        changes = torch.stack([_percentiles(found.get(s, nothing) - found["before"]) for s in CHANGES])
-        return _ends("calibration", scores) | _ends("calibration_change", changes)
+
+def _ends_of(each: Tensor | None, *, share: bool = False, difference: bool = False) -> Float[Tensor, " 3"]:
+    """Mean over examples with its ends, NaN where nothing is known: of successes, or of what two ways differ by."""
+    if each is None or not len(each):
+        return torch.full((3,), torch.nan, dtype=torch.float64)
+    if share or difference:
+        gained, lost, n = int((each > 0).sum()), int((each < 0).sum()), len(each)
+        ends = share_difference_interval(gained, lost, n) if difference else share_interval(gained, n)
+        return torch.tensor([float(each.mean()), *ends], dtype=torch.float64)
+    return torch.stack([x.reshape(()) for x in mean_interval(each.double())])
 
 
-CHANGES = ("after", "random")
-
-
-def _percentiles(found: Float[Tensor, " draw"]) -> Float[Tensor, " 3"]:
-    """The first value, and the middle 95 % of the others."""
-    return torch.stack([found[0], *found[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))])
-
-
-def _ends(name: str, found: Float[Tensor, "*of 3"]) -> dict[str, Any]:
+def _columns(name: str, found: Float[Tensor, "*of 3"]) -> dict[str, Any]:
     """Mean and ends of an interval as columns."""
     return {f"{name}{end}": found[..., i] for i, end in enumerate(("", "_lo", "_hi"))}

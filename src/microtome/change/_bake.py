@@ -19,14 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from microtome.anatomy import Site
-from microtome.change._change import Change, of, restore, write
+from microtome.change._change import Change, of
 from microtome.change._delta import Delta, Values
-from microtome.change._weight import Weight, weight_at
-from microtome.edit import Add, Apply, Edit, Frame, Mean, Project, Rotate, Scale, Selection, Set, SiteEdit, Zero
+from microtome.change._weight import weight_at
+from microtome.change._written import trying, write
+from microtome.edit import Add, Edit, Frame, Mean, Project, Rotate, Scale, Selection, Set, SiteEdit, Zero
 from microtome.errors import EditError, SiteError, error
 from microtome.model import Model
 
-AFFINE = (Add, Set, Scale, Zero, Mean, Project, Rotate, Apply)
+AFFINE = (Add, Set, Scale, Zero, Mean, Project, Rotate)
 READ = {"mlp.post": ("W_out", "b_out"), "attn.z": ("W_O", "b_O")}
 WRITTEN = {"mlp_out": ("W_out", "b_out"), "attn_out": ("W_O", "b_O")}
 STREAM = {"resid_post": ("W_out", "b_out"), "resid_mid": ("W_O", "b_O")}
@@ -61,18 +62,17 @@ def bake(model: Model, edits: Edit | Iterable[Edit], *, reason: str = "") -> Cha
     listed: list[Edit] = [edits] if isinstance(edits, Edit) else list(edits)
     if not listed:
         raise error(EditError, "there is no edit to bake", do="give at least one")
-    kept: list[tuple[Weight, Tensor]] = []
     names: dict[str, None] = {}
-    try:
+    with trying(model) as kept:
         for edit in listed:
             deltas = _of_edit(model, edit)
             write(model, deltas, kept)
             names |= dict.fromkeys(deltas)
         final: Mapping[str, Delta] = {name: Values(weight_at(model, name).read()) for name in names}
-    finally:
-        restore(kept)
-    said = {"edits": [repr(edit) for edit in listed]}
-    return of(model, final, reason=reason or "standing edits", method="bake", parameters=said)
+    if not final:
+        raise error(EditError, "these edits do nothing", got=", ".join(map(repr, listed)), do="leave them out")
+    given = {"edits": [repr(edit) for edit in listed]}
+    return of(model, final, reason=reason or "standing edits", method="bake", parameters=given)
 
 
 def _of_edit(model: Model, edit: Edit) -> dict[str, Delta]:
@@ -106,7 +106,7 @@ def _at_site(model: Model, edit: SiteEdit, site: Site) -> dict[str, Delta]:
     if site.name in READ:
         names = "" if units is None else f"[{edit.address.units}]"
         held = weight_at(model, f"{layer}{weight}{names}")
-        rows = held.read().double()
+        rows = held.read().double().cpu()
         flat = rows.reshape(-1, rows.shape[-1])
         width = rows.shape[1] if rows.dim() == 3 else 1
         did = _affine(edit, site, units, len(flat) // width, width)
@@ -121,9 +121,9 @@ def _at_site(model: Model, edit: SiteEdit, site: Site) -> dict[str, Delta]:
         return _with_constant(model, f"{layer}{bias}", did.constant)
     deltas, own = {}, weight_at(model, f"{layer}{weight}")
     if not same:
-        deltas[own.address] = Values(own.read().double() @ did.matrix)
+        deltas[own.address] = Values(own.read().double().cpu() @ did.matrix)
     there = getattr(model.layers[int(site.layer or 0)], bias)
-    before = torch.zeros_like(did.constant) if there is None else there.detach().double()
+    before = torch.zeros_like(did.constant) if there is None else there.detach().double().cpu()
     return deltas | _with_constant(model, f"{layer}{bias}", before @ did.matrix + did.constant - before)
 
 

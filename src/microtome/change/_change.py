@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,12 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from microtome.change._delta import Delta, changed, norm_of, of_parts, parts_of, random_like
-from microtome.change._weight import Weight, weight_at
-from microtome.edit import unshared
+from microtome.change._delta import Delta, copied, norm_of, of_parts, parts_of, random_like
+from microtome.change._weight import weight_at
+from microtome.change._written import Kept, restore, trying, uninterrupted, write, writing
+from microtome.edit import Edit, load_edits, unshared
 from microtome.errors import ArgumentError, DataError, EditError, error
 from microtome.files import atomic
 from microtome.model import Model
+from microtome.run.hook import lock_of
 from microtome.shown import shown
 
 FORMAT = 1
@@ -62,7 +65,7 @@ class _Applied:
     """A change that a model has now, and what its weights were."""
 
     change: Change
-    kept: list[tuple[Weight, Tensor]]
+    kept: Kept
 
 
 _LEDGER: WeakKeyDictionary[nn.Module, list[_Applied]] = WeakKeyDictionary()
@@ -123,17 +126,13 @@ class Change:
             SiteError: a weight is not there.
         """
         self._require(model)
-        kept: list[tuple[Weight, Tensor]] = []
-        try:
+        with writing(model) as kept:
             for step in self.steps:
                 write(model, step.deltas, kept)
             if (found := model.fingerprint) != self.after:
                 raise error(EditError, "the change gives other weights here than where it was made", got=found,
                             allowed=self.after, do="make it again on this machine")  # fmt: skip
-        except BaseException:
-            restore(kept)
-            raise
-        _LEDGER.setdefault(model.hf, []).append(_Applied(self, kept))
+            _LEDGER.setdefault(model.hf, []).append(_Applied(self, kept))
 
     def undo(self, model: Model) -> None:
         """Give the model the weights back that it had before this change, bit for bit.
@@ -146,27 +145,34 @@ class Change:
         if not numbers:
             raise error(EditError, "this change is not applied to this model", do="undo what was applied to it here")
         if numbers[-1] != len(done) - 1:
-            later = ", ".join(
-                one.change.steps[-1].reason or one.change.steps[-1].method for one in done[numbers[-1] + 1 :]
-            )
+            last = [one.change.steps[-1] for one in done[numbers[-1] + 1 :]]
+            later = ", ".join(step.reason or step.method for step in last)
             raise error(EditError, "another change was applied after this one", got=later, do="undo that one first")
         if (found := model.fingerprint) != self.after:
             raise error(EditError, "the weights were written to since the change was applied", got=found,
                         allowed=self.after, do="undo what else was done, or open the model again")  # fmt: skip
-        restore(done.pop().kept)
+        _unwind(model, len(done) - 1)
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """Change the model within a block; its weights are restored bit for bit, also after an exception.
 
+        Changes that are applied inside and not undone there are undone too.
+
         Raises:
-            EditError: it is for another model, or another change that was applied inside is not undone.
+            EditError: it is for another model, or weights were written to inside that no change is known of.
         """
-        self.apply(model)
+        depth = len(_LEDGER.get(model.hf, []))
         try:
+            self.apply(model)
             yield model
-        finally:
-            self.undo(model)
+        except BaseException:
+            _unwind(model, depth)
+            raise
+        _unwind(model, depth)
+        if (found := model.fingerprint) != self.before:
+            raise error(EditError, "weights were written to inside the block, by no change", got=found,
+                        allowed=self.before, do="make them changes, or open the model again")  # fmt: skip
 
     def random(self, model: Model, seed: int = 0) -> Change:
         """A random change of the same weights, each by a sum of the same norm and rank: a control.
@@ -175,16 +181,12 @@ class Change:
             EditError: the model is not the one that the change is for.
         """
         self._require(model)
-        generator, kept = torch.Generator().manual_seed(seed), list[tuple[Weight, Tensor]]()
-        found: list[Step] = []
-        try:
+        generator, found = torch.Generator().manual_seed(seed), list[Step]()
+        with trying(model) as kept:
             for step in self.steps:
                 drawn = {name: random_like(weight_at(model, name), d, generator) for name, d in step.deltas.items()}
-                found.append(
-                    _step(model, drawn, kept, method="random", reason=f"a control of: {step.reason}", seed=seed)
-                )
-        finally:
-            restore(kept)
+                reason = f"a control of: {step.reason or step.method}"
+                found.append(_step(model, drawn, kept, method="random", reason=reason, seed=seed))
         return Change(tuple(found), self.model)
 
     def norms(self, model: Model) -> xr.Dataset:
@@ -195,15 +197,12 @@ class Change:
         """
         self._require(model)
         rows: list[tuple[str, float, float]] = []
-        kept: list[tuple[Weight, Tensor]] = []
-        try:
+        with trying(model) as kept:
             for step in self.steps:
                 for name, delta in step.deltas.items():
                     weight = weight_at(model, name)
                     rows.append((name, norm_of(weight, delta), float(weight.read().double().norm())))
                 write(model, step.deltas, kept)
-        finally:
-            restore(kept)
         added, there = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (1, 2))
         columns = {"added": added, "weight": there, "share": added / there}
         return xr.Dataset({k: ("weight_name", v.numpy()) for k, v in columns.items()},
@@ -264,51 +263,55 @@ def of(
 
     Raises:
         SiteError: there is no such weight, or it cannot be written.
-        ArgumentError: nothing changes, or a delta does not fit its weight or is not finite.
+        ArgumentError: nothing changes, a delta does not fit its weight or is not finite, or the parameters are no
+            plain values.
     """
     if not deltas:
         raise error(ArgumentError, "a change needs at least one weight", do="name one, such as 12.W_out")
-    kept: list[tuple[Weight, Tensor]] = []
     try:
+        json.dumps(dict(parameters or {}))
+    except TypeError as problem:
+        raise error(ArgumentError, "the parameters of a change must be plain values", got=str(problem),
+                    do="give numbers, texts and lists of them") from None  # fmt: skip
+    with trying(model) as kept:
         made = _step(model, deltas, kept, method=method, reason=reason, seed=seed, parameters=parameters)
-    finally:
-        restore(kept)
     return Change((made,), model.anatomy.name)
 
 
 def _step(
-    model: Model, deltas: Mapping[str, Delta], kept: list[tuple[Weight, Tensor]], *, method: str, reason: str,
-    seed: int | None, parameters: Mapping[str, Any] | None = None,
+    model: Model, deltas: Mapping[str, Delta], kept: Kept, *, method: str, reason: str, seed: int | None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> Step:  # fmt: skip
     """A step of a model as it is now, which has it afterwards."""
-    before = model.provenance["fingerprint"]
-    write(model, deltas, kept)
-    own = {name: delta if not isinstance(delta, Tensor) else delta.detach().clone() for name, delta in deltas.items()}
+    before, own = model.provenance["fingerprint"], {name: copied(delta) for name, delta in deltas.items()}
+    write(model, own, kept)
     return Step(own, method, reason, dict(parameters or {}), seed, before, model.fingerprint)
 
 
-def write(model: Model, deltas: Mapping[str, Delta], kept: list[tuple[Weight, Tensor]]) -> None:
-    """Write deltas into a model, and append what was there to `kept`, before it is written over.
+def _unwind(model: Model, depth: int) -> None:
+    """Undo the changes of a model beyond the first so many, the last first."""
+    done = _LEDGER.get(model.hf, [])
+    with lock_of(model.hf).take(()), uninterrupted():
+        while len(done) > depth:
+            restore(model, done[-1].kept)
+            done.pop()
 
-    All are checked before the first is written.
+
+def read(path: str | os.PathLike[str]) -> Change | list[Edit]:
+    """Read a change or edits, whichever the file holds.
 
     Raises:
-        SiteError: there is no such weight.
-        ArgumentError: a delta does not fit.
+        DataError: it is missing, damaged, or holds neither.
     """
-    places = {name: weight_at(model, name) for name in deltas}
-    for name, delta in deltas.items():
-        weight, new = places[name], changed(places[name], delta)
-        kept.append((weight, weight.read()))
-        weight.write(new)
-
-
-def restore(kept: list[tuple[Weight, Tensor]]) -> None:
-    """Write back what was there, the last first, and forget it."""
-    while kept:
-        weight, values = kept[-1]
-        weight.write(values)
-        kept.pop()
+    try:
+        with safe_open(str(path), "pt") as file:
+            held = file.metadata() or {}
+    except (OSError, SafetensorError, ValueError) as problem:
+        what = f"cannot read a change or edits from {path}"
+        raise error(DataError, what, got=str(problem), do="name a file that was saved") from problem
+    if not held.keys() & {"change", "edits"}:
+        raise error(DataError, f"{path} holds neither a change nor edits", do="name a file that was saved")
+    return load(path) if "change" in held else load_edits(Path(path))
 
 
 def applied_to(model: Model) -> list[Change]:

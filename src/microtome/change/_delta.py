@@ -46,16 +46,29 @@ class Values:
 Delta = Tensor | LowRank | Values
 
 
-def changed(weight: Weight, delta: Delta) -> Tensor:
-    """The values of a weight after a change, rounded to its type once.
+def require_fit(weight: Weight, delta: Delta) -> None:
+    """Refuse a delta of another shape than its weight.
 
     Raises:
-        ArgumentError: the change does not fit the weight, or makes values that are not finite.
+        ArgumentError: it is one.
     """
     shape = shape_of(delta)
     if shape != weight.shape:
         what = f"a change does not fit {weight.address}"
         raise error(ArgumentError, what, got=str(list(shape)), allowed=str(list(weight.shape)), do="change its shape")
+
+
+def copied(delta: Delta) -> Delta:
+    """The same in memory of its own: what is written may be what it was made from."""
+    return of_parts({name: x.detach().clone() for name, x in parts_of(delta).items()})
+
+
+def changed(weight: Weight, delta: Delta) -> Tensor:
+    """The values of a weight after a change, rounded to its type once.
+
+    Raises:
+        ArgumentError: they are not finite.
+    """
     before = weight.read()
     if isinstance(delta, Values):
         new = delta.values.detach().to(before)

@@ -17,7 +17,7 @@ import torch
 
 from microtome.anatomy import without_bars
 from microtome.change._bake import bake
-from microtome.change._change import Change
+from microtome.change._change import Change, applied_to
 from microtome.edit import Edit
 from microtome.errors import ModelUnsupported, OutputError, ProofError, SiteError, error
 from microtome.files import atomic
@@ -64,13 +64,14 @@ def export(
         ProofError: the checkpoint does not give the same logits.
         ModelUnsupported: `transformers` cannot write this model.
     """
-    place = Path(out)
+    place = Path(out).resolve()
     if place.is_file() or (place.is_dir() and any(place.iterdir()) and not force):
         got = "a file" if place.is_file() else f"{len(list(place.iterdir()))} other things"
         do = "name a new folder" if place.is_file() else "name a new folder, or give force=True (--force)"
         raise error(OutputError, f"{out} is not an empty folder", got=got, do=do)
     listed = [changes] if isinstance(changes, Change) else list(changes)
     standing: list[Edit] = [edits] if isinstance(edits, Edit) else list(edits)
+    origin, earlier = dict(model.provenance), applied_to(model)
     with ExitStack() as applied:
         for change in listed:
             applied.enter_context(change.applied(model))
@@ -81,7 +82,7 @@ def export(
             applied.enter_context(change.applied(whole))
             listed.append(change)
         with atomic(place, "the checkpoint to", folder=True) as partial:
-            _write(whole, partial, listed)
+            _write(whole, partial, [*earlier, *listed], origin)
             _compare(whole, partial, tokens, expected)
     return place
 
@@ -109,13 +110,21 @@ def with_biases(model: Model) -> Model:
     for flag in flags:
         setattr(config, flag, True)
     if flags:
-        wider = type(model.hf)(config).to(dtype=model.dtype, device=model.device).eval()
-        missing, unexpected = wider.load_state_dict(model.hf.state_dict(), strict=False)
-        if missing and not unexpected and all(name.endswith("bias") for name in missing):
-            with torch.no_grad():
-                for name in missing:
-                    wider.get_parameter(name).zero_()
-            return open_model(wider.requires_grad_(False), tokenizer=model.tokenizer, prove=False)
+        with torch.random.fork_rng():
+            wider = type(model.hf)(config).eval().requires_grad_(False)
+        own, its = dict(model.hf.named_parameters()), dict(wider.named_parameters())
+        added = its.keys() - own.keys()
+        if added and own.keys() <= its.keys() and all(name.endswith("bias") for name in added):
+            for name, parameter in its.items():
+                parameter.data = (
+                    own[name].detach().clone()
+                    if name in own
+                    else torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
+                )
+            for name, buffer in model.hf.named_buffers():
+                wider.get_buffer(name).data = buffer.detach().clone()
+            wider.generation_config = deepcopy(getattr(model.hf, "generation_config", None))
+            return open_model(wider, tokenizer=model.tokenizer, prove=False)
     raise error(SiteError, f"the configuration of {model.anatomy.name} cannot add biases",
                 allowed=f"one of {', '.join(FLAGS)} that is off", do="keep the edits as edits")  # fmt: skip
 
@@ -126,7 +135,7 @@ def _probe(model: Model) -> torch.Tensor:
     return torch.randint(model.anatomy.d_vocab, (1, PROBE), generator=drawn).to(model.device)
 
 
-def _write(model: Model, folder: Path, changes: list[Change]) -> None:
+def _write(model: Model, folder: Path, changes: list[Change], origin: dict[str, Any]) -> None:
     """Weights, configuration, tokenizer, and what was changed.
 
     Raises:
@@ -140,13 +149,13 @@ def _write(model: Model, folder: Path, changes: list[Change]) -> None:
     except (ValueError, NotImplementedError, AttributeError) as problem:
         reason = " ".join(str(problem).split())
         raise error(ModelUnsupported, f"transformers cannot write {model.anatomy.name}", got=reason,
-                    do="merge adapters, or dequantise it first") from problem  # fmt: skip
+                    do="merge adapters, dequantise it, or mend its settings") from problem  # fmt: skip
     steps = [
         {"method": s.method, "reason": s.reason, "parameters": dict(s.parameters), "seed": s.seed,
          "weights": list(s.deltas), "before": s.before, "after": s.after}
         for change in changes for s in change.steps
     ]  # fmt: skip
-    record = {"of": dict(model.provenance), "steps": steps}
+    record = {"of": origin, "steps": steps}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ Formula:  ECE      sum over 15 bins b of confidence of n_b / n |mean confidence 
           context  mean loss of the first quarter of a row's tokens - that of the last quarter
           repeated share of 4-grams of a continuation that have come before
           distinct number of different 2-grams / number of 2-grams
-          entropy  (2/3) H_2 + (4/3) H_3, H_n the entropy of n-grams in bits, as in Meng et al., 2022
+          entropy  ((2/3) H_2 + (4/3) H_3) / 2, H_n the entropy of n-grams in bits, as the code of Meng et al., 2022
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.axes import Tokens
@@ -37,55 +37,50 @@ class TextScores:
     Attributes:
         loss: [row] nats.
         context: [row] nats that the last quarter is easier than the first.
-        right: [row, next] whether the likeliest token comes.
+        best: [row, next] the likeliest token.
+        right: [row, next] whether it comes.
         confidence: [row, next] its probability.
-        logs: [some row, next, vocab] log-probabilities of the first rows.
+        logs: [row, some next, vocab] log-probabilities at some positions, evenly spaced.
     """
 
     loss: Float[Tensor, " row"]
     context: Float[Tensor, " row"]
-    right: Tensor
-    confidence: Tensor
-    logs: Tensor
+    best: Int[Tensor, "row next"]
+    right: Float[Tensor, "row next"]
+    confidence: Float[Tensor, "row next"]
+    logs: Float[Tensor, "row some vocab"]
 
 
 def text_scores(model: Model, rows: Tokens, kept: int) -> TextScores:
-    """Scores of rows of a text, with log-probabilities of the first `kept`."""
-    parts: list[list[Tensor]] = []
-    for i, row in enumerate(rows):
-        logs = model.run(row.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1)
-        loss = -logs.gather(-1, row[1:, None].to(logs.device)).squeeze(-1).double().cpu()
-        top = logs.max(-1)
-        quarter = max(1, len(loss) // 4)
-        parts.append([
-            loss.mean(), loss[:quarter].mean() - loss[-quarter:].mean(),
-            (top.indices.cpu() == row[1:].cpu()).double(), top.values.exp().double().cpu(),
-            *([logs.cpu()] if i < kept else []),
-        ])  # fmt: skip
-    columns = [torch.stack([part[i] for part in parts]) for i in range(4)]
-    logs = torch.stack([part[4] for part in parts if len(part) > 4]) if kept else torch.zeros(0, 0, 0)
-    return TextScores(columns[0], columns[1], columns[2], columns[3], logs)
+    """Scores of rows of a text, with log-probabilities at `kept` positions of each."""
+    found: list[tuple[Tensor, ...]] = []
+    some = torch.linspace(0, rows.shape[1] - 2, max(1, min(kept, rows.shape[1] - 1))).long().unique()
+    for row in rows:
+        logs = model.run(row.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1).cpu()
+        loss = -logs.gather(-1, row[1:, None].cpu()).squeeze(-1).double()
+        top, quarter = logs.max(-1), max(1, len(loss) // 4)
+        gain = loss[:quarter].mean() - loss[-quarter:].mean()
+        right = (top.indices == row[1:].cpu()).double()
+        found.append((loss.mean(), gain, top.indices, right, top.values.exp().double(), logs[some]))
+    return TextScores(*(torch.stack(column) for column in zip(*found, strict=True)))
 
 
 def divergences(before: TextScores, after: TextScores) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
     """[row] KL(before | after) in nats, and the share of positions with the same likeliest token."""
-    found: list[tuple[Tensor, Tensor]] = []
-    for a, b in zip(before.logs, after.logs, strict=True):
-        kl = (a.exp() * (a - b)).sum(-1).double().mean()
-        found.append((kl, (a.argmax(-1) == b.argmax(-1)).double().mean()))
-    kl, same = zip(*found, strict=True)
-    return torch.stack(kl), torch.stack(same)
+    a = before.logs
+    kl = [(x.exp() * (x - y)).sum(-1).double().mean() for x, y in zip(a, after.logs, strict=True)]
+    return torch.stack(kl), (before.best == after.best).double().mean(1)
 
 
-def calibration(scores: TextScores, rows: Tensor) -> float:
-    """The expected calibration error of some rows."""
-    confidence, right = scores.confidence[rows].flatten(), scores.right[rows].flatten()
+def calibration(scores: TextScores) -> float:
+    """The expected calibration error."""
+    confidence, right = scores.confidence.flatten(), scores.right.flatten()
     number = (confidence * BINS).long().clamp(max=BINS - 1)
-    error = 0.0
-    for b in number.unique().tolist():
-        mine = number == b
-        error += float(mine.double().mean() * (confidence[mine].mean() - right[mine].mean()).abs())
-    return error
+    gaps = [
+        float((number == b).double().mean() * (confidence[number == b].mean() - right[number == b].mean()).abs())
+        for b in number.unique().tolist()
+    ]
+    return sum(gaps)
 
 
 def induction_losses(model: Model, sequences: int) -> Float[Tensor, " row"]:
@@ -109,15 +104,17 @@ def task_scores(model: Model, task: Task) -> tuple[Float[Tensor, " pair"], Float
 
 
 def continuations(model: Model, prompts: Tokens, new: int) -> list[list[int]]:
-    """The likeliest continuation of each prompt, to the full length."""
+    """The likeliest continuation of each prompt, to the full length: no penalty of the model's own settings counts."""
+    from transformers import GenerationConfig
+
+    plain = GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=False, num_beams=1, pad_token_id=0,
+                             repetition_penalty=1.0, no_repeat_ngram_size=0)  # fmt: skip
     found: list[list[int]] = []
     for prompt in prompts:
         mask = torch.ones(1, len(prompt), dtype=torch.int64, device=model.device)
         with torch.no_grad():
-            out = model.hf.generate(
-                input_ids=prompt.unsqueeze(0).to(model.device), attention_mask=mask, max_new_tokens=new,
-                min_new_tokens=new, do_sample=False, pad_token_id=0, return_dict_in_generate=False,
-            )  # fmt: skip
+            ids = prompt.unsqueeze(0).to(model.device)
+            out = model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=plain)
         found.append(out[0, len(prompt) :].tolist())
     return found
 
@@ -136,7 +133,7 @@ def distinct(tokens: Sequence[int], n: int = 2) -> float:
 
 def entropy(tokens: Sequence[int]) -> float:
     """The weighted entropy of 2-grams and 3-grams in bits."""
-    return 2 / 3 * _entropy(_grams(tokens, 2)) + 4 / 3 * _entropy(_grams(tokens, 3))
+    return (2 / 3 * _entropy(_grams(tokens, 2)) + 4 / 3 * _entropy(_grams(tokens, 3))) / 2
 
 
 def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
@@ -149,19 +146,23 @@ def _entropy(grams: Sequence[tuple[int, ...]]) -> float:
 
 
 def speeds(model: Model) -> tuple[float, float]:
-    """Tokens a second of a prompt that is read, and of one that is continued: medians."""
-    length = min(PREFILL, model.anatomy.n_ctx - DECODED)
+    """Seconds to read a thousand tokens of a prompt, and to write a thousand behind one: medians of three."""
+    length = max(1, min(PREFILL, model.anatomy.n_ctx - DECODED))
     prompt = torch.randint(model.anatomy.d_vocab, (1, length), generator=torch.Generator().manual_seed(0))
-    read: list[float] = []
-    written: list[float] = []
+    model.run(prompt, logits=False)  # the first run is slower
+    read, written = list[float](), list[float]()
     for _ in range(REPEATS):
-        began = time.perf_counter()
-        model.run(prompt, logits=False)
-        read.append(length / (time.perf_counter() - began))
-        began = time.perf_counter()
-        continuations(model, prompt[:, :8], DECODED)
-        written.append(DECODED / (time.perf_counter() - began))
-    return statistics.median(read), statistics.median(written)
+        read.append(_timed(model, lambda: model.run(prompt, logits=False)) / length)
+        written.append(_timed(model, lambda: continuations(model, prompt[:, :8], DECODED)) / DECODED)
+    return 1000 * statistics.median(read), 1000 * statistics.median(written)
+
+
+def _timed(model: Model, what: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    what()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - began
 
 
 def sizes(model: Model) -> tuple[int, int, float]:

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome.change._change import Change, load, of
+from microtome.change._change import Change, of, read
 from microtome.change._delta import Values
-from microtome.edit import Add, Edit, load_edits
-from microtome.errors import ArgumentError, DataError, error
+from microtome.edit import Add, Edit
+from microtome.errors import ArgumentError, error
 from microtome.model import Model
 from microtome.model import open as open_model
-
-STATES = ("before", "after", "random")
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def states_of(model: Model, after: Any, seed: int) -> tuple[list[State], str]:
         ArgumentError: it is none of these, or a model whose tokens are others.
         EditError: a change for another model.
     """
-    given = _read(after)
+    given = _read(model, after)
     first = State("before", lambda: nullcontext(model))
     if isinstance(given, Change):
         drawn = given.random(model, seed)
@@ -67,12 +65,12 @@ def states_of(model: Model, after: Any, seed: int) -> tuple[list[State], str]:
     second = State("after", lambda: nullcontext(own))
     change = _between(model, own)
     if change is None:
-        return [first, second], "none: the models have parameters of other shapes"
+        return [first, second], "none: the models have other parameters"
     drawn = change.random(model, seed)
     return [first, second, State("random", lambda: drawn.applied(model))], "a random change of equal norm"
 
 
-def _read(after: Any) -> Change | list[Edit] | Model:
+def _read(model: Model, after: Any) -> Change | list[Edit] | Model:
     """What is assessed, read from its file where it is a path."""
     if isinstance(after, Change | Model):
         return after
@@ -83,16 +81,11 @@ def _read(after: Any) -> Change | list[Edit] | Model:
         if listed and all(isinstance(one, Edit) for one in listed):
             return listed
     if isinstance(after, str | Path):
-        return _of_path(Path(after)) if Path(after).suffix == ".safetensors" else open_model(str(after))
+        if Path(after).suffix == ".safetensors":
+            return read(after)
+        return open_model(str(after), dtype=model.dtype, device=model.device)
     raise error(ArgumentError, "this cannot be assessed", got=type(after).__name__,
                 allowed="a Change, edits, a Model, or the path of one of them", do="give one of these")  # fmt: skip
-
-
-def _of_path(file: Path) -> Change | list[Edit]:
-    try:
-        return load(file)
-    except DataError:
-        return load_edits(file)
 
 
 def _random_edits(edits: Sequence[Edit], seed: int) -> list[Edit] | None:

@@ -88,7 +88,8 @@ def weight_at(model: LoadedModel, address: str) -> Weight:
         return Weight(address, view)
     axis = 0 if name in HEADS else NEURONS.get(name)
     if axis is None or (name in NEURONS and view.dim() > (2 if name[0] == "W" else 1)):
-        raise error(SiteError, f'"{address}" names units of a weight that has none', do=f'write "{layer}.{name}"')
+        whole = name if layer is None else f"{layer}.{name}"
+        raise error(SiteError, f'"{address}" names units of a weight that has none', do=f'write "{whole}"')
     size = int(view.shape[axis])
     chosen = parse_indices(units, "units").resolve(size)
     if chosen is None:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from microtome.cli._examples import shown
 from microtome.cli._model import LOADING, Json, Opening, opens, out, print_json, working
-from microtome.errors import ArgumentError, DataError, OutputError, error
+from microtome.errors import ArgumentError, OutputError, error
 from microtome.files import whole_file
-
-if TYPE_CHECKING:
-    from microtome.change import Change
-    from microtome.edit import Edit
 
 ENDING = ".safetensors"
 
@@ -47,7 +43,7 @@ def export(
     opening.check()
     with working(LOADING):
         import microtome as mt
-    read = [_read(file) for file in files]
+    read: list[Any] = [mt.change.read(file) for file in files]
     changes = [one for one in read if not isinstance(one, list)]
     edits = [edit for one in read if isinstance(one, list) for edit in one]
     if any(isinstance(a, list) and not isinstance(b, list) for a, b in pairwise(read)):
@@ -66,23 +62,3 @@ def export(
     out.print(f"written to {output}: {facts['bytes'] / 2**20:,.1f} MiB", markup=False, soft_wrap=True)
     for text in (*facts["changes"], *facts["edits"]):
         out.print(f"  {text}", markup=False, soft_wrap=True)
-
-
-def _read(file: Path) -> Change | list[Edit]:
-    """What a file holds: a change, or edits.
-
-    Raises:
-        DataError: neither.
-    """
-    from microtome.change import load
-    from microtome.edit import load_edits
-
-    problems: list[Any] = []
-    for reader in (load, load_edits):
-        try:
-            return reader(file)
-        except DataError as problem:
-            problems.append(problem)
-    raise error(DataError, f"{file} holds neither a change nor edits", do="name a file that save wrote") from problems[
-        0
-    ]
