@@ -407,7 +407,7 @@ def test_what_it_measures_is_not_all_below_rounding(name: str, kind: str) -> Non
 
 
 NO_HEAD = {
-    "causal_basis", "exits",
+    "causal_basis", "exits", "fourier_neurons",
     "compare_neurons", "component_effects", "confidence_neurons", "context", "contributions", "false_demonstrations",
     "flow", "fourier", "head_functions", "head_sources", "legrad", "lens", "lens_groups", "linear_map", "logit_lens",
     "mlp_roles", "ov_copying",
@@ -423,7 +423,7 @@ NO_LOSS = {
 }  # fmt: skip
 NO_NEURONS = {name for name, method in mt.methods("measure").items() if method.of == "neuron"}
 NO_DENSE = {"compare_neurons", "context_update", "excite", "linear_map", "row_lens", "split_direction"}
-NO_NEURONS |= NO_DENSE | {"io_classes", "on_off", "sparsity"}
+NO_NEURONS |= NO_DENSE | {"fourier_neurons", "io_classes", "on_off", "sparsity"}
 NO_NEXT = {
     "attribution_check",
     "assess",
@@ -432,12 +432,15 @@ NO_NEXT = {
     "das",
     "diff_roar",
     "excite",
+    "forward_tuning",
     "function_vector",
     "helix",
     "interchange",
     "repair",
     "split_direction",
+    "task_vectors",
     "token_interchange",
+    "weight_mask",
 }
 NO_VALUES = {"head_functions", "ov_copying"}
 PARALLEL = (
