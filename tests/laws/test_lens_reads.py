@@ -10,7 +10,7 @@ import torch
 from tests import families
 
 import microtome as mt
-from microtome.explain._lens_reads import bias_logits
+from microtome.explain._lens_reads import bias_logits, rows_of
 
 PROMPT = [7, 20, 33, 41, 52, 60]
 SUMS = ["llama-gqa", "gpt2", "gemma2", "granite", "cohere", "gpt_neox-parallel", "falcon-mqa", "bloom"]
@@ -43,11 +43,20 @@ def test_the_parts_of_the_stream_sum_to_the_logit_and_heads_to_their_branch(name
     heads = mt.explain.lens(model, PROMPT, of="attn.z")["answer_logit"]
     one = mt.explain.lens(model, [PROMPT], of="attn.z[2]")["answer_logit"].isel(batch=0)
     np.testing.assert_allclose(one.isel(pos=-1), heads.sel(head=2), atol=1e-5)
-    told = mt.explain.contributions(model, PROMPT, answer=int(answers[-1]))
-    np.testing.assert_allclose(heads, told["attn"][0], atol=2e-4)
-    whole = heads.sum("head") + told["attn_bias"][0]
+    shares = mt.explain.contributions(model, PROMPT, answer=int(answers[-1]))
+    np.testing.assert_allclose(heads, shares["attn"][0], atol=2e-4)
+    whole = heads.sum("head") + shares["attn_bias"][0]
     np.testing.assert_allclose(whole, attn["answer_logit"].isel(batch=0, pos=-1), atol=2e-4)
-    assert biases.shape == logits.shape
+    linear = mt.explain.lens(model, [PROMPT], of="mlp_out", scale="run")["answer_logit"].isel(batch=0, layer=-1)
+    last = model.run([PROMPT], [f"{model.anatomy.n_layers - 1}.{site}" for site in ("resid_post", "mlp_out")])
+    norm = model.require_readable()
+    for site, x in (("resid_post", own), ("mlp_out", linear)):  # biases count to the whole stream, and only to it
+        vector = last[f"{model.anatomy.n_layers - 1}.{site}"][0].double()
+        scale = norm.scale(last[f"{model.anatomy.n_layers - 1}.resid_post"])[0].double().unsqueeze(-1)
+        plain = (norm.centre(vector) / scale * norm.gain * model.W_U.T[answers].double()).sum(-1).numpy()
+        plain = plain * model.anatomy.logit_scale
+        bias = biases if site == "resid_post" else 0.0
+        np.testing.assert_allclose(x if site == "mlp_out" else x.isel(layer=-1), plain + bias, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2"])
@@ -83,6 +92,24 @@ def test_rows_of_weights_are_read_as_vectors_of_their_neurons(name: str) -> None
     wanted = model.unembed(weights.W_in[:, 5] * gain).argmax()
     assert int(read["token"].sel(layer=1, neuron=5)[0]) == int(wanted)
     assert int(model.unembed(weights.W_in[:, 6] * gain).argmax()) != int(wanted)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "granite"])
+def test_a_row_of_what_neurons_write_is_what_one_alone_adds_to_the_stream(name: str) -> None:
+    model = opened(name)
+    alone = torch.zeros(model.anatomy.d_mlp)
+    alone[5] = 1.0
+    run = model.run([PROMPT], "1.mlp_out", edits=[mt.edit.Set("1.mlp.post", alone)])
+    wrote, row = run["1.mlp_out"][0, -1].detach(), rows_of(model, 1, "W_out")[5]
+    if model.layers[1].mlp_post_norm is None:
+        torch.testing.assert_close(wrote, row)
+    assert float(torch.cosine_similarity(wrote, row, dim=0)) == pytest.approx(1.0, abs=1e-5)
+    scale = model.require_readable().scale(model.run([PROMPT], "2.resid_post")["2.resid_post"][0, -1])
+    norm = model.require_readable()
+    token = int(model.run([PROMPT]).logits[0, -1].argmax())
+    logit = float((norm.centre(row) / scale * norm.gain) @ model.W_U[:, token]) * model.anatomy.logit_scale
+    read = mt.explain.lens(model, PROMPT, of="W_out[5]")["answer_logit"].sel(layer=1, neuron=5)
+    assert float(read) == pytest.approx(logit, rel=1e-4)
 
 
 def test_a_row_is_decoded_as_row_lens_decodes_it() -> None:

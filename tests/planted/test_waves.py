@@ -11,7 +11,7 @@ import torch
 
 import microtome as mt
 from microtome.explain._helix import helix_basis
-from microtome.explain._waves import in_order, spectrum, sums_in, waves, written
+from microtome.explain._waves import in_order, places_of_sums, spectrum, sums_in, waves, written
 from microtome.planted import Planted
 
 
@@ -148,9 +148,35 @@ def test_a_text_with_choices_is_its_prompts() -> None:
     assert written("{abc}!") == ["a!", "b!", "c!"]
     assert written(["a", "b"]) == ["a", "b"]
     assert in_order("98-101") == ["98", "99", "100", "101"]
-    assert sums_in(["12 + 3 = ", "4"]) == [15, 4]
     for wrong in ("no braces", "{5-2} =", "{}"):
         with pytest.raises(mt.errors.ArgumentError, match="a text of prompts needs choices"):
             written(wrong)
-    with pytest.raises(mt.errors.ArgumentError, match="there is no sum of numbers in a prompt; got 'a'"):
-        sums_in(["1", "a"])
+    for wrong in ("a-z", "1-2-3", "-5"):
+        with pytest.raises(mt.errors.ArgumentError, match="only a range of numbers is written with a hyphen; got"):
+            in_order(wrong)
+
+
+def test_only_the_choices_of_a_text_are_added_up() -> None:
+    assert sums_in("Q1: {0-2} + {5,12} =") == [5, 12, 6, 13, 7, 14]
+    assert sums_in("3 + {7-8}") == [7, 8]
+    wrong = [
+        (["1 + 2 ="], "sums are those of one text with choices in braces; got list"),
+        ("{1,a} + {1-2} =", "a choice is no number to add up; got 'a'"),
+        ("{5-9} - {1-2} =", "the choices of this text are not added up; got '{5-9} - {1-2} ='"),
+    ]
+    for prompts, text in wrong:
+        with pytest.raises(mt.errors.ArgumentError, match=text) as refused:
+            sums_in(prompts)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_sum_is_looked_up_among_the_numbers() -> None:
+    asked = "{1-4} + {1-4} = "
+    words = [str(n) for n in range(1, 10)]
+    assert places_of_sums(words, asked) == [a + b - 1 for a in range(1, 5) for b in range(1, 5)]
+    backwards = [f" {n}" for n in range(9, 0, -1)]
+    assert places_of_sums(backwards, asked) == [9 - a - b for a in range(1, 5) for b in range(1, 5)]
+    text = "a sum is none of the numbers; got 8; allowed: 1, 2, 3"
+    with pytest.raises(mt.errors.ArgumentError, match=text) as refused:
+        places_of_sums(words[:7], asked)
+    assert "\n" not in str(refused.value)

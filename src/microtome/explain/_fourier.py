@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from microtome.anatomy import Site
@@ -27,12 +27,11 @@ from microtome.explain._waves import (
     Answers,
     Prompts,
     integers,
+    places_of_sums,
     rows_of,
     spectrum,
-    sums_in,
     tokens_of_numbers,
     waves,
-    written,
 )
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
@@ -124,7 +123,7 @@ def fourier(
     found = [k for k, out in zip(frequencies, outlier.tolist(), strict=True) if out]
     coords: dict[str, Any] = {"layer": list(range(layers)), "frequency": frequencies}
     if answers is not None:
-        wanted = answers_of(answers, prompts, len(rows), n)
+        wanted = answers_of(model, answers, prompts, len(rows), ids)
         each["accuracy"] = (torch.stack(right).cpu() == wanted).double()
         bands = {"low": [k for k in frequencies if 4 * k <= n], "high": [k for k in frequencies if 4 * k > n]}
         bands |= {"outliers": found} if found else {}
@@ -167,8 +166,8 @@ def _lost(
         edits: list[Edit] = [
             Project(f"{i}.{site}@-1", basis) for i in layers if Site(site, i) in model.anatomy.hook_points
         ]
-        said = [int(model.run(row, edits=edits).logits[0, -1, list(ids)].argmax()) for row in rows]
-        return before - (torch.tensor(said) == wanted).double()
+        first = [int(model.run(row, edits=edits).logits[0, -1, list(ids)].argmax()) for row in rows]
+        return before - (torch.tensor(first) == wanted).double()
 
     own = [[lost(site, band, None) for band in bands.values()] for site in BRANCHES]
     other = [
@@ -178,19 +177,23 @@ def _lost(
     return first, second
 
 
-def answers_of(answers: Any, prompts: Sequence[Prompt] | str, count: int, numbers: int) -> Tensor:
-    """The place of each prompt's answer among the numbers; of "sum", what the numbers of its text add up to.
+def answers_of(
+    model: Model, answers: Any, prompts: Sequence[Prompt] | str, count: int, ids: Sequence[int]
+) -> Int[Tensor, " prompt"]:
+    """The place of each prompt's answer among the numbers; of "sum", that of what the choices of its text add up to.
 
     Raises:
-        ArgumentError: not one for each prompt, one lies outside, or a prompt has no numbers.
+        ArgumentError: not one for each prompt, one is none of the numbers, or there is nothing to add up.
     """
-    listed = sums_in(written(prompts)) if isinstance(answers, str) and answers == SUM else integers(answers, "answers")
+    if isinstance(answers, str) and answers == SUM:
+        return torch.tensor(places_of_sums(model.to_words(ids), prompts))
+    listed = integers(answers, "answers")
     if len(listed) != count:
         raise error(ArgumentError, "there must be one answer for each prompt", got=len(listed), allowed=str(count))
-    outside = [x for x in listed if not 0 <= x < numbers]
+    outside = [x for x in listed if not 0 <= x < len(ids)]
     if outside:
         do = "give its place among the numbers"
         raise error(
-            ArgumentError, "an answer is none of the numbers", got=outside[0], allowed=f"0 to {numbers - 1}", do=do
+            ArgumentError, "an answer is none of the numbers", got=outside[0], allowed=f"0 to {len(ids) - 1}", do=do
         )
     return torch.tensor(listed)

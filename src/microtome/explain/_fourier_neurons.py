@@ -24,6 +24,7 @@ from microtome.context import current
 from microtome.edit import Edit, Zero
 from microtome.errors import ArgumentError, PromptError, error
 from microtome.explain._fourier import answers_of, directions_of
+from microtome.explain._neuron_writes import directions
 from microtome.explain._waves import Answers, Prompts, rows_of, spectrum, tokens_of_numbers
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
@@ -108,7 +109,7 @@ def fourier_neurons(
     coords: dict[str, Any] = {"layer": list(range(shape[0]))}
     attrs = {"numbers": len(ids), "prompts": len(rows), "places": ", ".join(map(str, at))}
     if answers is not None:
-        wanted = answers_of(answers, prompts, len(rows), len(ids))
+        wanted = answers_of(model, answers, prompts, len(rows), ids)
         names, member = _groups(groups, len(rows))
         some = [(i, n) for i in chosen for n in range(shape[1]) if bool(values["ipr"][i, n].isfinite())]
         lowest = sorted(some, key=lambda unit: float(values["ipr"][unit]))
@@ -190,7 +191,7 @@ def _rows_of_neurons(
     for number in at.values():
         member = torch.nn.functional.one_hot(number, len(ids)).double().to(pre.device)
         found.append((pre.T @ member) / member.sum(0))
-    return torch.stack([*found, model.layers[layer].W_out.double() @ directions_of(model, ids).T])
+    return torch.stack([*found, directions(model, layer).double() @ directions_of(model, ids).T])
 
 
 def _ratios(rows: Float[Tensor, "row neuron number"]) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]]:

@@ -4,7 +4,7 @@ Formula:  read(x) = (gain * centre(x) / s) W_U * logit_scale, s the final norm's
           that of the run; with the biases of norm and unembedding, and the cap, where x is a whole stream.
           With s held it is linear in x: embedding, branches and biases sum to the logit; heads and b_O to attn_out.
           What a head writes is z_h W_O^h; behind a norm of the branch gain * centre(z_h W_O^h) / s_b, with s_b held.
-          A row of W_in or W_gate has the gain of the MLP's norm folded in.
+          A row of W_in or W_gate has the gain of the MLP's norm folded in, one of W_out that of a norm behind the MLP.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from microtome.anatomy import Site, at_least_float32, parse_indices
 from microtome.errors import ArgumentError, SiteError, error
+from microtome.explain._neuron_writes import directions
 from microtome.model import Model
 
 STREAMS = {"resid_post": "the stream after each layer", "resid_mid": "the stream between the branches of each layer"}
@@ -115,10 +116,10 @@ def rows_of(model: Model, layer: int, rows: str) -> Float[Tensor, "neuron d_mode
         SiteError: the layer has no such matrix.
     """
     weights = model.layers[layer]
-    matrix = at_least_float32(getattr(weights, rows).detach())
     if rows == "W_out":
-        return matrix
-    norm = weights.mlp_norm
+        scale = model.anatomy.hook_points[Site("mlp_out", layer)].scale
+        return directions(model, layer) * scale
+    matrix, norm = at_least_float32(getattr(weights, rows).detach()), weights.mlp_norm
     return matrix.T if norm is None else matrix.T * norm.gain
 
 

@@ -25,7 +25,10 @@ Prompts = Annotated[
 ]
 Answers = Annotated[
     Sequence[int] | str | None,
-    Argument('for each prompt, the place of its answer among the numbers; "sum": that of what its numbers add up to'),
+    Argument(
+        'for each prompt, the place of its answer among the numbers; "sum": that of the number that its choices add up '
+        "to"
+    ),
 ]
 SUM = "sum"
 RANGE = re.compile(r"(\d+)-(\d+)")
@@ -59,36 +62,69 @@ def written(prompts: Sequence[Prompt] | str) -> Sequence[Prompt]:
     """
     if not isinstance(prompts, str):
         return prompts
+    slots, parts = slots_of(prompts), SLOT.sub("\0", prompts).split("\0")
+    return ["".join(x for pair in zip(parts, (*chosen, ""), strict=True) for x in pair) for chosen in product(*slots)]
+
+
+def slots_of(prompts: str) -> list[list[str]]:
+    """The choices of each pair of braces.
+
+    Raises:
+        ArgumentError: the text has no braces, or an empty range in them.
+    """
     slots = [in_order(inside) for inside in SLOT.findall(prompts)]
     if not slots or not all(slots):
         do = 'write ranges or words in braces, such as "{0-4} + {0-4} = "'
         raise error(ArgumentError, "a text of prompts needs choices", got=repr(prompts), do=do)
-    parts = SLOT.sub("\0", prompts).split("\0")
-    return ["".join(x for pair in zip(parts, (*chosen, ""), strict=True) for x in pair) for chosen in product(*slots)]
+    return slots
 
 
 def in_order(written: str) -> list[str]:
-    """An axis as it is written: a range "100-199", words with commas between them, or else letter by letter."""
+    """An axis as it is written: a range "100-199", words with commas between them, or else letter by letter.
+
+    Raises:
+        ArgumentError: it looks like a range, and is none of numbers.
+    """
     match = RANGE.fullmatch(written)
     if match is not None:
         return [str(n) for n in range(int(match[1]), int(match[2]) + 1)]
+    if "," not in written and "-" in written and len(written) > 1:
+        do = "write 0-9, or all of them with commas between"
+        raise error(ArgumentError, "only a range of numbers is written with a hyphen", got=repr(written), do=do)
     return written.split(",") if "," in written else list(written)
 
 
-def sums_in(prompts: Sequence[Prompt]) -> list[int]:
-    """What the numbers that are written in each prompt add up to.
+def sums_in(prompts: Any) -> list[int]:
+    """What the choices in braces add up to, by the prompts that a text stands for; other numbers of it do not count.
 
     Raises:
-        ArgumentError: a prompt is no text, or has no numbers.
+        ArgumentError: it is no such text, a choice is no number, or one is subtracted.
     """
-    found: list[int] = []
-    for prompt in prompts:
-        numbers = re.findall(r"\d+", prompt) if isinstance(prompt, str) else []
-        if not numbers:
-            do = "give the place of each answer among the numbers"
-            raise error(ArgumentError, "there is no sum of numbers in a prompt", got=repr(prompt), do=do)
-        found.append(sum(map(int, numbers)))
-    return found
+    do = "give the place of each answer among the numbers"
+    if not isinstance(prompts, str):
+        got = type(prompts).__name__
+        raise error(ArgumentError, "sums are those of one text with choices in braces", got=got, do=do)
+    slots = slots_of(prompts)
+    wrong = next((choice for slot in slots for choice in slot if not re.fullmatch(r"\s*\d+\s*", choice)), None)
+    if wrong is not None:
+        raise error(ArgumentError, "a choice is no number to add up", got=repr(wrong), do=do)
+    if re.search(r"[-\u2212*/\u00d7]\s*\{", prompts):
+        raise error(ArgumentError, "the choices of this text are not added up", got=repr(prompts), do=do)
+    return [sum(map(int, chosen)) for chosen in product(*slots)]
+
+
+def places_of_sums(words: Sequence[str], prompts: Any) -> list[int]:
+    """Where the sum of each prompt's choices stands among the numbers, written as words with or without spaces.
+
+    Raises:
+        ArgumentError: a sum is none of the numbers, or there is nothing to add up.
+    """
+    axis, sums = [word.strip() for word in words], [str(x) for x in sums_in(prompts)]
+    missing = next((x for x in sums if x not in axis), None)
+    if missing is not None:
+        do = "let the numbers hold every sum"
+        raise error(ArgumentError, "a sum is none of the numbers", got=missing, allowed=", ".join(axis), do=do)
+    return [axis.index(x) for x in sums]
 
 
 def integers(given: Any, what: str) -> list[int]:
