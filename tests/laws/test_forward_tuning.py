@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import microtome as mt
 
 CONTEXT, QUERY = [7, 20, 33, 41, 52, 60, 9], [15, 33, 71]
-KINDS = ("llama-gqa", "gpt2", "phi3", "gpt_neox-parallel", "falcon-mqa", "bloom", "gpt_bigcode-mqa", "gemma2", "olmo2")
+KINDS = ("llama-gqa", "gpt2", "phi3", "gpt_neox-parallel", "falcon-mqa", "bloom", "gpt_bigcode-mqa", "olmo2")
 PLACED = ("llama-gqa", "gpt2", "phi3", "olmo2")
 """Families whose positions are an input, without windows."""
 
@@ -34,6 +34,34 @@ def test_one_round_is_the_ordinary_prompt_and_at_rate_0_so_are_all(kind: str) ->
         torch.testing.assert_close(stored.logits([QUERY]), expected, rtol=1e-4, atol=1e-4)
     last = mt.explain.tuned_context(model, [CONTEXT], rounds=3, rate=0.5)[-1].logits([QUERY])
     assert (last - expected).abs().max() > 1e-4  # rounds do something
+
+
+def test_a_window_is_refused_where_stored_tokens_would_leave_it() -> None:
+    for kind in ("mistral", "gemma2", "gemma3"):  # windows of 4
+        model = opened(kind)
+        once = mt.explain.tuned_context(model, [CONTEXT], rounds=1)[0].logits([QUERY])
+        torch.testing.assert_close(once, model.run([CONTEXT + QUERY]).logits[0, -1], rtol=1e-4, atol=1e-4)
+        text = r"longer than a window of .*; got 2 x 7 tokens; allowed: 4 or fewer"
+        with pytest.raises(mt.errors.SiteError, match=text) as refused:
+            mt.explain.tuned_context(model, [CONTEXT], rounds=2)
+        assert "\n" not in str(refused.value)
+        short = mt.explain.tuned_context(model, [CONTEXT[:2]], rounds=2, rate=0.0)[-1]
+        expected = model.run([CONTEXT[:2] + QUERY[:1]]).logits[0, -1]
+        torch.testing.assert_close(short.logits([QUERY[:1]]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox-parallel"])
+def test_it_is_read_in_evaluation_mode(kind: str) -> None:
+    model = opened(kind)
+    hf: Any = model.hf
+    for module in hf.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    expected = mt.explain.tuned_context(model, [CONTEXT], rounds=2, rate=0.5)[-1].logits([QUERY])
+    hf.train()
+    found = mt.explain.tuned_context(model, [CONTEXT], rounds=2, rate=0.5)[-1].logits([QUERY])
+    assert hf.training
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def held(model: mt.Model, tokens: list[int], first: int, before: DynamicCache | None) -> list[Tensor]:

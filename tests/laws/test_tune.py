@@ -66,14 +66,12 @@ def test_only_the_parts_change_and_the_result_is_what_the_model_does(kind: str) 
     text = -float(log_p.gather(-1, TEXT[:, 1:, None]).mean())
     assert float(again["text_loss"][0]) == pytest.approx(text, abs=1e-4)
     assert float(again["forgetting"][0]) == pytest.approx(text - float(again["text_loss_before"]), abs=1e-4)
-    for name in moved:  # put the old weights of the parts back through their views: then all is as before
-        model.hf.get_parameter(name).data.copy_(kept[name])
     plain = opened(kind)
     for layer, site, n in units_of(model, PARTS):
         for matrix, own in OWN[site]:
             if matrix != "W_gate" or "0.mlp.gate" in map(str, model.anatomy.hook_points):
                 mine, its = (own(getattr(m.layers[layer], matrix), n) for m in (model, plain))
-                mine.copy_(its)
+                mine.copy_(its)  # the old weights of the parts, through their views: then all is as before
     assert all(torch.equal(p, start[name]) for name, p in model.hf.named_parameters())
 
 
@@ -87,6 +85,15 @@ def test_no_step_changes_nothing_and_a_tuned_part_differs_from_a_random_one() ->
     difference = float(data["gain"][0] - data["gain"][1])
     assert float(data["gain_diff"]) == pytest.approx(difference, abs=1e-9)
     assert data["gain_diff_lo"] < data["gain_diff"] < data["gain_diff_hi"]
+
+
+def test_what_is_tuned_does_not_depend_on_the_number_of_random_sets() -> None:
+    model = opened("llama-gqa")
+    none, one, three = (tuned(model, sets=n, batch=3) for n in (0, 1, 3))
+    for name in ("gain", "loss", "forgetting"):
+        assert float(none[name][0]) == float(one[name][0]) == float(three[name][0]), name
+    assert one.attrs["random_0"] == three.attrs["random_0"]
+    assert float(one["gain"][1]) == float(three["gain"][1])
 
 
 def test_random_parts_are_as_many_of_the_same_places() -> None:

@@ -27,11 +27,14 @@ from microtome.explain._shots import Deck, Piece
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 from microtome.run import Prompt
+from microtome.run.hook import HookSet
 from microtome.shown import shown
 from microtome.stream import bos_id
 
 ROUND = ("round",)
 RATE, MOMENTUM = 0.01, 0.9
+WINDOWS = ("sliding_window", "window_size", "local_attention", "attention_chunk_size")
+"""How configurations name the number of tokens that some layer sees."""
 TURNED = "the same of demonstrations with shuffled answers"
 
 
@@ -77,6 +80,7 @@ def tuned_context(
     Source:   Yang et al., "Iterative Forward Tuning Boosts In-Context Learning in Language Models", 2023
               (arXiv 2305.13016). Departs: the form of the momentum and the rate are ours, as the paper's were not
               verified; where positions are no input of the model (ALiBi), the stored tokens stand before the others.
+              A window counts stored tokens too, so that longer contexts are refused.
     Cost:     `rounds` forwards of the context, each behind itself; `rounds` times its cache.
     Check:    after one round the logits are those of the prompt with its context, at rate 0 after every round, and two
               rounds are one forward of the context written twice; tests/laws/test_forward_tuning.py.
@@ -94,7 +98,7 @@ def tuned_context(
     Raises:
         ArgumentError: no round, or a rate or momentum that is no number from 0 on.
         PromptError: the context is not one prompt with tokens.
-        SiteError: some layer keeps no keys and values.
+        SiteError: some layer keeps no keys and values, or twice the context is longer than its window.
 
     >>> mt.explain.tuned_context(model, "big -> small\nhot -> cold\n", rounds=3)[-1].logits("tall ->").argmax()
     """
@@ -124,7 +128,13 @@ def _one(model: Model, prompt: Prompt, what: str) -> Int[Tensor, "1 pos"]:
 def _rounds(
     model: Model, tokens: Int[Tensor, "1 pos"], rounds: int, rate: float, momentum: float
 ) -> tuple[StoredContext, ...]:
-    """The stored context after each round."""
+    """The stored context after each round.
+
+    Raises:
+        SiteError: some layer keeps no keys and values, or its window is too short for two rounds of them.
+    """
+    if rounds > 1:
+        _require_room(model, tokens.shape[1])
     found = [_forward(model, tokens, 0, None)[1]]
     moves: list[tuple[Tensor, Tensor]] = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v in _pairs(found[0])]
     for _ in range(rounds - 1):
@@ -138,6 +148,22 @@ def _rounds(
         values = tuple(b + rate * n for (_, b), (_, n) in zip(_pairs(old), moves, strict=True))
         found.append(StoredContext(keys, values, model))
     return tuple(found)
+
+
+def _require_room(model: Model, length: int) -> None:
+    """Refuse a context whose stored tokens would push each other out of a layer's window.
+
+    Raises:
+        SiteError: they would.
+    """
+    config: Any = model.hf.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    given = [getattr(config, name, None) for name in WINDOWS] if set(kinds) != {"full_attention"} else []
+    sizes = [n for n in given if isinstance(n, int) and not isinstance(n, bool)]
+    if sizes and 2 * length > min(sizes):
+        what = f"two rounds of this context are longer than a window of {model.anatomy.name}"
+        got, allowed = f"2 x {length} tokens", f"{min(sizes)} or fewer"
+        raise error(SiteError, what, got=got, allowed=allowed, do="give a shorter context, or read it in one round")
 
 
 def _pairs(stored: StoredContext) -> list[tuple[Tensor, Tensor]]:
@@ -159,7 +185,8 @@ def _forward(
     inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": cache, "use_cache": True}
     if "position_ids" in inspect.signature(model.hf.forward).parameters:
         inputs["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device).unsqueeze(0)
-    logits = model.hf(**inputs).logits[0, -1]
+    with HookSet(model.hf, model.anatomy.attention, model.anatomy.n_heads):  # in evaluation mode, alone
+        logits = model.hf(**inputs).logits[0, -1]
     held, length = list(cache.layers), 0 if before is None else before.length
     sizes = [x.shape[-2] if isinstance(x := getattr(layer, "keys", None), Tensor) else 0 for layer in held]
     if len(held) != model.anatomy.n_layers or any(n != length + tokens.shape[1] for n in sizes):
@@ -221,7 +248,7 @@ def forward_tuning(
     Raises:
         DataError: the file cannot be read, or has too few pairs.
         ArgumentError: the template does not hold {input} and {output}.
-        SiteError: some layer keeps no keys and values.
+        SiteError: some layer keeps no keys and values, or twice the demonstrations are longer than its window.
     """
     deck = Deck.of(model, task, template, shots, tests)
     kinds = ("", "shuffled_")

@@ -81,8 +81,9 @@ def tune(
 
     Returns:
         Dataset over `set`, "tuned" and "random 0" ...: `loss`, `accuracy`, `text_loss`, and `gain` and `forgetting`
-        with 95 % intervals over pairs and rows; `gain_diff`, tuned minus random in the same pairs; before any tuning
-        `loss_before`, `accuracy_before`, `text_loss_before`; `parameters`. The attributes hold the parts of each set.
+        with 95 % intervals over pairs and rows; `gain_diff`, tuned minus the mean of the random sets in the same
+        pairs, whose interval is over pairs alone, not over sets; before any tuning `loss_before`, `accuracy_before`,
+        `text_loss_before`; `parameters`. The attributes hold the parts of each set.
 
     Raises:
         ArgumentError: a part is no neuron or head, a number is outside its limits, or there are too few others.
@@ -98,16 +99,16 @@ def tune(
     held = _Held.of(task, tests, _rows(model, text, tokens, length))
     train = task.pairs[: len(task) - len(held.pairs)]
     options: dict[str, Any] = {"optimizer": optimizer, "lr": lr, "clip": clip, "seed": seed, "every": every}
-    generator = torch.Generator().manual_seed(seed)
+    generator, order = (torch.Generator().manual_seed(s) for s in (seed, 1_000_003 * (seed + 1)))
     own = units_of(model, parts)
     chosen = {"tuned": own} | {f"random {i}": others(model, own, generator) for i in range(sets)}
-    batches = _batches(train, steps, batch, generator)
+    batches = _batches(train, steps, batch, order)
     data, kept = _compared(model, chosen, held, batches, steps, checkpoint, options)
     if keep:
         _write(model, *kept)
-    said = {"method": "tuning of parts", "task": task.name, "steps": steps, "lr": lr, "seed": seed, "kept": keep}
-    said |= {name.replace(" ", "_"): ", ".join(f"{i}.{s}[{n}]" for i, s, n in units) for name, units in chosen.items()}
-    return data.assign_attrs(dict(model.provenance) | said)
+    attrs = {"method": "tuning of parts", "task": task.name, "steps": steps, "lr": lr, "seed": seed, "kept": keep}
+    attrs |= {name.replace(" ", "_"): ", ".join(f"{i}.{s}[{n}]" for i, s, n in units) for name, units in chosen.items()}
+    return data.assign_attrs(dict(model.provenance) | attrs)
 
 
 def _compared(
