@@ -19,6 +19,7 @@ import xarray as xr
 from tests import families, twins
 
 import microtome as mt
+from microtome.explain._forward_tuning import WINDOWS
 from microtome.method import Change, Measure, Parameter, Question, RepeatedTokens, Text, choices_of, declared
 from microtome.method._result import column_of
 from microtome.method.runner import measure
@@ -164,6 +165,8 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
         found["heads"] = 3
     if name == "on_off":
         found["text"] = rows(1)
+    if name == "forward_tuning" and any(getattr(model(kind).hf.config, window, None) for window in WINDOWS):
+        found["rounds"] = 1
     if name in ("causal_basis", "exits"):
         found |= {"text": rows(), "size": 48, "length": 12, "directions": 2, "controls": 2, "steps": 1}
     if name == "exits":

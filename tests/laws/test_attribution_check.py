@@ -11,7 +11,7 @@ from tests import families
 from torch import Tensor
 
 import microtome as mt
-from microtome.explain._attribution_maps import map_of
+from microtome.explain._attribution_maps import MAPS, USUAL, map_of, usual
 from microtome.explain._diff_roar import kept_of
 from microtome.model import untrained_of
 
@@ -86,16 +86,54 @@ def test_what_is_kept_are_the_lowest_and_the_last() -> None:
     assert kept_of(order, 2).int().tolist() == [[0, 1, 0, 1, 1], [1, 1, 0, 0, 1]]
 
 
-def test_where_everything_is_blank_nothing_is_learned() -> None:
-    """The answer is the first token; a map of one token a prompt that is not it leaves nothing to learn from."""
-    tokens = rows(48)
-    tokens[:, 0] = 5 + torch.arange(48) % 2
-    given: dict[str, Any] = {"answers": tokens[:, 0].tolist(), "estimates": ["random"], "steps": 60, "rows": 16}
-    model = opened()
-    data = mt.explain.diff_roar(model, tokens, keep=1.0, lr=1e-2, **given)
+def first_token_answers(n: int = 48) -> Tensor:
+    """Prompts whose first token, one of two, is the answer."""
+    tokens = rows(n)
+    tokens[:, 0] = 5 + torch.randint(2, (n,), generator=torch.Generator().manual_seed(4))
+    return tokens
+
+
+def test_where_everything_is_kept_both_ends_are_the_whole() -> None:
+    tokens = first_token_answers()
+    data = mt.explain.diff_roar(
+        opened(), tokens, answers=tokens[:, 0].tolist(), estimates=["random"], steps=60, rows=16, keep=1.0, lr=1e-2
+    )
     np.testing.assert_allclose(data["top"], data["bottom"])
     assert float(data["whole"]) > 0.9
     assert float(data["top"][0]) > 0.9
+
+
+def test_nothing_is_learned_where_the_answer_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map that ranks the answer's place first and the others alike, so that the other end never has it."""
+    tokens = first_token_answers(64)
+    place = torch.zeros(tokens.shape[1], dtype=torch.float64)
+    place[0] = 1.0
+    monkeypatch.setitem(MAPS, "random", lambda model, row, answer: place)
+    data = mt.explain.diff_roar(
+        opened(), tokens, answers=tokens[:, 0].tolist(), estimates=["random"], steps=60, rows=16, lr=1e-2, keep=0.2,
+        left_out=0.5,
+    )  # fmt: skip
+    assert data.attrs["kept"] == 1
+    assert float(data["top"][0]) > 0.9
+    assert float(data["bottom"][0]) < 0.75
+    assert float(data["top_diff"][0]) > 0.25
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_of_a_mixture_the_default_leaves_out_what_holds_activations(name: str) -> None:
+    model, row = opened(name), torch.tensor(PROMPTS[0])
+    assert usual(model, row) == ("gradient", "gradient_input", "ig", "legrad")
+    assert usual(opened(), row) == USUAL
+    data = mt.explain.attribution_check(model, PROMPTS[:1], every=3)
+    assert data["estimate"].values.tolist() == ["gradient", "gradient_input", "ig", "legrad"]
+    with pytest.raises(mt.errors.EditError, match="cannot be frozen"):
+        mt.explain.attribution_check(model, PROMPTS[:1], estimates=["relp"])
+
+
+def test_a_map_of_nothing_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MAPS, "random", lambda model, row, answer: torch.zeros(len(row), dtype=torch.float64))
+    data = mt.explain.attribution_check(opened(), PROMPTS[:1], estimates=["random"], null=(2, 5), every=3)
+    assert np.isnan(data["null_share"]).all()
 
 
 def test_what_cannot_be_is_refused_in_a_line() -> None:
@@ -111,6 +149,10 @@ def test_what_cannot_be_is_refused_in_a_line() -> None:
          lambda: mt.explain.diff_roar(model, rows(), answers=[5, 6])),
         (mt.errors.DataError, "some prompts must be left out, and some not; got 0 of 16",
          lambda: mt.explain.diff_roar(model, rows(), answers=[5] * 16, left_out=0.0)),
+        (mt.errors.ArgumentError, "no token would be kept beside the last; got 0.0 of 7; allowed: 0.14 to 1",
+         lambda: mt.explain.diff_roar(model, rows(), answers=[5] * 16, keep=0.0)),
+        (mt.errors.PromptError, "token id 999 is not in",
+         lambda: mt.explain.diff_roar(model, rows(), answers=[5] * 16, blank=999)),
     ]  # fmt: skip
     for kind, text, call in wrong:
         with pytest.raises(kind, match=text) as refused:

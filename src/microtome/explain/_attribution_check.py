@@ -4,7 +4,8 @@ Formula:  map(t) >= 0, of the model's own answer (see `_attribution_maps.py`);
           kept_l = rank correlation over tokens of the map with that of the model whose layers l .. L - 1 have
           untrained weights: a map that explains what was learned must change, so that kept falls towards shuffled, the
           rank correlation of the map with itself in random order; the length of embeddings is kept whole.
-          null_share = sum of the map over a span that the answer does not depend on, as a share of all of it.
+          null_share = sum of the map over a span that the answer does not depend on, as a share of all of it; NaN
+          where the map is 0 everywhere.
 Cost:     L / every + 1 maps a prompt and kind, and one more model in memory.
 Check:    no layer randomised changes nothing; what ignores the layers is kept; tests/laws/test_attribution_check.py.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from microtome.context import current
 from microtome.errors import PromptError, error
-from microtome.explain._attribution_maps import MAPS, USUAL, map_of
+from microtome.explain._attribution_maps import MAPS, map_of, usual
 from microtome.explain._one_prompt import beside
 from microtome.explain._spans import span_of
 from microtome.method import Argument, Column, Found, PromptText, Source, Span, question, span_from_text
@@ -62,8 +63,9 @@ def attribution_check(
     prompts: PromptText,
     *,
     estimates: Annotated[
-        Sequence[str], Argument("attributions to check", choices=tuple(MAPS))
-    ] = USUAL,
+        Sequence[str] | None,
+        Argument("attributions to check; by default the usual ones that the model has", choices=tuple(MAPS)),
+    ] = None,
     null: Annotated[
         Span | None, Argument("a span of each prompt that the answer does not depend on", from_text=span_from_text)
     ] = None,
@@ -82,7 +84,7 @@ def attribution_check(
         what = f"prompt {short} is too short for ranks"
         raise error(PromptError, what, got=f"{len(rows[short])} tokens", allowed="3 or more", do="give a longer prompt")
     answers = [int(model.run(row).logits[0, -1].argmax()) for row in rows]
-    names, n = list(dict.fromkeys(estimates)), model.anatomy.n_layers
+    names, n = list(dict.fromkeys(estimates or usual(model, rows[0]))), model.anatomy.n_layers
     maps = _maps(model, names, rows, answers)
     step = every or max(1, n // 6)
     firsts = sorted({n, *range(n - step, -1, -step), 0}, reverse=True)
@@ -100,7 +102,7 @@ def attribution_check(
     if null is not None:
         places = [span_of(model, row, null, "null span") for row in rows]
         each["null_share"] = torch.tensor([
-            [float(x[a:b].sum() / x.sum().clamp(min=1e-300)) for x in of]
+            [float(x[a:b].sum() / x.sum()) for x in of]
             for (a, b), of in zip(places, maps, strict=True)
         ]).double()  # fmt: skip
         each["null_even"] = torch.tensor([(b - a) / len(r) for (a, b), r in zip(places, rows, strict=True)]).double()

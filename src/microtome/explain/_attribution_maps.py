@@ -17,9 +17,10 @@ from torch import Tensor
 
 from microtome.context import current
 from microtome.edit import Freeze
+from microtome.errors import EditError
 from microtome.explain._attribution import RELP
 from microtome.explain._legrad import legrad
-from microtome.explain._linear_map import linear_map
+from microtome.explain._linear_map import HELD, linear_map
 from microtome.explain._token_gradients import integrated_gradients
 from microtome.model import Model
 
@@ -53,6 +54,21 @@ MAPS: dict[str, Map] = {
     "random": _random,
 }
 USUAL = ("gradient", "gradient_input", "relp", "ig", "legrad", "linear")
+RULES = {"relp": RELP, "linear": HELD}
+"""What some hold while they are made; a mixture of experts has no activations of its own to hold."""
+
+
+def usual(model: Model, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
+    """The usual maps, without those whose rules do not fit the model."""
+
+    def fits(rule: Freeze) -> bool:
+        try:
+            model.run(tokens[:2].unsqueeze(0), edits=[rule], logits=False)
+        except EditError:
+            return False
+        return True
+
+    return tuple(name for name in USUAL if name not in RULES or fits(RULES[name]))
 
 
 def map_of(name: str, model: Model, tokens: Int[Tensor, " pos"], answer: int) -> Float[Tensor, " pos"]:

@@ -4,7 +4,9 @@ Formula:  every prompt keeps the share `keep` of its tokens that a map ranks fir
           blank; the last token stays. A model of the same form is trained anew on either: top and bottom are their
           accuracies on prompts that were left out, blanked in the same way; DiffROAR = top - bottom.
           Control: tokens in random order, first and last; and the whole prompts.
-          Maps are of the model's own answers, so that a blanked prompt says nothing of the labels beside them.
+Trap:     maps are of the model's own answers. Where it answers rightly, which tokens become blanks depends on the
+          label, and a model can learn it from that: the tokens ranked last then tell the answer too, and top - bottom
+          is near 0 for a good map. Compare top with random_top.
 Cost:     2 trainings an estimate and 3 more, of `steps` steps; a map a prompt and estimate.
 Check:    a planted span; nothing to learn where the answer is blanked; tests/planted/test_spans.py.
 """
@@ -20,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from microtome.context import current
-from microtome.errors import DataError, PromptError, error
-from microtome.explain._attribution_maps import MAPS, USUAL, map_of
+from microtome.errors import ArgumentError, DataError, PromptError, error
+from microtome.explain._attribution_maps import MAPS, map_of, usual
 from microtome.method import Argument, Column, Found, PromptText, Source, question
 from microtome.model import Model, untrained_of
 from microtome.training import fit
@@ -48,13 +50,14 @@ FEWEST = 8
     ),
     source=Source(
         "Shah, Jain, Netrapalli", "Do Input Gradients Highlight Discriminative Features?", 2021, "2102.12781",
-        "section 3", departs="tokens in place of pixels; maps are of the model's own answers, not of the labels",
+        "section 3", departs="tokens in place of pixels; maps are of the model's own answers, not of the labels; a "
+        "training each, so that intervals are over prompts left out and not over trainings",
     ),
     cost="2 trainings of `steps` steps an estimate, and 3 more; one map a prompt and estimate",
     check="tests/planted/test_spans.py, tests/laws/test_attribution_check.py",
     call="mt.explain.diff_roar(model, prompts, answers=labels)",
-    reading="top_diff is DiffROAR: above 0, and above that of a random order, the map ranks first what the answer can "
-    "be learned from.",
+    reading="top above random_top: the map ranks first what the answer can be learned from. top_diff is DiffROAR; near "
+    "0 it decides nothing, as which tokens are blank may tell the answer beside the tokens ranked last too.",
     needs=("next token",),
 )  # fmt: skip
 def diff_roar(
@@ -62,7 +65,10 @@ def diff_roar(
     prompts: PromptText,
     *,
     answers: Annotated[Sequence[Any], Argument("the answer of each prompt, one token", command=False)],
-    estimates: Annotated[Sequence[str], Argument("attributions to check", choices=tuple(MAPS))] = USUAL,
+    estimates: Annotated[
+        Sequence[str] | None,
+        Argument("attributions to check; by default the usual ones that the model has", choices=tuple(MAPS)),
+    ] = None,
     keep: Annotated[float, Argument("share of the tokens that a prompt keeps", "share", least=0, most=1)] = 0.25,
     blank: Annotated[str | int, Argument("the token in place of the others")] = 0,
     left_out: Annotated[float, Argument("share of the prompts to measure on", "share", least=0, most=1)] = 0.25,
@@ -75,6 +81,7 @@ def diff_roar(
     Raises:
         PromptError: the prompts have several lengths or are too few; an answer is not one token, or one is missing.
         DataError: nothing is left out, or everything.
+        ArgumentError: no token would be kept.
         ModelUnsupported: a model of the same form cannot be made.
     """  # fmt: skip
     batch = model.to_batch(prompts)
@@ -92,8 +99,11 @@ def diff_roar(
         raise error(DataError, "some prompts must be left out, and some not", got=got, do="choose another left_out=")
     own = torch.cat([model.run(part).logits[:, -1].argmax(-1) for part in tokens.split(rows)])
     trial = _Trial(model, tokens, wanted, rest, model.to_id(blank), steps, rows, lr)
-    names = list(dict.fromkeys(estimates))
-    number = max(1, round(keep * (tokens.shape[1] - 1)))
+    names = list(dict.fromkeys(estimates or usual(model, tokens[0])))
+    number = round(keep * (tokens.shape[1] - 1))
+    if not number:
+        got, allowed = f"{keep} of {tokens.shape[1] - 1}", f"{1 / (tokens.shape[1] - 1):.2g} to 1"
+        raise error(ArgumentError, "no token would be kept beside the last", got=got, allowed=allowed, do="keep more")
     each: dict[str, list[Tensor]] = {"top": [], "bottom": []}
     for done, name in enumerate(names):
         maps = torch.stack([map_of(name, model, row, int(a)) for row, a in zip(tokens, own, strict=True)])
@@ -144,5 +154,5 @@ class _Trial:
         fit(hf, loss, batch, self.steps, lr=self.lr, schedule="linear", warmup=10, clip=1.0, model=fresh,
             name="training anew")  # fmt: skip
         with torch.no_grad():
-            said = torch.cat([hf(input_ids=x).logits[:, -1].argmax(-1) for x in given[train:].split(self.rows)])
-        return (said == self.wanted[train:]).double().cpu()
+            first = torch.cat([hf(input_ids=x).logits[:, -1].argmax(-1) for x in given[train:].split(self.rows)])
+        return (first == self.wanted[train:]).double().cpu()
