@@ -33,8 +33,8 @@ import microtome as mt
 from microtome import tasks
 from microtome.subspaces import Subspace, Swaps, of_asked
 from microtome.subspaces._exchange import Exchange, Runs
-from microtome.subspaces._find import Plan, found_in
 from microtome.subspaces._score import ENDS, SCORES, over_entities, placebo
+from microtome.subspaces._ways import Plan, found_in
 from microtome.tasks import Asked
 
 ROOT = Path(__file__).resolve().parents[1]

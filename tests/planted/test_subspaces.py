@@ -104,7 +104,7 @@ def test_a_placebo_and_a_twin_with_shuffled_weights_are_not_found(
 ) -> None:
     train, test = (Exchange(it.model, it.truth["site"], own.swaps) for own in swaps)
     plan = Plan(6, 1.0, steps=40, lr=0.05, rows=8)
-    from microtome.subspaces._find import found_in
+    from microtome.subspaces._ways import found_in
 
     false = placebo(train, 0), placebo(test, 0)
     assert scores(false[1], found_in(false[0], "mdas", plan, 1.0, given_lr=0.05))["cause"] < 0.6  # of 4 values

@@ -177,6 +177,8 @@ def made() -> list[Any]:
         mt.measurements.Sentence(("The", "cat", "sat"), ((0, 1, "det"), (1, 2, "nsubj"))),
         subspaces.Subspace.of(LLAMA, "1.resid_post", matrix, IMAGE, **{f"n{i}": IMAGE for i in range(90)}), swap,
         subspaces.Swaps((swap,) * 900, {f"n{i}": IMAGE for i in range(90)}),
+        subspaces.Dictionary(WIDE, features=tuple(range(64))), planted.paths(64, 0),
+        planted.Algorithm(IMAGE, tuple(LARGE), 900, tuple(LARGE), tuple(LARGE), evaluate=trained),
         tasks.Asked(IMAGE, IMAGE, LARGE[0], tuple(range(900)), 3, (1, 2), 1),
         tasks.Ravel(IMAGE, {t: {"a": t} for t in LARGE}, {"a": tuple(LARGE)}, dict.fromkeys(LARGE, "train"), {}),
         tasks.Fact(IMAGE, LARGE[0], (LARGE[1],) * 90, IMAGE),

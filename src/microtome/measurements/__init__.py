@@ -30,7 +30,6 @@ from microtome.measurements._head_pruning import pruning_curve as pruning_curve
 from microtome.measurements._head_types import head_types as head_types
 from microtome.measurements._hopfield import hopfield_updates as hopfield_updates
 from microtome.measurements._induction import pattern_scores as pattern_scores
-from microtome.measurements._loss import token_loss as token_loss
 from microtome.measurements._neural_collapse import Collapse as Collapse
 from microtome.measurements._neural_collapse import neural_collapse as neural_collapse
 from microtome.measurements._neuron_classes import CLASSES as CLASSES
@@ -50,3 +49,4 @@ from microtome.measurements._sinks import sink_scores as sink_scores
 from microtome.measurements._sparse_loss import loss_at_topk as loss_at_topk
 from microtome.measurements._sparse_loss import sparsity_at_loss as sparsity_at_loss
 from microtome.measurements._unselectable import selectable as selectable
+from microtome.metric import token_loss as token_loss

@@ -29,9 +29,9 @@ from microtome.context import current
 from microtome.edit import Set
 from microtome.errors import ArgumentError, error
 from microtome.measurements._damage import matched
-from microtome.measurements._loss import token_loss
 from microtome.measurements._neuron_weights import output_directions
 from microtome.method import Batches, Column, Seen, Source, Text, Weights, measure
+from microtome.metric import token_loss
 from microtome.model import Model
 from microtome.stream import ExampleMeans, mean_interval
 

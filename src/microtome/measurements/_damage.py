@@ -21,9 +21,9 @@ from microtome.anatomy import Site
 from microtome.context import current
 from microtome.edit import Edit, Zero
 from microtome.errors import ArgumentError, error
-from microtome.measurements._loss import token_loss
 from microtome.measurements._neuron_weights import output_directions
 from microtome.method import Batches, Text
+from microtome.metric import token_loss
 from microtome.model import Model
 from microtome.stream import ExampleMeans, TokenBatch, difference_interval, mean_interval
 

@@ -14,8 +14,8 @@ from microtome.anatomy import Site, parse
 from microtome.context import current
 from microtome.edit import Apply, Edit
 from microtome.errors import ArgumentError, error
-from microtome.measurements._loss import token_loss
 from microtome.method import Text
+from microtome.metric import token_loss
 from microtome.model import Model
 from microtome.stream import ExampleMeans, mean_interval
 

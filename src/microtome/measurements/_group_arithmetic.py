@@ -25,8 +25,8 @@ from microtome.edit import Add, Edit, Scale
 from microtome.errors import ArgumentError, DataError, error
 from microtome.measurements._damage import Neurons, matched, neuron_sets, neuron_sizes
 from microtome.measurements._lens_groups import group_tokens, members
-from microtome.measurements._loss import token_loss
 from microtome.method import Batches, Text
+from microtome.metric import token_loss
 from microtome.model import Model
 from microtome.stream import ExampleMeans, TokenBatch, difference_interval, mean_interval
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from microtome.anatomy import Site
 from microtome.measurements._group_neurons import elsewhere
-from microtome.measurements._loss import token_loss
 from microtome.method import Column, Kept, Seen, Source, Statistic, Text, measure
+from microtome.metric import token_loss
 from microtome.model import Model
 from microtome.stream import Moments
 

@@ -24,8 +24,8 @@ from microtome.anatomy import Site
 from microtome.context import current
 from microtome.edit import Edit, Zero
 from microtome.errors import DataError, SiteError, error
-from microtome.measurements._loss import token_loss
 from microtome.method import Column, Kept, Seen, Source, Statistic, Text, measure
+from microtome.metric import token_loss
 from microtome.model import Model
 from microtome.stream import ExampleMeans
 

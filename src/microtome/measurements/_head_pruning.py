@@ -20,7 +20,7 @@ from microtome.context import current
 from microtome.edit import Edit, Zero
 from microtome.errors import ArgumentError, DataError, error
 from microtome.measurements._head_importance import gate_gradients, layers_with_heads
-from microtome.measurements._loss import token_loss
+from microtome.metric import token_loss
 from microtome.model import Model
 
 Heads = Sequence[tuple[int, int]]

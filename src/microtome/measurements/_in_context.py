@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from microtome.context import current
-from microtome.measurements._loss import token_loss
 from microtome.method import Column, Seen, Source, Text, measure
+from microtome.metric import token_loss
 
 WIDTH, EARLY = 16, 10
 """L over the width of a window, and over the place of the early one."""

@@ -10,27 +10,17 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from microtome.anatomy import Site
-from microtome.axes import Tokens
 from microtome.context import current
 from microtome.edit import Edit, Skip, Zero
 from microtome.method import Column, Seen, Source, Text, measure
+from microtome.metric import token_loss
 
 WHOLE = "none: already relative to the loss of the whole model"
 CHART = "Loss when a part is skipped"
 CHECK = "tests/laws/test_measures.py"
-
-
-def token_loss(logits: Float[Tensor, "batch pos vocab"], tokens: Tokens) -> Float[Tensor, "batch next"]:
-    """Loss of each next token in nats [batch, pos - 1], from logits [batch, pos, vocab]; one row at a time."""
-    rows = [
-        torch.logsumexp(row[:-1].float(), -1) - row[:-1].gather(-1, target[1:, None]).squeeze(-1).float()
-        for row, target in zip(logits, tokens, strict=True)
-    ]
-    return torch.stack(rows)
 
 
 @measure(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from microtome.context import current
 from microtome.edit import Apply
-from microtome.measurements._loss import token_loss
 from microtome.method import Argument, Column, Seen, Source, Text, measure
+from microtome.metric import token_loss
 
 CHART = "Loss without the largest activations"
 ENTRIES = 3

@@ -15,9 +15,9 @@ from microtome.anatomy import Site, at_least_float32, parse
 from microtome.context import current
 from microtome.edit import Apply, Edit
 from microtome.errors import ArgumentError, error
-from microtome.measurements._loss import token_loss
 from microtome.measurements._sparsity import THRESHOLDS
 from microtome.method import Batches, Bound, Measure, Pass, Text, declared
+from microtome.metric import token_loss
 from microtome.model import Model
 from microtome.stream import ExampleMeans, mean_interval
 

@@ -1,4 +1,4 @@
-"""Metrics: what is read off the logits of a run, one number per prompt."""
+"""Metrics: what is read off the logits of a run, one number per prompt; and the loss of each token."""
 
 from microtome.metric._metrics import Divergence as Divergence
 from microtome.metric._metrics import FunctionMetric as FunctionMetric
@@ -12,3 +12,4 @@ from microtome.metric._metrics import TextMetric as TextMetric
 from microtome.metric._metrics import TokenSubsetMetric as TokenSubsetMetric
 from microtome.metric._metrics import Vocabulary as Vocabulary
 from microtome.metric._metrics import in_ids as in_ids
+from microtome.metric._token_loss import token_loss as token_loss

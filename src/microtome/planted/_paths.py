@@ -37,7 +37,7 @@ class Paths:
         answers: [prompt] the child of the node on the way to the goal.
         distance: [prompt] edges from the node to the goal.
         chain: [prompt, step] the goal, its parent, and so on as far as the root, which is repeated.
-        read: [prompt, step] the position of the edge from the parent of chain[step] to chain[step]; -1 behind the root.
+        read: [prompt, edge] the position of the edge from the parent of chain[edge] to chain[edge]; -1 behind the root.
         branches: [prompt] children of the node: with one, the answer is known without the goal.
     """
 
@@ -45,7 +45,7 @@ class Paths:
     answers: Int[Tensor, " prompt"]
     distance: Int[Tensor, " prompt"]
     chain: Int[Tensor, "prompt step"]
-    read: Int[Tensor, "prompt step"]
+    read: Int[Tensor, "prompt edge"]
     branches: Int[Tensor, " prompt"]
 
 

@@ -23,10 +23,10 @@ from microtome.files import PAIRS
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 from microtome.subspaces._exchange import Exchange, Runs
-from microtome.subspaces._find import METHODS, Features, Given, Plan, features_of, found_in, prepared
 from microtome.subspaces._score import ENDS, PLAIN, SCORES, has_reader, placebo, scores, twin
 from microtome.subspaces._subspace import width_of
 from microtome.subspaces._swaps import FOR_PLACEBO, Swaps, of_asked, require_both, require_rank
+from microtome.subspaces._ways import METHODS, Features, Given, Plan, features_of, found_in, prepared
 from microtome.tasks import Ravel, Task, ravel, read, shares
 
 Data = Ravel | Task | str | os.PathLike[str]

@@ -23,12 +23,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from microtome.errors import ArgumentError, DataError, error
+from microtome.shown import in_notebooks
 
 NAMES = {"directions": "W_dec", "encoder": "W_enc", "bias": "b_enc", "centre": "centre", "threshold": "threshold",
          "k": "k"}  # fmt: skip
 """The tensors of a file, by what they are here."""
 
 
+@in_notebooks
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """Features of a site, or some of them.

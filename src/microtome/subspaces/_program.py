@@ -24,10 +24,10 @@ from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 from microtome.stream import mean_interval
 from microtome.subspaces._exchange import Exchange
-from microtome.subspaces._find import random_basis
 from microtome.subspaces._score import ENDS, by_entity, projection
 from microtome.subspaces._subspace import Subspace
 from microtome.subspaces._swaps import Swap
+from microtome.subspaces._ways import random_basis
 
 Let = Callable[[str, Any], Any]
 """Given to a program as `let`: names an intermediate value, and gives back what it is to be."""

@@ -21,11 +21,11 @@ from microtome.errors import ArgumentError, error
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 from microtome.stream import mean_interval
-from microtome.subspaces._find import Exchange, Plan, found_in, prepared, random_basis
 from microtome.subspaces._reader import divided, reader
 from microtome.subspaces._score import ENDS, by_entity, projection
 from microtome.subspaces._subspace import Subspace
 from microtome.subspaces._swaps import Swaps, require_swaps
+from microtome.subspaces._ways import Exchange, Plan, found_in, prepared, random_basis
 from microtome.tasks import Task
 
 PARTS = ("whole", "row", "null", "component", "random")
