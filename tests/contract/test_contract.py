@@ -168,7 +168,7 @@ def arguments(name: str, kind: str) -> dict[str, Any]:
     if name == "forward_tuning" and any(getattr(model(kind).hf.config, window, None) for window in WINDOWS):
         found["rounds"] = 1
     if name in ("causal_basis", "exits"):
-        found |= {"text": rows(), "size": 48, "length": 12, "directions": 2, "controls": 2, "steps": 1}
+        found |= {"text": rows(), "size": 48, "length": 12, "directions": 3, "controls": 2, "steps": 1}
     if name == "exits":
         found |= {"tokens": [11, 23], "without": [PROMPT[1:], OTHER[1:], PROMPT[:1]]}
     if name in ("attribution_check", "diff_roar"):

@@ -52,7 +52,6 @@ def test_directions_are_orthonormal_and_their_influences_fall(name: str) -> None
     np.testing.assert_allclose(v @ v.T, np.eye(5), atol=1e-5)
     assert (np.diff(data["fitted"].values) <= 0).all()
     assert float(data["fitted"].min()) > 0
-    assert (np.diff(data["together"].values) > 0).any()
     assert float(data["influence"][0]) > 2 * float(data["random_influence"])
 
 
@@ -79,7 +78,8 @@ def test_of_the_last_stream_the_model_is_the_lens_and_a_planted_plane_is_found()
     influence = data["influence"].values
     assert influence[1] > 4 * influence[2]
     assert influence[1] > 2 * float(data["random_influence"])
-    assert float(data["rank_correlation"]) > 0.99
+    assert float(data["rank_correlation"]) > 0.99, "over the three that were found"
+    assert np.isnan(asked(model, layer=2, directions=2, steps=1)["rank_correlation"])
     both = data["together"].values
     assert both[2] - both[1] < 0.1 * both[1]
     assert both[1] - both[0] > 0.2 * both[1]

@@ -104,6 +104,9 @@ def test_what_cannot_be_is_refused_in_a_line() -> None:
         (mt.errors.PromptError, "one set of tokens for all prompts, or one each; got 2 sets", {"tokens": [[5], [6]]}),
         (mt.errors.PromptError, "one set of tokens for all prompts, or one each; got an empty set", {"tokens": []}),
         (mt.errors.PromptError, "as many prompts without context as with it; got 1; allowed: 3", {"without": [[5]]}),
+        (mt.errors.PromptError, "token id 999 is not in", {"tokens": [999]}),
+        (mt.errors.PromptError, 'cannot read " Paris": this model was opened without', {"tokens": [" Paris"]}),
+        (mt.errors.PromptError, "too many tokens to compare with as many others", {"tokens": list(range(70))}),
         (mt.errors.ArgumentError, "a lens of the stream and of the next token is needed", {"lens": heads}),
     ]
     for kind, text, given in wrong:

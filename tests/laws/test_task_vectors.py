@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,25 @@ def test_a_recipe_is_the_edits_that_it_says() -> None:
     write = sum(mean(f"{i}.attn.z@-1", behind)[h] @ model.layers[i].W_O[h] for i, h in heads)
     layer = int(data.attrs["setting_heads"].removeprefix("layer "))
     assert found("heads") == pytest.approx(gain([mt.edit.Add(f"{layer}.resid_post@-1", write)]), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["task_vectors", "forward_tuning"])
+def test_a_file_that_is_no_task_is_refused_in_a_line(name: str, tmp_path: Path) -> None:
+    model = mt.open(families.build("llama-gqa").requires_grad_(False), prove=False)
+    files = {
+        "broken.json": ("[[1,", "cannot read a task from .*broken.json"),
+        "table.json": ('{"a": 1}', "a task is a list of pairs; got dict"),
+        "ones.json": ('["a", "b"]', "a task is made of pairs of texts, or of token ids; got 'a' as number 0"),
+        "few.json": ("[[[5], [6]], [[7], [8]]]", "the task has too few pairs; got 2"),
+    }
+    for file, (text, expected) in files.items():
+        (tmp_path / file).write_text(text)
+        with pytest.raises(mt.errors.DataError, match=expected) as refused:
+            getattr(mt.explain, name)(model, str(tmp_path / file))
+        assert "\n" not in str(refused.value)
+    with pytest.raises(mt.errors.MicrotomeError, match="gone.json") as refused:
+        getattr(mt.explain, name)(model, str(tmp_path / "gone.json"))
+    assert "\n" not in str(refused.value)
 
 
 def test_too_many_heads_are_refused() -> None:

@@ -35,11 +35,16 @@ def test_attribution_leaks_less_to_the_null_span_than_an_even_map() -> None:
     it = trained()
     tokens, _ = planted.span_rows(24, 78)
     data = mt.explain.attribution_check(
-        it.model, tokens, estimates=["gradient_input", "ig", "relp", "embedding"], null=it.truth["null"], every=1
+        it.model,
+        tokens,
+        estimates=["gradient_input", "ig", "relp", "legrad", "embedding"],
+        null=it.truth["null"],
+        every=1,
     )
     share = data["null_share"]
     for name in ("gradient_input", "ig", "relp"):
         assert float(data["null_share_hi"].sel(estimate=name)) < float(data["null_even"]), name
+    assert float(data["null_share_lo"].sel(estimate="legrad")) > float(data["null_even"]), "what attention could raise"
     assert float(share.sel(estimate="embedding")) > 0.9 * float(data["null_even"])
     assert float(data["kept"].sel(estimate="ig", layer=0)) < 0.7
 

@@ -8,7 +8,8 @@ Formula:  r_V(h) = h + V V^T (mean - h), the directions of V set to their mean o
           directions of its stream are set to their mean. Control: random directions, as many and orthogonal.
 Trap:     a direction need not lie in what the lens reads: where the stream varies most, even a small part of it there
           has influence. A lens that does not read what the model reads finds directions that the model does not use:
-          compare the two columns, and their rank correlation over found and random directions.
+          compare the two columns, and their rank correlation over the directions that were found: random ones have
+          little of either, so that they would make any lens look right.
 Cost:     `directions` x `steps` x at most 25 forwards and backwards of the lens at `tokens` tokens; two forwards of
           the text, and one of the layers behind for every direction.
 Check:    orthonormal; all of them leave a constant; a planted plane; tests/laws/test_causal_basis.py.
@@ -38,6 +39,8 @@ from microtome.training import fit
 STARTS = 6
 """Principal directions of each kind that are tried as a start."""
 ROWS = 4
+FEWEST = 3
+"""Directions below which a rank correlation says nothing."""
 ONE, FIRST = ("component",), "the first so many directions together"
 
 
@@ -62,8 +65,9 @@ ONE, FIRST = ("component",), "the first so many directions together"
                "none: words", dims=ONE),
         Column("vector", "1", "the direction, of length 1", "none: a direction", (-1, 1), ("component", "d_model"),
                drawn=False),
-        Column("rank_correlation", "correlation", "between the influences on the lens and on the model, over found and "
-               "random directions", "none: 1 is a lens that reads what the model reads", (-1, 1), ()),
+        Column("rank_correlation", "correlation", "between the influences on the lens and on the model, over the "
+               "directions that were found; none of fewer than 3", "none: 1 is a lens that reads what the model reads",
+               (-1, 1), ()),
     ),
     source=Source(
         "Belrose et al.", "Eliciting Latent Predictions from Transformers with the Tuned Lens", 2023, "2303.08112",
@@ -131,15 +135,12 @@ def causal_basis(
     rng = torch.Generator().manual_seed(current().seed)
     random = torch.linalg.qr(torch.randn(width, most, generator=rng, dtype=torch.float64)).Q.T.to(basis)
     each = _measured(view, parts[half:], mean, {"": basis, "random_": random}, directions, controls)
-    alone, in_model = (
-        torch.cat([each[f"{name}{kind}"].mean(0) for name in ("", "random_")]).numpy()
-        for kind in ("influence", "model_influence")
-    )
+    alone, in_model = (each[kind].mean(0).numpy() for kind in ("influence", "model_influence"))
     for name in ("random_influence", "random_model_influence"):
         each[name] = each[name].mean(-1)
     values: dict[str, Any] = {
         "fitted": fitted, "vector": basis.double(), "promotes": [_words(model, v) for v in basis],
-        "rank_correlation": rank_correlation(alone, in_model),
+        "rank_correlation": rank_correlation(alone, in_model) if directions >= FEWEST else float("nan"),
     }  # fmt: skip
     attrs = {"stream": "embedding" if where < 0 else f"after layer {where}", "size": size}
     attrs["lens"] = "the logit lens" if held is None else f"{held.kind}, of {held.attrs.get('tokens')} tokens"

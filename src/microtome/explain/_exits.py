@@ -3,8 +3,8 @@
 Formula:  p_l = softmax of the lens of layer l at the last token of a prompt; share_l = sum of p_l over a set of tokens;
           rank_l = how many tokens outrank the likeliest of the set; loss_l = mean loss of a text with layer l's lens,
           perplexity_l = exp(loss_l). The last layer is the model itself.
-          Control: sets of other tokens of equal frequency: for each token of the set one drawn from the 2 `NEAR` whose
-          mean probability over the text is nearest.
+          Control: sets of other tokens of equal frequency, the model's own mean probability of a token over the text:
+          for each token of the set one drawn from the 2 `NEAR` of nearest frequency.
           follows = rank correlation over exits of the share with the loss: what falls with the loss alone is general
           damage.
 Cost:     a forward of each prompt and of the text, and L + 1 unembeddings of every token.
@@ -43,10 +43,12 @@ NEAR = 10
     columns=(
         Column("share", "probability", "probability of the set of tokens, if the model ended after the layer",
                "share_other", (0, 1), LAYER, title="probability of the tokens"),
-        Column("share_other", "probability", "the same of other tokens of equal frequency", range=(0, 1), dims=LAYER),
+        Column("share_other", "probability", "the same of other tokens that the model predicts as often on a "
+               "text, on average", range=(0, 1), dims=LAYER),
         Column("rank", "tokens", "how many tokens outrank the likeliest of the set", "rank_other", (0, None), LAYER,
                title="rank of the tokens"),
-        Column("rank_other", "tokens", "the same of other tokens of equal frequency", range=(0, None), dims=LAYER),
+        Column("rank_other", "tokens", "the same of other tokens that the model predicts as often", range=(0, None),
+               dims=LAYER),
         Column("share_without", "probability", "probability of the set behind the prompts without their context",
                "none: compare share", (0, 1), LAYER),
         Column("rank_without", "tokens", "rank of the set behind the prompts without their context",
@@ -59,7 +61,8 @@ NEAR = 10
                log=True),
         Column("follows", "correlation", "rank correlation over exits between the share and the loss",
                "follows_other", (-1, 1), ()),
-        Column("follows_other", "correlation", "the same for other tokens of equal frequency", range=(-1, 1), dims=()),
+        Column("follows_other", "correlation", "the same for other tokens that the model predicts as often",
+               range=(-1, 1), dims=()),
     ),
     source=(
         Source(
@@ -80,7 +83,8 @@ NEAR = 10
     check="tests/laws/test_exits.py",
     call='mt.explain.exits(model, "The capital of France is", tokens=[" Paris"])',
     reading="share is how likely the model would say one of the tokens if it ended after a layer, share_other how "
-    "likely tokens as frequent as they; where both fall as the loss rises, the exit is broken in general.",
+    "likely tokens that it predicts as often on a text; where both fall as the loss rises, the exit is broken in "
+    "general.",
     needs=("lens", "next token"),
 )  # fmt: skip
 def exits(
@@ -107,7 +111,8 @@ def exits(
     """Read a set of tokens off every layer as if the model ended there, beside the loss that it would have.
 
     Raises:
-        PromptError: one of the set is not one token; there are not as many sets as prompts, or prompts without context.
+        PromptError: one of the set is not one token; there are not as many sets as prompts, or prompts without context;
+            or the set is half of all tokens or more.
         DataError: the lens is of another model, or there is no text.
         ArgumentError: the lens is of heads, or of a token further ahead.
     """  # fmt: skip
@@ -146,8 +151,8 @@ def _sets(model: Model, tokens: Sequence[Any], prompts: int) -> list[list[int]]:
         PromptError: one is not one token, a set is empty, or there are not as many sets as prompts.
     """
     given: list[Any] = [tokens] if isinstance(tokens, str) else list(tokens)
-    apart = bool(given) and all(isinstance(s, Sequence) and not isinstance(s, str) for s in given)
-    listed = given if apart else [given] * prompts
+    several = bool(given) and all(isinstance(s, Sequence) and not isinstance(s, str) for s in given)
+    listed = given if several else [given] * prompts
     if len(listed) != prompts or not all(listed):
         got = f"{len(listed)} sets" if all(listed) else "an empty set"
         raise error(PromptError, "there must be one set of tokens for all prompts, or one each", got=got)
@@ -176,7 +181,11 @@ def _on_text(
 
 
 def _like(tokens: Sequence[int], frequency: Float[Tensor, " vocab"], rng: torch.Generator) -> list[int]:
-    """Other tokens, each about as frequent as one of these."""
+    """Other tokens, each about as frequent as one of these.
+
+    Raises:
+        PromptError: none is left.
+    """
     order = frequency.argsort(descending=True).tolist()
     place, taken, found = {token: i for i, token in enumerate(order)}, set(tokens), list[int]()
     for token in tokens:
@@ -185,10 +194,12 @@ def _like(tokens: Sequence[int], frequency: Float[Tensor, " vocab"], rng: torch.
         while not near and reach < 2 * len(order):
             near = [t for t in order[max(0, at - reach) : at + reach + 1] if t not in taken]
             reach *= 2
-        if near:
-            found.append(near[int(torch.randint(len(near), (), generator=rng))])
-            taken.add(found[-1])
-    return found or list(tokens)
+        if not near:
+            got = f"{len(tokens)} of {len(order)}"
+            raise error(PromptError, "too many tokens to compare with as many others", got=got, do="name fewer")
+        found.append(near[int(torch.randint(len(near), (), generator=rng))])
+        taken.add(found[-1])
+    return found
 
 
 def _predictions(views: Sequence[View], row: Tensor) -> Float[Tensor, "layer vocab"]:
@@ -205,12 +216,12 @@ def _read(
     """By prompt and exit, shares and ranks of the set and of its controls, and the divergence from the last exit."""
     rows: dict[str, list[Tensor]] = {}
     for p, own, like in zip(log_p, wanted, others, strict=True):
-        said = p[-1].double()
+        final = p[-1].double()
         found = {
             "share": _share(p, own), "rank": _rank(p, own),
             "share_other": torch.stack([_share(p, s) for s in like]).mean(0),
             "rank_other": torch.stack([_rank(p, s) for s in like]).mean(0),
-            "kl": (said.exp() * (said - p.double())).sum(-1).clamp(min=0),
+            "kl": (final.exp() * (final - p.double())).sum(-1).clamp(min=0),
         }  # fmt: skip
         for name, x in found.items():
             rows.setdefault(name, []).append(x)

@@ -6,7 +6,9 @@ Formula:  X_t = (K_t, V_t), the keys and values of the context's tokens at every
               S_1 = X_1;   M_1 = 0;   M_t = momentum M_{t-1} + X_t - S_{t-1};   S_t = S_{t-1} + rate M_t.
           After a round the question alone is read behind S_t. Nothing is trained.
           gain_t = log p(answer) after round t minus that after round 1, which is the ordinary prompt.
-          Control: rounds over the same demonstrations with their answers shuffled.
+          Control: rounds over the same demonstrations with answers of other pairs.
+          Questions of one draw share their demonstrations: intervals are over questions, for these draws, and do not
+          hold what other demonstrations would change.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ ROUND = ("round",)
 RATE, MOMENTUM = 0.01, 0.9
 WINDOWS = ("sliding_window", "window_size", "local_attention", "attention_chunk_size")
 """How configurations name the number of tokens that some layer sees."""
-TURNED = "the same of demonstrations with shuffled answers"
+TURNED = "the same of demonstrations with answers of other pairs"
 
 
 @shown
@@ -218,7 +220,7 @@ def _forward(
     source=Source(
         "Yang et al.", "Iterative Forward Tuning Boosts In-Context Learning in Language Models", 2023, "2305.13016",
         departs="the form of the momentum and the rate are ours, as the paper's were not verified; demonstrations are "
-        "few and drawn `draws` times",
+        "few and drawn `draws` times, and intervals are over questions alone",
     ),
     cost="2 draws rounds forwards of the demonstrations, and (2 rounds + 1) tests of a question",
     check="tests/laws/test_forward_tuning.py",

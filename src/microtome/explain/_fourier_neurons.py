@@ -28,7 +28,7 @@ from microtome.explain._neuron_writes import directions
 from microtome.explain._waves import Answers, Prompts, rows_of, spectrum, tokens_of_numbers
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
-from microtome.stream import share_interval
+from microtome.stream import mean_interval, share_interval
 
 NEURON, PRUNED = ("layer", "neuron"), ("group", "share")
 FLAT = 1e-4
@@ -49,7 +49,8 @@ FLAT = 1e-4
                "none: what pruning takes away is beside it", (0, 1), ("group",)),
         Column("pruned_accuracy", "share", "the same without this share of the neurons, those of the lowest ratio",
                "random_accuracy", (0, 1), PRUNED, title="without neurons of low ratio"),
-        Column("random_accuracy", "share", "the same without as many random neurons", range=(0, 1), dims=PRUNED),
+        Column("random_accuracy", "share", "the same without as many random neurons; the interval is over sets",
+               range=(0, 1), dims=PRUNED),
     ),
     source=Source(
         "Doshi et al.", "To grok or not to grok: Disentangling generalization and memorization on corrupted "
@@ -115,19 +116,21 @@ def fourier_neurons(
         lowest = sorted(some, key=lambda unit: float(values["ipr"][unit]))
         after = _pruned(model, batches, ids, lowest, shares, controls, generator)
         right = {"accuracy": first, "pruned_accuracy": after[0], "random_accuracy": after[1]}
-        for name, said in right.items():
-            values |= _shares_right(name, said == wanted, member, len(names))
+        for name, first_choice in right.items():
+            values |= _shares_right(name, first_choice == wanted, member, len(names))
         coords |= {"group": names, "share": list(shares)}
     return Found(values, coords=coords, attrs=attrs)
 
 
 def _shares_right(name: str, right: Tensor, member: Int[Tensor, " prompt"], groups: int) -> dict[str, Any]:
-    """By group, the share of right answers [..., prompt], of sets [share, set, prompt] their mean; with its interval.
+    """By group, the share of right answers [..., prompt] with its interval over prompts.
 
-    The interval is over prompts.
+    Of sets [share, set, prompt] their mean, and its interval over sets.
     """
-    share = right.double() if right.dim() < 3 else right.double().mean(1)
-    means = torch.stack([share[..., member == g].mean(-1) for g in range(groups)])
+    means = torch.stack([right.double()[..., member == g].mean(-1) for g in range(groups)])
+    if right.dim() > 2:
+        found = mean_interval(means.movedim(-1, 0))
+        return {f"{name}{end}": (PRUNED, x.clamp(0, 1)) for end, x in zip(("", "_lo", "_hi"), found, strict=True)}
     counts = torch.tensor([int((member == g).sum()) for g in range(groups)])
     ends = torch.empty(2, *means.shape, dtype=torch.float64)
     for at in product(*map(range, means.shape)):
@@ -230,7 +233,7 @@ def _pruned(
     """What the model says without the first neurons of a list, and without as many random ones of it."""
     report, total = current().counting("leaving neurons out"), len(shares) * (1 + controls)
 
-    def said(units: Sequence[tuple[int, int]]) -> Tensor:
+    def choices(units: Sequence[tuple[int, int]]) -> Tensor:
         by_layer: dict[int, list[int]] = {}
         for layer, n in units:
             by_layer.setdefault(layer, []).append(n)
@@ -241,8 +244,8 @@ def _pruned(
     other: list[Tensor] = []
     for done, share in enumerate(shares):
         count = round(share * len(lowest))
-        own.append(said(lowest[:count]))
+        own.append(choices(lowest[:count]))
         drawn = [torch.randperm(len(lowest), generator=generator)[:count].tolist() for _ in range(controls)]
-        other.append(torch.stack([said([lowest[i] for i in some]) for some in drawn]))
+        other.append(torch.stack([choices([lowest[i] for i in some]) for some in drawn]))
         report((done + 1) * (1 + controls), total)
     return torch.stack(own), torch.stack(other)

@@ -1,7 +1,7 @@
 """Task activations: what a few demonstrations put into the stream, and whether it does the task without them.
 
 Formula:  z_lh = mean over few-shot prompts of a head's mix of values at the last token; its effect is the mean, over
-          the same questions behind demonstrations with shuffled answers, of p(answer) with the mean of the other
+          the same questions behind demonstrations with answers of other pairs, of p(answer) with the mean of the other
           questions (all but its own) in the head's place at the last token minus p(answer) without, exactly, for every
           head. The function vector is v = sum over the `heads` best
           of z_lh W_O_h; it is added to the stream after a layer at the last token of a prompt without demonstrations.
@@ -31,7 +31,7 @@ from microtome.stream import mean_interval, sign_flip
 LAYER = ("layer",)
 Behind = Annotated[
     Literal["shuffled", "nothing"],
-    Argument("what effects are measured behind: demonstrations with shuffled answers, or none at all"),
+    Argument("what effects are measured behind: demonstrations with answers of other pairs, or none at all"),
 ]
 CHOICE = 24
 """Inputs, none of those that are tested, on which the layer is chosen."""
@@ -58,7 +58,8 @@ CHOICE = 24
                "with_random", (0, 1), ()),
         Column("zero_shot", "share", "accuracy without demonstrations", "none: the start", (0, 1), ()),
         Column("few_shot", "share", "accuracy behind demonstrations", "shuffled_shot", (0, 1), ()),
-        Column("shuffled_shot", "share", "accuracy behind demonstrations with shuffled answers", range=(0, 1), dims=()),
+        Column("shuffled_shot", "share", "accuracy behind demonstrations with answers of other pairs",
+               range=(0, 1), dims=()),
         Column("vector", "1", "the function vector", "none: a vector", dims=("d_model",), drawn=False),
     ),
     source=(

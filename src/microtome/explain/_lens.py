@@ -143,7 +143,7 @@ def lens(
 
     Of heads, every variable has the axes (layer, head) in place of (layer, pos), of rows (layer, neuron). A lens that
     was fitted to predict the k-th token ahead is compared with what the model says k - 1 positions on, and the last
-    k - 1 positions are left out.
+    k - 1 positions are left out; with ``scale="run"`` its divisor is that of the position k - 1 on, too.
 
     Raises:
         PromptError: the prompts have several lengths, or are too short for what is read ahead.
@@ -231,7 +231,7 @@ def _of_stream(
         "prompt": (("batch", "pos"), words), "answer": (("batch", "pos"), answer),
     }  # fmt: skip
     attrs = {"layers": "after each layer; -1 is the embedding" if part == STREAM else part.meaning}
-    return Found(found, coords=coords, attrs=attrs | _said(held))
+    return Found(found, coords=coords, attrs=attrs | _fitted(held))
 
 
 def _of_units(
@@ -273,7 +273,7 @@ def _of_units(
     ranked = ("word", "token", "probability")
     values = {name: (("layer", axis, *(("rank",) if name in ranked else ())), _first(x)) for name, x in found.items()}
     word = model.to_words(own[0, :1].argmax(-1))[0]
-    attrs = {"layers": part.meaning, "at": position, "answer": word} | _said(held)
+    attrs = {"layers": part.meaning, "at": position, "answer": word} | _fitted(held)
     coords = {"layer": layers, axis: units, "prompt": ("pos", run.words[0])}
     return Found(values, coords=coords, attrs=attrs)
 
@@ -283,11 +283,11 @@ def _first(x: Any) -> Any:
     return x[:, 0] if isinstance(x, Tensor) else [layer[0] for layer in x]
 
 
-def _said(held: Lens | None) -> dict[str, Any]:
+def _fitted(held: Lens | None) -> dict[str, Any]:
     if held is None:
         return {}
-    said = f"{held.kind}, fitted on {held.attrs.get('tokens')} tokens of {held.attrs.get('text')}"
-    return {"lens": said, "ahead": held.ahead}
+    text = f"{held.kind}, fitted on {held.attrs.get('tokens')} tokens of {held.attrs.get('text')}"
+    return {"lens": text, "ahead": held.ahead}
 
 
 def _rows(
@@ -315,7 +315,7 @@ def _rows(
     rows: dict[str, list[Tensor]] = {}
     answer = own.argmax(-1, keepdim=True)
     with torch.no_grad():
-        said = own.float().log_softmax(-1) if compared else own
+        final = own.float().log_softmax(-1) if compared else own
         for layer in layers:
             plain, x = read(layer)
             log_p = reading.logits(x).float().log_softmax(-1)
@@ -325,10 +325,10 @@ def _rows(
                 "answer_rank": (log_p > chance).sum(-1), "entropy": -(log_p.exp() * log_p).sum(-1),
             }  # fmt: skip
             if compared:
-                found["kl"] = _kl(said, log_p)
+                found["kl"] = _kl(final, log_p)
                 found["answer_logit"] = reading.of_tokens(x, answer.squeeze(-1))
             if compared and x is not plain:
-                found["logit_lens_kl"] = _kl(said, reading.logits(plain).float().log_softmax(-1))
+                found["logit_lens_kl"] = _kl(final, reading.logits(plain).float().log_softmax(-1))
             for name, value in found.items():
                 rows.setdefault(name, []).append(value)
     values: dict[str, Any] = {name: torch.stack(x).cpu() for name, x in rows.items()}

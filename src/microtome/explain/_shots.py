@@ -98,12 +98,16 @@ class Deck:
         return cls(model, [pairs[i] for i in order], asked, begins, ends, gap, shots)
 
     def prompt(self, number: int, *, shots: bool = True, shuffled: bool = False) -> Any:
-        """The prompt that asks for the answer of a pair: behind demonstrations or without, or with shuffled answers."""
+        """The prompt that asks for the answer of a pair: behind demonstrations, own or with other answers, or none."""
         ask = self._asked(self.pairs[number][0])
         return self.shown(number, shuffled=shuffled) + ask if shots else ask
 
     def shown(self, number: int, *, shuffled: bool = False) -> Any:
-        """The demonstrations of a prompt, drawn from the pairs that are not asked about."""
+        """The demonstrations of a prompt, drawn from the pairs that are not asked about.
+
+        Shuffled, they have the answers of as many other pairs, drawn alike: these need not be the same answers in
+        another order, and one may be right by chance.
+        """
         generator = torch.Generator().manual_seed(1_000_003 * current().seed + number)
         rest = len(self.pairs) - self.asked
         chosen = torch.randperm(rest, generator=generator)[: self.shots].tolist()

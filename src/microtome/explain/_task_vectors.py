@@ -10,8 +10,11 @@ Formula:  of few-shot prompts, at the last token: s_l the mean stream after laye
               difference       c (s_l - b_l) is added after a layer, c = 1, 2;
               every layer      c (s_l - b_l) is added after every layer, c = 0.05, 0.1, 0.2.
           Layer and c are those of the largest mean log p(answer) on other inputs than those that are tested.
-          Control, with the same layer and c: of the three of heads, as many random heads; of the others, demonstrations
-          with shuffled answers.
+          The heads scaled and the difference added after one layer are of neither paper; every layer differs from the
+          one that it is named after, see the sources.
+          Control, with the layer and c that were chosen for the recipe itself: of the three of heads, one set of as
+          many random heads; of the others, demonstrations with answers of other pairs. So the recipe has a choice that
+          its control has not: compare gains of several nats, not accuracies of an input or two.
 """
 
 from __future__ import annotations
@@ -49,24 +52,28 @@ Candidate = tuple[str, list[SiteEdit]]
     columns=(
         Column("accuracy", "share", "accuracy without demonstrations with the recipe", "control_accuracy", (0, 1),
                RECIPE, title="accuracy by recipe"),
-        Column("control_accuracy", "share", "the same of random heads, or of demonstrations with shuffled answers",
-               range=(0, 1), dims=RECIPE),
+        Column("control_accuracy", "share", "the same of random heads, or of demonstrations with answers of "
+               "other pairs", range=(0, 1), dims=RECIPE),
         Column("gain", "nats", "rise of the answer's log-probability with the recipe", "control_gain", dims=RECIPE,
                test=True, title="gain by recipe"),
-        Column("control_gain", "nats", "the same of random heads, or of demonstrations with shuffled answers",
+        Column("control_gain", "nats", "the same of random heads, or of demonstrations with answers of other pairs",
                dims=RECIPE),
         Column("zero_shot", "share", "accuracy without demonstrations", "none: the start", (0, 1), ()),
         Column("few_shot", "share", "accuracy behind demonstrations", "shuffled_shot", (0, 1), ()),
-        Column("shuffled_shot", "share", "accuracy behind demonstrations with shuffled answers", range=(0, 1), dims=()),
+        Column("shuffled_shot", "share", "accuracy behind demonstrations with answers of other pairs",
+               range=(0, 1), dims=()),
     ),
     source=(
         Source("Todd et al.", "Function Vectors in Large Language Models", 2023, "2310.15213",
-               departs="the best heads are those of this task alone; layer and scale are chosen on other inputs"),
+               departs="the best heads are those of this task alone; layer and scale are chosen on other inputs; heads "
+               "scaled are ours"),
         Source("Hendel et al.", "In-Context Learning Creates Task Vectors", 2023, "2310.15916",
-               departs="the mean state over prompts in place of that of one prompt"),
+               departs="the mean state over prompts in place of that of one prompt; the difference is ours"),
         Source("Liu et al.", "In-context Vectors: Making In Context Learning More Effective and Controllable Through "
                "Latent Space Steering", 2023, "2311.06668",
-               departs="the mean difference in place of its first principal component; norms are not put back"),
+               departs="the mean stream at the end of prompts with demonstrations minus that without, in place of the "
+               "first principal component of h(output) - h(input) over the demonstrations; added at the last token alone, in "
+               "place of all; norms are not put back"),
     ),
     cost="about (4 samples + 4 tests) few-shot forwards, a sweep of H L samples cells, one of 7 L choice cells, and "
     "batches of tests inputs for each recipe",
@@ -134,7 +141,7 @@ def _means(
 ) -> tuple[Float[Tensor, "item layer head d_head"], Tensor, Tensor, Tensor]:
     """Of each few-shot prompt, the mean mix of values over the others.
 
-    And the mean stream of all [layer, d_model], that behind shuffled answers, and that without demonstrations.
+    And the mean stream of all [layer, d_model], that behind answers of other pairs, and that without demonstrations.
     """
     kinds: dict[str, Callable[[int], Any]] = {
         "shots": deck.prompt, "shuffled": lambda i: deck.prompt(i, shuffled=True),
