@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import ttest_ind
 from tests import families
 from tests.laws.test_edges import ids
 
@@ -66,7 +67,48 @@ def test_a_single_pair_of_either_says_what_their_circuits_say() -> None:
     assert again["held_other"].equals(found["held_other"])
     chosen = (found["held"] == 1) & (found["held_other"] == 0)
     assert bool((chosen == (found["chosen"] == 1)).all())
+    assert bool(found["damage"].isnull().all())  # no pair is left to judge by
     assert len(found.attrs["heads"]) == int(found["count"]) == int(chosen.sum()) > 0
+
+
+def test_heads_are_chosen_and_judged_on_other_pairs() -> None:
+    a, b = pairs(0, 18), pairs(80, 18)
+    given: dict[str, Any] = {"edges": 30, "resamples": 4, "draws": 2, "sure": 0.5}
+    with mt.settings(seed=1):
+        found = circuits.condition_heads(MODEL, **as_given(a), other=b, **given)
+        again = circuits.condition_heads(MODEL, **as_given(a.take(ALIKE)), other=b.take(ALIKE), **given)
+    assert found.attrs["pairs_judged"] == [9, 9]
+    assert bool(found["held"].equals(again["held"]))
+    assert bool(found["held_other"].equals(again["held_other"]))
+    chosen = torch.tensor(found["chosen"].values > 0)
+    assert bool(chosen.any())
+    odd = [some.take(range(1, 18, 2)) for some in (a, b)]
+    lost = [damage_of(MODEL, some, odd, [chosen])[0] for some in odd]
+    assert float(found["damage"][0]) == pytest.approx(float(lost[0].mean()))
+    assert float(found["damage"][1]) == pytest.approx(float(lost[1].mean()))
+    ends = ttest_ind(*(x.numpy() for x in lost), equal_var=False).confidence_interval(0.95)
+    assert float(found["selective"]) == pytest.approx(float(lost[0].mean() - lost[1].mean()))
+    assert float(found["selective_lo"]) == pytest.approx(float(ends.low))
+    assert float(found["selective_hi"]) == pytest.approx(float(ends.high))
+
+
+ALIKE = [i // 2 * 2 for i in range(18)]
+"""The pairs that choose, and in the place of the others the same ones."""
+
+
+def as_given(some: mt.explain.Pairs) -> dict[str, Any]:
+    rows = [[pair[side].tolist() for pair in some.tokens] for side in (0, 1)]
+    return {"clean": rows[0], "corrupt": rows[1], "answer": 11, "foil": 13}
+
+
+def test_without_enough_other_heads_there_is_no_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = iter([torch.ones(3, 4).double(), torch.zeros(3, 4).double()])
+    monkeypatch.setattr("microtome.circuits._conditions._held", lambda *_: next(held))
+    found = circuits.condition_heads(MODEL, **as_given(pairs(0, 2)), other=pairs(40, 2))
+    assert found.attrs["random_heads"] == 0
+    assert bool(found["damage"].notnull().all())
+    assert bool(found["damage_random"].isnull().all())
+    assert bool(found["selective_random"].isnull())
 
 
 def test_what_cannot_be_asked_is_refused() -> None:

@@ -12,7 +12,7 @@ from tests.laws.test_edges import ids
 import microtome as mt
 from microtome import circuits
 from microtome.circuits._bench import Bench
-from microtome.circuits._qk import HELD, READ, Attention, fewest, in_turn
+from microtome.circuits._qk import HELD, READ, Attention, agreement, fewest, largest
 from microtome.circuits._traced import Back, signal_scores
 from microtome.edit import Freeze
 
@@ -85,11 +85,49 @@ def test_the_fewest_terms_are_the_fewest() -> None:
     assert len(fewest(values, 1.0)) == 3
     assert len(fewest(torch.ones(7), 1.0)) == 7
     assert fewest(torch.zeros(3), 0.9).tolist() == [0]
-    turns = in_turn(
-        torch.tensor([[3.0, -1.0, 5.0, 0.5, 1.5], [9.0, 0.0, 0.0, 0.0, 0.0], [9.0, -5.0, 1.0, 1.0, 3.0]]), 0.9
-    )
-    assert turns.tolist() == [5, 1, 5]
-    assert in_turn(-torch.ones(1, 10), 0.5).tolist() == [5]
+    both = torch.stack([values, -values])
+    assert largest(both, 2).tolist() == [8, -8]
+    assert largest(both, 5).tolist() == [9, -9]
+    assert agreement(values).tolist() == pytest.approx(9 / 11)
+    assert agreement(torch.tensor([[1.0, -1.0], [2.0, 1.0]])).tolist() == [0, 1]
+
+
+def test_controls_choose_among_random_directions_as_the_signal_does() -> None:
+    model = opened("llama-gqa")
+    with mt.settings(seed=3):
+        found = circuits.signals(model, PROMPT, head="1.attn.z[2]", query=-1, key=3, share=0.7, answer=11, foil=13)
+    attention, generator = split(model), torch.Generator().manual_seed(3)
+    drawn = attention.random_terms(1, 2, len(PROMPT) - 1, 3, 20, generator)
+    n, sizes, sums, left = int(found["dimension"]), [], [], []
+    plain = model.run(PROMPT, capture="1.attn.scores")["1.attn.scores"][0, 2, -1].double()
+    for row in drawn.tolist():
+        sign, whole = (1 if sum(row) >= 0 else -1), sum(row)
+        best = sorted(row, key=lambda x: -sign * x)
+        sizes.append(next(k for k in range(1, len(row) + 1) if sign * sum(best[:k]) >= 0.7 * abs(whole)))
+        sums.append(sum(best[:n]) / whole)
+        less = plain.clone()
+        less[3] -= sum(best[:n])
+        left.append(float(less.softmax(0)[3]))
+    assert float(found["dimension_random"]) == pytest.approx(sum(sizes) / 20)
+    assert float(found["carried_random"]) == pytest.approx(sum(sums) / 20)
+    assert float(found["attention_random"]) == pytest.approx(sum(left) / 20, abs=1e-6)
+
+
+def test_heads_of_untrained_weights_need_no_fewer_directions_than_random_bases_do() -> None:
+    model, sizes = opened("llama-gqa"), list[tuple[float, float]]()
+    for head in ("0.attn.z[0]", "0.attn.z[3]", "1.attn.z[1]", "1.attn.z[2]", "2.attn.z[0]", "2.attn.z[1]"):
+        found = circuits.signals(model, PROMPT, head=head, answer=11)
+        sizes.append((float(found["dimension"]), float(found["dimension_random"])))
+    own, random = torch.tensor(sizes).mean(0).tolist()
+    assert own == pytest.approx(random, rel=0.5)
+
+
+def test_terms_that_cancel_have_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("microtome.circuits._signals.CANCEL", 1.1)
+    found = circuits.signals(opened("llama-gqa"), PROMPT, head="1.attn.z[2]", answer=11)
+    assert bool(found["carried"].isnull())
+    assert bool(found["carried_random"].isnull())
+    assert 0 < float(found["agreement"]) < 1
 
 
 @pytest.mark.parametrize(
@@ -110,7 +148,9 @@ def test_shares_of_writers_sum_to_1(kind: str) -> None:
         assert float(found[f"{side}_random"].sum()) == pytest.approx(1.0, abs=1e-4)
     assert (abs(float(found["query"].sel(sender="biases"))) > 1e-6) == (kind == "gpt2" or "neox" in kind)
     assert float(found["term"].sum() + found["bias"]) == pytest.approx(float(found["score"]), abs=1e-4)
-    assert float(found["carried"]) >= 0.9 - 1e-9
+    terms = found["term"].values
+    assert float(found["agreement"]) == pytest.approx(abs(terms.sum()) / abs(terms).sum())
+    assert not float(found["carried"]) < 0.9 - 1e-9
 
 
 def test_what_is_lost_without_a_signal_is_what_an_edited_run_loses() -> None:

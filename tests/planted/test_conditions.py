@@ -50,7 +50,9 @@ def pairs(it: Any, cue: str, **more: Any) -> mt.explain.Pairs:
 
 
 def test_the_head_of_a_condition_is_found_and_only_that_condition_needs_it(it: Any) -> None:
-    found = circuits.condition_heads(it.model, **asked(it, "a"), other=pairs(it, "b", seed=1), edges=2, resamples=20)
+    found = circuits.condition_heads(
+        it.model, **asked(it, "a", n=18), other=pairs(it, "b", n=18, seed=1), edges=2, resamples=20
+    )
     assert found.attrs["heads"] == [it.truth["a"]]
     assert int(found["count"]) == 1
     damage, random = found["damage"].values, found["damage_random"].values
@@ -59,6 +61,7 @@ def test_the_head_of_a_condition_is_found_and_only_that_condition_needs_it(it: A
     assert abs(random[0]) < 0.5 * damage[0]
     assert float(found["selective"]) > 0.4 > 2 * float(found["selective_random"])
     assert float(found["damage_lo"][0]) > 0.4
+    assert float(found["selective_lo"]) > 0.4
     same = circuits.condition_heads(it.model, **asked(it, "a"), other=pairs(it, "a", seed=1), edges=2, resamples=20)
     assert same.attrs["heads"] == []
     assert bool(same["damage"].isnull().all())

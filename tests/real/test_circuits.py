@@ -90,13 +90,15 @@ def test_acdc_on_a_part_of_the_graph_is_the_literal_algorithm(model: mt.Model) -
 
 
 @pytest.mark.slow
-def test_few_directions_carry_a_score_and_without_them_the_answer_falls(model: mt.Model) -> None:
+def test_without_its_signal_the_answer_falls_and_random_bases_do_as_well(model: mt.Model) -> None:
     prompt = "While Jessica and Henry were sitting in the school, Henry passed a book to"
     found = circuits.signals(model, prompt, head="23.attn.z[3]", answer=" Jessica", foil=" Henry")
     assert float(found["dimension"]) <= 5
-    assert float(found["dimension_random"]) > 30
-    assert float(found["carried"]) > 0.9 > 0.5 > float(found["carried_random"])
-    assert float(found["attention_without"]) < 0.2 < 0.4 < float(found["attention_random"])
-    assert float(found["effect"]) < -1 < float(found["effect_random"])
+    assert float(found["dimension_random"]) <= 5  # few directions of any basis reach a sum whose terms cancel
+    assert float(found["agreement"]) > 2 * float(found["agreement_random"])
+    assert 0.9 < float(found["carried"]) < 1.1 < float(found["carried_random"])
+    assert float(found["attention_without"]) < 0.2 < 0.5 < float(found["attention"])
+    assert float(found["attention_random"]) < 0.2
+    assert float(found["effect"]) < -1
     for side in ("query", "key"):
         assert float(found[side].sum()) == pytest.approx(1.0, abs=1e-4)

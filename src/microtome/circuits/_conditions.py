@@ -1,10 +1,13 @@
 """Heads of one condition: in its circuit whatever pairs are drawn, in that of another condition never; and ablated.
 
-Formula:  pairs of each condition are drawn anew, `resamples` times, with as many as there are; the circuit of a drawing
+Formula:  of the pairs of each condition, those of even numbers choose heads, those of odd numbers judge them;
+          pairs that choose are drawn anew, `resamples` times, with as many as there are; the circuit of a drawing
           is that of the largest mean scores; in(h), in_other(h) are the shares of circuits that hold head h;
           h is chosen where in >= sure and in_other <= 1 - sure;
           damage = (m(clean) - m(clean, chosen heads at their mean)) / |mean of m(clean) - m(corrupt)|, in each
-          condition by itself; the mean is over all positions of the clean prompts of both.
+          condition by itself, on its pairs that judge; the head's mean is over all positions of their clean prompts;
+          selective = the mean damage here minus that of the other condition, with Welch's interval (other pairs, not
+          the same ones twice); the gap is taken as known. NaN where a condition has one pair.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from microtome.change import means
+from microtome.circuits._differences import difference_of_means
 from microtome.circuits._scores import from_scores
 from microtome.context import current
 from microtome.edit import Edit, Mean
@@ -37,6 +41,7 @@ from microtome.stream import mean_interval
 
 GROUPS = ("this condition", "the other")
 HEADS = ("layer", "head")
+ENDS = ("", "_lo", "_hi")
 TOGETHER = 8
 """Prompts that are run together."""
 
@@ -57,14 +62,14 @@ PARK = Source(
         Column("chosen", "1", "1 where the head is of this condition alone", "none: a class", (0, 1), HEADS),
         Column("count", "heads", "how many are", "none: a count", (0, None), ()),
         Column("damage", "share", "part of the gap between clean and corrupt prompts that is lost with the chosen "
-               "heads at their mean", "damage_random", dims=("group",)),
+               "heads at their mean, on pairs that did not choose them", "damage_random", dims=("group",)),
         Column("damage_random", "share", "the same for as many random other heads of the same layers",
                dims=("group",)),
         Column("selective", "share", "the damage here minus that to the other condition", "selective_random", dims=()),
         Column("selective_random", "share", "the same of the random heads", dims=()),
     ),
     source=PARK,
-    cost="scores of all edges of every pair; 2 + draws forwards a pair",
+    cost="scores of all edges of half of the pairs; 3 + draws forwards of each of the others",
     check="tests/laws/test_conditions.py, tests/planted/test_conditions.py",
     call='mt.circuits.condition_heads(model, mt.tasks.build("fact.capital", model, n=8), '
     'other=mt.tasks.build("fact.plural", model, n=8))',
@@ -87,7 +92,7 @@ def condition_heads(
     sure: Annotated[float, Argument("share of drawings that must agree", "share", least=0.5, most=1)] = 0.9,
     draws: Annotated[int, Argument("random sets of as many heads", "sets", least=1)] = 5,
 ) -> Found:  # fmt: skip
-    """Find the heads that are in the circuit of one condition only, and ablate them in both.
+    """Find the heads that are in the circuit of one condition only, and ablate them in both, on other pairs.
 
     Raises:
         PromptError: pairs do not align, or there is nothing to read.
@@ -99,24 +104,31 @@ def condition_heads(
         pairs_given(model, other),
     ]
     generator = torch.Generator().manual_seed(current().seed)
-    held = [_held(model, pairs, method, edges, resamples, generator) for pairs in both]
+    choosing, judging = ([pairs[k::2] for pairs in both] for k in (0, 1))
+    held = [_held(model, pairs, method, edges, resamples, generator) for pairs in choosing]
     chosen = (held[0] >= sure) & (held[1] <= 1 - sure + 1e-9)
-    sets = [chosen, *(alike(chosen, generator) for _ in range(draws))]
+    random = [alike(chosen, generator) for _ in range(draws)]
     values: dict[str, Any] = {
         "held": held[0],
         "held_other": held[1],
         "chosen": chosen.double(),
         "count": int(chosen.sum()),
     }
-    lost = [damage_of(model, pairs, both, sets if bool(chosen.any()) else []) for pairs in both]
+    drawn = int(random[0].sum())
+    sets = [chosen, *random] if bool(chosen.any()) and all(map(len, judging)) else []
+    lost = [damage_of(model, pairs, judging, sets) for pairs in judging]
+    lost = lost if drawn == values["count"] else [x[:1] for x in lost]  # too few others: no control
     for name, of in (("damage", lambda x: x[0]), ("damage_random", lambda x: x[1:].mean(0))):
-        found = [mean_interval(of(x)) for x in lost]
-        for end, parts in zip(("", "_lo", "_hi"), zip(*found, strict=True), strict=True):
+        own = [of(x) for x in lost]
+        found = [mean_interval(x) for x in own]
+        for end, parts in zip(ENDS, zip(*found, strict=True), strict=True):
             values[name + end] = (("group",), torch.stack(list(parts)))
-        values["selective" + name[len("damage") :]] = float(found[0][0] - found[1][0])
+        less = difference_of_means(own[0], own[1], paired=False)
+        values |= {f"selective{name[len('damage') :]}{end}": ((), float(x)) for end, x in zip(ENDS, less, strict=True)}
     layers, heads = chosen.shape
     names = [f"{i}.attn.z[{h}]" for i, h in chosen.nonzero().tolist()]
     attrs = {"heads": names, "pairs": len(both[0]), "pairs_other": len(both[1]), "resamples": resamples, "sure": sure}
+    attrs |= {"pairs_judged": [len(pairs) for pairs in judging], "random_heads": drawn}
     coords = {"layer": list(range(layers)), "head": list(range(heads)), "group": list(GROUPS)}
     return Found(values, coords=coords, attrs=attrs | {"method": f"{method}, {edges:g} edges"})
 
@@ -138,7 +150,7 @@ def _held(
 
 
 def alike(chosen: Bool[Tensor, "layer head"], generator: torch.Generator) -> Bool[Tensor, "layer head"]:
-    """As many random heads of the same layers, none of them chosen as far as a layer has others."""
+    """As many random heads of the same layers, none of them chosen; fewer where a layer has too few others."""
     found = torch.zeros_like(chosen)
     for own, row in zip(chosen, found, strict=True):
         free = (~own).nonzero().flatten()

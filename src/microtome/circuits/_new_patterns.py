@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from microtome.errors import PromptError, error
+from microtome.errors import ArgumentError, PromptError, error
 from microtome.explain import Pairs, pairs_given
 from microtome.model import Model
+
+
+def require_position(pairs: Pairs, query: int, what: str) -> None:
+    """Refuse a position that not all prompts have.
+
+    Raises:
+        ArgumentError: one has not.
+    """
+    shortest = min(pairs.lengths)
+    if not -shortest <= query < shortest:
+        raise error(ArgumentError, f"query is no position of {what}", got=query,
+                    allowed=f"{-shortest} to {shortest - 1}", do="name a token")  # fmt: skip
+
+
+def require_seen(
+    model: Model, spans: Sequence[tuple[int, int]], lengths: Sequence[int], query: int, what: str = ""
+) -> None:
+    """Refuse spans behind the query, where heads cannot look.
+
+    Raises:
+        PromptError: one is.
+    """
+    for i, ((_, end), length) in enumerate(zip(spans, lengths, strict=True)):
+        at = range(length)[query]
+        if model.anatomy.causal and end > at + 1:
+            raise error(PromptError, f"pair {i}{what}: heads cannot look ahead", got=f"a span up to token {end - 1}",
+                        allowed=f"up to {at}", do="name earlier tokens")  # fmt: skip
 
 
 def masses_of(
@@ -20,13 +47,18 @@ def masses_of(
     """What each head gives to each span that both tasks name, in the other task.
 
     Raises:
-        PromptError: they name none in common.
+        PromptError: they name none in common, or one lies behind the query.
+        ArgumentError: the other task has no such position.
     """
     others = pairs_given(model, like)
+    require_position(others, query, "every prompt of the other task")
     shared = [name for name in pairs.spans if name in others.spans]
     if not shared:
         raise error(PromptError, "the two tasks name no span in common", got=f"{list(pairs.spans)} and "
                     f"{list(others.spans)}", do="give keys= instead")  # fmt: skip
+    for name in shared:
+        require_seen(model, pairs.spans[name], pairs.lengths, query, f', span "{name}"')
+        require_seen(model, others.spans[name], others.lengths, query, f' of the other task, span "{name}"')
     found = {head: dict.fromkeys(shared, 0.0) for head in named}
     with torch.no_grad():
         for n, pair in enumerate(others.tokens):

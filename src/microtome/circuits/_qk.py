@@ -58,12 +58,15 @@ def fewest(values: Float[Tensor, " term"], share: float) -> Int[Tensor, " kept"]
     return order[: int(reached.nonzero()[0]) + 1]
 
 
-def in_turn(values: Float[Tensor, "draw term"], share: float) -> Float[Tensor, " draw"]:
-    """After how many terms, as they come, each of several sums stays at a share of its whole or above it."""
-    total = values.sum(1, keepdim=True)
-    short = values.cumsum(1) * total.sign() < share * total.abs() - 1e-12 * values.abs().sum(1, keepdim=True)
-    places = torch.arange(1, values.shape[1] + 1, dtype=torch.float64)
-    return (short * places).amax(1).clamp(max=values.shape[1] - 1) + 1
+def largest(values: Float[Tensor, "draw term"], n: int) -> Float[Tensor, " draw"]:
+    """The sum of the n largest terms of each of several sums, by the sign of its whole."""
+    sign = torch.where(values.sum(1) >= 0, 1.0, -1.0).to(values)
+    return sign * (values * sign.unsqueeze(1)).topk(n, dim=1).values.sum(1)
+
+
+def agreement(values: Float[Tensor, "*of term"]) -> Float[Tensor, "*of"]:
+    """The size of each sum over the sum of the sizes of its terms: 1 where all have one sign, 0 where they cancel."""
+    return values.sum(-1).abs() / values.abs().sum(-1).clamp(min=1e-300)
 
 
 class Attention:

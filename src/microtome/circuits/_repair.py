@@ -1,9 +1,10 @@
-"""Repairing a task: heads are made to look where they look in another task, or where they are told to.
+"""Repairing a task: heads are made to look where they look in another task, or at given keys.
 
 Formula:  at one query of each prompt the pattern of a chosen head becomes
           keys     1 / n at the n keys of a span, 0 elsewhere;
           like     over the spans that both tasks name, what the head gives each of them in the other task in the mean,
                    spread inside a span as the head does here; all other keys keep their proportions and get the rest.
+          A random head gets the pattern of the head that it stands for; NaN where a layer has too few other heads.
           right: the answer is above the foil, or where there is none, no token is above the answer.
 """
 
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from microtome.circuits._new_patterns import masses_of, rows_of
+from microtome.circuits._new_patterns import masses_of, require_position, require_seen, rows_of
 from microtome.context import current
 from microtome.edit import Edit, Set
 from microtome.errors import ArgumentError, PromptError, error
@@ -50,7 +51,7 @@ def _column(name: str, meaning: str, control: str = "", unit: str = "logits") ->
 @question(
     "repair",
     title="repair by another pattern",
-    question="Does a task improve where some heads look as they do in another task, or where they are told to?",
+    question="Does a task improve where some heads look as they do in another task, or at given tokens?",
     columns=(
         _column("before", "the metric of the clean prompts", "none: what the repaired runs are compared with"),
         _column("after", "the same with the patterns of the heads overwritten", "random"),
@@ -88,20 +89,18 @@ def repair(
 
     Raises:
         SiteError: a name is not that of a head.
-        PromptError: pairs do not align, there is nothing to read, a span is not in its prompt, or the tasks name no
-            span in common.
-        ArgumentError: neither `keys` nor `like` is given, or both are; or there is no such position.
+        PromptError: pairs do not align, there is nothing to read, a span is not in its prompt or lies behind the
+            query, or the tasks name no span in common.
+        ArgumentError: neither `keys` nor `like` is given, or both are; or there is no such position in either task.
     """
     if (keys is None) == (like is None):
         raise error(ArgumentError, "repair needs one of keys= and like=", got="both" if keys is not None else "neither",
                     do="say where heads are to look, or give the other task")  # fmt: skip
     pairs = pairs_of(model, clean, corrupt, answer=answer, foil=foil, metric=metric)
-    shortest = min(pairs.lengths)
-    if not -shortest <= query < shortest:
-        raise error(ArgumentError, "query is no position of every prompt", got=query,
-                    allowed=f"{-shortest} to {shortest - 1}", do="name a token")  # fmt: skip
+    require_position(pairs, query, "every prompt")
     named, generator = heads_of(model, heads), torch.Generator().manual_seed(current().seed)
-    sets = [[], named, *(_alike(model, named, generator) for _ in range(draws))]
+    random = [_alike(model, named, generator) for _ in range(draws)]
+    sets = [[], named, *(drawn for drawn in random if drawn)]
     targets = _targets(model, pairs, keys, query) if like is None else []
     masses = {} if like is None else masses_of(model, pairs, like, named, query)
     report, values, right = current().counting("repairing"), list[Tensor](), list[Tensor]()
@@ -111,7 +110,7 @@ def repair(
             rows = rows_of(model, one, named, query, targets[i] if targets else None, masses)
             read: list[Tensor] = []
             for chosen in sets:
-                edits = _edits(chosen, rows, range(tokens.shape[1])[query])
+                edits = _edits(chosen, rows if chosen else [], range(tokens.shape[1])[query])
                 run = model.run(tokens, edits=edits)
                 value = one.read(run)[0].double().cpu()
                 read.append(torch.stack([value, _right(one, run.logits[0, -1], value)]))
@@ -124,6 +123,7 @@ def repair(
         x = torch.stack(found)
         each |= dict(zip(names, (x[:, 0], x[:, 1], x[:, 2:].mean(1)), strict=True))
     attrs = pairs.attrs() | {"heads": [f"{i}.attn.z[{h}]" for i, h in named], "query": query, "draws": draws}
+    attrs["random_heads"] = len(random[0])
     attrs |= {f"{i}.attn.z[{h}]": ", ".join(f"{n} {x:.2f}" for n, x in own.items()) for (i, h), own in masses.items()}
     return Found(each=each, attrs=attrs, units=dict.fromkeys(("before", "after", "random"), pairs.unit))
 
@@ -138,13 +138,16 @@ def _right(one: Pairs, logits: Float[Tensor, " vocab"], value: Tensor) -> Tensor
 
 
 def _alike(model: Model, named: Heads, generator: torch.Generator) -> Heads:
-    """As many random heads of the same layers, others as far as a layer has them."""
-    found: Heads = []
+    """In the place of each head a random other one of its layer; none where a layer has too few others."""
+    found = dict[tuple[int, int], tuple[int, int]]()
     for layer in dict.fromkeys(i for i, _ in named):
         own = [h for i, h in named if i == layer]
         free = [h for h in range(model.anatomy.n_heads) if h not in own]
-        found += [(layer, free[j]) for j in torch.randperm(len(free), generator=generator)[: len(own)].tolist()]
-    return found
+        if len(free) < len(own):
+            return []
+        drawn = torch.randperm(len(free), generator=generator)[: len(own)].tolist()
+        found |= {(layer, h): (layer, free[j]) for h, j in zip(own, drawn, strict=True)}
+    return [found[head] for head in named]
 
 
 def _targets(model: Model, pairs: Pairs, keys: Any, query: int) -> list[tuple[int, int]]:
@@ -154,10 +157,7 @@ def _targets(model: Model, pairs: Pairs, keys: Any, query: int) -> list[tuple[in
         PromptError: there is not one a pair, one is not in its prompt, or lies behind the query.
     """
     found = list(pairs.spans[keys]) if isinstance(keys, str) and keys in pairs.spans else _placed(model, pairs, keys)
-    for i, ((_, end), length) in enumerate(zip(found, pairs.lengths, strict=True)):
-        if model.anatomy.causal and end > range(length)[query] + 1:
-            raise error(PromptError, f"pair {i}: heads cannot look ahead", got=f"a span up to token {end - 1}",
-                        allowed=f"up to {range(length)[query]}", do="name earlier tokens")  # fmt: skip
+    require_seen(model, found, pairs.lengths, query)
     return found
 
 
@@ -178,4 +178,4 @@ def _one(keys: Any) -> bool:
 
 def _edits(chosen: Heads, rows: Sequence[Tensor], query: int) -> list[Edit]:
     """The patterns of some heads overwritten, the first with the first row, and so on."""
-    return [Set(f"{i}.attn.pattern[{h}]@{query}", value=row) for (i, h), row in zip(chosen, rows, strict=False)]
+    return [Set(f"{i}.attn.pattern[{h}]@{query}", value=row) for (i, h), row in zip(chosen, rows, strict=True)]

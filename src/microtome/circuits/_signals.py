@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from microtome.circuits._qk import HELD, READ, SHARE, Attention, Terms, fewest, in_turn
+from microtome.circuits._qk import HELD, READ, SHARE, Attention, Terms, agreement, fewest, largest
 from microtome.context import current
 from microtome.edit import Add
 from microtome.errors import ArgumentError, SiteError, error
@@ -21,10 +21,13 @@ from microtome.sweep import written
 
 FRANCO = Source(
     "Franco, Crovella", "Sparse Attention Decomposition Applied to Circuit Tracing", 2024, "2410.00340",
-    departs="norms, rotation and biases are in the form that is split; random directions are beside the signal",
+    departs="norms, rotation and biases are in the form that is split; the best directions of random bases, chosen as "
+    "those of the signal, are beside it",
 )  # fmt: skip
 DRAWS = 20
 """Random bases of the head, and random removals."""
+CANCEL = 0.05
+"""Agreement of terms below which shares of their sum mean nothing."""
 SIDES = ("query", "key")
 WROTE = ("embed", "*.attn.z", "*.attn_out", "*.mlp_out")
 
@@ -54,28 +57,34 @@ def _writers(side: str) -> tuple[Column, ...]:
                dims=()),
         Column("gap", "1", "the score minus the sum of all terms and the bias", "none: 0 up to rounding", dims=()),
         Column("dimension", "directions", "how many directions the signal has", "dimension_random", (1, None), ()),
-        Column("dimension_random", "directions", "after how many random directions of the head, as they come, the sum "
-               "stays at that share, in the mean", range=(1, None), dims=()),
-        Column("carried", "share", "part of the terms' sum that the signal is", "carried_random", dims=()),
-        Column("carried_random", "share", "the same of as many random directions of the head, in the mean", dims=()),
+        Column("dimension_random", "directions", "how many a random basis of the head needs, its largest terms first "
+               "too, in the mean", range=(1, None), dims=()),
+        Column("agreement", "share", "size of the terms' sum over the sum of their sizes: 1 where all have one sign, "
+               "near 0 where they cancel", "agreement_random", (0, 1), ()),
+        Column("agreement_random", "share", "the same of random bases of the head, in the mean", range=(0, 1), dims=()),
+        Column("carried", "1", "the signal over the terms' sum: above 1 where others are against it, NaN where they "
+               "cancel", "carried_random", (0, None), ()),
+        Column("carried_random", "1", "the same of the largest terms of a random basis, as many, in the mean",
+               range=(0, None), dims=()),
         *(column for side in SIDES for column in _writers(side)),
         Column("attention", "share", "attention of the head from the query to the key", "attention_without", (0, 1),
                ()),
         Column("attention_without", "share", "the same where the signal is taken out of the score",
                "attention_random", (0, 1), ()),
-        Column("attention_random", "share", "the same where as many random directions are, in the mean", range=(0, 1),
-               dims=()),
+        Column("attention_random", "share", "the same where as many largest terms of a random basis are, in the mean",
+               range=(0, 1), dims=()),
         Column("base", "logits", "the metric before anything is removed", "none: what effects are changes of", dims=()),
         Column("effect", "logits", "change of the metric where the signal is taken out of this score alone",
                "effect_random", dims=()),
-        Column("effect_random", "logits", "the same for as many random directions, in the mean", dims=()),
+        Column("effect_random", "logits", "the same for as many largest terms of a random basis, in the mean", dims=()),
     ),
     source=FRANCO,
     cost=f"two forwards, 2 d_head products of one layer, one SVD, and a sweep of {DRAWS + 1} cells",
     check="tests/laws/test_signals.py, tests/planted/test_signals.py",
     call='mt.circuits.signals(model, "The capital of France is", head="20.attn.z[3]")',
-    reading="Shares of the writers at a position sum to 1. A signal of few directions that hardly any random ones "
-    "replace is what the head looks for; the largest writers are who it hears.",
+    reading="Shares of the writers at a position sum to 1. A small number of directions says something only where "
+    "random bases of the head, whose largest terms are taken in the same way, need more; where terms cancel "
+    "(agreement near 0) few of any basis reach the sum.",
     needs=("sum", "attention and MLP", "*.attn.q", "*.attn.k", "*.attn.v", "*.attn.z", "next token"),
 )  # fmt: skip
 def signals(
@@ -110,12 +119,15 @@ def signals(
     random = attention.random_terms(layer, number, q, k, DRAWS, generator)
     kept = fewest(terms.values, share)
     signal, whole = terms.values[kept].sum(), terms.values.sum()
-    drawn = random[:, : len(kept)].sum(1)  # a random basis has no order
+    drawn = largest(random, len(kept))
+    bases = torch.tensor([float(len(fewest(row, share))) for row in random])
+    known = float(agreement(terms.values)) >= CANCEL
     values: dict[str, Any] = {
         "term": terms.values[terms.values.abs().argsort(descending=True, stable=True)], "score": float(row[k]),
         "bias": terms.bias, "gap": float(row[k] - whole - terms.bias), "dimension": float(len(kept)),
-        "dimension_random": float(in_turn(random, share).mean()), "carried": float(signal / whole),
-        "carried_random": float((drawn / whole).mean()),
+        "dimension_random": float(bases.mean()), "agreement": float(agreement(terms.values)),
+        "agreement_random": float(agreement(random).mean()), "carried": float(signal / whole) if known else torch.nan,
+        "carried_random": float((drawn / whole).mean()) if known else torch.nan,
         "attention": float(attention.without(layer, number, q, k, torch.zeros(()))),
         "attention_without": float(attention.without(layer, number, q, k, signal)),
         "attention_random": float(attention.without(layer, number, q, k, drawn).mean()),
