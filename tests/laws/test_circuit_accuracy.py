@@ -11,6 +11,7 @@ import microtome as mt
 from microtome import circuits
 from microtome.circuits._accuracy import accuracy_of
 from microtome.circuits._bench import Bench
+from microtome.circuits._question import JUDGED_ON
 
 
 def given(n: int = 6) -> dict[str, object]:
@@ -30,12 +31,16 @@ def test_all_edges_answer_what_the_model_answers_and_none_what_the_other_run_doe
     other = mt.explain.pairs_of(MODEL, given()["corrupt"], given()["clean"], answer=given()["answer"])  # type: ignore
     assert found["accuracy_control"] == other.answered(MODEL)
     assert 0 < found["answered"] < 1
+    ends = mt.stream.share_interval(found["accuracy"] * len(pairs), len(pairs))
+    assert (found["accuracy_lo"], found["accuracy_hi"]) == (((), ends[0]), ((), ends[1]))
     assert 0 < found["accuracy_control"] < 1
 
 
 def test_results_of_circuits_say_it() -> None:
     found = circuits.circuit(MODEL, method="eap", edges=0.3, verify=0, draws=2, **given())  # type: ignore[arg-type]
-    assert {"accuracy", "accuracy_control", "answered"} <= set(found)
+    assert {"accuracy", "accuracy_lo", "accuracy_hi", "accuracy_control", "answered", "answered_lo"} <= set(found)
+    assert found.attrs["judged_on"] == "the pairs that it was found on"
+    assert found.attrs["reading"].endswith(JUDGED_ON)
     metric = mt.metric.LogitDifference(11, foil=13)
     rows = given()
     read = circuits.circuit(MODEL, rows["clean"], rows["corrupt"], metric=metric, method="eap", edges=0.3, verify=0)  # type: ignore

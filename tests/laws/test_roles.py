@@ -58,6 +58,23 @@ def test_effects_are_those_of_edited_runs_and_looks_sum_to_1() -> None:
     assert bool(found["look"].sel(component=mlps).isnull().all())
 
 
+def test_pairs_without_such_tokens_do_not_count() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    circuit = circuits.find(model, PROMPT, OTHER, method="eap", edges=0.5, **GIVEN)
+    last = [*PROMPT[:-1], 79]  # differs at the end alone
+    both = circuits.roles(model, circuit, [PROMPT, PROMPT], [OTHER, last], **GIVEN)
+    one = circuits.roles(model, circuit, PROMPT, OTHER, **GIVEN)
+    end = circuits.roles(model, circuit, PROMPT, last, **GIVEN)
+    assert bool(end["effect"].sel(group="what differs").isnull().all())
+    assert bool(end["effect"].sel(group="end").notnull().all())
+    assert set(end["role"].values.tolist()) <= {"none", "answer", "mover", "relation"}
+    here = both["effect"].sel(group="what differs")
+    assert float(abs(here - one["effect"].sel(group="what differs")).max()) < 1e-6
+    mean = (one["effect"] + end["effect"]).sel(group="end") / 2
+    assert float(abs(both["effect"].sel(group="end") - mean).max()) < 1e-6
+    assert float(both["answered_lo"]) <= float(both["answered"]) <= float(both["answered_hi"])
+
+
 def test_a_role_follows_from_where_a_node_acts_and_looks() -> None:
     at = {name: torch.eye(3)[i].double() for i, name in enumerate(("differs", "between", "end"))}
     look = {name: torch.eye(4)[i].double() for i, name in enumerate(LOOKS)}

@@ -1,7 +1,8 @@
 """How well a circuit carries an answer by itself: faithfulness by its size, completeness, minimality.
 
 Formula:  f(C) = (m(C) - m(other)) / (m(clean) - m(other)), means over pairs, m(C) the metric when all edges outside of
-          C give the other run's values (`mt.sweep.Circuits`), m(other) when all do; a ratio of sums over pairs, and so
+          C give what replaces them (`ablation`: the corrupt run's values, a mean, zero or a constant), m(other) when
+          all do; a ratio of sums over pairs, and so
           are the others: their intervals are of the jackknife, which leaves out a pair above and below;
           CPR = area under f over the share of edges, CMD = area of |1 - f|, both by trapezoids from the smallest share
           to the largest;
@@ -31,7 +32,7 @@ from microtome.errors import ArgumentError, DataError, MicrotomeWarning, error
 from microtome.explain import AnswerOfClean, Clean, Corrupt, FoilOfCorrupt, ReadMetric, pairs_of
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
-from microtome.stream import mean_interval
+from microtome.stream import OF_SHARES, mean_interval
 
 SHARES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 """Shares of edges at which faithfulness is published, in percent."""
@@ -226,6 +227,7 @@ def curve(
         **about,
         "edges": [int(m.sum()) for m in masks],
         "random": f"{draws} times scores shuffled among edges of one receiver's layer and kind and one sender's kind",
+        "interval_of_shares": OF_SHARES,
         **{k: v for k, v in bench.pairs.attrs().items() if k != "pairs"},
     }
     return {

@@ -24,19 +24,20 @@ HANNA = Source(
     departs="edges into shared keys and values are separated by query head",
 )  # fmt: skip
 EDGE = ("sender", "receiver")
+JUDGED_ON = "It is judged on the pairs that it was found on; faithfulness of other pairs may be lower."
 READING = (
     "Each edge is read by one input of one head, by one MLP, or by the logits. Its score is how the metric changes "
-    "where this edge gives the other run's values: below 0, the answer needs it."
+    "where this edge gives what replaces it: below 0, the answer needs it. {judged}"
 )
 READING_OF_ACDC = (
     "Each edge is read by one input of one head, by one MLP, or by the logits. Its score is what taking it out of the "
     "circuit cost when it was tried, {cost}: above 0, the answer needs it; score_exact is the same for the edge alone "
-    "taken out of the whole model."
+    "taken out of the whole model. {judged}"
 )
 READING_OF_MASK = (
     "Each edge is read by one input of one head, by one MLP, or by the logits. Its score is how far its gate was open "
     "when the mask ended, at tau 1: above 0.5 it is kept; score_exact is what the edge alone does, taken out of the "
-    "whole model."
+    "whole model. {judged}"
 )
 COST = {"kl": "in KL from the clean run", "metric": "in what the metric loses"}
 
@@ -64,12 +65,12 @@ COST = {"kl": "in KL from the clean run", "metric": "in what the metric loses"}
         *ACCURACY,
     ),
     source=(CONMY, HANNA, MIB),
-    cost="that of the method, about two forwards a pair and share, for the circuit and each random one, and one a "
-    "pair and edge measured exactly",
+    cost="that of the method, that of EAP-IG (5 backwards a pair), about two forwards a pair and share, for the "
+    "circuit and each random one, twice for the circuit itself, and one a pair and edge measured exactly",
     check="tests/laws/test_circuits.py, tests/laws/test_acdc.py, tests/laws/test_circuit_faithfulness.py",
     call='mt.circuits.circuit(model, "The capital of France is", "The capital of Italy is", answer=" Paris", '
     'foil=" Rome")',
-    reading=READING,
+    reading=READING.format(judged=JUDGED_ON),
     needs=("sum", "attention and MLP", "*.attn.q", "*.attn.k", "*.attn.v", "*.attn.z"),
 )  # fmt: skip
 def circuit(
@@ -131,9 +132,14 @@ def circuit(
         "chosen_by": found.attrs["method"],
         "circuit_edges": found.n_edges,
         "nodes": len(found.nodes),
+        "judged_on": "the pairs that it was found on",
     }
     if method in ("acdc", "mask"):
-        attrs["reading"] = READING_OF_ACDC.format(cost=COST[cost]) if method == "acdc" else READING_OF_MASK
+        attrs["reading"] = (
+            READING_OF_ACDC.format(cost=COST[cost], judged=JUDGED_ON)
+            if method == "acdc"
+            else READING_OF_MASK.format(judged=JUDGED_ON)
+        )
     unit = "nats" if kl else pairs.unit
     units = {"score": "1" if method == "mask" else unit, "score_exact": unit}
     weights = judged["weights"]

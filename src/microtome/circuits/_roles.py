@@ -4,7 +4,7 @@ Formula:  words: the mean over pairs of what a node writes at the last position 
           the final norm's scale of each run, minus its mean over the vocabulary; the largest entries; answer: the same
           of the answer, less that of the foil.
           effect[place]: how the metric changes where the node gives the corrupt run's values at the tokens in which the
-          prompts differ, at the last one, or at all others.
+          prompts differ, at the last one, or at all others; the mean over the pairs that have such tokens.
           look[place]: attention from the last position to tokens that differ, to itself, to the first one, to others.
           role: "none" below `LEAST` of the gap; where its largest effect is at the tokens that differ, "subject"; at
           the others, "between"; at the last one, an MLP is "answer", a head "mover" if it looks at least as much at
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from microtome.anatomy import Site, parse
+from microtome.circuits._accuracy import share_of
 from microtome.circuits._judge import OfCircuit, circuit_of
 from microtome.context import current
 from microtome.edit import Patch
@@ -29,6 +30,7 @@ from microtome.explain import AnswerOfClean, Clean, Corrupt, FoilOfCorrupt, Pair
 from microtome.method import Argument, Column, Found, Source, question
 from microtome.model import Model
 from microtome.run import Run
+from microtome.stream import mean_interval
 from microtome.sweep import written
 
 PLACES = ("what differs", "between", "end")
@@ -58,8 +60,9 @@ YAO = Source(
                "answer_corrupt", dims=("component",)),
         Column("answer_corrupt", "logits", "the same in the corrupt prompts, of the clean prompts' answers",
                dims=("component",)),
-        Column("effect", "logits", "change of the metric where it gives the corrupt run's values at these tokens",
-               "none: the three places stand beside each other", dims=("component", "group")),
+        Column("effect", "logits", "change of the metric where it gives the corrupt run's values at these tokens; NaN "
+               "where no pair has any",
+               "none: no other nodes are patched; its places stand beside each other", dims=("component", "group")),
         Column("look", "share", "attention of a head from the end to these tokens; NaN of an MLP", "look_others",
                (0, 1), ("component", "span")),
         Column("look_others", "share", "the same of the other heads of the layer, in the mean", range=(0, 1),
@@ -108,12 +111,18 @@ def roles(
     found = reader.all()
     gap = float((found["clean"] - found["corrupt"]).mean().abs())
     effect, look = found["effect"], found["look"]
+    over_pairs = _where_known(effect)
     values: dict[str, Any] = {
-        "role": [role_of(*x, gap) for x in zip(names, effect.mean(0), look.mean(0), strict=True)],
+        "role": [role_of(*x, gap) for x in zip(names, over_pairs[0], look.mean(0), strict=True)],
         "writes": [" ".join(model.to_words(row.topk(min(words, len(row))).indices)) for row in found["logits"]],
-        "answered": pairs.answered(model) if pairs.answer_ids else float("nan"),
+        "answered": float("nan"),
     }  # fmt: skip
-    each = {"effect": effect, "look": look, "look_others": found["look_others"]}
+    dims = ("component", "group")
+    values |= {f"effect{end}": (dims, x) for end, x in zip(("", "_lo", "_hi"), over_pairs, strict=True)}
+    values["effect_each"] = (("example", *dims), effect)
+    if pairs.answer_ids:
+        values |= share_of("answered", pairs.answered(model) * len(pairs), len(pairs))
+    each = {"look": look, "look_others": found["look_others"]}
     if pairs.answer_ids:
         each |= {"answer": found["answer"], "answer_corrupt": found["answer_corrupt"]}
     coords = {"component": names, "group": list(PLACES), "span": list(LOOKS)}
@@ -123,6 +132,7 @@ def roles(
 
 def role_of(name: str, effect: Float[Tensor, " place"], look: Float[Tensor, " span"], gap: float) -> str:
     """What a node is called."""
+    effect = effect.nan_to_num(0.0)
     if float(effect.abs().max()) < LEAST * gap:
         return "none"
     place = PLACES[int(effect.abs().argmax())]
@@ -131,6 +141,15 @@ def role_of(name: str, effect: Float[Tensor, " place"], look: Float[Tensor, " sp
     if parse(name).name != "attn.z":
         return "answer"
     return "mover" if float(look[0]) >= float(look[3]) else "relation"
+
+
+def _where_known(
+    effect: Float[Tensor, "pair node place"],
+) -> tuple[Float[Tensor, "node place"], Float[Tensor, "node place"], Float[Tensor, "node place"]]:
+    """The mean over the pairs that have tokens of a place, with its interval."""
+    found = [mean_interval(x[x.isfinite().all(1)]) for x in effect.unbind(2)]
+    mean, low, high = (torch.stack(list(parts), dim=1) for parts in zip(*found, strict=True))
+    return mean, low, high
 
 
 class _Nodes:
@@ -199,11 +218,11 @@ class _Nodes:
         return found[0], found[1]
 
     def _effects(self, one: Pairs, source: Run) -> Float[Tensor, "node place"]:
-        """How the metric changes where each node gives the corrupt run's values at some tokens; 0 without any."""
+        """How the metric changes where each node gives the corrupt run's values at some tokens; NaN without any."""
         sets = _places(one)[0]
         cells = [(n, p, Patch(f"{name}@{','.join(map(str, at.tolist()))}", source=source))
                  for n, name in enumerate(self.names) for p, at in enumerate(sets) if len(at)]  # fmt: skip
-        found = torch.zeros(len(self.names), len(PLACES), dtype=torch.float64)
+        found = torch.full((len(self.names), len(PLACES)), torch.nan, dtype=torch.float64)
         swept = self.model.sweep(one.tokens[0][:1], [cell for *_, cell in cells], one.metric).run()
         for (n, p, _), effect in zip(cells, swept.effects.double().tolist(), strict=True):
             found[n, p] = effect
