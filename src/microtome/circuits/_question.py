@@ -39,6 +39,7 @@ READING_OF_MASK = (
     "when the mask ended, at tau 1: above 0.5 it is kept; score_exact is what the edge alone does, taken out of the "
     "whole model. {judged}"
 )
+OTHER_READINGS = {"acdc": READING_OF_ACDC, "mask": READING_OF_MASK}
 COST = {"kl": "in KL from the clean run", "metric": "in what the metric loses"}
 
 
@@ -134,12 +135,8 @@ def circuit(
         "nodes": len(found.nodes),
         "judged_on": "the pairs that it was found on",
     }
-    if method in ("acdc", "mask"):
-        attrs["reading"] = (
-            READING_OF_ACDC.format(cost=COST[cost], judged=JUDGED_ON)
-            if method == "acdc"
-            else READING_OF_MASK.format(judged=JUDGED_ON)
-        )
+    if method in OTHER_READINGS:
+        attrs["reading"] = OTHER_READINGS[method].format(cost=COST[cost], judged=JUDGED_ON)
     unit = "nats" if kl else pairs.unit
     units = {"score": "1" if method == "mask" else unit, "score_exact": unit}
     weights = judged["weights"]
