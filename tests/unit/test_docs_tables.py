@@ -126,3 +126,15 @@ def test_the_table_of_families() -> None:
     names = dict.fromkeys(name.split("-")[0] for name in families.NAMES)
     head = ("family", "block", "attention", "`microtome check`", "what the proof leaves open")
     same("models.md", "families", table(head, *map(row_of, names)))
+
+
+def test_the_table_of_the_tuned_lens() -> None:
+    held = json.loads((DOCS.parent / "benchmarks" / "results" / "lenses.json").read_text())["layers"]
+    assert all(row["gain_lo"] > 0 for row in held.values())
+    assert len(held) == 30
+    rows = [("behind layer", "logit lens", "tuned lens", "gain")]
+    for layer in ("-1", "0", "5", "10", "15", "20", "25", "28"):
+        x = held[layer]
+        ends = [f"{x[name]:.2f} [{x[f'{name}_lo']:.2f}, {x[f'{name}_hi']:.2f}]" for name in ("kl", "gain")]
+        rows.append(("embedding" if layer == "-1" else layer, f"{x['kl_logit_lens']:.2f}", *ends))
+    same("lenses.md", "lenses", table(*rows))
