@@ -53,6 +53,8 @@ def test_directions_are_orthonormal_and_their_influences_fall(name: str) -> None
     assert (np.diff(data["fitted"].values) <= 0).all()
     assert float(data["fitted"].min()) > 0
     assert float(data["influence"][0]) > 2 * float(data["random_influence"])
+    ranks = (data[name].values.argsort().argsort() for name in ("influence", "model_influence"))
+    assert float(data["rank_correlation"]) == pytest.approx(np.corrcoef(*ranks)[0, 1]), "of those that were found alone"
 
 
 def test_all_directions_together_leave_a_constant() -> None:

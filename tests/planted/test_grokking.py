@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import microtome as mt
-from microtome.explain._fourier_neurons import _ratios
+from microtome.explain._fourier_neurons import _ratios, _shares_right
 from microtome.explain._waves import spectrum
 from microtome.planted import Planted
+from microtome.stream import mean_interval, share_interval
 
 
 def asked(it: Planted) -> dict[str, Any]:
@@ -46,6 +47,19 @@ def test_one_wave_has_the_ratio_1_and_white_noise_what_is_known() -> None:
     torch.testing.assert_close(_ratios(mixed)[0], expected)
     flat = torch.cat([waves, torch.ones(1, n, dtype=torch.float64)]).unsqueeze(0)
     assert _ratios(flat)[0].isnan().tolist() == [False, False, False, True]
+
+
+def test_the_interval_of_random_sets_is_over_sets() -> None:
+    right = torch.zeros(1, 8, 6, dtype=torch.bool)  # [share, set, prompt]
+    for number, hits in enumerate((3, 4, 5, 4, 2, 4, 6, 1)):
+        right[0, number, :hits] = True
+    member = torch.zeros(6, dtype=torch.long)
+    found = _shares_right("random", right, member, 1)
+    for name, end in zip(("random", "random_lo", "random_hi"), mean_interval(right[0].double().mean(-1)), strict=True):
+        assert float(found[name][1]) == pytest.approx(float(end))
+    assert _shares_right("few", right[:, :5], member, 1)["few_lo"][1].isnan().all(), "of five sets none is known"
+    own = _shares_right("own", right[:, 0], member, 1)
+    np.testing.assert_allclose([float(own[name][1]) for name in ("own_lo", "own_hi")], share_interval(3, 6))
 
 
 def test_neurons_that_were_written_as_waves_are_found() -> None:

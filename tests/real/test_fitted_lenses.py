@@ -51,7 +51,7 @@ def test_directions_that_matter_to_the_lens_matter_to_the_model(model: mt.Model,
     assert float(data["model_influence"][0]) > 5 * float(data["random_model_influence"])
 
 
-def test_a_capital_is_said_by_late_exits_alone(model: mt.Model) -> None:
+def test_a_capital_is_likely_at_late_exits_alone(model: mt.Model) -> None:
     prompts = ["The capital of France is", "The capital of Italy is", "The capital of Japan is"]
     data = mt.explain.exits(model, prompts, tokens=[[" Paris"], [" Rome"], [" Tokyo"]], size=256)
     assert float(data["share"].sel(layer=29)) > 0.2

@@ -49,8 +49,8 @@ FLAT = 1e-4
                "none: what pruning takes away is beside it", (0, 1), ("group",)),
         Column("pruned_accuracy", "share", "the same without this share of the neurons, those of the lowest ratio",
                "random_accuracy", (0, 1), PRUNED, title="without neurons of low ratio"),
-        Column("random_accuracy", "share", "the same without as many random neurons; the interval is over sets",
-               range=(0, 1), dims=PRUNED),
+        Column("random_accuracy", "share", "the same without as many random neurons; the interval is over 8 sets "
+               "or more", range=(0, 1), dims=PRUNED),
     ),
     source=Source(
         "Doshi et al.", "To grok or not to grok: Disentangling generalization and memorization on corrupted "
@@ -125,7 +125,7 @@ def fourier_neurons(
 def _shares_right(name: str, right: Tensor, member: Int[Tensor, " prompt"], groups: int) -> dict[str, Any]:
     """By group, the share of right answers [..., prompt] with its interval over prompts.
 
-    Of sets [share, set, prompt] their mean, and its interval over sets.
+    Of sets [share, set, prompt] their mean, and its interval over sets, NaN where they are too few for one.
     """
     means = torch.stack([right.double()[..., member == g].mean(-1) for g in range(groups)])
     if right.dim() > 2:

@@ -72,8 +72,8 @@ Candidate = tuple[str, list[SiteEdit]]
         Source("Liu et al.", "In-context Vectors: Making In Context Learning More Effective and Controllable Through "
                "Latent Space Steering", 2023, "2311.06668",
                departs="the mean stream at the end of prompts with demonstrations minus that without, in place of the "
-               "first principal component of h(output) - h(input) over the demonstrations; added at the last token alone, in "
-               "place of all; norms are not put back"),
+               "first principal component of h(output) - h(input) over the demonstrations; added at the last token "
+               "alone, in place of all; norms are not put back"),
     ),
     cost="about (4 samples + 4 tests) few-shot forwards, a sweep of H L samples cells, one of 7 L choice cells, and "
     "batches of tests inputs for each recipe",
