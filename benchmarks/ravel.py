@@ -1,6 +1,6 @@
 """Which way to find a subspace holds an attribute of a city and no other: RAVEL on a model, judged on held-out cities.
 
-    python benchmarks/ravel.py [--data data.tgz] [--questions FILE] [--only STAGE] [--out benchmarks/results/ravel.json]
+    python benchmarks/ravel.py [--data data.tgz] [--questions FILE] [--out benchmarks/results/ravel.json]
 
 All cities are asked for each attribute, in the prompt that the model answers best among those tried on training
 cities. Attributes of which at least a fifth are answered take part. Coordinates and time zones do not: the first token
@@ -9,7 +9,8 @@ Cities that a model answers find subspaces (training split), choose (validation)
 
     site    of two layers, at the city's last token and at the prompt's last token: the one with the highest
             Disentangle on validation cities, the mean over attributes of the better of MDAS and PCA
-    rank    of each way and attribute the one with the highest Disentangle on validation cities
+    rank    of MDAS, PCA, the probe, neurons and the random rotation, for each attribute the one with the highest
+            Disentangle on validation cities; DAS and the placebo have that of MDAS, boundless DAS learns its own
 
 What is judged: Cause, Isolate and their mean on test cities, and the difference of MDAS and each other way over the
 same cities, each with its interval over cities. Placebo: MDAS learned from and judged by labels drawn by chance.
@@ -152,12 +153,12 @@ def judged(bench: Bench, attribute: str, site: str, place: str) -> dict[str, Any
         if way not in ("mdas", "placebo"):
             minus = over_entities(test, hits["mdas"] - hits[way])
             rows[way] |= {f"mdas_minus_{name}{end}": minus[name + end] for name in SCORES for end in ENDS}
-        print(told(way, rows[way]), flush=True)
+        print(line_of(way, rows[way]), flush=True)
     counts = {"train_swaps": len(train), "val_swaps": len(val), "test_swaps": len(test)}
     return {"ways": rows, "ranks": ranks, "test_entities": len(bench.swaps[attribute, "test", place].entities)} | counts
 
 
-def told(way: str, row: Mapping[str, float]) -> str:
+def line_of(way: str, row: Mapping[str, float]) -> str:
     """One line of a way."""
     parts = [f"{name} {row[name]:.2f} [{row[name + '_lo']:.2f}, {row[name + '_hi']:.2f}]" for name in SCORES]
     name = "mdas_minus_disentangle"

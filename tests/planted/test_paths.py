@@ -51,6 +51,11 @@ def test_what_trees_cannot_be() -> None:
         planted.paths(3, 0, nodes=4)
     with pytest.raises(mt.errors.ArgumentError, match="n of the trees; got 0; allowed: 1 or more"):
         planted.paths(0, 0)
+    for name in ("layers", "heads", "d_head", "d_mlp", "batch"):
+        with pytest.raises(mt.errors.ArgumentError, match=f"{name} of a trained network; got 0; allowed: 1 or more"):
+            planted.train_paths(steps=0, **{name: 0})
+    with pytest.raises(mt.errors.ArgumentError, match="steps of a trained network; got -1; allowed: 0 or more"):
+        planted.train_paths(steps=-1)
 
 
 def cuts(it: planted.Planted, p: planted.Paths) -> torch.Tensor:

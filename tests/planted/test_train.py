@@ -110,6 +110,7 @@ def test_its_truth_is_the_program_s_at_its_places() -> None:
     assert it.truth["nodes"] == ["embed", "pos_embed", "L1.head.1", "L2.mlp", "output"]
     assert it.truth["edges"] == [[places.get(u, u), places.get(v, v), x] for u, v, x in program["edges"]]
     assert it.truth["places"] == places
+    assert it.truth["training"] == {"batch": 8, "lr": 4e-3, "strict": 1.0, "passed": 1.0, "idle": 2}
     assert it.model.anatomy.n_layers == 3
     assert not any(check.status == "fails" for check in it.model.proof)
     nodes = planted.interchange_accuracy(it, 4, seed=0)
@@ -144,6 +145,40 @@ def test_an_algorithm_is_taught_by_its_variables() -> None:
     known = planted.Algorithm(**{**vars(ALGORITHM), "edges": (("embed", "before", "v"), ("before", "output", "in"))})
     it = planted.train(known, {"before": "L0.head.1"}, **TINY)
     assert it.truth["edges"] == [["embed", "L0.head.1", "v"], ["L0.head.1", "output", "in"]]
+    judged = planted.edge_accuracy(it, 4, 0, known)
+    assert set(planted.edges(it.model)) - set(judged) == {tuple(edge) for edge in it.truth["edges"]}
+
+
+def test_a_sample_that_draws_another_token_later_is_refused() -> None:
+    late = made(sample=lambda v, rng, n: rng.choices(v, k=n) if n == 5 else ["z"] * n)
+    with pytest.raises(mt.errors.DataError, match="draws what is no input; got 'z'"):
+        planted.train(late, **TINY)
+
+
+def test_costs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards of the program, and blocks of inputs of the network, in a step; forwards of a judged node."""
+    it = planted.train("repeats", **(TINY | {"steps": 0}))
+    high, rows = taught("repeats"), list[tuple[str, int]]()
+    run = mt.Model.run
+
+    def counted(self: mt.Model, tokens: Any, **given: Any) -> Any:
+        rows.append((self.anatomy.name, len(tokens)))
+        return run(self, tokens, **given)
+
+    monkeypatch.setattr(mt.Model, "run", counted)
+    inside = set(it.truth["places"].values())
+    idle = tuple(n for n in planted.nodes(it.model)[2:-1] if n not in inside)
+    own = {tuple(edge) for edge in it.truth["edges"]}
+    outside = tuple(e for e in planted.edges(it.model) if e not in own)
+    given = _Plan(high, it.truth["places"], idle, outside, 8, 2, 0).step(0)
+    program, rows[:] = [n for _, n in rows], []
+    assert program == [8] * 7
+    _losses(it.model, given)
+    assert [n for _, n in rows] == [8, 8, 8 * (2 + 2 * 2)]
+    rows.clear()
+    planted.interchange_accuracy(it, 6, seed=0)
+    judged = [n for _, n in rows if n == 6]
+    assert len(judged) == 3 + 4 * len(inside) + len(idle)
 
 
 def wrong_model() -> planted.Planted:
@@ -182,6 +217,21 @@ def made(**changed: Any) -> planted.Algorithm:
         (lambda: planted.train(made(variables=("after",))), "names other variables; got before; allowed: after"),
         (lambda: planted.train(made(outputs=(0, 5))), "gives what is no output"),
         (lambda: planted.train(made(evaluate=lambda x, let: x[99])), "fails on .*; got IndexError"),
+        (lambda: planted.train(made(variables=())), "needs more variables; got 0; allowed: 1 or more"),
+        (lambda: planted.train(made(vocabulary=("a",))), "needs more vocabulary; got 1; allowed: 2 or more"),
+        (lambda: planted.train(made(outputs=())), "needs more outputs; got 0; allowed: 1 or more"),
+        (lambda: planted.train(made(vocabulary=("a", "b", "a"))), "name one twice; got 'a'"),
+        (lambda: planted.train(made(max_length=0)), "takes no token; got max_length=0; allowed: 1 or more"),
+        (lambda: planted.train(made(sample=lambda *_: ["a", "z"])), "draws what is no input; got 'z'; allowed: tokens"),
+        (
+            lambda: planted.train(made(sample=lambda *_: ["a"])),
+            "draws what is no input; got 1 tokens for a length of 5",
+        ),
+        (lambda: planted.train(made(sample=lambda v, r, n: [v[99]] * n)), "draws no input of .* 5; got IndexError"),
+        (
+            lambda: planted.edge_accuracy(planted.train(ALGORITHM, **(TINY | {"steps": 0})), 4, 0, ALGORITHM),
+            "the truth of same as before names no edges to judge",
+        ),
     ],
 )
 def test_what_cannot_be_taught(train: Callable[[], Any], text: str) -> None:

@@ -85,6 +85,11 @@ def test_a_wrong_place_is_seen(name: str) -> None:
     assert max(accuracy[other], accuracy[places[node]]) < 0.9
 
 
+def test_edges_that_are_not_known_are_not_judged() -> None:
+    with pytest.raises(mt.errors.DataError, match="the truth of .* names no edges to judge"):
+        planted.edge_accuracy(planted.trained("histogram"), 4, seed=0)
+
+
 def test_an_untrained_program_is_named() -> None:
     with pytest.raises(mt.errors.DataError, match='no trained program is called "histgram". Did you mean "histogram"'):
         planted.trained("histgram")

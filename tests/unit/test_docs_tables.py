@@ -87,12 +87,13 @@ def test_the_tables_of_ravel() -> None:
     rows = [("attribute", "found by", "rank", "cause", "isolate", "disentangle", "MDAS minus it")]
     for attribute, judged in found["attributes"].items():
         for way, x in judged["ways"].items():
-            whole, less = (
-                f"{x[name]:.2f} [{x[name + '_lo']:.2f}, {x[name + '_hi']:.2f}]" if name in x else ""
-                for name in ("disentangle", "mdas_minus_disentangle")
+            cause, isolate, whole, less = (
+                f"{x[name]:.2f} [{x[name + '_lo']:.2f}, {x[name + '_hi']:.2f}]".replace("-0.00", "0.00")
+                if name in x
+                else ""
+                for name in ("cause", "isolate", "disentangle", "mdas_minus_disentangle")
             )
-            rank = f"{x['rank']:.0f}"
-            rows.append((attribute, f"`{way}`", rank, f"{x['cause']:.2f}", f"{x['isolate']:.2f}", whole, less))
+            rows.append((attribute, f"`{way}`", f"{x['rank']:.0f}", cause, isolate, whole, less))
     same("subspaces.md", "ravel", table(*rows))
 
 

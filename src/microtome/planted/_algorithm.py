@@ -83,20 +83,20 @@ class Compiled:
 
     def answers(self, inputs: Corruptions) -> Answers:
         """What it says."""
-        return self._said(self.it.model.run(inputs.clean).logits)
+        return self._labelled(self.it.model.run(inputs.clean).logits)
 
     def with_variable(self, inputs: Corruptions, name: str) -> Answers:
         """What it says where a node has its activations of the source."""
         edit = Exchange.of(self.it.model, inputs).node(name)
-        return self._said(self.it.model.run(inputs.clean, edits=[edit]).logits)
+        return self._labelled(self.it.model.run(inputs.clean, edits=[edit]).logits)
 
     def with_edge(self, inputs: Corruptions, edge: EdgeName) -> Answers:
         """What it says where an edge carries what it does in the source."""
         edit = Exchange.of(self.it.model, inputs).edge(edge)
-        return self._said(self.it.model.run(inputs.clean, edits=[edit]).logits)
+        return self._labelled(self.it.model.run(inputs.clean, edits=[edit]).logits)
 
     @staticmethod
-    def _said(logits: Tensor) -> Answers:
+    def _labelled(logits: Tensor) -> Answers:
         own = logits[:, 1:].detach()
         return Answers(own.argmax(-1), own.amax(-1) > 0.5)
 
@@ -141,20 +141,61 @@ class Plain:
     """An algorithm as what is taught.
 
     Raises:
-        DataError: it names other variables, gives other outputs, or answers differently when asked again.
+        DataError: it has too few tokens, outputs or variables, or one twice; its inputs are of other tokens or lengths;
+            it names other variables, gives other outputs, or answers differently when asked again.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.own, self.name, self.length = algorithm, algorithm.name, algorithm.max_length + 1
         self.vocabulary, self.outputs = algorithm.vocabulary, algorithm.outputs
         self.variables, self.edges = algorithm.variables, algorithm.edges
+        self._require_parts()
         rng = Random(0)
         for _ in range(TRIED):
-            x = algorithm.sample(algorithm.vocabulary, rng, algorithm.max_length)
+            x = self._sampled(rng, algorithm.max_length)
             values, held = self._run(x, {})
             if self._run(x, held)[0] != values:
                 got, do = f"{x}", "let it depend on its tokens and variables alone"
                 raise error(DataError, f'the algorithm "{self.name}" disagrees with itself', got=got, do=do)
+
+    def _require_parts(self) -> None:
+        """Refuse an algorithm of which nothing can be taught.
+
+        Raises:
+            DataError: names what it has too little of, or twice.
+        """
+        own = {"vocabulary": (self.vocabulary, 2), "outputs": (self.outputs, 1), "variables": (self.variables, 1)}
+        for part, (held, least) in own.items():
+            if len(held) < least:
+                what = f'the algorithm "{self.name}" needs more {part}'
+                raise error(DataError, what, got=len(held), allowed=f"{least} or more", do=f"give more {part}=")
+            twice = [x for x in held if held.count(x) > 1]
+            if twice:
+                what, do = f'the {part} of the algorithm "{self.name}" name one twice', "name each of them once"
+                raise error(DataError, what, got=repr(twice[0]), do=do)
+        if self.own.max_length < 1:
+            what = f'the algorithm "{self.name}" takes no token'
+            raise error(DataError, what, got=f"max_length={self.own.max_length}", allowed="1 or more")
+
+    def _sampled(self, rng: Random, length: int) -> list[str]:
+        """The tokens of an input.
+
+        Raises:
+            DataError: they cannot be drawn, or are others, or not so many.
+        """
+        try:
+            drawn = list(self.own.sample(self.vocabulary, rng, length))
+        except Exception as problem:
+            got, do = f"{type(problem).__name__}: {problem}", "give another sample="
+            what = f'the algorithm "{self.name}" draws no input of length {length}'
+            raise error(DataError, what, got=got, do=do) from problem
+        other = [t for t in drawn if t not in self.vocabulary]
+        if other or len(drawn) != length:
+            got = repr(other[0]) if other else f"{len(drawn)} tokens for a length of {length}"
+            what = f'the algorithm "{self.name}" draws what is no input'
+            raise error(DataError, what, got=got, allowed=f"tokens of {', '.join(self.vocabulary)}",
+                        do="give another sample=")  # fmt: skip
+        return drawn
 
     def _run(self, tokens: Tokens, given: Mapping[str, Any]) -> tuple[list[Value], dict[str, Any]]:
         """Its values, and its variables; some as they are given."""
@@ -184,14 +225,14 @@ class Plain:
 
     def draw(self, n: int, seed: int, length: int) -> Corruptions:
         """Half of the sources are drawn anew, and half differ in one token; positions are shuffled."""
-        rng, sample, bos = Random(seed), self.own.sample, len(self.vocabulary)
+        rng, bos = Random(seed), len(self.vocabulary)
         rows: list[list[list[int]]] = [[], [], []]
         for i in range(n):
-            clean = self._ids(sample(self.vocabulary, rng, length - 1))
+            clean = self._ids(self._sampled(rng, length - 1))
             other = [*clean]
             at = rng.randrange(length - 1)
             other[at] = rng.choice([t for t in range(bos) if t != clean[at]])
-            source = self._ids(sample(self.vocabulary, rng, length - 1)) if i % 2 else other
+            source = self._ids(self._sampled(rng, length - 1)) if i % 2 else other
             for held, row in zip(rows, (clean, source, rng.sample(range(1, length), length - 1)), strict=True):
                 held.append([0 if held is rows[2] else bos, *row])
         return Corruptions(*map(torch.tensor, rows))
@@ -204,7 +245,7 @@ class Plain:
 
     def answers(self, inputs: Corruptions) -> Answers:
         """What it says."""
-        return self._said([self._run(self._words(row), {})[0] for row in inputs.clean])
+        return self._labelled([self._run(self._words(row), {})[0] for row in inputs.clean])
 
     def with_variable(self, inputs: Corruptions, name: str) -> Answers:
         """What it says where a variable has its value of the source."""
@@ -212,13 +253,13 @@ class Plain:
         for row, other in zip(inputs.clean, inputs.corrupt, strict=True):
             value = self._run(self._words(other), {})[1][name]
             rows.append(self._run(self._words(row), {name: value})[0])
-        return self._said(rows)
+        return self._labelled(rows)
 
     def with_edge(self, inputs: Corruptions, edge: EdgeName) -> Answers | None:
         """Nothing: plain Python has variables, and no edges to intervene on."""
         return None
 
-    def _said(self, rows: Sequence[Sequence[Value]]) -> Answers:
+    def _labelled(self, rows: Sequence[Sequence[Value]]) -> Answers:
         labels = [[0 if v is None else self.outputs.index(v) for v in row] for row in rows]
         return Answers(torch.tensor(labels), torch.tensor([[v is not None for v in row] for row in rows]))
 

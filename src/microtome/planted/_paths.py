@@ -19,6 +19,7 @@ from microtome.errors import ArgumentError, error
 from microtome.model import open as open_model
 from microtome.planted._folder import Planted
 from microtome.planted._network import PlantedConfig, PlantedForCausalLM
+from microtome.planted._train import check_sizes
 from microtome.shown import shown
 from microtome.training import fit
 
@@ -131,6 +132,7 @@ def train_paths(
     >>> it = planted.train_paths(steps=2000, seed=0)
     >>> it.truth["accuracy"]
     """
+    check_sizes(layers=layers, heads=heads, d_head=d_head, d_mlp=d_mlp, steps=steps, batch=batch)
     paths(1, 0, nodes)
     seed = seed_of(current().seed if seed is None else seed)
     config = PlantedConfig(

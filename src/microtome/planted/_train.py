@@ -6,7 +6,8 @@ Formula:  loss = behaviour + interchange + passed * passed on + strict * outside
           interchange  with the activations of one node from a source input, and the program's variable from there;
           passed on    with what one edge of the circuit carries from the source, there and in the program;
           outside      with the activations of a place that stands for nothing, or with what an edge outside the circuit
-                       carries, from the source: the program says what it said; the mean over some of them.
+                       carries, from the source: the program says what it does of the base; the mean over
+                       some of them.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def train(
               "Inducing Causal Structure for Interpretable Neural Networks", 2022 (arXiv 2112.00826). Departs: the
               compiled transformer itself is the program that is intervened on; activations are exchanged at all
               positions at once; edges are trained too, those of the circuit and those outside.
-    Cost:     a step: two forwards and a backward of `batch` inputs, and a forward and a backward of 4 + 2 idle times as
-              many; three forwards of the program.
+    Cost:     a step: two forwards and a backward of `batch` inputs, and a forward and a backward of 2 + 2 idle times as
+              many; seven forwards of a compiled program.
     Check:    at the nodes and edges of the circuit exchanges do what they do in the program, elsewhere nothing; a
               resumed training equals one that ran through; tests/planted/test_train.py.
 
@@ -76,7 +77,8 @@ def train(
 
     Returns:
         A `Planted`. Its truth: `program`; `places`; `nodes` and `edges` that are inside; `vocabulary`, `bos` and
-        `outputs` as for `program`. `interchange_accuracy` and `edge_accuracy` say how true that is.
+        `outputs` as for `program`; `steps`, `seed` and `training`, with which it was made. `interchange_accuracy` and
+        `edge_accuracy` say how true that is.
 
     Raises:
         DataError: the program disagrees with its own model, or has no labels; a place is not there, is taken twice, or
@@ -87,7 +89,7 @@ def train(
     >>> it = planted.train("repeats", steps=1000, seed=0)
     >>> planted.interchange_accuracy(it, 256, seed=1)
     """
-    _check_sizes(steps=steps, batch=batch, layers=layers, heads=heads, d_head=d_head, d_mlp=d_mlp, idle=idle)
+    check_sizes(steps=steps, batch=batch, layers=layers, heads=heads, d_head=d_head, d_mlp=d_mlp, idle=idle)
     high, seed = taught(program), seed_of(current().seed if seed is None else seed)
     low = _network(high, layers or _depth(high), heads, d_head, d_mlp, seed)
     at = _drawn_places(high, low, seed) if places is None else dict(places)
@@ -104,10 +106,11 @@ def train(
         low.hf, loss, plan.step, steps, lr=lr, schedule="cosine", warmup=min(100, steps // 10), clip=1.0,
         weight_decay=1e-4, seed=seed, model=low, checkpoint=checkpoint, every=every, name=f"training {high.name}",
     )  # fmt: skip
-    return Planted(open_model(low.hf), truth | {"steps": steps, "seed": seed})
+    taken = {"batch": batch, "lr": lr, "strict": strict, "passed": passed, "idle": idle}
+    return Planted(open_model(low.hf), truth | {"steps": steps, "seed": seed, "training": taken})
 
 
-def _check_sizes(**sizes: int | None) -> None:
+def check_sizes(**sizes: int | None) -> None:
     """Refuse numbers that cannot be.
 
     Raises:

@@ -22,14 +22,16 @@ def trained(name: str) -> Planted:
     Source:   Gupta et al., "InterpBench: Semi-Synthetic Transformers for Evaluating Mechanistic Interpretability
               Techniques", 2024 (arXiv 2407.14494): interchange intervention training with a strictness loss. Departs:
               see `train`, with which `tools/train_programs.py` made the weights.
-    Check:    `interchange_accuracy` of every node, `edge_accuracy` of every edge; tests/planted/test_trained.py.
+    Check:    `interchange_accuracy` of every node, `edge_accuracy` of every edge where edges are known;
+              tests/planted/test_trained.py.
 
     Args:
         name: one of the programs that were trained.
 
     Returns:
         A `Planted`. Its truth: `program`; `places`, the node here that stands for each head and MLP of the program's
-        circuit; `nodes` and `edges`, all that are inside; `vocabulary`, `bos` and `outputs` as for `program`.
+        circuit; `nodes`, all that are inside; `edges` likewise, but of "histogram", of which nodes alone were trained
+        and no edges are known; `vocabulary`, `bos` and `outputs` as for `program`.
 
     Raises:
         DataError: the program was not trained.
@@ -47,7 +49,7 @@ def interchange_accuracy(it: Planted, n: int, seed: int, program: Algorithm | No
               what the program says, undisturbed; `behaviour`: without any exchange.
     Source:   interchange intervention accuracy of Geiger et al., "Causal Abstractions of Neural Networks", 2021
               (arXiv 2106.02997); for nodes outside, the strictness of Gupta et al., 2024 (arXiv 2407.14494).
-    Cost:     three forwards of n inputs for every node inside, one for every node outside.
+    Cost:     four forwards of n inputs for every node inside, three of them of the program; one for every node outside.
     Check:    the compiled program in the place of the network scores 1; tests/planted/test_trained.py.
 
     Args:
@@ -78,22 +80,26 @@ def edge_accuracy(it: Planted, n: int, seed: int, program: Algorithm | None = No
     Formula:  as `interchange_accuracy`: for an edge of the circuit, what the program says with its own edge exchanged;
               for one outside, what it says undisturbed. Edges from `pos_embed` carry shuffled positions.
     Source:   Gupta et al., 2024 (arXiv 2407.14494). Departs: they exchange nodes alone.
-    Cost:     a forward of n inputs for every edge, three more for every one of the circuit.
+    Cost:     a forward of n inputs for every edge, and three of the program for every one of the circuit.
     Check:    the compiled program in the place of the network scores 1; tests/planted/test_train.py.
 
     Args:
         it: what `trained` or `train` gave.
         n: how many pairs of base and source.
         seed: of the pairs.
-        program: the algorithm that it was trained to compute, if that was one; its edges are left out.
+        program: the algorithm that it was trained to compute, if that was one; its own edges are left out, since plain
+            Python has none to exchange.
 
     Returns:
         By edge: a share of the positions at which the program says anything, 0 to 1.
 
     Raises:
-        DataError: the truth does not say which program the network does, or where.
+        DataError: the truth does not say which program the network does, or where, or names no edges.
     """
     high, inputs, made = _compared(it, n, seed, program)
+    if not it.truth.get("edges"):
+        do = "ask interchange_accuracy, of nodes"
+        raise error(DataError, f"the truth of {it.model.anatomy.name} names no edges to judge", do=do)
     at, wanted = it.truth["places"], high.answers(inputs)
     own = {(at.get(u, u), at.get(v, v), x): (u, v, x) for u, v, x in high.edges}
     found: dict[EdgeName, float] = {}
