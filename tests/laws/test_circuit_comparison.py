@@ -33,6 +33,8 @@ def test_equal_circuits_share_all_and_differ_by_nothing() -> None:
     assert float(abs(found["node_difference"]).max()) == 0
     assert bool((found["edges"] == found["edges_other"]).all())
     other = circuits.compare(a, a, scores=(scored(9, 0), scored(9, 0)), paired=True)
+    assert "5 % of them leave out 0" in other.attrs["intervals"]
+    assert "intervals" not in found.attrs
     assert float(abs(other["difference"]).max()) == 0 == float(abs(other["node_difference_hi"]).max())
 
 

@@ -21,6 +21,7 @@ from microtome.circuits._scores import number_of
 HF = families.build("llama-gqa")
 MODEL = mt.open(HF, prove=False)
 GRAPH = mt.explain.graph(MODEL)
+PLAN = circuits.Sparsification(1.0, 60)
 
 
 def drawn(seed: int, share: float = 0.1) -> Circuit:
@@ -290,3 +291,35 @@ def test_circuits_are_found(method: str) -> None:
         ]
         mean = torch.from_numpy((each[0] + each[1]) / 2)
         assert float((mean - found.scores).abs().nan_to_num(0).max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"method": "eap-ig", "steps": 0}, "steps of a method; got 0; allowed: 1 or more"),
+        ({"method": "mask", "steps": -3}, "steps of a method; got -3; allowed: 1 or more"),
+        ({"method": "mask", "mask": PLAN, "steps": 4}, "mask= says how a mask is learned; got steps too"),
+        ({"method": "mask", "mask": PLAN, "sparsity": 1.0, "steps": 4}, "got steps and sparsity too"),
+        ({"method": "eap", "mask": PLAN}, "eap learns no mask; got mask="),
+        ({"method": "acdc", "scores": GRAPH.mask.double()}, "acdc finds its edges without scores; got scores="),
+        ({"method": "mask", "scores": GRAPH.mask.double()}, "mask finds its edges without scores; got scores="),
+    ],
+)
+def test_options_that_would_not_be_used_are_refused(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(mt.errors.ArgumentError, match=text):
+        circuits.find(MODEL, ids(0)[0].tolist(), ids(1)[0].tolist(), answer=11, foil=13, **given)
+
+
+def test_eap_ig_takes_the_steps_that_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def scores(*_: Any) -> torch.Tensor:
+        taken.append(_[-1])
+        return drawn(0).scores
+
+    monkeypatch.setattr("microtome.circuits._find.mean_scores", scores)
+    for steps in (None, 1, 7):
+        circuits.find(
+            MODEL, ids(0)[0].tolist(), ids(1)[0].tolist(), answer=11, foil=13, method="eap-ig", steps=steps, edges=0.5
+        )
+    assert taken == [5, 1, 7]

@@ -132,7 +132,7 @@ def test_faithfulness_with_optimal_constants() -> None:
 @pytest.mark.parametrize("ablation", ["mean", "zero", "optimal"])
 @pytest.mark.parametrize("method", ["eap", "greedy", "eap-ig", "clean-corrupted", "mask"])
 def test_every_estimate_finds_a_circuit_under_every_ablation(method: str, ablation: str) -> None:
-    mask = circuits.Sparsification(0.1, 60)
+    mask = circuits.Sparsification(0.1, 60) if method == "mask" else None
     if (method, ablation) == ("mask", "zero"):
         with pytest.raises(mt.errors.ArgumentError, match="a mask cannot be learned against zero: norms undo"):
             circuits.find(MODEL, CLEAN, CORRUPT, method=method, ablation=ablation, mask=mask, **GIVEN)

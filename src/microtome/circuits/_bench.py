@@ -104,10 +104,10 @@ class Bench:
         for numbers, engine in self.groups:
             before = done
 
-            def told(now: int, _: int, before: int = before) -> None:
+            def progress(now: int, _: int, before: int = before) -> None:
                 report(before + now, total)
 
-            found.append(engine.measure(kept, progress=told))
+            found.append(engine.measure(kept, progress=progress))
             done += len(numbers) * len(kept)
         return self._together(found)
 

@@ -24,6 +24,8 @@ METHODS = ("acdc", *ESTIMATES, "exact", "greedy", "mask", "signal")
 COSTS = ("kl", "metric")
 SPARSITY = 20.0
 """Nats that all edges cost together."""
+POINTS = 5
+"""Of eap-ig, between the prompts."""
 TOGETHER = 64
 """Circuits without one edge whose masks are held at once."""
 
@@ -43,7 +45,7 @@ def find(
     scores: Any = None,
     ablation: str = "resample",
     steps: int | None = None,
-    sparsity: float = SPARSITY,
+    sparsity: float | None = None,
     mask: Sparsification | None = None,
 ) -> Circuit:
     """Find the circuit that carries an answer.
@@ -68,32 +70,32 @@ def find(
         tau: of acdc: what an edge must cost to stay.
         cost: of acdc and mask: "kl" from the clean distribution at the last position, or "metric", how far that falls.
         edges: of the others: how many, or a share below 1.
-        scores: [sender, receiver] of another method, as `from_scores` takes them.
+        scores: [sender, receiver] of another method, as `from_scores` takes them; not of acdc or mask.
         ablation: what edges that are out give: "resample" (of the corrupt run), "mean" (of the clean ones), "zero" or
             "optimal" (a mask learns these; eap is at the mean). eap-ig and clean-corrupted rank by resampling always.
-        steps: of eap-ig: points between the prompts, 5 by default; of mask: of the training at most, 300.
-        sparsity: of mask: what all edges cost together, in units of `cost`.
-        mask: of mask: how it is learned, in place of `Sparsification(sparsity, steps)`.
+        steps: of eap-ig: points between the prompts, 5 by default; of mask: of the training at most, 300; at least 1.
+        sparsity: of mask: what all edges cost together, in units of `cost`, 20 by default.
+        mask: of mask: how it is learned, in place of `steps` and `sparsity`.
 
     Returns:
         A `Circuit`; what changes nothing is left out of it (`Circuit.pruned`), unless it is acdc's.
 
     Raises:
         PromptError, SiteError: the pairs do not align, there is nothing to read, or the stream is no sum.
-        ArgumentError, FitError: an option is none of those, no edge is left, or the mask did not decide.
+        ArgumentError, FitError: an option is none of those or has no use, no edge is left, or the mask did not decide.
 
     >>> mt.circuits.find(model, mt.tasks.build("ioi", model, n=8), tau=0.02)
     """
     _check(method, cost, ablation, scores is not None)
+    plan = _plan(method, steps, sparsity, scores is not None, mask)
     pairs = pairs_of(model, clean, corrupt, answer=answer, foil=foil, metric=metric)
-    about: dict[str, Any] = {"task": _task(clean), "pairs": len(pairs), "ablation": ablation, "seed": current().seed}
-    about |= pairs.attrs()
+    about: dict[str, Any] = {"task": _task(clean), "ablation": ablation, "seed": current().seed} | pairs.attrs()
     if method == "acdc":
         return _by_acdc(model, pairs, tau, cost, about)
     if method == "mask":
-        return by_mask(model, pairs, mask or Sparsification(sparsity, steps or MASK_STEPS), cost, about)
+        return by_mask(model, pairs, plan, cost, about)
     chosen = "eap" if method == "greedy" else method
-    values = scores if scores is not None else mean_scores(model, pairs, chosen, ablation, steps or 5)
+    values = scores if scores is not None else mean_scores(model, pairs, chosen, ablation, steps or POINTS)
     rule = "greedy" if method == "greedy" else "top"
     about |= {} if scores is not None else ranked_by(chosen, ablation)
     about["method"] = f"{method if scores is None else f'given scores, {rule}'}, {edges:g} edges"
@@ -125,6 +127,30 @@ def _check(method: str, cost: str, ablation: str, scored: bool) -> None:
                     allowed="resample, mean, optimal", do="choose one of these")  # fmt: skip
 
 
+def _plan(
+    method: str, steps: int | None, sparsity: float | None, scored: bool, mask: Sparsification | None
+) -> Sparsification:
+    """How a mask is learned, if one is; refuses steps that are none, and options that would not be used.
+
+    Raises:
+        ArgumentError: there are some.
+    """
+    if steps is not None and steps < 1:
+        raise error(ArgumentError, "steps of a method", got=str(steps), allowed="1 or more", do="choose another value")
+    if scored and method in ("acdc", "mask"):
+        raise error(ArgumentError, f"{method} finds its edges without scores", got="scores=",
+                    do="leave it out, or choose a method that ranks edges, such as eap")  # fmt: skip
+    if mask is not None and method != "mask":
+        raise error(ArgumentError, f"{method} learns no mask", got="mask=", do='leave it out, or choose method="mask"')
+    twice = [name for name, x in (("steps", steps), ("sparsity", sparsity)) if x is not None]
+    if mask is not None and twice:
+        raise error(ArgumentError, "mask= says how a mask is learned", got=f"{' and '.join(twice)} too",
+                    do="give one of them")  # fmt: skip
+    if mask is not None:
+        return mask
+    return Sparsification(SPARSITY if sparsity is None else sparsity, MASK_STEPS if steps is None else steps)
+
+
 def require_constants(method: str, ablation: str) -> None:
     """Refuse optimal constants where they would be fitted anew for every edge.
 
@@ -146,7 +172,7 @@ def ranked_by(method: str, ablation: str) -> dict[str, str]:
 
 
 def mean_scores(
-    model: Model, pairs: Pairs, method: str, ablation: str = "resample", steps: int = 5
+    model: Model, pairs: Pairs, method: str, ablation: str = "resample", steps: int = POINTS
 ) -> Float[Tensor, "sender receiver"]:
     """[sender, receiver] Mean change of the metric over pairs where an edge alone is out.
 

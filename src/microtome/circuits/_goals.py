@@ -78,7 +78,7 @@ class Bigrams:
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """Rows of tokens, and what should be said of them.
+    """Rows of tokens, and what is to be predicted.
 
     Attributes:
         target: one of `TARGETS`.
@@ -119,15 +119,15 @@ class Goal:
         """The positions that are read."""
         return x[:, -1:] if self.answers else x[:, self.lead : -1]
 
-    def said(self, logits: Logits) -> Tensor:
-        """What the whole model says, as `divergence` takes it."""
+    def predicted(self, logits: Logits) -> Tensor:
+        """What a model predicts, as `divergence` takes it."""
         return self._cut(logits).float().log_softmax(-1)
 
     def divergence(self, logits: Logits, numbers: Sequence[int], whole: Tensor | None = None) -> PerRow:
-        """KL from the target to what is said, of each row; `whole` is what the whole model says."""
+        """KL from the target to what is predicted, of each row; `whole` is what the whole model predicts."""
         if self.target == "answers":
             return self.loss(logits, numbers)
-        log_q = self.said(logits)
+        log_q = self.predicted(logits)
         if self.bigrams is None:
             assert whole is not None
             return (whole.exp() * (whole - log_q)).sum(-1).mean(1)
@@ -137,7 +137,7 @@ class Goal:
 
     def loss(self, logits: Logits, numbers: Sequence[int]) -> PerRow:
         """-log q of the tokens that follow, or of the answer."""
-        log_q = self.said(logits)
+        log_q = self.predicted(logits)
         next_ = torch.tensor([[self.answers[i]] for i in numbers]) if self.answers else self.tokens(numbers)[
             :, self.lead + 1 :
         ]  # fmt: skip

@@ -48,8 +48,8 @@ def by_mask(model: Model, pairs: Pairs, plan: Sparsification, cost: str, about: 
     ablation, sign = about["ablation"], 1.0 if cost == "kl" else -1.0
     optimal = ablation == OPTIMAL
     bench = Bench(model, pairs, divergence(model, pairs) if cost == "kl" else None, "mean" if optimal else ablation)
-    kept, scores, told = gates_of(model, bench.groups, plan, sign=sign, optimal=optimal)
-    about = about | {"method": f"mask, sparsity {plan.sparsity:g}, {cost}"} | told
+    kept, scores, how = gates_of(model, bench.groups, plan, sign=sign, optimal=optimal)
+    about = about | {"method": f"mask, sparsity {plan.sparsity:g}, {cost}"} | how
     if not optimal:
         about["cost"] = sign * float(bench.measure(kept[None]).mean())
     why = f"each is worth less than {plan.sparsity:g} / {int(bench.edges.sum()):,}, or leads nowhere"

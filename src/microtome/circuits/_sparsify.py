@@ -131,13 +131,13 @@ def learn(
         value = objective(gates, step)
         mean = torch.stack([g.sum(dtype=torch.float32) for g in gates.values()]).sum() / count
         kept, undecided = _counted(gates)
-        told = {"objective": float(value.detach()), "kept": kept, "undecided": undecided}
-        return value + plan.sparsity * mean, told
+        state = {"objective": float(value.detach()), "kept": kept, "undecided": undecided}
+        return value + plan.sparsity * mean, state
 
-    def decided(step: int, told: Mapping[str, float]) -> bool:
+    def decided(step: int, state: Mapping[str, float]) -> bool:
         if observe is not None:
             observe(step)
-        return told["undecided"] <= MOST_UNDECIDED * told["kept"]
+        return state["undecided"] <= MOST_UNDECIDED * state["kept"]
 
     stage = f"learning which {what} are kept"
     held = {**{f"mask.{name}": s for name, s in strength.items()}, **(besides or {})}

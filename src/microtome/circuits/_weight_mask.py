@@ -162,7 +162,7 @@ def _whole(model: Model, goal: Goal, numbers: list[int]) -> Tensor | None:
     if goal.target != "model":
         return None
     with torch.no_grad():
-        return goal.said(model.run(goal.tokens(numbers)).logits)
+        return goal.predicted(model.run(goal.tokens(numbers)).logits)
 
 
 def _drawn_back(
@@ -218,9 +218,9 @@ def _seen(
     given = {path: ~x if without else x for path, x in mask.items()} if mask is not None else None
     put(given)
     divergence, loss, turns = list[Tensor](), list[Tensor](), list[Tensor]()
-    for own, said, next_ in zip(judged, whole, likely, strict=True):
+    for own, predicted, next_ in zip(judged, whole, likely, strict=True):
         run = model.run(goal.tokens(own), capture="*.resid_post")
-        divergence.append(goal.divergence(run.logits, own, said).double().cpu())
+        divergence.append(goal.divergence(run.logits, own, predicted).double().cpu())
         loss.append(goal.loss(run.logits, own).double().cpu())
         turns.append(_turn(model, goal, lambda i, run=run: run[f"{i}.resid_post"], next_) * len(own))
         current().report("judging masks", len(divergence), len(judged))
