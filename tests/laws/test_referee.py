@@ -51,14 +51,17 @@ def test_in_a_linear_network_every_estimate_is_exact() -> None:
     exact = ("atp", "ig", "eap", "eap-ig", "eap-ig-activations")
     asked: dict[str, Any] = {"of": ("induction",), "pairs": 2, "top": 10, "programs": 0, "trained": 0}
     found = referee(linear(), **asked, estimates=exact)
-    assert found["estimate"].values.tolist() == [*exact, "random"]
-    mine, chance = found.sel(estimate=list(exact)), found.sel(estimate="random")
+    assert found["estimate"].values.tolist() == [*exact, "random", "random-edges"]
+    mine = found.sel(estimate=list(exact))
     assert np.allclose(mine["rank_correlation_each"], 1, atol=1e-3)
     assert np.allclose(mine["recall"], 1)
     assert (found["recall_random"] < 0.6).all()
-    assert abs(float(chance["rank_correlation"])) < 0.4
-    assert float(chance["recall"]) < 0.6
-    assert float(chance["cost"]) == 0
+    for name, like in (("random", "atp"), ("random-edges", "eap")):  # of nodes, and of edges
+        chance = found.sel(estimate=name)
+        assert abs(float(chance["rank_correlation"])) < 0.4, name
+        assert float(chance["recall"]) < 0.6, name
+        assert float(chance["cost"]) == 0, name
+        assert float(chance["recall_random"]) == float(found["recall_random"].sel(estimate=like)), name
     assert np.allclose(found["by_task"].sel(task="induction"), found["rank_correlation"])
     cost = dict(zip(found["estimate"].values, found["cost"].values, strict=True))
     assert 2 < cost["atp"] < cost["eap"] < cost["eap-ig"] < cost["eap-ig-activations"]
@@ -70,6 +73,7 @@ def test_edges_alone_have_their_own_chance() -> None:
     asked: dict[str, Any] = {"of": ("induction",), "pairs": 2, "top": 10, "programs": 0, "trained": 0}
     found = referee(linear(), **asked, estimates=("eap",))
     assert found["estimate"].values.tolist() == ["eap", "random"]
+    assert float(found["cost"].sel(estimate="random")) == 0
     assert abs(float(found["rank_correlation"].sel(estimate="random"))) < 0.6
 
 
@@ -92,6 +96,9 @@ def test_programs_are_scored_and_ties_are_seen() -> None:
     assert bool(found["by_program_nodes"].sel(estimate="eap").isnull().all())
     assert not found["by_program"].sel(estimate="random").isnull().any()
     assert not found["by_program_nodes"].sel(estimate="random").isnull().any()
+    drawn = found["by_program"].sel(estimate=["random", "random-edges"]).values
+    assert (drawn[0] == drawn[1]).all()
+    assert bool(found["by_program_nodes"].sel(estimate="random-edges").isnull().all())
     its = (mt.planted.program(names[0]), mt.planted.program(names[1]), mt.planted.trained(mt.planted.TRAINED[1]))
     for name, it in zip(names, its, strict=True):
         alone = mt.explain.circuit_recovery(it, pairs=6, estimates=("eap-ig",))
@@ -103,6 +110,18 @@ def test_programs_are_scored_and_ties_are_seen() -> None:
         assert float(found[f"auc{kind}"].sel(estimate=one)) == pytest.approx(float(every[:2].mean()))
         if not kind:  # the other trained one has no edges to be judged
             assert float(found["auc_trained"].sel(estimate=one)) == pytest.approx(float(every[2]))
+
+
+def test_more_programs_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained networks are never counted as compiled ones."""
+    monkeypatch.setattr(mt.planted, "PROGRAMS", {name: mt.planted.PROGRAMS[name] for name in ("detect_ab",)})
+    asked: dict[str, Any] = {"of": (), "programs": 5, "trained": 2, "inputs": 4, "estimates": ("eap",)}
+    found = referee(linear(), **asked)
+    assert found["program"].values.tolist() == ["detect_ab", "histogram (trained)", "previous_token (trained)"]
+    by_program = found["by_program"].sel(estimate="eap").values
+    assert float(found["auc"].sel(estimate="eap")) == by_program[0]
+    assert float(found["auc_trained"].sel(estimate="eap")) == by_program[2]
+    assert bool(found["auc_trained_lo"].isnull().all())  # of so few networks there is no interval
 
 
 def test_an_estimate_that_does_not_exist() -> None:

@@ -3,7 +3,9 @@
 Formula:  of nodes and edges, on pairs of tasks: rank correlation and recall of the estimate's |scores| against |exact
           effects|, see `_contest`; a value a pair. On compiled and on trained programs: the area under the ROC curve of
           the exact and the estimated scores against the edges and the nodes of the circuit, see `circuit_recovery` and
-          `node_recovery`; a value a program. "random" draws the scores of all of these at random.
+          `node_recovery`; a value a program. "random" draws the scores of all of these at random; where estimates of
+          nodes and of edges are judged together, its rank correlation and recall are of nodes, and those of
+          "random-edges" of edges.
           cost = floating-point operations of the estimate over those of a forward of the same prompt.
 """
 
@@ -35,12 +37,15 @@ from microtome.tasks import Task
 NODES = ("atp", "relp", "atp*", "ig")
 EDGES = ("eap", "eap-relp", "clean-corrupted", "eap-ig", "eap-ig-activations")
 CONTROL = "random"
-METHODS = ("exact", *NODES, *EDGES, CONTROL)
+CONTROL_OF_EDGES = "random-edges"
+"""Drawn scores of edges, where `random` is of nodes."""
+METHODS = ("exact", *NODES, *EDGES, CONTROL, CONTROL_OF_EDGES)
 SITES = ("attn.q[head]", "attn.k[head]", "attn.z[head]", "mlp_out")
 TASKS = ("indirect_object", "greater_than", "subject_verb_agreement", "induction")
 EXACT = "none: what it is compared with is exact"
 CHANCE = "none: compare the estimate `random`, about 0.5"
 CHANCE_PERFECT = "none: compare the estimate `random`"
+CHANCE_RANKS = "none: compare `random` with estimates of nodes, `random-edges` with those of edges"
 ESTIMATE = ("estimate",)
 
 
@@ -51,7 +56,7 @@ ESTIMATE = ("estimate",)
     question="Which estimate of causal effects finds what exact effects and known circuits show?",
     columns=(
         Column("rank_correlation", "correlation", "of sizes of estimated and exact effects of all nodes, or of the "
-               "edges that were measured, mean over pairs", "none: compare the estimate `random`", (-1, 1), ESTIMATE),
+               "edges that were measured, mean over pairs", CHANCE_RANKS, (-1, 1), ESTIMATE),
         Column("recall", "share", "share of the largest exact effects among the largest estimates, mean over pairs",
                "recall_random", (0, 1), ESTIMATE),
         Column("recall_random", "share", "the same of estimates in a random order", range=(0, 1), dims=ESTIMATE),
@@ -61,8 +66,8 @@ ESTIMATE = ("estimate",)
                "over programs", CHANCE, (0, 1), ESTIMATE),
         Column("auc_nodes", "AUC", "the same of scores of heads and MLPs, over programs that have any outside", CHANCE,
                (0, 1), ESTIMATE),
-        Column("auc_trained", "AUC", "auc over networks that were trained to have the circuit of a program", CHANCE,
-               (0, 1), ESTIMATE),
+        Column("auc_trained", "AUC", "auc over networks that were trained to have the circuit of a program, but those "
+               "whose edges are not known (histogram): of fewer than 8 it has no interval", CHANCE, (0, 1), ESTIMATE),
         Column("auc_nodes_trained", "AUC", "auc_nodes over these networks", CHANCE, (0, 1), ESTIMATE),
         Column("perfect", "share", "share of compiled programs whose edges, or nodes for estimates of nodes, are "
                "separated without an error", CHANCE_PERFECT, (0, 1), ESTIMATE),
@@ -101,7 +106,8 @@ def referee(
     """Judge estimates of causal effects by exact effects on tasks, and by circuits that are known.
 
     Over (estimate), NaN where a method scores nothing of the kind. The estimate "random", scores of nodes or edges that
-    are drawn, says what chance gives.
+    are drawn, says what chance gives; of pairs it is of nodes if any estimate of nodes is judged, and "random-edges"
+    then stands beside the estimates of edges.
 
     Raises:
         ArgumentError: there is no such estimate.
@@ -110,10 +116,12 @@ def referee(
     _require_known(estimates, of or list(planted.PROGRAMS)[:programs] or planted.TRAINED[:trained])
     built = [tasks.build(name, model, pairs, seed=current().seed, fewer=True) for name in of]
     every = [replace(task, pairs=(pair,)) for task in built for pair in task.pairs]
-    known = [planted.program(name) for name in list(planted.PROGRAMS)[:programs]]
+    compiled = list(planted.PROGRAMS)[:programs]
+    known = [planted.program(name) for name in compiled]
     known += [planted.trained(name) for name in planted.TRAINED[:trained]]
-    asked = {*estimates, CONTROL, *(["exact"] if known else [])}
-    board = _Board(tuple(m for m in METHODS if m in asked), len(every), programs)
+    both = {*estimates} & {*NODES} and {*estimates} & {*EDGES}
+    asked = {*estimates, CONTROL, *([CONTROL_OF_EDGES] if both else []), *(["exact"] if known else [])}
+    board = _Board(tuple(m for m in METHODS if m in asked), len(every), len(compiled))
     report = current().counting("pairs")
     for i, one in enumerate(every):
         _judge(model, one, board, i, top)
@@ -179,6 +187,8 @@ class _Board:
             found = recovery(it, pairs=inputs, estimates=asked)
             scored = dict(zip(asked, found["auc_estimated"].values.tolist(), strict=True))
             scored["exact"] = float(found["auc"])
+            if table is self.edges:
+                scored[CONTROL_OF_EDGES] = scored[CONTROL]
             table.append([scored.get(method, np.nan) for method in self.methods])
 
     def _of_programs(self) -> dict[str, Any]:
@@ -223,7 +233,9 @@ def _judge(model: Model, one: Task, board: _Board, pair: int, top: int) -> None:
     nodes = [method for method in board.methods if method in NODES]
     edges = [method for method in board.methods if method in EDGES]
     draw = np.random.default_rng([current().seed, pair])
-    board.put("cost", pair, CONTROL, 0.0)
+    of_edges = CONTROL_OF_EDGES if nodes else CONTROL
+    for name in (CONTROL, of_edges if edges else CONTROL):
+        board.put("cost", pair, name, 0.0)
     if nodes:
         effects = _flat(patch(model, one, share=False, sites=SITES))
         for method in nodes:
@@ -238,8 +250,7 @@ def _judge(model: Model, one: Task, board: _Board, pair: int, top: int) -> None:
     effects = np.where(np.isfinite(effects), effects, np.nan).reshape(-1)
     for method, found in scores.items():
         board.put_outcome(pair, method, contest(found["score"].values.reshape(-1), effects, top))
-    if not nodes:
-        board.put_outcome(pair, CONTROL, contest(draw.random(effects.shape), effects, top))
+    board.put_outcome(pair, of_edges, contest(draw.random(effects.shape), effects, top))
 
 
 def _estimated(model: Model, one: Task, board: _Board, pair: int, method: str, forward: int, top: int) -> xr.Dataset:
