@@ -105,15 +105,23 @@ def test_values_are_those_of_a_model_whose_weights_are_masked(tmp_path: Path) ->
     hf: Any = families.build("llama-gqa")
     file = tmp_path / "mask.safetensors"
     given = {"sites": ["0.mlp_out", "2.attn_out"], "target": "bigram", "sparsity": 0.3} | QUICK
-    found = ASK(mt.open(hf, prove=False), text(), save=str(file), **given)
+    read = text(vocab=90)
+    found = ASK(mt.open(hf, prove=False), read, save=str(file), **given)
     masks = load_file(file)
     assert found.attrs["kept_weights"] == sum(int(x.sum()) for x in masks.values())
-    rows = text()[3::4]
+    rows = read[3::4]
     counts = torch.zeros(101, 101, dtype=torch.float64)
-    for row in text():
+    for i, row in enumerate(read):
         for a, b in pairwise(row):
-            counts[a, b] += 1
-    p = counts / counts.sum(1, keepdim=True)
+            counts[a, b] += i % 4 != 3  # the others are judged
+    p = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    known = counts.sum(1)[rows[:, :-1]] > 0
+    assert not bool(known.all())
+    assert found.attrs["share_read"] == pytest.approx(float(known.double().mean()), abs=1e-4)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        """Of each row over the tokens that are known, then over rows."""
+        return ((x * known).sum(1) / known.sum(1)).mean()
 
     def judged(change: Any) -> tuple[float, float]:
         own: Any = families.build("llama-gqa")
@@ -123,8 +131,8 @@ def test_values_are_those_of_a_model_whose_weights_are_masked(tmp_path: Path) ->
                 w *= change(mask).float()
             log_q = own(rows).logits[:, :-1].double().log_softmax(-1)
         target = p[rows[:, :-1]]
-        kl = (target * (target.clamp(min=1e-300).log() - log_q)).sum(-1).mean()
-        loss = -log_q.gather(-1, rows[:, 1:, None]).mean()
+        kl = mean((target * (target.clamp(min=1e-300).log() - log_q)).sum(-1))
+        loss = mean(-log_q.gather(-1, rows[:, 1:, None])[..., 0])
         return float(kl), float(loss)
 
     whole, alone, without = (judged(f) for f in (torch.ones_like, lambda m: m, torch.logical_not))
@@ -151,6 +159,31 @@ def test_bigrams_are_counted_and_their_divergence_is_plain() -> None:
     seen = counts.sum(1) > 0
     assert torch.equal(bigrams.likely >= 0, seen)
     assert all(p[t, bigrams.likely[t]] == p[t].max() for t in seen.nonzero().flatten())
+
+
+def test_bigrams_of_judged_rows_are_not_counted() -> None:
+    model = mt.open(families.build("llama-gqa"), prove=False)
+    rows = text(8)
+    rows[3] = torch.arange(60, 68)  # tokens of their own, that no learned row has
+    rows[7, :4] = torch.arange(70, 74)
+    goal = goal_of(model, rows, "bigram", tokens=1000, length=8)
+    bigrams = goal.bigrams
+    assert bigrams is not None
+    assert int(bigrams.count[60:].sum()) == 0
+    assert goal.halves[1] == [7]
+    known = int((bigrams.count[rows[7, :-1]] > 0).sum())
+    assert 0 < known <= 3
+    assert goal.share_read == known / 14
+    logits = model.run(rows[7:]).logits
+    changed = logits.clone()
+    changed[:, :4] = 0.0  # at tokens that are not known
+    assert torch.equal(goal.divergence(logits, [7]), goal.divergence(changed, [7]))
+    assert torch.equal(goal.loss(logits, [7]), goal.loss(changed, [7]))
+    assert goal_of(model, rows, "model", tokens=1000, length=8).share_read == 1.0
+    strange = rows.clone()
+    strange[3::4] = torch.arange(60, 68)
+    with pytest.raises(mt.errors.DataError, match="no token of the judged rows is followed by any in the learned ones"):
+        goal_of(model, strange, "bigram", tokens=1000, length=8)
 
 
 def test_the_slope_in_gates_is_that_of_differences() -> None:

@@ -1,11 +1,12 @@
 """What a masked model should say: the bigrams of a text, its own whole self, or the answers of a task.
 
 Formula:  KL(p || q) in nats, q the model's next-token distribution, in the mean over a row's read positions:
-          bigram   p(. | token) = how often each token follows this one in all rows, of all that follow it
+          bigram   p(. | token) = how often each token follows this one in the learned rows, of all that follow it there
           model    p = what the whole model says there
           answers  p = the answer, at the last position, so that KL is -log q(answer)
           loss of a row = -log q of the token that follows, or of the answer.
-          Of texts every position is read that has a token behind it, but those of a leading token.
+          Of texts every position is read that has a token behind it, but those of a leading token; for bigrams those alone
+          whose token the learned rows have with one behind it: no judged row adds to what it is judged by.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from microtome.errors import ArgumentError, DataError, error
@@ -98,10 +99,10 @@ class Goal:
 
     @property
     def halves(self) -> tuple[list[int], list[int]]:
-        """The rows that are learned from, and those that are judged."""
+        """The rows that are learned from, and those that are judged, where any place of them is read."""
         every = range(len(self.rows))
-        judged = [i for i in every if i % HELD_OUT == HELD_OUT - 1]
-        return [i for i in every if i % HELD_OUT != HELD_OUT - 1], judged
+        judged = [i for i in every if _is_judged(i) and bool(self._seen([i]).any())]
+        return [i for i in every if not _is_judged(i)], judged
 
     def together(self, numbers: Sequence[int], most: int) -> Iterator[list[int]]:
         """Numbers of rows of one length, at most so many together."""
@@ -114,6 +115,23 @@ class Goal:
     def tokens(self, numbers: Sequence[int]) -> Rows:
         """Of rows of one length."""
         return torch.stack([self.rows[i] for i in numbers])
+
+    def _seen(self, numbers: Sequence[int]) -> Bool[Tensor, "row place"]:
+        """Which places of rows have a token that the target knows."""
+        now = self._cut(self.tokens(numbers)).cpu()
+        return torch.ones_like(now, dtype=torch.bool) if self.bigrams is None else self.bigrams.count[now] > 0
+
+    def _mean(self, values: Float[Tensor, "row place"], numbers: Sequence[int]) -> PerRow:
+        """The mean over the read places of each row."""
+        seen = self._seen(numbers).to(values.device)
+        return torch.where(seen, values, 0.0).sum(1) / seen.sum(1)
+
+    @property
+    def share_read(self) -> float:
+        """The share of the places of all held-out rows that is read."""
+        every = [i for i in range(len(self.rows)) if _is_judged(i)]
+        seen = [self._seen([i]) for i in every]
+        return sum(int(x.sum()) for x in seen) / max(1, sum(x.numel() for x in seen))
 
     def _cut(self, x: Shaped[Tensor, " row pos *of"]) -> Tensor:
         """The positions that are read."""
@@ -130,10 +148,10 @@ class Goal:
         log_q = self.predicted(logits)
         if self.bigrams is None:
             assert whole is not None
-            return (whole.exp() * (whole - log_q)).sum(-1).mean(1)
+            return self._mean((whole.exp() * (whole - log_q)).sum(-1), numbers)
         now = self._cut(self.tokens(numbers)).flatten().cpu()
         cross = self.bigrams.cross(now, log_q.flatten(0, 1)) - self.bigrams.entropy[now].to(log_q.device)
-        return cross.view(len(numbers), -1).mean(1)
+        return self._mean(cross.view(len(numbers), -1), numbers)
 
     def loss(self, logits: Logits, numbers: Sequence[int]) -> PerRow:
         """-log q of the tokens that follow, or of the answer."""
@@ -141,7 +159,7 @@ class Goal:
         next_ = torch.tensor([[self.answers[i]] for i in numbers]) if self.answers else self.tokens(numbers)[
             :, self.lead + 1 :
         ]  # fmt: skip
-        return -log_q.gather(-1, next_.to(log_q.device).unsqueeze(-1)).squeeze(-1).mean(1)
+        return self._mean(-log_q.gather(-1, next_.to(log_q.device).unsqueeze(-1)).squeeze(-1), numbers)
 
     def likely(self, logits: Logits, numbers: Sequence[int]) -> Int[Tensor, "row place"]:
         """The tokens that the target holds likeliest; `logits` are of the whole model."""
@@ -172,7 +190,15 @@ def goal_of(model: Model, given: Any, target: str | None, *, tokens: int, length
     if len(goal.rows) < HELD_OUT:
         raise error(DataError, "a mask is learned from some rows and judged on others", got=f"{len(goal.rows)} rows",
                     allowed=f"{HELD_OUT} or more", do="give more text or pairs, or shorter rows")  # fmt: skip
+    if not goal.halves[1]:
+        raise error(DataError, "no token of the judged rows is followed by any in the learned ones",
+                    got=f"{len(goal.rows)} rows", do="give more text")  # fmt: skip
     return goal
+
+
+def _is_judged(row: int) -> bool:
+    """Whether a row of this number is held out."""
+    return row % HELD_OUT == HELD_OUT - 1
 
 
 def _of_task(model: Model, task: Task, target: str) -> Goal:
@@ -192,5 +218,6 @@ def _of_text(model: Model, text: Any, target: str, tokens: int, length: int) -> 
     batches = list(found.parts)
     lead = max((batch.lead for batch in batches), default=0)
     rows = tuple(row for batch in batches for row in batch.tokens if len(row) > lead + 1)
-    bigrams = Bigrams.of(rows, lead, model.anatomy.d_vocab) if target == "bigram" and rows else None
+    learned = [row for i, row in enumerate(rows) if not _is_judged(i)]
+    bigrams = Bigrams.of(learned, lead, model.anatomy.d_vocab) if target == "bigram" and rows else None
     return Goal(target, rows, lead, bigrams=bigrams, source=found.source)

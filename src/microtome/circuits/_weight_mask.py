@@ -62,7 +62,7 @@ Each = dict[str, Float[Tensor, " row"]]
         "Chang, Bergen", "Bigram Subnetworks: Mapping to Next Tokens in Transformer Language Models", 2025,
         "2504.15471",
         departs="the learning rate and the growth of tau are scaled to the steps of a shorter run; the objective is "
-        "KL, which is cross-entropy less a constant; bigrams are those of the rows that are read",
+        "KL, which is cross-entropy less a constant; bigrams are those of the rows that are learned from",
     ),
     cost="a forward and a backward of `rows` rows a step, and of held-out rows 4 forwards and two a random mask; six "
     "numbers a weight are held",
@@ -96,7 +96,8 @@ def weight_mask(
     """Learn which weights of some branches suffice to say a target, and judge them on rows that were not learned from.
 
     Weights are as before behind it, to the bit, also after an exception or Ctrl-C. A mask that is saved has, by the
-    path of each matrix, which weights are kept.
+    path of each matrix, which weights are kept. Bigrams are counted in the rows that are learned from; of the judged
+    rows a share, `share_read`, has tokens that are known from there, and no other is read.
 
     Raises:
         FitError: the mask did not decide.
@@ -123,7 +124,8 @@ def weight_mask(
     attrs = {
         "target": goal.target, "sites": list([sites] if isinstance(sites, str) else sites), "weights": total,
         "kept_weights": sum(int(mask.sum()) for mask in masks.values()), "source": goal.source,
-        "rows_learned": len(goal.halves[0]), "rows_judged": len(goal.halves[1]), "random": f"{draws} masks",
+        "rows_learned": len(goal.halves[0]), "rows_judged": len(goal.halves[1]),
+        "share_read": round(goal.share_read, 4), "random": f"{draws} masks",
     }  # fmt: skip
     coords = {"component": names, "layer": list(range(model.anatomy.n_layers))}
     return Found({"kept": shares, **stream}, each, coords=coords, attrs=attrs | dict(learned.attrs))
