@@ -5,8 +5,8 @@ Formula:  KL(p || q) in nats, q the model's next-token distribution, in the mean
           model    p = what the whole model says there
           answers  p = the answer, at the last position, so that KL is -log q(answer)
           loss of a row = -log q of the token that follows, or of the answer.
-          Of texts every position is read that has a token behind it, but those of a leading token; for bigrams those alone
-          whose token the learned rows have with one behind it: no judged row adds to what it is judged by.
+          Of texts every position is read that has a token behind it, but those of a leading token; for bigrams those
+          alone whose token the learned rows have with one behind it: no judged row adds to what it is judged by.
 """
 
 from __future__ import annotations
