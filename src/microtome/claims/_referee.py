@@ -265,7 +265,12 @@ def _estimated(model: Model, one: Task, board: _Board, pair: int, method: str, f
         found, seconds = timed(work)
     if pair or board.pairs == 1:  # counting takes time of its own
         board.put("seconds", pair, method, seconds)
-    return verify(model, found, top=min(top, int(np.isfinite(found["score"].values).sum()))) if top else found
+    if not top:
+        return found
+    top = min(top, int(np.isfinite(found["score"].values).sum()))
+    if "answer_id" in found.attrs:
+        return verify(model, found, top=top)
+    return attribute(model, one, verify=top, **given)  # sets of answers are not recorded with the scores
 
 
 def _flat(data: xr.Dataset) -> Float[ndarray, " cell"]:
