@@ -100,13 +100,13 @@ def assess(
     after: Annotated[Any, Argument("a change, edits (.safetensors), or another model", positional=True)],
     *,
     text: Annotated[Any, Argument("text to read: a file, or what `mt.measure` takes", from_text=Path)] = None,
-    tokens: Annotated[int, Argument("tokens of the text", "tokens", least=16)] = 8_192,
+    tokens: Annotated[int, Argument("tokens of the text", "tokens", least=16)] = 4_096,
     length: Annotated[int, Argument("tokens of a row", "tokens", least=8)] = 256,
     of: Annotated[Sequence[str], Argument("tasks whose pairs are scored")] = TASKS,
-    pairs: Annotated[int, Argument("pairs of each task", "pairs", least=1)] = 32,
+    pairs: Annotated[int, Argument("pairs of each task", "pairs", least=1)] = 16,
     sequences: Annotated[int, Argument("sequences of repeated tokens", "sequences", least=1)] = 16,
     prompts: Annotated[int, Argument("prompts that are continued", "prompts", least=0)] = 8,
-    new: Annotated[int, Argument("tokens of each continuation", "tokens", least=8)] = 48,
+    new: Annotated[int, Argument("tokens of each continuation", "tokens", least=8)] = 32,
 ) -> Found:  # fmt: skip
     """Score a model before and after a change, and after a random change of equal norm.
 
