@@ -192,8 +192,9 @@ def test_what_is_added_may_be_summed_with_a_mixture_before() -> None:
     zeroed = model.run(ids(), edits=[mt.edit.Zero("1.mlp.experts")]).logits
     with hooked(model, layer.experts, after=lambda m, args, output: torch.zeros_like(output)):
         expected = logits(model)
-    torch.testing.assert_close(zeroed, expected, **NEAR)
-    assert (expected - logits(model)).abs().max() > 1e-3
+    effect = float((expected - logits(model)).abs().max())
+    assert effect > 1e-3
+    assert (zeroed - expected).abs().max() < 1e-2 * effect  # a norm behind it enlarges what rounding leaves
 
 
 @pytest.mark.parametrize("family", ["zamba", "zamba2"])

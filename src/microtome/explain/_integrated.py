@@ -59,7 +59,7 @@ def integrated_scores(
     rules: Freeze | None,
     sites: Sequence[str],
     steps: int,
-    most: int = MOST_STEPS,
+    most: int | None = None,
 ) -> Integrated:
     """Integrated gradients of every site of one pair; NaN in layers without the site.
 
@@ -79,7 +79,7 @@ def integrated_scores(
         gaps, taken = (torch.full((model.anatomy.n_layers,), torch.nan, dtype=torch.float64) for _ in range(2))
         for layer in part.layers:
             way = _Way(model, one, direction, rules, part, layer, start, goal)
-            own = integrate(way.read, way.scores, points=steps, most=most, tolerance=TOLERANCE * whole)
+            own = integrate(way.read, way.scores, points=steps, most=most or MOST_STEPS, tolerance=TOLERANCE * whole)
             gaps[layer], taken[layer] = own.gap / whole if whole else torch.nan, own.points
             cells.append(own.scores.unsqueeze(0))
             done += 1

@@ -18,7 +18,7 @@ from microtome.edit import Freeze
 from microtome.errors import PromptError, error
 from microtome.explain._atp_star import star_scores
 from microtome.explain._first_order import node_scores
-from microtome.explain._integrated import MOST_STEPS, integrated_scores
+from microtome.explain._integrated import integrated_scores
 from microtome.explain._layout import BY_UNIT, DEFAULT_SITES, named_sites
 from microtome.explain._layout import Sites as Sites
 from microtome.explain._pairs import Pairs
@@ -70,7 +70,7 @@ def scores_of_nodes(
     rules: Freeze | None,
     sites: Sequence[str],
     steps: int,
-    most: int = MOST_STEPS,
+    most: int | None = None,
 ) -> NodeScores:
     """Scores of every site in every pair.
 

@@ -336,7 +336,8 @@ def _padded(prover: Prover, tokens: Tensor, short: int, alone: Sized) -> list[Id
     n = len(rows)
     logits = run_forward(prover.model, Batch(both, (short,) * 2 * n, (*(pads,) * n, *(0,) * n))).logits
     for side, seen in zip(SIDES, (logits[:n, pads:], logits[n:, :short]), strict=True):
-        prover.multiplies("1 inert", f"padding on the {side}", seen, alone)
+        # Through all layers: libraries sum long and short rows in other orders, which sharp attention enlarges.
+        prover.same("1 inert", f"padding on the {side}", seen, alone, 5 * prover.product)
     found, prover.checks = [replace(check, vouches=()) for check in prover.checks], []
     if prover.quantised:  # which is how they are, and no fault of the map: such rows are refused all the same
         note = "quantised layers round padded rows otherwise"

@@ -100,7 +100,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             rest: dict[str, Any] = json.loads(metadata["training"])
             if rest["form"] != FORM:
                 raise ValueError(f"a training of form {rest['form']}, while this version reads form {FORM}")
-            return {name: file.get_tensor(name) for name in file.keys()}, rest  # noqa: SIM118 (no mapping)
+            # In memory of their own: where a file's tensors begin, some libraries sum them in another order.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, rest  # noqa: SIM118 (no mapping)
     except OSError as problem:
         raise error(
             DataError, f"cannot read a training from {path}", got=str(problem), do="check the path"
