@@ -143,7 +143,7 @@ def test_every_family_that_runs_in_float64_opens_in_it(name: str) -> None:
         with pytest.raises(mt.errors.ModelUnsupported, match=r"\d tokens in float64.*open it in float32\.$"):
             mt.open(hf)
         return
-    assert {c.tolerance for c in mt.open(hf).proof} <= {0.0, 1e-6, 3e-6}
+    assert {c.tolerance for c in mt.open(hf).proof} <= {0.0, 1e-6, 3e-6, 5 * 1e-6}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
